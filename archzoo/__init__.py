@@ -1,0 +1,76 @@
+"""archzoo: decoder-only transformers that share one block interface and swap the rest.
+
+``import archzoo`` is light: every public name is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name: the module that defines it.
+_NAMES = {
+    "create_model": "registry",
+    "list_models": "registry",
+    "register_model": "registry",
+    "Decoder": "decoder",
+    "Output": "decoder",
+    "Context": "block",
+    "Mixer": "block",
+    "FeedForward": "block",
+    "Router": "block",
+    "Embedding": "block",
+    "Rotary": "block",
+    "Bias": "block",
+    "Block": "block",
+    "Attention": "mixers.attention",
+    "Retention": "mixers.retention",
+    "GatedFeedForward": "feedforward.dense",
+    "PlainFeedForward": "feedforward.dense",
+    "TokenEmbedding": "positions.embedding",
+    "RotaryEmbedding": "positions.rotary",
+    "RetentionRotation": "positions.rotary",
+    "NoRotation": "positions.rotary",
+    "generate": "generation",
+    "save_pretrained": "checkpoint",
+    "from_pretrained": "checkpoint",
+    "check": "contract",
+}
+
+__all__ = sorted([*_NAMES, "__version__"])  # noqa: PLE0605
+
+if TYPE_CHECKING:
+    from archzoo.block import (
+        Bias,
+        Block,
+        Context,
+        Embedding,
+        FeedForward,
+        Mixer,
+        Rotary,
+        Router,
+    )
+    from archzoo.checkpoint import from_pretrained, save_pretrained
+    from archzoo.contract import check
+    from archzoo.decoder import Decoder, Output
+    from archzoo.feedforward.dense import GatedFeedForward, PlainFeedForward
+    from archzoo.generation import generate
+    from archzoo.mixers.attention import Attention
+    from archzoo.mixers.retention import Retention
+    from archzoo.positions.embedding import TokenEmbedding
+    from archzoo.positions.rotary import NoRotation, RetentionRotation, RotaryEmbedding
+    from archzoo.registry import create_model, list_models, register_model
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'archzoo' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"archzoo.{_NAMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

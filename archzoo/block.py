@@ -1,0 +1,484 @@
+"""The interface every model of the zoo is built from. Read this file first.
+
+A decoder is an embedding, a stack of blocks, a norm and a head. A block is::
+
+    x = x + mixer(norm(x))            # mixes over time, causally
+    x = x + feed_forward(norm(x))     # mixes over channels
+
+and a part is swapped by naming another class for its slot. All parts share three ideas:
+
+* **Documents.** A row of a batch holds one or more documents, each a contiguous run; -1 marks
+  padding, which stands only at the ends of a row. Left padding and packing are the same thing
+  seen from here: a part must give each document what it would give it alone. `Context` carries
+  what a part needs to know of this, built once a call.
+* **State.** What a part carries from one call to the next: a dict or list of tensors with the
+  batch on axis 0, and of plain ints that hold for all rows. It goes in and comes back; no module
+  hides any of it. ``None`` in means "start empty and keep nothing", and ``None`` comes back. A
+  call consumes the state it is given (it may write into it where gradients are off): whoever
+  wants to keep one calls `fork` first.
+* **aux.** A feed-forward returns a dict of tensors beside its output: ``loss/NAME`` is added to
+  the training loss, ``metric/NAME`` is averaged and logged, ``sum/NAME`` is summed over
+  micro-batches and ranks and handed to `FeedForward.after_step`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+State = Any  # a pytree: dict | list of Tensor (batch first) | int | bool | None
+Aux = dict[str, Tensor]
+
+FORMS = ("parallel", "chunkwise", "recurrent")
+
+
+# ---------------------------------------------------------------------------- context
+
+
+class Context(NamedTuple):
+    """What a part may know of the tokens beside their vectors; every field is (batch, time).
+
+    Attributes:
+        documents: int64, which document a token belongs to; -1 is padding.
+        positions: int64, counted from 0 within the document.
+        valid: bool, not padding.
+        starts: bool, the first token of its document.
+        examples: int64 or None, the task's example numbers, when it gives them.
+        packed: False says that no row holds padding or a second document, in this call or before
+            it, so masks may be skipped. A plain bool: no device is asked.
+    """
+
+    documents: Tensor
+    positions: Tensor
+    valid: Tensor
+    starts: Tensor
+    examples: Tensor | None = None
+    packed: bool = False
+
+    def piece(self, begin: int, end: int) -> Context:
+        """The same for the tokens begin..end-1."""
+        return Context(
+            self.documents[:, begin:end],
+            self.positions[:, begin:end],
+            self.valid[:, begin:end],
+            self.starts[:, begin:end],
+            None if self.examples is None else self.examples[:, begin:end],
+            self.packed,
+        )
+
+
+def init_place(batch_size: int, device: torch.device | str | None = None) -> dict[str, Any]:
+    """The place before the first token: no document yet (-1), position -1, nothing packed."""
+    before = torch.full((batch_size,), -1, dtype=torch.int64, device=device)
+    return {"documents": before, "positions": before.clone(), "packed": False}
+
+
+def make_context(
+    batch_size: int,
+    time: int,
+    *,
+    documents: Tensor | None = None,
+    examples: Tensor | None = None,
+    place: dict[str, Any] | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[Context, dict[str, Any]]:
+    """Build the context of a piece of text, and the place where it ends.
+
+    Args:
+        batch_size: Rows.
+        time: Tokens in each row of this piece.
+        documents: (batch, time) ints, -1 for padding; None: each row goes on with the document
+            it is in (or is one whole document, where nothing came before).
+        examples: (batch, time) ints of the task, or None.
+        place: Where the piece before this one ended: each row's last document and the position
+            of its last token, as `init_place` and this function return it. None: nothing came
+            before.
+        device: Where the tensors live.
+
+    Returns:
+        The context, and the place after the piece.
+
+    Raises:
+        ValueError: Documents or examples of another shape than (batch, time).
+    """
+    for name, given in (("documents", documents), ("examples", examples)):
+        if given is not None and given.shape != (batch_size, time):
+            raise ValueError(
+                f"{name} has shape {tuple(given.shape)}, the tokens {(batch_size, time)}: "
+                "give one number for every token"
+            )
+    index = torch.arange(time, device=device)
+    if documents is None and (place is None or not place["packed"]):
+        # One document a row, and its number is 0: nothing to compute but positions.
+        zero = torch.zeros((1, 1), dtype=torch.int64, device=device).expand(batch_size, time)
+        positions = index.expand(batch_size, time)
+        if place is not None:
+            positions = positions + (place["positions"][:, None] + 1)
+        context = Context(zero, positions, zero == 0, positions == 0, examples, packed=False)
+        return context, {"documents": zero[:, 0], "positions": positions[:, -1], "packed": False}
+
+    place = place or init_place(batch_size, device)
+    if documents is None:  # each row goes on with its last document
+        documents = place["documents"].clamp(min=0)[:, None].expand(batch_size, time)
+    documents = documents.to(torch.int64)
+    valid = documents >= 0
+    previous = torch.cat([place["documents"][:, None], documents[:, :-1]], dim=1)
+    starts = valid & (documents != previous)
+    # Position within the document: the distance to its start, where that lies in this piece
+    # (index of the last start so far; -1: none), else counted on from the place before.
+    last_start = torch.where(starts, index, -1).cummax(dim=1).values
+    went_on = place["positions"][:, None] + 1 + index
+    positions = torch.where(last_start >= 0, index - last_start, went_on) * valid
+    # The place after: the last token that is not padding; an all-padding piece moves nothing.
+    last = torch.where(valid, index, -1).max(dim=1).values
+    seen, at = last >= 0, last.clamp(min=0)[:, None]
+    place = {
+        "documents": torch.where(seen, documents.gather(1, at)[:, 0], place["documents"]),
+        "positions": torch.where(seen, positions.gather(1, at)[:, 0], place["positions"]),
+        "packed": True,
+    }
+    return Context(documents, positions, valid, starts, examples, packed=True), place
+
+
+# ---------------------------------------------------------------------------- state
+
+
+def map_state(function: Callable[[Tensor], Tensor], *states: State) -> State:
+    """Apply a function to corresponding tensors of states of one structure; ints pass through."""
+    first = states[0]
+    if isinstance(first, Tensor):
+        return function(*states)
+    if isinstance(first, dict):
+        return {name: map_state(function, *(state[name] for state in states)) for name in first}
+    if isinstance(first, list | tuple):
+        return [map_state(function, *entries) for entries in zip(*states, strict=True)]
+    return first
+
+
+def fork(state: State) -> State:
+    """A copy that a later call cannot touch (calls consume the state they are given)."""
+    return map_state(torch.clone, state)
+
+
+def reorder(state: State, rows: Tensor) -> State:
+    """Pick rows of the batch, with repetition: (kept,) int64, as beam search does."""
+    return map_state(lambda leaf: leaf.index_select(0, rows.to(leaf.device)), state)
+
+
+def detach(state: State) -> State:
+    """Cut the gradient: truncated back-propagation calls it between windows."""
+    return map_state(torch.Tensor.detach, state)
+
+
+def to(state: State, device: torch.device | str) -> State:
+    """Move a state to another device. Its dtypes are the parts' own choice and stay."""
+    return map_state(lambda leaf: leaf.to(device), state)
+
+
+def nbytes(state: State) -> int:
+    """Bytes that the tensors of a state take."""
+    sizes: list[int] = []
+    map_state(lambda leaf: sizes.append(leaf.numel() * leaf.element_size()) or leaf, state)
+    return sum(sizes)
+
+
+def select_rows(rows: Tensor, chosen: State, other: State) -> State:
+    """Row by row: `chosen` where rows (batch,) bool is True, else `other`."""
+
+    def select(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(rows.view(-1, *(1,) * (a.dim() - 1)), a, b)
+
+    return map_state(select, chosen, other)
+
+
+# ---------------------------------------------------------------------------- parts
+
+
+class Mixer(nn.Module):
+    """Mixes over time, causally: x (batch, time, dim) to y (batch, time, dim).
+
+    A newcomer writes ``__init__(self, dim, heads, ...)``, `init_state` and `step`, and has a
+    correct model: `step` defines the mixer, and the base class folds it over time. `chunkwise`
+    and `parallel` are other ways to compute the same thing, written for speed.
+
+    A mixer that takes a rotary or a bias from its decoder has an attribute of that name (and
+    `head_dim`, `heads`), which holds its own default until the decoder sets another.
+    """
+
+    #: True: `step` and its faster forms obey `Context.starts` and `Context.valid` themselves.
+    #: False: the base class resets and holds the state around every step.
+    handles_documents = False
+
+    def init_state(
+        self,
+        batch_size: int,
+        *,
+        capacity: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> State:
+        """The state before the first token.
+
+        Args:
+            batch_size: Rows.
+            capacity: Tokens that the caller expects; a growing cache makes room for them.
+            device: Where the state lives.
+            dtype: The dtype of x; sums over time are kept in float32 at least.
+        """
+        raise NotImplementedError(f"{type(self).__name__} needs init_state(batch_size, ...)")
+
+    def step(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+        """One token, x (batch, 1, dim): the recurrent form. It defines the mixer."""
+        raise NotImplementedError(f"{type(self).__name__} needs step(x, state, context)")
+
+    def recurrent(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+        """Fold `step` over x (batch, time, dim)."""
+        outputs = []
+        guarded = context.packed and not self.handles_documents
+        for t in range(x.shape[1]):
+            here = context.piece(t, t + 1)
+            if guarded:
+                fresh = self.init_state(x.shape[0], device=x.device, dtype=x.dtype)
+                state = select_rows(here.starts[:, 0], fresh, state)
+                before = fork(state)
+            y, state = self.step(x[:, t : t + 1], state, here)
+            if guarded:
+                state = select_rows(here.valid[:, 0], state, before)
+            outputs.append(y)
+        return torch.cat(outputs, dim=1), state
+
+    def chunkwise(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+        """Any time, from any state; state None starts empty. The base class folds `step`."""
+        if state is None:
+            state = self.init_state(x.shape[0], device=x.device, dtype=x.dtype)
+        return self.recurrent(x, state, context)
+
+    def parallel(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+        """All tokens at once; the same contract as `chunkwise`, which the base class calls."""
+        return self.chunkwise(x, state, context)
+
+    def choose_form(self, time: int, state: State) -> str:
+        """The form that runs when none is asked for: by facts alone, never by training mode."""
+        return "recurrent" if time == 1 and state is not None else "parallel"
+
+    def forward(
+        self, x: Tensor, state: State, context: Context, form: str | None = None
+    ) -> tuple[Tensor, State]:
+        """Mix x (batch, time, dim) and hand back y and the state after it.
+
+        Args:
+            x: (batch, time, dim).
+            state: What this mixer handed back before; None: start empty, hand back None.
+            context: Of the same batch and time.
+            form: "parallel", "chunkwise" or "recurrent": that form runs. None: `choose_form`.
+        """
+        form = form or self.choose_form(x.shape[1], state)
+        if form not in FORMS:
+            raise ValueError(f"form {form!r} is none of {', '.join(FORMS)}")
+        keep = state is not None
+        if form == "recurrent" and not keep:
+            state = self.init_state(x.shape[0], device=x.device, dtype=x.dtype)
+        y, state = getattr(self, form)(x, state, context)
+        return y, state if keep else None
+
+
+class FeedForward(nn.Module):
+    """Mixes over channels, each token alone: ``__init__(self, dim, width, ...)``."""
+
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Aux]:
+        """X (batch, time, dim) to y of the same shape, and aux: {} when dense."""
+        raise NotImplementedError
+
+    def after_step(self, sums: Aux) -> None:
+        """Once per optimizer step, with this layer's ``sum/...`` entries summed over the step."""
+
+
+class Routing(NamedTuple):
+    """A router's decision for each of `tokens` tokens.
+
+    Attributes:
+        weights: (tokens, k) float32 at least, what each chosen expert's output is scaled by.
+        indices: (tokens, k) int64, the chosen experts.
+        probabilities: (tokens, experts), the full distribution.
+        raw_logits: (tokens, experts), before any normalisation; a z-loss reads these.
+    """
+
+    weights: Tensor
+    indices: Tensor
+    probabilities: Tensor
+    raw_logits: Tensor
+
+
+class Router(nn.Module):
+    """Turns a token into expert weights and indices: ``__init__(self, dim, experts, ...)``."""
+
+    def forward(self, x: Tensor, context: Context) -> Routing:
+        """X (batch, time, dim) to a `Routing` of batch * time tokens, row by row."""
+        raise NotImplementedError
+
+
+class Embedding(nn.Module):
+    """Tokens in, vectors out: ``__init__(self, vocab_size, dim, ...)``.
+
+    `weight` (vocab_size, dim) is the table of words, which a decoder may tie to its head.
+    """
+
+    weight: Tensor
+
+    def init_state(
+        self,
+        batch_size: int,
+        *,
+        capacity: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> State:
+        """As a mixer's. The base class carries nothing."""
+        return {}
+
+    def forward(self, tokens: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+        """Tokens (batch, time) to x (batch, time, dim); state None comes back as None."""
+        raise NotImplementedError
+
+
+class Rotary(nn.Module):
+    """A position method applied to queries and keys: ``__init__(self, head_dim, ...)``."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, query_positions: Tensor, key_positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Rotate q and k, each (batch, time, heads, head_dim), by positions (batch, time)."""
+        raise NotImplementedError
+
+
+class Bias(nn.Module):
+    """A position method added to attention's logits: ``__init__(self, heads, ...)``."""
+
+    def forward(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        """Positions (batch, queries), (batch, keys) to (batch or 1, heads, queries, keys)."""
+        raise NotImplementedError
+
+
+class Block(nn.Module):
+    """Norm, mixer, residual; norm, feed-forward, residual.
+
+    ``pre``:  x = x + f(norm(x));  ``post``: x = norm(x + f(x)).
+
+    Args:
+        mixer: Over time.
+        feed_forward: Over channels.
+        norms: The two norms, in order.
+        placement: "pre" or "post".
+        dropout: Of each branch before it joins the residual stream.
+    """
+
+    def __init__(
+        self,
+        mixer: Mixer,
+        feed_forward: FeedForward,
+        norms: tuple[nn.Module, nn.Module],
+        *,
+        placement: str = "pre",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.mixer_norm, self.feed_forward_norm = norms
+        self.mixer, self.feed_forward = mixer, feed_forward
+        self.post = placement == "post"
+        self.dropout = dropout
+
+    def _drop(self, branch: Tensor) -> Tensor:
+        return F.dropout(branch, self.dropout, self.training) if self.dropout else branch
+
+    def forward(
+        self,
+        x: Tensor,
+        state: State,
+        context: Context,
+        injected: Tensor | None = None,
+        form: str | None = None,
+    ) -> tuple[Tensor, State, Aux]:
+        """X (batch, time, dim) to (x, the mixer's state, the feed-forward's aux).
+
+        `injected`, of x's shape, is added first: input injection, as looped models use it.
+        """
+        if injected is not None:
+            x = x + injected
+        if self.post:
+            mixed, state = self.mixer(x, state, context, form)
+            x = self.mixer_norm(x + self._drop(mixed))
+            fed, aux = self.feed_forward(x, context)
+            return self.feed_forward_norm(x + self._drop(fed)), state, aux
+        mixed, state = self.mixer(self.mixer_norm(x), state, context, form)
+        x = x + self._drop(mixed)
+        fed, aux = self.feed_forward(self.feed_forward_norm(x), context)
+        return x + self._drop(fed), state, aux
+
+
+# ---------------------------------------------------------------------------- small helpers
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums over time, softmax denominators and routers: float32, or float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@lru_cache(maxsize=256)
+def _constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # an inference tensor could not be saved for a backward
+        return torch.tensor(values, dtype=dtype, device=device)
+
+
+def constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Host-side numbers as a tensor on a device, copied there once; never write into it.
+
+    Decays and frequencies live as Python floats and come through here, so that no cast of a
+    model can touch them, as it would touch a buffer.
+    """
+    if torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=dtype, device=device)
+    return _constant(values, device, dtype)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(batch, time, heads * size) to (batch, time, heads, size)."""
+    return rearrange(x, "b t (h d) -> b t h d", h=heads)
+
+
+def head_size(dim: int, heads: int) -> int:
+    """Dim / heads, or one clear line where that is no whole number."""
+    if heads < 1 or dim % heads:
+        near = [n for n in range(1, dim + 1) if dim % n == 0]
+        near = sorted(sorted(near, key=lambda n: abs(n - heads))[:4])
+        raise ValueError(
+            f"heads={heads} does not divide dim={dim}: take one of {', '.join(map(str, near))}"
+        )
+    return dim // heads
+
+
+class KeepsFloat32(nn.Module):
+    """A module some of whose tensors survive `.bfloat16()` and `.half()` unchanged.
+
+    Subclasses list them in `float32_names`: balancing coefficients, expert biases, a learnable
+    decay. Moving to another device, and casting to float64, work as ever.
+    """
+
+    float32_names: tuple[str, ...] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepsFloat32:
+        kept = [getattr(self, name) for name in self.float32_names]
+
+        def careful(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            lower = moved.dtype in (torch.bfloat16, torch.float16)
+            if lower and any(tensor is keep for keep in kept):
+                return tensor.to(moved.device)
+            return moved
+
+        return super()._apply(careful, recurse)

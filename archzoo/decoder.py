@@ -1,0 +1,294 @@
+"""The decoder: embedding, blocks, norm, head. One class for every architecture of the zoo."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from archzoo import block as interface
+from archzoo.block import Aux, Bias, Block, Embedding, FeedForward, Mixer, Rotary, State
+from archzoo.parts import build, describe
+
+MixerFactory = Callable[[int, int], Mixer]
+FeedForwardFactory = Callable[[int, int], FeedForward]
+EmbeddingFactory = Callable[[int, int], Embedding]
+RotaryFactory = Callable[[int], Rotary]
+BiasFactory = Callable[[int], Bias]
+
+
+class Output(NamedTuple):
+    """What a call of a decoder gives.
+
+    Attributes:
+        logits: (batch, time or logits_to_keep, vocab_size).
+        state: To go on from, or None where none was given.
+        aux: {"loss/NAME/LAYER": ..., "metric/...": ..., "sum/...": ...}.
+    """
+
+    logits: Tensor
+    state: State
+    aux: Aux
+
+
+class Decoder(nn.Module):
+    """Embedding, `depth` blocks, a norm, a head: logits of the next token.
+
+    Every part is a class, a `functools.partial` of one, its name, or
+    ``{"class_path": ..., "init_args": {...}}``; it is built with the sizes that the decoder owns.
+    An argument left at None takes the preset's value, and without a preset the one in brackets.
+
+    Args:
+        vocab_size: Tokens the model knows.
+        dim: Width of the residual stream.
+        depth: Blocks.
+        heads: Heads of every mixer.
+        width: Hidden width of every feed-forward [8/3 dim, up to a multiple of 8].
+        context_length: Longest text seen in training, in tokens; stored, never a limit.
+        mixer: Over time: built as mixer(dim, heads) [Attention].
+        pattern: Mixers by name, tiled over the depth, such as [Retention, Retention, Attention];
+            it takes the place of mixer.
+        feed_forward: Over channels: built as feed_forward(dim, width) [GatedFeedForward].
+        embedding: Of tokens: built as embedding(vocab_size, dim) [TokenEmbedding].
+        rotary: On q and k: built as rotary(head_dim) [each mixer's own].
+        bias: On attention's logits: built as bias(heads) [none].
+        norm: "rms" or "layer" ["rms"].
+        norm_placement: "pre" (x + f(norm x)) or "post" (norm(x + f(x))) ["pre"].
+        norm_eps: Of the norms ["1e-6"].
+        dropout: Of the embedding and of each residual branch [0].
+        tie_weights: The head is the embedding's table [False].
+        init_std: Standard deviation of matrices at the start; those that close a residual
+            branch take init_std / sqrt(2 depth) [0.02].
+        activation_checkpointing: Recompute blocks in the backward pass instead of keeping them
+            [False].
+    """
+
+    def __init__(
+        self,
+        vocab_size: int | None = None,
+        dim: int | None = None,
+        depth: int | None = None,
+        heads: int | None = None,
+        width: int | None = None,
+        context_length: int | None = None,
+        mixer: MixerFactory | None = None,
+        pattern: list[str] | None = None,
+        feed_forward: FeedForwardFactory | None = None,
+        embedding: EmbeddingFactory | None = None,
+        rotary: RotaryFactory | None = None,
+        bias: BiasFactory | None = None,
+        norm: Literal["rms", "layer"] | None = None,
+        norm_placement: Literal["pre", "post"] | None = None,
+        norm_eps: float | None = None,
+        dropout: float | None = None,
+        tie_weights: bool | None = None,
+        init_std: float | None = None,
+        activation_checkpointing: bool | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"vocab_size": vocab_size, "dim": dim, "depth": depth, "heads": heads}
+        for name, size in sizes.items():
+            if size is None or size < 1:
+                raise ValueError(f"{name}={size}: a decoder needs a whole number of at least 1")
+        assert vocab_size and dim and depth and heads  # checked above; tells the type checker
+        interface.head_size(dim, heads)
+        width = width or 8 * math.ceil(dim / 3)
+        dropout = dropout or 0.0
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout} must lie in [0, 1)")
+        self.vocab_size, self.dim, self.depth, self.heads = vocab_size, dim, depth, heads
+        self.width, self.context_length, self.dropout = width, context_length, dropout
+        self.init_std = 0.02 if init_std is None else init_std
+        self.activation_checkpointing = bool(activation_checkpointing)
+        self.tie_weights = bool(tie_weights)
+        norm, norm_placement = norm or "rms", norm_placement or "pre"
+        norm_eps = 1e-6 if norm_eps is None else norm_eps
+
+        #: All it takes to build this decoder again, as plain data: `Decoder(**config)`.
+        self.config: dict[str, Any] = sizes | {
+            "width": width,
+            "context_length": context_length,
+            "mixer": None if pattern else describe("mixer", mixer or "Attention"),
+            "pattern": [describe("mixer", entry) for entry in pattern] if pattern else None,
+            "feed_forward": describe("feed_forward", feed_forward or "GatedFeedForward"),
+            "embedding": describe("embedding", embedding or "TokenEmbedding"),
+            "rotary": describe("rotary", rotary) if rotary else None,
+            "bias": describe("bias", bias) if bias else None,
+            "norm": norm,
+            "norm_placement": norm_placement,
+            "norm_eps": norm_eps,
+            "dropout": dropout,
+            "tie_weights": self.tie_weights,
+            "init_std": self.init_std,
+            "activation_checkpointing": self.activation_checkpointing,
+        }
+        config = self.config
+
+        def make_norm() -> nn.Module:
+            kind = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}.get(norm)
+            if kind is None:
+                raise ValueError(f"norm={norm!r} is neither rms nor layer")
+            return kind(dim, eps=norm_eps)
+
+        if norm_placement not in ("pre", "post"):
+            raise ValueError(f"norm_placement={norm_placement!r} is neither pre nor post")
+        mixers = config["pattern"] or [config["mixer"]]
+        self.embedding = build("embedding", config["embedding"], vocab_size, dim)
+        self.blocks = nn.ModuleList()
+        for layer in range(depth):
+            mixed = build("mixer", mixers[layer % len(mixers)], dim, heads)
+            if rotary:
+                _fill_slot(mixed, "rotary", build, config["rotary"], "head_dim")
+            if bias:
+                _fill_slot(mixed, "bias", build, config["bias"], "heads")
+            fed = build("feed_forward", config["feed_forward"], dim, width)
+            norms = (make_norm(), make_norm())
+            self.blocks.append(
+                Block(mixed, fed, norms, placement=norm_placement, dropout=dropout)
+            )
+        self.norm = make_norm() if norm_placement == "pre" else nn.Identity()
+        self.head = nn.Linear(dim, vocab_size, bias=False)
+        self.reset_parameters()
+        if self.tie_weights:
+            self.head.weight = self.embedding.weight
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew: N(0, init_std^2), less where a residual branch closes.
+
+        A module that needs other values sets them itself and carries ``keeps_init = True``.
+        """
+        for module in self.modules():
+            if getattr(module, "keeps_init", False):
+                continue
+            if isinstance(module, nn.Linear):
+                closes = getattr(module, "closes_residual", False)
+                std = self.init_std / math.sqrt(2 * self.depth) if closes else self.init_std
+                nn.init.normal_(module.weight, std=std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, Embedding):
+                nn.init.normal_(module.weight, std=self.init_std)
+
+    def init_state(
+        self,
+        batch_size: int,
+        *,
+        capacity: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> State:
+        """The state before the first token, for `forward` to consume and hand back.
+
+        Args:
+            batch_size: Rows.
+            capacity: Tokens expected in all; caches make room for them at once.
+            device: Default: the weights' device.
+            dtype: Of activations. Default: the weights' dtype.
+        """
+        weight = self.head.weight
+        device, dtype = device or weight.device, dtype or weight.dtype
+
+        def start(part: Mixer | Embedding) -> State:
+            return part.init_state(batch_size, capacity=capacity, device=device, dtype=dtype)
+
+        return {
+            "place": interface.init_place(batch_size, device),
+            "embedding": start(self.embedding),
+            "blocks": [start(block.mixer) for block in self.blocks],
+        }
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        state: State = None,
+        documents: Tensor | None = None,
+        examples: Tensor | None = None,
+        form: str | None = None,
+    ) -> tuple[Tensor, State, Aux]:
+        """`forward` up to the head: x (batch, time, dim) after the last norm, state, aux."""
+        if tokens.dim() != 2 or not tokens.shape[1]:
+            raise ValueError(
+                f"tokens have shape {tuple(tokens.shape)}: a decoder takes (batch, time), time >= 1"
+            )
+        batch_size, time = tokens.shape
+        context, place = interface.make_context(
+            batch_size,
+            time,
+            documents=documents,
+            examples=examples,
+            place=None if state is None else state["place"],
+            device=tokens.device,
+        )
+        keep = state is not None
+        before = state["blocks"] if keep else [None] * self.depth
+        x, embedded = self.embedding(tokens, state["embedding"] if keep else None, context)
+        if self.dropout:
+            x = nn.functional.dropout(x, self.dropout, self.training)
+        recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
+        after: list[State] = []
+        aux: Aux = {}
+        for layer, block in enumerate(self.blocks):
+            arguments = (x, before[layer], context, None, form)
+            if recompute:
+                x, mixed, entries = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x, mixed, entries = block(*arguments)
+            after.append(mixed)
+            aux |= {f"{name}/{layer}": value for name, value in entries.items()}
+        state = {"place": place, "embedding": embedded, "blocks": after} if keep else None
+        return self.norm(x), state, aux
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: State = None,
+        documents: Tensor | None = None,
+        examples: Tensor | None = None,
+        form: str | None = None,
+        logits_to_keep: int | None = None,
+    ) -> Output:
+        """Logits of the token after each token.
+
+        Args:
+            tokens: (batch, time) int64.
+            state: From `init_state` or the call before; it is consumed. None: start empty, and
+                get none back.
+            documents: (batch, time) ints: contiguous runs, -1 for padding at the ends of a row.
+                None: each row goes on with the document it is in.
+            examples: (batch, time) ints: the task's example numbers, for parts that draw by them.
+            form: "parallel", "chunkwise" or "recurrent"; None: what is fastest here.
+            logits_to_keep: Only of the last so many tokens; None: of all.
+        """
+        x, state, aux = self.hidden(tokens, state, documents, examples, form)
+        if logits_to_keep is not None:
+            x = x[:, -logits_to_keep:] if logits_to_keep else x[:, :0]
+        return Output(self.head(x), state, aux)
+
+    def after_step(self, sums: Aux) -> None:
+        """Hand each layer's ``sum/NAME/LAYER`` entries to its feed-forward."""
+        for layer, block in enumerate(self.blocks):
+            mine = {
+                name.rsplit("/", 1)[0]: value
+                for name, value in sums.items()
+                if name.rsplit("/", 1)[1] == str(layer)
+            }
+            block.feed_forward.after_step(mine)
+
+    def parameter_count(self) -> int:
+        """Parameters, shared ones once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def _fill_slot(
+    mixer: Mixer, slot: str, make: Callable[..., nn.Module], spec: dict[str, Any], size: str
+) -> None:
+    """Set a mixer's `rotary` or `bias`, or say that it takes none."""
+    if not hasattr(mixer, slot):
+        raise ValueError(
+            f"{type(mixer).__name__} takes no {slot}: leave {slot} out, or take a mixer with one"
+        )
+    setattr(mixer, slot, make(slot, spec, getattr(mixer, size)))

@@ -1,0 +1,65 @@
+"""Dense feed-forwards: gated (SwiGLU, GEGLU) and plain (GELU)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from archzoo.block import Aux, Context, FeedForward
+
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+
+
+class GatedFeedForward(FeedForward):
+    """SwiGLU and its kin: ``y = (activation(x Wg) * (x Wu)) Wd``.
+
+    Source: Shazeer, GLU Variants Improve Transformer, arXiv 2002.05202, eq. 6.
+
+    Args:
+        dim: Width of x.
+        width: Hidden width. The layer holds 3 * dim * width parameters.
+        activation: "silu" (SwiGLU), "gelu" (GEGLU) or "relu" (ReGLU).
+    """
+
+    def __init__(
+        self, dim: int, width: int, *, activation: Literal["silu", "gelu", "relu"] = "silu"
+    ) -> None:
+        super().__init__()
+        # Gate and up are one matrix, gate first: one product a step where most would have two.
+        self.gate_up = nn.Linear(dim, 2 * width, bias=False)
+        self.down = nn.Linear(width, dim, bias=False)
+        self.down.closes_residual = True
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Aux]:
+        """X (batch, time, dim) to y of the same shape; aux is empty."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(self.activation(gate) * up), {}
+
+
+class PlainFeedForward(FeedForward):
+    """The two-matrix feed-forward: ``y = activation(x Wu) Wd``.
+
+    Source: Vaswani et al., Attention Is All You Need, arXiv 1706.03762, section 3.3 (ReLU);
+    RetNet's paper uses it with GELU and width 2 * dim (arXiv 2307.08621, section 3.1).
+
+    Args:
+        dim: Width of x.
+        width: Hidden width. The layer holds 2 * dim * width parameters.
+        activation: "gelu", "relu" or "silu".
+    """
+
+    def __init__(
+        self, dim: int, width: int, *, activation: Literal["silu", "gelu", "relu"] = "gelu"
+    ) -> None:
+        super().__init__()
+        self.up = nn.Linear(dim, width, bias=False)
+        self.down = nn.Linear(width, dim, bias=False)
+        self.down.closes_residual = True
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Aux]:
+        """X (batch, time, dim) to y of the same shape; aux is empty."""
+        return self.down(self.activation(self.up(x))), {}

@@ -1,0 +1,1 @@
+"""Parts that mix over time."""

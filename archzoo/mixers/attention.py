@@ -1,0 +1,155 @@
+"""Causal softmax attention with grouped queries, and its cache."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from archzoo.block import Bias, Context, Mixer, Rotary, State, head_size, split_heads
+from archzoo.positions.rotary import RotaryEmbedding
+
+
+class Attention(Mixer):
+    """``y_n = sum_{m <= n} softmax_m(q_n . k_m / sqrt(head_dim)) v_m``, each head alone.
+
+    Grouped queries: kv_heads keys and values serve heads queries. A token sees the tokens of its
+    own document only. The state is the cache of keys and values, in room made beforehand.
+
+    Source: Vaswani et al., arXiv 1706.03762, section 3.2; grouped queries: Ainslie et al.,
+    arXiv 2305.13245, section 2.2.
+
+    Args:
+        dim: Width of x.
+        heads: Query heads.
+        kv_heads: Key and value heads; it divides heads. None: as many as heads.
+    """
+
+    handles_documents = True
+
+    def __init__(self, dim: int, heads: int, *, kv_heads: int | None = None) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, head_size(dim, heads)
+        self.kv_heads = kv_heads or heads
+        if heads % self.kv_heads:
+            raise ValueError(f"kv_heads={kv_heads} does not divide heads={heads}")
+        # One matrix for q, k and v, in this order: at small sizes three would cost more in calls.
+        self.query_key_value = nn.Linear(
+            dim, (heads + 2 * self.kv_heads) * self.head_dim, bias=False
+        )
+        self.output = nn.Linear(dim, dim, bias=False)
+        self.output.closes_residual = True
+        self.rotary: Rotary = RotaryEmbedding(self.head_dim)
+        self.bias: Bias | None = None
+
+    def init_state(
+        self,
+        batch_size: int,
+        *,
+        capacity: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> State:
+        """Empty room for `capacity` tokens; it doubles when it is full.
+
+        Returns:
+            keys, values: (batch, kv_heads, room, head_dim), of which the first `length` hold
+            tokens; positions, documents: (batch, room) int64, there once something needs them
+            (a bias; padding or a second document).
+        """
+        shape = (batch_size, self.kv_heads, capacity or 0, self.head_dim)
+        room = torch.zeros(shape, device=device, dtype=dtype or self.output.weight.dtype)
+        return {"length": 0, "keys": room, "values": room.clone()}
+
+    def step(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+        """One token against the cache."""
+        return self.parallel(x, state, context)
+
+    def chunkwise(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+        """The same as `parallel`: attention has no shorter way."""
+        return self.parallel(x, state, context)
+
+    def parallel(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+        """X (batch, time, dim) against itself and whatever the state holds."""
+        widths = [n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)]
+        q, k, v = self.query_key_value(x).split(widths, dim=-1)
+        q, k = split_heads(q, self.heads), split_heads(k, self.kv_heads)
+        q, k = self.rotary(q, k, context.positions, context.positions)
+        q, k = rearrange(q, "b t h d -> b h t d"), rearrange(k, "b t h d -> b h t d")
+        v = rearrange(v, "b t (h d) -> b h t d", h=self.kv_heads)
+
+        positions = context.positions if self.bias is not None else None
+        documents = context.documents if context.packed else None
+        if state is not None:
+            state = extend(state, k, v, positions, documents)
+            length = state["length"]
+            k, v = state["keys"][:, :, :length], state["values"][:, :, :length]
+            positions = state["positions"][:, :length] if positions is not None else None
+            documents = state["documents"][:, :length] if documents is not None else None
+
+        mask, causal = self.mask(q, k, context, positions, documents)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.kv_heads != self.heads
+        )
+        return self.output(rearrange(y, "b h t d -> b t (h d)")), state
+
+    def mask(
+        self,
+        q: Tensor,
+        k: Tensor,
+        context: Context,
+        key_positions: Tensor | None,
+        key_documents: Tensor | None,
+    ) -> tuple[Tensor | None, bool]:
+        """What `scaled_dot_product_attention` needs: a mask, or None and whether it is causal.
+
+        The mask is bool (batch or 1, 1, queries, keys), or with a bias float
+        (batch or 1, heads, queries, keys).
+        """
+        queries, keys = q.shape[2], k.shape[2]
+        if self.bias is None and key_documents is None and (queries == 1 or queries == keys):
+            return None, queries > 1
+        # Query i stands at key keys - queries + i.
+        seen = torch.ones((1, 1, queries, keys), dtype=torch.bool, device=q.device)
+        seen = seen.tril(keys - queries)
+        if key_documents is not None:
+            same = context.documents[:, :, None] == key_documents[:, None, :]
+            seen = seen & rearrange(same, "b q k -> b 1 q k")
+        if self.bias is None:
+            return seen, False
+        bias = self.bias(context.positions, key_positions).to(q.dtype)
+        return bias.masked_fill(~seen, float("-inf")), False
+
+
+def extend(
+    state: State, k: Tensor, v: Tensor, positions: Tensor | None, documents: Tensor | None
+) -> State:
+    """Put k and v (batch, kv_heads, time, head_dim) behind the tokens in the cache.
+
+    Where gradients are off they go into the room there is, and the given state is consumed;
+    where they are on, new tensors are made, since the old ones may be needed by a backward pass.
+    """
+    length, time = state["length"], k.shape[2]
+    state = dict(state)
+    state["length"] = length + time
+    entries = {"keys": k, "values": v, "positions": positions, "documents": documents}
+    for name, new in entries.items():
+        if new is None:
+            continue
+        axis = new.dim() - 2 if new.dim() == 4 else 1
+        room = state.get(name)
+        if room is None:  # the first padding: everything before belongs to document 0
+            room = new.new_zeros((new.shape[0], state["keys"].shape[2]))
+        if torch.is_grad_enabled():
+            state[name] = torch.cat([room.narrow(axis, 0, length), new.to(room.dtype)], dim=axis)
+            continue
+        if length + time > room.shape[axis]:
+            shape = list(new.shape)
+            shape[axis] = max(length + time, 2 * room.shape[axis])
+            wider = room.new_zeros(shape)
+            wider.narrow(axis, 0, length).copy_(room.narrow(axis, 0, length))
+            room = wider
+        room.narrow(axis, length, time).copy_(new)
+        state[name] = room
+    return state

@@ -1,0 +1,384 @@
+"""Multi-scale retention: attention whose weights decay with distance, and a recurrent network.
+
+With q, k rotated and k scaled by key_dim^-0.5, each head with its own decay gamma computes::
+
+    S_n = gamma S_{n-1} + k_n^T v_n                       the state, (key_dim, value_dim)
+    o_n = q_n S_n / sqrt(s_n),   s_n = sum_{j=0..n} gamma^j
+    y_n = (silu(x_n Wg) * concat_heads norm(o_n)) Wo
+
+Source: Sun et al., Retentive Network, arXiv 2307.08621, section 2. The normaliser here depends on
+the position alone. The paper also divides by the row sum of the scores, which the recurrent form
+cannot know; the norm after it removes that factor, all but its epsilon, so leaving it out is what
+makes the three forms one function.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from archzoo.block import (
+    Context,
+    KeepsFloat32,
+    Mixer,
+    Rotary,
+    State,
+    at_least_float32,
+    constant,
+    head_size,
+    split_heads,
+)
+from archzoo.positions.rotary import RetentionRotation
+
+# Measured on a CPU at width 128, 4 heads, forward + backward (benchmarks/training.py --sweep).
+PARALLEL_UP_TO = 256  # tokens: below this the parallel form is the faster one
+CHUNKS_AT_ONCE = 64  # chunks whose states are joined by one product
+
+
+def log_decays(decay: str | float, heads: int) -> tuple[float, ...]:
+    """The log of each head's gamma, in float64.
+
+    ``default``: gamma_h = 1 - 2^(-5 - h), arXiv 2307.08621, eq. 8. ``paper_lm``: 1 - gamma runs
+    from 1/32 to 1/512 evenly in the logarithm, as the paper's language models have it. A number:
+    that gamma for every head. log1p keeps gamma below 1 at any head; in float32
+    log(1 - 2^(-5-h)) is exactly 0 from head 20 on.
+
+    Raises:
+        ValueError: An unknown schedule, or a gamma outside (0, 1].
+    """
+    if decay == "default":
+        return tuple(math.log1p(-(2.0 ** (-5 - head))) for head in range(heads))
+    if decay == "paper_lm":
+        begin, end = math.log(1 / 32), math.log(1 / 512)
+        steps = max(heads - 1, 1)
+        rates = (math.exp(begin + (end - begin) * head / steps) for head in range(heads))
+        return tuple(math.log1p(-rate) for rate in rates)
+    try:
+        gamma = float(decay)
+    except ValueError:
+        raise ValueError(
+            f"decay={decay!r} is no schedule: take default, paper_lm, learnable, or a number"
+        ) from None
+    if not 0 < gamma <= 1:
+        raise ValueError(f"decay={gamma} must lie in (0, 1]: each token scales the past by it")
+    return (math.log(gamma),) * heads
+
+
+def inverse_root_sum(log_decay: Tensor, positions: Tensor) -> Tensor:
+    """``1 / sqrt(s_n)``, s_n = sum_{j=0..n} gamma^j = expm1((n+1) log gamma) / expm1(log gamma).
+
+    Args:
+        log_decay: (heads,); where it is 0, s_n is the count n + 1.
+        positions: (batch, time) ints, n.
+
+    Returns:
+        (batch or 1, time, heads) of log_decay's dtype.
+    """
+    if positions.stride(0) == 0:  # one row expanded
+        positions = positions[:1]
+    count = (positions + 1).to(log_decay.dtype)[..., None]
+    flat = log_decay == 0
+    safe = torch.where(flat, -1.0, log_decay)
+    total = torch.where(flat, count, torch.expm1(count * safe) / torch.expm1(safe))
+    return total.rsqrt()
+
+
+def retain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    memory: Tensor | None,
+    context: Context,
+    *,
+    chunk_size: int,
+    want_memory: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """``o_n = q_n S_n`` in chunks: exact for any time, chunk size and incoming state.
+
+    Inside a chunk scores are formed as in attention, with decay gamma^(i-j); what came before the
+    chunk is read from the state that enters it. With one chunk this is the parallel form.
+
+    Args:
+        q: (batch, time, heads, key_dim), float32 or float64; rotated, and already divided by
+            sqrt(s_n), since that factor belongs to the query's row.
+        k: As q; rotated and scaled. Zero at padding.
+        v: (batch, time, heads, value_dim). Zero at padding.
+        log_decay: (heads,) <= 0.
+        memory: (batch, heads, key_dim, value_dim), the S that enters; None: zero.
+        context: Documents reset S; padding neither adds to it nor lets it decay.
+        chunk_size: Tokens a chunk; the last chunk may be shorter.
+        want_memory: Also compute the S that leaves.
+
+    Returns:
+        o (batch, time, heads, value_dim), and S after the last token (None unless wanted).
+    """
+    outputs = []
+    time = q.shape[1]
+    begin = 0
+    while begin < time:
+        left = time - begin
+        chunk = min(chunk_size, left)
+        chunks = min(left // chunk, CHUNKS_AT_ONCE)
+        end = begin + chunk * chunks
+        piece = [x[:, begin:end] for x in (q, k, v)]
+        o, memory = _retain_chunks(
+            *piece,
+            log_decay,
+            memory,
+            context.piece(begin, end) if context.packed else None,
+            chunk,
+            want_memory or end < time,
+        )
+        outputs.append(o)
+        begin = end
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), memory
+
+
+class _Clock(NamedTuple):
+    """How many tokens have come, this one counted, and how many documents have begun.
+
+    Both (batch or 1, ...). Between two clocks lies gamma^(difference of counts), if they stand
+    in one document. segment None: all do.
+    """
+
+    count: Tensor
+    segment: Tensor | None
+
+    def at(self, view: Callable[[Tensor], Tensor]) -> _Clock:
+        return _Clock(view(self.count), None if self.segment is None else view(self.segment))
+
+    def decay_since(self, earlier: _Clock, log_decay: Tensor, order: Tensor | None = None) -> Tensor:
+        """gamma^(self - earlier), 0 across documents and outside `order`: (b, heads, ...)."""
+        elapsed = (self.count - earlier.count)[:, None]
+        exponent = elapsed * log_decay.view(-1, *(1,) * (elapsed.dim() - 2))
+        seen = order
+        if self.segment is not None and earlier.segment is not None:
+            same = (self.segment == earlier.segment)[:, None]
+            seen = same if order is None else same & order
+        # Masked before the exponential: where order is broken it would overflow.
+        return (exponent if seen is None else exponent.masked_fill(~seen, -math.inf)).exp()
+
+
+def _retain_chunks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    memory: Tensor | None,
+    context: Context | None,
+    chunk: int,
+    want_memory: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`retain` where chunk divides time; context None: no padding, no second document."""
+    q, k, v = (rearrange(x, "b (n c) h d -> b h n c d", c=chunk) for x in (q, k, v))
+    chunks, device = q.shape[2], q.device
+    if context is None:
+        clock = _Clock(torch.arange(1, chunks * chunk + 1, device=device)[None], None)
+    else:
+        clock = _Clock(context.valid.cumsum(dim=1), context.starts.cumsum(dim=1))
+    token = clock.at(lambda x: rearrange(x, "b (n c) -> b n c", c=chunk))
+    edge = token.at(lambda x: F.pad(x[:, :, -1], (1, 0)))  # before each chunk, and at the end
+    # Without documents all chunks are alike, and one of them stands for all.
+    some = slice(0, 1) if context is None else slice(0, chunks)
+    token = token.at(lambda x: x[:, some])
+    entry = edge.at(lambda x: x[:, :-1][:, some, None])
+    leaving = edge.at(lambda x: x[:, 1:][:, some, None])
+
+    causal = torch.ones((chunk, chunk), dtype=torch.bool, device=device).tril()
+    later, earlier = token.at(lambda x: x[..., :, None]), token.at(lambda x: x[..., None, :])
+    scores = (q @ k.mT) * later.decay_since(earlier, log_decay, causal)
+    o = scores @ v
+
+    # The states that enter the chunks (and the one that leaves the last): each is the sum of
+    # what all chunks before it added, and of the memory, decayed by the tokens in between.
+    first = 0 if memory is not None else 1  # without memory nothing enters the first chunk
+    last = chunks if want_memory else chunks - 1
+    states = None
+    if last >= first:
+        added = (k * leaving.decay_since(token, log_decay)[..., None]).mT @ v
+        added = rearrange(added[:, :, :last], "b h n k v -> b h n (k v)")
+        if memory is not None:
+            added = torch.cat([rearrange(memory, "b h k v -> b h 1 (k v)"), added], dim=2)
+        stop = edge.at(lambda x: x[:, first : last + 1])
+        order = torch.ones((last + 1 - first,) * 2, dtype=torch.bool, device=device).tril()
+        join = stop.at(lambda x: x[:, :, None]).decay_since(
+            stop.at(lambda x: x[:, None, :]), log_decay, order
+        )
+        states = rearrange(join @ added, "b h n (k v) -> b h n k v", k=k.shape[-1])
+        entering = states[:, :, : chunks - first]
+        if entering.shape[2]:
+            reading = (q * token.decay_since(entry, log_decay)[..., None])[:, :, first:]
+            crossed = reading @ entering
+            o = o + crossed if first == 0 else torch.cat([o[:, :, :1], o[:, :, 1:] + crossed], 2)
+    leaves = states[:, :, -1] if want_memory and states is not None else None
+    return rearrange(o, "b h n c d -> b (n c) h d"), leaves
+
+
+class Retention(KeepsFloat32, Mixer):
+    """Multi-scale retention in parallel, chunkwise and recurrent form.
+
+    ``S_n = gamma S_{n-1} + k_n^T v_n``, ``o_n = q_n S_n / sqrt(s_n)``,
+    ``y_n = (silu(x_n Wg) * concat_heads norm(o_n)) Wo``; see the top of this file. Parameters:
+    2 d^2 for q and k, 3 value_factor d^2 for v, gate and output. State: the float32 S,
+    (batch, heads, key_dim, value_dim), whatever the length of the text.
+
+    Source: Sun et al., Retentive Network, arXiv 2307.08621, sections 2.1 to 2.3.
+
+    Args:
+        dim: Width of x.
+        heads: Heads, each with its own decay.
+        value_factor: Width of the values over dim; heads must divide the width that results.
+        decay: "default" (1 - 2^(-5-h)), "paper_lm" (1/32 to 1/512 evenly in the logarithm),
+            "learnable" (begins as default), or one gamma for all heads, such as 1 or 0.9921875.
+        gate: Multiply by silu(x Wg) before the output projection.
+        head_norm: Of each head's output: "rms", "group" (mean and variance), or "none".
+        norm_eps: The head norm's epsilon.
+        chunk_size: Tokens a chunk in the chunkwise form.
+    """
+
+    handles_documents = True
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        value_factor: float = 2.0,
+        decay: str | float = "default",
+        gate: bool = True,
+        head_norm: Literal["rms", "group", "none"] = "rms",
+        norm_eps: float = 1e-6,
+        chunk_size: int = 64,
+    ) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, head_size(dim, heads)
+        value_width = round(dim * value_factor)
+        if value_width < 1 or value_width % heads:
+            raise ValueError(
+                f"value_factor={value_factor} makes values {value_width} wide, which heads="
+                f"{heads} does not divide: take a multiple of {heads / dim:g}"
+            )
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size={chunk_size} must be at least 1 token")
+        if head_norm not in ("rms", "group", "none"):
+            raise ValueError(f"head_norm={head_norm!r} is none of rms, group, none")
+        self.value_dim = value_width // heads
+        self.head_norm, self.norm_eps, self.chunk_size = head_norm, norm_eps, chunk_size
+        # One matrix for q, k, v and the gate, in this order.
+        self.widths = [dim, dim, value_width] + [value_width] * gate
+        self.query_key_value_gate = nn.Linear(dim, sum(self.widths), bias=False)
+        self.output = nn.Linear(value_width, dim, bias=False)
+        self.output.closes_residual = True
+        self.rotary: Rotary = RetentionRotation(self.head_dim)
+
+        self.learnable = decay == "learnable"
+        self.fixed_log_decay = log_decays("default" if self.learnable else decay, heads)
+        if self.learnable:  # log gamma = -exp(rate) stays below 0 wherever training takes it
+            rates = [math.log(-value) for value in self.fixed_log_decay]
+            self.decay_rate = nn.Parameter(torch.tensor(rates))
+            self.float32_names = ("decay_rate",)
+
+    def log_decay(self, like: Tensor) -> Tensor:
+        """Log gamma, (heads,) on the device of `like`, float32 (float64 for float64)."""
+        dtype = at_least_float32(like.dtype)
+        if self.learnable:
+            return -self.decay_rate.to(dtype).exp()
+        return constant(self.fixed_log_decay, like.device, dtype)
+
+    def init_state(
+        self,
+        batch_size: int,
+        *,
+        capacity: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> State:
+        """S = 0: {"memory": (batch, heads, key_dim, value_dim)}, float32 at least."""
+        shape = (batch_size, self.heads, self.head_dim, self.value_dim)
+        dtype = at_least_float32(dtype or self.output.weight.dtype)
+        return {"memory": torch.zeros(shape, device=device, dtype=dtype)}
+
+    def choose_form(self, time: int, state: State) -> str:
+        """Recurrent for one token, parallel for few, chunkwise for many."""
+        if time == 1 and state is not None:
+            return "recurrent"
+        return "parallel" if time <= PARALLEL_UP_TO else "chunkwise"
+
+    def project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Q, k, v (batch, time, heads, size), float32 at least, and the gate's input or None.
+
+        q and k come rotated, k scaled by key_dim^-0.5 and 0 at padding, as is v.
+        """
+        q, k, v, *gate = self.query_key_value_gate(x).split(self.widths, dim=-1)
+        q, k, v = (split_heads(part, self.heads) for part in (q, k, v))
+        dtype = at_least_float32(x.dtype)
+        q, k = self.rotary(q.to(dtype), k.to(dtype), context.positions, context.positions)
+        k, v = k * self.head_dim**-0.5, v.to(dtype)
+        if context.packed:
+            valid = context.valid[:, :, None, None]
+            k, v = k * valid, v * valid
+        return q, k, v, gate[0] if gate else None
+
+    def finish(self, o: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Head norm, gate, output projection: o (batch, time, heads, value_dim) to y."""
+        size = (self.value_dim,)
+        if self.head_norm == "rms":
+            o = F.rms_norm(o, size, eps=self.norm_eps)
+        elif self.head_norm == "group":
+            o = F.layer_norm(o, size, eps=self.norm_eps)
+        y = rearrange(o, "b t h d -> b t (h d)").to(dtype)
+        return self.output(y if gate is None else F.silu(gate) * y)
+
+    def _retain(
+        self, x: Tensor, state: State, context: Context, chunk_size: int
+    ) -> tuple[Tensor, State]:
+        q, k, v, gate = self.project(x, context)
+        log_decay = self.log_decay(x)
+        # Autocast would round the state and the scores to bfloat16.
+        with torch.autocast(x.device.type, enabled=False):
+            q = q * inverse_root_sum(log_decay, context.positions)[..., None]
+            o, memory = retain(
+                q,
+                k,
+                v,
+                log_decay,
+                None if state is None else state["memory"],
+                context,
+                chunk_size=chunk_size,
+                want_memory=state is not None,
+            )
+        return self.finish(o, gate, x.dtype), None if state is None else {"memory": memory}
+
+    def chunkwise(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+        """Time in chunks: O(time * (chunk_size + key_dim)) work a channel."""
+        return self._retain(x, state, context, self.chunk_size)
+
+    def parallel(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+        """One chunk: O(time^2) work, (heads, time, time) memory."""
+        return self._retain(x, state, context, x.shape[1])
+
+    def step(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+        """One token: decay the state, add k^T v, read it with q."""
+        q, k, v, gate = self.project(x, context)
+        log_decay = self.log_decay(x)
+        with torch.autocast(x.device.type, enabled=False):
+            q = q * inverse_root_sum(log_decay, context.positions)[..., None]
+            q, k, v = (rearrange(part, "b 1 h d -> b h 1 d") for part in (q, k, v))
+            gamma = log_decay.exp()[:, None, None]
+            if context.packed:  # a new document forgets the past; padding lets nothing decay
+                keep, valid = ~context.starts[:, :, None, None], context.valid[:, :, None, None]
+                gamma = torch.where(valid, gamma * keep, 1.0)
+            memory = state["memory"]
+            if torch.is_grad_enabled():
+                memory = memory * gamma + k.mT * v
+            else:
+                memory.mul_(gamma).addcmul_(k.mT, v)
+            o = rearrange(q @ memory, "b h 1 d -> b 1 h d")
+        return self.finish(o, gate, x.dtype), {"memory": memory}

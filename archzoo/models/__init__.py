@@ -1,0 +1,1 @@
+"""Architectures: one file each, its paper's architecture section."""

@@ -1,0 +1,131 @@
+"""Naming parts: a class, a partial of one, a name, or plain data; all become plain data.
+
+Plain data is ``{"class_path": ..., "init_args": {...}}``, which is what YAML, `config.json` and
+checkpoints hold, so that nothing but data is ever stored. Parts of the zoo go by their class name
+alone; others by their import path.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from archzoo import block
+
+SLOTS: dict[str, type[nn.Module]] = {
+    "mixer": block.Mixer,
+    "feed_forward": block.FeedForward,
+    "router": block.Router,
+    "embedding": block.Embedding,
+    "rotary": block.Rotary,
+    "bias": block.Bias,
+}
+
+# Where the zoo's own parts are defined.
+MODULES = (
+    "archzoo.mixers.attention",
+    "archzoo.mixers.retention",
+    "archzoo.feedforward.dense",
+    "archzoo.positions.embedding",
+    "archzoo.positions.rotary",
+)
+
+Spec = dict[str, Any]
+Part = str | type | functools.partial | Spec | Callable[..., nn.Module]
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """'a, b or c', the known names most like a given one, for error messages."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    if not close:
+        lowered = {entry.lower(): entry for entry in known}
+        close = [lowered[m] for m in difflib.get_close_matches(name.lower(), lowered, n=3)]
+    names = close or sorted(known)
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def list_parts(slot: str) -> dict[str, type[nn.Module]]:
+    """The zoo's own classes that fit a slot, by name."""
+    found = {}
+    for path in MODULES:
+        module = importlib.import_module(path)
+        for name, value in vars(module).items():
+            mine = inspect.isclass(value) and value.__module__ == path
+            if mine and not name.startswith("_") and issubclass(value, SLOTS[slot]):
+                found[name] = value
+    return found
+
+
+def find(slot: str, name: str) -> type[nn.Module]:
+    """The class that a name or import path stands for.
+
+    Raises:
+        ValueError: No such part (the nearest names are given), or one that fits another slot.
+    """
+    known = list_parts(slot)
+    if name in known:
+        return known[name]
+    path, _, attribute = name.rpartition(".")
+    if path:
+        try:
+            found = getattr(importlib.import_module(path), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"{slot} {name!r} cannot be imported: {error}") from None
+        if inspect.isclass(found) and issubclass(found, SLOTS[slot]):
+            return found
+        raise ValueError(f"{slot} {name!r} is no {SLOTS[slot].__name__}")
+    raise ValueError(f"there is no {slot} {name!r}; nearest: {nearest(name, list(known))}")
+
+
+def describe(slot: str, part: Part) -> Spec:
+    """A part as plain data, checked: ``{"class_path": ..., "init_args": {...}}``."""
+    arguments: dict[str, Any] = {}
+    if isinstance(part, functools.partial):
+        # jsonargparse hands over partial(instantiator, class, **arguments).
+        classes = [entry for entry in (part.func, *part.args) if inspect.isclass(entry)]
+        if len(classes) != 1:
+            raise ValueError(f"{slot} {part!r} is a partial of no class: take partial(Class, ...)")
+        part, arguments = classes[0], dict(part.keywords)
+    elif isinstance(part, dict):
+        unknown = set(part) - {"class_path", "init_args"}
+        if unknown or "class_path" not in part:
+            raise ValueError(f"{slot} {part!r} must hold class_path and may hold init_args")
+        part, arguments = part["class_path"], dict(part.get("init_args") or {})
+    if isinstance(part, str):
+        part = find(slot, part)
+    if not inspect.isclass(part) or not issubclass(part, SLOTS[slot]):
+        raise ValueError(f"{slot} {part!r} is no {SLOTS[slot].__name__}: name a class that is")
+    accepted = inspect.signature(part).parameters
+    for name in arguments:
+        if name not in accepted:
+            raise ValueError(
+                f"{part.__name__} has no argument {name!r}; nearest: "
+                f"{nearest(name, [n for n in accepted if n not in ('dim', 'heads')] or ['(none)'])}"
+            )
+    own = list_parts(slot).get(part.__name__) is part
+    path = part.__name__ if own else f"{part.__module__}.{part.__qualname__}"
+    return {"class_path": path, "init_args": _plain(arguments)}
+
+
+def build(slot: str, spec: Spec, *sizes: int) -> Any:
+    """The part that plain data describes, at the sizes its slot is built with."""
+    return find(slot, spec["class_path"])(*sizes, **spec.get("init_args", {}))
+
+
+def _plain(value: Any) -> Any:
+    """Namespaces, tuples and the like as dicts and lists."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if hasattr(value, "as_dict"):
+        return _plain(value.as_dict())
+    raise ValueError(f"the argument {value!r} is not plain data, so no checkpoint could hold it")

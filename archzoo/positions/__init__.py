@@ -1,0 +1,1 @@
+"""Position methods: rotaries, biases and embeddings."""

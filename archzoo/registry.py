@@ -1,0 +1,145 @@
+"""Presets by name: `register_model`, `create_model`, `list_models`."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+from typing import Any, NamedTuple
+
+import torch
+
+from archzoo.decoder import Decoder
+from archzoo.parts import nearest
+
+FAMILIES = ("transformer", "retnet")  # a module of archzoo.models each
+
+
+class Preset(NamedTuple):
+    """A named configuration.
+
+    Attributes:
+        name: ``family_size``.
+        arguments: Of `Decoder`.
+        paper: Where the architecture is from.
+        about: What it is made of: the docstring of its file.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    paper: str
+    about: str
+
+
+_presets: dict[str, Preset] = {}
+
+
+def register_model(
+    name: str, arguments: dict[str, Any], *, paper: str = "", about: str = ""
+) -> None:
+    """Add a preset.
+
+    Args:
+        name: ``family_size``, such as ``retnet_tiny``.
+        arguments: Of `Decoder`.
+        paper: Where the architecture is from.
+        about: What it is made of.
+
+    Raises:
+        ValueError: The name is taken.
+    """
+    if name in _presets:
+        raise ValueError(f"model {name!r} is registered already: take another name")
+    _presets[name] = Preset(name, dict(arguments), paper, about)
+
+
+def _load() -> None:
+    for family in FAMILIES:
+        importlib.import_module(f"archzoo.models.{family}")
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of presets that match a shell pattern, such as ``ret*``, in the order registered."""
+    _load()
+    return [name for name in _presets if fnmatch.fnmatch(name, pattern)]
+
+
+def get_preset(name: str) -> Preset:
+    """The preset of a name.
+
+    Raises:
+        ValueError: There is none; the nearest names are given.
+    """
+    _load()
+    if name not in _presets:
+        raise ValueError(f"there is no model {name!r}; nearest: {nearest(name, list(_presets))}")
+    return _presets[name]
+
+
+def create_model(name: str, match: str | None = None, **overrides: Any) -> Decoder:
+    """Build a preset, with some of its arguments replaced.
+
+    ``create_model("retnet_tiny", vocab_size=64, mixer=archzoo.Attention)`` swaps one part and
+    keeps everything else.
+
+    Args:
+        name: Of a preset; see `list_models`.
+        match: "parameters": set the feed-forward's width so that the model holds as many
+            parameters as the preset without the swapped parts, within 1 %.
+        **overrides: Arguments of `Decoder`; None means the preset's value.
+
+    Raises:
+        ValueError: An unknown name, argument or part, or a match that cannot be had.
+    """
+    preset = get_preset(name)
+    given = {key: value for key, value in overrides.items() if value is not None}
+    if "mixer" in given and "pattern" not in given:
+        given["pattern"] = None  # naming a mixer replaces a preset's pattern
+    arguments = preset.arguments | given
+    if match is None:
+        return build_decoder(arguments)
+    if match != "parameters":
+        raise ValueError(f"match={match!r}: the only thing to match is 'parameters'")
+    sizes = {"vocab_size", "dim", "depth", "heads", "tie_weights", "context_length"}
+    reference = preset.arguments | {key: given[key] for key in sizes & set(given)}
+    return build_decoder(arguments | {"width": matching_width(arguments, reference)})
+
+
+def build_decoder(arguments: dict[str, Any]) -> Decoder:
+    """`Decoder(**arguments)`, with unknown arguments answered by the nearest known ones."""
+    known = list(Decoder.__init__.__annotations__)
+    for argument in arguments:
+        if argument not in known:
+            raise ValueError(
+                f"a decoder has no argument {argument!r}; nearest: {nearest(argument, known)}"
+            )
+    return Decoder(**arguments)
+
+
+def count_parameters(arguments: dict[str, Any]) -> int:
+    """How many parameters `Decoder(**arguments)` would hold; nothing is allocated."""
+    with torch.device("meta"):
+        return build_decoder(arguments).parameter_count()
+
+
+def matching_width(arguments: dict[str, Any], reference: dict[str, Any]) -> int:
+    """The feed-forward width at which two models hold the same number of parameters.
+
+    The count is linear in the width, so two widths tell all. A multiple of 8 where that stays
+    within 1 %.
+
+    Raises:
+        ValueError: No width brings the counts within 1 %.
+    """
+    target = count_parameters(reference)
+    at_8, at_16 = (count_parameters(arguments | {"width": width}) for width in (8, 16))
+    slope = (at_16 - at_8) / 8
+    if not slope:
+        raise ValueError("the feed-forward's width does not change the number of parameters")
+    exact = 8 + (target - at_8) / slope
+    for width in (8 * round(exact / 8), round(exact)):
+        if width >= 1 and abs(at_8 + (width - 8) * slope - target) <= 0.01 * target:
+            return width
+    raise ValueError(
+        f"no feed-forward width gives {target:,} parameters: "
+        f"the rest of the model holds {round(at_8 - 8 * slope):,} already"
+    )
