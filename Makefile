@@ -1,0 +1,72 @@
+# make train      set up, train a RetNet on addition, test it, decode some sums
+# make test       set up, run the tests (all but the slow ones)
+# make test-slow  set up, run the slow ones
+# make lint       set up, check style and types
+# make clean      remove the environment and the caches; never runs/
+#
+# Variables:
+#   PYTHON=python3.12   the Python that makes the environment (3.11 or newer)
+#   TORCH_INDEX=URL     the package index torch comes from; empty: the one pip is set up with
+#   STEPS=20            make train: stop after so many steps
+#   PYTEST_ARGS=...     make test, test-slow: more arguments, such as tests/test_cli.py
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+STEPS ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -q
+TORCH := $(shell grep '^torch==' constraints.txt)
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile
+
+# Where Python may not write bytecode, every import of torch takes seconds longer.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: setup train test test-slow lint clean
+.DEFAULT_GOAL := test
+
+setup: $(VENV)/installed
+
+# ---- make train -------------------------------------------------------------------------------
+train: setup
+	$(BIN)/python train.py fit --config configs/addition.yaml $(if $(STEPS),--trainer.max_steps $(STEPS))
+	$(BIN)/python train.py test --ckpt_path runs/addition/last.ckpt
+	$(BIN)/archzoo generate runs/addition/last.ckpt "123+456="
+# -----------------------------------------------------------------------------------------------
+
+test: setup
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-slow: setup
+	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find archzoo tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  "archzoo needs Python 3.11 or newer: make PYTHON=python3.11 names one")'
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# torch first and alone. PyPI's build for Linux brings several GB of CUDA libraries, so a Linux
+# machine without an NVIDIA GPU asks for the CPU build by its version, which no other build can
+# satisfy: pip finds it, or stops before it downloads anything.
+$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
+	@if [ -n "$(TORCH_INDEX)" ]; then \
+	  echo "$(TORCH) from $(TORCH_INDEX)"; \
+	  $(PIP) --no-deps --index-url "$(TORCH_INDEX)" "$(TORCH)"; \
+	elif [ "$$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1; then \
+	  echo "No NVIDIA GPU here: $(TORCH)+cpu"; \
+	  $(PIP) --no-deps "$(TORCH)+cpu" || { echo "pip's package index has no CPU build of torch:" \
+	    "add TORCH_INDEX=https://download.pytorch.org/whl/cpu to the make command" >&2; exit 1; }; \
+	fi
+	$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@

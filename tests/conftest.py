@@ -1,0 +1,46 @@
+"""What every test runs under: one torch thread, seeded, and random inputs that can be replayed."""
+
+import os
+
+# Two threads on two busy cores slow small steps several times. Set before torch is imported, and in
+# the environment, so that the commands which tests start keep to it too.
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+
+import hypothesis
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+class _TorchGenerator:
+    """Torch's global generator in the shape of `random.Random`, for hypothesis to seed."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+_torch_generator = _TorchGenerator()  # hypothesis keeps only a weak reference
+hypothesis.register_random(_torch_generator)
+
+# Inputs are new in every run, in CI too; a failure prints the line that replays it. For more
+# examples: pytest --hypothesis-profile=thorough.
+hypothesis.settings.register_profile(
+    "archzoo",
+    max_examples=20,
+    deadline=None,  # the first call of a shape is slow, and the machine may be busy
+    derandomize=False,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.register_profile(
+    "thorough", hypothesis.settings.get_profile("archzoo"), max_examples=500
+)
+hypothesis.settings.load_profile("archzoo")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Every test starts from the same random state, whichever tests ran before it."""
+    torch.manual_seed(0)
