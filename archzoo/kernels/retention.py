@@ -1,0 +1,538 @@
+"""Retention as a fused kernel, and the facts by which it is chosen.
+
+    S_n = gamma S_(n-1) + k_n^T v_n        o_n = q_n S_n / sqrt(s_n)        s_n = sum_{j<=n} gamma^j
+
+`retention` computes this for a whole piece of a sequence, forward and backward, in Triton;
+`retention_step` computes it for one token and updates the state in place. The plain PyTorch form
+in `archzoo.mixers.retention` is the twin that both are tested against, and what runs wherever
+`unavailable` names a reason. Derivation and measurements: docs/kernels.md; the method: Retentive
+Network, arXiv 2307.08621.
+
+Importing this module needs neither Triton nor a GPU: both are looked for at the first call.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["available", "retention", "retention_step", "unavailable"]
+
+MAX_KEY_WIDTH = 256
+MAX_VALUE_WIDTH = 512
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+def _interpreting() -> bool:
+    """True where Triton's kernels run on the CPU through its interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def unavailable(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None) -> str | None:
+    """Why the kernels cannot take these tensors; None where they can.
+
+    Args:
+        q: queries, (batch, time, heads, dk).
+        k: keys, (batch, time, heads, dk).
+        v: values, (batch, time, heads, dv).
+        log_decay: log gamma, (heads,); one that wants a gradient is refused.
+    """
+    missing = _triton_missing()
+    if missing is not None:
+        return missing
+    if q.device.type != "cuda" and not (_interpreting() and q.device.type == "cpu"):
+        return f"the kernels need a CUDA device, the tensors are on {q.device.type}"
+    if torch.version.hip is not None:
+        return "the kernels were never run on ROCm"
+    if not q.dtype == k.dtype == v.dtype:
+        return f"q, k and v have different dtypes: {q.dtype}, {k.dtype}, {v.dtype}"
+    if q.dtype not in (torch.bfloat16, torch.float32):
+        return f"the kernels take bfloat16 and float32, not {q.dtype}"
+    if q.shape[-1] > MAX_KEY_WIDTH or v.shape[-1] > MAX_VALUE_WIDTH:
+        return (
+            f"the kernels take dk up to {MAX_KEY_WIDTH} and dv up to {MAX_VALUE_WIDTH}, "
+            f"not {q.shape[-1]} and {v.shape[-1]}"
+        )
+    if log_decay is not None and log_decay.requires_grad and torch.is_grad_enabled():
+        return "the kernels give no gradient to the decay"
+    return None
+
+
+def available(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None) -> bool:
+    """True where the kernels can take these tensors, see `unavailable`."""
+    return unavailable(q, k, v, log_decay) is None
+
+
+class Plan(NamedTuple):
+    """How the work is cut: for speed only, every plan computes the same."""
+
+    chunk: int  # tokens a loop step takes
+    block_q: int  # rows of the state that are a's width in the forward (dk) and in dv
+    tile_v: int  # columns of the state there: a tile of dv
+    block_v: int  # rows of the state in dq and dk, where a is as wide as dv
+    tile_k: int  # columns of the state there: a tile of dk
+    scores: bool  # the chunk's own weights are computed once, ahead, for all tiles
+    warps: int
+    stages: int
+    backward_warps: int
+    backward_stages: int
+
+
+# Measured on an H200; see docs/kernels.md for the sweeps. Keys: widths up to which the row holds.
+_BFLOAT16_PLANS: tuple[tuple[int, int, Plan], ...] = (
+    (64, 64, Plan(64, 64, 64, 64, 64, False, 4, 3, 4, 3)),
+    (128, 128, Plan(64, 128, 64, 128, 64, False, 4, 2, 4, 2)),
+    (128, 256, Plan(64, 128, 64, 256, 64, False, 4, 2, 4, 2)),
+    (256, 512, Plan(64, 256, 64, 256, 64, True, 8, 2, 8, 2)),
+)
+# The programs that fill the chip: two for each of the 132 multiprocessors of an H100 or H200.
+_FILL = 256
+_SEGMENT_LEAST = 512
+
+
+def _power_of_2(number: int) -> int:
+    """The least power of two that holds `number` and that a matrix unit takes."""
+    return max(16, 1 << (number - 1).bit_length())
+
+
+def _plan(dk: int, dv: int, dtype: torch.dtype) -> Plan:
+    wide_k, wide_v = _power_of_2(dk), _power_of_2(dv)
+    if dtype == torch.float32:
+        # Exact float32 has no matrix unit: small tiles, so that the products fit in registers.
+        block_q, block_v = min(wide_k, 64), min(wide_v, 64)
+        scores = wide_k > 64 or wide_v > 64
+        return Plan(
+            32, block_q, min(wide_v, 32), block_v, min(wide_k, 32), scores, 4, 1, 4, 1
+        )
+    for limit_k, limit_v, plan in _BFLOAT16_PLANS:
+        if wide_k <= limit_k and wide_v <= limit_v:
+            return plan._replace(
+                block_q=min(plan.block_q, wide_k),
+                tile_v=min(plan.tile_v, wide_v),
+                block_v=min(plan.block_v, wide_v),
+                tile_k=min(plan.tile_k, wide_k),
+            )
+    raise ValueError(f"no kernel for dk {dk} and dv {dv}")
+
+
+def _segments(plan: Plan, rows: int, time: int, dv: int) -> tuple[int, int]:
+    """Cuts time so that the forward fills the chip: (tokens a segment, segments)."""
+    programs = rows * -(-dv // plan.tile_v)
+    wanted = min(-(-_FILL // programs), -(-time // _SEGMENT_LEAST))
+    if programs * 4 >= _FILL * 3:
+        wanted = 1
+    segment = -(-time // max(wanted, 1))
+    segment = max(-(-segment // plan.chunk) * plan.chunk, plan.chunk)
+    return segment, max(-(-time // segment), 1)
+
+
+def _unit_last(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+class _Call(NamedTuple):
+    """What forward and backward have in common."""
+
+    plan: Plan
+    segment: int
+    segments: int
+    chunks: int
+    facts: dict[str, Any]
+    facts_pointers: tuple[Tensor, Tensor, Tensor]
+
+
+def _call(
+    q: Tensor,
+    v: Tensor,
+    positions: Tensor | None,
+    documents: Tensor | None,
+    ranges: Tensor | None,
+    scale: bool,
+) -> _Call:
+    batch, time, heads, dk = q.shape
+    dv = v.shape[-1]
+    plan = _plan(dk, dv, q.dtype)
+    segment, segments = _segments(plan, batch * heads, time, dv)
+    facts = {
+        "HAS_DOCUMENTS": documents is not None,
+        "HAS_RANGES": ranges is not None,
+        "HAS_POSITIONS": positions is not None,
+        "SCALE": scale,
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "UPCAST": q.device.type == "cpu",
+    }
+    # Absent tensors are never read; a pointer of the same type keeps one compiled kernel.
+    pointers = tuple(q if x is None else x for x in (positions, documents, ranges))
+    chunks = -(-time // plan.chunk)
+    return _Call(plan, segment, segments, chunks, facts, pointers)  # type: ignore[arg-type]
+
+
+def _without(facts: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in facts.items() if name not in names}
+
+
+def _sums(
+    b: Tensor,
+    c: Tensor,
+    call: _Call,
+    log_decay: Tensor,
+    block: int,
+    tile: int,
+    reverse: bool,
+    initial: Tensor | None,
+    leave: bool,
+) -> tuple[Tensor, Tensor]:
+    """The two-level pass: states that enter each segment (walking order), and the last one."""
+    from archzoo.kernels import retention_triton as kernels
+
+    batch, time, heads, width = b.shape
+    columns = c.shape[-1]
+    size = width * columns
+    entering = b.new_empty((batch, heads, call.segments, width, columns), dtype=torch.float32)
+    final = b.new_empty((batch, heads, width, columns) if leave else (0,), dtype=torch.float32)
+    positions, documents, ranges = call.facts_pointers
+    tiles = -(-width // block) * -(-columns // tile)
+    kernels.segment_sums_kernel[(tiles, batch * heads, call.segments)](
+        b, c, entering, log_decay, positions, documents, ranges,
+        b.stride(0), b.stride(1), b.stride(2), c.stride(0), c.stride(1), c.stride(2),
+        time, call.segment, call.segments, heads,
+        B=width, C=columns, BLOCK_B=block, TILE=tile, CHUNK=call.plan.chunk, REVERSE=reverse,
+        **call.facts, num_warps=call.plan.warps, num_stages=call.plan.stages,
+    )  # fmt: skip
+    block_elements = 1024
+    kernels.join_kernel[(-(-size // block_elements), batch * heads)](
+        entering, entering if initial is None else initial, final, log_decay, documents, ranges,
+        time, call.segment, call.segments, heads, size,
+        BLOCK=block_elements, REVERSE=reverse, HAS_INITIAL=initial is not None, HAS_FINAL=leave,
+        HAS_DOCUMENTS=call.facts["HAS_DOCUMENTS"], HAS_RANGES=call.facts["HAS_RANGES"],
+    )  # fmt: skip
+    return entering, final
+
+
+def _strides(tensor: Tensor) -> tuple[int, int, int]:
+    return tensor.stride(0), tensor.stride(1), tensor.stride(2)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    positions: Tensor | None,
+    documents: Tensor | None,
+    ranges: Tensor | None,
+    scale: bool,
+    leave: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o, the last state (empty unless `leave`) and the states entering the segments."""
+    from archzoo.kernels import retention_triton as kernels
+
+    q, k, v = _unit_last(q), _unit_last(k), _unit_last(v)
+    batch, time, heads, dk = q.shape
+    dv = v.shape[-1]
+    call = _call(q, v, positions, documents, ranges, scale)
+    plan = call.plan
+    # Tokens outside a row's range are written by nobody.
+    make = torch.empty if ranges is None else torch.zeros
+    o = make((batch, time, heads, dv), dtype=v.dtype, device=v.device)
+    state = None if state is None else state.float().contiguous()
+    if call.segments > 1:
+        entering, final = _sums(
+            k, v, call, log_decay, plan.block_q, plan.tile_v, False, state, leave
+        )
+        source = entering
+    else:
+        entering = q.new_empty((0,), dtype=torch.float32)
+        final = q.new_empty((batch, heads, dk, dv) if leave else (0,), dtype=torch.float32)
+        source = final if state is None else state
+    positions_pointer, documents_pointer, ranges_pointer = call.facts_pointers
+    rows = batch * heads
+    scores = o
+    if plan.scores:
+        scores = q.new_empty((rows, call.chunks, plan.chunk, plan.chunk))
+        kernels.scores_kernel[(call.chunks, rows, 1)](
+            q, k, v, v, scores, log_decay, positions_pointer, documents_pointer, ranges_pointer,
+            *_strides(q), *_strides(k), *_strides(v), *_strides(v),
+            time, heads, call.chunks, 0,
+            DK=dk, DV=dv, BLOCK_A=min(64, plan.block_q), CHUNK=plan.chunk, BACKWARD=False,
+            **call.facts, num_warps=4, num_stages=plan.stages,
+        )  # fmt: skip
+    kernels.forward_kernel[(-(-dv // plan.tile_v), rows, call.segments)](
+        q, k, v, o, scores, log_decay, positions_pointer, documents_pointer, ranges_pointer,
+        source, final, *_strides(q), *_strides(k), *_strides(v), *_strides(o),
+        time, call.segment, call.segments, heads, call.chunks,
+        DK=dk, DV=dv, BLOCK_A=plan.block_q, TILE=plan.tile_v, CHUNK=plan.chunk,
+        HAS_ENTERING=call.segments > 1 or state is not None,
+        HAS_LEAVING=leave and call.segments == 1, HAS_SCORES=plan.scores,
+        **call.facts, num_warps=plan.warps, num_stages=plan.stages,
+    )  # fmt: skip
+    return o, final, entering
+
+
+def _backward(
+    do: Tensor,
+    d_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    entering: Tensor,
+    positions: Tensor | None,
+    documents: Tensor | None,
+    ranges: Tensor | None,
+    scale: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv and the gradient of the entering state (empty without one)."""
+    from archzoo.kernels import retention_triton as kernels
+
+    q, k, v, do = _unit_last(q), _unit_last(k), _unit_last(v), _unit_last(do)
+    batch, time, heads, dk = q.shape
+    dv = v.shape[-1]
+    call = _call(q, v, positions, documents, ranges, scale)
+    plan = call.plan
+    make = torch.empty if ranges is None else torch.zeros
+    grad_q = make((batch, time, heads, dk), dtype=q.dtype, device=q.device)
+    grad_k = make((batch, time, heads, dk), dtype=q.dtype, device=q.device)
+    grad_v = make((batch, time, heads, dv), dtype=q.dtype, device=q.device)
+    d_final = None if d_final is None else d_final.float().contiguous()
+    state = None if state is None else state.float().contiguous()
+    leave = state is not None
+    if call.segments > 1:
+        source = entering
+        arriving, d_state = _sums(
+            q, do, call, log_decay, plan.block_q, plan.tile_v, True, d_final, leave
+        )
+    else:
+        d_state = q.new_empty((batch, heads, dk, dv) if leave else (0,), dtype=torch.float32)
+        source = d_state if state is None else state
+        arriving = d_state if d_final is None else d_final
+    positions_pointer, documents_pointer, ranges_pointer = call.facts_pointers
+    rows = batch * heads
+    scores, role = grad_q, 0
+    if plan.scores:
+        role = rows * call.chunks * plan.chunk * plan.chunk
+        scores = q.new_empty((3, rows, call.chunks, plan.chunk, plan.chunk))
+        kernels.scores_kernel[(call.chunks, rows, 3)](
+            q, k, v, do, scores, log_decay, positions_pointer, documents_pointer, ranges_pointer,
+            *_strides(q), *_strides(k), *_strides(v), *_strides(do),
+            time, heads, call.chunks, role,
+            DK=dk, DV=dv, BLOCK_A=min(64, plan.block_q), CHUNK=plan.chunk, BACKWARD=True,
+            **call.facts, num_warps=4, num_stages=plan.stages,
+        )  # fmt: skip
+    tiles = 2 * -(-dk // plan.tile_k) + -(-dv // plan.tile_v)
+    kernels.backward_kernel[(tiles, rows, call.segments)](
+        q, k, v, do, grad_q, grad_k, grad_v, scores, log_decay,
+        positions_pointer, documents_pointer, ranges_pointer, source, arriving, d_state,
+        *_strides(q), *_strides(k), *_strides(v), *_strides(do), *_strides(grad_q),
+        *_strides(grad_v), time, call.segment, call.segments, heads, call.chunks, role,
+        DK=dk, DV=dv, BLOCK_A_K=plan.block_v, TILE_K=plan.tile_k, BLOCK_A_V=plan.block_q,
+        TILE_V=plan.tile_v, CHUNK=plan.chunk,
+        HAS_ENTERING=call.segments > 1 or state is not None,
+        HAS_ARRIVING=call.segments > 1 or d_final is not None,
+        HAS_LEAVING=leave and call.segments == 1, HAS_SCORES=plan.scores,
+        **call.facts, num_warps=plan.backward_warps, num_stages=plan.backward_stages,
+    )  # fmt: skip
+    if leave and documents is not None:
+        # A row that opens with a new document never looked at the state that entered.
+        at = torch.zeros_like(documents[:, :1]) if ranges is None else ranges[:, :1]
+        unread = documents.gather(1, at.long()) != 0
+        d_state.masked_fill_(unread[:, :, None, None], 0.0)
+    return grad_q, grad_k, grad_v, d_state
+
+
+_library = torch.library.Library("archzoo", "FRAGMENT")
+_library.define(
+    "retention(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? state, Tensor? positions, "
+    "Tensor? documents, Tensor? ranges, bool scale, bool leave) -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "retention_backward(Tensor do, Tensor? d_final, Tensor q, Tensor k, Tensor v, "
+    "Tensor log_decay, Tensor? state, Tensor entering, Tensor? positions, Tensor? documents, "
+    "Tensor? ranges, bool scale) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+for _key in ("CPU", "CUDA"):
+    _library.impl("retention", _forward, _key)
+    _library.impl("retention_backward", _backward, _key)
+
+
+@torch.library.register_fake("archzoo::retention", lib=_library)
+def _forward_fake(  # type: ignore[no-untyped-def]
+    q, k, v, log_decay, state, positions, documents, ranges, scale, leave
+):
+    batch, time, heads, dk = q.shape
+    dv = v.shape[-1]
+    _, segments = _segments(_plan(dk, dv, q.dtype), batch * heads, time, dv)
+    empty = functools.partial(q.new_empty, dtype=torch.float32)
+    return (
+        v.new_empty((batch, time, heads, dv)),
+        empty((batch, heads, dk, dv) if leave else (0,)),
+        empty((batch, heads, segments, dk, dv) if segments > 1 else (0,)),
+    )
+
+
+@torch.library.register_fake("archzoo::retention_backward", lib=_library)
+def _backward_fake(  # type: ignore[no-untyped-def]
+    do, d_final, q, k, v, log_decay, state, entering, positions, documents, ranges, scale
+):
+    batch, time, heads, dk = q.shape
+    dv = v.shape[-1]
+    shape = (0,) if state is None else (batch, heads, dk, dv)
+    return (
+        q.new_empty((batch, time, heads, dk)),
+        q.new_empty((batch, time, heads, dk)),
+        q.new_empty((batch, time, heads, dv)),
+        q.new_empty(shape, dtype=torch.float32),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    q, k, v, log_decay, state, positions, documents, ranges, scale, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, log_decay, state, output[2], positions, documents, ranges)
+    ctx.scale = scale
+
+
+def _autograd(ctx, do, d_final, _):  # type: ignore[no-untyped-def]
+    q, k, v, log_decay, state, entering, positions, documents, ranges = ctx.saved_tensors
+    if do is None:
+        do = torch.zeros_like(v)
+    grad_q, grad_k, grad_v, d_state = torch.ops.archzoo.retention_backward(
+        do, d_final, q, k, v, log_decay, state, entering, positions, documents, ranges, ctx.scale
+    )
+    d_state = None if state is None else d_state.to(state.dtype)
+    return grad_q, grad_k, grad_v, None, d_state, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "archzoo::retention", _autograd, setup_context=_setup_context, lib=_library
+)
+
+
+def retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None = None,
+    positions: Tensor | None = None,
+    starts: Tensor | None = None,
+    valid: Tensor | None = None,
+    scale: bool = True,
+    return_state: bool | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Retention over a piece of a sequence, fused, differentiable in q, k, v and state.
+
+        S_n = gamma S_(n-1) + k_n^T v_n,   o_n = q_n S_n / sqrt(s_n),   s_n = sum_{j<=n} gamma^j
+
+    Memory: the backward keeps q, k, v and at most one state per 512 tokens and head.
+    Deterministic, and never waits for the device.
+
+    Args:
+        q: rotated queries, (batch, time, heads, dk), any strides with a unit last one.
+        k: rotated keys, already scaled, (batch, time, heads, dk).
+        v: values, (batch, time, heads, dv).
+        log_decay: log gamma <= 0 of each head, (heads,), float32 or float64; 0 is no decay.
+        state: S before the first token, (batch, heads, dk, dv) float32, or None for zero.
+        positions: n, the position of each token in its document, (batch, time) int. None: counted
+            from the row's first valid token, which is right for one document a row and no state.
+        starts: True at the first token of a document: S is zero before it. (batch, time) bool.
+        valid: False at padding, which may stand only at the ends of a row: it leaves S as it is
+            and its output is 0. (batch, time) bool.
+        scale: divide by sqrt(s_n).
+        return_state: whether the last S is wanted. None: where a state was given.
+
+    Returns:
+        o, (batch, time, heads, dv) in v's dtype, and S after the last valid token,
+        (batch, heads, dk, dv) float32, or None where it is not wanted.
+
+    Raises:
+        RuntimeError: the kernels cannot take these tensors; the message says why.
+        ValueError: packed documents without positions.
+    """
+    reason = unavailable(q, k, v, log_decay)
+    if reason is not None:
+        raise RuntimeError(f"no retention kernel: {reason}")
+    if starts is not None and positions is None and scale:
+        raise ValueError("packed documents (starts) need positions within the document")
+    leave = state is not None if return_state is None else return_state
+    documents = ranges = None
+    if positions is not None:
+        positions = positions.to(torch.int32).contiguous()
+    if valid is not None:
+        last = valid.shape[1] - valid.flip(1).to(torch.uint8).argmax(1)
+        first = valid.to(torch.uint8).argmax(1)
+        ranges = torch.stack((first, torch.where(valid.any(1), last, first)), 1).to(torch.int32)
+        if starts is not None:
+            starts = starts & valid
+    if starts is not None:
+        # Equal numbers, equal documents; 0 is the document that the entering state belongs to.
+        documents = starts.cumsum(1, dtype=torch.int32)
+    o, final, _ = torch.ops.archzoo.retention(
+        q, k, v, log_decay.detach(), state, positions, documents, ranges, scale, leave
+    )
+    return o, final if leave else None
+
+
+def retention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    positions: Tensor | None = None,
+    starts: Tensor | None = None,
+    valid: Tensor | None = None,
+    scale: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """One token of retention in one kernel; `state` is updated in place. No gradients.
+
+    Args:
+        q: rotated query, (batch, 1, heads, dk) or (batch, heads, dk), unit last stride.
+        k: rotated, scaled key, shaped like q.
+        v: value, (batch, 1, heads, dv) or (batch, heads, dv).
+        log_decay: log gamma of each head, (heads,).
+        state: S, (batch, heads, dk, dv) float32 with a unit last stride; overwritten.
+        positions: position of the token in its document, (batch,) or (batch, 1) int; None: 0.
+        starts: True where the token opens a document, (batch,) or (batch, 1) bool.
+        valid: False where the token is padding: S stays, the output is 0. Like `starts`.
+        scale: divide by sqrt(s_n).
+
+    Returns:
+        o, shaped like v and of its dtype, and `state` itself.
+    """
+    from archzoo.kernels import retention_triton as kernels
+
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    q, k, v = _unit_last(q), _unit_last(k), _unit_last(v)
+    batch, heads, dk, dv = state.shape
+    block = _power_of_2(dk)
+    tile = min(32 if batch * heads < 1024 else 64, _power_of_2(dv))
+    kernels.step_kernel[(-(-dv // tile), batch * heads)](
+        q, k, v, o, state, log_decay,
+        state if positions is None else positions,
+        state if starts is None else starts.view(torch.uint8),
+        state if valid is None else valid.view(torch.uint8),
+        q.stride(0), q.stride(-2), k.stride(0), k.stride(-2), v.stride(0), v.stride(-2),
+        o.stride(0), o.stride(-2),
+        0 if positions is None else positions.stride(0),
+        0 if starts is None else starts.stride(0),
+        0 if valid is None else valid.stride(0),
+        state.stride(0), state.stride(1), state.stride(2), heads,
+        DK=dk, DV=dv, BLOCK_K=block, TILE=tile, SCALE=scale,
+        HAS_POSITIONS=positions is not None, HAS_STARTS=starts is not None,
+        HAS_VALID=valid is not None, num_warps=4,
+    )  # fmt: skip
+    return o, state
