@@ -1,0 +1,321 @@
+"""Data as a function of (seed, number): what every task is built on.
+
+Nothing here is drawn from a generator that moves on. Example n of a stream is computed from the
+seed and from n alone, so that batch size, number of ranks and the point where a run was resumed
+cannot change it. What must be remembered of a training run is one integer: how many batches it
+has used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from archzoo.tasks.tokenizers import Tokenizer
+
+Batch = dict[str, Tensor]
+Integers = NDArray[np.int64]
+Bits = NDArray[np.uint64]
+
+IGNORED = -100  # the label of a position without a target, as in torch.nn.functional.cross_entropy
+
+# ---------------------------------------------------------------------------- random numbers
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK = 0xFFFFFFFFFFFFFFFF
+
+
+def mix(bits: Bits) -> Bits:
+    """Scrambles 64-bit integers one by one, a bijection with mix(0) = 0 (SplitMix64's finaliser).
+
+    Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
+    """
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
+def random_bits(seed: int, stream: int, numbers: Integers, draws: int, start: int = 0) -> Bits:
+    """Draws `start` to `start + draws` of the generators that belong to (seed, stream, number).
+
+    Every number has a SplitMix64 generator of its own, which is counter-based: draw k is
+    mix(origin + k * golden ratio), whatever was drawn before. The values depend on the arguments
+    alone, not on a library's version.
+
+    Args:
+        seed: any integer.
+        stream: keeps uses of one seed apart.
+        numbers: (examples,) int64.
+        draws: how many values per number.
+        start: the first draw's index.
+
+    Returns:
+        (draws, examples) uint64.
+    """
+    key = mix(np.array([(seed * 2 + 1) * _GOLDEN & _MASK], np.uint64))
+    key = mix(key + np.uint64(stream))
+    origins = mix(key + numbers.astype(np.uint64) * np.uint64(_GOLDEN))
+    counters = np.arange(start + 1, start + draws + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+    return mix(origins + counters[:, None])
+
+
+# ---------------------------------------------------------------------------- loaders
+
+
+class Loader:
+    """Batches by number, cut into rows for the ranks of a distributed run.
+
+    A pass gives the batches 0, 1, ... of an evaluation, or the next `len(loader)` batches of
+    training, whose numbers run on from pass to pass.
+
+    Where a training pass begins is asked of the running `lightning.Trainer`, whose checkpoints
+    hold the number of completed batches. So a resumed run goes on with the batch after the last
+    one that it was trained on: in the middle of an epoch, of an accumulation, or of a batch.
+    Outside a trainer, `state_dict` and `load_state_dict` keep the place.
+
+    Lightning leaves a loader of this kind alone: there is no sampler to replace, and because the
+    length is known nothing is fetched ahead.
+
+    Args:
+        make: (batch number, rows) -> batch, a pure function; rows is (rows,) int64.
+        batch_size: rows of a batch, all ranks together.
+        rows: rows of one pass. Training stops at whole batches, an evaluation's last batch may be
+            smaller.
+        task: the task whose trainer is asked for ranks and progress.
+        training: whether the numbers run on from pass to pass.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[int, Integers], Batch],
+        batch_size: int,
+        rows: int,
+        task: Task,
+        *,
+        training: bool,
+    ) -> None:
+        self.make = make
+        self.batch_size = batch_size
+        self.rows = rows
+        self.task = task
+        self.training = training
+        self.batches = 0
+
+    def __len__(self) -> int:
+        return -(-self.rows // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        # A generator: this runs at the first batch, when Lightning has restored its progress.
+        trainer = self.task.trainer
+        rank, ranks = _rank(trainer)
+        if self.training and self.batch_size % ranks:
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be shared by {ranks} ranks: it counts the "
+                f"rows of all ranks together, so take a multiple of {ranks}"
+            )
+        if not self.training:
+            self.batches = 0
+        elif trainer is not None and trainer.training:
+            self.batches = trainer.fit_loop.epoch_loop.batch_progress.total.completed
+        for _ in range(len(self)):
+            number = self.batches
+            if self.training and getattr(trainer, "overfit_batches", 0):
+                assert trainer is not None
+                number %= int(trainer.num_training_batches)
+            self.batches += 1
+            yield self.batch(number, rank, ranks)
+
+    def batch(self, number: int, rank: int = 0, ranks: int = 1) -> Batch:
+        """The rows of one rank in batch `number`.
+
+        Every rank gets the same number of rows. Where an evaluation's last batch does not share
+        out evenly, rows without any label fill the gap.
+        """
+        rows = self.batch_size
+        if not self.training:
+            rows = min(rows, self.rows - number * self.batch_size)
+        share = -(-rows // ranks)
+        mine = np.arange(rank * share, (rank + 1) * share)
+        batch = self.make(number, np.minimum(mine, rows - 1))
+        if mine[-1] >= rows:
+            batch["labels"][torch.from_numpy(mine >= rows)] = IGNORED
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        """How many batches training has used."""
+        return {"batches": self.batches}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on after the batches that `state` counts."""
+        self.batches = state["batches"]
+
+
+def _rank(trainer: lightning.Trainer | None) -> tuple[int, int]:
+    share = trainer.distributed_sampler_kwargs if trainer is not None else None
+    return (share["rank"], share["num_replicas"]) if share else (0, 1)
+
+
+# ---------------------------------------------------------------------------- tasks
+
+
+class Task(lightning.LightningDataModule):
+    """A data set with its tokenizer and the metrics that fit it.
+
+    A batch is a dict of tensors, all (batch, time) unless said otherwise:
+
+    - `tokens`: int64.
+    - `labels`: int64, already shifted: `labels[:, t]` is what the logits at t should say, -100
+      where nothing is asked.
+    - `documents`: int64, which document a token belongs to; -1 is padding, at the ends of a row.
+      Absent: a row is one document.
+    - `examples`: int64, the number of the example that the token belongs to.
+    - `continues`: bool (batch,), only where state is carried: this row goes on where the same row
+      of the previous batch ended.
+
+    `batch_size` counts the rows of all ranks together, so one configuration trains on the same
+    batches whatever the number of devices.
+
+    Attributes:
+        metrics: which of "perplexity", "token_accuracy", "exact_match" say something here.
+        tokenizer: set once `prepare` has run.
+        context_length: tokens of the longest row.
+        arguments: what the task was made with, plain data.
+    """
+
+    metrics: tuple[str, ...] = ()
+    tokenizer: Tokenizer
+    context_length: int
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__()
+        self.arguments = arguments
+        if arguments["batch_size"] < 1:
+            raise ValueError(f"batch_size {arguments['batch_size']} is not positive")
+        self.batch_size: int = arguments["batch_size"]
+
+    # What a task writes.
+
+    def prepare(self) -> None:
+        """Makes the tokenizer and what batches are read from; does nothing when called again."""
+        raise NotImplementedError
+
+    def training_batch(self, number: int, rows: Integers) -> Batch:
+        """The given rows of training batch `number`, a pure function of both."""
+        raise NotImplementedError
+
+    def evaluation_batch(self, split: str, number: int, rows: Integers) -> Batch:
+        """The given rows of batch `number` of the split "validation" or "test"."""
+        raise NotImplementedError
+
+    def rows(self, split: str) -> int:
+        """Rows of one pass over the split "train", "validation" or "test"."""
+        raise NotImplementedError
+
+    def batch_rows(self, split: str) -> int:
+        """Rows of a whole batch."""
+        return self.batch_size
+
+    # What every task has.
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of token ids."""
+        self.prepare()
+        return self.tokenizer.vocab_size
+
+    @property
+    def stop_token(self) -> int | None:
+        """The token that ends an answer, None where text has no end."""
+        self.prepare()
+        return self.tokenizer.stop_token
+
+    def config(self) -> dict[str, Any]:
+        """The class and its arguments, plain data from which `build` makes the task again."""
+        name = f"{type(self).__module__}.{type(self).__qualname__}"
+        return {"class_path": name, "init_args": dict(self.arguments)}
+
+    def prepare_data(self) -> None:  # Lightning: on one process of each machine
+        self.prepare()
+
+    def setup(self, stage: str | None = None) -> None:  # Lightning: on every process
+        self.prepare()
+
+    def train_dataloader(self) -> Loader:
+        self.prepare()
+        return Loader(self.training_batch, self.batch_size, self.rows("train"), self, training=True)
+
+    def val_dataloader(self) -> Loader:
+        return self.evaluation_loader("validation")
+
+    def test_dataloader(self) -> Loader:
+        return self.evaluation_loader("test")
+
+    def predict_dataloader(self) -> Loader:
+        return self.evaluation_loader("test")
+
+    def evaluation_loader(self, split: str) -> Loader:
+        """One pass over "validation" or "test"."""
+        self.prepare()
+
+        def make(number: int, rows: Integers) -> Batch:
+            return self.evaluation_batch(split, number, rows)
+
+        return Loader(make, self.batch_rows(split), self.rows(split), self, training=False)
+
+
+def build(config: dict[str, Any]) -> Task:
+    """Makes a task again from its `Task.config`.
+
+    Only classes of archzoo and classes that are already imported are made: a configuration may
+    come from a stranger's checkpoint, and importing what it names would run the stranger's code.
+
+    Raises:
+        ValueError: `class_path` names no task that is known.
+    """
+    for module in ("arithmetic", "text"):
+        import_module(f"archzoo.tasks.{module}")
+    known = {f"{task.__module__}.{task.__qualname__}": task for task in _tasks(Task)}
+    if config["class_path"] not in known:
+        raise ValueError(
+            f"unknown task {config['class_path']!r}: known are {', '.join(sorted(known))}; "
+            "import the module of your own task first"
+        )
+    return known[config["class_path"]](**config["init_args"])
+
+
+def _tasks(base: type[Task]) -> Iterator[type[Task]]:
+    for task in base.__subclasses__():
+        yield task
+        yield from _tasks(task)
+
+
+def draw(task: Task, row: int = 0, columns: int = 16) -> str:
+    """Draws one row of the first training batch as a table of inputs and labels.
+
+    Args:
+        task: any task.
+        row: which row of the batch.
+        columns: positions to draw at most.
+
+    Returns:
+        Three lines; `.` asks for nothing.
+    """
+    batch = task.train_dataloader().batch(0)
+    tokens = batch["tokens"][row, :columns].tolist()
+    labels = batch["labels"][row, :columns].tolist()
+    lines = {
+        "position": [str(position) for position in range(len(tokens))],
+        "token": [task.tokenizer.show(token) for token in tokens],
+        "label": ["." if label == IGNORED else task.tokenizer.show(label) for label in labels],
+    }
+    width = max(len(cell) for cells in lines.values() for cell in cells) + 1
+    return "\n".join(
+        f"{name:8}" + "".join(f"{cell:>{width}}" for cell in cells) for name, cells in lines.items()
+    )

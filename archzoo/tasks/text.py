@@ -1,0 +1,450 @@
+"""Language modelling on any UTF-8 file or folder, read from an encoded copy on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from archzoo.tasks import tokenizers
+from archzoo.tasks.stream import IGNORED, Batch, Integers, Task, random_bits
+from archzoo.tasks.tokenizers import Tokenizer
+
+PIECE = 1 << 18  # bytes encoded at once: enough for speed, little beside a model
+SAMPLE = 10_000_000  # bytes that a tokenizer learns from
+_FORMAT = 1  # of the cache; another number makes old caches unused
+
+
+class Text(Task):
+    r"""The next token of a text: any UTF-8 file, or all files of a folder in the order of names.
+
+    The end of the text, a contiguous part of `validation_fraction`, is kept for validation; test
+    reads the same part. A training window has `context_length` tokens. How the first one begins
+    in Shakespeare by characters (a blank is drawn as ␣)::
+
+        position  0  1  2  3  4  5  6  7  8  9 10 11 12 13 14 15
+        token     t  ,  ␣  L  o  r  d  ␣  B  r  u  t  u  s  . \n
+        label     ,  ␣  L  o  r  d  ␣  B  r  u  t  u  s  . \n \n
+
+    Windows lie side by side and come in an order that is a function of (seed, epoch), cut at
+    another offset in every epoch. With `carry_state` they come in the order of the text instead:
+    each row of a batch is a lane, a contiguous part of the text, and goes on where the same row of
+    the batch before ended (`continues`), for truncated back-propagation through time.
+
+    The encoded text is cached under a name made from the text's content and the tokenizer, and
+    mapped into memory, never loaded.
+
+    Args:
+        path: a file or folder of UTF-8 text.
+        tokenizer: characters, bpe, unigram, or the path of a tokenizer.json or sentencepiece
+            .model.
+        vocab_size: tokens to learn; null takes all characters of the text, or 4,096 pieces.
+        context_length: tokens of a window.
+        batch_size: windows in a batch, all ranks together.
+        carry_state: read the text in order, in lanes, instead of shuffled windows.
+        validation_fraction: part of the text that is kept for validation.
+        cache_dir: where the encoded text is kept; null means ~/.cache/archzoo.
+        seed: chooses the order of the windows.
+
+    Raises:
+        FileNotFoundError: there is no such text or tokenizer.
+        ValueError: the text is empty, not UTF-8 or too short, or an argument does not suit it.
+        OSError: the cache cannot be written.
+    """
+
+    metrics = ("perplexity", "token_accuracy")
+
+    def __init__(
+        self,
+        path: str = "data/shakespeare.txt",
+        tokenizer: str = "characters",
+        vocab_size: int | None = None,
+        context_length: int = 256,
+        batch_size: int = 16,
+        carry_state: bool = False,
+        validation_fraction: float = 0.1,
+        cache_dir: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            path=str(path),
+            tokenizer=str(tokenizer),
+            vocab_size=vocab_size,
+            context_length=context_length,
+            batch_size=batch_size,
+            carry_state=carry_state,
+            validation_fraction=validation_fraction,
+            cache_dir=None if cache_dir is None else str(cache_dir),
+            seed=seed,
+        )
+        if context_length < 1:
+            raise ValueError(f"context_length {context_length} is not positive")
+        if not 0 < validation_fraction < 1:
+            raise ValueError(f"validation_fraction {validation_fraction} is not between 0 and 1")
+        tokenizers.check_name(str(tokenizer))
+        self.context_length = context_length
+        self.carry_state = carry_state
+        self.seed = seed
+        self._cache: Path | None = None
+        self._meta: dict[str, Any] = {}
+
+    # Preparing.
+
+    def prepare(self) -> None:
+        """Learns or loads the tokenizer and encodes the text, or finds both in the cache."""
+        if self._cache is not None:
+            return
+        arguments = self.arguments
+        corpus = Corpus(arguments["path"])
+        given: Tokenizer | None = None
+        recipe = [_FORMAT, corpus.digest(), arguments["validation_fraction"]]
+        if arguments["tokenizer"] in tokenizers.NAMES:
+            recipe += [arguments["tokenizer"], arguments["vocab_size"]]
+        else:
+            given = Tokenizer.load(arguments["tokenizer"])
+            if arguments["vocab_size"] not in (None, given.vocab_size):
+                raise ValueError(
+                    f"vocab_size {arguments['vocab_size']} does not fit {arguments['tokenizer']}, "
+                    f"which has {given.vocab_size} tokens: leave vocab_size out"
+                )
+            recipe += [given.fingerprint()]
+        key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
+        cache = _cache_home(arguments["cache_dir"]) / f"text-{key}"
+        if not _complete(cache):
+            _fill(cache, lambda folder: self._encode(corpus, given, folder))
+        meta = json.loads((cache / "meta.json").read_text())
+        self._check_length(meta["train_tokens"], meta["validation_tokens"])
+        self.tokenizer = Tokenizer.load(cache)
+        self._meta = meta
+        self._cache = cache
+
+    def _encode(self, corpus: Corpus, given: Tokenizer | None, folder: Path) -> None:
+        """Writes tokenizer, both parts of the text and their sizes into a folder."""
+        border = corpus.border(1 - self.arguments["validation_fraction"])
+        tokenizer = given or self._learn(corpus, border)
+        tokenizer.save(folder)
+        dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+        meta: dict[str, Any] = {"dtype": dtype, "path": str(corpus.path)}
+        parts = {"train": (0, border), "validation": (border, corpus.size)}
+        for part, (start, stop) in parts.items():
+            count = 0
+            with open(folder / f"{part}.bin", "wb") as file:
+                for texts in _groups(corpus.texts(start, stop), 4):
+                    for tokens in _encode_many(tokenizer, texts, corpus.path):
+                        file.write(tokens.astype(dtype).tobytes())
+                        count += len(tokens)
+            meta |= {f"{part}_tokens": count, f"{part}_bytes": stop - start}
+        (folder / "meta.json").write_text(json.dumps(meta, indent=2))
+
+    def _learn(self, corpus: Corpus, border: int) -> Tokenizer:
+        name, vocab_size = self.arguments["tokenizer"], self.arguments["vocab_size"]
+        if name == "characters":  # of all the text: a character that is left out cannot be encoded
+            return tokenizers.learn_characters(corpus.texts(0, corpus.size), vocab_size)
+        learn = tokenizers.learn_bpe if name == "bpe" else tokenizers.learn_unigram
+        stride = -(-border // SAMPLE)  # pieces from all over the training part
+        texts = corpus.texts(0, border)
+        return learn((text for n, text in enumerate(texts) if n % stride == 0), vocab_size)
+
+    def _check_length(self, train: int, validation: int) -> None:
+        lanes = self.batch_size if self.carry_state else 1
+        need = lanes * self.context_length + 1
+        if train < need:
+            each = f" in each of {lanes} lanes" if self.carry_state else ""
+            raise ValueError(
+                f"{self.arguments['path']} is shorter than one window{each}: {train} tokens to "
+                f"train on, {need} needed; take a smaller context_length or a longer text"
+            )
+        if validation < 2:
+            raise ValueError(
+                f"{self.arguments['path']} leaves {validation} tokens to validate on, 2 needed; "
+                f"take a larger validation_fraction than {self.arguments['validation_fraction']}"
+            )
+
+    # Batches.
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of a validation token: bits per byte = nats per token / ln 2 / this."""
+        self.prepare()
+        return float(self._meta["validation_bytes"] / self._meta["validation_tokens"])
+
+    def rows(self, split: str) -> int:
+        tokens = self._tokens(split) - 1  # the last one is only ever a label
+        if split == "train":
+            if self.carry_state:
+                return tokens // self.batch_size // self.context_length * self.batch_size
+            return self._windows
+        lanes = self.batch_rows(split) if self.carry_state else 1
+        return -(-(tokens // lanes) // self.context_length) * lanes
+
+    def batch_rows(self, split: str) -> int:
+        """Rows of a batch: a short validation text carries its state in fewer lanes."""
+        if split == "train" or not self.carry_state:
+            return self.batch_size
+        return min(self.batch_size, max(1, (self._tokens(split) - 1) // self.context_length))
+
+    def training_batch(self, number: int, rows: Integers) -> Batch:
+        if self.carry_state:
+            return self._lanes("train", number, rows)
+        numbers = number * self.batch_size + rows
+        epochs, places = np.divmod(numbers, self._windows)
+        starts = np.empty_like(numbers)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            order, offset = _order(self.seed, epoch, self._windows)
+            # Windows may shift by what the last one leaves free, at most by one window.
+            free = min(
+                self._tokens("train") - self._windows * self.context_length, self.context_length
+            )
+            starts[here] = order[places[here]] * self.context_length + offset % free
+        return self._read("train", starts, numbers)
+
+    def evaluation_batch(self, split: str, number: int, rows: Integers) -> Batch:
+        if self.carry_state:
+            return self._lanes(split, number, rows)
+        numbers = number * self.batch_size + rows
+        return self._read(split, numbers * self.context_length, numbers)
+
+    @property
+    def _windows(self) -> int:
+        # One window less than fits makes room to shift them all.
+        return max(1, (self._tokens("train") - self.context_length) // self.context_length)
+
+    def _lanes(self, split: str, number: int, rows: Integers) -> Batch:
+        lanes = self.batch_rows(split)
+        length = (self._tokens(split) - 1) // lanes
+        step = number % (self.rows(split) // lanes)
+        starts = rows * length + step * self.context_length
+        batch = self._read(split, starts, number * lanes + rows, (rows + 1) * length)
+        batch["continues"] = torch.full((len(rows),), step > 0)
+        return batch
+
+    def _read(
+        self, split: str, starts: Integers, numbers: Integers, stops: Integers | None = None
+    ) -> Batch:
+        """Reads windows; what lies at `stops` (the end of the text) or beyond becomes padding."""
+        assert self._cache is not None
+        last = self._tokens(split) - 1
+        places = starts[:, None] + np.arange(self.context_length + 1)
+        # Mapped anew each time: pages that were read count as memory in use until the map is
+        # closed, in the end the whole file.
+        name = self._cache / f"{_part(split)}.bin"
+        stream = np.memmap(name, self._meta["dtype"], "r")
+        tokens = torch.from_numpy(stream[np.minimum(places, last)].astype(np.int64))
+        examples = np.repeat(numbers[:, None], self.context_length, 1)
+        batch = {
+            "tokens": tokens[:, :-1].contiguous(),
+            "labels": tokens[:, 1:].contiguous(),
+            "examples": torch.from_numpy(examples),
+        }
+        padding = places[:, :-1] >= (last if stops is None else stops[:, None])
+        if padding.any():
+            absent = torch.from_numpy(padding)
+            batch["labels"] = batch["labels"].masked_fill(absent, IGNORED)
+            batch["documents"] = -absent.long()
+        return batch
+
+    def _tokens(self, split: str) -> int:
+        return int(self._meta[f"{_part(split)}_tokens"])
+
+
+def _part(split: str) -> str:
+    return "train" if split == "train" else "validation"
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, windows: int) -> tuple[Integers, int]:
+    """The order of the windows in an epoch, and a number that their offset is made from."""
+    bits = random_bits(seed, epoch, np.arange(windows + 1), 1)[0]
+    return np.argsort(bits[:-1], kind="stable"), int(bits[-1] >> np.uint64(1))
+
+
+# ---------------------------------------------------------------------------- files
+
+
+class Corpus:
+    """UTF-8 files read as one text, a piece at a time.
+
+    Files follow each other in the order of their names, hidden ones are left out; a line end is
+    put between two files where there is none.
+
+    Args:
+        path: a file or a folder.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        ValueError: there is no text in it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.exists():
+            raise FileNotFoundError(f"no text at {path}: give a UTF-8 file or a folder of them")
+        self.files = [self.path]
+        if self.path.is_dir():
+            found = (file.relative_to(self.path) for file in self.path.rglob("*") if file.is_file())
+            visible = [f for f in found if not any(part.startswith(".") for part in f.parts)]
+            self.files = [self.path / file for file in sorted(visible, key=Path.as_posix)]
+        sizes = [file.stat().st_size for file in self.files]
+        self.starts = [sum(sizes[:n]) for n in range(len(sizes) + 1)]
+        self.size = self.starts[-1]
+        if not self.size:
+            raise ValueError(f"{path} is empty: there is no text to learn from")
+
+    def digest(self) -> str:
+        """A hash of the content and of where the files end."""
+        digest = hashlib.sha256(json.dumps(self.starts).encode())
+        for path in self.files:
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        return digest.hexdigest()
+
+    def border(self, fraction: float) -> int:
+        """The byte where the first line begins after a fraction of the text.
+
+        Where no line ends soon, it is where a character begins.
+        """
+        border = int(self.size * fraction)
+        index = next(n for n, (_, stop) in enumerate(pairwise(self.starts)) if border < stop)
+        with open(self.files[index], "rb") as file:
+            file.seek(border - self.starts[index])
+            block = file.read(PIECE)
+        line = border + block.find(b"\n") + 1
+        if border < line < self.size:
+            return line
+        return border + next((n for n, byte in enumerate(block) if byte & 0xC0 != 0x80), 0)
+
+    def texts(self, start: int, stop: int) -> Iterator[str]:
+        """The text from byte `start` to byte `stop`, in pieces that end with a line if possible.
+
+        Raises:
+            ValueError: the text is not UTF-8.
+        """
+        before = "\n"
+        for path, (first, last) in zip(self.files, pairwise(self.starts), strict=True):
+            begin, end = max(start, first) - first, min(stop, last) - first
+            if begin >= end:
+                continue
+            if not before.endswith("\n"):
+                yield "\n"
+            with open(path, "rb") as file:
+                file.seek(begin)
+                for content, offset in _pieces(file.read, begin, end):
+                    before = _decode(content, path, offset)
+                    yield before
+
+
+def _pieces(read: Any, begin: int, end: int) -> Iterator[tuple[bytes, int]]:
+    """Cuts what `read` gives into pieces, each with its offset."""
+    rest, position = b"", begin
+    while position < end:
+        block = read(min(PIECE, end - position))
+        if not block:
+            raise ValueError("the text became shorter while it was read")
+        position += len(block)
+        content = rest + block
+        cut = len(content) if position == end else _cut(content)
+        yield content[:cut], position - len(content)
+        rest = content[cut:]
+
+
+def _cut(content: bytes) -> int:
+    """Where to cut: before a line that starts with no blank, else before the last character.
+
+    Byte-level BPE never makes a token across such a line's start, so cutting there changes nothing.
+    """
+    cut = content.rfind(b"\n") + 1
+    while cut and content[cut : cut + 1].isspace():
+        cut = content.rfind(b"\n", 0, cut - 1) + 1
+    if 0 < cut < len(content):
+        return cut
+    cut = len(content) - 1
+    while cut > len(content) - 4 and content[cut] & 0xC0 == 0x80:
+        cut -= 1
+    return cut
+
+
+def _decode(content: bytes, path: Path, offset: int) -> str:
+    wrong = content.find(b"\0")
+    if wrong < 0:
+        try:
+            return content.decode()
+        except UnicodeDecodeError as error:
+            wrong = error.start
+    raise ValueError(
+        f"{path} is not UTF-8 text: byte 0x{content[wrong]:02x} at offset {offset + wrong}; "
+        "convert the file to UTF-8 or take it out of the folder"
+    )
+
+
+def _groups(texts: Iterator[str], size: int) -> Iterator[list[str]]:
+    group: list[str] = []
+    for text in texts:
+        group.append(text)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _encode_many(tokenizer: Tokenizer, texts: list[str], path: Path) -> list[NDArray[np.int64]]:
+    try:
+        return tokenizer.encode_many(texts)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+# ---------------------------------------------------------------------------- cache
+
+
+def _cache_home(directory: str | None) -> Path:
+    if directory is not None:
+        return Path(directory)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "archzoo"
+
+
+def _complete(cache: Path) -> bool:
+    """Whether a cache folder holds all it should."""
+    try:
+        meta = json.loads((cache / "meta.json").read_text())
+        width = np.dtype(meta["dtype"]).itemsize
+        return all(
+            (cache / f"{part}.bin").stat().st_size == meta[f"{part}_tokens"] * width
+            for part in ("train", "validation")
+        )
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _fill(cache: Path, write: Any) -> None:
+    """Makes a cache folder whole or not at all: written under another name, then renamed."""
+    partial = cache.with_name(f"{cache.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        if cache.exists() and not _complete(cache):
+            shutil.rmtree(cache)
+        partial.rename(cache)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if not _complete(cache):  # else another process was faster
+            raise OSError(
+                error.errno,
+                f"cannot write the encoded text to {cache.parent} ({error.strerror}): make room "
+                "or set cache_dir to another place",
+            ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

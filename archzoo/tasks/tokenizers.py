@@ -1,0 +1,472 @@
+"""Tokenizers: characters, byte-level BPE and unigram, learned from a text or read from a file.
+
+Everything learned here gives a text back as it was: `decode(encode(text)) == text`. (One exception:
+sentencepiece writes blanks as U+2581, so a unigram tokenizer gives that character back as a blank.)
+
+This module imports neither torch nor Lightning; `tokenizers` and `sentencepiece` are imported by
+the classes that use them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import sentencepiece
+    import tokenizers
+
+NAMES = ("characters", "bpe", "unigram")
+STOP, PAD = "<stop>", "<pad>"
+DEFAULT_VOCAB_SIZE = 4096  # of learned pieces; characters take as many as the text has
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back.
+
+    Attributes:
+        stop_token: the token that ends a text, None where there is none.
+        pad_token: the token that fills rows up, None where there is none.
+    """
+
+    stop_token: int | None = None
+    pad_token: int | None = None
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """The number of token ids, special tokens included."""
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text, without special tokens."""
+
+    @abstractmethod
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token ids; special tokens have none, incomplete UTF-8 becomes U+FFFD."""
+
+    @abstractmethod
+    def files(self) -> dict[str, bytes]:
+        """File names and contents from which `from_files` makes the tokenizer again."""
+
+    def encode_many(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+        """`encode` for several texts, as arrays; may run on several cores."""
+        return [np.asarray(self.encode(text), np.int64) for text in texts]
+
+    def save(self, directory: str | Path) -> None:
+        """Writes the tokenizer's file into a directory, which is made where it is missing."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files().items():
+            partial = directory / f"{name}.{os.getpid()}.partial"
+            try:
+                partial.write_bytes(content)
+                partial.replace(directory / name)  # readers see the old file or the whole new one
+            finally:
+                partial.unlink(missing_ok=True)
+
+    @staticmethod
+    def load(path: str | Path) -> Tokenizer:
+        """Reads a `tokenizer.json` or a sentencepiece `.model`, or the directory that holds one.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is something else.
+        """
+        path = Path(path)
+        if path.is_dir():
+            found = [path / "tokenizer.json", *sorted(path.glob("*.model"))]
+            file = next((file for file in found if file.is_file()), None)
+            if file is None:
+                raise FileNotFoundError(f"{path} holds neither a tokenizer.json nor a .model file")
+            path = file
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no tokenizer at {path}: give a tokenizer.json, a sentencepiece .model, or one of "
+                + ", ".join(NAMES)
+            )
+        try:
+            return from_files({path.name: path.read_bytes()})
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    @property
+    def digit_tokens(self) -> list[int] | None:
+        """The tokens of 0 to 9, None where a digit is not one token or digits are merged."""
+        try:
+            digits = [self.encode(digit) for digit in "0123456789"]
+            together = self.encode("01234567890")
+        except ValueError:
+            return None
+        tokens = [digit[0] for digit in digits if len(digit) == 1]
+        return tokens if together == [*tokens, *tokens[:1]] else None
+
+    def fingerprint(self) -> str:
+        """A short hash of everything that decides how a text is encoded."""
+        digest = hashlib.sha256()
+        for name, content in sorted(self.files().items()):
+            digest.update(name.encode() + b"\0" + content)
+        return digest.hexdigest()[:16]
+
+    def show(self, token: int) -> str:
+        """One token in few printable characters, for tables."""
+        if token in (self.stop_token, self.pad_token):
+            return "stop" if token == self.stop_token else "pad"
+        text = self.decode([token])
+        return "".join(
+            "␣" if letter == " " else letter if letter.isprintable() else repr(letter)[1:-1]
+            for letter in text
+        )
+
+
+# ---------------------------------------------------------------------------- characters
+
+
+class CharacterTokenizer(Tokenizer):
+    """One token a character, in the order given; then, where asked for, a stop and a pad token.
+
+    It looks characters up in a table instead of running the `tokenizers` library, which takes
+    1.5 s for a megabyte where this takes 0.01 s. Its file is a `tokenizer.json` of that library.
+
+    Args:
+        characters: each character once.
+        special: whether there are a stop and a pad token.
+    """
+
+    def __init__(self, characters: str, *, special: bool = False) -> None:
+        self.characters = characters
+        self.special = special
+        if special:
+            self.stop_token, self.pad_token = len(characters), len(characters) + 1
+        codes = _codes(characters)
+        self._table = np.full(int(codes.max(initial=0)) + 2, -1, np.int32)  # the last: any other
+        self._table[codes] = np.arange(len(codes), dtype=np.int32)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.characters) + 2 * self.special
+
+    def encode(self, text: str) -> list[int]:
+        tokens: list[int] = self._encode(text).tolist()
+        return tokens
+
+    def encode_many(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+        return [self._encode(text).astype(np.int64) for text in texts]
+
+    def _encode(self, text: str) -> NDArray[np.int32]:
+        tokens: NDArray[np.int32] = self._table[np.minimum(_codes(text), len(self._table) - 1)]
+        if len(tokens) and tokens.min() < 0:
+            place = int(np.argmax(tokens < 0))
+            known = self.characters if len(self.characters) <= 100 else self.characters[:100] + "…"
+            raise ValueError(
+                f"character {text[place]!r} (U+{ord(text[place]):04X}) at position {place} is not "
+                f"one of the {len(self.characters)} that this tokenizer knows ({known!r}): leave "
+                "it out, or train with a tokenizer that knows all text, bpe or unigram"
+            )
+        return tokens
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        count = len(self.characters)
+        return "".join(self.characters[token] for token in tokens if token < count)
+
+    def files(self) -> dict[str, bytes]:
+        return {"tokenizer.json": self._library().to_str(pretty=True).encode()}
+
+    def _library(self) -> tokenizers.Tokenizer:
+        from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+        from tokenizers import Tokenizer as Library
+
+        vocabulary = {letter: index for index, letter in enumerate(self.characters)}
+        if self.special:
+            vocabulary |= {STOP: len(vocabulary), PAD: len(vocabulary) + 1}
+        library = Library(models.WordLevel(vocabulary, unk_token=""))
+        library.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        library.decoder = decoders.Fuse()
+        if self.special:
+            library.add_special_tokens([AddedToken(name, special=True) for name in (STOP, PAD)])
+        return library
+
+
+def _codes(text: str) -> NDArray[np.uint32]:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+def learn_characters(texts: Iterable[str], vocab_size: int | None = None) -> CharacterTokenizer:
+    """A tokenizer of all characters of the texts, in code point order.
+
+    Raises:
+        ValueError: there are more characters than `vocab_size`.
+    """
+    found = np.empty(0, np.uint32)
+    for text in texts:
+        found = np.union1d(found, _codes(text))
+    if vocab_size is not None and len(found) > vocab_size:
+        raise ValueError(
+            f"vocab_size {vocab_size} is too small: the text has {len(found)} different "
+            f"characters; take vocab_size {len(found)} or tokenizer bpe"
+        )
+    return CharacterTokenizer("".join(map(chr, found.tolist())))
+
+
+# ---------------------------------------------------------------------------- pieces
+
+
+class LibraryTokenizer(Tokenizer):
+    """A `tokenizer.json` of the `tokenizers` library: learned here, or anyone's.
+
+    Args:
+        library: the library's tokenizer.
+    """
+
+    def __init__(self, library: tokenizers.Tokenizer) -> None:
+        self.library = library
+        self.stop_token = self._special(STOP, "<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
+        self.pad_token = self._special(PAD, "<|padding|>", "[PAD]")
+
+    def _special(self, *names: str) -> int | None:
+        tokens = (self.library.token_to_id(name) for name in names)
+        return next((token for token in tokens if token is not None), None)
+
+    @property
+    def vocab_size(self) -> int:
+        # Ids may have gaps; the largest one decides how many rows an embedding needs.
+        return max(self.library.get_vocab().values(), default=-1) + 1
+
+    def encode(self, text: str) -> list[int]:
+        tokens: list[int] = self.library.encode(text, add_special_tokens=False).ids
+        return tokens
+
+    def encode_many(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+        encodings = self.library.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, np.int64) for encoding in encodings]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        text: str = self.library.decode(list(tokens), skip_special_tokens=True)
+        return text
+
+    def files(self) -> dict[str, bytes]:
+        return {"tokenizer.json": self.library.to_str().encode()}
+
+
+def learn_bpe(texts: Iterable[str], vocab_size: int | None = None) -> LibraryTokenizer:
+    """Byte-level BPE: the 256 bytes, then the most frequent merges; every digit is one token.
+
+    Raises:
+        ValueError: `vocab_size` has no room for the bytes.
+    """
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    vocab_size = DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size < len(alphabet):
+        raise ValueError(
+            f"vocab_size {vocab_size} is too small: byte-level BPE starts from the "
+            f"{len(alphabet)} bytes; take at least {len(alphabet)} or tokenizer characters"
+        )
+    library = Library(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False
+    )
+    library.train_from_iterator(texts, trainer)
+    return LibraryTokenizer(library)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece model: learned here, or anyone's.
+
+    Args:
+        model: the bytes of a `.model` file.
+    """
+
+    def __init__(self, model: bytes) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self.model = model
+        self.processor: sentencepiece.SentencePieceProcessor = SentencePieceProcessor(
+            model_proto=model
+        )
+        self.stop_token = _defined(self.processor.eos_id())
+        self.pad_token = _defined(self.processor.pad_id())
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.processor.vocab_size())
+
+    def encode(self, text: str) -> list[int]:
+        tokens: list[int] = self.processor.encode(text)
+        return tokens
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        text: str = self.processor.decode(list(tokens))
+        return text
+
+    def files(self) -> dict[str, bytes]:
+        return {"tokenizer.model": self.model}
+
+
+def _defined(token: int) -> int | None:
+    return token if token >= 0 else None
+
+
+def learn_unigram(texts: Iterable[str], vocab_size: int | None = None) -> SentencePieceTokenizer:
+    """A unigram model (Kudo 2018); every digit is one token, rare characters become bytes.
+
+    The text is taken as it is: no normalisation, blanks and line ends are kept.
+
+    Raises:
+        ValueError: `vocab_size` has no room for the bytes and the frequent characters.
+    """
+    import sentencepiece
+
+    vocab_size = DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size
+    model = BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_short_lines(texts),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,  # a short text may not fill the vocabulary
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            split_digits=True,
+            user_defined_symbols=["\n"],
+            bos_id=-1,
+            eos_id=-1,
+            num_threads=1,  # the same model from the same text
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"vocab_size {vocab_size} does not suit a unigram model of this text, which needs the "
+            f"256 bytes and its frequent characters ({_last_sentence(error)}); take a larger "
+            "vocab_size, or tokenizer bpe"
+        ) from None
+    return SentencePieceTokenizer(model.getvalue())
+
+
+def _short_lines(texts: Iterable[str], length: int = 1000) -> Iterator[str]:
+    # The trainer takes lines and skips those of more than 4,192 bytes.
+    for text in texts:
+        for line in text.splitlines():
+            yield from (line[start : start + length] for start in range(0, len(line), length))
+
+
+def _last_sentence(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].rsplit("] ", 1)[-1].strip().rstrip(".")
+
+
+# ---------------------------------------------------------------------------- from names and files
+
+
+def from_files(files: dict[str, bytes]) -> Tokenizer:
+    """Makes the tokenizer again whose `Tokenizer.files` these are.
+
+    Raises:
+        ValueError: the content is no tokenizer.
+    """
+    if len(files) != 1:
+        raise ValueError(f"a tokenizer is one file, not {len(files)}: {', '.join(files)}")
+    ((name, content),) = files.items()
+    if not name.endswith(".json"):
+        try:
+            return SentencePieceTokenizer(content)
+        except (RuntimeError, OSError):
+            raise ValueError("not a sentencepiece model, and the name is not .json") from None
+    from tokenizers import Tokenizer as Library
+
+    try:
+        text = content.decode()
+        library = Library.from_str(text)
+    except Exception as error:  # the library raises bare Exceptions
+        raise ValueError(f"not a tokenizer.json: {error}") from None
+    return _characters(json.loads(text)["model"]) or LibraryTokenizer(library)
+
+
+def _characters(model: dict[str, Any]) -> CharacterTokenizer | None:
+    """The character tokenizer that wrote this model, None if some other tokenizer did."""
+    if model.get("type") != "WordLevel" or model.get("unk_token") != "":
+        return None
+    names = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    special = names[-2:] == [STOP, PAD]
+    return CharacterTokenizer("".join(names[:-2] if special else names), special=special)
+
+
+def check_name(name: str) -> None:
+    """Refuses what is neither the name of a tokenizer nor the path of one.
+
+    Raises:
+        FileNotFoundError: it looks like a path, and nothing is there.
+        ValueError: it looks like a name, and there is no such tokenizer.
+    """
+    if name in NAMES or Path(name).exists():
+        return
+    if Path(name).suffix or os.sep in name:
+        Tokenizer.load(name)  # says that nothing is there
+    near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.3)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(
+        f"unknown tokenizer {name!r}: there are {', '.join(NAMES)}, or give the path of a "
+        f"tokenizer.json or .model{hint}"
+    )
+
+
+# ---------------------------------------------------------------------------- streaming
+
+
+class StreamDecoder:
+    """Turns tokens into text while they come, a character only when all of its bytes are there.
+
+    Args:
+        tokenizer: what decodes.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        # Tokens already shown stay for one round: some decoders write a piece differently at the
+        # beginning of a text.
+        self._shown: list[int] = []
+        self._pending: list[int] = []
+        self._sent = 0  # characters of the pending tokens that were handed out
+
+    def push(self, token: int) -> str:
+        """Takes one token, returns the text that is now certain, maybe none."""
+        self._pending.append(token)
+        text = self._text()
+        # An incomplete character decodes to U+FFFD at the end; what stands before is certain.
+        certain = text.rstrip("\ufffd")
+        new = certain[self._sent :]
+        self._sent += len(new)
+        if len(certain) == len(text):
+            self._shown, self._pending, self._sent = self._pending, [], 0
+        return new
+
+    def finish(self) -> str:
+        """What is left when no more tokens come."""
+        rest = self._text()[self._sent :]
+        self._shown, self._pending, self._sent = [], [], 0
+        return rest
+
+    def _text(self) -> str:
+        before = self.tokenizer.decode(self._shown)
+        return self.tokenizer.decode(self._shown + self._pending)[len(before) :]
