@@ -1,0 +1,409 @@
+"""Writing text with a decoder, as a recurrent network or by recomputing everything.
+
+The prompt is read in one pass into a state; then one token a step goes in, and the state comes
+back. Retention's state stays as large as it was, attention's grows by a token a step. The other
+forms keep nothing and read the whole text again at every step: slow, and the same to rounding,
+which ``check`` proves while it writes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from archzoo.block import FORMS, State, nbytes
+from archzoo.decoder import Decoder
+
+if TYPE_CHECKING:
+    from archzoo.tasks.tokenizers import Tokenizer
+
+#: Called as on_token(row, token, text) for each new token, text being what is now certain of the
+#: row's text; and once as on_token(row, None, rest) when the row has ended.
+OnToken = Callable[[int, int | None, str], None]
+
+# How far the forms of a whole model may lie apart, relative root mean square.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+
+
+class FormsDisagree(ArithmeticError):
+    """The recurrent and the parallel form gave different logits."""
+
+
+class Generation(NamedTuple):
+    """What `generate` wrote, a row for each prompt.
+
+    Attributes:
+        tokens: The new tokens of each row, without the stop token.
+        texts: The same as text, what follows the prompt; None without a tokenizer.
+        stopped: Whether each row ended by the stop token, and not for lack of room.
+        milliseconds_per_token: Wall time of a step, which gives every row a token; the first
+            token, which comes with the prompt's pass, is left out. 0 where no other came.
+        prompt_milliseconds: Wall time of the prompt's pass.
+        state_bytes: Of the state of all rows at the end, caches with the room they own; 0 in a
+            form that keeps none.
+        largest_difference: With check, the largest relative root mean square difference of the
+            two forms' logits over all rows and steps; else None.
+    """
+
+    tokens: list[list[int]]
+    texts: list[str] | None
+    stopped: list[bool]
+    milliseconds_per_token: float
+    prompt_milliseconds: float
+    state_bytes: int
+    largest_difference: float | None
+
+
+# ---------------------------------------------------------------------------- choosing a token
+
+
+def probabilities(
+    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """``softmax(logits / temperature)`` in float64, cut to the likeliest tokens and renormalised.
+
+    Args:
+        logits: (batch, vocab_size).
+        temperature: Above 0.
+        top_k: Keep the so many likeliest tokens (of equals, those of lower number).
+        top_p: Of what top_k left, keep the fewest likeliest tokens that hold this mass together.
+
+    Returns:
+        (batch, vocab_size) float64.
+    """
+    full = (logits.double() / temperature).softmax(dim=-1)
+    if top_k is None and top_p is None:
+        return full
+    ranked, order = full.sort(dim=-1, descending=True, stable=True)
+    if top_k is not None:
+        ranked[:, top_k:] = 0
+    if top_p is not None:
+        ranked = ranked / ranked.sum(dim=-1, keepdim=True)
+        before = ranked.cumsum(dim=-1) - ranked  # the mass of likelier tokens
+        ranked = ranked.masked_fill(before >= top_p, 0)
+    ranked = ranked / ranked.sum(dim=-1, keepdim=True)
+    return torch.zeros_like(full).scatter(-1, order, ranked)
+
+
+def draw(probability: Tensor, uniform: Tensor) -> Tensor:
+    """The token at which the cumulated probability passes a uniform number: (batch,) int64.
+
+    Args:
+        probability: (batch, vocab_size).
+        uniform: (batch,) in [0, 1), of the same dtype.
+    """
+    cumulated = probability.cumsum(dim=-1)
+    threshold = uniform[:, None] * cumulated[:, -1:]
+    chosen = torch.searchsorted(cumulated, threshold, right=True)[:, 0]
+    # Rounding may put the threshold on the total; the last possible token is meant.
+    index = torch.arange(probability.shape[-1], device=probability.device)
+    last = torch.where(probability > 0, index, 0).amax(dim=-1)
+    return torch.minimum(chosen, last)
+
+
+class Sampler:
+    """Chooses each row's next token, by draws that do not depend on the other rows.
+
+    Row r has a generator of its own, seeded with seed + r: equal prompts get different texts, and
+    a prompt alone gets with seed + r what it gets as row r of a batch.
+
+    Args:
+        rows: Of the batch.
+        temperature: 0 takes the likeliest token.
+        top_k: See `probabilities`.
+        top_p: See `probabilities`.
+        seed: Of row 0. None: drawn from torch's global generator.
+
+    Raises:
+        ValueError: A number out of its range, or top_k and top_p where nothing is drawn.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> None:
+        if not 0 <= temperature < float("inf"):
+            raise ValueError(f"temperature={temperature} must be 0 (greedy) or more")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k={top_k} must be at least 1 token")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"top_p={top_p} must lie in (0, 1]")
+        if temperature == 0 and (top_k is not None or top_p is not None):
+            raise ValueError(
+                "top_k and top_p cut what is drawn from, but temperature=0 takes the likeliest "
+                "token and draws nothing: give a temperature, such as 1"
+            )
+        self.temperature, self.top_k = temperature, top_k
+        self.top_p = None if top_p == 1 else top_p  # rounding would cut the least likely tokens
+        self.generators: list[torch.Generator] = []
+        if temperature:
+            first = int(torch.randint(2**62, ())) if seed is None else seed
+            self.generators = [torch.Generator().manual_seed(first + row) for row in range(rows)]
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Logits (batch, vocab_size) to tokens (batch,) int64."""
+        if not self.temperature:
+            return logits.argmax(dim=-1)
+        # Drawn on the CPU, so that a seed means the same on every device.
+        numbers = [torch.rand((), generator=g, dtype=torch.float64) for g in self.generators]
+        uniform = torch.stack(numbers).to(logits.device)
+        return draw(probabilities(logits, self.temperature, self.top_k, self.top_p), uniform)
+
+
+# ---------------------------------------------------------------------------- writing
+
+Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
+
+
+def generate(
+    model: Decoder,
+    prompts: Prompts,
+    *,
+    max_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop_token: int | None = None,
+    form: Literal["parallel", "chunkwise", "recurrent"] | None = None,
+    check: bool = False,
+    tokenizer: Tokenizer | None = None,
+    on_token: OnToken | None = None,
+) -> Generation:
+    """Continue prompts, which may differ in length: each gets what it would get alone.
+
+    Args:
+        model: Any decoder. It works in evaluation mode, and is left in the mode it was in.
+        prompts: One text or several (with a tokenizer), or tokens: of one prompt or of several.
+        max_tokens: The most that a row may get.
+        temperature: Divides the logits before a token is drawn; 0 takes the likeliest token.
+        top_k: Draw among the so many likeliest tokens.
+        top_p: Draw among the fewest likeliest tokens that hold this probability together.
+        seed: Row r draws by seed + r. None: by torch's global generator.
+        stop_token: Ends a row. None: the tokenizer's own, where it has one.
+        form: "recurrent" [the default] carries a state from step to step; "parallel" and
+            "chunkwise" keep none, and recompute the whole text at every step.
+        check: Compare the logits of every step with those of the parallel form (of the recurrent
+            form, where form is another).
+        tokenizer: Text to tokens and back.
+        on_token: Called with each token as it comes, for streaming: see `OnToken`.
+
+    Raises:
+        ValueError: An argument out of range, an empty prompt, a token or character that is not in
+            the vocabulary, or weights that are not finite.
+        FormsDisagree: With check, at the end: the forms differ by more than rounding explains.
+    """
+    form = form or "recurrent"
+    if form not in FORMS:
+        raise ValueError(f"form {form!r} is none of {', '.join(FORMS)}")
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens} must be at least 1")
+    rows = encode(prompts, tokenizer, model.vocab_size)
+    if stop_token is None and tokenizer is not None:
+        stop_token = tokenizer.stop_token
+    sampler = Sampler(len(rows), temperature, top_k, top_p, seed)
+    writers = [_Writer(row, prompt, tokenizer, on_token) for row, prompt in enumerate(rows)]
+
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            tokens, documents = pad_left(rows, model.head.weight.device)
+            capacity = tokens.shape[1] + max_tokens
+            reader = _reader(model, form, capacity)
+            twin_form = "parallel" if form == "recurrent" else "recurrent"
+            twin = _reader(model, twin_form, capacity) if check else None
+            times: list[float] = []
+            differences: list[float] = []
+            while len(times) < max_tokens and not all(writer.ended for writer in writers):
+                begin = time.perf_counter()
+                logits = reader.read(tokens, documents)
+                chosen = sampler(logits)
+                news = chosen.tolist()  # waits for the device
+                times.append(1000 * (time.perf_counter() - begin))
+                if len(times) == 1 and not logits.isfinite().all():
+                    raise ValueError("the model's logits are not finite: its weights are broken")
+                if twin is not None:
+                    differences.append(difference(logits, twin.read(tokens, documents)))
+                for writer, new in zip(writers, news, strict=True):
+                    writer.write(new, stop_token)
+                # What stands after its end in a row is read too, and thrown away.
+                tokens, documents = chosen[:, None], None
+            for writer in writers:
+                writer.end()
+    finally:
+        model.train(training)
+
+    if differences:
+        _judge(differences, logits.dtype)
+    return Generation(
+        tokens=[writer.tokens for writer in writers],
+        texts=None if tokenizer is None else [writer.text for writer in writers],
+        stopped=[writer.stopped for writer in writers],
+        milliseconds_per_token=sum(times[1:]) / max(len(times) - 1, 1),
+        prompt_milliseconds=times[0],
+        state_bytes=nbytes(reader.state) if isinstance(reader, _Carrying) else 0,
+        largest_difference=max(differences) if differences else None,
+    )
+
+
+def encode(prompts: Prompts, tokenizer: Tokenizer | None, vocab_size: int) -> list[list[int]]:
+    """Prompts of any kind as tokens, a list for each; see `generate`.
+
+    Raises:
+        ValueError: What `generate` says of prompts.
+    """
+    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model knows {vocab_size}: "
+            "they do not belong together"
+        )
+    given: Any = prompts.tolist() if isinstance(prompts, Tensor) else prompts
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+        given = [given]
+    if not given:
+        raise ValueError("there is no prompt: give at least one")
+    rows: list[list[int]] = []
+    for number, prompt in enumerate(given):
+        if isinstance(prompt, str):
+            if tokenizer is None:
+                raise ValueError("a prompt that is text needs a tokenizer; tokens need none")
+            prompt = tokenizer.encode(prompt)
+        row = [int(token) for token in prompt]
+        if not row:
+            raise ValueError(f"prompt {number} is empty: a model needs a token to go on from")
+        wrong = [token for token in row if not 0 <= token < vocab_size]
+        if wrong:
+            raise ValueError(
+                f"token {wrong[0]} in prompt {number} is none of the model's 0 to {vocab_size - 1}"
+            )
+        rows.append(row)
+    return rows
+
+
+def pad_left(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Rows of different lengths as one batch, so that all end together.
+
+    Returns:
+        tokens and documents (batch, time) int64, documents -1 at padding; None where no row needs
+        any, since masks can be skipped then.
+    """
+    longest = max(map(len, rows))
+    tokens = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    if (lengths == longest).all():
+        return tokens, None
+    padding = torch.arange(longest, device=device) < longest - lengths[:, None]
+    return tokens, -padding.long()
+
+
+class _Carrying:
+    """Reads a piece of text after the last one and keeps a state between them."""
+
+    def __init__(self, model: Decoder, capacity: int) -> None:
+        self.model, self.capacity = model, capacity
+        self.state: State = None
+
+    def read(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
+        """Tokens and documents (batch, time): the next piece. Logits (batch, vocab_size)."""
+        form: str | None = "recurrent"
+        if self.state is None:  # the prompt, in one pass
+            self.state = self.model.init_state(tokens.shape[0], capacity=self.capacity)
+            form = None
+        output = self.model(tokens, self.state, documents, form=form, logits_to_keep=1)
+        self.state = output.state
+        return output.logits[:, 0]
+
+
+class _Recomputing:
+    """Reads the whole text again with each piece."""
+
+    def __init__(self, model: Decoder, form: str) -> None:
+        self.model, self.form = model, form
+        self.pieces: list[Tensor] = []
+        self.documents: Tensor | None = None
+
+    def read(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
+        """As `_Carrying.read`."""
+        if not self.pieces:
+            self.documents = documents
+        elif self.documents is not None:  # a row goes on with its document, which is 0
+            self.documents = torch.cat([self.documents, torch.zeros_like(tokens)], dim=1)
+        self.pieces.append(tokens)
+        tokens = torch.cat(self.pieces, dim=1)
+        output = self.model(tokens, None, self.documents, form=self.form, logits_to_keep=1)
+        return output.logits[:, 0]
+
+
+def _reader(model: Decoder, form: str, capacity: int) -> _Carrying | _Recomputing:
+    return _Carrying(model, capacity) if form == "recurrent" else _Recomputing(model, form)
+
+
+def difference(logits: Tensor, reference: Tensor) -> float:
+    """The largest relative root mean square difference of a row: both (batch, vocab_size)."""
+    logits, reference = logits.double(), reference.double()
+    apart = (logits - reference).norm(dim=-1)
+    return float((apart / reference.norm(dim=-1).clamp(min=1e-300)).max())
+
+
+def _judge(differences: list[float], dtype: torch.dtype) -> None:
+    largest, allowed = max(differences), TOLERANCES[dtype]
+    if not largest <= allowed:
+        raise FormsDisagree(
+            f"the recurrent and the recomputed logits differ by {largest:.1e} (relative root mean "
+            f"square) at new token {differences.index(largest) + 1}, and {allowed:.0e} is allowed "
+            f"in {str(dtype).removeprefix('torch.')}: a part's forms are not the same function"
+        )
+
+
+class _Writer:
+    """The new tokens of one row, and their text as it becomes certain."""
+
+    def __init__(
+        self, row: int, prompt: list[int], tokenizer: Tokenizer | None, on_token: OnToken | None
+    ) -> None:
+        self.row, self.on_token = row, on_token
+        self.tokens: list[int] = []
+        self.pieces: list[str] = []
+        self.ended = self.stopped = False
+        self.decoder = None
+        if tokenizer is not None:
+            from archzoo.tasks.tokenizers import StreamDecoder
+
+            self.decoder = StreamDecoder(tokenizer)
+            # Decoders may write a piece differently at the beginning of a text, and a character
+            # may begin in the prompt: the last of its tokens go first.
+            for token in prompt[-16:]:
+                self.decoder.push(token)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+    def write(self, token: int, stop_token: int | None) -> None:
+        if self.ended:
+            return
+        if token == stop_token:
+            self.stopped = True
+            self.end()
+            return
+        self.tokens.append(token)
+        self._tell(token, self.decoder.push(token) if self.decoder else "")
+
+    def end(self) -> None:
+        if not self.ended:
+            self.ended = True
+            self._tell(None, self.decoder.finish() if self.decoder else "")
+
+    def _tell(self, token: int | None, text: str) -> None:
+        self.pieces.append(text)
+        if self.on_token is not None:
+            self.on_token(self.row, token, text)
