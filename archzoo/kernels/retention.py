@@ -78,7 +78,7 @@ class Plan(NamedTuple):
     """How the work is cut: for speed only, every plan computes the same."""
 
     chunk: int  # tokens a loop step takes
-    block_q: int  # rows of the state that are a's width in the forward (dk) and in dv
+    block_k: int  # rows of the state in the forward and in dv, where a is as wide as dk
     tile_v: int  # columns of the state there: a tile of dv
     block_v: int  # rows of the state in dq and dk, where a is as wide as dv
     tile_k: int  # columns of the state there: a tile of dk
@@ -110,15 +110,15 @@ def _plan(dk: int, dv: int, dtype: torch.dtype) -> Plan:
     wide_k, wide_v = _power_of_2(dk), _power_of_2(dv)
     if dtype == torch.float32:
         # Exact float32 has no matrix unit: small tiles, so that the products fit in registers.
-        block_q, block_v = min(wide_k, 64), min(wide_v, 64)
+        block_k, block_v = min(wide_k, 64), min(wide_v, 64)
         scores = wide_k > 64 or wide_v > 64
         return Plan(
-            32, block_q, min(wide_v, 32), block_v, min(wide_k, 32), scores, 4, 1, 4, 1
+            32, block_k, min(wide_v, 32), block_v, min(wide_k, 32), scores, 4, 1, 4, 1
         )
     for limit_k, limit_v, plan in _BFLOAT16_PLANS:
         if wide_k <= limit_k and wide_v <= limit_v:
             return plan._replace(
-                block_q=min(plan.block_q, wide_k),
+                block_k=min(plan.block_k, wide_k),
                 tile_v=min(plan.tile_v, wide_v),
                 block_v=min(plan.block_v, wide_v),
                 tile_k=min(plan.tile_k, wide_k),
@@ -141,6 +141,30 @@ def _unit_last(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def _aligned(tensor: Tensor) -> Tensor:
+    """As the copy engine wants it: unit last stride, every other stride and the base 16 bytes."""
+    size = 16 // tensor.element_size()
+    if (
+        tensor.stride(-1) == 1
+        and all(stride % size == 0 and stride > 0 for stride in tensor.stride()[:-1])
+        and tensor.data_ptr() % 16 == 0
+    ):
+        return tensor
+    batch, time, heads, width = tensor.shape
+    room = tensor.new_empty((batch, time, heads, -(-width // size) * size))
+    room[..., :width] = tensor
+    return room[..., :width]
+
+
+def _describe(tensor: Tensor, rows: int, columns: int) -> Any:
+    """A (batch, time, heads, width) tensor as tiles of one head's (time, width)."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    batch, time, heads, width = tensor.shape
+    strides = [tensor.stride(0), tensor.stride(2), tensor.stride(1), 1]
+    return TensorDescriptor(tensor, [batch, heads, time, width], strides, [1, 1, rows, columns])
+
+
 class _Call(NamedTuple):
     """What forward and backward have in common."""
 
@@ -149,7 +173,7 @@ class _Call(NamedTuple):
     segments: int
     chunks: int
     facts: dict[str, Any]
-    facts_pointers: tuple[Tensor, Tensor, Tensor]
+    pointers: tuple[Tensor, Tensor, Tensor]
 
 
 def _call(
@@ -165,63 +189,54 @@ def _call(
     plan = _plan(dk, dv, q.dtype)
     segment, segments = _segments(plan, batch * heads, time, dv)
     facts = {
+        "CHUNK": plan.chunk,
+        "SCALE": scale,
+        "HAS_POSITIONS": positions is not None,
         "HAS_DOCUMENTS": documents is not None,
         "HAS_RANGES": ranges is not None,
-        "HAS_POSITIONS": positions is not None,
-        "SCALE": scale,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "UPCAST": q.device.type == "cpu",
     }
-    # Absent tensors are never read; a pointer of the same type keeps one compiled kernel.
+    # Absent tensors are never read.
     pointers = tuple(q if x is None else x for x in (positions, documents, ranges))
-    chunks = -(-time // plan.chunk)
-    return _Call(plan, segment, segments, chunks, facts, pointers)  # type: ignore[arg-type]
+    return _Call(plan, segment, segments, -(-time // plan.chunk), facts, pointers)  # type: ignore[arg-type]
 
 
-def _without(facts: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: value for name, value in facts.items() if name not in names}
-
-
-def _sums(
+def _segment_states(
     b: Tensor,
     c: Tensor,
     call: _Call,
     log_decay: Tensor,
-    block: int,
-    tile: int,
     reverse: bool,
     initial: Tensor | None,
     leave: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The two-level pass: states that enter each segment (walking order), and the last one."""
+    """The two-level pass: the state that enters each segment, and the last one (or empty)."""
     from archzoo.kernels import retention_triton as kernels
 
     batch, time, heads, width = b.shape
     columns = c.shape[-1]
-    size = width * columns
+    plan = call.plan
+    block, tile = plan.block_k, plan.tile_v
     entering = b.new_empty((batch, heads, call.segments, width, columns), dtype=torch.float32)
     final = b.new_empty((batch, heads, width, columns) if leave else (0,), dtype=torch.float32)
-    positions, documents, ranges = call.facts_pointers
+    positions, documents, ranges = call.pointers
     tiles = -(-width // block) * -(-columns // tile)
     kernels.segment_sums_kernel[(tiles, batch * heads, call.segments)](
-        b, c, entering, log_decay, positions, documents, ranges,
-        b.stride(0), b.stride(1), b.stride(2), c.stride(0), c.stride(1), c.stride(2),
+        _describe(b, plan.chunk, block), _describe(c, plan.chunk, tile),
+        entering, log_decay, positions, documents, ranges,
         time, call.segment, call.segments, heads,
-        B=width, C=columns, BLOCK_B=block, TILE=tile, CHUNK=call.plan.chunk, REVERSE=reverse,
-        **call.facts, num_warps=call.plan.warps, num_stages=call.plan.stages,
+        B=width, C=columns, BLOCK_B=block, TILE=tile, REVERSE=reverse,
+        **call.facts, num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
-    block_elements = 1024
-    kernels.join_kernel[(-(-size // block_elements), batch * heads)](
+    elements = width * columns
+    kernels.join_kernel[(-(-elements // 1024), batch * heads)](
         entering, entering if initial is None else initial, final, log_decay, documents, ranges,
-        time, call.segment, call.segments, heads, size,
-        BLOCK=block_elements, REVERSE=reverse, HAS_INITIAL=initial is not None, HAS_FINAL=leave,
+        time, call.segment, call.segments, heads, elements,
+        BLOCK=1024, REVERSE=reverse, HAS_INITIAL=initial is not None, HAS_FINAL=leave,
         HAS_DOCUMENTS=call.facts["HAS_DOCUMENTS"], HAS_RANGES=call.facts["HAS_RANGES"],
     )  # fmt: skip
     return entering, final
-
-
-def _strides(tensor: Tensor) -> tuple[int, int, int]:
-    return tensor.stride(0), tensor.stride(1), tensor.stride(2)
 
 
 def _forward(
@@ -239,46 +254,57 @@ def _forward(
     """o, the last state (empty unless `leave`) and the states entering the segments."""
     from archzoo.kernels import retention_triton as kernels
 
-    q, k, v = _unit_last(q), _unit_last(k), _unit_last(v)
+    q, k, v = _aligned(q), _aligned(k), _aligned(v)
     batch, time, heads, dk = q.shape
     dv = v.shape[-1]
     call = _call(q, v, positions, documents, ranges, scale)
     plan = call.plan
-    # Tokens outside a row's range are written by nobody.
-    make = torch.empty if ranges is None else torch.zeros
-    o = make((batch, time, heads, dv), dtype=v.dtype, device=v.device)
+    o = _output(v, ranges)
     state = None if state is None else state.float().contiguous()
     if call.segments > 1:
-        entering, final = _sums(
-            k, v, call, log_decay, plan.block_q, plan.tile_v, False, state, leave
-        )
+        entering, final = _segment_states(k, v, call, log_decay, False, state, leave)
         source = entering
     else:
         entering = q.new_empty((0,), dtype=torch.float32)
         final = q.new_empty((batch, heads, dk, dv) if leave else (0,), dtype=torch.float32)
         source = final if state is None else state
-    positions_pointer, documents_pointer, ranges_pointer = call.facts_pointers
     rows = batch * heads
     scores = o
     if plan.scores:
         scores = q.new_empty((rows, call.chunks, plan.chunk, plan.chunk))
+        block = min(64, plan.block_k)
+        q_desc, k_desc = _describe(q, plan.chunk, block), _describe(k, plan.chunk, block)
         kernels.scores_kernel[(call.chunks, rows, 1)](
-            q, k, v, v, scores, log_decay, positions_pointer, documents_pointer, ranges_pointer,
-            *_strides(q), *_strides(k), *_strides(v), *_strides(v),
+            q_desc, k_desc, q_desc, k_desc, scores, log_decay, *call.pointers,
             time, heads, call.chunks, 0,
-            DK=dk, DV=dv, BLOCK_A=min(64, plan.block_q), CHUNK=plan.chunk, BACKWARD=False,
+            DK=dk, DV=dv, BLOCK_A=block, BACKWARD=False,
             **call.facts, num_warps=4, num_stages=plan.stages,
         )  # fmt: skip
-    kernels.forward_kernel[(-(-dv // plan.tile_v), rows, call.segments)](
-        q, k, v, o, scores, log_decay, positions_pointer, documents_pointer, ranges_pointer,
-        source, final, *_strides(q), *_strides(k), *_strides(v), *_strides(o),
-        time, call.segment, call.segments, heads, call.chunks,
-        DK=dk, DV=dv, BLOCK_A=plan.block_q, TILE=plan.tile_v, CHUNK=plan.chunk,
-        HAS_ENTERING=call.segments > 1 or state is not None,
-        HAS_LEAVING=leave and call.segments == 1, HAS_SCORES=plan.scores,
-        **call.facts, num_warps=plan.warps, num_stages=plan.stages,
-    )  # fmt: skip
+    q_desc = _describe(q, plan.chunk, plan.block_k)
+    k_desc = _describe(k, plan.chunk, plan.block_k)
+    v_desc = _describe(v, plan.chunk, plan.tile_v)
+    o_desc = _describe(o, plan.chunk, plan.tile_v)
+    for split in range(-(-dk // plan.block_k)):
+        kernels.forward_kernel[(-(-dv // plan.tile_v), rows, call.segments)](
+            q_desc, k_desc, v_desc, o_desc, scores, log_decay, *call.pointers, source, final,
+            time, call.segment, call.segments, heads, call.chunks, split,
+            DK=dk, DV=dv, BLOCK_A=plan.block_k, TILE=plan.tile_v,
+            HAS_ENTERING=call.segments > 1 or state is not None,
+            HAS_LEAVING=leave and call.segments == 1, HAS_SCORES=plan.scores, ADD=split > 0,
+            **call.facts, num_warps=plan.warps, num_stages=plan.stages,
+        )  # fmt: skip
     return o, final, entering
+
+
+def _output(like: Tensor, ranges: Tensor | None) -> Tensor:
+    """Room for a result, (batch, time, heads, width), aligned for the copy engine.
+
+    Zeros where there is padding: tokens before a row's first are written by nobody.
+    """
+    make = torch.empty if ranges is None else torch.zeros
+    size = 16 // like.element_size()
+    shape = (*like.shape[:-1], -(-like.shape[-1] // size) * size)
+    return make(shape, dtype=like.dtype, device=like.device)[..., : like.shape[-1]]
 
 
 def _backward(
@@ -298,53 +324,58 @@ def _backward(
     """dq, dk, dv and the gradient of the entering state (empty without one)."""
     from archzoo.kernels import retention_triton as kernels
 
-    q, k, v, do = _unit_last(q), _unit_last(k), _unit_last(v), _unit_last(do)
+    q, k, v, do = _aligned(q), _aligned(k), _aligned(v), _aligned(do)
     batch, time, heads, dk = q.shape
     dv = v.shape[-1]
     call = _call(q, v, positions, documents, ranges, scale)
     plan = call.plan
-    make = torch.empty if ranges is None else torch.zeros
-    grad_q = make((batch, time, heads, dk), dtype=q.dtype, device=q.device)
-    grad_k = make((batch, time, heads, dk), dtype=q.dtype, device=q.device)
-    grad_v = make((batch, time, heads, dv), dtype=q.dtype, device=q.device)
+    grad_q, grad_k, grad_v = _output(q, ranges), _output(k, ranges), _output(v, ranges)
     d_final = None if d_final is None else d_final.float().contiguous()
     state = None if state is None else state.float().contiguous()
     leave = state is not None
     if call.segments > 1:
         source = entering
-        arriving, d_state = _sums(
-            q, do, call, log_decay, plan.block_q, plan.tile_v, True, d_final, leave
-        )
+        arriving, d_state = _segment_states(q, do, call, log_decay, True, d_final, leave)
     else:
         d_state = q.new_empty((batch, heads, dk, dv) if leave else (0,), dtype=torch.float32)
         source = d_state if state is None else state
         arriving = d_state if d_final is None else d_final
-    positions_pointer, documents_pointer, ranges_pointer = call.facts_pointers
     rows = batch * heads
-    scores, role = grad_q, 0
+    scores, role_size = grad_q, 0
     if plan.scores:
-        role = rows * call.chunks * plan.chunk * plan.chunk
+        role_size = rows * call.chunks * plan.chunk * plan.chunk
         scores = q.new_empty((3, rows, call.chunks, plan.chunk, plan.chunk))
+        block = min(64, plan.block_k)
         kernels.scores_kernel[(call.chunks, rows, 3)](
-            q, k, v, do, scores, log_decay, positions_pointer, documents_pointer, ranges_pointer,
-            *_strides(q), *_strides(k), *_strides(v), *_strides(do),
-            time, heads, call.chunks, role,
-            DK=dk, DV=dv, BLOCK_A=min(64, plan.block_q), CHUNK=plan.chunk, BACKWARD=True,
+            *(_describe(x, plan.chunk, block) for x in (q, k, v, do)),
+            scores, log_decay, *call.pointers, time, heads, call.chunks, role_size,
+            DK=dk, DV=dv, BLOCK_A=block, BACKWARD=True,
             **call.facts, num_warps=4, num_stages=plan.stages,
         )  # fmt: skip
-    tiles = 2 * -(-dk // plan.tile_k) + -(-dv // plan.tile_v)
-    kernels.backward_kernel[(tiles, rows, call.segments)](
-        q, k, v, do, grad_q, grad_k, grad_v, scores, log_decay,
-        positions_pointer, documents_pointer, ranges_pointer, source, arriving, d_state,
-        *_strides(q), *_strides(k), *_strides(v), *_strides(do), *_strides(grad_q),
-        *_strides(grad_v), time, call.segment, call.segments, heads, call.chunks, role,
-        DK=dk, DV=dv, BLOCK_A_K=plan.block_v, TILE_K=plan.tile_k, BLOCK_A_V=plan.block_q,
-        TILE_V=plan.tile_v, CHUNK=plan.chunk,
-        HAS_ENTERING=call.segments > 1 or state is not None,
-        HAS_ARRIVING=call.segments > 1 or d_final is not None,
-        HAS_LEAVING=leave and call.segments == 1, HAS_SCORES=plan.scores,
-        **call.facts, num_warps=plan.backward_warps, num_stages=plan.backward_stages,
-    )  # fmt: skip
+    descriptors = (
+        *(_describe(x, plan.chunk, plan.block_v) for x in (v, do)),
+        *(_describe(x, plan.chunk, plan.tile_k) for x in (q, k)),
+        *(_describe(x, plan.chunk, plan.block_k) for x in (k, q)),
+        _describe(do, plan.chunk, plan.tile_v),
+        *(_describe(x, plan.chunk, plan.tile_k) for x in (grad_q, grad_k)),
+        _describe(grad_v, plan.chunk, plan.tile_v),
+    )
+    splits_k, splits_v = -(-dk // plan.block_k), -(-dv // plan.block_v)
+    tiles_k, tiles_v = -(-dk // plan.tile_k), -(-dv // plan.tile_v)
+    for split in range(max(splits_k, splits_v)):
+        # dv is summed over the splits of dk, the other two over the splits of dv.
+        role_first = tiles_v if split < splits_k else 0
+        others = 2 * tiles_k if split < splits_v else 0
+        kernels.backward_kernel[(role_first + others, rows, call.segments)](
+            *descriptors, scores, log_decay, *call.pointers, source, arriving, d_state,
+            time, call.segment, call.segments, heads, call.chunks, role_size, split, split,
+            role_first, DK=dk, DV=dv, BLOCK_V=plan.block_v, TILE_K=plan.tile_k,
+            BLOCK_K=plan.block_k, TILE_V=plan.tile_v,
+            HAS_ENTERING=call.segments > 1 or state is not None,
+            HAS_ARRIVING=call.segments > 1 or d_final is not None,
+            HAS_LEAVING=leave and call.segments == 1, HAS_SCORES=plan.scores, ADD=split > 0,
+            **call.facts, num_warps=plan.backward_warps, num_stages=plan.backward_stages,
+        )  # fmt: skip
     if leave and documents is not None:
         # A row that opens with a new document never looked at the state that entered.
         at = torch.zeros_like(documents[:, :1]) if ranges is None else ranges[:, :1]
