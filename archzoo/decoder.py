@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from archzoo import block as interface
 from archzoo.block import Aux, Bias, Block, Embedding, FeedForward, Mixer, Rotary, State
+from archzoo.norm import RMSNorm
 from archzoo.parts import build, describe
 
 MixerFactory = Callable[[int, int], Mixer]
@@ -129,7 +130,7 @@ class Decoder(nn.Module):
         config = self.config
 
         def make_norm() -> nn.Module:
-            kind = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}.get(norm)
+            kind = {"rms": RMSNorm, "layer": nn.LayerNorm}.get(norm)
             if kind is None:
                 raise ValueError(f"norm={norm!r} is neither rms nor layer")
             return kind(dim, eps=norm_eps)

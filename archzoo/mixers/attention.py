@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from archzoo.block import Bias, Context, Mixer, Rotary, State, head_size, split_heads
+from archzoo.block import Bias, Context, Mixer, Rotary, State, head_size, merge_heads, split_heads
 from archzoo.positions.rotary import RotaryEmbedding
 
 
@@ -76,8 +76,8 @@ class Attention(Mixer):
         q, k, v = self.query_key_value(x).split(widths, dim=-1)
         q, k = split_heads(q, self.heads), split_heads(k, self.kv_heads)
         q, k = self.rotary(q, k, context.positions, context.positions)
-        q, k = rearrange(q, "b t h d -> b h t d"), rearrange(k, "b t h d -> b h t d")
-        v = rearrange(v, "b t (h d) -> b h t d", h=self.kv_heads)
+        v = split_heads(v, self.kv_heads)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (batch, heads, time, head_dim)
 
         positions = context.positions if self.bias is not None else None
         documents = context.documents if context.packed else None
@@ -92,7 +92,7 @@ class Attention(Mixer):
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.kv_heads != self.heads
         )
-        return self.output(rearrange(y, "b h t d -> b t (h d)")), state
+        return self.output(merge_heads(y.transpose(1, 2))), state
 
     def mask(
         self,

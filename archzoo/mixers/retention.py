@@ -32,8 +32,12 @@ from archzoo.block import (
     at_least_float32,
     constant,
     head_size,
+    merge_heads,
+    once_per_call,
     split_heads,
+    without_autocast,
 )
+from archzoo.norm import rms_norm
 from archzoo.positions.rotary import RetentionRotation
 
 # Measured on a CPU at width 128, 4 heads, forward + backward (benchmarks/training.py --sweep).
@@ -292,6 +296,17 @@ class Retention(KeepsFloat32, Mixer):
             return -self.decay_rate.to(dtype).exp()
         return constant(self.fixed_log_decay, like.device, dtype)
 
+    def normaliser(self, log_decay: Tensor, context: Context) -> Tensor:
+        """1 / sqrt(s_n) for q to be multiplied by, (batch or 1, time, heads, 1)."""
+
+        def compute() -> Tensor:
+            return inverse_root_sum(log_decay, context.positions)[..., None]
+
+        if self.learnable:
+            return compute()
+        key = ("normaliser", self.fixed_log_decay, log_decay.dtype)
+        return once_per_call(context.positions, key, compute)
+
     def init_state(
         self,
         batch_size: int,
@@ -328,12 +343,11 @@ class Retention(KeepsFloat32, Mixer):
 
     def finish(self, o: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Head norm, gate, output projection: o (batch, time, heads, value_dim) to y."""
-        size = (self.value_dim,)
         if self.head_norm == "rms":
-            o = F.rms_norm(o, size, eps=self.norm_eps)
+            o = rms_norm(o, eps=self.norm_eps)
         elif self.head_norm == "group":
-            o = F.layer_norm(o, size, eps=self.norm_eps)
-        y = rearrange(o, "b t h d -> b t (h d)").to(dtype)
+            o = F.layer_norm(o, (self.value_dim,), eps=self.norm_eps)
+        y = merge_heads(o).to(dtype)
         return self.output(y if gate is None else F.silu(gate) * y)
 
     def _retain(
@@ -341,9 +355,8 @@ class Retention(KeepsFloat32, Mixer):
     ) -> tuple[Tensor, State]:
         q, k, v, gate = self.project(x, context)
         log_decay = self.log_decay(x)
-        # Autocast would round the state and the scores to bfloat16.
-        with torch.autocast(x.device.type, enabled=False):
-            q = q * inverse_root_sum(log_decay, context.positions)[..., None]
+        with without_autocast(x.device):
+            q = q * self.normaliser(log_decay, context)
             o, memory = retain(
                 q,
                 k,
@@ -368,9 +381,9 @@ class Retention(KeepsFloat32, Mixer):
         """One token: decay the state, add k^T v, read it with q."""
         q, k, v, gate = self.project(x, context)
         log_decay = self.log_decay(x)
-        with torch.autocast(x.device.type, enabled=False):
-            q = q * inverse_root_sum(log_decay, context.positions)[..., None]
-            q, k, v = (rearrange(part, "b 1 h d -> b h 1 d") for part in (q, k, v))
+        with without_autocast(x.device):
+            q = q * self.normaliser(log_decay, context)
+            q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (batch, heads, 1, size)
             gamma = log_decay.exp()[:, None, None]
             if context.packed:  # a new document forgets the past; padding lets nothing decay
                 keep, valid = ~context.starts[:, :, None, None], context.valid[:, :, None, None]
@@ -380,5 +393,5 @@ class Retention(KeepsFloat32, Mixer):
                 memory = memory * gamma + k.mT * v
             else:
                 memory.mul_(gamma).addcmul_(k.mT, v)
-            o = rearrange(q @ memory, "b h 1 d -> b 1 h d")
+            o = (q @ memory).transpose(1, 2)
         return self.finish(o, gate, x.dtype), {"memory": memory}

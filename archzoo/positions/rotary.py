@@ -9,18 +9,11 @@ Frequencies are host-side numbers and never buffers, so no cast of the model can
 from __future__ import annotations
 
 import torch
-from einops import rearrange
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from archzoo.block import Rotary, at_least_float32, constant
+from archzoo.block import Rotary, at_least_float32, constant, once_per_call
 
 Frequencies = tuple[float, ...]
-
-# All layers of one call rotate by the same positions tensor, so their tables are shared while
-# that tensor lives: {positions: {(frequencies, dtype): table}}.
-_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
 
 def rotary_frequencies(rotary_dim: int, base: float = 10_000.0) -> Frequencies:
     """RoPE's ``theta_i = base^(-2i / rotary_dim)``, i = 0 .. rotary_dim/2 - 1.
@@ -40,28 +33,25 @@ def retention_frequencies(rotary_dim: int, base: float = 10_000.0) -> Frequencie
     return tuple(base ** -(i / max(steps - 1, 1)) for i in range(steps))
 
 
-def _rotation_table(positions: Tensor, frequencies: Frequencies, dtype: torch.dtype) -> Tensor:
-    """``exp(i * position * theta)``: positions (batch, time) to (batch, time, pairs) complex.
-
-    Rows that are one row expanded (stride 0) give a table of batch 1.
-    """
-    if positions.stride(0) == 0:
-        positions = positions[:1]
-    theta = constant(frequencies, positions.device, torch.float64)
-    angles = positions[..., None] * theta
-    complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
-    return torch.polar(torch.ones_like(angles), angles).to(complex_dtype)
-
-
 def rotation_table(positions: Tensor, frequencies: Frequencies, dtype: torch.dtype) -> Tensor:
-    """`_rotation_table`, computed once for all layers that see the same positions tensor."""
-    if torch.compiler.is_compiling():
-        return _rotation_table(positions, frequencies, dtype)
-    tables = _tables.setdefault(positions, {})
-    key = (frequencies, dtype)
-    if key not in tables:
-        tables[key] = _rotation_table(positions, frequencies, dtype)
-    return tables[key]
+    """``exp(i * position * theta)``, complex, computed once for all layers of a call.
+
+    Args:
+        positions: (batch, time) ints; rows that are one row expanded give a table of batch 1.
+        frequencies: theta, one a pair.
+        dtype: float32 or float64, of the table's parts.
+
+    Returns:
+        (batch or 1, time, 1, pairs), to multiply (batch, time, heads, pairs) with.
+    """
+
+    def compute() -> Tensor:
+        rows = positions[:1] if positions.stride(0) == 0 else positions
+        angles = rows[..., None, None] * constant(frequencies, rows.device, torch.float64)
+        wide = torch.complex128 if dtype == torch.float64 else torch.complex64
+        return torch.polar(torch.ones_like(angles), angles).to(wide)
+
+    return once_per_call(positions, ("rotation", frequencies, dtype), compute)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
@@ -69,20 +59,21 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
     Args:
         x: Any float dtype; it comes back in the same.
-        table: (batch or 1, time, pairs) complex, from `rotation_table`.
+        table: (batch or 1, time, 1, pairs) complex, from `rotation_table`.
     """
     pairs = table.shape[-1]
-    rotated, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
-    wide = rearrange(rotated.to(table.real.dtype), "b t h (p two) -> b t h p two", two=2)
+    if x.shape[-1] > 2 * pairs:
+        turned = rotate(x[..., : 2 * pairs], table)
+        return torch.cat([turned, x[..., 2 * pairs :]], dim=-1)
+    wide = x.to(table.real.dtype).unflatten(-1, (pairs, 2))
     if torch.compiler.is_compiling():
         # Compilers do not fuse complex arithmetic; eager mode is 2 to 3 times faster with it.
-        cos, sin = table.real[:, :, None], table.imag[:, :, None]
         a, b = wide.unbind(-1)
+        cos, sin = table.real, table.imag
         turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
     else:
-        turned = torch.view_as_real(torch.view_as_complex(wide.contiguous()) * table[:, :, None])
-    turned = rearrange(turned, "b t h p two -> b t h (p two)").to(x.dtype)
-    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+        turned = torch.view_as_real(torch.view_as_complex(wide) * table)
+    return turned.flatten(-2).to(x.dtype)
 
 
 class _Rotation(Rotary):
