@@ -8,6 +8,7 @@ which ``check`` proves while it writes.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -407,3 +408,147 @@ class _Writer:
         self.pieces.append(text)
         if self.on_token is not None:
             self.on_token(self.row, token, text)
+
+
+# ---------------------------------------------------------------------------- the command
+
+
+def generate_command(
+    checkpoint: str,
+    prompt: list[str],
+    max_tokens: int = 100,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop: str | None = None,
+    form: Literal["recurrent", "parallel", "chunkwise"] = "recurrent",
+    check: bool = False,
+    device: str | None = None,
+) -> None:
+    """Continue a text, and say what a token costs in time and the state in memory.
+
+    One prompt is written as it comes; several are decoded together and written at the end. A task
+    that was trained on numbers written least significant digit first gets them so, and what it
+    answers is turned back: type and read ordinary numbers.
+
+    Args:
+        checkpoint: A run's .ckpt file, or a directory written by archzoo.save_pretrained.
+        prompt: One text or several.
+        max_tokens: The most that is written for a prompt.
+        temperature: Divides the logits before a token is drawn; 0 takes the likeliest token.
+        top_k: Draw among the so many likeliest tokens.
+        top_p: Draw among the fewest likeliest tokens that hold this probability together.
+        seed: Of the draws. None: other draws every time.
+        stop: Text of the one token that ends a text. None: the tokenizer's stop token.
+        form: recurrent carries a state; parallel and chunkwise recompute all at every token.
+        check: Compare the logits of the recurrent and the parallel form at every token.
+        device: Such as cpu or cuda. None: a GPU where there is one.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: The checkpoint cannot be used, a prompt holds what is not in the vocabulary,
+            or a number is out of its range.
+        FormsDisagree: With check: the forms differ by more than rounding explains.
+    """
+    from archzoo.checkpoint import load
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer, task = load(checkpoint, device)
+    if tokenizer is None:
+        raise ValueError(f"{checkpoint} holds no tokenizer, so it takes no text")
+    stop_token = None
+    if stop is not None:
+        tokens = tokenizer.encode(stop)
+        if len(tokens) != 1:
+            raise ValueError(f"stop={stop!r} is {len(tokens)} tokens: it must be exactly one")
+        stop_token = tokens[0]
+    turned = numbers_are_turned(task)
+    numbers = _Numbers() if turned else None
+    alone = len(prompt) == 1
+
+    def show(row: int, token: int | None, text: str) -> None:
+        if row == 0 and not shown:  # only now is it sure that the prompt can be read
+            shown.append(prompt[0])
+            print(prompt[0], end="")
+        if numbers is not None:
+            text = numbers.push(text) + (numbers.finish() if token is None else "")
+        print(text, end="\n" if token is None else "", flush=True)
+
+    shown: list[str] = []
+    written = generate(
+        model,
+        [turn_numbers(text) for text in prompt] if turned else prompt,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop_token=stop_token,
+        form=form,
+        check=check,
+        tokenizer=tokenizer,
+        on_token=show if alone else None,
+    )
+    if not alone:
+        for begin, text in zip(prompt, written.texts or [], strict=True):
+            print(begin + (turn_numbers(text) if turned else text))
+    print(f"\n{report(model, written)}")
+
+
+def report(model: Decoder, written: Generation) -> str:
+    """What the writing cost, in two or three lines."""
+    rows = len(written.tokens)
+    count = sum(map(len, written.tokens))
+    lines = [
+        f"{count} token{'s' * (count != 1)}, {written.milliseconds_per_token:.2f} ms per token"
+        + (f" for {rows} texts at once" if rows > 1 else "")
+        + f", the prompt {written.prompt_milliseconds:.1f} ms"
+    ]
+    growth = rows * state_growth(model)
+    if not written.state_bytes:
+        lines.append("no state: all was recomputed at every token")
+    elif growth:
+        lines.append(f"state {written.state_bytes:,} bytes, {growth:,.0f} more with every token")
+    else:
+        lines.append(f"state {written.state_bytes:,} bytes, the same at any length")
+    if written.largest_difference is not None:
+        lines.append(
+            f"recurrent and recomputed logits agree to {written.largest_difference:.1e} "
+            "(relative root mean square)"
+        )
+    return "\n".join(lines)
+
+
+def state_growth(model: Decoder) -> float:
+    """Bytes that the state of one text grows by with each token; 0: it is constant."""
+    with torch.device("meta"):  # sizes only: nothing is allocated
+        short, long = (model.init_state(1, capacity=n, device="meta") for n in (1, 1025))
+    return (nbytes(long) - nbytes(short)) / 1024
+
+
+def numbers_are_turned(task: dict[str, Any] | None) -> bool:
+    """Whether a task writes numbers least significant digit first: its argument ``reverse``."""
+    return bool(task and task.get("init_args", {}).get("reverse"))
+
+
+def turn_numbers(text: str) -> str:
+    """Every run of digits the other way round: ``12+345=`` to ``21+543=``."""
+    return re.sub("[0-9]+", lambda digits: digits[0][::-1], text)
+
+
+class _Numbers:
+    """`turn_numbers` for text in pieces: a number waits until its last digit is there."""
+
+    def __init__(self) -> None:
+        self.waiting = ""
+
+    def push(self, text: str) -> str:
+        text = self.waiting + text
+        certain = len(text.rstrip("0123456789"))
+        self.waiting = text[certain:]
+        return turn_numbers(text[:certain])
+
+    def finish(self) -> str:
+        rest, self.waiting = self.waiting, ""
+        return turn_numbers(rest)

@@ -1,0 +1,412 @@
+"""Models written and read again, and files that must be refused."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import archzoo
+from archzoo.checkpoint import load, read_safely
+from archzoo.decoder import Decoder
+from archzoo.tasks.tokenizers import CharacterTokenizer, learn_bpe, learn_unigram
+
+TOKENS = torch.tensor([[1, 5, 9, 2, 6], [3, 3, 0, 7, 7]])
+
+
+@torch.no_grad()
+def same(first: Decoder, second: Decoder) -> bool:
+    """Configuration, names, weights with their dtypes, and logits, bit for bit."""
+    weights, others = first.state_dict(), second.state_dict()
+    return (
+        first.config == second.config
+        and weights.keys() == others.keys()
+        and all(w.dtype == others[n].dtype and w.equal(others[n]) for n, w in weights.items())
+        and first.eval()(TOKENS).logits.equal(second(TOKENS).logits)
+    )
+
+
+def micro(name: str = "retnet_micro", **arguments: object) -> Decoder:
+    return archzoo.create_model(name, **arguments)
+
+
+# ---------------------------------------------------------------------------- round trips
+
+
+@pytest.mark.parametrize("name", ["retnet_micro", "transformer_micro"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"tie_weights": True},
+        {"pattern": ["Retention", "Attention"]},
+        {"mixer": {"class_path": "Retention", "init_args": {"value_factor": 1.0}}},
+        {"mixer": {"class_path": "Attention", "init_args": {"kv_heads": 1}}},
+        {"norm": "layer", "norm_placement": "post", "dropout": 0.1},
+    ],
+)
+def test_round_trip(name: str, arguments: dict[str, object], tmp_path: Path) -> None:
+    model = micro(name, **arguments)
+    archzoo.save_pretrained(tmp_path / "model", model)
+    again, tokenizer = archzoo.from_pretrained(tmp_path / "model")
+    assert same(model, again)
+    assert tokenizer is None
+    assert not again.training
+    assert (again.head.weight is again.embedding.weight) == bool(arguments.get("tie_weights"))
+    assert all(parameter.requires_grad for parameter in again.parameters())
+
+
+def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
+    archzoo.save_pretrained(tmp_path, micro(tie_weights=True))
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        names = set(file.keys())
+    assert "embedding.weight" in names
+    assert "head.weight" not in names
+
+
+def test_weights_tied_by_hand_come_back(tmp_path: Path) -> None:
+    model = micro()
+    model.head.weight = model.embedding.weight
+    archzoo.save_pretrained(tmp_path, model)
+    assert same(model, archzoo.from_pretrained(tmp_path)[0])
+
+
+def test_dtypes_come_back(tmp_path: Path) -> None:
+    """Also of what must stay float32 in a bfloat16 model."""
+    learnable = {"class_path": "Retention", "init_args": {"decay": "learnable"}}
+    model = micro(mixer=learnable).bfloat16()
+    archzoo.save_pretrained(tmp_path, model)
+    again, _ = archzoo.from_pretrained(tmp_path)
+    assert same(model, again)
+    assert again.head.weight.dtype == torch.bfloat16
+    assert again.blocks[0].mixer.decay_rate.dtype == torch.float32
+
+
+def test_reading_draws_nothing(tmp_path: Path) -> None:
+    archzoo.save_pretrained(tmp_path, micro())
+    before = torch.get_rng_state()
+    archzoo.from_pretrained(tmp_path)
+    assert torch.get_rng_state().equal(before)
+
+
+@pytest.mark.parametrize("kind", ["characters", "bpe", "unigram"])
+def test_tokenizers_come_back(kind: str, tmp_path: Path) -> None:
+    text = "the quick brown fox jumps over the lazy dog, 0123456789 times. " * 20
+    tokenizer = {
+        "characters": lambda: CharacterTokenizer("".join(sorted(set(text))), special=True),
+        "bpe": lambda: learn_bpe([text], 280),
+        "unigram": lambda: learn_unigram([text], 300),
+    }[kind]()
+    archzoo.save_pretrained(tmp_path, micro(vocab_size=tokenizer.vocab_size), tokenizer)
+    _, again = archzoo.from_pretrained(tmp_path)
+    assert again is not None
+    assert type(again) is type(tokenizer)
+    assert again.encode(text) == tokenizer.encode(text)
+    assert again.stop_token == tokenizer.stop_token
+    # Without a tokenizer the old file stays, and is not taken for this model's.
+    archzoo.save_pretrained(tmp_path, micro())
+    assert archzoo.from_pretrained(tmp_path)[1] is None
+
+
+def test_config_says_what_it_is(tmp_path: Path) -> None:
+    task = {"class_path": "archzoo.tasks.arithmetic.Addition", "init_args": {"reverse": True}}
+    archzoo.save_pretrained(tmp_path, micro(), task=task)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["archzoo"] == archzoo.__version__
+    assert config["decoder"]["context_length"] == 64
+    assert config["decoder"]["mixer"] == {"class_path": "Retention", "init_args": {}}
+    assert load(tmp_path).task == config["task"] == task
+    for name in ("config.json", "model.safetensors"):  # either file stands for the directory
+        assert same(load(tmp_path).model, load(tmp_path / name).model)
+
+
+MIXER = """
+import torch
+from archzoo import Mixer
+
+
+class RunningMean(Mixer):
+    def __init__(self, dim, heads, *, scale=1.0):
+        super().__init__()
+        self.scale = scale
+        self.output = torch.nn.Linear(dim, dim)
+
+    def init_state(self, batch_size, *, capacity=None, device=None, dtype=None):
+        width = self.output.in_features
+        return {"sum": torch.zeros(batch_size, width + 1, device=device, dtype=dtype)}
+
+    def step(self, x, state, context):
+        ones = torch.ones_like(x[:, 0, :1])
+        total = state["sum"] + torch.cat([x[:, 0], ones], dim=-1)
+        mean = total[:, :-1] / total[:, -1:]
+        return self.scale * self.output(mean)[:, None], {"sum": total}
+"""
+
+
+def test_a_part_from_outside_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a_strangers_module.py").write_text(MIXER)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = "a_strangers_module.RunningMean"
+    model = micro(mixer={"class_path": path, "init_args": {"scale": 2.0}})
+    archzoo.save_pretrained(tmp_path / "model", model)
+    again, _ = archzoo.from_pretrained(tmp_path / "model")
+    assert same(model, again)
+    assert again.blocks[0].mixer.scale == 2.0
+    tokens = [[1, 2, 3], [4]]
+    written = archzoo.generate(again, tokens, max_tokens=4, check=True).tokens
+    assert written == archzoo.generate(model, tokens, max_tokens=4, form="parallel").tokens
+
+
+def test_a_part_that_could_not_be_found_again_is_not_saved(tmp_path: Path) -> None:
+    model = micro()
+    model.config["mixer"] = {"class_path": "gone.Mixer", "init_args": {}}
+    with pytest.raises(ValueError, match=r"'gone\.Mixer' cannot be imported.*top of a module"):
+        archzoo.save_pretrained(tmp_path / "model", model)
+    assert not (tmp_path / "model").exists()
+
+
+# ---------------------------------------------------------------------------- failing writes
+
+
+def test_saving_again_replaces_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    archzoo.save_pretrained(tmp_path, micro())
+    other = micro("transformer_micro")
+    archzoo.save_pretrained(tmp_path, other)
+    assert same(other, archzoo.from_pretrained(tmp_path)[0])
+    found = {file.name for file in tmp_path.iterdir()}
+    assert found == {"config.json", "model.safetensors", "notes.txt"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no file-size limit there")
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
+    model = micro()
+    archzoo.save_pretrained(tmp_path / "model", model)
+    program = """
+        import resource, sys
+        import archzoo
+        model = archzoo.create_model("retnet_micro")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        try:
+            archzoo.save_pretrained(sys.argv[1], model)
+        except OSError as error:
+            print(error)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "model")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"the model cannot be written to {tmp_path / 'model'}: ")
+    assert done.stdout.count("\n") == 1
+    assert same(model, archzoo.from_pretrained(tmp_path / "model")[0])
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_file_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "model").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        archzoo.save_pretrained(tmp_path / "model", micro())
+    assert (tmp_path / "model").read_text() == "mine"
+
+
+# ---------------------------------------------------------------------------- bad files
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    archzoo.save_pretrained(tmp_path / "model", micro())
+    return tmp_path / "model"
+
+
+def refused(path: Path, kind: type[Exception], match: str) -> None:
+    with pytest.raises(kind, match=match) as error:
+        archzoo.from_pretrained(path)
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def change(saved: Path, **decoder: object) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    config["decoder"] |= decoder
+    (saved / "config.json").write_text(json.dumps(config))
+
+
+def test_missing_files(saved: Path, tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", FileNotFoundError, "there is no checkpoint at")
+    refused(tmp_path / "nowhere.ckpt", FileNotFoundError, "there is no checkpoint at")
+    (saved / "model.safetensors").unlink()
+    refused(saved, FileNotFoundError, r"holds no model\.safetensors")
+    (saved / "config.json").unlink()
+    refused(saved, FileNotFoundError, r"holds no config\.json$")
+    (saved / "last.ckpt").touch()
+    refused(saved, FileNotFoundError, r"holds no config\.json; did you mean .*last\.ckpt\?")
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.99])
+def test_truncated_weights(saved: Path, share: float) -> None:
+    file = saved / "model.safetensors"
+    os.truncate(file, int(share * file.stat().st_size))
+    refused(saved, ValueError, r"model\.safetensors is truncated or damaged")
+
+
+@pytest.mark.parametrize("content", ["", "{", "\udcff", "[]", '{"model_type": "llama"}'])
+def test_damaged_config(saved: Path, content: str) -> None:
+    (saved / "config.json").write_text(content, errors="surrogateescape")
+    refused(saved, ValueError, r"config\.json is (damaged|no configuration of archzoo)")
+
+
+def test_another_vocabulary(saved: Path) -> None:
+    change(saved, vocab_size=65)
+    refused(saved, ValueError, "a vocabulary of 64 tokens, and the configuration says 65")
+
+
+def test_a_tokenizer_of_another_vocabulary(saved: Path) -> None:
+    tokenizer = CharacterTokenizer("".join(map(chr, range(40, 140))))
+    with pytest.raises(ValueError, match="the tokenizer has 100 tokens and the model knows 64"):
+        archzoo.save_pretrained(saved, micro(), tokenizer)
+    config = json.loads((saved / "config.json").read_text())
+    tokenizer.save(saved)
+    (saved / "config.json").write_text(json.dumps(config | {"tokenizer": "tokenizer.json"}))
+    refused(saved, ValueError, "the tokenizer has 100 tokens and the model knows 64")
+
+
+@pytest.mark.parametrize(
+    ("decoder", "message"),
+    [
+        ({"mixer": {"class_path": "Retension"}}, "there is no mixer 'Retension'.*Retention"),
+        ({"mixer": {"class_path": "no_such.Mixer"}}, r"'no_such\.Mixer' cannot be imported"),
+        ({"mixer": {"class_path": "os.system"}}, r"'os\.system' is no Mixer"),
+        ({"depht": 2}, "no argument 'depht'; nearest: depth"),
+        ({"depth": 3}, r"do not fit the configuration: they miss blocks\.2\."),
+        ({"depth": 1}, r"do not fit the configuration: they have blocks\.1\."),
+        ({"width": 56}, r"gate_up\.weight has shape \(96, 32\) where \(112, 32\) is expected"),
+        ({"dim": "wide"}, "wide|int"),
+    ],
+)
+def test_weights_that_do_not_fit(saved: Path, decoder: dict[str, object], message: str) -> None:
+    change(saved, **decoder)
+    refused(saved, ValueError, message)
+
+
+# ---------------------------------------------------------------------------- Lightning's files
+
+
+def lightning_content(model: Decoder, tokenizer: CharacterTokenizer) -> dict[str, object]:
+    """What a run writes, as far as a model and its use are concerned."""
+    files = tokenizer.files().items()
+    return {
+        "hyper_parameters": {"learning_rate": 1e-3, "betas": [0.9, 0.95], **model.config},
+        "state_dict": {f"decoder.{name}": value for name, value in model.state_dict().items()},
+        "task": {"class_path": "some.Task", "init_args": {"reverse": True}},
+        "tokenizer": {
+            name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in files
+        },
+    }
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    tokenizer = CharacterTokenizer("0123456789+=", special=True)
+    model = micro(vocab_size=14, tie_weights=True)
+    torch.save(lightning_content(model, tokenizer), tmp_path / "last.ckpt")
+    return tmp_path / "last.ckpt"
+
+
+def test_lightning_checkpoint(run: Path) -> None:
+    found = load(run)
+    assert found.tokenizer is not None
+    assert found.tokenizer.encode("1+1=") == [1, 10, 1, 11]
+    assert found.tokenizer.stop_token == 12
+    assert found.task == {"class_path": "some.Task", "init_args": {"reverse": True}}
+    assert found.model.head.weight is found.model.embedding.weight
+    weights = torch.load(run, weights_only=True)["state_dict"]
+    assert all(w.equal(weights[f"decoder.{n}"]) for n, w in found.model.state_dict().items())
+
+
+def test_from_run_to_directory(run: Path, tmp_path: Path) -> None:
+    found = load(run)
+    archzoo.save_pretrained(tmp_path / "model", *found)
+    again = load(tmp_path / "model")
+    with torch.no_grad():
+        tokens = torch.tensor([[1, 10, 1, 11]])
+        assert again.model(tokens).logits.equal(found.model(tokens).logits)
+    assert again.task == found.task
+    assert again.tokenizer is not None
+    assert again.tokenizer.files() == found.tokenizer.files()
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
+def test_truncated_checkpoint(run: Path, share: float) -> None:
+    os.truncate(run, int(share * run.stat().st_size))
+    refused(run, ValueError, "is (empty|truncated)")
+
+
+def test_damaged_checkpoint(run: Path) -> None:
+    content = bytearray(run.read_bytes())
+    where = content.index(b"PK", 4) - 200  # the end of the first record, which is the pickle
+    content[where : where + 150] = b"\xff" * 150
+    run.write_bytes(content)
+    refused(run, ValueError, "is damaged|holds code")
+
+
+class Evil:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return (os.system, (f"touch '{self.path}'",))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_code_is_refused_and_not_run(tmp_path: Path, legacy: bool, protocol: int) -> None:
+    path, trace = tmp_path / "evil.ckpt", tmp_path / "it_ran"
+    torch.save(
+        {"state_dict": {}, "hyper_parameters": Evil(trace)},
+        path,
+        pickle_protocol=protocol,
+        _use_new_zipfile_serialization=not legacy,
+    )
+    refused(path, ValueError, "refused")
+    path.write_bytes(pickle.dumps(Evil(trace), protocol))
+    refused(path, ValueError, "is a bare pickle, which may run code when loaded: refused")
+    assert not trace.exists()
+    # The trap is armed: a reader that trusts the file runs it.
+    pickle.loads(path.read_bytes())
+    assert trace.exists()
+
+
+def test_objects_are_refused(run: Path) -> None:
+    content = read_safely(run)
+    content["hyper_parameters"]["mixer"] = functools.partial(archzoo.Retention, value_factor=1)
+    torch.save(content, run)
+    refused(run, ValueError, r"holds code \(functools\.partial\)")
+
+
+@pytest.mark.parametrize(
+    "content", [[1, 2], {"state_dict": {}}, {"state_dict": {}, "hyper_parameters": {"dim": 32}}]
+)
+def test_other_files_of_torch(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "other.pt")
+    refused(tmp_path / "other.pt", ValueError, "is no checkpoint|was not written by archzoo")
+
+
+def test_other_files(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("hello world")
+    refused(tmp_path / "text", ValueError, "is no checkpoint")
+
+
+def test_lightning_checkpoint_of_another_vocabulary(run: Path) -> None:
+    content = read_safely(run)
+    content["hyper_parameters"]["vocab_size"] = 99
+    torch.save(content, run)
+    refused(run, ValueError, "a vocabulary of 14 tokens, and the configuration says 99")

@@ -1,0 +1,410 @@
+"""Generation: forms, batches, sampling, streaming, and the command."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import archzoo
+from archzoo.decoder import Decoder
+from archzoo.generation import (
+    FormsDisagree,
+    draw,
+    generate,
+    generate_command,
+    probabilities,
+    state_growth,
+    turn_numbers,
+)
+from archzoo.mixers.retention import Retention
+from archzoo.tasks.tokenizers import CharacterTokenizer, Tokenizer, learn_bpe
+
+MODELS = ["retnet_micro", "transformer_micro", "hybrid"]
+PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [8], [9, 10, 11]]
+
+
+def make(name: str, **arguments: object) -> Decoder:
+    """A micro model whose weights are large enough that contexts matter to what it writes."""
+    torch.manual_seed(1)
+    if name == "hybrid":
+        name, arguments = "retnet_micro", {"pattern": ["Retention", "Attention"], **arguments}
+    model = archzoo.create_model(name, **arguments)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter *= 8
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------- forms and batches
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_forms_write_the_same(name: str) -> None:
+    model = make(name)
+    recurrent = generate(model, PROMPTS, max_tokens=24)
+    for form in ("parallel", "chunkwise"):
+        recomputed = generate(model, PROMPTS, max_tokens=24, form=form)
+        assert recomputed.tokens == recurrent.tokens
+        assert recomputed.state_bytes == 0
+    assert all(len(tokens) == 24 for tokens in recurrent.tokens)
+    assert len({tuple(tokens) for tokens in recurrent.tokens}) == 3
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_row_of_a_batch_is_what_the_prompt_gets_alone(name: str, temperature: float) -> None:
+    model = make(name)
+    seed = 5 if temperature else None
+    batch = generate(model, PROMPTS, max_tokens=16, temperature=temperature, seed=seed)
+    for row, prompt in enumerate(PROMPTS):
+        seed = 5 + row if temperature else None
+        alone = generate(model, prompt, max_tokens=16, temperature=temperature, seed=seed)
+        assert alone.tokens == [batch.tokens[row]]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_is_the_argmax_of_a_plain_pass(name: str) -> None:
+    model = make(name)
+    [tokens] = generate(model, [3, 1, 4], max_tokens=10).tokens
+    with torch.no_grad():
+        logits = model(torch.tensor([[3, 1, 4, *tokens]])).logits
+    assert logits[0, 2:-1].argmax(-1).tolist() == tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("form", ["recurrent", "parallel"])
+def test_check_measures_the_difference(name: str, form: str, dtype: torch.dtype) -> None:
+    written = generate(make(name).to(dtype), PROMPTS, max_tokens=12, form=form, check=True)
+    assert written.largest_difference is not None
+    assert 0 < written.largest_difference < (1e-4 if dtype == torch.float32 else 1e-12)
+    assert generate(make(name), PROMPTS, max_tokens=2).largest_difference is None
+
+
+class WrongStep(Retention):
+    """Its recurrent form forgets a little more than the parallel one does."""
+
+    def step(self, x: Tensor, state: dict[str, Tensor], context: archzoo.Context) -> object:
+        return super().step(x, {"memory": state["memory"] * 0.99}, context)
+
+
+def test_check_finds_a_wrong_form() -> None:
+    model = make("retnet_micro", mixer=WrongStep)
+    with pytest.raises(
+        FormsDisagree, match=r"differ by \d\.\de-0[1-3] .*1e-04 is allowed in float32"
+    ):
+        generate(model, PROMPTS, max_tokens=12, check=True)
+
+
+def test_the_model_keeps_its_mode() -> None:
+    model = make("retnet_micro", dropout=0.5)
+    expected = generate(model, PROMPTS, max_tokens=8).tokens
+    model.train()
+    assert generate(model, PROMPTS, max_tokens=8).tokens == expected
+    assert model.training
+    torch.nn.init.constant_(model.head.weight, float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        generate(model, PROMPTS, max_tokens=8)
+    assert model.training
+
+
+# ---------------------------------------------------------------------------- state
+
+
+def test_state_bytes() -> None:
+    retnet, transformer = make("retnet_micro"), make("transformer_micro")
+    sizes = [generate(retnet, [1], max_tokens=n).state_bytes for n in (1, 10, 100)]
+    assert len(set(sizes)) == 1
+    assert state_growth(retnet) == 0
+    # 2 layers of 32 float32 channels, for keys and for values.
+    assert state_growth(transformer) == 2 * 2 * 32 * 4
+    sizes = [generate(transformer, [1], max_tokens=n).state_bytes for n in (10, 100)]
+    assert sizes[1] - sizes[0] == 90 * state_growth(transformer)
+
+
+# ---------------------------------------------------------------------------- ends
+
+
+def test_stop_token_ends_a_row_and_only_that_row() -> None:
+    model = make("retnet_micro")
+    free = generate(model, PROMPTS, max_tokens=20)
+    stop = free.tokens[1][4]
+    calls: list[tuple[int, int | None]] = []
+    found = generate(
+        model,
+        PROMPTS,
+        max_tokens=20,
+        stop_token=stop,
+        on_token=lambda row, token, text: calls.append((row, token)),
+    )
+    for row, tokens in enumerate(free.tokens):
+        expected = list(itertools.takewhile(lambda token: token != stop, tokens))
+        assert found.tokens[row] == expected
+        assert found.stopped[row] == (stop in tokens)
+        assert [token for r, token in calls if r == row] == [*expected, None]
+    assert found.stopped[1]
+    assert not any(free.stopped)
+
+
+def test_nothing_is_computed_once_all_rows_have_ended() -> None:
+    model = make("retnet_micro")
+    [tokens] = generate(model, [1, 2], max_tokens=3).tokens
+    passes: list[object] = []
+    model.register_forward_pre_hook(lambda *call: passes.append(call))
+    generate(model, [1, 2], max_tokens=50, stop_token=tokens[0])
+    assert len(passes) == 1
+
+
+# ---------------------------------------------------------------------------- sampling
+
+
+def naive_probabilities(
+    logits: list[float], temperature: float, top_k: int | None, top_p: float | None
+) -> list[float]:
+    weights = [2.718281828459045 ** (x / temperature) for x in logits]
+    order = sorted(range(len(weights)), key=lambda token: (-weights[token], token))
+    kept = order[:top_k]
+    if top_p is not None:
+        total, mass, few = sum(weights[token] for token in kept), 0.0, []
+        for token in kept:
+            few.append(token)
+            mass += weights[token] / total
+            if mass >= top_p:
+                break
+        kept = few
+    total = sum(weights[token] for token in kept)
+    return [weights[t] / total if t in kept else 0.0 for t in range(len(weights))]
+
+
+@given(
+    logits=st.lists(st.integers(-4, 4), min_size=1, max_size=9),
+    temperature=st.sampled_from([0.5, 1.0, 3.0]),
+    top_k=st.none() | st.integers(1, 12),
+    top_p=st.none() | st.floats(0.01, 0.99),
+)
+def test_probabilities_against_a_naive_reference(
+    logits: list[int], temperature: float, top_k: int | None, top_p: float | None
+) -> None:
+    # Equal logits are the rule here, so that ties are tried; masses that hit top_p exactly would
+    # be decided by rounding, so the logits are moved apart a little.
+    values = [x + 0.01 * place for place, x in enumerate(logits)]
+    expected = naive_probabilities(values, temperature, top_k, top_p)
+    found = probabilities(
+        torch.tensor([values] * 2, dtype=torch.float64), temperature, top_k, top_p
+    )
+    assert found[0].tolist() == pytest.approx(expected, abs=1e-9)
+    assert torch.equal(found[0], found[1])
+
+
+def test_ties_go_to_the_lower_token() -> None:
+    found = probabilities(torch.zeros(1, 6), top_k=2)
+    assert found.tolist() == [[0.5, 0.5, 0, 0, 0, 0]]
+
+
+def test_draw_inverts_the_cumulated_distribution() -> None:
+    probability = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]).double()
+    for uniform, token in [(0.0, 1), (0.2499, 1), (0.25, 3), (0.9999, 3), (1 - 2**-53, 3)]:
+        assert draw(probability, torch.tensor([uniform]).double()).tolist() == [token]
+    # Rounding up to the total must not give a token of no probability.
+    assert draw(probability, torch.ones(1).double()).tolist() == [3]
+
+
+def test_samples_follow_the_probabilities() -> None:
+    model = make("transformer_micro")
+    with torch.no_grad():
+        logits = model(torch.tensor([[1, 2]])).logits[:, -1]
+    expected = probabilities(logits, 8.0, top_k=5)[0]
+    rows = 4000
+    found = generate(model, [[1, 2]] * rows, max_tokens=1, temperature=8.0, top_k=5, seed=0)
+    counts = torch.bincount(torch.tensor(found.tokens)[:, 0], minlength=64) / rows
+    # Five standard deviations of a frequency.
+    assert (counts - expected).abs().max() < 5 * (0.25 / rows) ** 0.5
+    assert counts[expected == 0].sum() == 0
+
+
+def test_seeds_reproduce() -> None:
+    model = make("retnet_micro")
+
+    def sample(seed: int | None) -> list[list[int]]:
+        return generate(model, [[1], [1]], max_tokens=12, temperature=2.0, seed=seed).tokens
+
+    assert sample(3) == sample(3)
+    assert sample(3) != sample(4)
+    assert sample(3)[0] != sample(3)[1]
+    assert sample(3)[1] == sample(4)[0]
+    torch.manual_seed(0)
+    first = sample(None)
+    assert sample(None) != first
+    torch.manual_seed(0)
+    assert sample(None) == first
+
+
+def test_a_cold_sample_is_greedy() -> None:
+    model = make("retnet_micro")
+    greedy = generate(model, PROMPTS, max_tokens=8).tokens
+    assert generate(model, PROMPTS, max_tokens=8, temperature=9.0, top_k=1).tokens == greedy
+    assert generate(model, PROMPTS, max_tokens=8, temperature=9.0, top_p=1e-6).tokens == greedy
+
+
+# ---------------------------------------------------------------------------- text
+
+TEXT = "Die Wörter fließen, 言葉が流れる, 🙂🙃 and so on. " * 4
+
+
+def tokenizers() -> list[Tokenizer]:
+    return [CharacterTokenizer("".join(sorted(set(TEXT)))), learn_bpe([TEXT], 300)]
+
+
+@pytest.mark.parametrize("tokenizer", tokenizers(), ids=["characters", "bpe"])
+def test_streamed_text_is_the_text(tokenizer: Tokenizer) -> None:
+    model = make("retnet_micro", vocab_size=tokenizer.vocab_size)
+    pieces: dict[int, list[str]] = {0: [], 1: []}
+    ended: list[int] = []
+
+    def on_token(row: int, token: int | None, text: str) -> None:
+        assert row not in ended
+        pieces[row].append(text)
+        if token is None:
+            ended.append(row)
+
+    written = generate(
+        model,
+        ["Die 言葉", "🙂"],
+        max_tokens=60,
+        temperature=2.0,
+        seed=0,
+        tokenizer=tokenizer,
+        on_token=on_token,
+    )
+    assert written.texts is not None
+    for row, text in enumerate(written.texts):
+        assert "".join(pieces[row]) == text
+        assert len(text) > 3
+        assert tokenizer.decode(written.tokens[row]) == text
+    assert sorted(ended) == [0, 1]
+
+
+def test_the_tokenizers_stop_token_stops() -> None:
+    tokenizer = CharacterTokenizer("abc", special=True)
+    model = make("retnet_micro", vocab_size=tokenizer.vocab_size)
+    torch.nn.init.zeros_(model.head.weight)
+    model.head.weight.data[tokenizer.stop_token] = 1.0
+    model.norm.weight.data[:] = 1.0
+    with torch.no_grad():
+        hidden = model.hidden(torch.tensor([[0]]))[0]
+        model.head.weight.data[tokenizer.stop_token] = hidden[0, 0]  # the stop token comes next
+    written = generate(model, "a", max_tokens=9, tokenizer=tokenizer)
+    assert written.texts == [""]
+    assert written.stopped == [True]
+
+
+# ---------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": []}, "there is no prompt"),
+        ({"prompts": [[1], []]}, "prompt 1 is empty"),
+        ({"prompts": [[1], [5, 64]]}, "token 64 in prompt 1 is none of the model's 0 to 63"),
+        ({"prompts": [-1]}, "token -1 in prompt 0"),
+        ({"prompts": "text"}, "needs a tokenizer"),
+        ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
+        ({"form": "backwards"}, "form 'backwards' is none of parallel, chunkwise, recurrent"),
+        ({"temperature": -1.0}, "temperature=-1.0 must be 0"),
+        ({"temperature": float("nan")}, "temperature=nan must be 0"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k=0 must be at least 1"),
+        ({"temperature": 1.0, "top_p": 1.5}, "top_p=1.5 must lie in"),
+        ({"top_k": 3}, "give a temperature"),
+        (
+            {"prompts": "ab?", "tokenizer": CharacterTokenizer("abc")},
+            r"character '\?' .* at position 2",
+        ),
+        (
+            {"prompts": "a", "tokenizer": CharacterTokenizer("".join(map(chr, range(65))))},
+            "the tokenizer has 65 tokens and the model knows 64",
+        ),
+    ],
+)
+def test_bad_input_gets_one_clear_line(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        generate(make("retnet_micro"), **({"prompts": [1], "max_tokens": 2} | arguments))
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("command") / "model"
+    tokenizer = CharacterTokenizer("0123456789+=", special=True)
+    model = make("retnet_micro", vocab_size=tokenizer.vocab_size)
+    task = {"class_path": "archzoo.tasks.arithmetic.Addition", "init_args": {"reverse": True}}
+    archzoo.save_pretrained(path, model, tokenizer, task)
+    return path
+
+
+def test_command(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = archzoo.from_pretrained(checkpoint)
+    [raw] = generate(model, "21+543=", max_tokens=12, tokenizer=tokenizer).texts or []
+    generate_command(str(checkpoint), ["12+345="], max_tokens=12, check=True)
+    text, _, report = capsys.readouterr().out.partition("\n\n")
+    assert text == "12+345=" + turn_numbers(raw)
+    lines = report.splitlines()
+    assert re.fullmatch(r"12 tokens, \d+\.\d\d ms per token, the prompt \d+\.\d ms", lines[0])
+    state = model.init_state(1)
+    assert lines[1] == f"state {archzoo.block.nbytes(state):,} bytes, the same at any length"
+    assert lines[2].startswith("recurrent and recomputed logits agree to ")
+
+
+def test_command_with_several_prompts(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = ["12+345=", "9+9="]
+    expected = []
+    for prompt in prompts:
+        generate_command(str(checkpoint), [prompt], max_tokens=8)
+        expected.append(capsys.readouterr().out.splitlines()[0])
+    generate_command(str(checkpoint), prompts, max_tokens=8, form="parallel")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == expected
+    assert lines[-1] == "no state: all was recomputed at every token"
+
+
+def test_command_stops_where_it_is_told(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tokenizer = archzoo.from_pretrained(checkpoint)
+    [raw] = generate(model, "1+1=", max_tokens=12, tokenizer=tokenizer).texts or []
+    generate_command(str(checkpoint), ["1+1="], max_tokens=12, stop=raw[3])
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line == "1+1=" + turn_numbers(raw.partition(raw[3])[0])
+    with pytest.raises(ValueError, match="stop='12' is 2 tokens: it must be exactly one"):
+        generate_command(str(checkpoint), ["1+1="], stop="12")
+
+
+def test_command_refuses_characters_that_are_not_known(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match=r"character 'x' .* at position 1") as error:
+        generate_command(str(checkpoint), ["1x1="])
+    assert "\n" not in str(error.value)
+    assert capsys.readouterr().out == ""
+
+
+def test_numbers_are_turned_as_the_task_writes_them() -> None:
+    from archzoo.tasks.arithmetic import Addition
+
+    task = Addition(digits=4)
+    line = task.prompt(1234, 56) + task.answer(1234, 56)
+    assert turn_numbers("1234+56=1290") == line
+    assert archzoo.generation.numbers_are_turned(task.config())
+    assert not archzoo.generation.numbers_are_turned(Addition(reverse=False).config())
+    assert not archzoo.generation.numbers_are_turned(None)
