@@ -1,0 +1,146 @@
+"""The `archzoo` command: a table of subcommands, each imported when it runs and not before.
+
+So `archzoo --help` answers at once, without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Command(NamedTuple):
+    """A subcommand.
+
+    Attributes:
+        about: One line for the help.
+        module: Where it is defined.
+        function: Its name there. What it takes is read off its signature and docstring.
+    """
+
+    about: str
+    module: str
+    function: str
+
+
+COMMANDS = {
+    "fit": Command("train a model: fit --config configs/addition.yaml", "training.cli", ""),
+    "validate": Command("evaluate a checkpoint on the validation data", "training.cli", ""),
+    "test": Command("evaluate a checkpoint on the test data", "training.cli", ""),
+    "predict": Command("write what a checkpoint predicts for the test data", "training.cli", ""),
+    "generate": Command("continue a text", "generation", "generate_command"),
+    "list": Command("show the models of the zoo", "zoo", "list_command"),
+    "show": Command("show one model: its architecture, parts and sizes", "zoo", "show_command"),
+    "check": Command("hold a class of yours to the interface", "contract", "check_command"),
+}
+
+# What a person can do something about, and so needs no traceback.
+MISTAKES = (ValueError, OSError, ArithmeticError)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command line; its exit status.
+
+    A mistake of the user's is answered by one line on stderr. ARCHZOO_DEBUG=1 in the environment
+    shows the traceback as well.
+
+    Args:
+        arguments: What follows the program's name; None: `sys.argv`.
+    """
+    name, *rest = sys.argv[1:] if arguments is None else arguments or [""]
+    if not rest and name in ("", "-h", "--help"):
+        print(usage())
+        return 0 if name else 2
+    if name == "--version":
+        from archzoo import __version__
+
+        print(f"archzoo {__version__}")
+        return 0
+    try:
+        return dispatch(name, rest)
+    except MISTAKES as error:
+        return complain(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def dispatch(name: str, arguments: list[str]) -> int:
+    """Import a command and run it."""
+    if name not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(name, COMMANDS, n=2, cutoff=0.4)
+        hint = f"nearest: {' or '.join(near)}" if near else f"there are {', '.join(COMMANDS)}"
+        raise ValueError(f"there is no command {name!r}; {hint}")
+    command = COMMANDS[name]
+    if not command.function:
+        from archzoo.training.cli import run
+
+        return run(name, arguments)
+    module = importlib.import_module(f"archzoo.{command.module}")
+    return call(getattr(module, command.function), f"archzoo {name}", arguments)
+
+
+def call(function: Callable[..., Any], program: str, arguments: list[str]) -> int:
+    """Call a function with what a command line gives for its parameters.
+
+    Parameters without a default are positional, a list of them takes all that follow.
+    """
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    from jsonargparse import ArgumentParser
+
+    from archzoo.parts import nearest
+
+    class Parser(ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> Any:
+            text = " ".join(message.split())
+            unknown = text.partition("nrecognized arguments: --")[2].partition(" ")[0]
+            if unknown:
+                options = [o[2:] for a in self._actions for o in a.option_strings if o[:2] == "--"]
+                text = f"there is no option --{unknown}; nearest: --{nearest(unknown, options)}"
+            raise ValueError(f"{text} (see {self.prog} --help)")
+
+    parser = Parser(prog=program)
+    several = {
+        name
+        for name, parameter in inspect.signature(function, eval_str=True).parameters.items()
+        if parameter.annotation == list[str] and parameter.default is parameter.empty
+    }
+    parser.add_function_arguments(function, as_positional=True, skip=several)
+    for name in several:
+        parser.add_argument(name, nargs="+", type=str, help="one or several")
+    result = function(**parser.parse_args(arguments).as_dict())
+    return int(result or 0)
+
+
+def usage() -> str:
+    """The help of the command as a whole."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.about}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: archzoo COMMAND ...",
+            "",
+            "Decoder-only language models that share one block interface and swap the rest.",
+            "",
+            *lines,
+            "",
+            "archzoo COMMAND --help says what a command takes.",
+        ]
+    )
+
+
+def complain(error: BaseException) -> int:
+    """Print an error as one line; the exit status."""
+    if os.environ.get("ARCHZOO_DEBUG"):
+        import traceback
+
+        traceback.print_exception(error)
+    text = " ".join(str(error).split()) or type(error).__name__
+    print(f"error: {text}", file=sys.stderr)
+    return 1

@@ -1,0 +1,1 @@
+"""Training with Lightning: the module, its optimizer, its callbacks, and the files of a run."""

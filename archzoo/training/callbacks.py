@@ -1,0 +1,237 @@
+"""What goes on beside training: checkpoints and the progress shown."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from archzoo.training.files import MetricsFile
+from archzoo.training.module import LanguageModel
+
+
+class Checkpoints(Checkpoint):
+    """Keeps two checkpoints of a run: ``last.ckpt``, to resume from, and ``best.ckpt``.
+
+    They are written between optimizer steps and replaced whole, and never with a loss or weights
+    that are no finite numbers, so that whatever ends a run leaves a good one behind.
+
+    Args:
+        every_n_steps: Optimizer steps between two writings of last.ckpt; it is also written after
+            every validation and at the end.
+        monitor: Metric that says which checkpoint is best, such as validation/exact_match; None:
+            validation/loss.
+        mode: "min" or "max": which values of it are better.
+    """
+
+    def __init__(
+        self, every_n_steps: int = 500, monitor: str | None = None, mode: str = "min"
+    ) -> None:
+        super().__init__()
+        if every_n_steps < 1:
+            raise ValueError(f"checkpoint.every_n_steps={every_n_steps} must be at least 1")
+        if mode not in ("min", "max"):
+            raise ValueError(f"checkpoint.mode={mode!r} is neither min nor max")
+        self.every_n_steps, self.monitor, self.mode = every_n_steps, monitor, mode
+        self.best: float | None = None
+        self.saved: int | None = None  # the step that last.ckpt holds, as far as this run knows
+        self.directory = Path()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+    def setup(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
+        self.directory = Path(trainer.default_root_dir)
+
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        self.saved = trainer.global_step or None
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsFile):
+                logger.begin(trainer.global_step)
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        # During an accumulation the step stays the one that was saved.
+        if trainer.global_step % self.every_n_steps == 0:
+            self._save_last(trainer, pl_module)
+
+    def on_validation_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        value = trainer.callback_metrics.get(self.monitor or "validation/loss")
+        if value is None:
+            raise ValueError(
+                f"checkpoint.monitor: there is no metric {self.monitor}; validation gives "
+                + ", ".join(sorted(trainer.callback_metrics))
+            )
+        sign = 1 if self.mode == "min" else -1
+        better = self.best is None or sign * value.item() < sign * self.best
+        if better:
+            self.best = value.item()
+        self.saved = None  # write last.ckpt again: now it knows the best, and that this was done
+        self._save_last(trainer, pl_module)
+        if better:
+            trainer.save_checkpoint(self.directory / "best.ckpt")
+
+    def on_train_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        self._save_last(trainer, pl_module)
+
+    def _save_last(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        # In the middle of an accumulation there are gradients, which no checkpoint holds.
+        midway = trainer.fit_loop.epoch_loop._should_accumulate()
+        if midway or trainer.global_step in (0, self.saved):
+            return
+        if isinstance(pl_module, LanguageModel):
+            pl_module.check_losses()
+            pl_module.check_weights()
+        trainer.save_checkpoint(self.directory / "last.ckpt")
+        self.saved = trainer.global_step
+
+
+class ShowProgress(ProgressBar):
+    """A bar on a terminal, with the latest loss and exact match; elsewhere a line a validation.
+
+    It draws itself from a thread of its own, so a step pays for one assignment only.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.console = Console()
+        self.shown: Progress | None = None
+        self._enabled = True
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    @rank_zero_only
+    def say(self, text: str) -> None:
+        """Print a line, above the bar where there is one."""
+        if self._enabled:
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+    def _start(self, title: str, total: float | None) -> None:
+        if not self._enabled or not self.console.is_terminal:
+            return
+        self.shown = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[metrics]}"),
+            console=self.console,
+            refresh_per_second=4,
+        )
+        self.shown.add_task(title, total=total, metrics="")
+        self.shown.start()
+
+    def _stop(self) -> None:
+        if self.shown is not None:
+            self.shown.stop()
+            self.shown = None
+
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        assert isinstance(pl_module, LanguageModel)
+        self.say(pl_module.about())
+        steps = trainer.estimated_stepping_batches
+        self._start("training", None if steps == float("inf") else steps)
+        if self.shown is not None:
+            self.shown.update(self.shown.task_ids[0], completed=trainer.global_step)
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if self.shown is not None and trainer.global_step % trainer.log_every_n_steps == 0:
+            assert isinstance(pl_module, LanguageModel)
+            self.shown.update(
+                self.shown.task_ids[0],
+                completed=trainer.global_step,
+                metrics=describe(pl_module.latest, "train", "validation"),
+            )
+
+    def on_validation_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        assert isinstance(pl_module, LanguageModel)
+        if trainer.state.fn != "fit":
+            return
+        seconds = time.perf_counter() - self._began
+        shown = describe(pl_module.latest, "train", "validation")
+        self.say(f"step {trainer.global_step:>6}  {seconds:6.0f} s  {shown}")
+
+    def on_train_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        self._stop()
+
+    def on_exception(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        exception: BaseException,
+    ) -> None:
+        self._stop()
+
+    def on_test_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        assert isinstance(pl_module, LanguageModel)
+        self.say(describe(pl_module.latest, "test"))
+
+
+UNITS = {
+    "loss": ("loss", "{:.4f}", 1.0),
+    "perplexity": ("perplexity", "{:.3f}", 1.0),
+    "token_accuracy": ("tokens", "{:.2f} %", 100.0),
+    "exact_match": ("exact match", "{:.2f} %", 100.0),
+    "tokens_per_second": ("", "{:,.0f} tokens/s", 1.0),
+}
+
+
+def describe(values: dict[str, float], *splits: str) -> str:
+    """Logged values as a person reads them: ``loss 0.0421  validation loss 0.05  ...``."""
+    parts = []
+    for split in splits:
+        for name, (title, pattern, scale) in UNITS.items():
+            value = values.get(f"{split}/{name}")
+            if value is not None:
+                whose = "" if split == "train" else f"{split} "
+                title = f"{whose}{title} " if title else ""
+                parts.append(title + pattern.format(value * scale))
+    return "  ".join(parts)

@@ -1,0 +1,306 @@
+"""`fit`, `validate`, `test` and `predict`: LightningCLI, fitted to this package.
+
+What it adds: a directory for every run, a CSV and checkpoints in it always, one clear line where
+something is misspelt, and model, data and tokenizer taken from a checkpoint where one is named.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from argparse import ArgumentError
+from pathlib import Path
+from typing import Any, NoReturn
+
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's affair
+
+import torch
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from archzoo import parts
+from archzoo.checkpoint import read_safely
+from archzoo.parts import nearest
+from archzoo.registry import list_models
+from archzoo.tasks.arithmetic import Addition
+from archzoo.tasks.stream import Task, build
+from archzoo.tasks.text import Text
+from archzoo.training.callbacks import Checkpoints, ShowProgress
+from archzoo.training.files import CheckpointFiles, MetricsFile
+from archzoo.training.module import LanguageModel, tokenizer_files
+
+TASKS = (Addition, Text)  # imported, so that their names alone are enough
+COMMANDS = ("fit", "validate", "test", "predict")
+
+
+def run(command: str, arguments: list[str]) -> int:
+    """Run one of `COMMANDS`; what is wrong with the arguments is raised as ValueError."""
+    for module in parts.MODULES:
+        importlib.import_module(module)  # class names alone are found among what is imported
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    # Batches are computed in place, within a fraction of a step: a worker would only cost.
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    CommandLine(
+        LanguageModel,
+        Task,
+        subclass_mode_data=True,
+        args=[command, *arguments],
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        save_config_callback=SaveConfig,
+        save_config_kwargs={"overwrite": True},
+        parser_class=Parser,
+        trainer_defaults={
+            "log_every_n_steps": 10,
+            "check_val_every_n_epoch": None,  # val_check_interval counts batches of the whole run
+            "num_sanity_val_steps": 0,
+            "enable_model_summary": False,
+        },
+        parser_kwargs={"prog": "archzoo", "exit_on_error": False}
+        | {name: {"exit_on_error": False} for name in COMMANDS},
+    )
+    return 0
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's parser, whose errors name what comes nearest to the mistake."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if isinstance(ex, FileNotFoundError):
+            raise ex
+        raise ValueError(explain(message, self))
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes config.yaml into the run's directory: all settings, to run it again or resume it."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.config = self.config.clone()
+        self.config["ckpt_path"] = None  # a run from this file is a new one
+        super().setup(trainer, pl_module, stage)
+
+
+class CommandLine(LightningCLI):
+    """LightningCLI with a directory for every run, and checkpoints that bring their own settings."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--name",
+            type=str | None,
+            default=None,
+            help="The run's directory is runs/NAME (see trainer.default_root_dir); default: the "
+            "configuration file's name, or the preset's.",
+        )
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+
+    # ------------------------------------------------------------------------ parsing
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        command, *arguments = args
+        self.run_name = _run_name(arguments)
+        path = _option(arguments, "--ckpt_path")
+        self._tokenizer_directory = tempfile.TemporaryDirectory(prefix="archzoo-")
+        if path in ("last", "best") and not _option(arguments, "--config"):
+            raise ValueError(f"--ckpt_path {path} needs --config or a path: of which run?")
+        if path and path not in ("last", "best"):
+            checkpoint = read_safely(path) if Path(path).is_file() else _no_checkpoint(path)
+            beside = Path(path).parent / "config.yaml"
+            if command == "fit" and not _option(arguments, "--config") and beside.is_file():
+                arguments = ["--config", str(beside), *arguments]
+            elif command != "fit" or not _option(arguments, "--config"):
+                # Before the other arguments, so that they have the last word.
+                stored = self._stored_settings(checkpoint, path)
+                arguments = ["--config", json.dumps(stored), *arguments]
+        self.config = parser.parse_args([command, *arguments])
+
+    def _stored_settings(self, checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
+        """Model and data of a checkpoint as a configuration file would say it."""
+        model, task = checkpoint.get("hyper_parameters"), checkpoint.get("task")
+        if not isinstance(model, dict) or not isinstance(task, dict):
+            raise ValueError(f"{path} is no checkpoint of archzoo's training")
+        build(task)  # refuses tasks that are not known, which parsing would import
+        arguments = dict(task["init_args"])
+        if "tokenizer" in arguments:
+            # The model's own tokenizer, and not one learned anew from whatever text is there now.
+            directory = Path(self._tokenizer_directory.name)
+            for name, content in tokenizer_files(checkpoint).items():
+                (directory / Path(name).name).write_bytes(content)
+                arguments["tokenizer"] = str(directory / Path(name).name)
+            arguments["vocab_size"] = None
+        data = {"class_path": task["class_path"], "init_args": arguments}
+        return {"model": model, "data": data}
+
+    def _parse_ckpt_path(self) -> None:
+        """Done in `parse_arguments`, before anything is required."""
+
+    # ------------------------------------------------------------------------ the run
+
+    @property
+    def directory(self) -> Path:
+        """Where this command writes: the run's directory, or the checkpoint's."""
+        config = self.config[self.subcommand]
+        root = Path(config.trainer.default_root_dir or "runs")
+        path = config.ckpt_path
+        if self.subcommand != "fit" and path and path not in ("last", "best"):
+            return Path(path).parent
+        return root / (config.name or self.run_name or config.model.preset or "model")
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        config.name = self.directory.name
+        if config.ckpt_path in ("last", "best"):
+            path = self.directory / f"{config.ckpt_path}.ckpt"
+            config.ckpt_path = str(path) if path.is_file() else _no_checkpoint(str(path))
+        if self.subcommand == "fit" and not config.trainer.fast_dev_run:
+            self._move_aside()
+
+    @rank_zero_only
+    def _move_aside(self) -> None:
+        """Never write over another run: it is renamed, unless this one goes on where it ended."""
+        directory = self.directory
+        path = self.config[self.subcommand].ckpt_path
+        goes_on = path and Path(path).resolve().parent == directory.resolve()
+        if goes_on or not any((directory / name).exists() for name in ("last.ckpt", "metrics.csv")):
+            return
+        number = 1
+        while directory.with_name(f"{directory.name}-{number}").exists():
+            number += 1
+        aside = directory.with_name(f"{directory.name}-{number}")
+        shutil.move(directory, aside)
+        print(f"{directory} held another run, which is now {aside}")
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Any:
+        fitting = self.subcommand == "fit"
+        if not fitting:
+            self.save_config_callback = None
+        if not fitting or config.get("enable_checkpointing") is False:
+            callbacks = [c for c in callbacks if not isinstance(c, Checkpoints)]
+            config["enable_checkpointing"] = False
+        if config.get("enable_progress_bar") is not False:
+            callbacks = [*callbacks, ShowProgress()]
+        config["default_root_dir"] = str(self.directory)
+        table = "metrics.csv" if fitting else f"{self.subcommand}.csv"
+        config["logger"] = [MetricsFile(self.directory / table), *_as_list(config.get("logger"))]
+        config["plugins"] = [CheckpointFiles(), *_as_list(config.get("plugins"))]
+        if config.get("precision") is None and config.get("accelerator") in ("auto", "gpu", "cuda"):
+            bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
+            config["precision"] = "bf16-mixed" if bf16 else None
+        return super()._instantiate_trainer(config, callbacks)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        arguments = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand in ("validate", "test"):
+            arguments["verbose"] = False  # `ShowProgress` prints the figures
+        return arguments
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except FloatingPointError as error:
+            last = self.directory / "last.ckpt"
+            good = f"{last} is the last good checkpoint" if last.is_file() else "nothing was saved"
+            raise FloatingPointError(
+                f"{error}; {good}. A lower --model.learning_rate or --trainer.gradient_clip_val 1 "
+                "may help"
+            ) from None
+        finally:
+            self._tokenizer_directory.cleanup()
+
+    def after_fit(self) -> None:
+        self._say_where()
+
+    def after_test(self) -> None:
+        self._say_where()
+
+    @rank_zero_only
+    def _say_where(self) -> None:
+        names = ("last.ckpt", "best.ckpt", "metrics.csv", "test.csv", "config.yaml")
+        found = [name for name in names if (self.directory / name).is_file()]
+        if found:
+            print(f"{self.directory} holds {', '.join(found)}")
+
+    def predict(self, **arguments: Any) -> None:
+        """Write predictions.jsonl, a row a line, and show the first ones."""
+        batches = self.trainer.predict(**arguments) or []
+        rows = [row for batch in batches for row in batch]
+        self._write_predictions(rows)
+
+    @rank_zero_only
+    def _write_predictions(self, rows: list[dict[str, str]]) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / "predictions.jsonl"
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        for line in lines[:8]:
+            print(line)
+        print(f"{path} holds {len(rows)} predictions")
+
+
+# ---------------------------------------------------------------------------- small helpers
+
+
+def _option(arguments: list[str], name: str) -> str | None:
+    """The value of an option before anything is parsed: ``--name value`` or ``--name=value``."""
+    names = (name, "-c") if name == "--config" else (name,)
+    for place, argument in enumerate(arguments):
+        key, equals, value = argument.partition("=")
+        if key in names:
+            following = arguments[place + 1 : place + 2]
+            return value if equals else (following[0] if following else None)
+    return None
+
+
+def _run_name(arguments: list[str]) -> str | None:
+    config = _option(arguments, "--config")
+    return Path(config).stem if config and Path(config).is_file() else None
+
+
+def _no_checkpoint(path: str) -> NoReturn:
+    known = sorted(Path().glob("runs/*/*.ckpt"), key=lambda file: file.stat().st_mtime)
+    hint = f"; there is {known[-1]}" if known else ""
+    raise FileNotFoundError(f"there is no checkpoint {path}{hint}")
+
+
+def _as_list(value: Any) -> list[Any]:
+    """Loggers or plugins as the configuration may give them: none, one, or several."""
+    if value is None or isinstance(value, bool):
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+# ---------------------------------------------------------------------------- error messages
+
+
+def explain(message: str, parser: Any) -> str:
+    """One line from jsonargparse's many, with the names nearest to one that is unknown."""
+    text = " ".join(message.split())
+    options = [o[2:] for action in parser._actions for o in action.option_strings if o[:2] == "--"]
+    found = re.search(r"[Uu]nrecognized arguments: --([\w.+]+)", text)
+    if found:
+        return _unknown_key(found[1], options)
+    found = re.search(r"Option '([\w.]+)' is not accepted.*class_path='([\w.]+)'", text)
+    if found:
+        name, owner = found.groups()
+        accepted = _arguments(owner)
+        return f"{owner.split('.')[-1]} has no argument {name!r}; nearest: {nearest(name, accepted)}"
+    return text
+
+
+def _unknown_key(name: str, options: list[str]) -> str:
+    return f"there is no setting {name!r}; nearest: {nearest(name, options)}"
+
+
+def _arguments(class_path: str) -> list[str]:
+    """What a class takes besides the sizes that its decoder gives it."""
+    module, _, name = class_path.rpartition(".")
+    part = getattr(importlib.import_module(module), name)
+    return [n for n in inspect.signature(part).parameters if n not in ("dim", "heads", "width")]

@@ -1,0 +1,156 @@
+"""Files a run writes: checkpoints that are whole or not there, and a CSV that outlives the run."""
+
+from __future__ import annotations
+
+import csv
+import os
+import pickle
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+
+def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Write a checkpoint beside its place, then put it there: readers see the old or the new one.
+
+    Raises:
+        OSError: It could not be written, for want of room for instance; what stood at `path`
+            still stands there.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut may leave the new name on no content
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        # torch reports what its writer met as RuntimeError.
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
+        raise OSError(f"{path} could not be written: {reason}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint without running anything that it may hold.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: The file is cut short, or holds more than tensors and plain data.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Weights only load failed" not in str(error) or "GLOBAL" not in str(error):
+            raise ValueError(f"{path} is no checkpoint, or only a part of one") from None
+        raise ValueError(
+            f"{path} holds code, not only tensors and plain data, and was not loaded"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no checkpoint, or only a part of one ({str(error).splitlines()[0]})"
+        ) from None
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"{path} is no checkpoint of a training run")
+    return checkpoint
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Lightning's way to checkpoint files: written whole or not at all, read without code."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        write_checkpoint(checkpoint, path)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return read_checkpoint(path)
+
+
+class MetricsFile(Logger):
+    """A CSV file with a row for everything logged: step, seconds, and a column a metric.
+
+    Every row is on disk before the next step begins, so that a run that is killed leaves its log
+    behind. A resumed run goes on in the same file: see `begin`.
+
+    Args:
+        path: The file; directories are made.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        self.path = Path(path)
+        self._columns: list[str] | None = None
+        self._started = time.perf_counter()
+
+    @property
+    def name(self) -> str:
+        return ""
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.path.parent)
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass  # config.yaml and the checkpoints hold them
+
+    @rank_zero_only
+    def begin(self, step: int) -> None:
+        """Keep the rows up to a step: a run that begins there writes the later ones again."""
+        if not self.path.exists():
+            return
+        rows, columns = self._read()
+        kept = [row for row in rows if int(row["step"]) <= step]
+        if kept:
+            self._started = time.perf_counter() - float(kept[-1]["seconds"] or 0)
+        self._write(kept, columns)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        seconds = round(time.perf_counter() - self._started, 3)
+        row: dict[str, Any] = {"step": step, "seconds": seconds, **metrics}
+        if self._columns is None and self.path.exists():
+            self._columns = self._read()[1]
+        if self._columns is None or not set(row) <= set(self._columns):
+            rows = self._read()[0] if self.path.exists() else []
+            columns = [*(self._columns or []), *(n for n in row if n not in (self._columns or []))]
+            self._write([*rows, row], columns)
+            return
+        with open(self.path, "a", newline="") as file:
+            csv.DictWriter(file, self._columns).writerow(row)
+
+    def _read(self) -> tuple[list[dict[str, str]], list[str]]:
+        with open(self.path, newline="") as file:
+            reader = csv.DictReader(file)
+            # A kill may have cut the last row short.
+            rows = [row for row in reader if None not in row.values() and row["step"]]
+            return rows, list(reader.fieldnames or [])
+
+    def _write(self, rows: list[dict[str, Any]], columns: list[str]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f"{self.path.name}.partial")
+        with open(partial, "w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(partial, self.path)
+        self._columns = columns

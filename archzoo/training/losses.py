@@ -1,0 +1,72 @@
+"""Cross-entropy that never holds all logits of a large vocabulary at once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from archzoo.block import at_least_float32
+
+IGNORED = -100  # a label that asks for nothing, as in torch.nn.functional.cross_entropy
+PIECE = 2**25  # logits at once: 128 MiB in float32
+
+
+class Scores(NamedTuple):
+    """How well each token was predicted; both (tokens,), zero where the label asks for nothing.
+
+    Attributes:
+        losses: float, in nats.
+        predicted: int64, the most likely token.
+    """
+
+    losses: Tensor
+    predicted: Tensor
+
+
+def total_loss(x: Tensor, head: nn.Linear, labels: Tensor, piece: int = PIECE) -> Tensor:
+    """The sum over tokens of ``-log softmax(head(x))[label]``, in nats.
+
+    Where the logits would be more than `piece` numbers, they are computed piece by piece, and
+    once more in the backward pass instead of being kept.
+
+    Args:
+        x: (batch, time, dim), after the last norm.
+        head: To (vocab_size).
+        labels: (batch, time) int64, -100 where nothing is asked.
+        piece: Logits to hold at once.
+
+    Returns:
+        A scalar, float32 at least.
+    """
+    x, labels = x.flatten(0, 1), labels.flatten()
+    rows = max(piece // head.out_features, 1)
+    if len(x) <= rows:
+        return _sum_of_losses(x, head, labels)
+    parts = [
+        checkpoint(_sum_of_losses, *pair, use_reentrant=False)
+        for pair in ((a, head, b) for a, b in zip(x.split(rows), labels.split(rows), strict=True))
+    ]
+    return torch.stack(parts).sum()
+
+
+def score(x: Tensor, head: nn.Linear, labels: Tensor, piece: int = PIECE) -> Scores:
+    """Loss and most likely token at every position; arguments as `total_loss`'s."""
+    x, labels = x.flatten(0, 1), labels.flatten()
+    rows = max(piece // head.out_features, 1)
+    losses, predicted = [], []
+    for some, asked in zip(x.split(rows), labels.split(rows), strict=True):
+        logits = head(some)
+        logits = logits.to(at_least_float32(logits.dtype))
+        losses.append(F.cross_entropy(logits, asked, ignore_index=IGNORED, reduction="none"))
+        predicted.append(logits.argmax(-1))
+    return Scores(torch.cat(losses), torch.cat(predicted))
+
+
+def _sum_of_losses(x: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
+    logits = head(x)
+    logits = logits.to(at_least_float32(logits.dtype))
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")

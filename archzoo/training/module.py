@@ -1,0 +1,510 @@
+"""The LightningModule: a decoder, its loss, its optimizer, and what is logged of them."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import lightning
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+import archzoo
+from archzoo import block as interface
+from archzoo.block import Aux, State
+from archzoo.decoder import Decoder
+from archzoo.registry import count_parameters, create_model, get_preset
+from archzoo.tasks.stream import Batch, Task
+from archzoo.training.losses import IGNORED, score, total_loss
+from archzoo.training.optim import decay_groups, learning_rate_schedule
+
+# A swap is fair where the parameters agree to this; `match: parameters` keeps to it.
+MATCHED = 0.01
+# What may be replaced without making it another architecture.
+SIZES = ("vocab_size", "dim", "depth", "heads", "tie_weights", "context_length")
+HARMLESS = ("context_length", "dropout", "init_std", "activation_checkpointing")
+
+
+class LanguageModel(lightning.LightningModule):
+    """A decoder and how it is trained.
+
+    The loss is ``-log p(label)`` in nats, averaged over the labelled tokens of a micro-batch, plus
+    every ``loss/...`` entry of the decoder's aux. Weights move by AdamW (Loshchilov and Hutter,
+    arXiv 1711.05101) with decay on matrices only, a linear warm-up and a cosine.
+
+    The decoder is made when the vocabulary is known: at once where `vocab_size` is given, else in
+    `setup`, from the task the trainer runs on.
+
+    Args:
+        preset: Name of a model of the zoo; `archzoo list` shows them. None: every argument of the
+            decoder is given instead.
+        match: "parameters": set the feed-forward's width so that the model holds as many
+            parameters as the preset without the swapped parts, within 1 %.
+        learning_rate: The peak, per optimizer step.
+        warmup_steps: Optimizer steps from 0 to the peak.
+        schedule: "cosine", which runs until the trainer's last step, or "constant".
+        final_learning_rate: Where the cosine ends, as a share of the peak.
+        weight_decay: Of matrices; norms, biases and embeddings do not decay.
+        betas: How fast AdamW forgets the gradient and its square.
+        **architecture: Arguments of `Decoder`; None means the preset's value.
+
+    Raises:
+        ValueError: An unknown preset, part or argument, or sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        preset: str | None = None,
+        match: Literal["parameters"] | None = None,
+        learning_rate: float = 2e-3,
+        warmup_steps: int = 100,
+        schedule: Literal["cosine", "constant"] = "cosine",
+        final_learning_rate: float = 0.0,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        **architecture: Any,
+    ) -> None:
+        super().__init__()
+        if preset is not None:
+            get_preset(preset)  # an unknown name is answered before any data is prepared
+        if learning_rate <= 0:
+            raise ValueError(f"learning_rate={learning_rate} must be above 0")
+        self.preset, self.match = preset, match
+        self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
+        self.schedule, self.final_learning_rate = schedule, final_learning_rate
+        self.weight_decay, self.betas = weight_decay, betas
+        self.architecture = architecture
+        self.decoder: Decoder | None = None
+        # Averages over an evaluation: losses and tokens weigh by token, answers by row.
+        self.evaluated = torch.nn.ModuleDict(
+            {name: MeanMetric() for name in ("loss", "token_accuracy", "exact_match")}
+        )
+        #: The latest logged values, plain floats, for whoever displays them.
+        self.latest: dict[str, float] = {}
+        self._totals: dict[str, Tensor] = {}  # sums since the last row of the log
+        self._sums: Aux = {}  # "sum/..." entries since the last optimizer step
+        self._carried: dict[str, State] = {}  # by split, where batches continue
+        self._unchecked: list[tuple[int, Tensor]] = []  # losses no one has looked at
+        self._gradient_norm: Tensor | None = None
+        self._clock = time.perf_counter()
+        self._random: dict[str, Any] | None = None
+        if architecture.get("vocab_size") is not None:
+            self.decoder = self.build()
+
+    # ------------------------------------------------------------------------ the decoder
+
+    def build(self) -> Decoder:
+        """The decoder that preset, match and architecture describe."""
+        if self.preset is None:
+            # The one place that names the arguments: command line and help are read off it.
+            return Decoder(**self.architecture)
+        replaced = dict(self.architecture)
+        return create_model(self.preset, self.match, **replaced)
+
+    @property
+    def net(self) -> Decoder:
+        """The decoder, once it is made."""
+        if self.decoder is None:
+            raise RuntimeError("the decoder is made in setup, when the vocabulary is known")
+        return self.decoder
+
+    def setup(self, stage: str) -> None:
+        task = self.task
+        if self.decoder is None:
+            if task is None:
+                raise ValueError(
+                    "vocab_size is unknown: give LanguageModel a vocab_size, or the trainer a task"
+                )
+            self.architecture["vocab_size"] = task.vocab_size
+            if self.architecture.get("context_length") is None:
+                self.architecture["context_length"] = task.context_length
+            self.decoder = self.build()
+        elif task is not None and task.vocab_size > self.decoder.vocab_size:
+            raise ValueError(
+                f"the model knows {self.decoder.vocab_size} tokens and the task has "
+                f"{task.vocab_size}: this model was made for another vocabulary"
+            )
+
+    @property
+    def task(self) -> Task | None:
+        """The trainer's task, if there is one."""
+        task = getattr(self._trainer, "datamodule", None)
+        return task if isinstance(task, Task) else None
+
+    def about(self) -> str:
+        """One line: which model, how many parameters, and whether a swap is a fair one."""
+        count = self.net.parameter_count()
+        if self.preset is None:
+            return f"{count:,} parameters"
+        swapped = [
+            name
+            for name, value in self.architecture.items()
+            if value is not None and name not in (*SIZES, *HARMLESS)
+        ]
+        if not swapped:
+            return f"{self.preset}: {count:,} parameters"
+        arguments = get_preset(self.preset).arguments
+        sizes = {name: self.net.config[name] for name in SIZES}
+        reference = count_parameters(arguments | sizes)
+        apart = count / reference - 1
+        verdict = "matched" if abs(apart) <= MATCHED else "NOT matched"
+        return (
+            f"{self.preset} with another {', '.join(swapped)}: {count:,} parameters against "
+            f"{reference:,}, {apart:+.1%}: {verdict}"
+        )
+
+    # ------------------------------------------------------------------------ loss
+
+    def _hidden(self, batch: Batch, split: str) -> tuple[Tensor, Aux]:
+        """Vectors before the head, (batch, time, dim), and aux; carries the state of a split."""
+        tokens = batch["tokens"]
+        state = self._state(batch["continues"], split) if "continues" in batch else None
+        x, state, aux = self.net.hidden(
+            tokens, state, documents=batch.get("documents"), examples=batch.get("examples")
+        )
+        if state is not None:
+            self._carried[split] = interface.detach(state)
+        return x, aux
+
+    def _state(self, continues: Tensor, split: str) -> State:
+        """What the rows that continue carried, and the empty state for the others."""
+        fresh = self.net.init_state(len(continues), device=continues.device)
+        carried = self._carried.pop(split, None)
+        if carried is None:
+            if _grows(self.net):
+                raise ValueError(
+                    "this model's state grows with the text, so it cannot be carried from window "
+                    "to window without end: take a mixer with a constant state, or carry_state: "
+                    "false"
+                )
+            return fresh
+        return interface.select_rows(continues, interface.to(carried, continues.device), fresh)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        labels = batch["labels"]
+        x, aux = self._hidden(batch, "train")
+        total, asked = total_loss(x, self.net.head, labels), (labels != IGNORED).sum()
+        loss = total / asked.clamp(min=1)
+        self._count("loss", total, asked)
+        documents = batch.get("documents")
+        seen = labels.numel() if documents is None else (documents >= 0).sum()
+        self._count("tokens", torch.as_tensor(seen, device=self.device))
+        for name, value in aux.items():
+            kind = name.partition("/")[0]
+            if kind == "loss":
+                loss = loss + value
+            if kind == "sum":
+                self._sums[name] = self._sums.get(name, 0) + value.detach()
+            else:
+                self._count(name, value, torch.ones_like(value))
+        self._watch(loss.detach())
+        return loss
+
+    def _count(self, name: str, value: Tensor, weight: Tensor | None = None) -> None:
+        """Add to the sums that the next row of the log is made of, without asking the device."""
+        entry = value.detach() if weight is None else torch.stack([value.detach(), weight])
+        before = self._totals.get(name)
+        self._totals[name] = entry if before is None else before + entry
+
+    def _watch(self, loss: Tensor) -> None:
+        """Notice a loss that is no number: on the CPU at once, elsewhere when it costs nothing."""
+        self._unchecked.append((self.trainer.global_step + 1, loss))
+        if loss.device.type == "cpu":
+            self.check_losses()
+
+    def check_losses(self) -> None:
+        """Look at the losses since the last look.
+
+        Raises:
+            FloatingPointError: One is nan or infinite; the step is named.
+        """
+        if not self._unchecked:
+            return
+        steps, losses = zip(*self._unchecked, strict=True)
+        self._unchecked.clear()
+        finite = torch.stack(losses).isfinite().tolist()
+        if not all(finite):
+            first = finite.index(False)
+            raise FloatingPointError(f"the loss is {losses[first].item()} at step {steps[first]}")
+
+    def check_weights(self) -> None:
+        """Look at the weights, which a last step with a good loss may have spoilt.
+
+        Raises:
+            FloatingPointError: Some are nan or infinite.
+        """
+        # A sum is infinite or nan where an entry is; two infinities of other sign make nan.
+        total = torch.stack([weight.detach().float().sum() for weight in self.parameters()])
+        if not total.isfinite().all():
+            raise FloatingPointError(
+                f"step {self.trainer.global_step} made weights that are no finite numbers"
+            )
+
+    # ------------------------------------------------------------------------ optimizer
+
+    def configure_optimizers(self) -> Any:
+        half = str(self.trainer.precision).startswith("16")  # whose loss scaling knows no fused one
+        optimizer = torch.optim.AdamW(
+            decay_groups(self.net, self.weight_decay),
+            lr=self.learning_rate,
+            betas=self.betas,
+            fused=True if self.device.type == "cuda" and not half else None,
+        )
+        factor = learning_rate_schedule(
+            self.warmup_steps,
+            self.trainer.estimated_stepping_batches,
+            self.final_learning_rate,
+            self.schedule,
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            # As Lightning's own, which throws the norm away.
+            self._gradient_norm = torch.nn.utils.clip_grad_norm_(
+                self.parameters(), gradient_clip_val
+            )
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Step, and what belongs to it: all of it done before any checkpoint can be written."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.net.after_step({name: self._over_ranks(value) for name, value in self._sums.items()})
+        self._sums.clear()
+        step = self.trainer.global_step + 1
+        if step % self.trainer.log_every_n_steps == 0:
+            self._log_training(step, optimizer.param_groups[0]["lr"])
+
+    def _over_ranks(self, value: Tensor) -> Tensor:
+        if self.trainer.world_size == 1:
+            return value
+        reduced = self.trainer.strategy.reduce(value, reduce_op="sum")
+        assert isinstance(reduced, Tensor)
+        return reduced
+
+    def _log_training(self, step: int, learning_rate: float) -> None:
+        """One row of the log: means over the steps since the last one."""
+        self.check_losses()
+        now = time.perf_counter()
+        row = {}
+        for name, entry in self._totals.items():
+            entry = self._over_ranks(entry)
+            if name == "tokens":
+                row["tokens_per_second"] = entry.item() / (now - self._clock)
+            else:
+                total, weight = entry.tolist()
+                row[name] = total / max(weight, 1)
+        row["learning_rate"] = learning_rate
+        if self._gradient_norm is not None:
+            row["gradient_norm"] = self._gradient_norm.item()
+        row["peak_memory_mb"] = peak_memory(self.device) / 2**20
+        self._totals.clear()
+        self._clock = now
+        self._log({f"train/{name}": value for name, value in row.items()}, step)
+
+    def _log(self, row: dict[str, float], step: int) -> None:
+        self.latest |= row
+        for logger in self.trainer.loggers:
+            logger.log_metrics(row, step=step)
+
+    # ------------------------------------------------------------------------ evaluation
+
+    def _evaluate(self, batch: Batch, split: str) -> None:
+        labels = batch["labels"]
+        x, _ = self._hidden(batch, split)
+        losses, predicted = score(x, self.net.head, labels)
+        asked = labels != IGNORED
+        right = predicted.view_as(labels) == labels
+        tokens = asked.flatten().float()
+        self.evaluated["loss"].update(losses.float(), tokens)
+        self.evaluated["token_accuracy"].update(right.flatten().float(), tokens)
+        rows = asked.any(dim=1).float()  # rows that only fill a batch up ask for nothing
+        self.evaluated["exact_match"].update((right | ~asked).all(dim=1).float(), rows)
+
+    def _begin_evaluation(self, split: str) -> None:
+        self._carried.pop(split, None)
+        for metric in self.evaluated.values():
+            metric.reset()
+
+    def _end_evaluation(self, split: str) -> None:
+        values = {name: metric.compute().item() for name, metric in self.evaluated.items()}
+        values["perplexity"] = math.exp(min(values["loss"], 700))  # beyond: no float holds it
+        wanted = ("loss", *(self.task.metrics if self.task else values))
+        row = {f"{split}/{name}": values[name] for name in wanted}
+        # To callbacks through Lightning, to files at the step as everyone counts it: from 1.
+        self.log_dict(row, logger=False)
+        self._log(row, self.trainer.global_step)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "validation")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def on_validation_start(self) -> None:
+        self._paused = time.perf_counter()
+
+    def on_validation_end(self) -> None:
+        self._clock += time.perf_counter() - self._paused  # training's speed is training's
+
+    def on_validation_epoch_start(self) -> None:
+        self._begin_evaluation("validation")
+
+    def on_validation_epoch_end(self) -> None:
+        self._end_evaluation("validation")
+
+    def on_test_epoch_start(self) -> None:
+        self._begin_evaluation("test")
+
+    def on_test_epoch_end(self) -> None:
+        self._end_evaluation("test")
+
+    def on_predict_epoch_start(self) -> None:
+        self._carried.pop("predict", None)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, str]]:
+        """Each row as text: what was read, what was asked for, and what was predicted for it.
+
+        Predictions are made with the right tokens before them (teacher forcing).
+        """
+        task, labels = self.task, batch["labels"]
+        if task is None:
+            raise ValueError("predict needs a task, whose tokenizer writes the predictions")
+        x, _ = self._hidden(batch, "predict")
+        predicted = score(x, self.net.head, labels).predicted.view_as(labels)
+        asked = (labels != IGNORED).tolist()
+        rows = []
+        for row, tokens in enumerate(batch["tokens"].tolist()):
+            places = [place for place, is_asked in enumerate(asked[row]) if is_asked]
+            if not places:
+                continue
+            decode = task.tokenizer.decode
+            rows.append(
+                {
+                    "text": decode(tokens[: places[0] + 1]),
+                    "asked": decode(labels[row, places].tolist()),
+                    "predicted": decode(predicted[row, places].tolist()),
+                }
+            )
+        return rows
+
+    # ------------------------------------------------------------------------ checkpoints
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        """Arguments that make this module again: plain data, and no preset to look up."""
+        return {
+            "learning_rate": self.learning_rate,
+            "warmup_steps": self.warmup_steps,
+            "schedule": self.schedule,
+            "final_learning_rate": self.final_learning_rate,
+            "weight_decay": self.weight_decay,
+            "betas": list(self.betas),
+            **self.net.config,
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add all that bringing a run back takes: tensors and plain data, never objects."""
+        checkpoint["archzoo_version"] = archzoo.__version__
+        checkpoint["preset"] = self.preset
+        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = self.hyper_parameters()
+        if self.task is not None:
+            checkpoint["task"] = self.task.config()
+            checkpoint["tokenizer"] = {
+                name: torch.frombuffer(bytearray(content), dtype=torch.uint8)
+                for name, content in self.task.tokenizer.files().items()
+            }
+        checkpoint["training"] = {
+            "totals": dict(self._totals),
+            "carried": dict(self._carried),
+            "random": random_state(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse what is not this model, and take up the rest of the run's state."""
+        theirs = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
+        if theirs is None or "training" not in checkpoint:
+            raise ValueError("this checkpoint was not written by archzoo's training")
+        ours = self.net.config
+        for name in ours:
+            if name not in HARMLESS and ours[name] != theirs.get(name):
+                raise ValueError(
+                    f"the checkpoint holds another model: {name} is {theirs.get(name)} in it and "
+                    f"{ours[name]} here"
+                )
+        files = checkpoint.get("tokenizer")
+        if self.task is not None and files is not None:
+            same = self.task.tokenizer.files() == tokenizer_files(checkpoint)
+            if not same:
+                raise ValueError(
+                    "the checkpoint was trained with another vocabulary than this task's"
+                )
+        training = checkpoint["training"]
+        self._totals, self._carried = dict(training["totals"]), dict(training["carried"])
+        self._random = training["random"]
+
+    def on_train_start(self) -> None:
+        self._totals = {name: value.to(self.device) for name, value in self._totals.items()}
+        if self._random is not None:  # last of all, so that nothing draws in between
+            set_random_state(self._random)
+            self._random = None
+        self._clock = time.perf_counter()
+
+
+def tokenizer_files(checkpoint: dict[str, Any]) -> dict[str, bytes]:
+    """The tokenizer's files that a checkpoint holds, for `archzoo.tasks.tokenizers.from_files`."""
+    return {name: bytes(content.tolist()) for name, content in checkpoint["tokenizer"].items()}
+
+
+def random_state() -> dict[str, Any]:
+    """Where torch's generators stand, which dropout draws from."""
+    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put torch's generators where `random_state` saw them, on the devices that are here."""
+    torch.set_rng_state(state["cpu"].cpu())
+    cuda = state.get("cuda", [])
+    if torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([entry.cpu() for entry in cuda])
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: torch's on a GPU, the whole process's elsewhere (0: unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _grows(decoder: Decoder) -> bool:
+    """Whether the state takes more room for a longer text."""
+    with torch.device("meta"):
+        sizes = [interface.nbytes(decoder.init_state(1, capacity=n, device="meta")) for n in (1, 2)]
+    return sizes[1] > sizes[0]

@@ -1,0 +1,72 @@
+"""What moves the weights: which of them decay, and how the learning rate runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from archzoo.decoder import Decoder
+
+
+def decay_groups(decoder: Decoder, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer: matrices decay, everything else does not.
+
+    A matrix maps vectors to vectors, and decay keeps its gain in bounds. Norms, biases and decay
+    rates are scales of their own, which decay would pull to a value that means something else
+    (a norm's weight to 0). Embeddings are tables: a row gets a gradient only when its token
+    comes, decay would shrink it at every step, and rare tokens would fade. A head that is tied
+    to the table counts as the table.
+
+    Args:
+        decoder: Whose parameters.
+        weight_decay: Of the matrices.
+
+    Returns:
+        Two groups in the form torch's optimizers take, in a fixed order.
+    """
+    tables = {id(parameter) for parameter in decoder.embedding.parameters()}
+    matrices, others = [], []
+    for parameter in decoder.parameters():
+        if not parameter.requires_grad:
+            continue
+        is_matrix = parameter.dim() >= 2 and id(parameter) not in tables
+        (matrices if is_matrix else others).append(parameter)
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def learning_rate_schedule(
+    warmup_steps: int, steps: float, final: float, shape: str = "cosine"
+) -> Callable[[int], float]:
+    """The learning rate over its peak, as a function of the optimizer steps done.
+
+    ``(n + 1) / warmup_steps`` first, then ``final + (1 - final) (1 + cos(pi p)) / 2`` where p runs
+    from 0 to 1 over the steps that are left, or 1 throughout for ``constant``.
+
+    Args:
+        warmup_steps: Steps until the peak; half of all steps at most, so that a run cut short
+            for a trial still trains.
+        steps: Steps in all; infinite: the rate stays at its peak after the warm-up.
+        final: Where the cosine ends, over the peak.
+        shape: "cosine" or "constant".
+
+    Raises:
+        ValueError: Another shape.
+    """
+    if shape not in ("cosine", "constant"):
+        raise ValueError(f"schedule={shape!r} is neither cosine nor constant")
+    warmup = int(min(warmup_steps, steps / 2))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if shape == "constant" or math.isinf(steps):
+            return 1.0
+        progress = min((step - warmup) / max(steps - warmup, 1), 1.0)
+        return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
+
+    return factor

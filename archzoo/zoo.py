@@ -1,0 +1,199 @@
+"""`archzoo list` and `archzoo show`: the zoo as tables, computed from the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from archzoo.block import nbytes
+from archzoo.decoder import Decoder
+from archzoo.parts import nearest
+from archzoo.registry import build_decoder, get_preset, list_models
+
+HEADINGS = (
+    "model",
+    "mixer",
+    "feed-forward",
+    "positions",
+    "parameters",
+    "state at 1k",
+    "state at 16k",
+    "paper",
+)
+
+
+class Row(NamedTuple):
+    """What `archzoo list` says of a model.
+
+    Attributes:
+        name: Of the preset.
+        mixer: Class name, or the pattern.
+        feed_forward: Class name.
+        positions: What tells the model where a token stands.
+        parameters: How many, shared ones once.
+        state_1k: Bytes of the state of one text of 1,024 tokens, in float32.
+        state_16k: The same for 16,384 tokens.
+        paper: Where the architecture is from.
+    """
+
+    name: str
+    mixer: str
+    feed_forward: str
+    positions: str
+    parameters: int
+    state_1k: int
+    state_16k: int
+    paper: str
+
+
+def describe(name: str) -> Row:
+    """The facts of a preset; nothing is allocated."""
+    preset = get_preset(name)
+    decoder = _on_meta(preset.arguments)
+    config = decoder.config
+
+    def state(tokens: int) -> int:
+        with torch.device("meta"):
+            return nbytes(decoder.init_state(1, capacity=tokens))
+
+    specs = config["pattern"] or [config["mixer"]]
+    return Row(
+        name=name,
+        mixer=" + ".join(dict.fromkeys(_short(spec) for spec in specs)),
+        feed_forward=_short(config["feed_forward"]),
+        positions=", ".join(_positions(decoder)) or "none",
+        parameters=decoder.parameter_count(),
+        state_1k=state(1_024),
+        state_16k=state(16_384),
+        paper=preset.paper,
+    )
+
+
+def list_command(pattern: str = "*", markdown: bool = False) -> None:
+    """Show the models of the zoo.
+
+    Args:
+        pattern: Names to show, such as "ret*".
+        markdown: As a Markdown table.
+    """
+    names = list_models(pattern)
+    if not names:
+        known = list_models()
+        raise ValueError(f"no model is named {pattern!r}; nearest: {nearest(pattern, known)}")
+    rows = [_cells(describe(name)) for name in names]
+    if markdown:
+        print(markdown_table(rows))
+        return
+    table = Table(box=None, header_style="bold")
+    for heading in HEADINGS:
+        numeric = heading == "parameters" or heading.startswith("state")
+        table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def show_command(name: str) -> None:
+    """Show one model: its architecture, parts and sizes.
+
+    Args:
+        name: Of a preset; `archzoo list` shows them.
+    """
+    preset = get_preset(name)
+    row = describe(name)
+    console = Console(highlight=False)
+    console.print(preset.about.strip(), markup=False)
+    console.print()
+    decoder = _on_meta(preset.arguments)
+    settings = Table(box=None, show_header=False)
+    for key, value in decoder.config.items():
+        if value is not None:
+            settings.add_row(key, _written(value))
+    console.print(settings)
+    console.print()
+    table = Table(box=None, header_style="bold")
+    for heading in ("part", "class", "parameters", "share"):
+        table.add_column(heading, justify="left" if heading in ("part", "class") else "right")
+    for part, kind, count in parameters_by_part(decoder):
+        table.add_row(part, kind, f"{count:,}", f"{count / row.parameters:.1%}")
+    table.add_row("in all", "", f"{row.parameters:,}", "")
+    console.print(table)
+    console.print()
+    console.print(
+        f"state of one text: {_bytes(row.state_1k)} at 1k tokens, {_bytes(row.state_16k)} at 16k"
+    )
+
+
+def parameters_by_part(decoder: Decoder) -> Iterator[tuple[str, str, int]]:
+    """(part, class, parameters) of a decoder from bottom to top; a shared tensor counts once."""
+    seen: set[int] = set()
+
+    def count(module: torch.nn.Module) -> int:
+        fresh = [p for p in module.parameters() if id(p) not in seen]
+        seen.update(id(p) for p in fresh)
+        return sum(p.numel() for p in fresh)
+
+    yield "embedding", type(decoder.embedding).__name__, count(decoder.embedding)
+    for part in ("mixer", "feed_forward"):
+        modules = [getattr(block, part) for block in decoder.blocks]
+        names = " + ".join(dict.fromkeys(type(module).__name__ for module in modules))
+        label = part.replace("_", "-")
+        yield f"{decoder.depth} x {label}", names, sum(map(count, modules))
+    blocks = sum(map(count, decoder.blocks))  # what is left of them
+    yield "norms", type(decoder.blocks[0].mixer_norm).__name__, blocks + count(decoder.norm)
+    yield "head", "tied to the embedding" if decoder.tie_weights else "Linear", count(decoder.head)
+
+
+def markdown_table(rows: list[list[str]]) -> str:
+    """Rows under `HEADINGS` as Markdown."""
+    lines = [HEADINGS, ["---"] * len(HEADINGS), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _on_meta(arguments: dict[str, Any]) -> Decoder:
+    with torch.device("meta"):
+        return build_decoder(arguments)
+
+
+def _positions(decoder: Decoder) -> Iterator[str]:
+    """Names of the position methods in use, each once."""
+    found = []
+    if type(decoder.embedding).__name__ != "TokenEmbedding":
+        found.append(type(decoder.embedding).__name__)
+    for block in decoder.blocks:
+        for slot in ("rotary", "bias"):
+            part = getattr(block.mixer, slot, None)
+            if part is not None:
+                found.append(type(part).__name__)
+    yield from dict.fromkeys(found)
+
+
+def _cells(row: Row) -> list[str]:
+    sizes = [_bytes(row.state_1k), _bytes(row.state_16k)]
+    count = f"{row.parameters:,}"
+    return [row.name, row.mixer, row.feed_forward, row.positions, count, *sizes, row.paper]
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.4g} {unit}"
+    return f"{count} B"
+
+
+def _short(spec: dict[str, Any]) -> str:
+    return str(spec["class_path"]).rpartition(".")[2]
+
+
+def _written(value: Any) -> str:
+    """A setting as YAML would have it."""
+    if isinstance(value, dict):
+        arguments = ", ".join(f"{k}: {v}" for k, v in value.get("init_args", {}).items())
+        return _short(value) + (f" ({arguments})" if arguments else "")
+    if isinstance(value, list):
+        return ", ".join(map(_written, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
