@@ -101,10 +101,13 @@ def retain(
     memory: Tensor | None,
     context: Context,
     *,
+    scale: float,
     chunk_size: int,
     want_memory: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """``o_n = q_n S_n`` in chunks: exact for any time, chunk size and incoming state.
+    """``S_n = gamma S_{n-1} + scale k_n^T v_n, o_n = q_n S_n``, in chunks.
+
+    Exact for any time, chunk size and incoming state.
 
     Inside a chunk scores are formed as in attention, with decay gamma^(i-j); what came before the
     chunk is read from the state that enters it. With one chunk this is the parallel form.
@@ -112,11 +115,12 @@ def retain(
     Args:
         q: (batch, time, heads, key_dim), float32 or float64; rotated, and already divided by
             sqrt(s_n), since that factor belongs to the query's row.
-        k: As q; rotated and scaled. Zero at padding.
+        k: As q; rotated. Zero at padding.
         v: (batch, time, heads, value_dim). Zero at padding.
         log_decay: (heads,) <= 0.
         memory: (batch, heads, key_dim, value_dim), the S that enters; None: zero.
         context: Documents reset S; padding neither adds to it nor lets it decay.
+        scale: Of k. It is applied to the decays, which are few, and not to k, which is long.
         chunk_size: Tokens a chunk; the last chunk may be shorter.
         want_memory: Also compute the S that leaves.
 
@@ -137,6 +141,7 @@ def retain(
             log_decay,
             memory,
             context.piece(begin, end) if context.packed else None,
+            scale,
             chunk,
             want_memory or end < time,
         )
@@ -177,6 +182,7 @@ def _retain_chunks(
     log_decay: Tensor,
     memory: Tensor | None,
     context: Context | None,
+    scale: float,
     chunk: int,
     want_memory: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -197,7 +203,7 @@ def _retain_chunks(
 
     causal = torch.ones((chunk, chunk), dtype=torch.bool, device=device).tril()
     later, earlier = token.at(lambda x: x[..., :, None]), token.at(lambda x: x[..., None, :])
-    scores = (q @ k.mT) * later.decay_since(earlier, log_decay, causal)
+    scores = (q @ k.mT) * (scale * later.decay_since(earlier, log_decay, causal))
     o = scores @ v
 
     # The states that enter the chunks (and the one that leaves the last): each is the sum of
@@ -206,7 +212,8 @@ def _retain_chunks(
     last = chunks if want_memory else chunks - 1
     states = None
     if last >= first:
-        added = (k * leaving.decay_since(token, log_decay)[..., None]).mT @ v
+        kept = scale * leaving.decay_since(token, log_decay)
+        added = (k * kept[..., None]).mT @ v
         added = rearrange(added[:, :, :last], "b h n k v -> b h n (k v)")
         if memory is not None:
             added = torch.cat([rearrange(memory, "b h k v -> b h 1 (k v)"), added], dim=2)
@@ -329,13 +336,13 @@ class Retention(KeepsFloat32, Mixer):
     def project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Q, k, v (batch, time, heads, size), float32 at least, and the gate's input or None.
 
-        q and k come rotated, k scaled by key_dim^-0.5 and 0 at padding, as is v.
+        q and k come rotated, not scaled; k and v are 0 at padding.
         """
         q, k, v, *gate = self.query_key_value_gate(x).split(self.widths, dim=-1)
         q, k, v = (split_heads(part, self.heads) for part in (q, k, v))
         dtype = at_least_float32(x.dtype)
         q, k = self.rotary(q.to(dtype), k.to(dtype), context.positions, context.positions)
-        k, v = k * self.head_dim**-0.5, v.to(dtype)
+        v = v.to(dtype)
         if context.packed:
             valid = context.valid[:, :, None, None]
             k, v = k * valid, v * valid
@@ -364,6 +371,7 @@ class Retention(KeepsFloat32, Mixer):
                 log_decay,
                 None if state is None else state["memory"],
                 context,
+                scale=self.head_dim**-0.5,
                 chunk_size=chunk_size,
                 want_memory=state is not None,
             )
@@ -390,8 +398,8 @@ class Retention(KeepsFloat32, Mixer):
                 gamma = torch.where(valid, gamma * keep, 1.0)
             memory = state["memory"]
             if torch.is_grad_enabled():
-                memory = memory * gamma + k.mT * v
+                memory = torch.addcmul(memory * gamma, k.mT, v, value=self.head_dim**-0.5)
             else:
-                memory.mul_(gamma).addcmul_(k.mT, v)
+                memory.mul_(gamma).addcmul_(k.mT, v, value=self.head_dim**-0.5)
             o = (q @ memory).transpose(1, 2)
         return self.finish(o, gate, x.dtype), {"memory": memory}
