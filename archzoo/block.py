@@ -129,15 +129,21 @@ def make_context(
         documents = place["documents"].clamp(min=0)[:, None].expand(batch_size, time)
     documents = documents.to(torch.int64)
     valid = documents >= 0
-    previous = torch.cat([place["documents"][:, None], documents[:, :-1]], dim=1)
+    # The token before a token, padding left out: a document goes on behind padding between pieces.
+    last_valid = torch.where(valid, index, -1).cummax(dim=1).values
+    before = F.pad(last_valid[:, :-1], (1, 0), value=-1)
+    previous = documents.gather(1, before.clamp(min=0))
+    previous = torch.where(before >= 0, previous, place["documents"][:, None])
     starts = valid & (documents != previous)
-    # Position within the document: the distance to its start, where that lies in this piece
-    # (index of the last start so far; -1: none), else counted on from the place before.
+    # Position within the document: tokens since its start, where that lies in this piece (index of
+    # the last start so far; -1: none), else counted on from the place before.
+    count = valid.cumsum(dim=1)
     last_start = torch.where(starts, index, -1).cummax(dim=1).values
-    went_on = place["positions"][:, None] + 1 + index
-    positions = torch.where(last_start >= 0, index - last_start, went_on) * valid
+    within = count - count.gather(1, last_start.clamp(min=0))
+    went_on = place["positions"][:, None] + count
+    positions = torch.where(last_start >= 0, within, went_on) * valid
     # The place after: the last token that is not padding; an all-padding piece moves nothing.
-    last = torch.where(valid, index, -1).max(dim=1).values
+    last = last_valid[:, -1]
     seen, at = last >= 0, last.clamp(min=0)[:, None]
     place = {
         "documents": torch.where(seen, documents.gather(1, at)[:, 0], place["documents"]),

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from archzoo import block as interface
 from archzoo.block import FORMS, Context, Mixer, State
@@ -599,7 +600,10 @@ def mixer_documents(subject: Subject) -> str:
                             "get what it gets alone"
                         )
                         worst = max(worst, _same(here, want, VALUES[torch.float64], what))
-            y, _ = _walk(mixer, tail, [(2, plan[-1][1]), (2, "recurrent")], stand)
+            behind = F.pad(tail, (0, 0, 3, 0), value=9.0)  # the next piece may be padded, too
+            numbers = F.pad(torch.tensor(last)[:, None].expand(-1, 4), (3, 0), value=-1)
+            y, _ = _walk(mixer, behind, [(5, plan[-1][1]), (2, "recurrent")], stand, numbers)
+            y = y[:, 3:]
             for index, kind in enumerate(rows):
                 want = alone[last[index]][0, sizes[last[index]] :]
                 what = (
