@@ -126,7 +126,7 @@ class Loader:
             self.batches = trainer.fit_loop.epoch_loop.batch_progress.total.completed
         for _ in range(len(self)):
             number = self.batches
-            if self.training and getattr(trainer, "overfit_batches", 0):
+            if self.training and getattr(trainer, "overfit_batches", False):
                 assert trainer is not None
                 number %= int(trainer.num_training_batches)
             self.batches += 1

@@ -20,8 +20,8 @@ from archzoo.tasks import tokenizers
 from archzoo.tasks.stream import IGNORED, Batch, Integers, Task, random_bits
 from archzoo.tasks.tokenizers import Tokenizer
 
-PIECE = 1 << 18  # bytes encoded at once: enough for speed, little beside a model
-SAMPLE = 10_000_000  # bytes that a tokenizer learns from
+PIECE = 1 << 16  # bytes encoded at once: enough for speed, little beside a model
+SAMPLE = 4_000_000  # bytes that a tokenizer learns from: unigram takes 30 times as much memory
 _FORMAT = 1  # of the cache; another number makes old caches unused
 
 
@@ -139,7 +139,7 @@ class Text(Task):
         for part, (start, stop) in parts.items():
             count = 0
             with open(folder / f"{part}.bin", "wb") as file:
-                for texts in _groups(corpus.texts(start, stop), 4):
+                for texts in _groups(corpus.texts(start, stop), 8):
                     for tokens in _encode_many(tokenizer, texts, corpus.path):
                         file.write(tokens.astype(dtype).tobytes())
                         count += len(tokens)
@@ -316,14 +316,18 @@ class Corpus:
         Where no line ends soon, it is where a character begins.
         """
         border = int(self.size * fraction)
-        index = next(n for n, (_, stop) in enumerate(pairwise(self.starts)) if border < stop)
+        index = next(n for n, stop in enumerate(self.starts[1:]) if border < stop)
+        inside = border - self.starts[index]
+        back = min(inside, 3)  # a character has at most three bytes after its first
         with open(self.files[index], "rb") as file:
-            file.seek(border - self.starts[index])
-            block = file.read(PIECE)
-        line = border + block.find(b"\n") + 1
+            file.seek(inside - back)
+            block = file.read(back + PIECE)
+        line = border + block.find(b"\n", back) + 1 - back
         if border < line < self.size:
             return line
-        return border + next((n for n, byte in enumerate(block) if byte & 0xC0 != 0x80), 0)
+        while back and block[back] & 0xC0 == 0x80:
+            border, back = border - 1, back - 1
+        return border
 
     def texts(self, start: int, stop: int) -> Iterator[str]:
         """The text from byte `start` to byte `stop`, in pieces that end with a line if possible.

@@ -299,6 +299,8 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, model: bytes) -> None:
         from sentencepiece import SentencePieceProcessor
 
+        if not model:  # the library would take it for "no model yet"
+            raise OSError("an empty sentencepiece model")
         self.model = model
         self.processor: sentencepiece.SentencePieceProcessor = SentencePieceProcessor(
             model_proto=model

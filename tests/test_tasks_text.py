@@ -1,0 +1,477 @@
+"""Text: the cache, the windows, the lanes, and what is refused."""
+
+import hashlib
+import inspect
+import json
+import resource
+import subprocess
+import sys
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from archzoo.tasks import Text, build, draw
+from archzoo.tasks.stream import IGNORED
+from archzoo.tasks.text import Corpus
+from archzoo.tasks.tokenizers import LibraryTokenizer, SentencePieceTokenizer
+
+torch.set_num_threads(1)
+
+DATA = Path(__file__).parents[1] / "data"
+
+
+@pytest.fixture
+def text(tmp_path):
+    """Makes a task on a text; the cache stays inside the test's folder."""
+
+    def make(content=None, **arguments):
+        path = tmp_path / "corpus.txt"
+        if content is not None:
+            path.write_text(content, encoding="utf-8", newline="")
+        arguments = {"path": path, "cache_dir": tmp_path / "cache", **arguments}
+        return Text(**{"context_length": 8, "batch_size": 4, **arguments})
+
+    return make
+
+
+def numbers(count):
+    """A text in which every line is another one."""
+    return "".join(f"{n:05}\n" for n in range(count))
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+# ---------------------------------------------------------------------------- corpora
+
+
+def test_the_docstring_shows_what_the_code_does(text):
+    task = text(path=DATA / "shakespeare.txt", **defaults("context_length", "batch_size"))
+    assert inspect.cleandoc(Text.__doc__).count(
+        "\n".join(f"    {line}" for line in draw(task).splitlines())
+    )
+
+
+def defaults(*names):
+    return {name: inspect.signature(Text).parameters[name].default for name in names}
+
+
+@pytest.mark.parametrize("name", ["shakespeare.txt", "three_kingdoms.txt"])
+def test_the_corpora_are_what_their_page_says(name):
+    content = (DATA / name).read_bytes()
+    page = (DATA / "README.md").read_text()
+    assert 500_000 <= len(content) <= 2_000_000
+    for fact in (
+        f"{len(content):,} bytes",
+        f"{len(set(content.decode())):,} different",
+        hashlib.sha256(content).hexdigest(),
+    ):
+        assert fact in page
+    assert hashlib.sha256(content).hexdigest() in (DATA / "rebuild.py").read_text()
+
+
+@pytest.mark.parametrize("tokenizer", ["characters", "bpe", "unigram"])
+@pytest.mark.parametrize("name", ["shakespeare.txt", "three_kingdoms.txt"])
+def test_the_corpora_are_encoded_without_loss(text, tmp_path, name, tokenizer):
+    # A part of each: the tokenizers take a second for a megabyte.
+    content = (DATA / name).read_text(encoding="utf-8")[:60_000]
+    task = text(content, tokenizer=tokenizer, vocab_size=None if tokenizer != "bpe" else 600)
+    task.prepare()
+    assert "".join(decoded(task, split) for split in ("train", "validation")) == content
+    assert task.bytes_per_token == pytest.approx(
+        len(decoded(task, "validation").encode()) / task._tokens("validation")
+    )
+
+
+def decoded(task, split):
+    (file,) = Path(task.arguments["cache_dir"]).glob(f"*/{split}.bin")
+    return task.tokenizer.decode(np.fromfile(file, task._meta["dtype"]).tolist())
+
+
+# ---------------------------------------------------------------------------- files
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    content=st.text("ab é\n 😀\t", min_size=4, max_size=300),
+    fraction=st.floats(0.05, 0.95),
+    piece=st.integers(4, 64),
+)
+def test_pieces_and_split_lose_nothing(tmp_path_factory, content, fraction, piece):
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text(content, encoding="utf-8", newline="")
+    corpus = Corpus(path)
+    border = corpus.border(fraction)
+    assert 0 <= border < corpus.size == len(content.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("archzoo.tasks.text.PIECE", piece)
+        pieces = [*corpus.texts(0, border), *corpus.texts(border, corpus.size)]
+    assert "".join(pieces) == content
+    assert all(len(text.encode()) <= 2 * piece + 3 for text in pieces[1:]) or "\n" in content
+
+
+def test_cutting_into_pieces_does_not_change_the_tokens(text, monkeypatch):
+    content = (DATA / "shakespeare.txt").read_text()[:40_000]
+    whole = text(content, tokenizer="bpe", vocab_size=500)
+    whole.prepare()
+    monkeypatch.setattr("archzoo.tasks.text.PIECE", 1000)
+    cut = text(content, tokenizer=next(Path(whole.arguments["cache_dir"]).glob("text-*")))
+    cut.prepare()
+    assert cut._cache != whole._cache
+    for part in ("train.bin", "validation.bin"):
+        assert (cut._cache / part).read_bytes() == (whole._cache / part).read_bytes()
+
+
+def test_a_folder_is_read_in_the_order_of_names(text, tmp_path):
+    folder = tmp_path / "books"
+    (folder / "b").mkdir(parents=True)
+    (folder / ".hidden").write_bytes(b"\xff")
+    (folder / "b" / "1.txt").write_text("cc\n" * 20)
+    (folder / "a.txt").write_text("aa\nbb")  # no line end: one is put between
+    (folder / "c.txt").write_text("dd" * 20)
+    task = text(path=folder, validation_fraction=0.2)
+    task.prepare()
+    joined = "aa\nbb\n" + "cc\n" * 20 + "dd" * 20
+    assert decoded(task, "train") + decoded(task, "validation") == joined
+
+
+def test_the_split_is_contiguous_and_begins_a_line(text):
+    task = text(numbers(200), validation_fraction=0.25)
+    task.prepare()
+    assert decoded(task, "train") == "".join(f"{n:05}\n" for n in range(151))
+    assert decoded(task, "validation").startswith("00151\n")
+    assert task.rows("test") == task.rows("validation")
+
+
+# ---------------------------------------------------------------------------- the cache
+
+
+def test_the_cache_is_used_and_follows_the_content(text, tmp_path):
+    text(numbers(100)).prepare()
+    (cache,) = (tmp_path / "cache").iterdir()
+    stamp = (cache / "train.bin").stat().st_mtime_ns
+    again = text()
+    again.prepare()
+    assert (cache / "train.bin").stat().st_mtime_ns == stamp
+
+    changed = text(numbers(99) + "00990\n")
+    changed.prepare()
+    text(tokenizer="bpe", vocab_size=260).prepare()
+    text(validation_fraction=0.3).prepare()
+    text(context_length=4, batch_size=2, carry_state=True, seed=4).prepare()  # the same encoding
+    names = [path.name for path in (tmp_path / "cache").iterdir()]
+    assert len(names) == 4
+    assert not any("partial" in name for name in names)
+
+
+def test_a_damaged_cache_is_made_again(text, tmp_path):
+    task = text(numbers(100))
+    whole = task.train_dataloader().batch(0)
+    (cache,) = (tmp_path / "cache").iterdir()
+    with open(cache / "train.bin", "r+b") as file:
+        file.truncate(10)
+    assert same(text().train_dataloader().batch(0), whole)
+
+
+def test_a_full_disk_gets_one_clear_line_and_leaves_nothing(text, tmp_path):
+    """A file-size limit stands for the full disk: both fail in the middle of writing."""
+    task = text(numbers(20_000))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        refused(OSError, "cannot write the encoded text to .*set cache_dir", task.prepare)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list((tmp_path / "cache").iterdir()) == []
+    task.prepare()  # once there is room
+
+
+def test_the_default_cache_is_the_user_s(tmp_path, monkeypatch):
+    (tmp_path / "corpus.txt").write_text(numbers(100))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    Text(tmp_path / "corpus.txt", context_length=4).prepare()
+    assert len(list((tmp_path / "home" / "archzoo").iterdir())) == 1
+
+
+MEASURE = """
+import resource, sys, numpy, tokenizers
+from archzoo.tasks import Text
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+base = peak()
+task = Text(sys.argv[1], cache_dir=sys.argv[2], context_length=64, batch_size=32)
+loader = task.train_dataloader()
+for number in range(300): loader.batch(number * 7)
+for _ in task.val_dataloader(): pass
+print(peak() - base)
+"""
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "limit"), [(20, 30), pytest.param(200, 200, marks=pytest.mark.slow)]
+)
+def test_a_large_file_takes_little_memory(tmp_path, megabytes, limit):
+    """Its encoded copy is twice as large; loaded or left mapped it would be seen here."""
+    line = numbers(1_000_000 // 6)
+    with open(tmp_path / "large.txt", "w") as file:
+        for _ in range(megabytes):
+            file.write(line)
+    command = [sys.executable, "-c", MEASURE, tmp_path / "large.txt", tmp_path / "cache"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < limit
+
+
+# ---------------------------------------------------------------------------- windows
+
+
+def content_of(task, batch, row):
+    return task.tokenizer.decode(batch["tokens"][row].tolist())
+
+
+def test_labels_are_the_next_tokens(text):
+    content = numbers(500)
+    for task in (text(content), text(carry_state=True)):
+        batch = task.train_dataloader().batch(3)
+        assert batch["tokens"].shape == batch["labels"].shape == (4, 8)
+        assert torch.equal(batch["tokens"][:, 1:], batch["labels"][:, :-1])
+        for row in range(4):
+            window = content_of(task, batch, row)
+            window += task.tokenizer.decode(batch["labels"][row, -1:].tolist())
+            assert window in content
+
+
+def test_every_window_comes_once_an_epoch_in_another_order(text):
+    content = numbers(500)
+    task = text(content)
+    loader = task.train_dataloader()
+    epochs = []
+    windows = task.rows("train")
+    for epoch in range(3):
+        starts = []
+        for number in range(epoch * windows, (epoch + 1) * windows):
+            batch = task.training_batch(number // 4, np.array([number % 4]))
+            assert batch["examples"][0].tolist() == [number] * 8
+            starts.append(content.index(content_of(task, batch, 0)))
+        covered = Counter(place for start in starts for place in range(start, start + 8))
+        assert set(covered.values()) == {1}  # side by side, no gap, no overlap
+        assert len(covered) == windows * 8 > 0.98 * task._tokens("train") - 8
+        epochs.append(starts)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert len({min(starts) for starts in epochs}) > 1  # cut at another offset
+    assert len(loader) == -(-windows // 4)
+
+
+def test_a_window_depends_on_seed_and_number_alone(text):
+    whole = text(numbers(500), batch_size=32)
+    for batch_size in (1, 4, 16):
+        loader = text(batch_size=batch_size).train_dataloader()
+        # The numbers cross the end of an epoch.
+        joined = [loader.batch(n) for n in range(10 * 32 // batch_size, 12 * 32 // batch_size)]
+        expected = [whole.train_dataloader().batch(n) for n in (10, 11)]
+        for key in ("tokens", "labels", "examples"):
+            assert torch.equal(
+                torch.cat([batch[key] for batch in joined]),
+                torch.cat([batch[key] for batch in expected]),
+            )
+    loader = whole.train_dataloader()
+    parts = [loader.batch(5, rank, 4) for rank in range(4)]
+    assert same({k: torch.cat([p[k] for p in parts]) for k in parts[0]}, loader.batch(5))
+    other = text(batch_size=32, seed=1).train_dataloader()
+    assert not torch.equal(other.batch(0)["tokens"], loader.batch(0)["tokens"])
+
+
+@pytest.mark.parametrize("carry_state", [False, True])
+@pytest.mark.parametrize("length", [3, 8, 10_000])
+def test_validation_asks_for_every_token_once(text, carry_state, length):
+    task = text(numbers(300), validation_fraction=0.1, carry_state=carry_state)
+    task.context_length = length
+    train = task.arguments | {"context_length": length if length < 100 else 8}
+    task = Text(**train)
+    batches = list(task.val_dataloader())
+    asked = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
+    tokens = task._tokens("validation") - 1
+    lanes = task.batch_rows("validation") if carry_state else 1
+    assert asked == tokens // lanes * lanes
+    for batch in batches:
+        if "documents" in batch:
+            assert torch.equal(batch["documents"] == -1, batch["labels"] == IGNORED)
+            assert (batch["documents"].diff() <= 0).all()  # padding at the end of a row
+
+
+# ---------------------------------------------------------------------------- carried state
+
+
+def test_lanes_go_on_where_they_ended(text):
+    content = numbers(400)
+    task = text(content, carry_state=True)
+    loader = task.train_dataloader()
+    batches = list(loader)
+    assert len(batches) == len(loader) > 10
+    assert [batch["continues"].tolist() for batch in batches] == [
+        [step > 0] * 4 for step in range(len(batches))
+    ]
+    train = decoded(task, "train")
+    lane = (len(train) - 1) // 4
+    for row in range(4):
+        read = "".join(content_of(task, batch, row) for batch in batches)
+        assert read == train[row * lane : row * lane + len(read)]
+        assert len(read) == lane // 8 * 8
+        # The label at the end of a window is the first token of the next.
+        for before, after in pairwise(batches):
+            assert before["labels"][row, -1] == after["tokens"][row, 0]
+    again = loader.batch(len(batches))  # the next epoch begins at the beginning
+    assert not again["continues"].any()
+    assert torch.equal(again["tokens"], batches[0]["tokens"])
+    parts = [loader.batch(2, rank, 2) for rank in range(2)]
+    assert same({k: torch.cat([p[k] for p in parts]) for k in parts[0]}, loader.batch(2))
+
+
+def test_validation_carries_state_too(text):
+    task = text(numbers(400), carry_state=True)
+    batches = list(task.val_dataloader())
+    assert [batch["continues"].any().item() for batch in batches] == [
+        step > 0 for step in range(len(batches))
+    ]
+    for before, after in pairwise(batches):
+        assert torch.equal(before["labels"][:, -1], after["tokens"][:, 0])
+    short = text(numbers(400), carry_state=True, validation_fraction=0.005, batch_size=16)
+    (batch,) = short.val_dataloader()  # 12 characters fill one lane
+    assert batch["tokens"].shape[0] == short.batch_rows("validation") == 1
+
+
+# ---------------------------------------------------------------------------- tokenizers
+
+
+def test_a_given_tokenizer_is_used(text, tmp_path):
+    first = text(numbers(300), tokenizer="bpe", vocab_size=270)
+    first.prepare()
+    first.tokenizer.save(tmp_path / "bpe")
+    for path in (tmp_path / "bpe", tmp_path / "bpe" / "tokenizer.json"):
+        task = text(tokenizer=path)
+        task.prepare()
+        assert isinstance(task.tokenizer, LibraryTokenizer)
+        assert task.vocab_size == first.vocab_size
+        assert same(task.train_dataloader().batch(0), first.train_dataloader().batch(0))
+    unigram = text(numbers(300), tokenizer="unigram", vocab_size=300)
+    unigram.prepare()
+    unigram.tokenizer.save(tmp_path)
+    task = text(tokenizer=tmp_path / "tokenizer.model")
+    task.prepare()
+    assert isinstance(task.tokenizer, SentencePieceTokenizer)
+
+
+def test_many_tokens_are_kept_in_32_bits(text, tmp_path):
+    content = "".join(map(chr, range(0x4E00, 0x9F00))) + "".join(map(chr, range(0x20000, 0x2C000)))
+    task = text(content, validation_fraction=0.01)
+    assert task.vocab_size > 1 << 16
+    assert task._meta["dtype"] == "uint32"
+    assert decoded(task, "train") + decoded(task, "validation") == content
+
+
+def test_a_task_is_made_again_from_its_configuration(text):
+    task = text(numbers(300), seed=7)
+    assert json.loads(json.dumps(task.config())) == task.config()
+    again = build(task.config())
+    assert same(task.train_dataloader().batch(5), again.train_dataloader().batch(5))
+    assert again.stop_token is None
+    assert set(inspect.signature(Text).parameters) == set(task.arguments)
+
+
+# ---------------------------------------------------------------------------- bad input
+
+
+def refused(error, message, call):
+    with pytest.raises(error, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_no_text(text, tmp_path):
+    refused(FileNotFoundError, "no text at .*nowhere.txt", text(path="nowhere.txt").prepare)
+    refused(ValueError, "corpus.txt is empty", text("").prepare)
+    (tmp_path / "folder").mkdir()
+    refused(ValueError, "folder is empty", text(path=tmp_path / "folder").prepare)
+
+
+@pytest.mark.parametrize(
+    ("content", "byte", "offset"),
+    [
+        pytest.param(b"abc\xffdef", "0xff", 3, id="latin"),
+        pytest.param(b"a\n" * 70_000 + b"\xc3(", "0xc3", 140_000, id="in the third piece"),
+        pytest.param("é ".encode() * 30_000 + b"\x80", "0x80", 90_000, id="no line ends"),
+        pytest.param("hello".encode("utf-16-le"), "0x00", 1, id="utf-16"),
+        pytest.param(b"truncated \xe4\xb8", "0xe4", 10, id="truncated"),
+    ],
+)
+def test_a_binary_text_is_refused_at_its_offset(text, tmp_path, content, byte, offset):
+    (tmp_path / "corpus.txt").write_bytes(content)
+    message = rf"corpus.txt is not UTF-8 text: byte {byte} at offset {offset};"
+    for tokenizer in ("characters", "bpe"):
+        refused(ValueError, message, text(tokenizer=tokenizer).prepare)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_text_shorter_than_one_window(text):
+    refused(
+        ValueError,
+        "corpus.txt is shorter than one window: 12 tokens to train on, 21 needed",
+        text("00000\n00001\n00002\n", context_length=20, validation_fraction=0.5).prepare,
+    )
+    refused(
+        ValueError,
+        "shorter than one window in each of 100 lanes",
+        text(numbers(100), carry_state=True, batch_size=100).prepare,
+    )
+    refused(
+        ValueError,
+        "leaves 1 tokens to validate on, 2 needed",
+        text("abcdefghijk", validation_fraction=0.01).prepare,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"vocab_size": 5}, "vocab_size 5 is too small: the text has 11 different characters"),
+        ({"vocab_size": 200, "tokenizer": "bpe"}, "vocab_size 200 is too small"),
+        ({"vocab_size": 100, "tokenizer": "unigram"}, "vocab_size 100 does not suit"),
+    ],
+)
+def test_a_vocabulary_too_small_for_the_text(text, arguments, message):
+    refused(ValueError, message, text(numbers(100), **arguments).prepare)
+
+
+def test_a_given_tokenizer_that_does_not_know_the_text(text, tmp_path):
+    task = text(numbers(100))
+    task.prepare()
+    task.tokenizer.save(tmp_path / "digits")
+    refused(
+        ValueError,
+        r"corpus.txt: character 'H' \(U\+0048\)",
+        text("Hello\n" * 100, tokenizer=tmp_path / "digits").prepare,
+    )
+    refused(
+        ValueError,
+        "vocab_size 99 does not fit .*, which has 11 tokens",
+        text(numbers(100), tokenizer=tmp_path / "digits", vocab_size=99).prepare,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"tokenizer": "character"}, ValueError, "did you mean characters?"),
+        ({"tokenizer": "gone/tokenizer.json"}, FileNotFoundError, "no tokenizer at gone"),
+        ({"context_length": 0}, ValueError, "context_length 0 is not positive"),
+        ({"validation_fraction": 1.0}, ValueError, "validation_fraction 1.0 is not between"),
+        ({"batch_size": 0}, ValueError, "batch_size 0 is not positive"),
+    ],
+)
+def test_bad_arguments_are_refused_at_once(text, arguments, error, message):
+    refused(error, message, lambda: text(**arguments))
