@@ -22,6 +22,7 @@ import json
 import os
 import re
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Mapping
 from inspect import signature
@@ -244,12 +245,17 @@ def read_safely(path: str | os.PathLike[str]) -> dict[str, Any]:
         what = "truncated" if begin == b"PK" else "empty" if not begin else "no checkpoint"
         raise ValueError(f"{path} is {what}: it cannot be loaded")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of pickles that it refuses anyway
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         # torch advises here to load without the check: not for a file of unknown origin.
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = name[1] if name else "objects that are no plain data"
-        raise ValueError(f"{path} holds code ({what}), which loading would run: refused") from None
+        if name:
+            raise ValueError(
+                f"{path} holds code ({name[1]}), which loading would run: refused"
+            ) from None
+        raise ValueError(f"{path} is damaged, or holds more than plain data: refused") from None
     except Exception as error:  # torch's reader raises of many kinds
         raise ValueError(f"{path} is damaged: {_first_line(error)}") from None
     if not isinstance(content, dict):
@@ -262,8 +268,10 @@ def _build(config: dict[str, Any], weights: Mapping[str, Tensor], path: Path) ->
     try:
         with torch.random.fork_rng(devices=[]):  # the first weights are drawn, for nothing
             model = build_decoder(config)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {_first_line(error)}") from None
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} describes no decoder: {_first_line(error)}") from None
     expected = model.state_dict(keep_vars=True)
     table = weights.get("embedding.weight")
     if table is not None and len(table) != model.vocab_size:
@@ -271,18 +279,14 @@ def _build(config: dict[str, Any], weights: Mapping[str, Tensor], path: Path) ->
             f"{path}: the weights are of a vocabulary of {len(table)} tokens, and the "
             f"configuration says {model.vocab_size}"
         )
-    for name in expected.keys() | weights.keys():
-        if name not in weights or name not in expected:
-            lack = "miss" if name in expected else "have"
-            raise ValueError(
-                f"{path}: the weights do not fit the configuration: they {lack} {name}"
-            )
-        shapes = tuple(weights[name].shape), tuple(expected[name].shape)
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"{path}: the weights do not fit the configuration: {name} has shape {shapes[0]} "
-                f"where {shapes[1]} is expected"
-            )
+    misfit = f"{path}: the weights do not fit the configuration"
+    for verb, names in (("miss", expected.keys() - weights), ("have", weights.keys() - expected)):
+        if names:
+            raise ValueError(f"{misfit}: they {verb} {min(names)}")
+    for name, tensor in expected.items():
+        found, wanted = tuple(weights[name].shape), tuple(tensor.shape)
+        if found != wanted:
+            raise ValueError(f"{misfit}: {name} has shape {found} where {wanted} is expected")
     for name, tensor in expected.items():
         tensor.data = tensor.data.to(weights[name].dtype)
     model.load_state_dict(weights)

@@ -287,7 +287,7 @@ def test_a_tokenizer_of_another_vocabulary(saved: Path) -> None:
         ({"depth": 3}, r"do not fit the configuration: they miss blocks\.2\."),
         ({"depth": 1}, r"do not fit the configuration: they have blocks\.1\."),
         ({"width": 56}, r"gate_up\.weight has shape \(96, 32\) where \(112, 32\) is expected"),
-        ({"dim": "wide"}, "wide|int"),
+        ({"dim": "wide"}, "describes no decoder: '<' not supported"),
     ],
 )
 def test_weights_that_do_not_fit(saved: Path, decoder: dict[str, object], message: str) -> None:
@@ -353,7 +353,7 @@ def test_damaged_checkpoint(run: Path) -> None:
     where = content.index(b"PK", 4) - 200  # the end of the first record, which is the pickle
     content[where : where + 150] = b"\xff" * 150
     run.write_bytes(content)
-    refused(run, ValueError, "is damaged|holds code")
+    refused(run, ValueError, "is damaged")
 
 
 class Evil:
@@ -376,7 +376,7 @@ def test_code_is_refused_and_not_run(tmp_path: Path, legacy: bool, protocol: int
         pickle_protocol=protocol,
         _use_new_zipfile_serialization=not legacy,
     )
-    refused(path, ValueError, "refused")
+    refused(path, ValueError, "holds code|more than plain data|bare pickle")
     path.write_bytes(pickle.dumps(Evil(trace), protocol))
     refused(path, ValueError, "is a bare pickle, which may run code when loaded: refused")
     assert not trace.exists()
