@@ -18,6 +18,7 @@ from safetensors import safe_open
 import archzoo
 from archzoo.checkpoint import load, read_safely
 from archzoo.decoder import Decoder
+from archzoo.generation import generate_command
 from archzoo.tasks.tokenizers import CharacterTokenizer, learn_bpe, learn_unigram
 
 TOKENS = torch.tensor([[1, 5, 9, 2, 6], [3, 3, 0, 7, 7]])
@@ -328,6 +329,38 @@ def test_lightning_checkpoint(run: Path) -> None:
     assert found.model.head.weight is found.model.embedding.weight
     weights = torch.load(run, weights_only=True)["state_dict"]
     assert all(w.equal(weights[f"decoder.{n}"]) for n, w in found.model.state_dict().items())
+
+
+def test_a_real_runs_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import lightning
+
+    from archzoo.tasks import Addition
+    from archzoo.training.module import LanguageModel
+
+    task = Addition(digits=1, batch_size=4, held_out=4)
+    module = LanguageModel("retnet_micro", learning_rate=0.01, dropout=0.1)
+    trainer = lightning.Trainer(
+        max_steps=2,
+        logger=False,
+        accelerator="cpu",
+        limit_val_batches=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module, task)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    found = load(tmp_path / "run.ckpt")
+    assert same(module.net, found.model)
+    assert found.model.config["dropout"] == 0.1
+    assert found.task == task.config()
+    assert found.tokenizer is not None
+    assert found.tokenizer.files() == task.tokenizer.files()
+
+    capsys.readouterr()
+    generate_command(str(tmp_path / "run.ckpt"), ["5+7="], max_tokens=3, check=True)
+    assert capsys.readouterr().out.startswith("5+7=")
 
 
 def test_from_run_to_directory(run: Path, tmp_path: Path) -> None:

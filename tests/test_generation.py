@@ -116,6 +116,32 @@ def test_the_model_keeps_its_mode() -> None:
     assert model.training
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_exact_match_says_what_greedy_generation_does(name: str) -> None:
+    """One teacher-forced pass over rows of different lengths, against decoding each problem."""
+    from archzoo.tasks import Addition, exact_match
+
+    task = Addition(digits=3, batch_size=24)
+    model = make(name, vocab_size=task.vocab_size)
+    batch = task.train_dataloader().batch(0)
+    tokens, labels = batch["tokens"], batch["labels"]
+    asked = [row.nonzero()[:, 0].tolist() for row in labels != -100]
+    prompts = [tokens[row, : places[0] + 1].tolist() for row, places in enumerate(asked)]
+    longest = max(map(len, asked))
+    found = generate(model, prompts, max_tokens=longest).tokens
+    # What the model answers becomes the right answer, but for one token in two rows of three.
+    for row, places in enumerate(asked):
+        answer = found[row][: len(places)]
+        if row % 3:
+            answer[-1 if row % 3 == 1 else 0] ^= 1
+        labels[row, places] = torch.tensor(answer)
+        tokens[row, places[1:]] = torch.tensor(answer[:-1], dtype=torch.int64)
+    with torch.no_grad():
+        logits = model(tokens, documents=batch["documents"]).logits
+    expected = [row % 3 == 0 for row in range(24)]
+    assert exact_match(logits, labels).tolist() == expected
+
+
 # ---------------------------------------------------------------------------- state
 
 
