@@ -14,6 +14,7 @@ from archzoo.decoder import Decoder
 from archzoo.parts import nearest
 from archzoo.registry import build_decoder, get_preset, list_models
 
+WIDE = 200  # columns: a terminal wraps a long line better than a table wraps its cells
 HEADINGS = (
     "model",
     "mixer",
@@ -91,10 +92,10 @@ def list_command(pattern: str = "*", markdown: bool = False) -> None:
     table = Table(box=None, header_style="bold")
     for heading in HEADINGS:
         numeric = heading == "parameters" or heading.startswith("state")
-        table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
+        table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(width=WIDE).print(table)
 
 
 def show_command(name: str) -> None:
@@ -105,9 +106,8 @@ def show_command(name: str) -> None:
     """
     preset = get_preset(name)
     row = describe(name)
-    console = Console(highlight=False)
-    console.print(preset.about.strip(), markup=False)
-    console.print()
+    print(preset.about.strip(), end="\n\n")
+    console = Console(width=WIDE, highlight=False)
     decoder = _on_meta(preset.arguments)
     settings = Table(box=None, show_header=False)
     for key, value in decoder.config.items():

@@ -48,6 +48,7 @@ def run(command: str, arguments: list[str]) -> int:
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     # Batches are computed in place, within a fraction of a step: a worker would only cost.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")  # Lightning's own affair
     CommandLine(
         LanguageModel,
         Task,
@@ -182,9 +183,8 @@ class CommandLine(LightningCLI):
         fitting = self.subcommand == "fit"
         if not fitting:
             self.save_config_callback = None
-        if not fitting or config.get("enable_checkpointing") is False:
+        if config.get("enable_checkpointing") is False:
             callbacks = [c for c in callbacks if not isinstance(c, Checkpoints)]
-            config["enable_checkpointing"] = False
         if config.get("enable_progress_bar") is not False:
             callbacks = [*callbacks, ShowProgress()]
         config["default_root_dir"] = str(self.directory)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import pickle
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from archzoo.checkpoint import read_safely
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
@@ -40,33 +41,6 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint without running anything that it may hold.
-
-    Raises:
-        FileNotFoundError: There is none.
-        ValueError: The file is cut short, or holds more than tensors and plain data.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Weights only load failed" not in str(error) or "GLOBAL" not in str(error):
-            raise ValueError(f"{path} is no checkpoint, or only a part of one") from None
-        raise ValueError(
-            f"{path} holds code, not only tensors and plain data, and was not loaded"
-        ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is no checkpoint, or only a part of one ({str(error).splitlines()[0]})"
-        ) from None
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"{path} is no checkpoint of a training run")
-    return checkpoint
-
-
 class CheckpointFiles(TorchCheckpointIO):
     """Lightning's way to checkpoint files: written whole or not at all, read without code."""
 
@@ -78,7 +52,9 @@ class CheckpointFiles(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return read_checkpoint(path)
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no checkpoint {path}")
+        return read_safely(path)
 
 
 class MetricsFile(Logger):
@@ -95,6 +71,7 @@ class MetricsFile(Logger):
         super().__init__()
         self.path = Path(path)
         self._columns: list[str] | None = None
+        self._known: set[tuple[int, frozenset[str]]] = set()
         self._started = time.perf_counter()
 
     @property
@@ -122,12 +99,17 @@ class MetricsFile(Logger):
         kept = [row for row in rows if int(row["step"]) <= step]
         if kept:
             self._started = time.perf_counter() - float(kept[-1]["seconds"] or 0)
+        # What came after the checkpoint and before the next step, a validation in the middle of
+        # an accumulation, comes again: the row is there already.
+        self._known = {_kind(row) for row in kept if int(row["step"]) == step}
         self._write(kept, columns)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         seconds = round(time.perf_counter() - self._started, 3)
         row: dict[str, Any] = {"step": step, "seconds": seconds, **metrics}
+        if _kind(row) in self._known:
+            return
         if self._columns is None and self.path.exists():
             self._columns = self._read()[1]
         if self._columns is None or not set(row) <= set(self._columns):
@@ -154,3 +136,9 @@ class MetricsFile(Logger):
             writer.writerows(rows)
         os.replace(partial, self.path)
         self._columns = columns
+
+
+def _kind(row: dict[str, Any]) -> tuple[int, frozenset[str]]:
+    """The step of a row, and which metrics it holds."""
+    held = (name for name, value in row.items() if value not in (None, ""))
+    return int(row["step"]), frozenset(held)

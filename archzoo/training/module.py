@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 import time
@@ -17,6 +18,7 @@ import archzoo
 from archzoo import block as interface
 from archzoo.block import Aux, State
 from archzoo.decoder import Decoder
+from archzoo.parts import find
 from archzoo.registry import count_parameters, create_model, get_preset
 from archzoo.tasks.stream import Batch, Task
 from archzoo.training.losses import IGNORED, score, total_loss
@@ -444,12 +446,11 @@ class LanguageModel(lightning.LightningModule):
         theirs = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
         if theirs is None or "training" not in checkpoint:
             raise ValueError("this checkpoint was not written by archzoo's training")
-        ours = self.net.config
-        for name in ours:
-            if name not in HARMLESS and ours[name] != theirs.get(name):
+        for name, ours in self.net.config.items():
+            if name not in HARMLESS and _in_full(name, ours) != _in_full(name, theirs.get(name)):
                 raise ValueError(
                     f"the checkpoint holds another model: {name} is {theirs.get(name)} in it and "
-                    f"{ours[name]} here"
+                    f"{ours} here"
                 )
         files = checkpoint.get("tokenizer")
         if self.task is not None and files is not None:
@@ -501,6 +502,17 @@ def peak_memory(device: torch.device) -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _in_full(name: str, value: Any) -> Any:
+    """A setting of a decoder with every default written out, so that equal parts are equal."""
+    if isinstance(value, list):
+        return [_in_full("mixer", entry) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    parameters = inspect.signature(find(name, value["class_path"])).parameters
+    defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
+    return value | {"init_args": defaults | value["init_args"]}
 
 
 def _grows(decoder: Decoder) -> bool:

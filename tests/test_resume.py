@@ -1,0 +1,148 @@
+"""A run that is ended anywhere and resumed is the run that was not ended."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+
+from archzoo.tasks import Addition, Text
+from archzoo.training.callbacks import Checkpoints
+from archzoo.training.files import CheckpointFiles, MetricsFile
+from archzoo.training.module import LanguageModel
+
+
+class Killed(BaseException):
+    pass
+
+
+class KillAfter(lightning.Callback):
+    """Ends the run after so many micro-batches, as if by SIGKILL: nothing is cleaned up."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.fit_loop.epoch_loop.total_batch_idx >= self.batches:
+            raise Killed
+
+
+def losses(directory):
+    """{(step, split): loss} of a run's log, as text: equal means bit for bit."""
+    with open(directory / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    found = {}
+    for row in rows:
+        for split in ("train", "validation"):
+            if row.get(f"{split}/loss"):
+                key = (int(row["step"]), split)
+                assert key not in found, f"{key} is in the log twice"
+                found[key] = row[f"{split}/loss"]
+    return found
+
+
+def addition():
+    return Addition(
+        digits=2, batch_size=4, steps_per_epoch=10, validation_examples=8, test_examples=8
+    )
+
+
+def stream(tmp_path):
+    path = tmp_path / "text.txt"
+    if not path.exists():
+        path.write_text("".join(f"{n} green bottles, hanging on the wall; " for n in range(60)))
+    return Text(
+        str(path), context_length=16, batch_size=2, carry_state=True, cache_dir=str(tmp_path / "c")
+    )
+
+
+def fit(directory, task, *, accumulate=1, every=4, kill=None, resume=False):
+    lightning.seed_everything(0)
+    model = LanguageModel("retnet_micro", dropout=0.2, warmup_steps=4, learning_rate=1e-2)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        default_root_dir=directory,
+        max_steps=15,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=1.0,
+        log_every_n_steps=2,
+        val_check_interval=7,  # in the middle of accumulations, too
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        logger=MetricsFile(directory / "metrics.csv"),
+        plugins=[CheckpointFiles()],
+        callbacks=[Checkpoints(every_n_steps=every), *([KillAfter(kill)] if kill else [])],
+    )
+    path = directory / "last.ckpt"
+    try:
+        trainer.fit(model, task, ckpt_path=path if resume and path.exists() else None)
+    except Killed:
+        assert kill
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "accumulate", "every", "kills"),
+    [
+        ("addition", 1, 1, [3, 9]),
+        ("addition", 1, 4, [11]),  # just after an epoch began
+        ("addition", 3, 2, [7, 20]),  # in the middle of an accumulation, and of an epoch
+        ("addition", 1, 5, [10]),  # at an epoch's end
+        ("addition", 1, 7, [7, 14]),  # where validation is due
+        ("stream", 1, 3, [5, 10]),
+        ("stream", 2, 3, [9, 17]),
+    ],
+)
+def test_resumed_is_the_same_run(tmp_path, kind, accumulate, every, kills):
+    def task():
+        return addition() if kind == "addition" else stream(tmp_path)
+
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    options = {"accumulate": accumulate, "every": every}
+    expected = fit(whole, task(), **options)
+    for kill in kills:
+        fit(pieces, task(), **options, kill=kill, resume=True)
+    resumed = fit(pieces, task(), **options, resume=True)
+    assert losses(pieces) == losses(whole)
+    assert len(losses(whole)) >= 7
+    for name, weight in expected.net.state_dict().items():
+        assert torch.equal(weight, resumed.net.state_dict()[name]), name
+
+
+COMMAND = """
+--config configs/addition.yaml --data.batch_size 4 --data.digits 2 --data.validation_examples 8
+--model.preset retnet_micro --model.dropout 0.1 --trainer.accelerator cpu --trainer.max_steps 200
+--trainer.accumulate_grad_batches 3 --trainer.val_check_interval 100 --trainer.log_every_n_steps 1
+--checkpoint.every_n_steps 7 --trainer.enable_progress_bar false
+"""
+
+
+def test_killed_by_the_system(tmp_path):
+    """SIGKILL at a moment that nothing chose, then `fit --ckpt_path last`."""
+    root = Path(__file__).parent.parent
+    runs = str(tmp_path / "runs")
+    command = [sys.executable, "train.py", "fit", *COMMAND.split()]
+    command += ["--trainer.default_root_dir", runs, "--name"]
+    run = subprocess.Popen([*command, "killed"], cwd=root)
+    log = tmp_path / "runs" / "killed" / "metrics.csv"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and run.poll() is None:
+        if log.exists() and log.read_text().count("\n") > 20:
+            break
+        time.sleep(0.05)
+    os.kill(run.pid, signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL, "it ended before it was killed"
+
+    shorter = [*command, "killed", "--ckpt_path", "last"]
+    subprocess.run(shorter, cwd=root, check=True)
+    subprocess.run([*command, "whole"], cwd=root, check=True)
+    assert losses(tmp_path / "runs" / "killed") == losses(tmp_path / "runs" / "whole")
+    assert len(losses(tmp_path / "runs" / "whole")) >= 200
