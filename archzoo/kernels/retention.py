@@ -74,29 +74,40 @@ def available(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None) 
     return unavailable(q, k, v, log_decay) is None
 
 
+class Cut(NamedTuple):
+    """How one of the four maps is cut into programs."""
+
+    block: int  # rows of the state that a program holds: a's columns
+    tile: int  # columns of the state that it holds: c's and the result's
+    warps: int
+    stages: int
+    scores: bool = False  # the chunk's own weights are computed ahead, once for all tiles
+
+
 class Plan(NamedTuple):
     """How the work is cut: for speed only, every plan computes the same."""
 
-    chunk: int  # tokens a loop step takes
-    block_k: int  # rows of the state in the forward and in dv, where a is as wide as dk
-    tile_v: int  # columns of the state there: a tile of dv
-    block_v: int  # rows of the state in dq and dk, where a is as wide as dv
-    tile_k: int  # columns of the state there: a tile of dk
-    scores: bool  # the chunk's own weights are computed once, ahead, for all tiles
-    warps: int
-    stages: int
-    backward_warps: int
-    backward_stages: int
+    chunk: int  # tokens that a loop step takes
+    o: Cut
+    dq: Cut
+    dk: Cut
+    dv: Cut
 
 
-# Measured on an H200; see docs/kernels.md for the sweeps. Keys: widths up to which the row holds.
-_BFLOAT16_PLANS: tuple[tuple[int, int, Plan], ...] = (
-    (64, 64, Plan(64, 64, 64, 64, 64, False, 4, 3, 4, 3)),
-    (128, 128, Plan(64, 128, 64, 128, 64, False, 4, 2, 4, 2)),
-    (128, 256, Plan(64, 128, 64, 256, 64, False, 4, 2, 4, 2)),
-    (256, 512, Plan(64, 256, 64, 256, 64, True, 8, 2, 8, 2)),
-)
-# The programs that fill the chip: two for each of the 132 multiprocessors of an H100 or H200.
+# Measured on an H200, see docs/kernels.md. Keys: the widths (dk, dv) up to which a row holds.
+_BFLOAT16_PLANS: dict[tuple[int, int], Plan] = {
+    (64, 64): Plan(64, *(Cut(64, 64, 4, 3),) * 4),
+    (128, 128): Plan(64, *(Cut(128, 64, 4, 2),) * 4),
+    (128, 256): Plan(
+        64,
+        o=Cut(128, 64, 4, 2),
+        dq=Cut(256, 64, 4, 2, True),
+        dk=Cut(256, 64, 4, 2, True),
+        dv=Cut(128, 64, 4, 2),
+    ),
+    (256, 512): Plan(64, *(Cut(256, 64, 4, 2, True),) * 4),
+}
+# Programs that fill the chip: two for each of the 132 multiprocessors of an H100 or H200.
 _FILL = 256
 _SEGMENT_LEAST = 512
 
@@ -110,25 +121,29 @@ def _plan(dk: int, dv: int, dtype: torch.dtype) -> Plan:
     wide_k, wide_v = _power_of_2(dk), _power_of_2(dv)
     if dtype == torch.float32:
         # Exact float32 has no matrix unit: small tiles, so that the products fit in registers.
-        block_k, block_v = min(wide_k, 64), min(wide_v, 64)
         scores = wide_k > 64 or wide_v > 64
-        return Plan(
-            32, block_k, min(wide_v, 32), block_v, min(wide_k, 32), scores, 4, 1, 4, 1
+        plan = Plan(32, *(Cut(64, 32, 4, 1, scores),) * 4)
+    else:
+        plan = next(
+            plan
+            for (limit_k, limit_v), plan in _BFLOAT16_PLANS.items()
+            if wide_k <= limit_k and wide_v <= limit_v
         )
-    for limit_k, limit_v, plan in _BFLOAT16_PLANS:
-        if wide_k <= limit_k and wide_v <= limit_v:
-            return plan._replace(
-                block_k=min(plan.block_k, wide_k),
-                tile_v=min(plan.tile_v, wide_v),
-                block_v=min(plan.block_v, wide_v),
-                tile_k=min(plan.tile_k, wide_k),
-            )
-    raise ValueError(f"no kernel for dk {dk} and dv {dv}")
+
+    def fit(cut: Cut, rows: int, columns: int) -> Cut:
+        return cut._replace(block=min(cut.block, rows), tile=min(cut.tile, columns))
+
+    return plan._replace(
+        o=fit(plan.o, wide_k, wide_v),
+        dq=fit(plan.dq, wide_v, wide_k),
+        dk=fit(plan.dk, wide_v, wide_k),
+        dv=fit(plan.dv, wide_k, wide_v),
+    )
 
 
 def _segments(plan: Plan, rows: int, time: int, dv: int) -> tuple[int, int]:
     """Cuts time so that the forward fills the chip: (tokens a segment, segments)."""
-    programs = rows * -(-dv // plan.tile_v)
+    programs = rows * -(-dv // plan.o.tile)
     wanted = min(-(-_FILL // programs), -(-time // _SEGMENT_LEAST))
     if programs * 4 >= _FILL * 3:
         wanted = 1
@@ -206,6 +221,7 @@ def _segment_states(
     b: Tensor,
     c: Tensor,
     call: _Call,
+    cut: Cut,
     log_decay: Tensor,
     reverse: bool,
     initial: Tensor | None,
@@ -216,18 +232,15 @@ def _segment_states(
 
     batch, time, heads, width = b.shape
     columns = c.shape[-1]
-    plan = call.plan
-    block, tile = plan.block_k, plan.tile_v
     entering = b.new_empty((batch, heads, call.segments, width, columns), dtype=torch.float32)
     final = b.new_empty((batch, heads, width, columns) if leave else (0,), dtype=torch.float32)
-    positions, documents, ranges = call.pointers
-    tiles = -(-width // block) * -(-columns // tile)
+    _, documents, ranges = call.pointers
+    tiles = -(-width // cut.block) * -(-columns // cut.tile)
     kernels.segment_sums_kernel[(tiles, batch * heads, call.segments)](
-        _describe(b, plan.chunk, block), _describe(c, plan.chunk, tile),
-        entering, log_decay, positions, documents, ranges,
-        time, call.segment, call.segments, heads,
-        B=width, C=columns, BLOCK_B=block, TILE=tile, REVERSE=reverse,
-        **call.facts, num_warps=plan.warps, num_stages=plan.stages,
+        _describe(b, call.plan.chunk, cut.block), _describe(c, call.plan.chunk, cut.tile),
+        entering, log_decay, *call.pointers, time, call.segment, call.segments, heads,
+        B=width, C=columns, BLOCK_B=cut.block, TILE=cut.tile, REVERSE=reverse,
+        **call.facts, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     elements = width * columns
     kernels.join_kernel[(-(-elements // 1024), batch * heads)](
@@ -237,6 +250,71 @@ def _segment_states(
         HAS_DOCUMENTS=call.facts["HAS_DOCUMENTS"], HAS_RANGES=call.facts["HAS_RANGES"],
     )  # fmt: skip
     return entering, final
+
+
+def _map(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    out: Tensor,
+    call: _Call,
+    cut: Cut,
+    log_decay: Tensor,
+    reverse: bool,
+    transposed: bool,
+    entering: Tensor | None,
+    leaving: Tensor | None,
+) -> None:
+    """out_i = sum_{j <= i} gamma^(i-j) (a_i . b_j) c_j, see `retention_triton`.
+
+    `entering`, one state per segment, and `leaving`, one per row, are (rows, columns) of the
+    state, or (columns, rows) where `transposed`.
+    """
+    from archzoo.kernels import retention_triton as kernels
+
+    batch, time, heads, width = a.shape
+    columns = c.shape[-1]
+    chunk = call.plan.chunk
+    rows = batch * heads
+    scores = out
+    if cut.scores:
+        scores = a.new_empty((rows, call.chunks, chunk, chunk))
+        block = min(64, cut.block)
+        kernels.scores_kernel[(call.chunks, rows)](
+            _describe(a, chunk, block), _describe(b, chunk, block), scores, log_decay,
+            *call.pointers, time, heads, call.chunks,
+            A=width, BLOCK_A=block, REVERSE=reverse,
+            **call.facts, num_warps=4, num_stages=cut.stages,
+        )  # fmt: skip
+    descriptors = (
+        _describe(a, chunk, cut.block),
+        _describe(b, chunk, cut.block),
+        _describe(c, chunk, cut.tile),
+        _describe(out, chunk, cut.tile),
+    )
+    stride_a, stride_c = (1, width) if transposed else (columns, 1)
+    for split in range(-(-width // cut.block)):
+        kernels.stream_kernel[(-(-columns // cut.tile), rows, call.segments)](
+            *descriptors, scores, log_decay, *call.pointers,
+            log_decay if entering is None else entering,
+            log_decay if leaving is None else leaving,
+            time, call.segment, call.segments, heads, call.chunks, split, stride_a, stride_c,
+            A=width, C=columns, BLOCK_A=cut.block, TILE=cut.tile, REVERSE=reverse,
+            HAS_ENTERING=entering is not None, HAS_LEAVING=leaving is not None,
+            HAS_SCORES=cut.scores, ADD=split > 0,
+            **call.facts, num_warps=cut.warps, num_stages=cut.stages,
+        )  # fmt: skip
+
+
+def _output(like: Tensor, padded: bool) -> Tensor:
+    """Room for a result, (batch, time, heads, width), aligned for the copy engine.
+
+    Zeros where there is padding: tokens before a row's first are written by nobody.
+    """
+    make = torch.zeros if padded else torch.empty
+    size = 16 // like.element_size()
+    shape = (*like.shape[:-1], -(-like.shape[-1] // size) * size)
+    return make(shape, dtype=like.dtype, device=like.device)[..., : like.shape[-1]]
 
 
 def _forward(
@@ -252,59 +330,23 @@ def _forward(
     leave: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, the last state (empty unless `leave`) and the states entering the segments."""
-    from archzoo.kernels import retention_triton as kernels
-
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     batch, time, heads, dk = q.shape
     dv = v.shape[-1]
     call = _call(q, v, positions, documents, ranges, scale)
-    plan = call.plan
-    o = _output(v, ranges)
+    o = _output(v, ranges is not None)
     state = None if state is None else state.float().contiguous()
     if call.segments > 1:
-        entering, final = _segment_states(k, v, call, log_decay, False, state, leave)
-        source = entering
+        entering, final = _segment_states(
+            k, v, call, call.plan.o, log_decay, False, state, leave
+        )
+        _map(q, k, v, o, call, call.plan.o, log_decay, False, False, entering, None)
     else:
         entering = q.new_empty((0,), dtype=torch.float32)
         final = q.new_empty((batch, heads, dk, dv) if leave else (0,), dtype=torch.float32)
-        source = final if state is None else state
-    rows = batch * heads
-    scores = o
-    if plan.scores:
-        scores = q.new_empty((rows, call.chunks, plan.chunk, plan.chunk))
-        block = min(64, plan.block_k)
-        q_desc, k_desc = _describe(q, plan.chunk, block), _describe(k, plan.chunk, block)
-        kernels.scores_kernel[(call.chunks, rows, 1)](
-            q_desc, k_desc, q_desc, k_desc, scores, log_decay, *call.pointers,
-            time, heads, call.chunks, 0,
-            DK=dk, DV=dv, BLOCK_A=block, BACKWARD=False,
-            **call.facts, num_warps=4, num_stages=plan.stages,
-        )  # fmt: skip
-    q_desc = _describe(q, plan.chunk, plan.block_k)
-    k_desc = _describe(k, plan.chunk, plan.block_k)
-    v_desc = _describe(v, plan.chunk, plan.tile_v)
-    o_desc = _describe(o, plan.chunk, plan.tile_v)
-    for split in range(-(-dk // plan.block_k)):
-        kernels.forward_kernel[(-(-dv // plan.tile_v), rows, call.segments)](
-            q_desc, k_desc, v_desc, o_desc, scores, log_decay, *call.pointers, source, final,
-            time, call.segment, call.segments, heads, call.chunks, split,
-            DK=dk, DV=dv, BLOCK_A=plan.block_k, TILE=plan.tile_v,
-            HAS_ENTERING=call.segments > 1 or state is not None,
-            HAS_LEAVING=leave and call.segments == 1, HAS_SCORES=plan.scores, ADD=split > 0,
-            **call.facts, num_warps=plan.warps, num_stages=plan.stages,
-        )  # fmt: skip
+        leaving = final if leave else None
+        _map(q, k, v, o, call, call.plan.o, log_decay, False, False, state, leaving)
     return o, final, entering
-
-
-def _output(like: Tensor, ranges: Tensor | None) -> Tensor:
-    """Room for a result, (batch, time, heads, width), aligned for the copy engine.
-
-    Zeros where there is padding: tokens before a row's first are written by nobody.
-    """
-    make = torch.empty if ranges is None else torch.zeros
-    size = 16 // like.element_size()
-    shape = (*like.shape[:-1], -(-like.shape[-1] // size) * size)
-    return make(shape, dtype=like.dtype, device=like.device)[..., : like.shape[-1]]
 
 
 def _backward(
@@ -322,61 +364,28 @@ def _backward(
     scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and the gradient of the entering state (empty without one)."""
-    from archzoo.kernels import retention_triton as kernels
-
     q, k, v, do = _aligned(q), _aligned(k), _aligned(v), _aligned(do)
     batch, time, heads, dk = q.shape
     dv = v.shape[-1]
     call = _call(q, v, positions, documents, ranges, scale)
     plan = call.plan
-    grad_q, grad_k, grad_v = _output(q, ranges), _output(k, ranges), _output(v, ranges)
-    d_final = None if d_final is None else d_final.float().contiguous()
-    state = None if state is None else state.float().contiguous()
-    leave = state is not None
+    grad_q, grad_k, grad_v = (_output(x, ranges is not None) for x in (q, k, v))
+    arriving = None if d_final is None else d_final.float().contiguous()
+    leaving = None
+    d_state = q.new_empty((0,), dtype=torch.float32)
     if call.segments > 1:
-        source = entering
-        arriving, d_state = _segment_states(q, do, call, log_decay, True, d_final, leave)
+        source: Tensor | None = entering
+        arriving, d_state = _segment_states(
+            q, do, call, plan.dv, log_decay, True, arriving, state is not None
+        )
     else:
-        d_state = q.new_empty((batch, heads, dk, dv) if leave else (0,), dtype=torch.float32)
-        source = d_state if state is None else state
-        arriving = d_state if d_final is None else d_final
-    rows = batch * heads
-    scores, role_size = grad_q, 0
-    if plan.scores:
-        role_size = rows * call.chunks * plan.chunk * plan.chunk
-        scores = q.new_empty((3, rows, call.chunks, plan.chunk, plan.chunk))
-        block = min(64, plan.block_k)
-        kernels.scores_kernel[(call.chunks, rows, 3)](
-            *(_describe(x, plan.chunk, block) for x in (q, k, v, do)),
-            scores, log_decay, *call.pointers, time, heads, call.chunks, role_size,
-            DK=dk, DV=dv, BLOCK_A=block, BACKWARD=True,
-            **call.facts, num_warps=4, num_stages=plan.stages,
-        )  # fmt: skip
-    descriptors = (
-        *(_describe(x, plan.chunk, plan.block_v) for x in (v, do)),
-        *(_describe(x, plan.chunk, plan.tile_k) for x in (q, k)),
-        *(_describe(x, plan.chunk, plan.block_k) for x in (k, q)),
-        _describe(do, plan.chunk, plan.tile_v),
-        *(_describe(x, plan.chunk, plan.tile_k) for x in (grad_q, grad_k)),
-        _describe(grad_v, plan.chunk, plan.tile_v),
-    )
-    splits_k, splits_v = -(-dk // plan.block_k), -(-dv // plan.block_v)
-    tiles_k, tiles_v = -(-dk // plan.tile_k), -(-dv // plan.tile_v)
-    for split in range(max(splits_k, splits_v)):
-        # dv is summed over the splits of dk, the other two over the splits of dv.
-        role_first = tiles_v if split < splits_k else 0
-        others = 2 * tiles_k if split < splits_v else 0
-        kernels.backward_kernel[(role_first + others, rows, call.segments)](
-            *descriptors, scores, log_decay, *call.pointers, source, arriving, d_state,
-            time, call.segment, call.segments, heads, call.chunks, role_size, split, split,
-            role_first, DK=dk, DV=dv, BLOCK_V=plan.block_v, TILE_K=plan.tile_k,
-            BLOCK_K=plan.block_k, TILE_V=plan.tile_v,
-            HAS_ENTERING=call.segments > 1 or state is not None,
-            HAS_ARRIVING=call.segments > 1 or d_final is not None,
-            HAS_LEAVING=leave and call.segments == 1, HAS_SCORES=plan.scores, ADD=split > 0,
-            **call.facts, num_warps=plan.backward_warps, num_stages=plan.backward_stages,
-        )  # fmt: skip
-    if leave and documents is not None:
+        source = None if state is None else state.float().contiguous()
+        if state is not None:
+            leaving = d_state = q.new_empty((batch, heads, dk, dv), dtype=torch.float32)
+    _map(k, q, do, grad_v, call, plan.dv, log_decay, True, False, arriving, leaving)
+    _map(v, do, q, grad_k, call, plan.dk, log_decay, True, True, arriving, None)
+    _map(do, v, k, grad_q, call, plan.dq, log_decay, False, True, source, None)
+    if state is not None and documents is not None:
         # A row that opens with a new document never looked at the state that entered.
         at = torch.zeros_like(documents[:, :1]) if ranges is None else ranges[:, :1]
         unread = documents.gather(1, at.long()) != 0
@@ -408,7 +417,7 @@ def _forward_fake(  # type: ignore[no-untyped-def]
     _, segments = _segments(_plan(dk, dv, q.dtype), batch * heads, time, dv)
     empty = functools.partial(q.new_empty, dtype=torch.float32)
     return (
-        v.new_empty((batch, time, heads, dv)),
+        _output(v, False),
         empty((batch, heads, dk, dv) if leave else (0,)),
         empty((batch, heads, segments, dk, dv) if segments > 1 else (0,)),
     )
@@ -422,9 +431,9 @@ def _backward_fake(  # type: ignore[no-untyped-def]
     dv = v.shape[-1]
     shape = (0,) if state is None else (batch, heads, dk, dv)
     return (
-        q.new_empty((batch, time, heads, dk)),
-        q.new_empty((batch, time, heads, dk)),
-        q.new_empty((batch, time, heads, dv)),
+        _output(q, False),
+        _output(k, False),
+        _output(v, False),
         q.new_empty(shape, dtype=torch.float32),
     )
 

@@ -36,7 +36,7 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _dot(x, y, accumulator, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """x @ y + accumulator in float32. The interpreter multiplies bfloat16 wrongly: upcast there."""
+    """X @ y + accumulator in float32. The interpreter multiplies bfloat16 wrongly: upcast there."""
     if UPCAST:
         x = x.to(tl.float32)
         y = y.to(tl.float32)
@@ -65,7 +65,7 @@ def _normaliser(position, log_decay):
 
 @triton.jit
 def _load_log_decay(log_decay_ptr, head):
-    """log gamma of one head. Far under any float32 it stays finite, so that 0 * it is 0."""
+    """Log gamma of one head. Far under any float32 it stays finite, so that 0 * it is 0."""
     return tl.maximum(tl.load(log_decay_ptr + head).to(tl.float32), -1.0e4)
 
 
@@ -205,7 +205,7 @@ def _stream(
     )
 
     chunks = tl.cdiv(stop - start, CHUNK)
-    for walked in range(0, chunks):
+    for walked in range(chunks):
         if REVERSE:
             chunk_start = start + (chunks - 1 - walked) * CHUNK
         else:
@@ -277,17 +277,21 @@ def _stream(
 
 
 @triton.jit
-def forward_kernel(
-    q_desc, k_desc, v_desc, o_desc, scores_ptr, log_decay_ptr, positions_ptr, documents_ptr,
+def stream_kernel(
+    a_desc, b_desc, c_desc, out_desc, scores_ptr, log_decay_ptr, positions_ptr, documents_ptr,
     ranges_ptr, entering_ptr, leaving_ptr,
-    time, segment, segments, heads, chunks, split,
-    DK: tl.constexpr, DV: tl.constexpr, BLOCK_A: tl.constexpr, TILE: tl.constexpr,
-    CHUNK: tl.constexpr, SCALE: tl.constexpr, HAS_POSITIONS: tl.constexpr,
-    HAS_DOCUMENTS: tl.constexpr, HAS_RANGES: tl.constexpr, HAS_ENTERING: tl.constexpr,
-    HAS_LEAVING: tl.constexpr, HAS_SCORES: tl.constexpr, ADD: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    time, segment, segments, heads, chunks, split, stride_a, stride_c,
+    A: tl.constexpr, C: tl.constexpr, BLOCK_A: tl.constexpr, TILE: tl.constexpr,
+    CHUNK: tl.constexpr, REVERSE: tl.constexpr, SCALE: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, HAS_RANGES: tl.constexpr,
+    HAS_ENTERING: tl.constexpr, HAS_LEAVING: tl.constexpr, HAS_SCORES: tl.constexpr,
+    ADD: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """o for one (tile of dv, batch and head, segment)."""
+    """`_stream` for one (tile of c's columns, batch and head, segment).
+
+    stride_a, stride_c: strides of the state's rows and columns in `entering`, one state per
+    segment, and `leaving`, one per head; dq and dk read states of (dk, dv) transposed.
+    """
     tile = tl.program_id(0)
     row = tl.program_id(1)
     piece = tl.program_id(2)
@@ -299,77 +303,14 @@ def forward_kernel(
     start = piece * segment
     stop = tl.minimum(start + segment, length)
     _stream(
-        q_desc, k_desc, v_desc, o_desc, scores_ptr + row_wide * chunks * (CHUNK * CHUNK),
-        entering_ptr + (row_wide * segments + piece) * DK * DV, leaving_ptr + row_wide * DK * DV,
-        DV, 1,
+        a_desc, b_desc, c_desc, out_desc, scores_ptr + row_wide * chunks * (CHUNK * CHUNK),
+        entering_ptr + (row_wide * segments + piece) * A * C, leaving_ptr + row_wide * A * C,
+        stride_a, stride_c,
         positions_ptr + batch.to(tl.int64) * time, documents_ptr + batch.to(tl.int64) * time,
         batch, head, first, length, start, stop, split, tile, log_decay,
-        BLOCK_A, DK, TILE, DV, CHUNK, False, SCALE, HAS_POSITIONS, HAS_DOCUMENTS, HAS_RANGES,
+        BLOCK_A, A, TILE, C, CHUNK, REVERSE, SCALE, HAS_POSITIONS, HAS_DOCUMENTS, HAS_RANGES,
         HAS_ENTERING, HAS_LEAVING, HAS_SCORES, ADD, PRECISION, UPCAST,
     )  # fmt: skip
-
-
-@triton.jit
-def backward_kernel(
-    v_rows, do_rows, q_tile, k_tile, k_rows, q_rows, do_tile, dq_desc, dk_desc, dv_desc,
-    scores_ptr, log_decay_ptr, positions_ptr, documents_ptr, ranges_ptr,
-    entering_ptr, arriving_ptr, leaving_ptr,
-    time, segment, segments, heads, chunks, role_size, split_k, split_v, role_first,
-    DK: tl.constexpr, DV: tl.constexpr,
-    BLOCK_V: tl.constexpr, TILE_K: tl.constexpr, BLOCK_K: tl.constexpr, TILE_V: tl.constexpr,
-    CHUNK: tl.constexpr, SCALE: tl.constexpr, HAS_POSITIONS: tl.constexpr,
-    HAS_DOCUMENTS: tl.constexpr, HAS_RANGES: tl.constexpr, HAS_ENTERING: tl.constexpr,
-    HAS_ARRIVING: tl.constexpr, HAS_LEAVING: tl.constexpr, HAS_SCORES: tl.constexpr,
-    ADD: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """dv, dk and dq in one launch: programs that read the same tokens sit beside each other.
-
-    The descriptors named _rows read BLOCK_V of dv's or BLOCK_K of dk's columns, those named
-    _tile TILE_K or TILE_V. `entering` holds S before each segment, `arriving` the gradient of S
-    after it. Programs below `role_first` make dv, the same number again as TILE_K fits into DK
-    make dk, the rest dq.
-    """
-    TILES_K: tl.constexpr = (DK + TILE_K - 1) // TILE_K
-    tile = tl.program_id(0)
-    row = tl.program_id(1)
-    piece = tl.program_id(2)
-    row_wide = row.to(tl.int64)
-    batch = row // heads
-    head = row % heads
-    log_decay = _load_log_decay(log_decay_ptr, head)
-    first, length = _row_range(ranges_ptr, batch, time, HAS_RANGES)
-    start = piece * segment
-    stop = tl.minimum(start + segment, length)
-    state_offset = (row_wide * segments + piece) * DK * DV
-    scores = scores_ptr + row_wide * chunks * (CHUNK * CHUNK)
-    positions = positions_ptr + batch.to(tl.int64) * time
-    documents = documents_ptr + batch.to(tl.int64) * time
-    if tile < role_first:
-        _stream(
-            k_rows, q_rows, do_tile, dv_desc, scores + role_size,
-            arriving_ptr + state_offset, leaving_ptr + row_wide * DK * DV, DV, 1,
-            positions, documents, batch, head, first, length, start, stop, split_k, tile,
-            log_decay, BLOCK_K, DK, TILE_V, DV, CHUNK, True, SCALE, HAS_POSITIONS, HAS_DOCUMENTS,
-            HAS_RANGES, HAS_ARRIVING, HAS_LEAVING, HAS_SCORES, ADD, PRECISION, UPCAST,
-        )  # fmt: skip
-    elif tile < role_first + TILES_K:
-        _stream(
-            v_rows, do_rows, q_tile, dk_desc, scores,
-            arriving_ptr + state_offset, leaving_ptr, 1, DV,
-            positions, documents, batch, head, first, length, start, stop, split_v,
-            tile - role_first, log_decay, BLOCK_V, DV, TILE_K, DK, CHUNK, True, SCALE,
-            HAS_POSITIONS, HAS_DOCUMENTS, HAS_RANGES, HAS_ARRIVING, False, HAS_SCORES, ADD,
-            PRECISION, UPCAST,
-        )  # fmt: skip
-    else:
-        _stream(
-            do_rows, v_rows, k_tile, dq_desc, scores + 2 * role_size,
-            entering_ptr + state_offset, leaving_ptr, 1, DV,
-            positions, documents, batch, head, first, length, start, stop, split_v,
-            tile - role_first - TILES_K, log_decay, BLOCK_V, DV, TILE_K, DK, CHUNK, False, SCALE,
-            HAS_POSITIONS, HAS_DOCUMENTS, HAS_RANGES, HAS_ENTERING, False, HAS_SCORES, ADD,
-            PRECISION, UPCAST,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -419,51 +360,27 @@ def _scores(
 
 @triton.jit
 def scores_kernel(
-    q_desc, k_desc, v_desc, do_desc, scores_ptr, log_decay_ptr, positions_ptr, documents_ptr,
-    ranges_ptr, time, heads, chunks, role_size,
-    DK: tl.constexpr, DV: tl.constexpr, BLOCK_A: tl.constexpr, CHUNK: tl.constexpr,
-    BACKWARD: tl.constexpr, SCALE: tl.constexpr, HAS_POSITIONS: tl.constexpr,
-    HAS_DOCUMENTS: tl.constexpr, HAS_RANGES: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    a_desc, b_desc, scores_ptr, log_decay_ptr, positions_ptr, documents_ptr, ranges_ptr,
+    time, heads, chunks,
+    A: tl.constexpr, BLOCK_A: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr,
+    SCALE: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+    HAS_RANGES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The chunks' own weights, for the forward (q, k) or the three gradients (dk, dv, dq)."""
+    """`_scores` for one (chunk, batch and head)."""
     chunk = tl.program_id(0)
     row = tl.program_id(1)
     batch = row // heads
     head = row % heads
-    log_decay = _load_log_decay(log_decay_ptr, head)
     first, length = _row_range(ranges_ptr, batch, time, HAS_RANGES)
     start = chunk * CHUNK
     if start < length:
-        positions = positions_ptr + batch.to(tl.int64) * time
-        documents = documents_ptr + batch.to(tl.int64) * time
-        scores = scores_ptr + (row.to(tl.int64) * chunks + chunk) * (CHUNK * CHUNK)
-        if BACKWARD:
-            role = tl.program_id(2)
-            if role == 0:
-                _scores(
-                    v_desc, do_desc, scores, positions, documents, batch, head, first, length,
-                    start, log_decay, DV, BLOCK_A, CHUNK, True, SCALE, HAS_POSITIONS,
-                    HAS_DOCUMENTS, HAS_RANGES, PRECISION, UPCAST,
-                )  # fmt: skip
-            elif role == 1:
-                _scores(
-                    k_desc, q_desc, scores + role_size, positions, documents, batch, head, first,
-                    length, start, log_decay, DK, BLOCK_A, CHUNK, True, SCALE, HAS_POSITIONS,
-                    HAS_DOCUMENTS, HAS_RANGES, PRECISION, UPCAST,
-                )  # fmt: skip
-            else:
-                _scores(
-                    do_desc, v_desc, scores + 2 * role_size, positions, documents, batch, head,
-                    first, length, start, log_decay, DV, BLOCK_A, CHUNK, False, SCALE,
-                    HAS_POSITIONS, HAS_DOCUMENTS, HAS_RANGES, PRECISION, UPCAST,
-                )  # fmt: skip
-        else:
-            _scores(
-                q_desc, k_desc, scores, positions, documents, batch, head, first, length, start,
-                log_decay, DK, BLOCK_A, CHUNK, False, SCALE, HAS_POSITIONS, HAS_DOCUMENTS,
-                HAS_RANGES, PRECISION, UPCAST,
-            )  # fmt: skip
+        _scores(
+            a_desc, b_desc, scores_ptr + (row.to(tl.int64) * chunks + chunk) * (CHUNK * CHUNK),
+            positions_ptr + batch.to(tl.int64) * time, documents_ptr + batch.to(tl.int64) * time,
+            batch, head, first, length, start, _load_log_decay(log_decay_ptr, head),
+            A, BLOCK_A, CHUNK, REVERSE, SCALE, HAS_POSITIONS, HAS_DOCUMENTS, HAS_RANGES,
+            PRECISION, UPCAST,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -504,7 +421,7 @@ def segment_sums_kernel(
             last = tl.load(documents + last_time)
     state = tl.zeros((BLOCK_B, TILE), tl.float32)
     chunks = tl.cdiv(stop - start, CHUNK)
-    for walked in range(0, chunks):
+    for walked in range(chunks):
         if REVERSE:
             chunk_start = start + (chunks - 1 - walked) * CHUNK
         else:
@@ -565,7 +482,7 @@ def join_kernel(
     else:
         state = tl.zeros((BLOCK,), tl.float32)
     before = _document_before(documents, first, length, 0, length, REVERSE, HAS_DOCUMENTS)
-    for walked in range(0, segments):
+    for walked in range(segments):
         piece = segments - 1 - walked if REVERSE else walked
         pointers = sums_ptr + (row_wide * segments + piece) * size + element
         sums = tl.load(pointers, mask=inside, other=0.0)
