@@ -419,7 +419,7 @@ def test_a_task_is_made_again_from_its_configuration():
 
 
 def test_a_stranger_s_class_is_not_imported():
-    with pytest.raises(ValueError, match="unknown task 'os[.]system'"):
+    with pytest.raises(ValueError, match=r"unknown task 'os\.system'"):
         build({"class_path": "os.system", "init_args": {}})
 
 
@@ -450,3 +450,25 @@ def test_tokenizers_do_not_wait_for_lightning():
         "sys.exit(f'{early} {late}' if early or late else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class RankRecorder(Recorder):
+    """Saves what every rank was shown."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def on_train_end(self):
+        torch.save((self.seen, self.validated), self.folder / f"{self.global_rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_share_every_batch(tmp_path):
+    fit({"max_steps": 7, "devices": 2, "strategy": "ddp_fork"}, RankRecorder(tmp_path))
+    alone = fit({"max_steps": 7}, Recorder())
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for together, apart in ((alone.seen, 0), (alone.validated, 1)):
+        assert together == [
+            left + right for left, right in zip(ranks[0][apart], ranks[1][apart], strict=True)
+        ]

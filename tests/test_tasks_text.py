@@ -118,10 +118,10 @@ def test_pieces_and_split_lose_nothing(tmp_path_factory, content, fraction, piec
 
 
 def test_cutting_into_pieces_does_not_change_the_tokens(text, monkeypatch):
-    content = (DATA / "shakespeare.txt").read_text()[:40_000]
+    content = (DATA / "shakespeare.txt").read_text()[:40_000].replace("\n\n", "\n \n\n   ")
     whole = text(content, tokenizer="bpe", vocab_size=500)
     whole.prepare()
-    monkeypatch.setattr("archzoo.tasks.text.PIECE", 1000)
+    monkeypatch.setattr("archzoo.tasks.text.PIECE", 300)
     cut = text(content, tokenizer=next(Path(whole.arguments["cache_dir"]).glob("text-*")))
     cut.prepare()
     assert cut._cache != whole._cache
@@ -214,7 +214,7 @@ print(peak() - base)
 
 
 @pytest.mark.parametrize(
-    ("megabytes", "limit"), [(20, 30), pytest.param(200, 200, marks=pytest.mark.slow)]
+    ("megabytes", "limit"), [(60, 60), pytest.param(200, 200, marks=pytest.mark.slow)]
 )
 def test_a_large_file_takes_little_memory(tmp_path, megabytes, limit):
     """Its encoded copy is twice as large; loaded or left mapped it would be seen here."""
@@ -262,7 +262,9 @@ def test_every_window_comes_once_an_epoch_in_another_order(text):
         assert set(covered.values()) == {1}  # side by side, no gap, no overlap
         assert len(covered) == windows * 8 > 0.98 * task._tokens("train") - 8
         epochs.append(starts)
-    assert epochs[0] != epochs[1] != epochs[2]
+    orders = [np.argsort(starts).tolist() for starts in epochs]
+    assert all(order != sorted(order) for order in orders)
+    assert orders[0] != orders[1] != orders[2]
     assert len({min(starts) for starts in epochs}) > 1  # cut at another offset
     assert len(loader) == -(-windows // 4)
 

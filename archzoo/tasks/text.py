@@ -369,7 +369,7 @@ def _cut(content: bytes) -> int:
     Byte-level BPE never makes a token across such a line's start, so cutting there changes nothing.
     """
     cut = content.rfind(b"\n") + 1
-    while cut and content[cut : cut + 1].isspace():
+    while cut and not content[cut : cut + 1].strip():  # a blank, or not read yet
         cut = content.rfind(b"\n", 0, cut - 1) + 1
     if 0 < cut < len(content):
         return cut
