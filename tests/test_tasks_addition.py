@@ -409,6 +409,7 @@ def test_bad_arguments_get_one_clear_line(arguments, message):
 
 def test_a_task_is_made_again_from_its_configuration():
     task = Addition(digits=5, reverse=False, seed=3, batch_size=8)
+    assert task.config()["class_path"] == "archzoo.tasks.Addition"
     again = build(task.config())
     assert again.config() == task.config()
     assert same(task.train_dataloader().batch(2), again.train_dataloader().batch(2))

@@ -238,8 +238,7 @@ class Task(lightning.LightningDataModule):
 
     def config(self) -> dict[str, Any]:
         """The class and its arguments, plain data from which `build` makes the task again."""
-        name = f"{type(self).__module__}.{type(self).__qualname__}"
-        return {"class_path": name, "init_args": dict(self.arguments)}
+        return {"class_path": _name(type(self)), "init_args": dict(self.arguments)}
 
     def prepare_data(self) -> None:  # Lightning: on one process of each machine
         self.prepare()
@@ -281,13 +280,19 @@ def build(config: dict[str, Any]) -> Task:
     """
     for module in ("arithmetic", "text"):
         import_module(f"archzoo.tasks.{module}")
-    known = {f"{task.__module__}.{task.__qualname__}": task for task in _tasks(Task)}
+    known = {_name(task): task for task in _tasks(Task)}
     if config["class_path"] not in known:
         raise ValueError(
             f"unknown task {config['class_path']!r}: known are {', '.join(sorted(known))}; "
             "import the module of your own task first"
         )
     return known[config["class_path"]](**config["init_args"])
+
+
+def _name(task: type[Task]) -> str:
+    # Our own go by the name that is imported and configured, not by the file they stand in.
+    ours = task.__module__.startswith("archzoo.tasks.")
+    return f"{'archzoo.tasks' if ours else task.__module__}.{task.__qualname__}"
 
 
 def _tasks(base: type[Task]) -> Iterator[type[Task]]:
