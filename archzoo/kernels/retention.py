@@ -188,13 +188,14 @@ class _Call(NamedTuple):
     segments: int
     chunks: int
     facts: dict[str, Any]
-    pointers: tuple[Tensor, Tensor, Tensor]
+    pointers: tuple[Tensor, Tensor, Tensor]  # normalisers, documents, ranges
+    normaliser_rows: int
 
 
 def _call(
     q: Tensor,
     v: Tensor,
-    positions: Tensor | None,
+    normaliser: Tensor,
     documents: Tensor | None,
     ranges: Tensor | None,
     scale: bool,
@@ -206,15 +207,40 @@ def _call(
     facts = {
         "CHUNK": plan.chunk,
         "SCALE": scale,
-        "HAS_POSITIONS": positions is not None,
         "HAS_DOCUMENTS": documents is not None,
         "HAS_RANGES": ranges is not None,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "UPCAST": q.device.type == "cpu",
     }
     # Absent tensors are never read.
-    pointers = tuple(q if x is None else x for x in (positions, documents, ranges))
-    return _Call(plan, segment, segments, -(-time // plan.chunk), facts, pointers)  # type: ignore[arg-type]
+    absent = normaliser
+    pointers = (
+        normaliser,
+        absent if documents is None else documents,
+        absent if ranges is None else ranges,
+    )
+    chunks = -(-time // plan.chunk)
+    return _Call(plan, segment, segments, chunks, facts, pointers, max(normaliser.shape[0], 1))
+
+
+def _normalisers(
+    q: Tensor, log_decay: Tensor, positions: Tensor | None, ranges: Tensor | None, scale: bool
+) -> Tensor:
+    """1 / sqrt(s_n), (heads or batch * heads, time) float32; empty without `scale`."""
+    from archzoo.kernels import retention_triton as kernels
+
+    batch, time, heads, _ = q.shape
+    shared = positions is None and ranges is None
+    rows = heads if shared else batch * heads
+    if not scale:
+        return q.new_empty((0, time), dtype=torch.float32)
+    normaliser = q.new_empty((rows, time), dtype=torch.float32)
+    kernels.normaliser_kernel[(-(-time // 512), rows)](
+        normaliser, log_decay, normaliser if positions is None else positions,
+        normaliser if ranges is None else ranges, time, heads,
+        BLOCK=512, HAS_POSITIONS=positions is not None, HAS_RANGES=ranges is not None,
+    )  # fmt: skip
+    return normaliser
 
 
 def _segment_states(
@@ -239,7 +265,7 @@ def _segment_states(
     kernels.segment_sums_kernel[(tiles, batch * heads, call.segments)](
         _describe(b, call.plan.chunk, cut.block), _describe(c, call.plan.chunk, cut.tile),
         entering, log_decay, *call.pointers, time, call.segment, call.segments, heads,
-        B=width, C=columns, BLOCK_B=cut.block, TILE=cut.tile, REVERSE=reverse,
+        call.normaliser_rows, B=width, C=columns, BLOCK_B=cut.block, TILE=cut.tile, REVERSE=reverse,
         **call.facts, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     elements = width * columns
@@ -276,30 +302,33 @@ def _map(
     columns = c.shape[-1]
     chunk = call.plan.chunk
     rows = batch * heads
-    scores = out
-    if cut.scores:
-        scores = a.new_empty((rows, call.chunks, chunk, chunk))
-        block = min(64, cut.block)
-        kernels.scores_kernel[(call.chunks, rows)](
-            _describe(a, chunk, block), _describe(b, chunk, block), scores, log_decay,
-            *call.pointers, time, heads, call.chunks,
-            A=width, BLOCK_A=block, REVERSE=reverse,
-            **call.facts, num_warps=4, num_stages=cut.stages,
-        )  # fmt: skip
     descriptors = (
         _describe(a, chunk, cut.block),
         _describe(b, chunk, cut.block),
         _describe(c, chunk, cut.tile),
         _describe(out, chunk, cut.tile),
     )
+    scores_descriptor = descriptors[0]
+    if cut.scores:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        scores = a.new_empty((rows * call.chunks * chunk, chunk))
+        scores_descriptor = TensorDescriptor.from_tensor(scores, [chunk, chunk])
+        block = min(64, cut.block)
+        kernels.scores_kernel[(call.chunks, rows)](
+            _describe(a, chunk, block), _describe(b, chunk, block), scores, log_decay,
+            *call.pointers, time, heads, call.chunks, call.normaliser_rows,
+            A=width, BLOCK_A=block, REVERSE=reverse,
+            **call.facts, num_warps=4, num_stages=cut.stages,
+        )  # fmt: skip
     stride_a, stride_c = (1, width) if transposed else (columns, 1)
     for split in range(-(-width // cut.block)):
         kernels.stream_kernel[(-(-columns // cut.tile), rows, call.segments)](
-            *descriptors, scores, log_decay, *call.pointers,
+            *descriptors, scores_descriptor, log_decay, *call.pointers,
             log_decay if entering is None else entering,
             log_decay if leaving is None else leaving,
             time, call.segment, call.segments, heads, call.chunks, split, stride_a, stride_c,
-            A=width, C=columns, BLOCK_A=cut.block, TILE=cut.tile, REVERSE=reverse,
+            call.normaliser_rows, A=width, C=columns, BLOCK_A=cut.block, TILE=cut.tile, REVERSE=reverse,
             HAS_ENTERING=entering is not None, HAS_LEAVING=leaving is not None,
             HAS_SCORES=cut.scores, ADD=split > 0,
             **call.facts, num_warps=cut.warps, num_stages=cut.stages,
@@ -328,12 +357,13 @@ def _forward(
     ranges: Tensor | None,
     scale: bool,
     leave: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """o, the last state (empty unless `leave`) and the states entering the segments."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """o, the last state (empty unless `leave`); to keep: states of segments, normalisers."""
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
-    batch, time, heads, dk = q.shape
+    batch, _, heads, dk = q.shape
     dv = v.shape[-1]
-    call = _call(q, v, positions, documents, ranges, scale)
+    normaliser = _normalisers(q, log_decay, positions, ranges, scale)
+    call = _call(q, v, normaliser, documents, ranges, scale)
     o = _output(v, ranges is not None)
     state = None if state is None else state.float().contiguous()
     if call.segments > 1:
@@ -346,7 +376,7 @@ def _forward(
         final = q.new_empty((batch, heads, dk, dv) if leave else (0,), dtype=torch.float32)
         leaving = final if leave else None
         _map(q, k, v, o, call, call.plan.o, log_decay, False, False, state, leaving)
-    return o, final, entering
+    return o, final, entering, normaliser
 
 
 def _backward(
@@ -358,16 +388,16 @@ def _backward(
     log_decay: Tensor,
     state: Tensor | None,
     entering: Tensor,
-    positions: Tensor | None,
+    normaliser: Tensor,
     documents: Tensor | None,
     ranges: Tensor | None,
     scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and the gradient of the entering state (empty without one)."""
     q, k, v, do = _aligned(q), _aligned(k), _aligned(v), _aligned(do)
-    batch, time, heads, dk = q.shape
+    batch, _, heads, dk = q.shape
     dv = v.shape[-1]
-    call = _call(q, v, positions, documents, ranges, scale)
+    call = _call(q, v, normaliser, documents, ranges, scale)
     plan = call.plan
     grad_q, grad_k, grad_v = (_output(x, ranges is not None) for x in (q, k, v))
     arriving = None if d_final is None else d_final.float().contiguous()
@@ -396,11 +426,11 @@ def _backward(
 _library = torch.library.Library("archzoo", "FRAGMENT")
 _library.define(
     "retention(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? state, Tensor? positions, "
-    "Tensor? documents, Tensor? ranges, bool scale, bool leave) -> (Tensor, Tensor, Tensor)"
+    "Tensor? documents, Tensor? ranges, bool scale, bool leave) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "retention_backward(Tensor do, Tensor? d_final, Tensor q, Tensor k, Tensor v, "
-    "Tensor log_decay, Tensor? state, Tensor entering, Tensor? positions, Tensor? documents, "
+    "Tensor log_decay, Tensor? state, Tensor entering, Tensor normaliser, Tensor? documents, "
     "Tensor? ranges, bool scale) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 for _key in ("CPU", "CUDA"):
@@ -416,18 +446,20 @@ def _forward_fake(  # type: ignore[no-untyped-def]
     dv = v.shape[-1]
     _, segments = _segments(_plan(dk, dv, q.dtype), batch * heads, time, dv)
     empty = functools.partial(q.new_empty, dtype=torch.float32)
+    rows = heads if positions is None and ranges is None else batch * heads
     return (
         _output(v, False),
         empty((batch, heads, dk, dv) if leave else (0,)),
         empty((batch, heads, segments, dk, dv) if segments > 1 else (0,)),
+        empty((rows if scale else 0, time)),
     )
 
 
 @torch.library.register_fake("archzoo::retention_backward", lib=_library)
 def _backward_fake(  # type: ignore[no-untyped-def]
-    do, d_final, q, k, v, log_decay, state, entering, positions, documents, ranges, scale
+    do, d_final, q, k, v, log_decay, state, entering, normaliser, documents, ranges, scale
 ):
-    batch, time, heads, dk = q.shape
+    batch, _, heads, dk = q.shape
     dv = v.shape[-1]
     shape = (0,) if state is None else (batch, heads, dk, dv)
     return (
@@ -439,18 +471,18 @@ def _backward_fake(  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, log_decay, state, positions, documents, ranges, scale, _ = inputs
+    q, k, v, log_decay, state, _, documents, ranges, scale, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, log_decay, state, output[2], positions, documents, ranges)
+    ctx.save_for_backward(q, k, v, log_decay, state, *output[2:], documents, ranges)
     ctx.scale = scale
 
 
-def _autograd(ctx, do, d_final, _):  # type: ignore[no-untyped-def]
-    q, k, v, log_decay, state, entering, positions, documents, ranges = ctx.saved_tensors
+def _autograd(ctx, do, d_final, *_):  # type: ignore[no-untyped-def]
+    q, k, v, log_decay, state, entering, normaliser, documents, ranges = ctx.saved_tensors
     if do is None:
         do = torch.zeros_like(v)
     grad_q, grad_k, grad_v, d_state = torch.ops.archzoo.retention_backward(
-        do, d_final, q, k, v, log_decay, state, entering, positions, documents, ranges, ctx.scale
+        do, d_final, q, k, v, log_decay, state, entering, normaliser, documents, ranges, ctx.scale
     )
     d_state = None if state is None else d_state.to(state.dtype)
     return grad_q, grad_k, grad_v, None, d_state, None, None, None, None, None
@@ -520,7 +552,7 @@ def retention(
     if starts is not None:
         # Equal numbers, equal documents; 0 is the document that the entering state belongs to.
         documents = starts.cumsum(1, dtype=torch.int32)
-    o, final, _ = torch.ops.archzoo.retention(
+    o, final, *_ = torch.ops.archzoo.retention(
         q, k, v, log_decay.detach(), state, positions, documents, ranges, scale, leave
     )
     return o, final if leave else None

@@ -104,19 +104,34 @@ def _power(log2_decay, exponent):
 
 
 @triton.jit
-def _chunk_normaliser(
-    positions_row, row_time, chunk_start, length, log_decay, CHUNK: tl.constexpr,
-    SCALE: tl.constexpr, HAS_POSITIONS: tl.constexpr,
+def normaliser_kernel(
+    normaliser_ptr, log_decay_ptr, positions_ptr, ranges_ptr, time, heads,
+    BLOCK: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_RANGES: tl.constexpr,
 ):  # fmt: skip
+    """1 / sqrt(s_n) of every token and head, (rows, time): computed once, read by all kernels."""
+    row = tl.program_id(1)
+    batch = row // heads
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if HAS_POSITIONS:
+        position = tl.load(
+            positions_ptr + batch.to(tl.int64) * time + index, mask=index < time, other=0
+        )
+    else:
+        first, _ = _row_range(ranges_ptr, batch, time, HAS_RANGES)
+        position = index - first
+    # Padding may carry any position; its normaliser is multiplied with zeros, so keep it finite.
+    normaliser = _normaliser(tl.maximum(position, 0), _load_log_decay(log_decay_ptr, row % heads))
+    tl.store(normaliser_ptr + row.to(tl.int64) * time + index, normaliser, mask=index < time)
+
+
+@triton.jit
+def _chunk_normaliser(
+    normaliser_row, row_time, size, CHUNK: tl.constexpr, SCALE: tl.constexpr
+):
     """1 / sqrt(s_n) of a chunk's tokens, (CHUNK,); 1 without SCALE."""
     index = tl.arange(0, CHUNK)
     if SCALE:
-        position = chunk_start + index
-        if HAS_POSITIONS:
-            position = tl.load(
-                positions_row + row_time + index, mask=position < length, other=0
-            )
-        normaliser = _normaliser(position, log_decay)
+        normaliser = tl.load(normaliser_row + row_time + index, mask=index < size, other=0.0)
     else:
         normaliser = tl.full((CHUNK,), 1.0, tl.float32)
     return normaliser
@@ -161,53 +176,77 @@ def _document_before(
 
 
 @triton.jit
-def _stream(
-    a_desc, b_desc, c_desc, out_desc, scores_ptr, entering_ptr, leaving_ptr, stride_a, stride_c,
-    positions_row, documents_row, batch, head,
-    first, length, start, stop, split, tile, log_decay,
-    BLOCK_A: tl.constexpr, A: tl.constexpr, TILE: tl.constexpr, C: tl.constexpr,
+def stream_kernel(
+    a_desc, b_desc, c_desc, out_desc, scores_desc, log_decay_ptr, normaliser_ptr, documents_ptr,
+    ranges_ptr, entering_ptr, leaving_ptr,
+    time, segment, segments, heads, chunks, split, stride_a, stride_c, normaliser_rows,
+    A: tl.constexpr, C: tl.constexpr, BLOCK_A: tl.constexpr, TILE: tl.constexpr,
     CHUNK: tl.constexpr, REVERSE: tl.constexpr, SCALE: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, HAS_RANGES: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr, HAS_RANGES: tl.constexpr,
     HAS_ENTERING: tl.constexpr, HAS_LEAVING: tl.constexpr, HAS_SCORES: tl.constexpr,
     ADD: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One tile of columns of out_i = sum_{j <= i} gamma^(i-j) (a_i . b_j) c_j over [start, stop).
+    """out_i = sum_{j <= i} gamma^(i-j) (a_i . b_j) c_j for a tile of columns and a segment.
 
     The row's tokens are at times first + [0, length); i and j are ranks in walking order. With
     REVERSE the normaliser belongs to b and c (they are q and do), else to the output. The state
     enters decayed by gamma^(i+1) (forward: it is the sum *before* the first token) or by gamma^i
     (reverse: the gradient of the sum *after* the last).
 
+    Everything is computed transposed: state^T and out^T have the tile's columns as rows. So the
+    state, where it stands as the left factor, and the decayed c go from registers straight into
+    the matrix unit, whose right factors alone must lie in shared memory, where the copy engine
+    has put them.
+
     `split` selects BLOCK_A of a's and b's columns, that is, of the state's rows; a later split
     (ADD) adds its share to what the first one, which also holds the chunk's own part, has stored.
+    stride_a, stride_c: strides of the state's rows and columns in `entering`, one state per
+    segment, and `leaving`, one per head; dq and dk read states of (dk, dv) transposed.
     """
+    tile = tl.program_id(0)
+    row = tl.program_id(1)
+    piece = tl.program_id(2)
+    row_wide = row.to(tl.int64)
+    batch = row // heads
+    head = row % heads
+    log_decay = _load_log_decay(log_decay_ptr, head)
+    log2_decay = log_decay * LOG2_E
+    first, length = _row_range(ranges_ptr, batch, time, HAS_RANGES)
+    start = piece * segment
+    stop = tl.minimum(start + segment, length)
+    normaliser_row = normaliser_ptr + (row % normaliser_rows).to(tl.int64) * time
+    documents_row = documents_ptr + batch.to(tl.int64) * time
+
     dtype = c_desc.dtype
     index = tl.arange(0, CHUNK)
-    log2_decay = log_decay * LOG2_E
     SHIFT: tl.constexpr = 0 if REVERSE else 1
     rows = split * BLOCK_A + tl.arange(0, BLOCK_A)
     columns = tile * TILE + tl.arange(0, TILE)
-    state_offset = rows[:, None] * stride_a + columns[None, :] * stride_c
-    state_inside = (rows < A)[:, None] & (columns < C)[None, :]
+    state_offset = columns[:, None] * stride_c + rows[None, :] * stride_a
+    state_inside = (columns < C)[:, None] & (rows < A)[None, :]
     if HAS_ENTERING:
-        state = tl.load(entering_ptr + state_offset, mask=state_inside, other=0.0)
+        state = tl.load(
+            entering_ptr + (row_wide * segments + piece) * A * C + state_offset,
+            mask=state_inside,
+            other=0.0,
+        )
     else:
-        state = tl.zeros((BLOCK_A, TILE), tl.float32)
+        state = tl.zeros((TILE, BLOCK_A), tl.float32)
     if not HAS_SCORES and not ADD:
-        # gamma^(i-j), 0 above the diagonal: the same for all chunks, so it stays in registers.
+        # gamma^(i-j) at [j, i], 0 where j > i: the same for all chunks, so it stays in registers.
         if REVERSE:
-            gap = index[None, :] - index[:, None]
-        else:
             gap = index[:, None] - index[None, :]
+        else:
+            gap = index[None, :] - index[:, None]
         decay = tl.where(gap >= 0, _power(log2_decay, gap), 0.0)
     before = _document_before(
         documents_row, first, length, start, stop, REVERSE, HAS_DOCUMENTS
     )
 
-    chunks = tl.cdiv(stop - start, CHUNK)
-    for walked in range(chunks):
+    walk = tl.cdiv(stop - start, CHUNK)
+    for walked in range(walk):
         if REVERSE:
-            chunk_start = start + (chunks - 1 - walked) * CHUNK
+            chunk_start = start + (walk - 1 - walked) * CHUNK
         else:
             chunk_start = start + walked * CHUNK
         size = tl.minimum(CHUNK, stop - chunk_start)
@@ -220,9 +259,6 @@ def _stream(
             live = index < size
             b = tl.where(live[:, None], b, 0.0)
             c = tl.where(live[:, None], c, 0.0)
-        normaliser = _chunk_normaliser(
-            positions_row, row_time, chunk_start, length, log_decay, CHUNK, SCALE, HAS_POSITIONS
-        )
         document, document_last = _chunk_documents(
             documents_row, row_time, size, before, CHUNK, REVERSE, HAS_DOCUMENTS
         )
@@ -236,92 +272,55 @@ def _stream(
             keep = tl.where(document_last == before, keep, 0.0)
             before = document_last
         if SCALE:
+            normaliser = _chunk_normaliser(normaliser_row, row_time, size, CHUNK, SCALE)
             if REVERSE:
                 leave *= normaliser
-            else:
-                arrive *= normaliser
 
         # The past, through the state; the chunk itself, through its weights.
-        out = _dot(a, state.to(dtype), None, PRECISION, UPCAST) * arrive[:, None]
-        if not ADD:
+        out = _dot(state.to(dtype), tl.trans(a), None, PRECISION, UPCAST) * arrive[None, :]
+        if ADD:
+            stored = _load(out_desc, batch, head, row_time, tile * TILE, CHUNK, TILE)
+        else:
             if HAS_SCORES:
-                weights = tl.load(
-                    scores_ptr + chunk_start.to(tl.int64) * CHUNK
-                    + index[:, None] * CHUNK + index[None, :]
-                )  # fmt: skip
+                weights = tl.trans(
+                    scores_desc.load([(row * chunks + chunk_start // CHUNK) * CHUNK, 0])
+                )
             else:
-                weights = _dot(a, tl.trans(b), None, PRECISION, UPCAST) * decay
+                weights = _dot(b, tl.trans(a), None, PRECISION, UPCAST) * decay
                 if HAS_DOCUMENTS:
                     weights = tl.where(document[:, None] == document[None, :], weights, 0.0)
-                if SCALE:
-                    if REVERSE:
-                        weights *= normaliser[None, :]
-                    else:
-                        weights *= normaliser[:, None]
+                if REVERSE and SCALE:
+                    weights *= normaliser[:, None]
                 weights = weights.to(dtype)
-            out += _dot(weights, c, None, PRECISION, UPCAST)
-        else:
-            out += _load(out_desc, batch, head, row_time, tile * TILE, CHUNK, TILE).to(tl.float32)
+            out = _dot(tl.trans(c), weights, out, PRECISION, UPCAST)
+        if SCALE and not REVERSE:
+            out *= normaliser[None, :]
+        if ADD:
+            out += tl.trans(stored).to(tl.float32)
         if HAS_RANGES:
-            out = tl.where(live[:, None], out, 0.0)
+            out = tl.where(live[None, :], out, 0.0)
         out_desc.store(
-            [batch, head, row_time, tile * TILE], out.to(dtype).reshape(1, 1, CHUNK, TILE)
+            [batch, head, row_time, tile * TILE],
+            tl.trans(out.to(dtype)).reshape(1, 1, CHUNK, TILE),
         )
 
         # The state after the chunk.
-        c = (c.to(tl.float32) * leave[:, None]).to(dtype)
-        state = _dot(tl.trans(b), c, state * keep, PRECISION, UPCAST)
+        c = (tl.trans(c).to(tl.float32) * leave[None, :]).to(dtype)
+        state = _dot(c, b, state * keep, PRECISION, UPCAST)
 
     if HAS_LEAVING:
-        tl.store(leaving_ptr + state_offset, state, mask=state_inside)
-
-
-@triton.jit
-def stream_kernel(
-    a_desc, b_desc, c_desc, out_desc, scores_ptr, log_decay_ptr, positions_ptr, documents_ptr,
-    ranges_ptr, entering_ptr, leaving_ptr,
-    time, segment, segments, heads, chunks, split, stride_a, stride_c,
-    A: tl.constexpr, C: tl.constexpr, BLOCK_A: tl.constexpr, TILE: tl.constexpr,
-    CHUNK: tl.constexpr, REVERSE: tl.constexpr, SCALE: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, HAS_RANGES: tl.constexpr,
-    HAS_ENTERING: tl.constexpr, HAS_LEAVING: tl.constexpr, HAS_SCORES: tl.constexpr,
-    ADD: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """`_stream` for one (tile of c's columns, batch and head, segment).
-
-    stride_a, stride_c: strides of the state's rows and columns in `entering`, one state per
-    segment, and `leaving`, one per head; dq and dk read states of (dk, dv) transposed.
-    """
-    tile = tl.program_id(0)
-    row = tl.program_id(1)
-    piece = tl.program_id(2)
-    row_wide = row.to(tl.int64)
-    batch = row // heads
-    head = row % heads
-    log_decay = _load_log_decay(log_decay_ptr, head)
-    first, length = _row_range(ranges_ptr, batch, time, HAS_RANGES)
-    start = piece * segment
-    stop = tl.minimum(start + segment, length)
-    _stream(
-        a_desc, b_desc, c_desc, out_desc, scores_ptr + row_wide * chunks * (CHUNK * CHUNK),
-        entering_ptr + (row_wide * segments + piece) * A * C, leaving_ptr + row_wide * A * C,
-        stride_a, stride_c,
-        positions_ptr + batch.to(tl.int64) * time, documents_ptr + batch.to(tl.int64) * time,
-        batch, head, first, length, start, stop, split, tile, log_decay,
-        BLOCK_A, A, TILE, C, CHUNK, REVERSE, SCALE, HAS_POSITIONS, HAS_DOCUMENTS, HAS_RANGES,
-        HAS_ENTERING, HAS_LEAVING, HAS_SCORES, ADD, PRECISION, UPCAST,
-    )  # fmt: skip
+        tl.store(leaving_ptr + row_wide * A * C + state_offset, state, mask=state_inside)
 
 
 @triton.jit
 def _scores(
-    a_desc, b_desc, scores_ptr, positions_row, documents_row, batch, head,
+    a_desc, b_desc, scores_ptr, normaliser_row, documents_row, batch, head,
     first, length, start, log_decay,
     A: tl.constexpr, BLOCK_A: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr,
-    SCALE: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
-    HAS_RANGES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    SCALE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, HAS_RANGES: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """gamma^(i-j) (a_i . b_j) of one chunk, normalised, once for all the tiles that use it."""
+    """gamma^(i-j) (a_i . b_j) of one chunk, once for all the tiles that use it."""
     index = tl.arange(0, CHUNK)
     row_time = first + start
     weights = tl.zeros((CHUNK, CHUNK), tl.float32)
@@ -329,9 +328,6 @@ def _scores(
         a = _load(a_desc, batch, head, row_time, column, CHUNK, BLOCK_A)
         b = _load(b_desc, batch, head, row_time, column, CHUNK, BLOCK_A)
         weights = _dot(a, tl.trans(b), weights, PRECISION, UPCAST)
-    normaliser = _chunk_normaliser(
-        positions_row, row_time, start, length, log_decay, CHUNK, SCALE, HAS_POSITIONS
-    )
     size = tl.minimum(CHUNK, length - start)
     document, _ = _chunk_documents(
         documents_row, row_time, size, 0, CHUNK, REVERSE, HAS_DOCUMENTS
@@ -347,11 +343,8 @@ def _scores(
         live = index < size
         seen = seen & live[:, None] & live[None, :]
     weights = tl.where(seen, weights * _power(log_decay * LOG2_E, gap), 0.0)
-    if SCALE:
-        if REVERSE:
-            weights *= normaliser[None, :]
-        else:
-            weights *= normaliser[:, None]
+    if REVERSE and SCALE:
+        weights *= _chunk_normaliser(normaliser_row, row_time, size, CHUNK, SCALE)[None, :]
     tl.store(
         scores_ptr + index[:, None] * CHUNK + index[None, :],
         weights.to(scores_ptr.dtype.element_ty),
@@ -360,11 +353,11 @@ def _scores(
 
 @triton.jit
 def scores_kernel(
-    a_desc, b_desc, scores_ptr, log_decay_ptr, positions_ptr, documents_ptr, ranges_ptr,
-    time, heads, chunks,
+    a_desc, b_desc, scores_ptr, log_decay_ptr, normaliser_ptr, documents_ptr, ranges_ptr,
+    time, heads, chunks, normaliser_rows,
     A: tl.constexpr, BLOCK_A: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr,
-    SCALE: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
-    HAS_RANGES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    SCALE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, HAS_RANGES: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """`_scores` for one (chunk, batch and head)."""
     chunk = tl.program_id(0)
@@ -376,20 +369,20 @@ def scores_kernel(
     if start < length:
         _scores(
             a_desc, b_desc, scores_ptr + (row.to(tl.int64) * chunks + chunk) * (CHUNK * CHUNK),
-            positions_ptr + batch.to(tl.int64) * time, documents_ptr + batch.to(tl.int64) * time,
+            normaliser_ptr + (row % normaliser_rows).to(tl.int64) * time,
+            documents_ptr + batch.to(tl.int64) * time,
             batch, head, first, length, start, _load_log_decay(log_decay_ptr, head),
-            A, BLOCK_A, CHUNK, REVERSE, SCALE, HAS_POSITIONS, HAS_DOCUMENTS, HAS_RANGES,
-            PRECISION, UPCAST,
+            A, BLOCK_A, CHUNK, REVERSE, SCALE, HAS_DOCUMENTS, HAS_RANGES, PRECISION, UPCAST,
         )  # fmt: skip
 
 
 @triton.jit
 def segment_sums_kernel(
-    b_desc, c_desc, sums_ptr, log_decay_ptr, positions_ptr, documents_ptr, ranges_ptr,
-    time, segment, segments, heads,
+    b_desc, c_desc, sums_ptr, log_decay_ptr, normaliser_ptr, documents_ptr, ranges_ptr,
+    time, segment, segments, heads, normaliser_rows,
     B: tl.constexpr, C: tl.constexpr, BLOCK_B: tl.constexpr, TILE: tl.constexpr,
     CHUNK: tl.constexpr, REVERSE: tl.constexpr, SCALE: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, HAS_RANGES: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr, HAS_RANGES: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """First level: what each segment alone adds to the state, sum_j gamma^(L-1-j) b_j^T c_j.
@@ -411,7 +404,7 @@ def segment_sums_kernel(
     index = tl.arange(0, CHUNK)
     row_column = (tile // TILES) * BLOCK_B
     column = (tile % TILES) * TILE
-    positions = positions_ptr + batch.to(tl.int64) * time
+    normaliser_row = normaliser_ptr + (row % normaliser_rows).to(tl.int64) * time
     documents = documents_ptr + batch.to(tl.int64) * time
     # Only the document that the walk ends in goes on, so earlier ones need no chain of resets.
     last = 0
@@ -419,7 +412,7 @@ def segment_sums_kernel(
         if stop > start:
             last_time = first + (start if REVERSE else stop - 1)
             last = tl.load(documents + last_time)
-    state = tl.zeros((BLOCK_B, TILE), tl.float32)
+    state = tl.zeros((TILE, BLOCK_B), tl.float32)
     chunks = tl.cdiv(stop - start, CHUNK)
     for walked in range(chunks):
         if REVERSE:
@@ -436,25 +429,21 @@ def segment_sums_kernel(
             c = tl.where(live[:, None], c, 0.0)
         leave = _power(log2_decay, size - SHIFT - _rank(index, size, REVERSE))
         if REVERSE and SCALE:
-            leave *= _chunk_normaliser(
-                positions, row_time, chunk_start, length, log_decay, CHUNK, SCALE, HAS_POSITIONS
-            )
+            leave *= _chunk_normaliser(normaliser_row, row_time, size, CHUNK, SCALE)
         if HAS_DOCUMENTS:
             document, _ = _chunk_documents(
                 documents, row_time, size, 0, CHUNK, REVERSE, HAS_DOCUMENTS
             )
             leave = tl.where(document == last, leave, 0.0)
-        c = (c.to(tl.float32) * leave[:, None]).to(c_desc.dtype)
-        state = _dot(
-            tl.trans(b), c, state * tl.exp2(size.to(tl.float32) * log2_decay), PRECISION, UPCAST
-        )
+        c = (tl.trans(c).to(tl.float32) * leave[None, :]).to(c_desc.dtype)
+        state = _dot(c, b, state * tl.exp2(size.to(tl.float32) * log2_decay), PRECISION, UPCAST)
     rows = row_column + tl.arange(0, BLOCK_B)
     columns = column + tl.arange(0, TILE)
     tl.store(
         sums_ptr + (row.to(tl.int64) * segments + piece) * B * C
-        + rows[:, None] * C + columns[None, :],
+        + columns[:, None] + rows[None, :] * C,
         state,
-        mask=(rows < B)[:, None] & (columns < C)[None, :],
+        mask=(columns < C)[:, None] & (rows < B)[None, :],
     )  # fmt: skip
 
 
