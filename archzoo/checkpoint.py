@@ -176,7 +176,7 @@ def _read_directory(path: Path) -> Pretrained:
     try:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        runs = sorted(str(file) for file in path.glob("**/*.ckpt"))[-3:]
+        runs = sorted(map(str, [*path.glob("*.ckpt"), *path.glob("*/*.ckpt")]))[-3:]
         hint = f"; did you mean {' or '.join(runs)}?" if runs else ""
         raise FileNotFoundError(f"{path} holds no {CONFIG}{hint}") from None
     except ValueError as error:  # no JSON, or no UTF-8
