@@ -1,0 +1,255 @@
+"""Contexts, places and states: what every part is told, and what it hands on."""
+
+import itertools
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import nn
+
+from archzoo import block
+from archzoo.block import KeepsFloat32, Mixer, make_context, once_per_call
+
+
+def rows(*lists):
+    return torch.tensor(lists)
+
+
+def one_by_one(documents):
+    """Positions and starts of rows, token by token: what `make_context` computes at once."""
+    positions, starts = torch.zeros_like(documents), torch.zeros_like(documents, dtype=torch.bool)
+    for row, numbers in enumerate(documents.tolist()):
+        current, position = -1, -1
+        for t, number in enumerate(numbers):
+            if number < 0:
+                continue
+            starts[row, t] = number != current
+            position = 0 if number != current else position + 1
+            current = number
+            positions[row, t] = position
+    return positions, starts
+
+
+# ---------------------------------------------------------------------------- contexts
+
+
+def test_without_documents_a_row_is_one():
+    context, place = make_context(2, 4)
+    assert context.positions.tolist() == [[0, 1, 2, 3]] * 2
+    assert context.starts.tolist() == [[True, False, False, False]] * 2
+    assert context.valid.all() and not context.packed
+    context, place = make_context(2, 3, place=place)
+    assert context.positions.tolist() == [[4, 5, 6]] * 2
+    assert not context.starts.any() and not context.packed
+
+
+def test_padding_and_packing():
+    documents = rows([-1, -1, 3, 3, 3], [0, 0, 7, 7, -1])
+    context, place = make_context(2, 5, documents=documents)
+    assert context.positions.tolist() == [[0, 0, 0, 1, 2], [0, 1, 0, 1, 0]]
+    assert context.starts.tolist() == [
+        [False, False, True, False, False],
+        [True, False, True, False, False],
+    ]
+    assert torch.equal(context.valid, documents >= 0) and context.packed
+    assert place["documents"].tolist() == [3, 7] and place["positions"].tolist() == [2, 1]
+
+
+def test_a_document_goes_on_where_none_is_named():
+    _, place = make_context(2, 5, documents=rows([-1, -1, 3, 3, 3], [0, 0, 7, 7, -1]))
+    context, place = make_context(2, 2, place=place)
+    assert context.documents.tolist() == [[3, 3], [7, 7]]
+    assert context.positions.tolist() == [[3, 4], [2, 3]]
+    assert not context.starts.any() and context.packed
+
+
+def test_a_document_goes_on_behind_padding():
+    """Pieces of different lengths in one batch are padded on the left, the second one too."""
+    _, place = make_context(2, 3, documents=rows([-1, 0, 0], [0, 0, 0]))
+    context, place = make_context(2, 3, documents=rows([0, 0, 0], [-1, -1, 0]), place=place)
+    assert context.positions.tolist() == [[2, 3, 4], [0, 0, 3]]
+    assert not context.starts.any()
+    assert place["positions"].tolist() == [4, 3]
+
+
+def test_a_row_of_padding_moves_nothing():
+    _, place = make_context(2, 2, documents=rows([5, 5], [6, 6]))
+    context, after = make_context(2, 2, documents=rows([-1, -1], [6, 8]), place=place)
+    assert after["documents"].tolist() == [5, 8] and after["positions"].tolist() == [1, 0]
+    assert context.starts.tolist() == [[False, False], [False, True]]
+
+
+def test_padding_alone_before_the_first_token():
+    _, place = make_context(1, 2, documents=rows([-1, -1]))
+    context, _ = make_context(1, 2, place=place)
+    assert context.documents.tolist() == [[0, 0]]
+    assert context.positions.tolist() == [[0, 1]] and context.starts.tolist() == [[True, False]]
+
+
+@hypothesis.given(st.data())
+def test_pieces_are_the_whole(data):
+    """Cut anywhere, a text has the same positions and starts, whatever its documents are."""
+    lengths = st.lists(st.integers(1, 7), max_size=4)
+    texts = []
+    for _ in range(2):
+        left = data.draw(st.integers(0, 5))
+        numbers = [n for n, length in enumerate(data.draw(lengths)) for _ in range(length)]
+        texts.append([-1] * left + numbers)
+    time = max(*map(len, texts), 1)
+    documents = torch.tensor([text + [-1] * (time - len(text)) for text in texts])
+    whole, end_place = make_context(2, time, documents=documents)
+    want_positions, want_starts = one_by_one(documents)
+    assert torch.equal(whole.positions, want_positions)
+    assert torch.equal(whole.starts, want_starts)
+    cuts = data.draw(st.lists(st.integers(1, time), max_size=3))
+    ends = sorted({0, time, *cuts})
+    place = block.init_place(2)
+    for begin, end in itertools.pairwise(ends):
+        context, place = make_context(
+            2, end - begin, documents=documents[:, begin:end], place=place
+        )
+        for field in ("documents", "positions", "valid", "starts"):
+            assert torch.equal(getattr(context, field), getattr(whole.piece(begin, end), field))
+    assert torch.equal(place["documents"], end_place["documents"])
+    assert torch.equal(place["positions"], end_place["positions"])
+
+
+@pytest.mark.parametrize("name", ["documents", "examples"])
+def test_numbers_of_another_shape_are_refused(name):
+    with pytest.raises(ValueError, match=rf"{name} has shape \(2, 3\), the tokens \(2, 4\)"):
+        make_context(2, 4, **{name: torch.zeros(2, 3, dtype=torch.int64)})
+
+
+# ---------------------------------------------------------------------------- states
+
+
+def example_state():
+    return {
+        "length": 3,
+        "none": None,
+        "layers": [{"memory": torch.arange(6.0).view(3, 2)}, {"count": torch.tensor([1, 2, 3])}],
+    }
+
+
+def test_fork_is_a_copy():
+    state = example_state()
+    copied = block.fork(state)
+    state["layers"][0]["memory"].zero_()
+    assert copied["layers"][0]["memory"].sum() == 15
+    assert copied["length"] == 3 and copied["none"] is None
+    assert block.fork(None) is None
+
+
+def test_reorder_picks_rows_of_every_tensor():
+    picked = block.reorder(example_state(), torch.tensor([2, 2, 0, 1]))
+    assert picked["layers"][0]["memory"].tolist() == [[4, 5], [4, 5], [0, 1], [2, 3]]
+    assert picked["layers"][1]["count"].tolist() == [3, 3, 1, 2]
+
+
+def test_nbytes_detach_and_to():
+    state = example_state()
+    assert block.nbytes(state) == 6 * 4 + 3 * 8
+    leaf = torch.ones(2, 2, requires_grad=True)
+    assert not block.detach([leaf * 2])[0].requires_grad
+    assert block.to(state, "meta")["layers"][0]["memory"].device.type == "meta"
+
+
+def test_select_rows():
+    chosen = block.select_rows(
+        torch.tensor([True, False]), {"a": torch.ones(2, 3, 1)}, {"a": torch.zeros(2, 3, 1)}
+    )
+    assert chosen["a"][:, 0, 0].tolist() == [1, 0]
+
+
+# ---------------------------------------------------------------------------- parts
+
+
+def test_a_mixer_without_a_step_says_what_it_lacks():
+    context, _ = make_context(1, 1)
+    with pytest.raises(NotImplementedError, match=r"Mixer needs init_state"):
+        Mixer()(torch.zeros(1, 1, 4), None, context)
+    with pytest.raises(NotImplementedError, match=r"Mixer needs step"):
+        Mixer().step(torch.zeros(1, 1, 4), {}, context)
+
+
+def test_constants_are_no_inference_tensors():
+    """Made under inference_mode first, as a sanity check of validation does, then in training."""
+    values = (0.123, 0.456)
+    with torch.inference_mode():
+        made = block.constant(values, torch.device("cpu"), torch.float32)
+    assert made is block.constant(values, torch.device("cpu"), torch.float32)
+    weight = torch.ones(2, requires_grad=True)
+    (weight * made).sum().backward()
+    assert torch.equal(weight.grad, made)
+
+
+def test_once_per_call_forgets_with_the_tensor():
+    tensor, calls = torch.zeros(2), []
+    for _ in range(2):
+        once_per_call(tensor, "a key", lambda: calls.append(1))
+    assert len(calls) == 1
+    once_per_call(tensor, "another key", lambda: calls.append(1))
+    once_per_call(torch.zeros(2), "a key", lambda: calls.append(1))
+    assert len(calls) == 3
+    before = len(block._computed)
+    del tensor
+    assert len(block._computed) == before - 1
+
+
+def test_head_size_names_numbers_that_divide():
+    assert block.head_size(32, 4) == 8
+    with pytest.raises(ValueError, match=r"heads=5 does not divide dim=32: take one of 1, 2, 4, 8"):
+        block.head_size(32, 5)
+    with pytest.raises(ValueError, match="does not divide"):
+        block.head_size(32, 0)
+
+
+def test_keeps_float32():
+    class Balanced(KeepsFloat32):
+        float32_names = ("coefficient", "rate")
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("coefficient", torch.tensor(1 / 3))
+            self.rate = nn.Parameter(torch.tensor(1 / 7))
+            self.linear = nn.Linear(2, 2)
+
+    for cast in (lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.to(torch.bfloat16)):
+        model = nn.Sequential(Balanced())
+        cast(model)
+        assert model[0].coefficient == torch.tensor(1 / 3)
+        assert model[0].rate.dtype == torch.float32 and model[0].rate == torch.tensor(1 / 7)
+        assert model[0].linear.weight.dtype in (torch.bfloat16, torch.float16)
+        assert isinstance(model[0].rate, nn.Parameter)
+        model.double()
+        assert model[0].coefficient.dtype == model[0].rate.dtype == torch.float64
+        assert nn.Sequential(Balanced()).to("meta")[0].rate.device.type == "meta"
+
+
+def test_dropout_and_placement_of_a_block():
+    class Double(block.FeedForward):
+        def forward(self, x, context):
+            return 2 * x, {"metric/seen": x.mean()}
+
+    class Same(Mixer):
+        def init_state(self, batch_size, **options):
+            return {}
+
+        def step(self, x, state, context):
+            return x, state
+
+    norms = (nn.LayerNorm(4, elementwise_affine=False), nn.LayerNorm(4, elementwise_affine=False))
+    x, (context, _) = torch.randn(1, 3, 4), make_context(1, 3)
+    norm = norms[0]
+    pre, _, aux = block.Block(Same(), Double(), norms)(x, None, context)
+    h = x + norm(x)
+    assert torch.allclose(pre, h + 2 * norm(h)) and set(aux) == {"metric/seen"}
+    post, _, _ = block.Block(Same(), Double(), norms, placement="post")(x, None, context)
+    h = norm(x + x)
+    assert torch.allclose(post, norm(h + 2 * h))
+    injected, _, _ = block.Block(Same(), Double(), norms)(x - 1, None, context, torch.ones_like(x))
+    assert torch.allclose(injected, pre, atol=1e-5)
+    dropped = block.Block(Same(), Double(), norms, dropout=0.999)
+    assert torch.equal(dropped.eval()(x, None, context)[0], pre)
+    assert not torch.equal(dropped.train()(x, None, context)[0], pre)

@@ -1,0 +1,187 @@
+"""Presets: found by name, built, swapped, matched; bad names are answered with the nearest."""
+
+import functools
+
+import pytest
+import torch
+
+import archzoo
+from archzoo import parts, registry
+from archzoo.mixers.retention import Retention
+
+FAMILIES = ("transformer", "retnet")
+SIZES = ("micro", "tiny", "small", "base")
+
+
+def count(name, **overrides):
+    with torch.device("meta"):
+        return archzoo.create_model(name, **overrides).parameter_count()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("size", SIZES)
+def test_every_family_comes_in_four_sizes(family, size):
+    assert f"{family}_{size}" in archzoo.list_models()
+    preset = registry.get_preset(f"{family}_{size}")
+    assert preset.paper.startswith("arXiv ") and "Ingredients" in preset.about
+    assert preset.arguments["context_length"]
+
+
+def test_listing_takes_wildcards():
+    assert archzoo.list_models("ret*") == [f"retnet_{size}" for size in SIZES]
+    assert archzoo.list_models("nothing*") == []
+
+
+@pytest.mark.parametrize(("size", "millions"), [("small", 30), ("base", 110)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sizes_are_what_the_names_promise(family, size, millions):
+    assert 0.85 * millions < count(f"{family}_{size}") / 1e6 < 1.15 * millions
+
+
+@pytest.mark.parametrize("size", SIZES[1:])  # in micro, a width rounded up to 8 is coarse
+def test_families_are_of_one_size(size):
+    counts = [count(f"{family}_{size}") for family in FAMILIES]
+    assert abs(counts[0] - counts[1]) <= 0.01 * max(counts)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("mixer", ["Attention", "Retention"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_matched_swaps_agree_within_one_percent(family, mixer, size):
+    name = f"{family}_{size}"
+    want = count(name)
+    matched = count(name, mixer=mixer, match="parameters")
+    assert abs(matched - want) <= 0.01 * want
+    if registry.get_preset(name).arguments["mixer"] != mixer:
+        assert count(name, mixer=mixer) != want, "a swap changes the count unless it is matched"
+
+
+@pytest.mark.parametrize("value_factor", [1.0, 2.0])
+def test_matching_goes_by_the_given_sizes(value_factor):
+    spec = functools.partial(Retention, value_factor=value_factor)
+    want = count("transformer_tiny", vocab_size=99, dim=96)
+    got = count("transformer_tiny", vocab_size=99, dim=96, mixer=spec, match="parameters")
+    assert abs(got - want) <= 0.01 * want
+
+
+def test_matching_that_cannot_be_had_says_so():
+    wide = functools.partial(Retention, value_factor=16.0)
+    with pytest.raises(ValueError, match="no feed-forward width gives"):
+        archzoo.create_model("transformer_micro", mixer=wide, match="parameters")
+    with pytest.raises(ValueError, match="only thing to match is 'parameters'"):
+        archzoo.create_model("transformer_micro", match="flops")
+
+
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        functools.partial(Retention, decay="paper_lm"),
+        {"class_path": "Retention", "init_args": {"decay": "paper_lm"}},
+        {
+            "class_path": "archzoo.mixers.retention.Retention",
+            "init_args": {"decay": "paper_lm"},
+        },
+        {"class_path": "archzoo.Retention", "init_args": {"decay": "paper_lm"}},
+    ],
+)
+def test_ways_to_say_the_same_part(mixer):
+    model = archzoo.create_model("transformer_micro", mixer=mixer)
+    want = {"class_path": "Retention", "init_args": {"decay": "paper_lm"}}
+    assert model.config["mixer"] == want
+    assert (
+        model.blocks[0].mixer.fixed_log_decay == Retention(32, 2, decay="paper_lm").fixed_log_decay
+    )
+
+
+@pytest.mark.parametrize("mixer", [Retention, "Retention", {"class_path": "Retention"}])
+def test_ways_to_say_a_part_without_arguments(mixer):
+    config = archzoo.create_model("transformer_micro", mixer=mixer).config
+    assert config == archzoo.create_model("transformer_micro", mixer=archzoo.Retention).config
+    assert config["mixer"] == {"class_path": "Retention", "init_args": {}}
+
+
+def test_none_means_what_the_preset_says():
+    plain = archzoo.create_model("retnet_micro")
+    assert archzoo.create_model("retnet_micro", mixer=None, dim=None).config == plain.config
+
+
+def test_naming_a_mixer_replaces_a_presets_pattern():
+    name = "pattern_for_a_test"
+    if name not in archzoo.list_models():
+        archzoo.register_model(
+            name,
+            registry.get_preset("retnet_micro").arguments | {"pattern": ["Retention", "Attention"]},
+        )
+    assert len(archzoo.create_model(name).config["pattern"]) == 2
+    swapped = archzoo.create_model(name, mixer="Attention")
+    assert swapped.config["pattern"] is None
+    assert {type(block.mixer).__name__ for block in swapped.blocks} == {"Attention"}
+    with pytest.raises(ValueError, match="registered already"):
+        archzoo.register_model(name, {})
+
+
+def test_overriding_a_preset_leaves_the_preset():
+    before = dict(registry.get_preset("retnet_micro").arguments)
+    archzoo.create_model("retnet_micro", dim=64, mixer="Attention")
+    assert registry.get_preset("retnet_micro").arguments == before
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "words"),
+    [
+        ("retnet_tny", {}, "no model 'retnet_tny'; nearest: retnet_tiny"),
+        ("RetNet_tiny", {}, "nearest: retnet_tiny"),
+        ("retnet_micro", {"mixr": "Attention"}, "no argument 'mixr'; nearest: mixer"),
+        ("retnet_micro", {"n_head": 2}, "no argument 'n_head'"),
+        ("retnet_micro", {"mixer": "Atention"}, "no mixer 'Atention'; nearest: Attention"),
+        ("retnet_micro", {"mixer": "attention"}, "nearest: Attention"),
+        ("retnet_micro", {"mixer": "no.such.Thing"}, "cannot be imported"),
+        ("retnet_micro", {"mixer": "archzoo.mixers.attention.Attn"}, "cannot be imported"),
+        ("retnet_micro", {"mixer": "GatedFeedForward"}, "no mixer 'GatedFeedForward'"),
+        ("retnet_micro", {"mixer": archzoo.GatedFeedForward}, "is no Mixer"),
+        ("retnet_micro", {"mixer": torch.nn.Linear}, "is no Mixer"),
+        ("retnet_micro", {"feed_forward": "archzoo.Retention"}, "is no FeedForward"),
+        ("retnet_micro", {"mixer": functools.partial(print, 1)}, "partial of no class"),
+        ("retnet_micro", {"mixer": {"class": "Attention"}}, "must hold class_path"),
+        (
+            "retnet_micro",
+            {"mixer": {"class_path": "Attention", "init_args": {"kv_head": 1}}},
+            "Attention has no argument 'kv_head'; nearest: kv_heads",
+        ),
+        (
+            "retnet_micro",
+            {"mixer": {"class_path": "Attention", "init_args": {"kv_heads": object()}}},
+            "not plain data",
+        ),
+        ("retnet_micro", {"heads": 5}, "heads=5 does not divide dim=32"),
+        ("retnet_micro", {"dim": 0}, "dim=0"),
+        ("retnet_micro", {"depth": 0}, "depth=0"),
+        ("retnet_micro", {"norm": "batch"}, "neither rms nor layer"),
+        ("retnet_micro", {"norm_placement": "mid"}, "neither pre nor post"),
+        ("retnet_micro", {"dropout": 1.0}, r"must lie in \[0, 1\)"),
+        ("retnet_micro", {"bias": "NoSuchBias"}, "no bias 'NoSuchBias'"),
+        ("retnet_micro", {"pattern": ["Retention", "Atention"]}, "nearest: Attention"),
+    ],
+)
+def test_bad_input_gets_one_clear_line(name, overrides, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        archzoo.create_model(name, **overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_two_layouts_of_the_same_class_are_one():
+    """A class with the name of one of ours is not taken for it."""
+
+    class Retention(archzoo.Attention):
+        pass
+
+    described = parts.describe("mixer", Retention)
+    assert described["class_path"] != "Retention"
+    assert described["class_path"].endswith("Retention")
+
+
+@pytest.mark.parametrize("slot", parts.SLOTS)
+def test_parts_are_found_by_name(slot):
+    for name, found in parts.list_parts(slot).items():
+        assert parts.find(slot, name) is found
+        assert found.__doc__ and issubclass(found, parts.SLOTS[slot])
