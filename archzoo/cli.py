@@ -89,9 +89,11 @@ def dispatch(name: str, arguments: list[str]) -> int:
 def call(function: Callable[..., Any], program: str, arguments: list[str]) -> int:
     """Call a function with what a command line gives for its parameters.
 
-    Parameters without a default are positional, a list of them takes all that follow.
+    Parameters without a default are positional, and so are those that Python says are; a list
+    takes all arguments that follow. Booleans are switches: the name alone means true.
     """
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    import docstring_parser
     from jsonargparse import ArgumentParser
 
     from archzoo.parts import nearest
@@ -106,16 +108,29 @@ def call(function: Callable[..., Any], program: str, arguments: list[str]) -> in
             raise ValueError(f"{text} (see {self.prog} --help)")
 
     parser = Parser(prog=program)
-    several = {
-        name
-        for name, parameter in inspect.signature(function, eval_str=True).parameters.items()
-        if parameter.annotation == list[str] and parameter.default is parameter.empty
+    parameters = inspect.signature(function, eval_str=True).parameters
+    positional = {
+        name: parameter
+        for name, parameter in parameters.items()
+        if parameter.kind is parameter.POSITIONAL_ONLY or parameter.default is parameter.empty
+        if parameter.kind is not parameter.VAR_KEYWORD
     }
-    parser.add_function_arguments(function, as_positional=True, skip=several)
-    for name in several:
-        parser.add_argument(name, nargs="+", type=str, help="one or several")
-    result = function(**parser.parse_args(arguments).as_dict())
-    return int(result or 0)
+    docstring = docstring_parser.parse(function.__doc__ or "")
+    help_of = {entry.arg_name: entry.description or "" for entry in docstring.params}
+    for name, parameter in positional.items():
+        several = parameter.annotation == list[str]
+        settings: dict[str, Any] = {"type": str if several else parameter.annotation}
+        if several:
+            settings["nargs"] = "+"
+        elif parameter.default is not parameter.empty:
+            settings |= {"nargs": "?", "default": parameter.default}
+        parser.add_argument(name, help=help_of.get(name, ""), **settings)
+    parser.add_function_arguments(function, skip=set(positional))
+    switches = {f"--{name}" for name, p in parameters.items() if p.annotation is bool}
+    arguments = [f"{a}=true" if a in switches else a for a in arguments]
+    given = parser.parse_args(arguments).as_dict()
+    first = [given.pop(name) for name in positional]
+    return int(function(*first, **given) or 0)
 
 
 def usage() -> str:

@@ -74,7 +74,7 @@ def describe(name: str) -> Row:
     )
 
 
-def list_command(pattern: str = "*", markdown: bool = False) -> None:
+def list_command(pattern: str = "*", /, markdown: bool = False) -> None:
     """Show the models of the zoo.
 
     Args:

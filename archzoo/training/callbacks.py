@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+from lightning.fabric.utilities import rank_zero_only
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -100,9 +100,7 @@ class Checkpoints(Checkpoint):
     ) -> None:
         self._save_last(trainer, pl_module)
 
-    def _save_last(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
+    def _save_last(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         # In the middle of an accumulation there are gradients, which no checkpoint holds.
         midway = trainer.fit_loop.epoch_loop._should_accumulate()
         if midway or trainer.global_step in (0, self.saved):
@@ -177,8 +175,8 @@ class ShowProgress(ProgressBar):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        if self.shown is not None and trainer.global_step % trainer.log_every_n_steps == 0:
-            assert isinstance(pl_module, LanguageModel)
+        assert isinstance(pl_module, LanguageModel)
+        if self.shown is not None and trainer.global_step % pl_module.log_every == 0:
             self.shown.update(
                 self.shown.task_ids[0],
                 completed=trainer.global_step,
@@ -208,9 +206,7 @@ class ShowProgress(ProgressBar):
     ) -> None:
         self._stop()
 
-    def on_test_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
+    def on_test_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, LanguageModel)
         self.say(describe(pl_module.latest, "test"))
 

@@ -7,33 +7,29 @@ something is misspelt, and model, data and tokenizer taken from a checkpoint whe
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
 import logging
 import os
-import re
 import shutil
 import tempfile
 import warnings
-from argparse import ArgumentError
 from pathlib import Path
 from typing import Any, NoReturn
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's affair
 
 import torch
+from lightning.fabric.utilities import rank_zero_only
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from archzoo import parts
 from archzoo.checkpoint import read_safely
-from archzoo.parts import nearest
-from archzoo.registry import list_models
 from archzoo.tasks.arithmetic import Addition
 from archzoo.tasks.stream import Task, build
 from archzoo.tasks.text import Text
 from archzoo.training.callbacks import Checkpoints, ShowProgress
 from archzoo.training.files import CheckpointFiles, MetricsFile
+from archzoo.training.mistakes import explain
 from archzoo.training.module import LanguageModel, tokenizer_files
 
 TASKS = (Addition, Text)  # imported, so that their names alone are enough
@@ -49,6 +45,16 @@ def run(command: str, arguments: list[str]) -> int:
     # Batches are computed in place, within a fraction of a step: a worker would only cost.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")  # Lightning's own affair
+    try:
+        _start(command, arguments)
+    except ValueError as error:
+        if "Does not validate against" in str(error):  # jsonargparse, around what a class said
+            raise ValueError(explain(str(error), ())) from error
+        raise
+    return 0
+
+
+def _start(command: str, arguments: list[str]) -> None:
     CommandLine(
         LanguageModel,
         Task,
@@ -69,16 +75,18 @@ def run(command: str, arguments: list[str]) -> int:
         parser_kwargs={"prog": "archzoo", "exit_on_error": False}
         | {name: {"exit_on_error": False} for name in COMMANDS},
     )
-    return 0
 
 
 class Parser(LightningArgumentParser):
     """Lightning's parser, whose errors name what comes nearest to the mistake."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # --trainer.max_step would be taken for max_steps, and today's shorthand be ambiguous
+        # tomorrow.
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if isinstance(ex, FileNotFoundError):
-            raise ex
-        raise ValueError(explain(message, self))
+        raise ValueError(explain(message, _settings(self))) from None
 
 
 class SaveConfig(SaveConfigCallback):
@@ -91,7 +99,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 class CommandLine(LightningCLI):
-    """LightningCLI with a directory for every run, and checkpoints that bring their own settings."""
+    """LightningCLI with a directory for every run, and settings that come from a checkpoint."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -161,7 +169,9 @@ class CommandLine(LightningCLI):
         if config.ckpt_path in ("last", "best"):
             path = self.directory / f"{config.ckpt_path}.ckpt"
             config.ckpt_path = str(path) if path.is_file() else _no_checkpoint(str(path))
-        if self.subcommand == "fit" and not config.trainer.fast_dev_run:
+
+    def before_fit(self) -> None:
+        if not self.config[self.subcommand].trainer.fast_dev_run:
             self._move_aside()
 
     @rank_zero_only
@@ -248,6 +258,17 @@ class CommandLine(LightningCLI):
 # ---------------------------------------------------------------------------- small helpers
 
 
+def _settings(parser: Any) -> list[str]:
+    """Full names of what a parser or one of its subcommands' takes."""
+    names = []
+    for action in parser._actions:
+        names += [option[2:] for option in action.option_strings if option.startswith("--")]
+        if isinstance(action.choices, dict):
+            for subparser in action.choices.values():
+                names += _settings(subparser)
+    return names
+
+
 def _option(arguments: list[str], name: str) -> str | None:
     """The value of an option before anything is parsed: ``--name value`` or ``--name=value``."""
     names = (name, "-c") if name == "--config" else (name,)
@@ -275,32 +296,3 @@ def _as_list(value: Any) -> list[Any]:
     if value is None or isinstance(value, bool):
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
-
-
-# ---------------------------------------------------------------------------- error messages
-
-
-def explain(message: str, parser: Any) -> str:
-    """One line from jsonargparse's many, with the names nearest to one that is unknown."""
-    text = " ".join(message.split())
-    options = [o[2:] for action in parser._actions for o in action.option_strings if o[:2] == "--"]
-    found = re.search(r"[Uu]nrecognized arguments: --([\w.+]+)", text)
-    if found:
-        return _unknown_key(found[1], options)
-    found = re.search(r"Option '([\w.]+)' is not accepted.*class_path='([\w.]+)'", text)
-    if found:
-        name, owner = found.groups()
-        accepted = _arguments(owner)
-        return f"{owner.split('.')[-1]} has no argument {name!r}; nearest: {nearest(name, accepted)}"
-    return text
-
-
-def _unknown_key(name: str, options: list[str]) -> str:
-    return f"there is no setting {name!r}; nearest: {nearest(name, options)}"
-
-
-def _arguments(class_path: str) -> list[str]:
-    """What a class takes besides the sizes that its decoder gives it."""
-    module, _, name = class_path.rpartition(".")
-    part = getattr(importlib.import_module(module), name)
-    return [n for n in inspect.signature(part).parameters if n not in ("dim", "heads", "width")]

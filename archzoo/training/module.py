@@ -82,9 +82,8 @@ class LanguageModel(lightning.LightningModule):
         self.architecture = architecture
         self.decoder: Decoder | None = None
         # Averages over an evaluation: losses and tokens weigh by token, answers by row.
-        self.evaluated = torch.nn.ModuleDict(
-            {name: MeanMetric() for name in ("loss", "token_accuracy", "exact_match")}
-        )
+        self.mean_loss, self.token_accuracy = MeanMetric(), MeanMetric()
+        self.exact_match = MeanMetric()
         #: The latest logged values, plain floats, for whoever displays them.
         self.latest: dict[str, float] = {}
         self._totals: dict[str, Tensor] = {}  # sums since the last row of the log
@@ -294,7 +293,7 @@ class LanguageModel(lightning.LightningModule):
         self.net.after_step({name: self._over_ranks(value) for name, value in self._sums.items()})
         self._sums.clear()
         step = self.trainer.global_step + 1
-        if step % self.trainer.log_every_n_steps == 0:
+        if step % self.log_every == 0:
             self._log_training(step, optimizer.param_groups[0]["lr"])
 
     def _over_ranks(self, value: Tensor) -> Tensor:
@@ -303,6 +302,11 @@ class LanguageModel(lightning.LightningModule):
         reduced = self.trainer.strategy.reduce(value, reduce_op="sum")
         assert isinstance(reduced, Tensor)
         return reduced
+
+    @property
+    def log_every(self) -> int:
+        """Optimizer steps from one row of the log to the next."""
+        return int(self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
 
     def _log_training(self, step: int, learning_rate: float) -> None:
         """One row of the log: means over the steps since the last one."""
@@ -338,19 +342,24 @@ class LanguageModel(lightning.LightningModule):
         asked = labels != IGNORED
         right = predicted.view_as(labels) == labels
         tokens = asked.flatten().float()
-        self.evaluated["loss"].update(losses.float(), tokens)
-        self.evaluated["token_accuracy"].update(right.flatten().float(), tokens)
+        self.mean_loss.update(losses.float(), tokens)
+        self.token_accuracy.update(right.flatten().float(), tokens)
         rows = asked.any(dim=1).float()  # rows that only fill a batch up ask for nothing
-        self.evaluated["exact_match"].update((right | ~asked).all(dim=1).float(), rows)
+        self.exact_match.update((right | ~asked).all(dim=1).float(), rows)
 
     def _begin_evaluation(self, split: str) -> None:
         self._carried.pop(split, None)
-        for metric in self.evaluated.values():
+        for metric in (self.mean_loss, self.token_accuracy, self.exact_match):
             metric.reset()
 
     def _end_evaluation(self, split: str) -> None:
-        values = {name: metric.compute().item() for name, metric in self.evaluated.items()}
-        values["perplexity"] = math.exp(min(values["loss"], 700))  # beyond: no float holds it
+        loss = self.mean_loss.compute().item()
+        values = {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700)),  # beyond that no float holds it
+            "token_accuracy": self.token_accuracy.compute().item(),
+            "exact_match": self.exact_match.compute().item(),
+        }
         wanted = ("loss", *(self.task.metrics if self.task else values))
         row = {f"{split}/{name}": values[name] for name in wanted}
         # To callbacks through Lightning, to files at the step as everyone counts it: from 1.

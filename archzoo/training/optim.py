@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
 from archzoo.decoder import Decoder
 
 
@@ -26,7 +28,8 @@ def decay_groups(decoder: Decoder, weight_decay: float) -> list[dict[str, Any]]:
         Two groups in the form torch's optimizers take, in a fixed order.
     """
     tables = {id(parameter) for parameter in decoder.embedding.parameters()}
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for parameter in decoder.parameters():
         if not parameter.requires_grad:
             continue

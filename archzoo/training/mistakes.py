@@ -1,0 +1,108 @@
+"""One clear line for what is misspelt in a configuration or on the command line.
+
+jsonargparse says what it tried, type by type; a person wants to know which setting is meant, what
+is wrong with it, and which names there are.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from lightning.pytorch.loggers.logger import Logger
+
+from archzoo.parts import SLOTS, list_parts, nearest
+from archzoo.tasks.stream import Task
+
+NOTHING = "Expected a <class 'NoneType'>"  # of every optional setting: says nothing
+
+
+def explain(message: str, options: Iterable[str]) -> str:
+    """One line from jsonargparse's many.
+
+    Args:
+        message: What it said.
+        options: The settings there are, by their full names.
+    """
+    text = " ".join(message.split())
+    settings = sorted({name for name in options if not name.endswith((".help", "+"))})
+    found = re.search(r"(?:nrecognized arguments: --|does not accept option ')([\w.]+)", text)
+    if found:
+        return f"there is no setting {found[1]!r}; nearest: {nearest(found[1], settings)}"
+    found = re.search(r"arguments are required: (\w+)\.data", text)
+    if found:
+        other = "" if found[1] == "fit" else "--ckpt_path CHECKPOINT or "
+        return f"{found[1]} needs data: give {other}--config FILE, or --data with a task"
+    found = re.search(r'key "config".*File does not exist: \'([^\']+)\'', text)
+    if found:
+        return _no_configuration(Path(found[1]))
+
+    found = re.search(r'Parser key "([\w.]+)": (.*)', text)
+    key, text = found.groups() if found else ("", text)
+    classes = _classes(key)
+    found = re.search(r"Option '([\w.]+)' is not accepted", text)
+    if found and classes:
+        return _no_option(key, found[1], classes)
+    found = re.search(r"dot import path string: (\S+)", text)
+    if found and classes:
+        return f"{key}: there is no {found[1]!r}; nearest: {nearest(found[1], list(classes))}"
+
+    # "... Errors: - what each type had against it - ... Given value type: ... Given value: ..."
+    _, listed, errors = text.partition("Errors: - ")
+    if not listed:
+        return f"{key}: {text}" if key else text
+    errors, _, value = errors.partition(" Given value type: ")
+    reasons = [reason for reason in errors.split(" - ") if reason != NOTHING]
+    value = value.partition("Given value: ")[2]
+    expected = [_plain(reason) for reason in reasons if reason.startswith("Expected")]
+    if len(expected) == len(reasons):
+        return f"{key}: {value!r} is not {' or '.join(expected)}"
+    text = "; ".join(reason for reason in reasons if not reason.startswith("Expected"))
+    return f"{key}: {text}" if key else text
+
+
+def _classes(key: str) -> dict[str, type]:
+    """The classes that a setting may name, by name."""
+    slot = key.removeprefix("model.")
+    if slot in SLOTS:
+        return dict(list_parts(slot))
+    base = {"data": Task, "trainer.logger": Logger}.get(key)
+    return {c.__name__: c for c in _subclasses(base)} if base else {}
+
+
+def _subclasses(base: type) -> Iterator[type]:
+    children: list[type] = base.__subclasses__()
+    for child in children:
+        if not child.__name__.startswith("_"):
+            yield child
+        yield from _subclasses(child)
+
+
+def _no_option(key: str, name: str, classes: dict[str, type]) -> str:
+    """Which class is meant cannot be read off the message, so all that fit are looked at."""
+    sizes = ("dim", "heads", "width")  # which the decoder gives
+    owners = {
+        title: [n for n in inspect.signature(c).parameters if n not in sizes]
+        for title, c in classes.items()
+    }
+    having = [title for title, names in owners.items() if name in names]
+    if having:
+        return f"the class chosen for {key} has no option {name!r}; {', '.join(having)} has"
+    known = sorted({n for names in owners.values() for n in names} - {"args", "kwargs"})
+    return f"{key} has no option {name!r}; nearest: {nearest(name, known)}"
+
+
+def _no_configuration(path: Path) -> str:
+    known = [str(file) for file in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    hint = f"; nearest: {nearest(str(path), known)}" if known else ""
+    return f"there is no configuration {path}{hint}"
+
+
+def _plain(reason: str) -> str:
+    """What was expected: a class as its name alone, a Literal as its values."""
+    reason = re.sub(r"^Expected (an? )?", "", reason)
+    reason = re.sub(r"<class '(?:[\w]+\.)*(\w+)'>", r"\1", reason)
+    literal = re.fullmatch(r"typing\.Literal\[(.*)\]", reason)
+    return f"one of {literal[1]}" if literal else reason
