@@ -1274,16 +1274,20 @@ def check(part: Any, *, seed: int = 0, show: bool = True, **arguments: Any) -> R
     return report
 
 
-def check_command(path: str, *, seed: int = 0, **arguments: Any) -> int:
-    """`archzoo check module.Class`: print the findings; exit status 0, or 1 if a rule is broken.
+def check_command(path: str, *, init_args: dict[str, Any] | None = None, seed: int = 0) -> int:
+    """Hold a class to the interface, rule by rule; exit status 1 if one is broken.
 
-    The class may live in a file of the current directory.
+    Args:
+        path: module.Class, which may live in a file of the current directory; or a part's name.
+        init_args: The class's own arguments, and sizes (dim, heads, ...) other than the usual
+            small ones: --init_args.heads 2.
+        seed: Of weights, inputs, lengths and cuts.
 
     Raises:
         ValueError: No such class, or one that is no part.
     """
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    report = examine(path, seed=seed, **arguments)
+    report = examine(path, seed=seed, **(init_args or {}))
     report.show()
     return 0 if report.passed else 1

@@ -597,9 +597,9 @@ class Gate(archzoo.FeedForward):
     (tmp_path / "strangers_parts.py").write_text(source)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [p for p in __import__("sys").path if p])
-    assert contract.check_command("strangers_parts.Gate", power=2.0) == 0
+    assert contract.check_command("strangers_parts.Gate", init_args={"power": 2.0}) == 0
     assert "Gate(power=2.0)" in capsys.readouterr().out
-    assert contract.check_command("strangers_parts.Gate", leak=1e-6) == 1
+    assert contract.check_command("strangers_parts.Gate", init_args={"leak": 1e-6}) == 1
     assert "BROKEN" in capsys.readouterr().out
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from archzoo import contract
+from archzoo.cli import main
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -57,5 +58,8 @@ def test_own_mixer_passes_by_its_path(monkeypatch, capsys):
     """As `archzoo check write_your_own_mixer.FadingMemory`, run in examples/."""
     monkeypatch.chdir(ROOT / "examples")
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
-    assert contract.check_command("write_your_own_mixer.FadingMemory", memory=20.0) == 0
-    assert "FadingMemory(memory=20.0)" in capsys.readouterr().out
+    arguments = ["check", "write_your_own_mixer.FadingMemory", "--init_args.memory", "20"]
+    assert main(arguments) == 0
+    assert "FadingMemory(memory=20" in capsys.readouterr().out
+    assert main(["check", "write_your_own_mixer.FadingMemroy"]) != 0
+    assert "nearest: FadingMemory" in capsys.readouterr().err
