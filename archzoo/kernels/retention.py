@@ -77,39 +77,42 @@ def available(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None) 
 class Cut(NamedTuple):
     """How one of the four maps is cut into programs."""
 
-    block: int  # rows of the state that a program holds: a's columns
-    tile: int  # columns of the state that it holds: c's and the result's
+    block: int  # rows of the state that a program holds: columns of a and b
+    tile: int  # columns of the state that it holds: columns of c and of the result
     warps: int
     stages: int
-    scores: bool = False  # the chunk's own weights are computed ahead, once for all tiles
+
+
+class Pair(NamedTuple):
+    """The two maps that share a state's shape and a chunk's own weights."""
+
+    chunk: int  # tokens that a loop step takes
+    scores: bool  # the chunk's own weights are made ahead, once for all tiles and both maps
+    forward: Cut
+    reverse: Cut
 
 
 class Plan(NamedTuple):
     """How the work is cut: for speed only, every plan computes the same."""
 
-    chunk: int  # tokens that a loop step takes
-    o: Cut
-    dq: Cut
-    dk: Cut
-    dv: Cut
+    by_key: Pair  # o and dv: a and b are as wide as k
+    by_value: Pair  # dq and dk: a and b are as wide as v
 
 
 # Measured on an H200, see docs/kernels.md. Keys: the widths (dk, dv) up to which a row holds.
 _BFLOAT16_PLANS: dict[tuple[int, int], Plan] = {
-    (64, 64): Plan(64, *(Cut(64, 64, 4, 3),) * 4),
-    (128, 128): Plan(64, *(Cut(128, 64, 4, 2),) * 4),
+    (64, 64): Plan(*(Pair(64, False, Cut(64, 64, 4, 3), Cut(64, 64, 4, 3)),) * 2),
+    (128, 128): Plan(*(Pair(64, False, Cut(128, 128, 8, 3), Cut(128, 128, 8, 3)),) * 2),
     (128, 256): Plan(
-        64,
-        o=Cut(128, 64, 4, 2),
-        dq=Cut(256, 64, 4, 2, True),
-        dk=Cut(256, 64, 4, 2, True),
-        dv=Cut(128, 64, 4, 2),
+        Pair(64, True, Cut(128, 128, 8, 3), Cut(128, 128, 8, 3)),
+        Pair(32, True, Cut(256, 128, 8, 3), Cut(256, 128, 8, 3)),
     ),
-    (256, 512): Plan(64, *(Cut(256, 64, 4, 2, True),) * 4),
+    (256, 512): Plan(*(Pair(32, True, Cut(256, 128, 8, 3), Cut(256, 128, 8, 3)),) * 2),
 }
 # Programs that fill the chip: two for each of the 132 multiprocessors of an H100 or H200.
 _FILL = 256
 _SEGMENT_LEAST = 512
+_SEGMENT_MULTIPLE = 64  # of every chunk, so that segments are whole chunks
 
 
 def _power_of_2(number: int) -> int:
@@ -121,8 +124,8 @@ def _plan(dk: int, dv: int, dtype: torch.dtype) -> Plan:
     wide_k, wide_v = _power_of_2(dk), _power_of_2(dv)
     if dtype == torch.float32:
         # Exact float32 has no matrix unit: small tiles, so that the products fit in registers.
-        scores = wide_k > 64 or wide_v > 64
-        plan = Plan(32, *(Cut(64, 32, 4, 1, scores),) * 4)
+        cut = Cut(64, 32, 4, 1)
+        plan = Plan(*(Pair(32, wide_k > 64 or wide_v > 64, cut, cut),) * 2)
     else:
         plan = next(
             plan
@@ -133,23 +136,26 @@ def _plan(dk: int, dv: int, dtype: torch.dtype) -> Plan:
     def fit(cut: Cut, rows: int, columns: int) -> Cut:
         return cut._replace(block=min(cut.block, rows), tile=min(cut.tile, columns))
 
-    return plan._replace(
-        o=fit(plan.o, wide_k, wide_v),
-        dq=fit(plan.dq, wide_v, wide_k),
-        dk=fit(plan.dk, wide_v, wide_k),
-        dv=fit(plan.dv, wide_k, wide_v),
+    key, value = plan
+    return Plan(
+        key._replace(
+            forward=fit(key.forward, wide_k, wide_v), reverse=fit(key.reverse, wide_k, wide_v)
+        ),
+        value._replace(
+            forward=fit(value.forward, wide_v, wide_k), reverse=fit(value.reverse, wide_v, wide_k)
+        ),
     )
 
 
 def _segments(plan: Plan, rows: int, time: int, dv: int) -> tuple[int, int]:
     """Cuts time so that the forward fills the chip: (tokens a segment, segments)."""
-    programs = rows * -(-dv // plan.o.tile)
-    wanted = min(-(-_FILL // programs), -(-time // _SEGMENT_LEAST))
+    programs = rows * -(-dv // plan.by_key.forward.tile)
     if programs * 4 >= _FILL * 3:
-        wanted = 1
-    segment = -(-time // max(wanted, 1))
-    segment = max(-(-segment // plan.chunk) * plan.chunk, plan.chunk)
-    return segment, max(-(-time // segment), 1)
+        return max(time, 1), 1
+    wanted = max(min(-(-_FILL // programs), time // _SEGMENT_LEAST), 1)
+    segment = -(-time // wanted)
+    segment = -(-segment // _SEGMENT_MULTIPLE) * _SEGMENT_MULTIPLE
+    return segment, -(-time // segment)
 
 
 def _unit_last(tensor: Tensor) -> Tensor:
@@ -186,7 +192,6 @@ class _Call(NamedTuple):
     plan: Plan
     segment: int
     segments: int
-    chunks: int
     facts: dict[str, Any]
     pointers: tuple[Tensor, Tensor, Tensor]  # normalisers, documents, ranges
     normaliser_rows: int
@@ -205,7 +210,6 @@ def _call(
     plan = _plan(dk, dv, q.dtype)
     segment, segments = _segments(plan, batch * heads, time, dv)
     facts = {
-        "CHUNK": plan.chunk,
         "SCALE": scale,
         "HAS_DOCUMENTS": documents is not None,
         "HAS_RANGES": ranges is not None,
@@ -219,8 +223,7 @@ def _call(
         absent if documents is None else documents,
         absent if ranges is None else ranges,
     )
-    chunks = -(-time // plan.chunk)
-    return _Call(plan, segment, segments, chunks, facts, pointers, max(normaliser.shape[0], 1))
+    return _Call(plan, segment, segments, facts, pointers, max(normaliser.shape[0], 1))
 
 
 def _normalisers(
@@ -262,10 +265,14 @@ def _segment_states(
     final = b.new_empty((batch, heads, width, columns) if leave else (0,), dtype=torch.float32)
     _, documents, ranges = call.pointers
     tiles = -(-width // cut.block) * -(-columns // cut.tile)
-    kernels.segment_sums_kernel[(tiles, batch * heads, call.segments)](
-        _describe(b, call.plan.chunk, cut.block), _describe(c, call.plan.chunk, cut.tile),
+    chunk = 32 if cut.block > 128 else 64
+    # Nothing follows the segment walked last, so its sum counts only towards the last state.
+    pieces = call.segments if leave else call.segments - 1
+    kernels.segment_sums_kernel[(tiles, batch * heads, pieces)](
+        _describe(b, chunk, cut.block), _describe(c, chunk, cut.tile),
         entering, log_decay, *call.pointers, time, call.segment, call.segments, heads,
-        call.normaliser_rows, B=width, C=columns, BLOCK_B=cut.block, TILE=cut.tile, REVERSE=reverse,
+        call.normaliser_rows, call.segments - pieces if reverse else 0,
+        B=width, C=columns, BLOCK_B=cut.block, TILE=cut.tile, CHUNK=chunk, REVERSE=reverse,
         **call.facts, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     elements = width * columns
@@ -278,61 +285,72 @@ def _segment_states(
     return entering, final
 
 
+def _chunk_scores(a: Tensor, b: Tensor, call: _Call, pair: Pair, log_decay: Tensor) -> Tensor:
+    """The chunks' own weights, (rows * chunks * chunk, chunk), see `scores_kernel`."""
+    from archzoo.kernels import retention_triton as kernels
+
+    batch, time, heads, width = a.shape
+    chunks = -(-time // pair.chunk)
+    scores = a.new_empty((batch * heads * chunks * pair.chunk, pair.chunk))
+    block = min(64, pair.forward.block)
+    kernels.scores_kernel[(chunks, batch * heads)](
+        _describe(a, pair.chunk, block), _describe(b, pair.chunk, block), scores, log_decay,
+        *call.pointers, time, heads, chunks, call.normaliser_rows,
+        A=width, BLOCK_A=block, CHUNK=pair.chunk, **call.facts, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return scores
+
+
 def _map(
     a: Tensor,
     b: Tensor,
     c: Tensor,
-    out: Tensor,
+    scores: Tensor,
     call: _Call,
-    cut: Cut,
+    pair: Pair,
     log_decay: Tensor,
     reverse: bool,
     transposed: bool,
     entering: Tensor | None,
     leaving: Tensor | None,
-) -> None:
+) -> Tensor:
     """out_i = sum_{j <= i} gamma^(i-j) (a_i . b_j) c_j, see `retention_triton`.
 
     `entering`, one state per segment, and `leaving`, one per row, are (rows, columns) of the
-    state, or (columns, rows) where `transposed`.
+    state, or (columns, rows) where `transposed`. `scores` is empty where `pair` has none.
     """
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
     from archzoo.kernels import retention_triton as kernels
 
     batch, time, heads, width = a.shape
     columns = c.shape[-1]
-    chunk = call.plan.chunk
-    rows = batch * heads
+    chunk, cut = pair.chunk, pair.reverse if reverse else pair.forward
+    out = _output(c, call.facts["HAS_RANGES"])
     descriptors = (
         _describe(a, chunk, cut.block),
         _describe(b, chunk, cut.block),
         _describe(c, chunk, cut.tile),
         _describe(out, chunk, cut.tile),
     )
-    scores_descriptor = descriptors[0]
-    if cut.scores:
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        scores = a.new_empty((rows * call.chunks * chunk, chunk))
-        scores_descriptor = TensorDescriptor.from_tensor(scores, [chunk, chunk])
-        block = min(64, cut.block)
-        kernels.scores_kernel[(call.chunks, rows)](
-            _describe(a, chunk, block), _describe(b, chunk, block), scores, log_decay,
-            *call.pointers, time, heads, call.chunks, call.normaliser_rows,
-            A=width, BLOCK_A=block, REVERSE=reverse,
-            **call.facts, num_warps=4, num_stages=cut.stages,
-        )  # fmt: skip
+    if pair.scores:
+        scores_descriptor = TensorDescriptor(scores, scores.shape, [chunk, 1], [chunk, chunk])
+    else:
+        scores_descriptor = descriptors[0]  # never read
     stride_a, stride_c = (1, width) if transposed else (columns, 1)
     for split in range(-(-width // cut.block)):
-        kernels.stream_kernel[(-(-columns // cut.tile), rows, call.segments)](
+        kernels.stream_kernel[(-(-columns // cut.tile), batch * heads, call.segments)](
             *descriptors, scores_descriptor, log_decay, *call.pointers,
             log_decay if entering is None else entering,
             log_decay if leaving is None else leaving,
-            time, call.segment, call.segments, heads, call.chunks, split, stride_a, stride_c,
-            call.normaliser_rows, A=width, C=columns, BLOCK_A=cut.block, TILE=cut.tile, REVERSE=reverse,
+            time, call.segment, call.segments, heads, -(-time // chunk), split,
+            stride_a, stride_c, call.normaliser_rows,
+            A=width, C=columns, BLOCK_A=cut.block, TILE=cut.tile, CHUNK=chunk, REVERSE=reverse,
             HAS_ENTERING=entering is not None, HAS_LEAVING=leaving is not None,
-            HAS_SCORES=cut.scores, ADD=split > 0,
+            HAS_SCORES=pair.scores, ADD=split > 0,
             **call.facts, num_warps=cut.warps, num_stages=cut.stages,
         )  # fmt: skip
+    return out
 
 
 def _output(like: Tensor, padded: bool) -> Tensor:
@@ -357,26 +375,31 @@ def _forward(
     ranges: Tensor | None,
     scale: bool,
     leave: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """o, the last state (empty unless `leave`); to keep: states of segments, normalisers."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o and the last state; and, to keep: states entering segments, normalisers, scores.
+
+    What there is no use for is empty.
+    """
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     batch, _, heads, dk = q.shape
     dv = v.shape[-1]
     normaliser = _normalisers(q, log_decay, positions, ranges, scale)
     call = _call(q, v, normaliser, documents, ranges, scale)
-    o = _output(v, ranges is not None)
-    state = None if state is None else state.float().contiguous()
+    pair = call.plan.by_key
+    entering = q.new_empty((0,), dtype=torch.float32)
+    leaving = None
+    source = None if state is None else state.float().contiguous()
     if call.segments > 1:
         entering, final = _segment_states(
-            k, v, call, call.plan.o, log_decay, False, state, leave
+            k, v, call, pair.forward, log_decay, False, source, leave
         )
-        _map(q, k, v, o, call, call.plan.o, log_decay, False, False, entering, None)
+        source = entering
     else:
-        entering = q.new_empty((0,), dtype=torch.float32)
         final = q.new_empty((batch, heads, dk, dv) if leave else (0,), dtype=torch.float32)
         leaving = final if leave else None
-        _map(q, k, v, o, call, call.plan.o, log_decay, False, False, state, leaving)
-    return o, final, entering, normaliser
+    scores = _chunk_scores(q, k, call, pair, log_decay) if pair.scores else q.new_empty((0,))
+    o = _map(q, k, v, scores, call, pair, log_decay, False, False, source, leaving)
+    return o, final, entering, normaliser, scores
 
 
 def _backward(
@@ -389,6 +412,7 @@ def _backward(
     state: Tensor | None,
     entering: Tensor,
     normaliser: Tensor,
+    scores: Tensor,
     documents: Tensor | None,
     ranges: Tensor | None,
     scale: bool,
@@ -398,23 +422,23 @@ def _backward(
     batch, _, heads, dk = q.shape
     dv = v.shape[-1]
     call = _call(q, v, normaliser, documents, ranges, scale)
-    plan = call.plan
-    grad_q, grad_k, grad_v = (_output(x, ranges is not None) for x in (q, k, v))
+    key, value = call.plan
+    source = None if state is None else state.float().contiguous()
     arriving = None if d_final is None else d_final.float().contiguous()
     leaving = None
     d_state = q.new_empty((0,), dtype=torch.float32)
     if call.segments > 1:
-        source: Tensor | None = entering
+        source = entering
         arriving, d_state = _segment_states(
-            q, do, call, plan.dv, log_decay, True, arriving, state is not None
+            q, do, call, key.reverse, log_decay, True, arriving, state is not None
         )
-    else:
-        source = None if state is None else state.float().contiguous()
-        if state is not None:
-            leaving = d_state = q.new_empty((batch, heads, dk, dv), dtype=torch.float32)
-    _map(k, q, do, grad_v, call, plan.dv, log_decay, True, False, arriving, leaving)
-    _map(v, do, q, grad_k, call, plan.dk, log_decay, True, True, arriving, None)
-    _map(do, v, k, grad_q, call, plan.dq, log_decay, False, True, source, None)
+    elif state is not None:
+        leaving = d_state = q.new_empty((batch, heads, dk, dv), dtype=torch.float32)
+    grad_v = _map(k, q, do, scores, call, key, log_decay, True, False, arriving, leaving)
+    if value.scores:
+        scores = _chunk_scores(do, v, call, value, log_decay)
+    grad_k = _map(v, do, q, scores, call, value, log_decay, True, True, arriving, None)
+    grad_q = _map(do, v, k, scores, call, value, log_decay, False, True, source, None)
     if state is not None and documents is not None:
         # A row that opens with a new document never looked at the state that entered.
         at = torch.zeros_like(documents[:, :1]) if ranges is None else ranges[:, :1]
@@ -426,12 +450,13 @@ def _backward(
 _library = torch.library.Library("archzoo", "FRAGMENT")
 _library.define(
     "retention(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? state, Tensor? positions, "
-    "Tensor? documents, Tensor? ranges, bool scale, bool leave) -> (Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? documents, Tensor? ranges, bool scale, bool leave) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "retention_backward(Tensor do, Tensor? d_final, Tensor q, Tensor k, Tensor v, "
-    "Tensor log_decay, Tensor? state, Tensor entering, Tensor normaliser, Tensor? documents, "
-    "Tensor? ranges, bool scale) -> (Tensor, Tensor, Tensor, Tensor)"
+    "Tensor log_decay, Tensor? state, Tensor entering, Tensor normaliser, Tensor scores, "
+    "Tensor? documents, Tensor? ranges, bool scale) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 for _key in ("CPU", "CUDA"):
     _library.impl("retention", _forward, _key)
@@ -444,7 +469,10 @@ def _forward_fake(  # type: ignore[no-untyped-def]
 ):
     batch, time, heads, dk = q.shape
     dv = v.shape[-1]
-    _, segments = _segments(_plan(dk, dv, q.dtype), batch * heads, time, dv)
+    plan = _plan(dk, dv, q.dtype)
+    _, segments = _segments(plan, batch * heads, time, dv)
+    chunk = plan.by_key.chunk
+    scores = (batch * heads * -(-time // chunk) * chunk, chunk) if plan.by_key.scores else (0,)
     empty = functools.partial(q.new_empty, dtype=torch.float32)
     rows = heads if positions is None and ranges is None else batch * heads
     return (
@@ -452,12 +480,13 @@ def _forward_fake(  # type: ignore[no-untyped-def]
         empty((batch, heads, dk, dv) if leave else (0,)),
         empty((batch, heads, segments, dk, dv) if segments > 1 else (0,)),
         empty((rows if scale else 0, time)),
+        q.new_empty(scores),
     )
 
 
 @torch.library.register_fake("archzoo::retention_backward", lib=_library)
 def _backward_fake(  # type: ignore[no-untyped-def]
-    do, d_final, q, k, v, log_decay, state, entering, normaliser, documents, ranges, scale
+    do, d_final, q, k, v, log_decay, state, entering, normaliser, scores, documents, ranges, scale
 ):
     batch, _, heads, dk = q.shape
     dv = v.shape[-1]
@@ -478,11 +507,12 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _autograd(ctx, do, d_final, *_):  # type: ignore[no-untyped-def]
-    q, k, v, log_decay, state, entering, normaliser, documents, ranges = ctx.saved_tensors
+    q, k, v, log_decay, state, entering, normaliser, scores, documents, ranges = ctx.saved_tensors
     if do is None:
         do = torch.zeros_like(v)
     grad_q, grad_k, grad_v, d_state = torch.ops.archzoo.retention_backward(
-        do, d_final, q, k, v, log_decay, state, entering, normaliser, documents, ranges, ctx.scale
+        do, d_final, q, k, v, log_decay, state, entering, normaliser, scores, documents, ranges,
+        ctx.scale,
     )
     d_state = None if state is None else d_state.to(state.dtype)
     return grad_q, grad_k, grad_v, None, d_state, None, None, None, None, None

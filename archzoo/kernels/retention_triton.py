@@ -275,6 +275,8 @@ def stream_kernel(
             normaliser = _chunk_normaliser(normaliser_row, row_time, size, CHUNK, SCALE)
             if REVERSE:
                 leave *= normaliser
+            else:
+                arrive *= normaliser
 
         # The past, through the state; the chunk itself, through its weights.
         out = _dot(state.to(dtype), tl.trans(a), None, PRECISION, UPCAST) * arrive[None, :]
@@ -282,19 +284,20 @@ def stream_kernel(
             stored = _load(out_desc, batch, head, row_time, tile * TILE, CHUNK, TILE)
         else:
             if HAS_SCORES:
-                weights = tl.trans(
-                    scores_desc.load([(row * chunks + chunk_start // CHUNK) * CHUNK, 0])
-                )
+                weights = scores_desc.load([(row * chunks + chunk_start // CHUNK) * CHUNK, 0])
+                if not REVERSE:
+                    weights = tl.trans(weights)
             else:
                 weights = _dot(b, tl.trans(a), None, PRECISION, UPCAST) * decay
                 if HAS_DOCUMENTS:
                     weights = tl.where(document[:, None] == document[None, :], weights, 0.0)
-                if REVERSE and SCALE:
-                    weights *= normaliser[:, None]
+                if SCALE:
+                    if REVERSE:
+                        weights *= normaliser[:, None]
+                    else:
+                        weights *= normaliser[None, :]
                 weights = weights.to(dtype)
             out = _dot(tl.trans(c), weights, out, PRECISION, UPCAST)
-        if SCALE and not REVERSE:
-            out *= normaliser[None, :]
         if ADD:
             out += tl.trans(stored).to(tl.float32)
         if HAS_RANGES:
@@ -313,53 +316,18 @@ def stream_kernel(
 
 
 @triton.jit
-def _scores(
-    a_desc, b_desc, scores_ptr, normaliser_row, documents_row, batch, head,
-    first, length, start, log_decay,
-    A: tl.constexpr, BLOCK_A: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr,
-    SCALE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, HAS_RANGES: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """gamma^(i-j) (a_i . b_j) of one chunk, once for all the tiles that use it."""
-    index = tl.arange(0, CHUNK)
-    row_time = first + start
-    weights = tl.zeros((CHUNK, CHUNK), tl.float32)
-    for column in range(0, A, BLOCK_A):
-        a = _load(a_desc, batch, head, row_time, column, CHUNK, BLOCK_A)
-        b = _load(b_desc, batch, head, row_time, column, CHUNK, BLOCK_A)
-        weights = _dot(a, tl.trans(b), weights, PRECISION, UPCAST)
-    size = tl.minimum(CHUNK, length - start)
-    document, _ = _chunk_documents(
-        documents_row, row_time, size, 0, CHUNK, REVERSE, HAS_DOCUMENTS
-    )
-    if REVERSE:
-        gap = index[None, :] - index[:, None]
-    else:
-        gap = index[:, None] - index[None, :]
-    seen = gap >= 0
-    if HAS_DOCUMENTS:
-        seen = seen & (document[:, None] == document[None, :])
-    if HAS_RANGES:
-        live = index < size
-        seen = seen & live[:, None] & live[None, :]
-    weights = tl.where(seen, weights * _power(log_decay * LOG2_E, gap), 0.0)
-    if REVERSE and SCALE:
-        weights *= _chunk_normaliser(normaliser_row, row_time, size, CHUNK, SCALE)[None, :]
-    tl.store(
-        scores_ptr + index[:, None] * CHUNK + index[None, :],
-        weights.to(scores_ptr.dtype.element_ty),
-    )
-
-
-@triton.jit
 def scores_kernel(
     a_desc, b_desc, scores_ptr, log_decay_ptr, normaliser_ptr, documents_ptr, ranges_ptr,
     time, heads, chunks, normaliser_rows,
-    A: tl.constexpr, BLOCK_A: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr,
-    SCALE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, HAS_RANGES: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    A: tl.constexpr, BLOCK_A: tl.constexpr, CHUNK: tl.constexpr, SCALE: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr, HAS_RANGES: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """`_scores` for one (chunk, batch and head)."""
+    """P_nm = gamma^(n-m) (a_n . b_m) / sqrt(s_n) within one chunk, (CHUNK, CHUNK).
+
+    Made once for all the tiles that use it: from (q, k) it serves o and, read transposed, dv;
+    from (do, v) it serves dq and, read transposed, dk.
+    """
     chunk = tl.program_id(0)
     row = tl.program_id(1)
     batch = row // heads
@@ -367,19 +335,40 @@ def scores_kernel(
     first, length = _row_range(ranges_ptr, batch, time, HAS_RANGES)
     start = chunk * CHUNK
     if start < length:
-        _scores(
-            a_desc, b_desc, scores_ptr + (row.to(tl.int64) * chunks + chunk) * (CHUNK * CHUNK),
-            normaliser_ptr + (row % normaliser_rows).to(tl.int64) * time,
-            documents_ptr + batch.to(tl.int64) * time,
-            batch, head, first, length, start, _load_log_decay(log_decay_ptr, head),
-            A, BLOCK_A, CHUNK, REVERSE, SCALE, HAS_DOCUMENTS, HAS_RANGES, PRECISION, UPCAST,
+        log2_decay = _load_log_decay(log_decay_ptr, head) * LOG2_E
+        index = tl.arange(0, CHUNK)
+        row_time = first + start
+        size = tl.minimum(CHUNK, length - start)
+        weights = tl.zeros((CHUNK, CHUNK), tl.float32)
+        for column in range(0, A, BLOCK_A):
+            a = _load(a_desc, batch, head, row_time, column, CHUNK, BLOCK_A)
+            b = _load(b_desc, batch, head, row_time, column, CHUNK, BLOCK_A)
+            weights = _dot(a, tl.trans(b), weights, PRECISION, UPCAST)
+        gap = index[:, None] - index[None, :]
+        seen = gap >= 0
+        if HAS_DOCUMENTS:
+            document, _ = _chunk_documents(
+                documents_ptr + batch.to(tl.int64) * time, row_time, size, 0, CHUNK, False, True
+            )
+            seen = seen & (document[:, None] == document[None, :])
+        if HAS_RANGES:
+            live = index < size
+            seen = seen & live[:, None] & live[None, :]
+        weights = tl.where(seen, weights * _power(log2_decay, gap), 0.0)
+        if SCALE:
+            normaliser_row = normaliser_ptr + (row % normaliser_rows).to(tl.int64) * time
+            weights *= _chunk_normaliser(normaliser_row, row_time, size, CHUNK, SCALE)[:, None]
+        tl.store(
+            scores_ptr + (row.to(tl.int64) * chunks + chunk) * (CHUNK * CHUNK)
+            + index[:, None] * CHUNK + index[None, :],
+            weights.to(scores_ptr.dtype.element_ty),
         )  # fmt: skip
 
 
 @triton.jit
 def segment_sums_kernel(
     b_desc, c_desc, sums_ptr, log_decay_ptr, normaliser_ptr, documents_ptr, ranges_ptr,
-    time, segment, segments, heads, normaliser_rows,
+    time, segment, segments, heads, normaliser_rows, piece_first,
     B: tl.constexpr, C: tl.constexpr, BLOCK_B: tl.constexpr, TILE: tl.constexpr,
     CHUNK: tl.constexpr, REVERSE: tl.constexpr, SCALE: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, HAS_RANGES: tl.constexpr,
@@ -392,7 +381,7 @@ def segment_sums_kernel(
     TILES: tl.constexpr = (C + TILE - 1) // TILE
     tile = tl.program_id(0)
     row = tl.program_id(1)
-    piece = tl.program_id(2)
+    piece = tl.program_id(2) + piece_first
     batch = row // heads
     head = row % heads
     log_decay = _load_log_decay(log_decay_ptr, head)
