@@ -636,12 +636,27 @@ def mixer_batch(subject: Subject) -> str:
     return f"float64 {worst:.0e}; gradient to other rows exactly 0"
 
 
+def _owns_its_tensors(mixer: Mixer, x: Tensor) -> None:
+    """A state may not be a small view of something large."""
+    for form in FORMS:
+        with torch.no_grad():
+            _, stand = _walk(mixer, x, [(x.shape[1], form)])
+        for tensor in _tensors(stand.state):
+            held, own = tensor.untyped_storage().nbytes(), tensor.numel() * tensor.element_size()
+            if held > 2 * own:
+                raise Violation(
+                    f"after {form} a tensor of the state, {own} bytes, is a view of {held}: it "
+                    "keeps them all alive, and is saved with them; hand back a copy"
+                )
+
+
 def mixer_state(subject: Subject) -> str:
     """A state can be forked, reordered, saved, moved and cut off, and goes on as if nothing was."""
     mixer = subject.make()
     time, more = 11, 6
     x = subject.draw(BATCH, time + more, subject.dim)
     rest = x[:, time:]
+    _owns_its_tensors(mixer, subject.draw(1, LONGEST, subject.dim))
     rows = torch.tensor([2, 0, 0, 1, 2])  # more rows than before, and other than heads
 
     def save(state: State) -> State:

@@ -93,11 +93,15 @@ class Decoder(nn.Module):
         super().__init__()
         sizes = {"vocab_size": vocab_size, "dim": dim, "depth": depth, "heads": heads}
         for name, size in sizes.items():
-            if size is None or size < 1:
-                raise ValueError(f"{name}={size}: a decoder needs a whole number of at least 1")
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name}={size!r}: a decoder needs a whole number of at least 1")
         assert vocab_size and dim and depth and heads  # checked above; tells the type checker
         interface.head_size(dim, heads)
-        width = width or 8 * math.ceil(dim / 3)
+        width = 8 * math.ceil(dim / 3) if width is None else width
+        if not isinstance(width, int) or width < 1:
+            raise ValueError(f"width={width!r} must be a whole number of at least 1")
+        if isinstance(pattern, str):
+            raise ValueError(f"pattern={pattern!r} must be a list of mixers, such as [{pattern}]")
         dropout = dropout or 0.0
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout} must lie in [0, 1)")
@@ -108,6 +112,9 @@ class Decoder(nn.Module):
         self.tie_weights = bool(tie_weights)
         norm, norm_placement = norm or "rms", norm_placement or "pre"
         norm_eps = 1e-6 if norm_eps is None else norm_eps
+        for name, number in (("norm_eps", norm_eps), ("init_std", self.init_std)):
+            if number < 0:
+                raise ValueError(f"{name}={number} must be at least 0")
 
         #: All it takes to build this decoder again, as plain data: `Decoder(**config)`.
         self.config: dict[str, Any] = sizes | {
@@ -148,9 +155,7 @@ class Decoder(nn.Module):
                 _fill_slot(mixed, "bias", build, config["bias"], "heads")
             fed = build("feed_forward", config["feed_forward"], dim, width)
             norms = (make_norm(), make_norm())
-            self.blocks.append(
-                Block(mixed, fed, norms, placement=norm_placement, dropout=dropout)
-            )
+            self.blocks.append(Block(mixed, fed, norms, placement=norm_placement, dropout=dropout))
         self.norm = make_norm() if norm_placement == "pre" else nn.Identity()
         self.head = nn.Linear(dim, vocab_size, bias=False)
         self.reset_parameters()
@@ -216,6 +221,9 @@ class Decoder(nn.Module):
                 f"tokens have shape {tuple(tokens.shape)}: a decoder takes (batch, time), time >= 1"
             )
         batch_size, time = tokens.shape
+        if state is not None and len(state["place"]["positions"]) != batch_size:
+            rows = len(state["place"]["positions"])
+            raise ValueError(f"the state holds {rows} rows, the tokens {batch_size}")
         context, place = interface.make_context(
             batch_size,
             time,

@@ -383,6 +383,12 @@ def test_tokens_of_another_shape_are_refused(family, shape):
         micro(family)(torch.zeros(shape, dtype=torch.int64))
 
 
+def test_a_state_of_another_batch_is_refused(family):
+    model = micro(family)
+    with pytest.raises(ValueError, match="the state holds 2 rows, the tokens 1"):
+        model(torch.zeros((1, 3), dtype=torch.int64), model.init_state(2))
+
+
 def test_unknown_form_is_refused(family):
     with pytest.raises(ValueError, match="form 'sideways' is none of parallel, chunkwise"):
         micro(family)(torch.zeros((1, 3), dtype=torch.int64), form="sideways")

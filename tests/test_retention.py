@@ -129,6 +129,7 @@ def test_normaliser_goes_over_into_the_count_smoothly():
         ({"value_factor": 1.1}, "does not divide"),
         ({"value_factor": 0}, "values 0 wide"),
         ({"chunk_size": 0}, "at least 1"),
+        ({"norm_eps": -1e-6}, "at least 0"),
         ({"head_norm": "batch"}, "none of rms, group, none"),
     ],
 )
@@ -355,6 +356,9 @@ def test_learnable_decay_survives_casts_and_learns():
         kept = cast(copy.deepcopy(mixer)).decay_rate
         assert kept.dtype == torch.float32 and torch.equal(kept, before)
     assert copy.deepcopy(mixer).double().decay_rate.dtype == torch.float64
+    trained = copy.deepcopy(mixer)
+    whole(trained, x, None).sum().backward()
+    assert trained.bfloat16().decay_rate.grad.dtype == torch.float32
     half = copy.deepcopy(mixer).bfloat16()
     for form in FORMS:
         half.zero_grad()
@@ -546,6 +550,22 @@ def test_right_pads_do_not_decay_the_state(form):
     _, state = mixer(x, mixer.init_state(2), make_context(2, 12, documents=documents)[0], form)
     _, alone = mixer(x[:1, :5], mixer.init_state(1), make_context(1, 5)[0], form)
     assert relative_error(state["memory"][:1], alone["memory"]) < 1e-14
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("head_norm", ["rms", "group"])
+def test_padding_is_harmless_without_an_epsilon(form, head_norm):
+    """At left padding the head norm sees zeros; 0 / 0 would reach real tokens a layer later."""
+    arguments = {"norm_eps": 0.0, "head_norm": head_norm}
+    model = archzoo.create_model(
+        "retnet_micro", mixer={"class_path": "Retention", "init_args": arguments}
+    )
+    tokens = torch.randint(64, (1, 9))
+    documents = torch.tensor([[-1] * 4 + [0] * 5])
+    logits = model(tokens, documents=documents, form=form).logits[:, 4:]
+    assert relative_error(logits, model(tokens[:, 4:]).logits) < 1e-5
+    logits.square().mean().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 def test_output_at_init_is_neither_lost_nor_loud():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor, nn
@@ -9,7 +10,18 @@ from torch.nn import functional as F
 
 from archzoo.block import Aux, Context, FeedForward
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
+
+
+def find_activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The function of a name, or one clear line that names those there are."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation={name!r} is none of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
 
 
 class GatedFeedForward(FeedForward):
@@ -31,7 +43,7 @@ class GatedFeedForward(FeedForward):
         self.gate_up = nn.Linear(dim, 2 * width, bias=False)
         self.down = nn.Linear(width, dim, bias=False)
         self.down.closes_residual = True
-        self.activation = ACTIVATIONS[activation]
+        self.activation = find_activation(activation)
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Aux]:
         """X (batch, time, dim) to y of the same shape; aux is empty."""
@@ -58,7 +70,7 @@ class PlainFeedForward(FeedForward):
         self.up = nn.Linear(dim, width, bias=False)
         self.down = nn.Linear(width, dim, bias=False)
         self.down.closes_residual = True
-        self.activation = ACTIVATIONS[activation]
+        self.activation = find_activation(activation)
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Aux]:
         """X (batch, time, dim) to y of the same shape; aux is empty."""
