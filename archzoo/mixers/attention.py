@@ -31,8 +31,8 @@ class Attention(Mixer):
     def __init__(self, dim: int, heads: int, *, kv_heads: int | None = None) -> None:
         super().__init__()
         self.heads, self.head_dim = heads, head_size(dim, heads)
-        self.kv_heads = kv_heads or heads
-        if heads % self.kv_heads:
+        self.kv_heads = heads if kv_heads is None else kv_heads
+        if self.kv_heads < 1 or heads % self.kv_heads:
             raise ValueError(f"kv_heads={kv_heads} does not divide heads={heads}")
         # One matrix for q, k and v, in this order: at small sizes three would cost more in calls.
         self.query_key_value = nn.Linear(
@@ -72,10 +72,11 @@ class Attention(Mixer):
 
     def parallel(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
         """X (batch, time, dim) against itself and whatever the state holds."""
-        widths = [n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)]
-        q, k, v = self.query_key_value(x).split(widths, dim=-1)
-        q, k = split_heads(q, self.heads), split_heads(k, self.kv_heads)
-        q, k = self.rotary(q, k, context.positions, context.positions)
+        keys = self.kv_heads * self.head_dim
+        qk, v = self.query_key_value(x).split([self.heads * self.head_dim + keys, keys], dim=-1)
+        q, k = self.rotary.both(
+            split_heads(qk, self.heads + self.kv_heads), self.heads, context.positions
+        )
         v = split_heads(v, self.kv_heads)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (batch, heads, time, head_dim)
 

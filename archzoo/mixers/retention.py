@@ -163,7 +163,9 @@ class _Clock(NamedTuple):
     def at(self, view: Callable[[Tensor], Tensor]) -> _Clock:
         return _Clock(view(self.count), None if self.segment is None else view(self.segment))
 
-    def decay_since(self, earlier: _Clock, log_decay: Tensor, order: Tensor | None = None) -> Tensor:
+    def decay_since(
+        self, earlier: _Clock, log_decay: Tensor, order: Tensor | None = None
+    ) -> Tensor:
         """gamma^(self - earlier), 0 across documents and outside `order`: (b, heads, ...)."""
         elapsed = (self.count - earlier.count)[:, None]
         exponent = elapsed * log_decay.view(-1, *(1,) * (elapsed.dim() - 2))
@@ -228,7 +230,8 @@ def _retain_chunks(
             reading = (q * token.decay_since(entry, log_decay)[..., None])[:, :, first:]
             crossed = reading @ entering
             o = o + crossed if first == 0 else torch.cat([o[:, :, :1], o[:, :, 1:] + crossed], 2)
-    leaves = states[:, :, -1] if want_memory and states is not None else None
+    # A view would keep the states of all chunks alive, and be saved with them.
+    leaves = states[:, :, -1].clone() if want_memory and states is not None else None
     return rearrange(o, "b h n c d -> b (n c) h d"), leaves
 
 
@@ -276,6 +279,8 @@ class Retention(KeepsFloat32, Mixer):
                 f"value_factor={value_factor} makes values {value_width} wide, which heads="
                 f"{heads} does not divide: take a multiple of {heads / dim:g}"
             )
+        if norm_eps < 0:
+            raise ValueError(f"norm_eps={norm_eps} must be at least 0")
         if chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size} must be at least 1 token")
         if head_norm not in ("rms", "group", "none"):
@@ -283,7 +288,7 @@ class Retention(KeepsFloat32, Mixer):
         self.value_dim = value_width // heads
         self.head_norm, self.norm_eps, self.chunk_size = head_norm, norm_eps, chunk_size
         # One matrix for q, k, v and the gate, in this order.
-        self.widths = [dim, dim, value_width] + [value_width] * gate
+        self.widths = [2 * dim, value_width] + [value_width] * gate
         self.query_key_value_gate = nn.Linear(dim, sum(self.widths), bias=False)
         self.output = nn.Linear(value_width, dim, bias=False)
         self.output.closes_residual = True
@@ -338,11 +343,10 @@ class Retention(KeepsFloat32, Mixer):
 
         q and k come rotated, not scaled; k and v are 0 at padding.
         """
-        q, k, v, *gate = self.query_key_value_gate(x).split(self.widths, dim=-1)
-        q, k, v = (split_heads(part, self.heads) for part in (q, k, v))
+        qk, v, *gate = self.query_key_value_gate(x).split(self.widths, dim=-1)
         dtype = at_least_float32(x.dtype)
-        q, k = self.rotary(q.to(dtype), k.to(dtype), context.positions, context.positions)
-        v = v.to(dtype)
+        qk, v = split_heads(qk, 2 * self.heads).to(dtype), split_heads(v, self.heads).to(dtype)
+        q, k = self.rotary.both(qk, self.heads, context.positions)
         if context.packed:
             valid = context.valid[:, :, None, None]
             k, v = k * valid, v * valid
@@ -350,10 +354,14 @@ class Retention(KeepsFloat32, Mixer):
 
     def finish(self, o: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Head norm, gate, output projection: o (batch, time, heads, value_dim) to y."""
+        # At padding o is exactly 0, and with eps 0 the norm would make NaN of it, which the next
+        # layer's sums would spread. 1e-24 is lost beside anything else, and its root survives
+        # being cubed in a backward pass.
+        eps = max(self.norm_eps, 1e-24)
         if self.head_norm == "rms":
-            o = rms_norm(o, eps=self.norm_eps)
+            o = rms_norm(o, eps=eps)
         elif self.head_norm == "group":
-            o = F.layer_norm(o, (self.value_dim,), eps=self.norm_eps)
+            o = F.layer_norm(o, (self.value_dim,), eps=eps)
         y = merge_heads(o).to(dtype)
         return self.output(y if gate is None else F.silu(gate) * y)
 

@@ -94,6 +94,12 @@ class _Rotation(Rotary):
         k = rotate(k, rotation_table(key_positions, self.frequencies, dtype))
         return q, k
 
+    def both(self, qk: Tensor, heads: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotate q and k side by side, (batch, time, heads + key heads, head_dim), in one go."""
+        table = rotation_table(positions, self.frequencies, at_least_float32(qk.dtype))
+        qk = rotate(qk, table)
+        return qk[:, :, :heads], qk[:, :, heads:]
+
 
 class RotaryEmbedding(_Rotation):
     """RoPE: ``theta_i = base^(-2i / rotary_dim)``.
