@@ -25,13 +25,7 @@ __all__ = ["available", "retention", "retention_step", "unavailable"]
 
 MAX_KEY_WIDTH = 256
 MAX_VALUE_WIDTH = 512
-
-
-@functools.cache
-def _triton_missing() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    return None
+_TRITON_FOUND = importlib.util.find_spec("triton") is not None
 
 
 def _interpreting() -> bool:
@@ -48,9 +42,8 @@ def unavailable(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None
         v: values, (batch, time, heads, dv).
         log_decay: log gamma, (heads,); one that wants a gradient is refused.
     """
-    missing = _triton_missing()
-    if missing is not None:
-        return missing
+    if not _TRITON_FOUND:
+        return "triton is not installed"
     if q.device.type != "cuda" and not (_interpreting() and q.device.type == "cpu"):
         return f"the kernels need a CUDA device, the tensors are on {q.device.type}"
     if torch.version.hip is not None:
