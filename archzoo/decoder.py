@@ -51,8 +51,8 @@ class Decoder(nn.Module):
         width: Hidden width of every feed-forward [8/3 dim, up to a multiple of 8].
         context_length: Longest text seen in training, in tokens; stored, never a limit.
         mixer: Over time: built as mixer(dim, heads) [Attention].
-        pattern: Mixers by name, tiled over the depth, such as [Retention, Retention, Attention];
-            it takes the place of mixer.
+        pattern: Mixers by name, or by class_path and init_args, tiled over the depth, such as
+            [Retention, Retention, Attention]; it takes the place of mixer.
         feed_forward: Over channels: built as feed_forward(dim, width) [GatedFeedForward].
         embedding: Of tokens: built as embedding(vocab_size, dim) [TokenEmbedding].
         rotary: On q and k: built as rotary(head_dim) [each mixer's own].
@@ -77,7 +77,7 @@ class Decoder(nn.Module):
         width: int | None = None,
         context_length: int | None = None,
         mixer: MixerFactory | None = None,
-        pattern: list[str] | None = None,
+        pattern: list[str | dict[str, Any]] | None = None,
         feed_forward: FeedForwardFactory | None = None,
         embedding: EmbeddingFactory | None = None,
         rotary: RotaryFactory | None = None,

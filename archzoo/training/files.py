@@ -108,17 +108,21 @@ class MetricsFile(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         seconds = round(time.perf_counter() - self._started, 3)
         row: dict[str, Any] = {"step": step, "seconds": seconds, **metrics}
+        row.pop("epoch", None)  # Lightning's; streams of examples have no epochs
         if _kind(row) in self._known:
             return
         if self._columns is None and self.path.exists():
             self._columns = self._read()[1]
-        if self._columns is None or not set(row) <= set(self._columns):
-            rows = self._read()[0] if self.path.exists() else []
-            columns = [*(self._columns or []), *(n for n in row if n not in (self._columns or []))]
-            self._write([*rows, row], columns)
-            return
-        with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, self._columns).writerow(row)
+        columns = self._columns or []
+        try:
+            if set(row) <= set(columns):
+                with open(self.path, "a", newline="") as file:
+                    csv.DictWriter(file, columns).writerow(row)
+            else:
+                rows = self._read()[0] if self.path.exists() else []
+                self._write([*rows, row], [*columns, *(n for n in row if n not in columns)])
+        except OSError as error:
+            raise OSError(f"{self.path} could not be written: {error.strerror}") from None
 
     def _read(self) -> tuple[list[dict[str, str]], list[str]]:
         with open(self.path, newline="") as file:

@@ -93,6 +93,7 @@ class LanguageModel(lightning.LightningModule):
         self._gradient_norm: Tensor | None = None
         self._clock = time.perf_counter()
         self._random: dict[str, Any] | None = None
+        self._loaded_step: int | None = None
         if architecture.get("vocab_size") is not None:
             self.decoder = self.build()
 
@@ -362,9 +363,13 @@ class LanguageModel(lightning.LightningModule):
         }
         wanted = ("loss", *(self.task.metrics if self.task else values))
         row = {f"{split}/{name}": values[name] for name in wanted}
-        # To callbacks through Lightning, to files at the step as everyone counts it: from 1.
-        self.log_dict(row, logger=False)
-        self._log(row, self.trainer.global_step)
+        if self.trainer.state.fn == "fit":
+            # To callbacks through Lightning, to files at the step as people count it: from 1.
+            self.log_dict(row, logger=False)
+            self._log(row, self.trainer.global_step)
+        else:  # what is logged through Lightning is also what `trainer.test` hands back
+            self.latest |= row
+            self.log_dict({"step": float(self._loaded_step or 0), **row})
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, "validation")
@@ -468,6 +473,7 @@ class LanguageModel(lightning.LightningModule):
                 raise ValueError(
                     "the checkpoint was trained with another vocabulary than this task's"
                 )
+        self._loaded_step = checkpoint["global_step"]
         training = checkpoint["training"]
         self._totals, self._carried = dict(training["totals"]), dict(training["carried"])
         self._random = training["random"]

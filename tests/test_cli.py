@@ -1,0 +1,477 @@
+"""The command line: what it does, what it costs, and what it says to a mistake."""
+
+import csv
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+import yaml
+
+import archzoo
+from archzoo.cli import COMMANDS, main, usage
+
+ROOT = Path(__file__).parent.parent
+MICRO = """
+seed_everything: 0
+model: {preset: retnet_micro}
+data:
+  class_path: Addition
+  init_args: {digits: 2, batch_size: 4, validation_examples: 8, test_examples: 12}
+trainer: {max_steps: 4, accelerator: cpu, val_check_interval: 4, log_every_n_steps: 1}
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A directory with a small configuration in it, as the current one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "micro.yaml").write_text(MICRO)
+    return tmp_path
+
+
+def fit(*arguments):
+    return main(["fit", "--config", "micro.yaml", *arguments])
+
+
+def fails(capsys, arguments, *expected):
+    """One line on stderr that holds what is expected, and an exit status."""
+    capsys.readouterr()
+    assert main(list(arguments)) == 1
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), captured.err
+    for part in expected:
+        assert part in lines[0], f"{part!r} is not in {lines[0]!r}"
+    return lines[0]
+
+
+def stored(path="runs/micro/last.ckpt"):
+    return torch.load(path, weights_only=True)
+
+
+# ---------------------------------------------------------------------------- what it does
+
+
+def test_train_test_predict_generate(here, capsys):
+    """The whole way, with a checkpoint that needs no configuration."""
+    assert fit() == 0
+    assert "retnet_micro: " in capsys.readouterr().out
+    assert main(["validate", "--ckpt_path", "runs/micro/last.ckpt"]) == 0
+    with open("runs/micro/metrics.csv") as file:
+        in_fit = [row for row in csv.DictReader(file) if row["validation/loss"]][-1]
+    with open("runs/micro/validate.csv") as file:
+        (alone,) = csv.DictReader(file)
+    assert alone["step"] == "4" and alone["validation/loss"] == in_fit["validation/loss"]
+
+    capsys.readouterr()
+    assert main(["test", "--ckpt_path", "runs/micro/last.ckpt"]) == 0
+    assert "exact match" in capsys.readouterr().out
+    with open("runs/micro/test.csv") as file:
+        assert float(next(iter(csv.DictReader(file)))["test/exact_match"]) >= 0
+
+    assert main(["predict", "--ckpt_path", "runs/micro/last.ckpt"]) == 0
+    lines = (here / "runs/micro/predictions.jsonl").read_text().splitlines()
+    assert len(lines) == 12 and set(json.loads(lines[0])) == {"text", "asked", "predicted"}
+    assert main(["generate", "runs/micro/last.ckpt", "1+2=", "12+3=", "--max_tokens", "2"]) == 0
+    assert main(["generate", "runs/micro/last.ckpt", "1+2=", "--check", "--max_tokens", "2"]) == 0
+
+
+def test_swap_says_both_counts(here, capsys):
+    assert fit("--model.mixer", "Attention") == 0
+    assert "NOT matched" in capsys.readouterr().out
+    assert fit("--model.mixer", "Attention", "--model.match", "parameters") == 0
+    assert capsys.readouterr().out.count(": matched") == 1
+    assert stored()["hyper_parameters"]["mixer"]["class_path"] == "Attention"
+
+
+def test_another_run_is_never_written_over(here, capsys):
+    fit()
+    first = (here / "runs/micro/last.ckpt").read_bytes()
+    fit("--seed_everything", "1")
+    assert "runs/micro-1" in capsys.readouterr().out
+    assert (here / "runs/micro-1/last.ckpt").read_bytes() == first
+    assert (here / "runs/micro/last.ckpt").read_bytes() != first
+    fit("--name", "other")
+    assert (here / "runs/other/last.ckpt").exists() and not (here / "runs/micro-2").exists()
+
+
+def test_resuming_needs_only_the_checkpoint(here):
+    fit("--model.dropout", "0.1", "--model.learning_rate", "0.01")
+    more = ["--trainer.max_steps", "6"]
+    assert main(["fit", "--ckpt_path", "runs/micro/last.ckpt", *more]) == 0
+    checkpoint = stored()
+    assert checkpoint["global_step"] == 6
+    assert checkpoint["hyper_parameters"]["dropout"] == 0.1
+    assert checkpoint["hyper_parameters"]["learning_rate"] == 0.01
+    with open("runs/micro/metrics.csv") as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert fit("--ckpt_path", "last", "--model.dropout", "0.1", "--trainer.max_steps", "7") == 0
+    assert stored()["global_step"] == 7
+    # What is saved beside it starts a run anew, and does not resume this one.
+    assert yaml.safe_load((here / "runs/micro/config.yaml").read_text())["ckpt_path"] is None
+
+
+def test_tokenizer_comes_back_from_the_checkpoint(here, capsys):
+    """Another text is read with the model's tokenizer, not with one learned from it."""
+    (here / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    (here / "other.txt").write_text("a zebra, too! " * 40)
+    data = "--data Text --data.path text.txt --data.context_length 16 --data.batch_size 2"
+    cache = ["--data.cache_dir", str(here / "cache")]
+    arguments = f"fit --model.preset retnet_micro --trainer.max_steps 2 {data} --name text".split()
+    arguments += ["--trainer.accelerator", "cpu", *cache]
+    for tokenizer in ("characters", "bpe"):
+        vocabulary = ["--data.vocab_size", "270"] if tokenizer == "bpe" else []
+        assert main([*arguments, "--data.tokenizer", tokenizer, *vocabulary]) == 0
+        (here / "text.txt").rename(here / "gone.txt")
+        test = ["test", "--ckpt_path", "runs/text/last.ckpt", "--data.path", "other.txt"]
+        if tokenizer == "bpe":
+            assert main(test) == 0
+        else:
+            fails(capsys, test, "other.txt")
+        (here / "gone.txt").rename(here / "text.txt")
+
+
+def test_loggers_come_in_addition(here):
+    class_path = "lightning.pytorch.loggers.CSVLogger"
+    assert fit("--trainer.logger", class_path, "--trainer.logger.save_dir", "more") == 0
+    assert (here / "runs/micro/metrics.csv").exists()
+    assert list((here / "more").rglob("*"))
+
+
+def test_list_and_show(capsys):
+    assert main(["list"]) == 0
+    table = capsys.readouterr().out
+    for name in archzoo.list_models():
+        assert name in table
+    assert main(["list", "ret*", "--markdown"]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert len(lines) == 2 + len(archzoo.list_models("ret*"))
+    cells = dict(zip(lines[0].split("|"), lines[2].split("|"), strict=True))
+    assert cells[" model "] == " retnet_micro " and cells[" mixer "] == " Retention "
+    count = archzoo.create_model("retnet_micro").parameter_count()
+    assert cells[" parameters "] == f" {count:,} "
+    state = archzoo.create_model("retnet_micro").init_state(1)
+    size = archzoo.block.nbytes(state)
+    assert cells[" state at 1k "] == cells[" state at 16k "] == f" {size / 1024:.4g} KiB "
+
+    assert main(["show", "transformer_tiny"]) == 0
+    shown = capsys.readouterr().out
+    net = archzoo.create_model("transformer_tiny")
+    assert "LLaMA" in shown and f"{net.parameter_count():,}" in shown
+    mixers = sum(p.numel() for block in net.blocks for p in block.mixer.parameters())
+    assert f"{mixers:,}" in shown
+
+
+def test_sizes_by_part_add_up():
+    from archzoo.zoo import parameters_by_part
+
+    for name in ("retnet_micro", "transformer_micro"):
+        for tie_weights in (False, True):
+            net = archzoo.create_model(name, tie_weights=tie_weights)
+            assert sum(c for _, _, c in parameters_by_part(net)) == net.parameter_count()
+
+
+# ---------------------------------------------------------------------------- traps
+
+
+def test_class_changed_on_the_command_line_keeps_nothing_of_the_old(here):
+    config = yaml.safe_load(MICRO)
+    config["model"]["mixer"] = {"class_path": "Retention", "init_args": {"norm_eps": 0.1}}
+    (here / "micro.yaml").write_text(yaml.safe_dump(config))
+    assert fit() == 0
+    assert stored()["hyper_parameters"]["mixer"]["init_args"]["norm_eps"] == 0.1
+    assert fit("--model.mixer", "Attention") == 0
+    assert stored()["hyper_parameters"]["mixer"] == {
+        "class_path": "Attention",
+        "init_args": {"kv_heads": None},
+    }
+
+
+def test_options_of_every_slot_from_the_command_line(here):
+    options = {
+        "mixer": ("Retention", "value_factor", 1.0),
+        "rotary": ("RotaryEmbedding", "base", 500.0),
+        "feed_forward": ("PlainFeedForward", "activation", "relu"),
+    }
+    arguments = []
+    for slot, (name, option, value) in options.items():
+        arguments += [f"--model.{slot}", name, f"--model.{slot}.{option}", str(value)]
+    assert fit(*arguments) == 0
+    config = stored()["hyper_parameters"]
+    for slot, (name, option, value) in options.items():
+        assert config[slot]["class_path"] == name and config[slot]["init_args"][option] == value
+    text = (here / "runs/micro/config.yaml").read_text()
+    assert "Unable to serialize" not in text
+    again = main(["fit", "--config", "runs/micro/config.yaml", "--name", "again"])
+    assert again == 0 and stored("runs/again/last.ckpt")["hyper_parameters"] == config
+
+
+def test_a_pattern_takes_the_place_of_the_mixer(here):
+    assert fit("--model.pattern", "[Retention, Attention]") == 0
+    config = stored()["hyper_parameters"]
+    assert config["mixer"] is None
+    assert [spec["class_path"] for spec in config["pattern"]] == ["Retention", "Attention"]
+    assert main(["test", "--ckpt_path", "runs/micro/last.ckpt"]) == 0
+
+
+def test_a_strangers_part_goes_the_whole_way(here, monkeypatch):
+    (here / "strange.py").write_text(
+        "from archzoo.mixers.retention import Retention\n"
+        "class Slow(Retention):\n"
+        "    def __init__(self, dim: int, heads: int, *, pace: float = 1.0) -> None:\n"
+        "        super().__init__(dim, heads, decay=pace)\n"
+    )
+    monkeypatch.syspath_prepend(here)
+    assert fit("--model.mixer", "strange.Slow", "--model.mixer.pace", "0.5") == 0
+    expected = {"class_path": "strange.Slow", "init_args": {"pace": 0.5}}
+    assert stored()["hyper_parameters"]["mixer"] == expected
+    assert main(["test", "--ckpt_path", "runs/micro/last.ckpt"]) == 0
+
+
+def test_lightning_is_none_of_the_bad_versions():
+    version = tuple(int(part) for part in lightning.__version__.split(".")[:3])
+    assert version >= (2, 6, 6)
+
+
+# ---------------------------------------------------------------------------- what it costs
+
+
+def test_help_needs_no_torch_and_half_a_second():
+    code = (
+        "import sys\n"
+        "from archzoo.cli import main\n"
+        "main(['--help'])\n"
+        "heavy = {'torch', 'lightning', 'jsonargparse', 'numpy', 'rich'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+def test_models_need_no_lightning():
+    code = (
+        "import sys, archzoo\n"
+        "archzoo.create_model('retnet_micro'), archzoo.from_pretrained, archzoo.generate\n"
+        "heavy = {'lightning', 'transformers', 'matplotlib', 'torchmetrics'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_help_names_every_command(capsys):
+    assert main(["--help"]) == 0
+    assert capsys.readouterr().out.strip() == usage()
+    assert all(name in usage() for name in COMMANDS)
+    assert main([]) == 2
+    assert main(["--version"]) == 0
+    assert archzoo.__version__ in capsys.readouterr().out
+
+
+def test_help_of_commands_comes_from_the_code(capsys):
+    """Arguments of the decoder are defined once, in its signature and docstring."""
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, words in {
+        "model.dim": "Width of the residual stream",
+        "model.learning_rate": "The peak, per optimizer step",
+        "checkpoint.every_n_steps": "Optimizer steps between two writings",
+    }.items():
+        assert f"--{name}" in text and words in text
+    assert "NOT_ACCEPTED" not in text
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", "--help"])
+    assert stop.value.code == 0 and "--max_tokens" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["fitt"], ["'fitt'", "fit"]),
+        (["fit"], ["fit needs data", "--config"]),
+        (["test"], ["test needs data", "--ckpt_path"]),
+        (["fit", "--config", "mcro.yaml"], ["mcro.yaml", "nearest", "micro.yaml"]),
+        (["test", "--ckpt_path", "last"], ["of which run"]),
+        (["test", "--ckpt_path", "runs/none.ckpt"], ["no checkpoint runs/none.ckpt"]),
+        (["show", "retnet_tinny"], ["'retnet_tinny'", "retnet_tiny"]),
+        (["show"], ["required: name"]),
+        (["list", "--markdwn"], ["--markdwn", "--markdown"]),
+        (["list", "rte*"], ["'rte*'", "retnet_tiny"]),
+        (["check", "no_module.Mixer"], ["no_module"]),
+        (["generate", "none.ckpt", "1+1="], ["none.ckpt"]),
+    ],
+)
+def test_mistakes_in_commands(here, capsys, arguments, expected):
+    fails(capsys, arguments, *expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("--model.preset retnet_tinny", ["'retnet_tinny'", "retnet_tiny"]),
+        ("--model.mixer Retenton", ["model.mixer", "'Retenton'", "Retention"]),
+        ("--model.mixer Attention --model.mixer.kv_head 1", ["'kv_head'", "kv_heads"]),
+        ("--model.mixer Attention --model.mixer.value_factor 1", ["value_factor", "Retention has"]),
+        ("--model.feed_forward GatedFeedForwrd", ["'GatedFeedForwrd'", "GatedFeedForward"]),
+        ("--model.rotary RotaryEmbeding", ["'RotaryEmbeding'", "RotaryEmbedding"]),
+        ("--model.pattern [Retention,Atention]", ["'Atention'", "Attention"]),
+        ("--model.mixr Retention", ["'model.mixr'", "model.mixer"]),
+        ("--model.heads 3", ["heads=3 does not divide dim=32", "2, 4"]),
+        ("--model.dim wide", ["model.dim", "'wide'", "int"]),
+        ("--model.norm batch", ["model.norm", "'batch'", "'rms', 'layer'"]),
+        ("--model.bias NoBias --model.mixer Retention", ["model.bias"]),
+        ("--model.learning_rate 0", ["learning_rate"]),
+        ("--data Adition", ["data", "'Adition'", "Addition"]),
+        ("--data.digit 4", ["'digit'", "digits"]),
+        ("--data.digits 0", ["digits 0"]),
+        ("--trainer.max_step 4", ["'trainer.max_step'", "trainer.max_steps"]),
+        ("--trainer.logger TensorbordLogger", ["TensorBoardLogger"]),
+        ("--checkpoint.every_n_steps 0", ["every_n_steps=0"]),
+        ("--ckpt_path best", ["no checkpoint runs/micro/best.ckpt"]),
+        ("--data Text --data.path nowhere.txt", ["nowhere.txt"]),
+        ("--data Text --data.path empty.txt", ["empty.txt is empty"]),
+        ("--data Text --data.path binary.txt", ["binary.txt", "UTF-8"]),
+        ("--data Text --data.path short.txt", ["short.txt", "shorter than one window"]),
+        ("--data Text --data.path short.txt --data.tokenizer bpee", ["'bpee'", "bpe"]),
+    ],
+)
+def test_mistakes_in_settings(here, capsys, monkeypatch, arguments, expected):
+    (here / "empty.txt").write_text("")
+    (here / "binary.txt").write_bytes(bytes(range(256)) * 40)
+    (here / "short.txt").write_text("To be")
+    monkeypatch.setenv("HOME", str(here))  # where encoded text is cached
+    fails(capsys, ["fit", "--config", "micro.yaml", *arguments.split()], *expected)
+    assert not (here / "runs").exists() or not list((here / "runs").rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("key", "content", "expected"),
+    [
+        ("model", {"preset": "retnet_micro", "depht": 3}, ["'model.depht'", "model.depth"]),
+        (
+            "model",
+            {"mixer": {"class_path": "Retention", "init_args": {"decy": 1}}},
+            ["'decy'", "decay"],
+        ),
+        ("data", {"class_path": "Addition", "init_args": {"digts": 3}}, ["'digts'", "digits"]),
+        ("trainer", {"max_stps": 3}, ["'trainer.max_stps'", "trainer.max_steps"]),
+    ],
+)
+def test_mistakes_in_a_configuration(here, capsys, key, content, expected):
+    (here / "micro.yaml").write_text(yaml.safe_dump(yaml.safe_load(MICRO) | {key: content}))
+    fails(capsys, ["fit", "--config", "micro.yaml"], *expected)
+
+
+def test_a_mistake_moves_no_run_away(here, capsys):
+    fit()
+    fails(capsys, ["fit", "--config", "micro.yaml", "--model.learning_rate", "0"])
+    assert (here / "runs/micro/last.ckpt").exists()
+
+
+def test_debug_shows_where(here, capsys, monkeypatch):
+    monkeypatch.setenv("ARCHZOO_DEBUG", "1")
+    assert main(["show", "retnet_tinny"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------- bad checkpoints
+
+
+class Bomb:
+    def __reduce__(self):
+        return (print, ("boom",))
+
+
+@pytest.fixture
+def trained(here):
+    fit()
+    return Path("runs/micro/last.ckpt")
+
+
+@pytest.mark.parametrize("command", ["test", "fit"])
+def test_bad_checkpoints(trained, capsys, command):
+    checkpoint = stored()
+    bad = {
+        "cut": trained.read_bytes()[:-3000],
+        "empty": b"",
+        "words": b"hello",
+    }
+    for name, content in bad.items():
+        Path(f"{name}.ckpt").write_bytes(content)
+        fails(capsys, [command, "--ckpt_path", f"{name}.ckpt"], f"{name}.ckpt")
+    torch.save(checkpoint | {"extra": Bomb()}, "bomb.ckpt")
+    fails(capsys, [command, "--ckpt_path", "bomb.ckpt"], "bomb.ckpt", "code")
+    assert "boom" not in capsys.readouterr().out
+    torch.save({"state_dict": checkpoint["state_dict"]}, "other.ckpt")
+    fails(capsys, [command, "--ckpt_path", "other.ckpt"], "other.ckpt", "archzoo's training")
+    strange = checkpoint["task"] | {"class_path": "os.system"}
+    torch.save(checkpoint | {"task": strange}, "strange.ckpt")
+    fails(capsys, [command, "--ckpt_path", "strange.ckpt"], "os.system")
+
+
+def test_another_model_and_vocabulary(trained, capsys):
+    resume = ["fit", "--config", "micro.yaml", "--ckpt_path", str(trained)]
+    fails(capsys, [*resume, "--model.depth", "3"], "another model", "depth is 2 in it and 3 here")
+    Path("digits.txt").write_text("0123456789+=() " * 50)
+    text = "--data Text --data.path digits.txt --data.context_length 8 --data.cache_dir cache"
+    line = fails(capsys, [*resume, *text.split(), "--model.vocab_size", "15"])
+    assert "vocab" in line
+    fails(capsys, [*resume, *text.split()], "vocab")
+
+
+# ---------------------------------------------------------------------------- what ends a run
+
+
+def test_nan_keeps_the_last_good_checkpoint(here, capsys):
+    fit("--checkpoint.every_n_steps", "1")
+    before = stored()["global_step"]
+    capsys.readouterr()
+    blown = "--model.learning_rate 1e30 --model.warmup_steps 0 --trainer.max_steps 9".split()
+    line = fails(
+        capsys,
+        ["fit", "--config", "micro.yaml", "--checkpoint.every_n_steps", "1", *blown],
+        "step ",
+        "--model.learning_rate",
+    )
+    assert before == 4
+    path = Path("runs/micro/last.ckpt")
+    if path.exists():
+        assert "last good checkpoint" in line
+        assert all(value.isfinite().all() for value in stored()["state_dict"].values())
+    assert stored("runs/micro-1/last.ckpt")["global_step"] == 4
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(here):
+    """A limit on the size of files stands for the disk; both end a write in the middle."""
+    fit()
+    before = Path("runs/micro/last.ckpt").read_bytes()
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    arguments = ["fit", "--ckpt_path", "runs/micro/last.ckpt", "--trainer.max_steps", "6"]
+    run = subprocess.run(
+        [sys.executable, "-m", "archzoo", *arguments],
+        preexec_fn=limit,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert run.returncode == 1
+    errors = [line for line in run.stderr.splitlines() if "Warning" not in line]
+    assert errors == ["error: runs/micro/last.ckpt could not be written: File too large"]
+    assert Path("runs/micro/last.ckpt").read_bytes() == before
+    assert not list(Path("runs/micro").glob("*.partial"))
