@@ -1125,9 +1125,12 @@ def rotary_interface(subject: Subject) -> str:
     offset[1] += 7
     q_at, k_at = part(q, k, positions.contiguous(), offset)
     piece = part(q[:, 9:10, 1:2], k[:, 9:10, 1:2], positions[:, 9:10], positions[:, 9:10])
+    both_q, both_k = part.both(torch.cat([q, k], dim=2), 4, positions)
     worst = 0.0
     for what, got, want in (
         ("positions of one row expanded, and of all rows", q_at, want_q),
+        ("q by `both` against `forward`", both_q, want_q),
+        ("k by `both` against `forward`", both_k, want_k),
         ("rows at the same positions beside a row at others", k_at[::2], want_k[::2]),
         ("one token and head alone", piece[0], want_q[:, 9:10, 1:2]),
         ("one token and head alone", piece[1], want_k[:, 9:10, 1:2]),

@@ -478,6 +478,11 @@ class RoundsWherePositionsAreFar(Rotary):
         return q * angle.cos(), k * angle.cos()
 
 
+class RotatesTogetherOtherwise(archzoo.RotaryEmbedding):
+    def both(self, qk, heads, positions):
+        return super().both(qk, heads - 1, positions)
+
+
 class BiasesByIndex(Bias):
     """By the index in the piece instead of the position."""
 
@@ -528,6 +533,7 @@ class RoutesTwiceToOne(TopTwo):
         (CountsAcrossDocuments, "pieces and documents", "in pieces"),
         (RoundsItsAngles, "casts", "'frequency'"),
         (RoundsWherePositionsAreFar, "casts", "65,535"),
+        (RotatesTogetherOtherwise, "interface", "by `both`"),
         (BiasesByIndex, "interface", "a piece against the whole"),
         (RoutesInHalf, "interface", "weights is torch.bfloat16"),
         (RoutesTwiceToOne, "interface", "twice"),
