@@ -1,19 +1,32 @@
-"""Rotations of queries and keys by position: RoPE, RetNet's own, and none.
+"""Rotations of queries and keys by position: RoPE and its scalings, xPos, RetNet's own, and none.
 
 All rotate interleaved pairs (2i, 2i + 1) of a head by the angle ``position * theta_i``; they
-differ in theta. Angles are built in float64, and only their sine and cosine are rounded: in
-float32 the angle itself loses digits with the position, in bfloat16 whole positions coincide.
-Frequencies are host-side numbers and never buffers, so no cast of the model can reach them.
+differ in theta. A scaling makes a model read texts s times longer than it was trained on by
+turning slower; it changes numbers on the host and no weight.
+
+Angles are built in float64, and only their sine and cosine are rounded: in float32 the angle
+itself loses digits with the position, in bfloat16 whole positions coincide. Frequencies are
+host-side numbers and never buffers, so no cast of the model can reach them.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from archzoo.block import Rotary, at_least_float32, constant, once_per_call
 
 Frequencies = tuple[float, ...]
+
+RopeType = Literal["default", "linear", "ntk", "yarn", "llama3"]
+
+
+# ---------------------------------------------------------------------------- frequencies
+
 
 def rotary_frequencies(rotary_dim: int, base: float = 10_000.0) -> Frequencies:
     """RoPE's ``theta_i = base^(-2i / rotary_dim)``, i = 0 .. rotary_dim/2 - 1.
@@ -33,25 +46,162 @@ def retention_frequencies(rotary_dim: int, base: float = 10_000.0) -> Frequencie
     return tuple(base ** -(i / max(steps - 1, 1)) for i in range(steps))
 
 
-def rotation_table(positions: Tensor, frequencies: Frequencies, dtype: torch.dtype) -> Tensor:
-    """``exp(i * position * theta)``, complex, computed once for all layers of a call.
+def ntk_base(base: float, rotary_dim: int, factor: float) -> float:
+    """NTK-aware scaling: ``base * factor^(rotary_dim / (rotary_dim - 2))``.
+
+    The slowest pair then turns exactly `factor` times slower, the fastest as before. The exponent
+    takes the channels that are rotated, which are fewer than the head's where
+    ``partial_rotary_factor`` is below 1: Yuan2.0-M32 rotates 128 of 256, and
+    ``ntk_base(10_000, 128, 4)`` is 40,889.94.
+
+    Source: bloc97, "NTK-Aware Scaled RoPE", 2023; Peng et al., YaRN, arXiv 2309.00071, eq. 16.
+
+    Raises:
+        ValueError: Fewer than 4 channels, whose one pair has no slower one beside it.
+    """
+    if rotary_dim < 4:
+        raise ValueError(
+            f"NTK scaling of {rotary_dim} rotated channels changes nothing: it needs at least 4"
+        )
+    return float(base * factor ** (rotary_dim / (rotary_dim - 2)))
+
+
+def dynamic_ntk_base(
+    base: float, rotary_dim: int, factor: float, length: int, original_length: int
+) -> float:
+    """Dynamic NTK at one length: `ntk_base` of ``factor * n / L - (factor - 1)``, n >= L.
+
+    `factor` is not the ratio that can be reached: with 4, the slowest pair turns 5 times slower
+    at 2 L and 13 times at 4 L. One base must serve a whole text, cached keys included: take it at
+    the longest length to come and keep it.
+
+    Args:
+        base: Of the trained model.
+        rotary_dim: Channels that are rotated.
+        factor: Of the method; 1 divides the slowest pair by n / L.
+        length: n, tokens of the text; below L it counts as L.
+        original_length: L, tokens of the texts in training.
+
+    Source: emozilla, "Dynamically Scaled RoPE", 2023, as Hugging Face computes it.
+    """
+    ratio = max(length, original_length) / original_length
+    return ntk_base(base, rotary_dim, factor * ratio - (factor - 1))
+
+
+def yarn_frequencies(
+    rotary_dim: int,
+    base: float,
+    factor: float,
+    original_length: int,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    truncate: bool = True,
+) -> Frequencies:
+    """YaRN: fast pairs as they are, slow ones `factor` times slower, a ramp in between.
+
+    Pair i turns ``L theta_i / 2 pi`` times in L trained tokens. It turns r times at
+    ``i = f(r) = D ln(L / 2 pi r) / (2 ln base)``; the ramp goes from floor f(beta_fast) to
+    ceil f(beta_slow), both kept in 0 .. D - 1.
+
+    Args:
+        rotary_dim: D, channels that are rotated.
+        base: Of the trained model.
+        factor: s, target length over trained length; 1 changes nothing, to the last bit.
+        original_length: L, tokens of the texts in training.
+        beta_fast: Turns in L from which a pair stays.
+        beta_slow: Turns in L up to which a pair is interpolated in full.
+        truncate: Round the ends of the ramp to whole pairs.
+
+    Source: Peng et al., YaRN, arXiv 2309.00071, section 3.2, definition 2.
+    """
+    frequencies = rotary_frequencies(rotary_dim, base)
+    if factor == 1:
+        return frequencies
+
+    def pair(turns: float) -> float:
+        return rotary_dim * math.log(original_length / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = pair(beta_fast), pair(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
+    if high <= low:
+        high = low + 0.001  # a step instead of a ramp
+    scaled = []
+    for index, theta in enumerate(frequencies):
+        ramp = min(max((index - low) / (high - low), 0.0), 1.0)
+        scaled.append(ramp * theta / factor + (1 - ramp) * theta)
+    return tuple(scaled)
+
+
+def yarn_attention_factor(factor: float) -> float:
+    """``0.1 ln s + 1``, by which YaRN multiplies rotated queries and rotated keys.
+
+    Source: Peng et al., YaRN, arXiv 2309.00071, section 3.4: scores grow by its square.
+    """
+    return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def llama3_frequencies(
+    rotary_dim: int,
+    base: float,
+    factor: float,
+    original_length: int,
+    low_freq_factor: float = 1.0,
+    high_freq_factor: float = 4.0,
+) -> Frequencies:
+    """Llama 3.1: by wavelength ``w = 2 pi / theta`` against the trained length L.
+
+    ``w < L / high`` stays, ``w > L / low`` turns `factor` times slower, and between the two
+    ``(L / w - low) / (high - low)`` says how much of it stays.
+
+    Args:
+        rotary_dim: Channels that are rotated.
+        base: Of the trained model.
+        factor: s; 1 changes nothing, to the last bit.
+        original_length: L, tokens of the texts in training.
+        low_freq_factor: low.
+        high_freq_factor: high.
+
+    Source: Dubey et al., The Llama 3 Herd of Models, arXiv 2407.21783, as released in code.
+    """
+    frequencies = rotary_frequencies(rotary_dim, base)
+    if factor == 1:
+        return frequencies
+    scaled = []
+    for theta in frequencies:
+        turns = original_length * theta / (2 * math.pi)
+        kept = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
+        kept = min(max(kept, 0.0), 1.0)
+        scaled.append(kept * theta + (1 - kept) * theta / factor)
+    return tuple(scaled)
+
+
+# ---------------------------------------------------------------------------- rotating
+
+
+def rotation_table(
+    positions: Tensor, frequencies: Frequencies, dtype: torch.dtype, amplitude: float = 1.0
+) -> Tensor:
+    """``amplitude * exp(i * position * theta)``, computed once for all layers of a call.
 
     Args:
         positions: (batch, time) ints; rows that are one row expanded give a table of batch 1.
         frequencies: theta, one a pair.
         dtype: float32 or float64, of the table's parts.
+        amplitude: What the rotated channels are multiplied with besides.
 
     Returns:
-        (batch or 1, time, 1, pairs), to multiply (batch, time, heads, pairs) with.
+        (batch or 1, time, 1, pairs) complex, to multiply (batch, time, heads, pairs) with.
     """
 
     def compute() -> Tensor:
         rows = positions[:1] if positions.stride(0) == 0 else positions
         angles = rows[..., None, None] * constant(frequencies, rows.device, torch.float64)
         wide = torch.complex128 if dtype == torch.float64 else torch.complex64
-        return torch.polar(torch.ones_like(angles), angles).to(wide)
+        return torch.polar(torch.full_like(angles, amplitude), angles).to(wide)
 
-    return once_per_call(positions, ("rotation", frequencies, dtype), compute)
+    return once_per_call(positions, ("rotation", frequencies, dtype, amplitude), compute)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
@@ -79,40 +229,314 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 class _Rotation(Rotary):
     """Rotates q and k by the same frequencies."""
 
-    def __init__(self, head_dim: int, frequencies: Frequencies) -> None:
+    def __init__(
+        self, head_dim: int, frequencies: Frequencies, attention_factor: float = 1.0
+    ) -> None:
         super().__init__()
-        if head_dim % 2:
-            raise ValueError(f"head_dim={head_dim} is odd: a rotation needs pairs of channels")
         self.head_dim, self.frequencies = head_dim, frequencies
+        self.attention_factor = attention_factor
+
+    def _table(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        dtype = at_least_float32(dtype)
+        return rotation_table(positions, self.frequencies, dtype, self.attention_factor)
 
     def forward(
         self, q: Tensor, k: Tensor, query_positions: Tensor, key_positions: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Rotate q and k (batch, time, heads, head_dim) by positions (batch, time)."""
-        dtype = at_least_float32(q.dtype)
-        q = rotate(q, rotation_table(query_positions, self.frequencies, dtype))
-        k = rotate(k, rotation_table(key_positions, self.frequencies, dtype))
+        q = rotate(q, self._table(query_positions, q.dtype))
+        k = rotate(k, self._table(key_positions, k.dtype))
         return q, k
 
     def both(self, qk: Tensor, heads: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate q and k side by side, (batch, time, heads + key heads, head_dim), in one go."""
-        table = rotation_table(positions, self.frequencies, at_least_float32(qk.dtype))
-        qk = rotate(qk, table)
+        qk = rotate(qk, self._table(positions, qk.dtype))
         return qk[:, :, :heads], qk[:, :, heads:]
 
 
 class RotaryEmbedding(_Rotation):
-    """RoPE: ``theta_i = base^(-2i / rotary_dim)``.
+    """RoPE: ``theta_i = base^(-2i / rotary_dim)``, and its scalings to longer texts.
 
-    Source: Su et al., RoFormer, arXiv 2104.09864.
+    ======== ==================================================================================
+    default  as trained
+    linear   ``theta / factor``: positions divided by the factor
+    ntk      ``base * factor^(D / (D - 2))`` for the base, D channels rotated: see `ntk_base`
+    yarn     fast pairs as they are, slow ones divided, queries and keys ``0.1 ln s + 1`` longer
+    llama3   as yarn, by wavelength, without the last
+    ======== ==================================================================================
+
+    All arguments but `base`, which is ``rope_theta`` there, go by Hugging Face's names. A trained
+    model is scaled by `scale_rotary`, or by building it with another `rotary`: no weight changes.
+
+    Source: Su et al., RoFormer, arXiv 2104.09864; linear: Chen et al., arXiv 2306.15595; the
+    others: see `ntk_base`, `yarn_frequencies` and `llama3_frequencies`.
 
     Args:
         head_dim: Channels of a head.
         base: The wavelengths run from 2 pi to 2 pi * base tokens.
+        rope_type: The scaling.
+        factor: s >= 1, the length to reach over the trained length.
+        original_max_position_embeddings: L, tokens of the texts in training; yarn and llama3
+            need it.
+        partial_rotary_factor: Share of the channels that is rotated: the first of each head.
+        attention_factor: yarn: what rotated queries and keys are multiplied with. None: by factor.
+        beta_fast: yarn: turns in L from which a pair stays as it is.
+        beta_slow: yarn: turns in L up to which a pair is divided by the factor.
+        truncate: yarn: whole pairs for the ends of the ramp.
+        low_freq_factor: llama3: turns in L up to which a pair is divided by the factor.
+        high_freq_factor: llama3: turns in L from which a pair stays as it is.
+
+    Raises:
+        ValueError: An unknown type, a factor below 1, a missing length, or no pairs to rotate.
     """
 
-    def __init__(self, head_dim: int, *, base: float = 10_000.0) -> None:
-        super().__init__(head_dim, rotary_frequencies(head_dim, base))
+    def __init__(
+        self,
+        head_dim: int,
+        *,
+        base: float = 10_000.0,
+        rope_type: RopeType = "default",
+        factor: float = 1.0,
+        original_max_position_embeddings: int | None = None,
+        partial_rotary_factor: float = 1.0,
+        attention_factor: float | None = None,
+        beta_fast: float = 32.0,
+        beta_slow: float = 1.0,
+        truncate: bool = True,
+        low_freq_factor: float = 1.0,
+        high_freq_factor: float = 4.0,
+    ) -> None:
+        rotary_dim = int(head_dim * partial_rotary_factor)
+        if not 0 < partial_rotary_factor <= 1 or rotary_dim < 2 or rotary_dim % 2:
+            share = "" if partial_rotary_factor == 1 else f" * {partial_rotary_factor}"
+            raise ValueError(
+                f"head_dim={head_dim}{share} gives {rotary_dim} channels to rotate: a rotation "
+                "needs pairs of channels"
+            )
+        if factor < 1:
+            raise ValueError(
+                f"factor={factor} would shorten the reach: it is the length to reach over the "
+                "trained length, so take 1 or more"
+            )
+        length = original_max_position_embeddings
+        if rope_type in ("yarn", "llama3") and (length is None or length < 1):
+            raise ValueError(
+                f"original_max_position_embeddings={length}: rope_type {rope_type} needs the "
+                "length in tokens of the texts that the model was trained on"
+            )
+        if low_freq_factor >= high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor={low_freq_factor} must be below high_freq_factor="
+                f"{high_freq_factor}"
+            )
+        amplitude = 1.0
+        if rope_type == "default":
+            frequencies = rotary_frequencies(rotary_dim, base)
+        elif rope_type == "linear":
+            frequencies = tuple(f / factor for f in rotary_frequencies(rotary_dim, base))
+        elif rope_type == "ntk":
+            frequencies = rotary_frequencies(rotary_dim, ntk_base(base, rotary_dim, factor))
+        elif rope_type == "yarn":
+            assert length is not None
+            frequencies = yarn_frequencies(
+                rotary_dim, base, factor, length, beta_fast, beta_slow, truncate
+            )
+            amplitude = attention_factor or yarn_attention_factor(factor)
+        elif rope_type == "llama3":
+            assert length is not None
+            frequencies = llama3_frequencies(
+                rotary_dim, base, factor, length, low_freq_factor, high_freq_factor
+            )
+        else:
+            known = ", ".join(RopeType.__args__)
+            raise ValueError(f"rope_type={rope_type!r} is none of {known}")
+        super().__init__(head_dim, frequencies, amplitude)
+        self.base, self.rotary_dim = base, rotary_dim
+        self._parameters_given: dict[str, Any] = {
+            "rope_type": rope_type,
+            "factor": factor,
+            "original_max_position_embeddings": length,
+            "partial_rotary_factor": partial_rotary_factor,
+            "attention_factor": attention_factor,
+            "beta_fast": beta_fast,
+            "beta_slow": beta_slow,
+            "truncate": truncate,
+            "low_freq_factor": low_freq_factor,
+            "high_freq_factor": high_freq_factor,
+        }
+
+    def rope_parameters(self) -> dict[str, Any]:
+        """Hugging Face's ``config.rope_parameters`` for the same rotation.
+
+        Hugging Face has no static NTK: it comes out as a default rotation with the changed base.
+        """
+        given = self._parameters_given
+        kind, base = given["rope_type"], self.base
+        if kind == "ntk":
+            kind, base = "default", ntk_base(base, self.rotary_dim, given["factor"])
+        found = {"rope_type": kind, "rope_theta": base}
+        found |= {name: given[name] for name in _HUGGING_FACE_NAMES[kind]}
+        if given["partial_rotary_factor"] != 1:
+            found["partial_rotary_factor"] = given["partial_rotary_factor"]
+        return {name: value for name, value in found.items() if value is not None}
+
+
+#: What each type reads, by Hugging Face's names, besides rope_theta and partial_rotary_factor.
+_HUGGING_FACE_NAMES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "truncate",
+    ),
+    "llama3": (
+        "factor",
+        "original_max_position_embeddings",
+        "low_freq_factor",
+        "high_freq_factor",
+    ),
+}
+
+
+def from_rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `RotaryEmbedding` for a Hugging Face model's `config.json`.
+
+    Read are ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling`` with
+    ``rope_type`` or ``type`` (transformers 4). Keys that a type does not use are left out.
+
+    Raises:
+        ValueError: A type that cannot be had here, or a key that its type needs is missing.
+    """
+    found = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    if any(isinstance(value, Mapping) for value in found.values()):
+        raise ValueError(
+            "rope_parameters differ from layer to layer: build one rotation for each pattern entry"
+        )
+    kind = found.get("rope_type", found.get("type", "default"))
+    if kind == "dynamic":
+        raise ValueError(
+            "rope_type 'dynamic' changes its base while a text grows, and cached keys would keep "
+            "the old one: take base=dynamic_ntk_base(...) at the longest length to come"
+        )
+    if kind not in _HUGGING_FACE_NAMES:
+        known = ", ".join(_HUGGING_FACE_NAMES)
+        raise ValueError(f"rope_type {kind!r} cannot be read: known are {known}")
+    arguments: dict[str, Any] = {"rope_type": kind}
+    theta = found.get("rope_theta", config.get("rope_theta"))
+    if theta is not None:
+        arguments["base"] = float(theta)
+    share = found.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if share is not None and share != 1:
+        arguments["partial_rotary_factor"] = share
+    for name in _HUGGING_FACE_NAMES[kind]:
+        if found.get(name) is not None:
+            arguments[name] = found[name]
+    for name in ("factor", "original_max_position_embeddings"):
+        if name in _HUGGING_FACE_NAMES[kind] and name not in arguments:
+            raise ValueError(f"rope_type {kind!r} needs {name!r}, and the configuration has none")
+    if kind == "yarn" and found.get("attention_factor") is None:
+        # DeepSeek's two keys; one number says the same.
+        over, under = (found.get(name) or 0 for name in ("mscale", "mscale_all_dim"))
+        if over and under:
+            growth = 0.1 * math.log(found["factor"])
+            arguments["attention_factor"] = (over * growth + 1) / (under * growth + 1)
+    return arguments
+
+
+def scale_rotary(decoder: nn.Module, **arguments: Any) -> None:
+    """Give a trained decoder another scaling, in place: numbers on the host, and no weight.
+
+    ``scale_rotary(model, rope_type="yarn", factor=4)``: the base, and whatever else was set,
+    stays unless it is named; a length that the scaling needs is the decoder's `context_length`.
+
+    Args:
+        decoder: A `Decoder` whose mixers all rotate by `RotaryEmbedding`.
+        **arguments: Of `RotaryEmbedding`.
+
+    Raises:
+        ValueError: A mixer that rotates in another way, or arguments that do not fit.
+    """
+    mixers = [block.mixer for block in decoder.blocks]  # type: ignore[union-attr]
+    for mixer in mixers:
+        rotary = getattr(mixer, "rotary", None)
+        if type(rotary) is not RotaryEmbedding:
+            raise ValueError(
+                f"{type(mixer).__name__} rotates by {type(rotary).__name__}: only "
+                "RotaryEmbedding can be scaled"
+            )
+    config: dict[str, Any] = decoder.config  # type: ignore[assignment]
+    settled = (config["rotary"] or {}).get("init_args", {}) | arguments
+    length = settled.get("original_max_position_embeddings") or config["context_length"]
+    if settled.get("rope_type") in ("yarn", "llama3"):
+        settled["original_max_position_embeddings"] = length
+    made = [RotaryEmbedding(mixer.rotary.head_dim, **settled) for mixer in mixers]
+    for mixer, rotary in zip(mixers, made, strict=True):
+        mixer.rotary = rotary
+    config["rotary"] = {"class_path": "RotaryEmbedding", "init_args": settled}
+
+
+class XPos(Rotary):
+    """xPos: RoPE whose scores also fade with distance, fast pairs faster.
+
+    q is multiplied by ``zeta_i^(t / scale_base)`` and k by its inverse, so that the score of a
+    query at t with a key at s has the factor ``zeta_i^((t - s) / scale_base)`` in pair i, with
+    ``zeta_i = (2i / D + gamma) / (1 + gamma)``.
+
+    Source: Sun et al., A Length-Extrapolatable Transformer, arXiv 2212.10554, section 3.2.
+
+    Keys grow with their position, since a cached key cannot know the queries to come: 64 times
+    scale_base tokens (32,768) is as far as float32 and bfloat16 can count, float16 an eighth of
+    it.
+
+    Args:
+        head_dim: Channels of a head.
+        base: Of the rotation, as RoPE's.
+        gamma: Bounds zeta from below.
+        scale_base: Tokens in which pair i fades by zeta_i.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        *,
+        base: float = 10_000.0,
+        gamma: float = 0.4,
+        scale_base: float = 512.0,
+    ) -> None:
+        super().__init__()
+        if head_dim % 2:
+            raise ValueError(f"head_dim={head_dim} is odd: a rotation needs pairs of channels")
+        self.head_dim, self.scale_base = head_dim, scale_base
+        self.frequencies = rotary_frequencies(head_dim, base)
+        self.log_scales = tuple(
+            math.log((2 * i / head_dim + gamma) / (1 + gamma)) for i in range(head_dim // 2)
+        )
+        self.furthest = int(64 * scale_base)
+
+    def _table(self, positions: Tensor, dtype: torch.dtype, sign: int) -> Tensor:
+        def compute() -> Tensor:
+            rows = positions[:1] if positions.stride(0) == 0 else positions
+            time = rows[..., None, None]
+            angles = time * constant(self.frequencies, rows.device, torch.float64)
+            fading = time * constant(self.log_scales, rows.device, torch.float64)
+            wide = torch.complex128 if dtype == torch.float64 else torch.complex64
+            return torch.polar((fading * (sign / self.scale_base)).exp(), angles).to(wide)
+
+        key = ("xpos", self.frequencies, self.log_scales, self.scale_base, sign, dtype)
+        return once_per_call(positions, key, compute)
+
+    def forward(
+        self, q: Tensor, k: Tensor, query_positions: Tensor, key_positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Rotate and scale q and k (batch, time, heads, head_dim) by positions (batch, time)."""
+        dtype = at_least_float32(q.dtype)
+        q = rotate(q, self._table(query_positions, dtype, 1))
+        k = rotate(k, self._table(key_positions, dtype, -1))
+        return q, k
 
 
 class RetentionRotation(_Rotation):
@@ -126,6 +550,8 @@ class RetentionRotation(_Rotation):
     """
 
     def __init__(self, head_dim: int, *, base: float = 10_000.0) -> None:
+        if head_dim % 2:
+            raise ValueError(f"head_dim={head_dim} is odd: a rotation needs pairs of channels")
         super().__init__(head_dim, retention_frequencies(head_dim, base))
 
 
