@@ -94,7 +94,7 @@ VARIANTS = [
     (SlopeBias, {}),
     *[
         (part, {"activation": activation})
-        for part in list_parts("feed_forward").values()
+        for part in (archzoo.GatedFeedForward, archzoo.PlainFeedForward)
         for activation in ("silu", "gelu", "relu")
     ],
     (archzoo.RotaryEmbedding, {"base": 500.0}),
