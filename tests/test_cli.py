@@ -178,6 +178,26 @@ def test_sizes_by_part_add_up():
             assert sum(c for _, _, c in parameters_by_part(net)) == net.parameter_count()
 
 
+@pytest.mark.slow
+def test_two_ranks_train_as_one(here):
+    """The batch is shared out, also where it holds unequal numbers of labels; losses agree."""
+    command = [sys.executable, str(ROOT / "train.py"), "fit", "--config", "micro.yaml"]
+    command += ["--data.validation_examples", "9"]  # the last batch holds one row
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    two = ["--name", "two", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    for more in (["--name", "one"], two):
+        subprocess.run([*command, *more], check=True, env=environment)
+    tables = []
+    for name in ("one", "two"):
+        with open(f"runs/{name}/metrics.csv") as file:
+            tables.append(list(csv.DictReader(file)))
+    assert len(tables[0]) == len(tables[1]) == 5
+    for alone, shared in zip(*tables, strict=True):
+        for metric in ("train/loss", "validation/loss", "validation/exact_match"):
+            if alone[metric]:
+                assert float(shared[metric]) == pytest.approx(float(alone[metric]), rel=1e-5)
+
+
 # ---------------------------------------------------------------------------- traps
 
 
@@ -439,10 +459,10 @@ def test_nan_keeps_the_last_good_checkpoint(here, capsys):
     fit("--checkpoint.every_n_steps", "1")
     before = stored()["global_step"]
     capsys.readouterr()
-    blown = "--model.learning_rate 1e30 --model.warmup_steps 0 --trainer.max_steps 9".split()
+    blown = ["--model.learning_rate", "1e30", "--model.warmup_steps", "0"]
     line = fails(
         capsys,
-        ["fit", "--config", "micro.yaml", "--checkpoint.every_n_steps", "1", *blown],
+        ["fit", "--config", "micro.yaml", *blown, "--checkpoint.every_n_steps", "1"],
         "step ",
         "--model.learning_rate",
     )

@@ -24,8 +24,8 @@ def test_config_trains(path, tmp_path, monkeypatch):
     arguments = [
         *f"fit --config {path.relative_to(ROOT)} --trainer.max_steps 3".split(),
         *f"--trainer.default_root_dir {tmp_path} --trainer.val_check_interval 2".split(),
-        *"--trainer.limit_val_batches 2 --trainer.accelerator cpu".split(),
-        *f"{TINY['model']} {TINY[task]}".split(),
+        *f"--trainer.limit_val_batches 2 --trainer.accelerator cpu {TINY['model']}".split(),
+        *TINY[task].split(),
     ]
     if task == "Text":
         arguments += ["--data.cache_dir", str(tmp_path / "cache")]

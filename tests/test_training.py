@@ -431,7 +431,7 @@ def trained(tmp_path):
 
 
 def test_checkpoint_is_plain_data(trained):
-    model, path = trained
+    _, path = trained
     checkpoint = torch.load(path, weights_only=True)  # refuses all but tensors and plain data
     arguments = checkpoint["hyper_parameters"]
     assert json.loads(json.dumps(arguments)) == arguments
@@ -540,7 +540,7 @@ def test_unknown_monitor_is_named(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Checkpoints)]
     trainer.callbacks.append(Checkpoints(monitor="validation/exactmatch"))
-    with pytest.raises(ValueError, match="no metric validation/exactmatch; .*exact_match"):
+    with pytest.raises(ValueError, match=r"no metric validation/exactmatch; .*exact_match"):
         trainer.fit(LanguageModel("retnet_micro"), addition())
 
 

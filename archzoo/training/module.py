@@ -34,8 +34,8 @@ HARMLESS = ("context_length", "dropout", "init_std", "activation_checkpointing")
 class LanguageModel(lightning.LightningModule):
     """A decoder and how it is trained.
 
-    The loss is ``-log p(label)`` in nats, averaged over the labelled tokens of a micro-batch, plus
-    every ``loss/...`` entry of the decoder's aux. Weights move by AdamW (Loshchilov and Hutter,
+    The loss is ``-log p(label)`` in nats, averaged over the labelled tokens of a micro-batch (of
+    all ranks), plus every ``loss/...`` entry of the decoder's aux. Weights move by AdamW (Loshchilov and Hutter,
     arXiv 1711.05101) with decay on matrices only, a linear warm-up and a cosine.
 
     The decoder is made when the vocabulary is known: at once where `vocab_size` is given, else in
@@ -190,7 +190,8 @@ class LanguageModel(lightning.LightningModule):
         labels = batch["labels"]
         x, aux = self._hidden(batch, "train")
         total, asked = total_loss(x, self.net.head, labels), (labels != IGNORED).sum()
-        loss = total / asked.clamp(min=1)
+        # Gradients are averaged over ranks; scaled so, they are those of all ranks' tokens together.
+        loss = total * self.trainer.world_size / self._over_ranks(asked).clamp(min=1)
         self._count("loss", total, asked)
         documents = batch.get("documents")
         seen = labels.numel() if documents is None else (documents >= 0).sum()
@@ -300,7 +301,7 @@ class LanguageModel(lightning.LightningModule):
     def _over_ranks(self, value: Tensor) -> Tensor:
         if self.trainer.world_size == 1:
             return value
-        reduced = self.trainer.strategy.reduce(value, reduce_op="sum")
+        reduced = self.trainer.strategy.reduce(value.clone(), reduce_op="sum")  # it works in place
         assert isinstance(reduced, Tensor)
         return reduced
 
@@ -363,13 +364,14 @@ class LanguageModel(lightning.LightningModule):
         }
         wanted = ("loss", *(self.task.metrics if self.task else values))
         row = {f"{split}/{name}": values[name] for name in wanted}
+        several = self.trainer.world_size > 1  # all have the same values; this says so
         if self.trainer.state.fn == "fit":
             # To callbacks through Lightning, to files at the step as people count it: from 1.
-            self.log_dict(row, logger=False)
+            self.log_dict(row, logger=False, sync_dist=several)
             self._log(row, self.trainer.global_step)
         else:  # what is logged through Lightning is also what `trainer.test` hands back
             self.latest |= row
-            self.log_dict({"step": float(self._loaded_step or 0), **row})
+            self.log_dict({"step": float(self._loaded_step or 0), **row}, sync_dist=several)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, "validation")
