@@ -7,7 +7,17 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from archzoo.block import Bias, Context, Mixer, Rotary, State, head_size, merge_heads, split_heads
+from archzoo.block import (
+    Bias,
+    Context,
+    Mixer,
+    Rotary,
+    State,
+    closing,
+    head_size,
+    merge_heads,
+    split_heads,
+)
 from archzoo.positions.rotary import RotaryEmbedding
 
 
@@ -35,11 +45,10 @@ class Attention(Mixer):
         if self.kv_heads < 1 or heads % self.kv_heads:
             raise ValueError(f"kv_heads={kv_heads} does not divide heads={heads}")
         # One matrix for q, k and v, in this order: at small sizes three would cost more in calls.
-        self.query_key_value = nn.Linear(
-            dim, (heads + 2 * self.kv_heads) * self.head_dim, bias=False
-        )
-        self.output = nn.Linear(dim, dim, bias=False)
-        self.output.closes_residual = True
+        keys = self.kv_heads * self.head_dim
+        self.widths = [dim + keys, keys]  # of q and k, and of v
+        self.query_key_value = nn.Linear(dim, sum(self.widths), bias=False)
+        self.output = closing(nn.Linear(dim, dim, bias=False))
         self.rotary: Rotary = RotaryEmbedding(self.head_dim)
         self.bias: Bias | None = None
 
@@ -72,8 +81,18 @@ class Attention(Mixer):
 
     def parallel(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
         """X (batch, time, dim) against itself and whatever the state holds."""
-        keys = self.kv_heads * self.head_dim
-        qk, v = self.query_key_value(x).split([self.heads * self.head_dim + keys, keys], dim=-1)
+        qk, v = self.query_key_value(x).split(self.widths, dim=-1)
+        return self.attend(qk, v, state, context)
+
+    def attend(self, qk: Tensor, v: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+        """`parallel` from the projections on.
+
+        Args:
+            qk: (batch, time, (heads + kv_heads) * head_dim), queries and keys side by side.
+            v: (batch, time, kv_heads * head_dim).
+            state: The cache, or None.
+            context: Of the same tokens.
+        """
         q, k = self.rotary.both(
             split_heads(qk, self.heads + self.kv_heads), self.heads, context.positions
         )

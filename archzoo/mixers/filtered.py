@@ -1,0 +1,119 @@
+"""Localized filtering attention: a short convolution in front of the queries and keys."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from archzoo.block import Context, State
+from archzoo.mixers.attention import Attention
+from archzoo.norm import RMSNorm
+
+
+class FilteredAttention(Attention):
+    """Attention whose queries and keys see the two tokens before each token, values only it.
+
+    ::
+
+        c1[t] = W1a h[t-1] + W1b h[t] + b1          dim to dim / 2
+        c2[t] = W2a c1[t-1] + W2b c1[t] + b2        dim / 2 to dim
+        u     = RMSNorm(c2 + h)
+        q, k from u;  v from h;  then attention
+
+    Before the first token of a document h and c1 are 0 (c1 is not b1 there). The state is
+    attention's cache and 1.5 dim numbers: the h and c1 of the last token. The filter holds
+    2 dim^2 + 2.5 dim parameters.
+
+    Source: Wu et al., Yuan 2.0, arXiv 2311.15786, on localized filtering-based attention. There
+    the convolutions start at torch's default for them, here at the decoder's N(0, init_std^2).
+
+    Args:
+        dim: Width of x.
+        heads: Query heads.
+        kv_heads: Key and value heads; it divides heads. None: as many as heads.
+    """
+
+    def __init__(self, dim: int, heads: int, *, kv_heads: int | None = None) -> None:
+        super().__init__(dim, heads, kv_heads=kv_heads)
+        # A causal convolution of two taps is one matrix on [token before; token].
+        self.first = nn.Linear(2 * dim, dim // 2)
+        self.second = nn.Linear(dim, dim)
+        self.filter_norm = RMSNorm(dim)
+
+    def init_state(
+        self,
+        batch_size: int,
+        *,
+        capacity: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> State:
+        """Attention's cache, and what the filter remembers of the token before.
+
+        Returns:
+            As `Attention.init_state`, and filter_input (batch, dim), filter_hidden
+            (batch, dim / 2).
+        """
+        state = super().init_state(batch_size, capacity=capacity, device=device, dtype=dtype)
+        dtype = dtype or self.output.weight.dtype
+        dim = self.second.out_features
+        state["filter_input"] = torch.zeros((batch_size, dim), device=device, dtype=dtype)
+        state["filter_hidden"] = torch.zeros((batch_size, dim // 2), device=device, dtype=dtype)
+        return state
+
+    def parallel(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+        """X (batch, time, dim) against itself and whatever the state holds."""
+        u, state = self.filter(x, state, context)
+        query_key, value = self.query_key_value.weight.split(self.widths)
+        return self.attend(F.linear(u, query_key), F.linear(x, value), state, context)
+
+    def filter(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+        """X (batch, time, dim) to u of the same shape, and the state after it."""
+        before, after = (None, None), state
+        if state is not None:
+            before = (state["filter_input"], state["filter_hidden"])
+        hidden = self.first(torch.cat([previous(x, before[0], context), x], dim=-1))
+        c2 = self.second(torch.cat([previous(hidden, before[1], context), hidden], dim=-1))
+        if state is not None:
+            after = state | {
+                "filter_input": last_valid(x, before[0], context),
+                "filter_hidden": last_valid(hidden, before[1], context),
+            }
+        return self.filter_norm(c2 + x), after
+
+
+def previous(x: Tensor, before: Tensor | None, context: Context) -> Tensor:
+    """Of each token the vector of the one before it in its document; 0 at the first.
+
+    Args:
+        x: (batch, time, width).
+        before: (batch, width), of the last token before this piece; None: there is none.
+        context: Of the same tokens.
+    """
+    if before is None:
+        before = x.new_zeros((x.shape[0], x.shape[2]))
+    before = before.to(x.dtype)[:, None]
+    shifted = torch.cat([before, x[:, :-1]], dim=1)
+    if not context.packed:
+        return shifted
+    # Padding stands only at the ends of a piece: before its first token comes the last piece's.
+    follows = torch.cat([torch.ones_like(context.valid[:, :1]), context.valid[:, :-1]], dim=1)
+    shifted = torch.where(follows[..., None], shifted, before)
+    return shifted.masked_fill(context.starts[..., None], 0)
+
+
+def last_valid(x: Tensor, before: Tensor, context: Context) -> Tensor:
+    """The vector of each row's last token that is not padding, (batch, width), as a copy.
+
+    Args:
+        x: (batch, time, width).
+        before: (batch, width), what it is where this piece is all padding.
+        context: Of the same tokens.
+    """
+    if not context.packed:
+        return x[:, -1].clone()
+    index = torch.arange(x.shape[1], device=x.device)
+    last = torch.where(context.valid, index, -1).amax(dim=1)[:, None, None]
+    found = x.gather(1, last.clamp(min=0).expand(-1, 1, x.shape[2]))
+    return torch.where(last >= 0, found, before.to(x.dtype)[:, None])[:, 0]
