@@ -26,9 +26,13 @@ _NAMES = {
     "Bias": "block",
     "Block": "block",
     "Attention": "mixers.attention",
+    "FilteredAttention": "mixers.filtered",
     "Retention": "mixers.retention",
     "GatedFeedForward": "feedforward.dense",
     "PlainFeedForward": "feedforward.dense",
+    "MixtureOfExperts": "feedforward.moe",
+    "LinearRouter": "feedforward.routers",
+    "AttentionRouter": "feedforward.routers",
     "TokenEmbedding": "positions.embedding",
     "RotaryEmbedding": "positions.rotary",
     "RetentionRotation": "positions.rotary",
@@ -56,8 +60,11 @@ if TYPE_CHECKING:
     from archzoo.contract import check
     from archzoo.decoder import Decoder, Output
     from archzoo.feedforward.dense import GatedFeedForward, PlainFeedForward
+    from archzoo.feedforward.moe import MixtureOfExperts
+    from archzoo.feedforward.routers import AttentionRouter, LinearRouter
     from archzoo.generation import generate
     from archzoo.mixers.attention import Attention
+    from archzoo.mixers.filtered import FilteredAttention
     from archzoo.mixers.retention import Retention
     from archzoo.positions.embedding import TokenEmbedding
     from archzoo.positions.rotary import NoRotation, RetentionRotation, RotaryEmbedding

@@ -30,8 +30,11 @@ SLOTS: dict[str, type[nn.Module]] = {
 # Where the zoo's own parts are defined.
 MODULES = (
     "archzoo.mixers.attention",
+    "archzoo.mixers.filtered",
     "archzoo.mixers.retention",
     "archzoo.feedforward.dense",
+    "archzoo.feedforward.moe",
+    "archzoo.feedforward.routers",
     "archzoo.positions.embedding",
     "archzoo.positions.rotary",
 )
@@ -91,6 +94,8 @@ def describe(slot: str, part: Part) -> Spec:
         classes = [entry for entry in (part.func, *part.args) if inspect.isclass(entry)]
         if len(classes) != 1:
             raise ValueError(f"{slot} {part!r} is a partial of no class: take partial(Class, ...)")
+        if inspect.isclass(part.func) and part.args:
+            raise ValueError(f"{slot} {part!r} holds positional arguments: give them by name")
         part, arguments = classes[0], dict(part.keywords)
     elif isinstance(part, dict):
         unknown = set(part) - {"class_path", "init_args"}

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from archzoo.block import Aux, Context, FeedForward
+from archzoo.block import Aux, Context, FeedForward, closing
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -41,8 +41,7 @@ class GatedFeedForward(FeedForward):
         super().__init__()
         # Gate and up are one matrix, gate first: one product a step where most would have two.
         self.gate_up = nn.Linear(dim, 2 * width, bias=False)
-        self.down = nn.Linear(width, dim, bias=False)
-        self.down.closes_residual = True
+        self.down = closing(nn.Linear(width, dim, bias=False))
         self.activation = find_activation(activation)
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Aux]:
@@ -68,8 +67,7 @@ class PlainFeedForward(FeedForward):
     ) -> None:
         super().__init__()
         self.up = nn.Linear(dim, width, bias=False)
-        self.down = nn.Linear(width, dim, bias=False)
-        self.down.closes_residual = True
+        self.down = closing(nn.Linear(width, dim, bias=False))
         self.activation = find_activation(activation)
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Aux]:

@@ -1,0 +1,295 @@
+"""Balancing: what keeps a router from sending all tokens to few experts, and how even the load is.
+
+In the formulas c_j is the number of tokens sent to expert j (of n), f_j = c_j / sum(c) its share,
+P_j its mean probability. Padding is left out of all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from archzoo.block import Aux, Context, KeepsFloat32, Routing
+
+# Skywork-MoE, arXiv 2406.06563, on adaptive auxiliary loss coefficients.
+GAIN = 0.2  # xi: the coefficient that a drop rate of 1 would call for
+MEMORY = 0.99  # beta: how much of the coefficient stays at each optimizer step
+
+
+# ---------------------------------------------------------------------------- load
+
+
+def count_assignments(indices: Tensor, experts: int, valid: Tensor | None = None) -> Tensor:
+    """c: how many tokens each expert gets, (experts,) int64.
+
+    Args:
+        indices: (tokens, k), the chosen experts.
+        experts: How many there are.
+        valid: (tokens,) bool, not padding; None: all.
+    """
+    chosen = indices[..., None] == torch.arange(experts, device=indices.device)
+    if valid is not None:
+        chosen = chosen & valid[:, None, None]
+    return chosen.sum(dim=(0, 1))
+
+
+def mean_over_tokens(values: Tensor, valid: Tensor | None = None) -> Tensor:
+    """The mean of values (tokens, ...) over the tokens that are not padding."""
+    if valid is None:
+        return values.mean(dim=0)
+    share = valid.to(values.dtype) / valid.sum().clamp(min=1)
+    return torch.tensordot(share, values, dims=1)
+
+
+def capacity(assignments: Tensor | int, experts: int, factor: float) -> Tensor | int:
+    """ceil(factor * assignments / experts): tokens that each expert has room for.
+
+    In whole numbers, so that no rounding adds a place: 1.1 is taken for 11/10.
+
+    Args:
+        assignments: tokens * k, an int or an int64 tensor.
+        experts: How many there are.
+        factor: The capacity factor; 1 is room for an even load.
+    """
+    share = Fraction(str(factor)) / experts
+    return -((-assignments * share.numerator) // share.denominator)
+
+
+def virtual_drop_rate(assignments: Tensor, factor: float) -> Tensor:
+    """The share of assignments that a capacity would have cut: ``sum_j relu(c_j - C) / sum(c)``.
+
+    It tells how uneven the load is where nothing is dropped. C is `capacity`. Counts are summed
+    over micro-batches and ranks first, so the rate does not depend on how a batch was split.
+
+    Args:
+        assignments: c, (experts,) int64.
+        factor: The capacity factor, 1.25 by our choice: Skywork's report does not name one.
+
+    Returns:
+        A scalar, float32.
+    """
+    total = assignments.sum()
+    over = (assignments - capacity(total, len(assignments), factor)).clamp(min=0)
+    return over.sum() / total.clamp(min=1)
+
+
+def within_capacity(indices: Tensor, experts: int, factor: float, valid: Tensor | None) -> Tensor:
+    """Which assignments find room, by position: the first tokens of the batch come first.
+
+    An expert takes assignments in the order of tokens until it is full; padding takes no place.
+
+    Args:
+        indices: (tokens, k), the chosen experts.
+        experts: How many there are.
+        factor: The capacity factor. The capacity follows from the number of tokens given, padding
+            included, so that no device is asked for a count.
+        valid: (tokens,) bool, not padding; None: all.
+
+    Returns:
+        (tokens, k) bool.
+    """
+    flat = indices.flatten()
+    chosen = flat[:, None] == torch.arange(experts, device=indices.device)
+    if valid is not None:
+        chosen = chosen & valid.repeat_interleave(indices.shape[1])[:, None]
+    place = chosen.cumsum(dim=0).gather(1, flat[:, None])[:, 0]  # counted from 1
+    room = capacity(flat.numel(), experts, factor)
+    kept = (place <= room).view_as(indices)
+    return kept if valid is None else kept & valid[:, None]
+
+
+# ---------------------------------------------------------------------------- losses
+
+
+def switch_loss(mean_probabilities: Tensor, assignments: Tensor) -> Tensor:
+    """``n sum_j f_j P_j``: 1 where the load is even, n where one expert gets it all.
+
+    Its gradient goes through P alone.
+
+    Source: Fedus et al., Switch Transformers, arXiv 2101.03961, eq. 4, for k choices a token.
+
+    Args:
+        mean_probabilities: P, (experts,).
+        assignments: c, (experts,).
+    """
+    share = assignments / assignments.sum().clamp(min=1)
+    return len(share) * (share.to(mean_probabilities.dtype) * mean_probabilities).sum()
+
+
+def squared_mean_loss(mean_probabilities: Tensor) -> Tensor:
+    """``sum_j (P_j - 1/n)^2``: 0 where the mean probability is even, 1 - 1/n where one has it all.
+
+    It sees probabilities only: the counts may be uneven where it is 0.
+
+    Source: Wei et al., Skywork-MoE, arXiv 2406.06563, on adaptive auxiliary loss coefficients.
+
+    Args:
+        mean_probabilities: P, (experts,).
+    """
+    return (mean_probabilities - 1 / len(mean_probabilities)).square().sum()
+
+
+def z_loss(raw_logits: Tensor, valid: Tensor | None = None) -> Tensor:
+    """The mean over tokens of ``logsumexp(z)^2``, which keeps logits from growing.
+
+    Source: Zoph et al., ST-MoE, arXiv 2202.08906, eq. 5.
+
+    Args:
+        raw_logits: z, (tokens, experts), before any normalisation, which would make it a constant.
+        valid: (tokens,) bool, not padding; None: all.
+    """
+    return mean_over_tokens(raw_logits.logsumexp(dim=-1).square(), valid)
+
+
+# ---------------------------------------------------------------------------- what to look at
+
+
+def load_metrics(assignments: Tensor) -> Aux:
+    """How even a load c (experts,) is, as scalars.
+
+    Returns:
+        max_violation: (max c - mean c) / mean c; 0 where the load is even.
+        entropy: H(f) / log n; 1 where the load is even, 0 where one expert gets it all.
+        unused: The share of experts that got nothing.
+    """
+    experts = len(assignments)
+    share = assignments / assignments.sum().clamp(min=1)
+    return {
+        "max_violation": share.max() * experts - 1,
+        "entropy": -torch.xlogy(share, share).sum() / math.log(max(experts, 2)),
+        "unused": (assignments == 0).to(share.dtype).mean(),
+    }
+
+
+def gate_ratios(probabilities: Tensor, valid: Tensor | None = None) -> Aux:
+    """How sharp a gate is: mean ratios of a token's largest probabilities.
+
+    Source: Skywork-MoE, arXiv 2406.06563, whose Max1/Max2 and Max2/Max3 these are.
+
+    Args:
+        probabilities: (tokens, experts).
+        valid: (tokens,) bool, not padding; None: all.
+
+    Returns:
+        max1_max2 and, from three experts on, max2_max3; empty for one expert.
+    """
+    top = probabilities.topk(min(3, probabilities.shape[-1]), dim=-1).values
+    # A ratio beyond 1e7 says no more, and would swamp the mean.
+    ratios = top[:, :-1] / top[:, 1:].clamp(min=1e-7)
+    means = mean_over_tokens(ratios.clamp(max=1e7), valid)
+    return dict(zip(("max1_max2", "max2_max3"), means.unbind(), strict=False))
+
+
+# ---------------------------------------------------------------------------- the part
+
+
+class Balance(KeepsFloat32):
+    """The balancing of one mixture: a loss, its coefficient, and what is logged.
+
+    A constant coefficient is just that. An adaptive one starts at `coefficient`, its largest
+    value, and after every optimizer step follows the drop rate r of the step::
+
+        alpha <- beta alpha + (1 - beta) min(xi r, coefficient)        beta 0.99, xi 1/5
+
+    so that a layer whose load is even is left alone (Skywork-MoE, arXiv 2406.06563). It halves in
+    69 steps at best, and stays at its largest from r = 5 % on where that is 0.01. r is the share
+    of dropped assignments or, where nothing is dropped, the virtual one.
+
+    The loss takes the tokens of one micro-batch on one rank. It is convex in P: the smaller these
+    pieces, the larger its mean over them, and the stronger its pull.
+
+    Args:
+        experts: How many there are.
+        kind: "none", "switch" or "squared_mean".
+        coefficient: Of the loss; the largest where it adapts.
+        adaptive: Let the coefficient follow the drop rate.
+        z_coefficient: Of the z-loss; 0: none.
+        capacity_factor: For the drop rate, virtual or real.
+    """
+
+    def __init__(
+        self,
+        experts: int,
+        *,
+        kind: Literal["none", "switch", "squared_mean"],
+        coefficient: float,
+        adaptive: bool,
+        z_coefficient: float,
+        capacity_factor: float,
+    ) -> None:
+        super().__init__()
+        if kind not in ("none", "switch", "squared_mean"):
+            raise ValueError(f"balance={kind!r} is none of none, switch, squared_mean")
+        if adaptive and kind == "none":
+            raise ValueError("adaptive=True needs a loss: set balance to switch or squared_mean")
+        for name, value in (("coefficient", coefficient), ("z_coefficient", z_coefficient)):
+            if value < 0:
+                raise ValueError(f"{name}={value} must be at least 0")
+        if capacity_factor <= 0:
+            raise ValueError(f"capacity_factor={capacity_factor} must be above 0")
+        self.experts, self.kind, self.adaptive = experts, kind, adaptive
+        self.largest, self.z_coefficient = coefficient, z_coefficient
+        self.capacity_factor = capacity_factor
+        self.alpha: Tensor
+        if adaptive:
+            self.float32_names = ("alpha",)
+            self.register_buffer("alpha", torch.tensor(float(coefficient)))
+
+    def forward(self, routing: Routing, context: Context, kept: Tensor | None = None) -> Aux:
+        """The aux of one micro-batch: losses, metrics, and the counts that `after_step` takes.
+
+        Args:
+            routing: Of batch * time tokens.
+            context: Of the same tokens.
+            kept: (tokens, k) bool, what was not dropped; None: nothing was.
+        """
+        valid = context.valid.flatten() if context.packed else None
+        assignments = count_assignments(routing.indices, self.experts, valid)
+        aux: Aux = {}
+        if self.kind != "none":
+            mean = mean_over_tokens(routing.probabilities, valid)
+            if self.kind == "switch":
+                loss = switch_loss(mean, assignments)
+            else:
+                loss = squared_mean_loss(mean)
+            # A copy: the backward pass must not see the coefficient of the step after.
+            alpha = self.alpha.clone() if self.adaptive else self.largest
+            aux["loss/balance"] = alpha * loss
+            aux["metric/balance"] = loss.detach()
+            if self.adaptive:
+                aux["metric/coefficient"] = self.alpha.clone()
+        if self.z_coefficient:
+            aux["loss/z"] = self.z_coefficient * z_loss(routing.raw_logits, valid)
+        seen = load_metrics(assignments)
+        seen |= gate_ratios(routing.probabilities.detach(), valid)
+        dropped = None
+        if kept is None:
+            seen["drop_rate"] = virtual_drop_rate(assignments, self.capacity_factor)
+        else:
+            dropped = assignments.sum() - kept.sum()
+            seen["drop_rate"] = dropped / assignments.sum().clamp(min=1)
+        aux |= {f"metric/{name}": value for name, value in seen.items()}
+        aux["sum/assignments"] = assignments
+        if dropped is not None:
+            aux["sum/dropped"] = dropped
+        return aux
+
+    def after_step(self, assignments: Tensor, dropped: Tensor | None = None) -> None:
+        """Let the coefficient follow the drop rate of an optimizer step.
+
+        Args:
+            assignments: c, (experts,) int64, summed over the step's micro-batches and ranks.
+            dropped: How many of them were dropped, summed likewise; None: none.
+        """
+        if not self.adaptive:
+            return
+        if dropped is None:
+            rate = virtual_drop_rate(assignments, self.capacity_factor)
+        else:
+            rate = dropped / assignments.sum().clamp(min=1)
+        wanted = (GAIN * rate.to(self.alpha)).clamp(max=self.largest)
+        self.alpha.lerp_(wanted, 1 - MEMORY)

@@ -1,0 +1,336 @@
+"""Mixture of experts: a router sends each token to few of many feed-forwards.
+
+Three steps, each a piece of its own: the router decides (routers.py), the experts compute (here),
+the balance watches the load (balance.py). Nothing is dropped unless asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from archzoo.block import Aux, Context, FeedForward, without_autocast
+from archzoo.feedforward.balance import Balance, within_capacity
+from archzoo.feedforward.dense import GatedFeedForward
+from archzoo.feedforward.routers import _TopKRouter
+from archzoo.parts import Part, build, describe
+
+BACKENDS = ("loop", "grouped", "gather")
+# Weights that `gather` may copy. On a CPU 2^16 is where a loop over the experts in use gets
+# faster; elsewhere a loop asks the device for sizes, and copying costs memory alone.
+COPIED = {"cpu": 2**16}
+COPIED_ELSEWHERE = 2**25
+
+
+# ---------------------------------------------------------------------------- dispatch
+
+
+class Dispatch(NamedTuple):
+    """Where every assignment goes; assignment t * k + j is the j-th choice of token t.
+
+    Attributes:
+        order: (assignments,) int64, the assignments sorted by expert, those of one in the order
+            of tokens.
+        inverse: (assignments,) int64, where each assignment stands in that order.
+        ends: (experts,) int32, where each expert's rows end.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    ends: Tensor
+
+
+def make_dispatch(indices: Tensor, experts: int) -> Dispatch:
+    """Sort the assignments of indices (tokens, k) by expert; no device is asked for a number."""
+    chosen, order = indices.flatten().sort(stable=True)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order), device=order.device)
+    last = torch.arange(experts, device=order.device)
+    return Dispatch(order, inverse, torch.searchsorted(chosen, last, right=True, out_int32=True))
+
+
+class _Rearrange(torch.autograd.Function):
+    """``y[i] = x[order[i] // k]`` for a permutation `order` of k copies of each row of x.
+
+    The backward pass gathers, too: ``dx[t] = sum_j dy[inverse[t k + j]]``, always in the same
+    order, where indexing's own would add up in whatever order threads arrive.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        ctx.k = k
+        return x.index_select(0, order // k if k > 1 else order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        order, inverse = ctx.saved_tensors
+        back: Tensor = _Rearrange.apply(grad, inverse, order, 1)
+        if ctx.k > 1:
+            back = back.unflatten(0, (-1, ctx.k)).sum(dim=1)
+        return back, None, None, None
+
+
+def rearrange_rows(x: Tensor, order: Tensor, inverse: Tensor, k: int = 1) -> Tensor:
+    """Rows of x (rows, width) repeated k times and permuted: (rows * k, width)."""
+    return _Rearrange.apply(x, order, inverse, k)
+
+
+# ---------------------------------------------------------------------------- experts
+
+
+class ExpertLinear(nn.Linear):
+    """One matrix per expert, in one tensor (experts, out_features, in_features).
+
+    A kind of `nn.Linear`, so that it starts, decays and closes residual branches as one.
+
+    Args:
+        experts: How many.
+        in_features: Width of what goes in.
+        out_features: Width of what comes out.
+    """
+
+    def __init__(self, experts: int, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False, device="meta")
+        self.weight = nn.Parameter(torch.empty(experts, out_features, in_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As `nn.Linear` starts: uniform within 1 / sqrt(in_features)."""
+        bound = self.in_features**-0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All experts' images of x (rows, in_features): (experts, rows, out_features)."""
+        return torch.einsum("ri,eoi->ero", x, self.weight)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """``silu(gate) * up`` of x (..., 2 * width), gate first."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+class Experts(nn.Module):
+    """SwiGLU experts side by side: ``E_e(x) = (silu(x Wg_e) * (x Wu_e)) Wd_e``.
+
+    Three ways to compute the same thing:
+
+    * loop: one expert after the other. The reference: any dtype, any size.
+    * grouped: `torch.nn.functional.grouped_mm`, all experts in one product.
+    * gather: each assignment with a copy of its expert's weights; for a few tokens.
+
+    Args:
+        dim: Width of x.
+        width: Hidden width of each expert; each holds 3 * dim * width parameters.
+        experts: How many.
+    """
+
+    def __init__(self, dim: int, width: int, experts: int) -> None:
+        super().__init__()
+        self.gate_up = ExpertLinear(experts, dim, 2 * width)  # gate first
+        self.down = ExpertLinear(experts, width, dim)
+        self.down.closes_residual = True
+        self.dim, self.width, self.experts = dim, width, experts
+
+    def choose_backend(self, assignments: int, dtype: torch.dtype, device: torch.device) -> str:
+        """The way that runs when none is asked for, by facts alone.
+
+        In bfloat16 grouped products are one kernel, and rows of a multiple of 16 bytes are what
+        they take; in other dtypes torch itself makes a loop of them.
+
+        Args:
+            assignments: tokens * k.
+            dtype: The products are computed in.
+            device: Where.
+        """
+        copied = 3 * assignments * self.dim * self.width
+        few = copied <= COPIED.get(device.type, COPIED_ELSEWHERE)
+        if few and not torch.is_grad_enabled():
+            return "gather"
+        if dtype == torch.bfloat16 and self.dim % 8 == 0 and self.width % 8 == 0:
+            return "grouped"
+        return "loop"
+
+    def forward(
+        self, x: Tensor, weights: Tensor, indices: Tensor, backend: str | None = None
+    ) -> Tensor:
+        """``y_t = sum_j w_tj E_(i_tj)(x_t)``, the sum in the weights' dtype.
+
+        Args:
+            x: (tokens, dim).
+            weights: (tokens, k), float32 at least.
+            indices: (tokens, k) int64.
+            backend: "loop", "grouped" or "gather"; None: `choose_backend`.
+
+        Returns:
+            (tokens, dim) in x's dtype.
+        """
+        kind = x.device.type
+        dtype = x.dtype
+        # Autocast does not know grouped products, so all is cast here, once for every way.
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        backend = backend or self.choose_backend(indices.numel(), dtype, x.device)
+        if backend not in BACKENDS:
+            raise ValueError(f"backend {backend!r} is none of {', '.join(BACKENDS)}")
+        tokens, k = indices.shape
+        with without_autocast(x.device):
+            gate_up, down = self.gate_up.weight.to(dtype), self.down.weight.to(dtype)
+            rows = x.to(dtype)
+            if backend == "gather":
+                y = self.gather(rows, gate_up, down, indices)
+            else:
+                order, inverse, ends = make_dispatch(indices, self.experts)
+                rows = rearrange_rows(rows, order, inverse, k)
+                run = self.grouped if backend == "grouped" else self.loop
+                rows = run(rows, gate_up, down, ends)
+                y = rearrange_rows(rows, inverse, order).view(tokens, k, -1)
+            return (y * weights[:, :, None]).sum(dim=1).to(x.dtype)
+
+    @staticmethod
+    def gather(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor) -> Tensor:
+        """X (tokens, dim) to (tokens, k, dim)."""
+        hidden = swiglu(torch.einsum("td,tkhd->tkh", x, gate_up[indices]))
+        return torch.einsum("tkh,tkdh->tkd", hidden, down[indices])
+
+    @staticmethod
+    def loop(rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
+        """Rows (assignments, dim) sorted by expert, to the same."""
+        sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+        # Experts without rows stay in the graph: all ranks must have the same gradients. unbind,
+        # for the backward pass of indexing fills a tensor of all experts for each.
+        pieces = zip(rows.split(sizes), gate_up.unbind(), down.unbind(), strict=True)
+        everyone = torch.is_grad_enabled() or not len(rows)
+        return torch.cat(
+            [F.linear(swiglu(F.linear(x, a)), b) for x, a, b in pieces if len(x) or everyone]
+        )
+
+    @staticmethod
+    def grouped(rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
+        """Rows (assignments, dim) sorted by expert, to the same."""
+        hidden = swiglu(F.grouped_mm(rows, gate_up.mT, offs=ends))
+        return F.grouped_mm(hidden, down.mT, offs=ends)
+
+    @torch.no_grad()
+    def similarity(self) -> Tensor:
+        """The mean cosine between the weights of two experts, a scalar: 1 for copies.
+
+        Source: Skywork-MoE, arXiv 2406.06563, which watches it after upcycling.
+        """
+        dtype = torch.promote_types(self.down.weight.dtype, torch.float32)
+        flat = torch.cat([self.gate_up.weight.flatten(1), self.down.weight.flatten(1)], dim=1)
+        unit = F.normalize(flat.to(dtype), dim=1)
+        cosines = unit @ unit.T
+        pairs = self.experts * (self.experts - 1)
+        return (cosines.sum() - cosines.trace()) / max(pairs, 1)
+
+
+# ---------------------------------------------------------------------------- the part
+
+
+class MixtureOfExperts(FeedForward):
+    """``y = sum over the chosen e of w_e E_e(x)``, plus shared experts that see every token.
+
+    A token's w and choice come from the router alone. The aux holds the balancing loss, what one
+    looks at, and the counts of the step; it is empty in evaluation without gradients, so that
+    decoding pays for nothing that no one reads.
+
+    Args:
+        dim: Width of x.
+        width: Hidden width of each expert. The layer holds 3 * dim * width parameters per expert,
+            of which a token meets those of top_k and of all shared ones.
+        experts: To choose from.
+        top_k: Experts a token is sent to.
+        router: A name, or class_path and init_args: LinearRouter, AttentionRouter.
+        shared_experts: Experts that see every token.
+        balance: The balancing loss: "switch" (n sum f P), "squared_mean" (sum (P - 1/n)^2,
+            Skywork's) or "none".
+        coefficient: Of the balancing loss; the largest where it adapts.
+        adaptive: Let the coefficient follow the layer's drop rate, as Skywork does.
+        z_coefficient: Of the z-loss on the raw logits; 1e-3 is usual.
+        capacity_factor: Room of each expert over an even load, for the drop rate that is logged
+            and adapted to, and for `drop`.
+        drop: "none", or "position": in training an expert takes tokens in the order of the batch
+            until it is full. A dropped assignment adds nothing, the others' weights stay.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        width: int,
+        *,
+        experts: int = 8,
+        top_k: int = 2,
+        router: str | dict[str, Any] = "LinearRouter",
+        shared_experts: int = 0,
+        balance: Literal["none", "switch", "squared_mean"] = "switch",
+        coefficient: float = 0.01,
+        adaptive: bool = False,
+        z_coefficient: float = 0.0,
+        capacity_factor: float = 1.25,
+        drop: Literal["none", "position"] = "none",
+    ) -> None:
+        super().__init__()
+        if shared_experts < 0:
+            raise ValueError(f"shared_experts={shared_experts} must be at least 0")
+        if drop not in ("none", "position"):
+            raise ValueError(f"drop={drop!r} is neither none nor position")
+        self.router = _build_router(router, dim, experts, top_k)
+        self.experts = Experts(dim, width, experts)
+        self.shared = GatedFeedForward(dim, shared_experts * width) if shared_experts else None
+        self.balance = Balance(
+            experts,
+            kind=balance,
+            coefficient=coefficient,
+            adaptive=adaptive,
+            z_coefficient=z_coefficient,
+            capacity_factor=capacity_factor,
+        )
+        self.top_k, self.drop, self.capacity_factor = top_k, drop, capacity_factor
+
+    @property
+    def idle_parameters(self) -> int:
+        """Parameters that a token does not meet: those of the experts it is not sent to."""
+        idle = self.experts.experts - self.top_k
+        return idle * 3 * self.experts.dim * self.experts.width
+
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Aux]:
+        """X (batch, time, dim) to y of the same shape, and the aux of `Balance`."""
+        routing = self.router(x, context)
+        weights, kept = routing.weights, None
+        if self.drop == "position" and self.training:
+            kept = within_capacity(
+                routing.indices,
+                self.experts.experts,
+                self.capacity_factor,
+                context.valid.flatten() if context.packed else None,
+            )
+            weights = weights * kept
+        y = self.experts(x.flatten(0, 1), weights, routing.indices).view_as(x)
+        if self.shared is not None:
+            y = y + self.shared(x, context)[0]
+        watched = self.training or torch.is_grad_enabled()
+        return y, self.balance(routing, context, kept) if watched else {}
+
+    def after_step(self, sums: Aux) -> None:
+        """Move the coefficient and the experts' bias by the counts of an optimizer step."""
+        assignments = sums["sum/assignments"]
+        self.balance.after_step(assignments, sums.get("sum/dropped"))
+        if isinstance(self.router, _TopKRouter):
+            self.router.after_step(assignments)
+
+
+def _build_router(router: Part, dim: int, experts: int, top_k: int) -> Any:
+    """The router that a name or plain data describes."""
+    for name, value in (("experts", experts), ("top_k", top_k)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+    spec = describe("router", router)
+    for name in ("top_k", "experts"):
+        if name in spec["init_args"]:
+            raise ValueError(f"{name} belongs to MixtureOfExperts: set it there, not in the router")
+    return build("router", spec, dim, experts, top_k)

@@ -1,0 +1,180 @@
+"""Routers: a token in, k experts and their weights out.
+
+The two differ in one line each, how a token's logits z come about; all that follows is shared, so
+that any option combines with either::
+
+    LinearRouter       z = W x
+    AttentionRouter    z = softmax(q k^T) v        [q; k; v] = W x
+
+    z~ = lambda z / std(z)                         logit_norm: lambda
+    s  = softmax(z~), or sigmoid(z~)               score
+    chosen = the top_k of s + b                    bias_rate; b: the experts' bias, else 0
+    w  = s / sum of s over the chosen              renormalise
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from archzoo.block import (
+    Context,
+    KeepsFloat32,
+    Router,
+    Routing,
+    at_least_float32,
+    without_autocast,
+)
+
+# Added to the variance: finite gradients where all logits of a token are equal.
+VARIANCE_EPS = 1e-6
+
+
+def normalise_logits(logits: Tensor, target: float) -> Tensor:
+    """Give the logits of each token the standard deviation `target`: ``lambda z / std(z)``.
+
+    The deviation is the sample one (over n - 1). The paper subtracts the mean first, which changes
+    neither a softmax nor a choice, and is left out. Scaling a token's logits changes nothing: the
+    router's weights only set directions, and the gradient is orthogonal to the centred logits.
+
+    Source: Wei et al., Skywork-MoE, arXiv 2406.06563, on gating logit normalization.
+
+    Args:
+        logits: (tokens, experts).
+        target: lambda. The larger, the sharper the gate: at lambda 1 the first of 16 experts gets
+            on average 1.8 times the second's probability.
+    """
+    variance = logits.var(dim=-1, keepdim=True, correction=1)
+    return target * logits * (variance + VARIANCE_EPS).rsqrt()
+
+
+class _TopKRouter(KeepsFloat32, Router):
+    """What all routers share: everything behind the logits, in float32 at least.
+
+    Args:
+        dim: Width of x.
+        experts: To choose from.
+        top_k: Experts a token is sent to; it belongs to the mixture, which passes it here.
+        logit_norm: Standard deviation that each token's logits are given (Skywork's lambda; 1 in
+            its paper). None: the logits stay as they are.
+        score: "softmax" over all experts, or "sigmoid" of each logit alone.
+        renormalise: Make the chosen experts' weights sum to 1. None: where top_k is above 1; a
+            single weight of always 1 would cut the router off the loss.
+        bias_rate: Step of the bias that balances the load without a loss: it is added to the
+            scores for the choice alone, and moves by this much towards even load after every
+            optimizer step (Wang et al., arXiv 2408.15664, algorithm 1; 1e-3 there). 0: no bias.
+    """
+
+    #: Vectors of one number per expert that the projection makes of a token.
+    projections = 1
+    #: Start at N(0, 1 / dim) instead of the decoder's N(0, init_std^2).
+    unit_variance = False
+
+    def __init__(
+        self,
+        dim: int,
+        experts: int,
+        top_k: int = 2,
+        *,
+        logit_norm: float | None = None,
+        score: Literal["softmax", "sigmoid"] = "softmax",
+        renormalise: bool | None = None,
+        bias_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not 1 <= top_k <= experts:
+            raise ValueError(f"top_k={top_k} must lie between 1 and experts={experts}")
+        if score not in ("softmax", "sigmoid"):
+            raise ValueError(f"score={score!r} is neither softmax nor sigmoid")
+        if logit_norm is not None and logit_norm <= 0:
+            raise ValueError(f"logit_norm={logit_norm} must be above 0; leave it out for none")
+        if logit_norm is not None and experts < 3:
+            raise ValueError(
+                f"logit_norm makes a constant of {experts} experts' gate: take 3 experts or more"
+            )
+        if bias_rate < 0:
+            raise ValueError(f"bias_rate={bias_rate} must be at least 0")
+        self.experts, self.top_k = experts, top_k
+        self.logit_norm, self.score, self.bias_rate = logit_norm, score, bias_rate
+        self.renormalise = top_k > 1 if renormalise is None else renormalise
+        self.projection = nn.Linear(dim, self.projections * experts, bias=False)
+        if self.unit_variance:
+            nn.init.normal_(self.projection.weight, std=dim**-0.5)
+            self.projection.keeps_init = True
+        self.expert_bias: Tensor
+        if bias_rate:
+            self.float32_names = ("expert_bias",)
+            self.register_buffer("expert_bias", torch.zeros(experts))
+
+    def logits(self, projected: Tensor) -> Tensor:
+        """(tokens, projections * experts) to (tokens, experts)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, context: Context) -> Routing:
+        """X (batch, time, dim) to a `Routing` of batch * time tokens, row by row."""
+        with without_autocast(x.device):
+            x = x.flatten(0, 1).to(at_least_float32(x.dtype))
+            raw = self.logits(F.linear(x, self.projection.weight.to(x.dtype)))
+            logits = raw if self.logit_norm is None else normalise_logits(raw, self.logit_norm)
+            if self.score == "softmax":
+                scores = probabilities = logits.softmax(dim=-1)
+            else:
+                scores = logits.sigmoid()
+                probabilities = scores / scores.sum(dim=-1, keepdim=True)
+            # Both scores rise with the logits, which cannot underflow to a tie.
+            order = scores + self.expert_bias.to(x.dtype) if self.bias_rate else logits
+            indices = order.detach().topk(self.top_k, dim=-1).indices
+            if self.renormalise and self.score == "softmax":
+                weights = logits.gather(-1, indices).softmax(dim=-1)
+            else:
+                weights = scores.gather(-1, indices)
+                if self.renormalise:
+                    weights = weights / weights.sum(dim=-1, keepdim=True)
+        return Routing(weights, indices, probabilities, raw)
+
+    def after_step(self, assignments: Tensor) -> None:
+        """Move the experts' bias towards even load: ``b_j += rate * sign(mean(c) - c_j)``.
+
+        Args:
+            assignments: (experts,) int64, c: tokens sent to each expert in the optimizer step.
+        """
+        if self.bias_rate:
+            short = assignments.sum() - self.experts * assignments  # in whole numbers: exact
+            self.expert_bias += self.bias_rate * short.sign().to(self.expert_bias.device)
+
+
+class LinearRouter(_TopKRouter):
+    """``z = W x``: one direction per expert.
+
+    Source: Shazeer et al., arXiv 1701.06538, section 2.1, without its noise. With `logit_norm` it
+    is Skywork's gate, whose bias its released code leaves out, too. It holds experts * dim
+    parameters, N(0, init_std^2) at the start as the decoder's other matrices.
+    """
+
+    def logits(self, projected: Tensor) -> Tensor:
+        """(tokens, experts), as they come."""
+        return projected
+
+
+class AttentionRouter(_TopKRouter):
+    """``z_i = sum_j softmax_j(q_i k_j) v_j``: the experts' scores attend to each other.
+
+    ``[q; k; v] = W x`` gives each expert one number of each, and everything happens within one
+    token. z_i is a weighted mean of v, so z has little spread: the gate is softer than a linear
+    one. It holds 3 * experts * dim parameters, N(0, 1 / dim) at the start: with the usual 0.02 a
+    narrow model's q k would vanish, and with it nearly all of the router's gradient.
+
+    Source: Wu et al., Yuan 2.0-M32, arXiv 2405.17976, on the attention router. The paper does not
+    say how z becomes a weight; its code renormalises over the chosen, as here.
+    """
+
+    projections, unit_variance = 3, True
+
+    def logits(self, projected: Tensor) -> Tensor:
+        """Each token's experts among themselves, by broadcasting: no other token comes near."""
+        q, k, v = projected.chunk(3, dim=-1)
+        attention = (q[:, :, None] * k[:, None, :]).softmax(dim=-1)  # (tokens, experts, experts)
+        return (attention * v[:, None, :]).sum(dim=-1)
