@@ -1,0 +1,95 @@
+"""Timing sides in turn, and writing down what was measured."""
+
+from __future__ import annotations
+
+import csv
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def in_turn(sides: dict[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, float]:
+    """Median wall milliseconds of each side; every round runs each side once, in order.
+
+    Taken in turn, the sides share whatever else the machine is doing, so ratios hold where
+    absolute times do not.
+    """
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(warmup + rounds):
+        for name, run in sides.items():
+            begin = time.perf_counter()
+            run()
+            if number >= warmup:
+                times[name].append((time.perf_counter() - begin) * 1e3)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def machine() -> str:
+    """The processor's name, as the operating system has it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def commit() -> str:
+    """The commit measured, with a + where the tree held more."""
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    dirty = subprocess.run(
+        [*git, "status", "--porcelain", "archzoo", "benchmarks"], capture_output=True, text=True
+    )
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+def ratio_row(
+    what: str, ours: tuple[str, float], peer: tuple[str, float], required: float, aimed: float
+) -> dict[str, Any]:
+    """One comparison: the ratio is how many times faster ours is."""
+    ratio = peer[1] / ours[1]
+    row = {
+        "what": what,
+        "ours": ours[0],
+        "ours_ms": round(ours[1], 4),
+        "peer": peer[0],
+        "peer_ms": round(peer[1], 4),
+        "ratio": round(ratio, 3),
+        "required": required,
+        "aimed": aimed,
+    }
+    verdict = "aim met" if ratio >= aimed else "required met" if ratio >= required else "MISSED"
+    print(
+        f"{what:34s} {ours[0]:24s}{ours[1]:10.3f} ms   {peer[0]:24s}{peer[1]:10.3f} ms   "
+        f"{ratio:6.2f} x (required {required}, aimed {aimed}): {verdict}",
+        flush=True,
+    )
+    return row
+
+
+def write_rows(name: str, rows: Iterable[dict[str, Any]]) -> None:
+    """Write results/NAME.csv, each row with machine, versions, commit and command."""
+    facts = {
+        "machine": machine(),
+        "torch": torch.__version__,
+        "commit": commit(),
+        "command": "python " + " ".join(sys.argv),
+    }
+    rows = [row | facts for row in rows]
+    path = ROOT / "results" / f"{name}.csv"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"wrote {path.relative_to(ROOT)}")

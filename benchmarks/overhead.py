@@ -1,0 +1,114 @@
+"""What the package costs beside its models: Lightning's loop, the command's start, the import.
+
+    python benchmarks/overhead.py
+
+The loop is a run of `configs/addition.yaml` as `train.py` makes it (progress bar, CSV, logging
+every 10 steps) against a bare loop over the same batches with the same model, loss and optimizer.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+
+import harness
+import torch
+from torch.nn import functional as F
+
+STEPS = 200
+ROUNDS = 5
+
+
+def bare_loop() -> float:
+    """Milliseconds a step of a loop written out."""
+    import archzoo
+    from archzoo.tasks import Addition
+
+    task = Addition(digits=3, batch_size=256)
+    model = archzoo.create_model("retnet_tiny", vocab_size=task.vocab_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    batches = iter(task.train_dataloader())
+    begin = 0.0
+    for step in range(STEPS + 20):
+        if step == 20:
+            begin = time.perf_counter()
+        batch = next(batches)
+        logits = model(batch["tokens"], documents=batch["documents"]).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return (time.perf_counter() - begin) / STEPS * 1e3
+
+
+def lightning_loop() -> float:
+    """Milliseconds a step of the same by `archzoo fit`."""
+    import lightning
+
+    from archzoo.cli import main
+
+    stamps: list[float] = []
+    original = lightning.Trainer.fit
+
+    class Stamps(lightning.Callback):
+        def on_train_batch_start(self, *arguments: object) -> None:
+            stamps.append(time.perf_counter())
+
+    def fit(self: lightning.Trainer, *arguments: object, **keywords: object) -> None:
+        self.callbacks.append(Stamps())
+        original(self, *arguments, **keywords)
+
+    lightning.Trainer.fit = fit  # type: ignore[method-assign]
+    try:
+        with tempfile.TemporaryDirectory() as place:
+            command = ["fit", "--config", str(harness.ROOT / "configs" / "addition.yaml")]
+            command += ["--trainer.default_root_dir", place, "--trainer.max_steps", str(STEPS + 21)]
+            command += ["--trainer.val_check_interval", "1000000"]
+            assert main(command) == 0
+    finally:
+        lightning.Trainer.fit = original  # type: ignore[method-assign]
+    return (stamps[20 + STEPS] - stamps[20]) / STEPS * 1e3
+
+
+def seconds(code: list[str]) -> float:
+    """Wall seconds of a fresh Python, the least of some runs: what else runs only adds."""
+    taken = []
+    for _ in range(ROUNDS):
+        begin = time.perf_counter()
+        subprocess.run([sys.executable, *code], check=True, capture_output=True)
+        taken.append(time.perf_counter() - begin)
+    return min(taken)
+
+
+def main() -> None:
+    torch.set_num_threads(2)
+    pairs = [(bare_loop(), lightning_loop()) for _ in range(3)]
+    bare, loop = (min(pair[i] for pair in pairs) for i in range(2))
+    print(
+        f"a step of retnet_tiny: bare {bare:.2f} ms, lightning {loop:.2f} ms, "
+        f"{loop - bare:+.2f} ms, {(loop / bare - 1):+.1%} (required: 2 ms or 5 %)"
+    )
+    usage = seconds(["-m", "archzoo", "--help"])
+    print(f"archzoo --help: {usage:.2f} s (required: 0.5)")
+    alone, with_zoo = seconds(["-c", "import torch"]), seconds(["-c", "import torch, archzoo"])
+    print(f"import archzoo: {with_zoo - alone:+.2f} s over torch's {alone:.2f} (required: 0.3)")
+    rows = [
+        {"what": "step, bare loop", "value": round(bare, 3), "unit": "ms", "required": ""},
+        {"what": "step, lightning", "value": round(loop, 3), "unit": "ms", "required": ""},
+        {"what": "loop's cost", "value": round(loop - bare, 3), "unit": "ms", "required": "2"},
+        {"what": "archzoo --help", "value": round(usage, 3), "unit": "s", "required": "0.5"},
+        {
+            "what": "import archzoo over torch",
+            "value": round(with_zoo - alone, 3),
+            "unit": "s",
+            "required": "0.3",
+        },
+    ]
+    harness.write_rows("cpu-overhead-float32", rows)
+
+
+if __name__ == "__main__":
+    main()
