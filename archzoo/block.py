@@ -156,7 +156,7 @@ def make_context(
 # ---------------------------------------------------------------------------- state
 
 
-def map_state(function: Callable[[Tensor], Tensor], *states: State) -> State:
+def map_state(function: Callable[..., Tensor], *states: State) -> State:
     """Apply a function to corresponding tensors of states of one structure; ints pass through."""
     first = states[0]
     if isinstance(first, Tensor):
@@ -191,7 +191,12 @@ def to(state: State, device: torch.device | str) -> State:
 def nbytes(state: State) -> int:
     """Bytes that the tensors of a state take."""
     sizes: list[int] = []
-    map_state(lambda leaf: sizes.append(leaf.numel() * leaf.element_size()) or leaf, state)
+
+    def weigh(leaf: Tensor) -> Tensor:
+        sizes.append(leaf.numel() * leaf.element_size())
+        return leaf
+
+    map_state(weigh, state)
     return sum(sizes)
 
 
@@ -351,6 +356,14 @@ class Embedding(nn.Module):
         """As a mixer's. The base class carries nothing."""
         return {}
 
+    def place(self, context: Context) -> Context:
+        """The context as every part shall see it, this one included.
+
+        A method that chooses where tokens stand (randomised positions) puts its own positions in
+        the place of the counted ones; all others leave them.
+        """
+        return context
+
     def forward(self, tokens: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
         """Tokens (batch, time) to x (batch, time, dim); state None comes back as None."""
         raise NotImplementedError
@@ -371,7 +384,7 @@ class Rotary(nn.Module):
         A rotation that treats both alike does them in one go, which in decoding saves a tenth.
         """
         q, k = qk[:, :, :heads], qk[:, :, heads:]
-        return self(q, k, positions, positions)  # type: ignore[no-any-return]
+        return self.forward(q, k, positions, positions)
 
 
 class Bias(nn.Module):
@@ -504,6 +517,12 @@ def once_per_call(tensor: Tensor, key: Hashable, compute: Callable[[], Computed]
     if key not in values:
         values[key] = compute()
     return values[key]
+
+
+def closing(linear: nn.Linear) -> nn.Linear:
+    """Mark the projection that closes a residual branch: the decoder starts it smaller."""
+    linear.closes_residual = True  # type: ignore[assignment]
+    return linear
 
 
 def head_size(dim: int, heads: int) -> int:

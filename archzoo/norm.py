@@ -55,7 +55,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
     fused = x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64)
     if fused or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return F.rms_norm(x, x.shape[-1:], weight, eps)
-    return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
+    return _RMSNorm.apply(x, weight, eps)
 
 
 class RMSNorm(nn.RMSNorm):

@@ -40,7 +40,7 @@ MODULES = (
 )
 
 Spec = dict[str, Any]
-Part = str | type | functools.partial | Spec | Callable[..., nn.Module]
+Part = str | type | functools.partial[Any] | Spec | Callable[..., nn.Module]
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -89,6 +89,7 @@ def find(slot: str, name: str) -> type[nn.Module]:
 def describe(slot: str, part: Part) -> Spec:
     """A part as plain data, checked: ``{"class_path": ..., "init_args": {...}}``."""
     arguments: dict[str, Any] = {}
+    named: Any = part
     if isinstance(part, functools.partial):
         # jsonargparse hands over partial(instantiator, class, **arguments).
         classes = [entry for entry in (part.func, *part.args) if inspect.isclass(entry)]
@@ -96,25 +97,24 @@ def describe(slot: str, part: Part) -> Spec:
             raise ValueError(f"{slot} {part!r} is a partial of no class: take partial(Class, ...)")
         if inspect.isclass(part.func) and part.args:
             raise ValueError(f"{slot} {part!r} holds positional arguments: give them by name")
-        part, arguments = classes[0], dict(part.keywords)
+        named, arguments = classes[0], dict(part.keywords)
     elif isinstance(part, dict):
         unknown = set(part) - {"class_path", "init_args"}
         if unknown or "class_path" not in part:
             raise ValueError(f"{slot} {part!r} must hold class_path and may hold init_args")
-        part, arguments = part["class_path"], dict(part.get("init_args") or {})
-    if isinstance(part, str):
-        part = find(slot, part)
-    if not inspect.isclass(part) or not issubclass(part, SLOTS[slot]):
-        raise ValueError(f"{slot} {part!r} is no {SLOTS[slot].__name__}: name a class that is")
-    accepted = inspect.signature(part).parameters
+        named, arguments = part["class_path"], dict(part.get("init_args") or {})
+    cls = find(slot, named) if isinstance(named, str) else named
+    if not inspect.isclass(cls) or not issubclass(cls, SLOTS[slot]):
+        raise ValueError(f"{slot} {cls!r} is no {SLOTS[slot].__name__}: name a class that is")
+    accepted = inspect.signature(cls).parameters
     for name in arguments:
         if name not in accepted:
             raise ValueError(
-                f"{part.__name__} has no argument {name!r}; nearest: "
+                f"{cls.__name__} has no argument {name!r}; nearest: "
                 f"{nearest(name, [n for n in accepted if n not in ('dim', 'heads')] or ['(none)'])}"
             )
-    own = list_parts(slot).get(part.__name__) is part
-    path = part.__name__ if own else f"{part.__module__}.{part.__qualname__}"
+    own = list_parts(slot).get(cls.__name__) is cls
+    path = cls.__name__ if own else f"{cls.__module__}.{cls.__qualname__}"
     return {"class_path": path, "init_args": _plain(arguments)}
 
 

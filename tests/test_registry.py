@@ -203,3 +203,8 @@ def test_parts_are_found_by_name(slot):
     for name, found in parts.list_parts(slot).items():
         assert parts.find(slot, name) is found
         assert found.__doc__ and issubclass(found, parts.SLOTS[slot])
+
+
+def test_a_partial_with_positional_arguments_is_refused() -> None:
+    with pytest.raises(ValueError, match="give them by name"):
+        archzoo.create_model("retnet_micro", mixer=functools.partial(archzoo.Retention, 64))

@@ -30,6 +30,7 @@ from archzoo.block import (
     Rotary,
     State,
     at_least_float32,
+    closing,
     constant,
     head_size,
     merge_heads,
@@ -135,9 +136,10 @@ def retain(
         chunk = min(chunk_size, left)
         chunks = min(left // chunk, CHUNKS_AT_ONCE)
         end = begin + chunk * chunks
-        piece = [x[:, begin:end] for x in (q, k, v)]
         o, memory = _retain_chunks(
-            *piece,
+            q[:, begin:end],
+            k[:, begin:end],
+            v[:, begin:end],
             log_decay,
             memory,
             context.piece(begin, end) if context.packed else None,
@@ -153,21 +155,21 @@ def retain(
 class _Clock(NamedTuple):
     """How many tokens have come, this one counted, and how many documents have begun.
 
-    Both (batch or 1, ...). Between two clocks lies gamma^(difference of counts), if they stand
+    Both (batch or 1, ...). Between two clocks lies gamma^(difference of tokens), if they stand
     in one document. segment None: all do.
     """
 
-    count: Tensor
+    tokens: Tensor
     segment: Tensor | None
 
     def at(self, view: Callable[[Tensor], Tensor]) -> _Clock:
-        return _Clock(view(self.count), None if self.segment is None else view(self.segment))
+        return _Clock(view(self.tokens), None if self.segment is None else view(self.segment))
 
     def decay_since(
         self, earlier: _Clock, log_decay: Tensor, order: Tensor | None = None
     ) -> Tensor:
         """gamma^(self - earlier), 0 across documents and outside `order`: (b, heads, ...)."""
-        elapsed = (self.count - earlier.count)[:, None]
+        elapsed = (self.tokens - earlier.tokens)[:, None]
         exponent = elapsed * log_decay.view(-1, *(1,) * (elapsed.dim() - 2))
         seen = order
         if self.segment is not None and earlier.segment is not None:
@@ -290,8 +292,7 @@ class Retention(KeepsFloat32, Mixer):
         # One matrix for q, k, v and the gate, in this order.
         self.widths = [2 * dim, value_width] + [value_width] * gate
         self.query_key_value_gate = nn.Linear(dim, sum(self.widths), bias=False)
-        self.output = nn.Linear(value_width, dim, bias=False)
-        self.output.closes_residual = True
+        self.output = closing(nn.Linear(value_width, dim, bias=False))
         self.rotary: Rotary = RetentionRotation(self.head_dim)
 
         self.learnable = decay == "learnable"
