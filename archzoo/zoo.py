@@ -21,6 +21,7 @@ HEADINGS = (
     "feed-forward",
     "positions",
     "parameters",
+    "active",
     "state at 1k",
     "state at 16k",
     "paper",
@@ -36,6 +37,7 @@ class Row(NamedTuple):
         feed_forward: Class name.
         positions: What tells the model where a token stands.
         parameters: How many, shared ones once.
+        active: How many of them a token meets: without the experts that it is not sent to.
         state_1k: Bytes of the state of one text of 1,024 tokens, in float32.
         state_16k: The same for 16,384 tokens.
         paper: Where the architecture is from.
@@ -46,6 +48,7 @@ class Row(NamedTuple):
     feed_forward: str
     positions: str
     parameters: int
+    active: int
     state_1k: int
     state_16k: int
     paper: str
@@ -68,6 +71,7 @@ def describe(name: str) -> Row:
         feed_forward=_short(config["feed_forward"]),
         positions=", ".join(_positions(decoder)) or "none",
         parameters=decoder.parameter_count(),
+        active=active_parameters(decoder),
         state_1k=state(1_024),
         state_16k=state(16_384),
         paper=preset.paper,
@@ -91,7 +95,7 @@ def list_command(pattern: str = "*", /, markdown: bool = False) -> None:
         return
     table = Table(box=None, header_style="bold")
     for heading in HEADINGS:
-        numeric = heading == "parameters" or heading.startswith("state")
+        numeric = heading in ("parameters", "active") or heading.startswith("state")
         table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
@@ -121,6 +125,8 @@ def show_command(name: str) -> None:
     for part, kind, count in parameters_by_part(decoder):
         table.add_row(part, kind, f"{count:,}", f"{count / row.parameters:.1%}")
     table.add_row("in all", "", f"{row.parameters:,}", "")
+    if row.active < row.parameters:
+        table.add_row("of which a token meets", "", f"{row.active:,}", "")
     console.print(table)
     console.print()
     console.print(
@@ -146,6 +152,12 @@ def parameters_by_part(decoder: Decoder) -> Iterator[tuple[str, str, int]]:
     blocks = sum(map(count, decoder.blocks))  # what is left of them
     yield "norms", type(decoder.blocks[0].mixer_norm).__name__, blocks + count(decoder.norm)
     yield "head", "tied to the embedding" if decoder.tie_weights else "Linear", count(decoder.head)
+
+
+def active_parameters(decoder: Decoder) -> int:
+    """Parameters that a token meets, shared experts among them, idle ones not."""
+    idle = (getattr(block.feed_forward, "idle_parameters", 0) for block in decoder.blocks)
+    return decoder.parameter_count() - sum(idle)
 
 
 def markdown_table(rows: list[list[str]]) -> str:
@@ -174,8 +186,8 @@ def _positions(decoder: Decoder) -> Iterator[str]:
 
 def _cells(row: Row) -> list[str]:
     sizes = [_bytes(row.state_1k), _bytes(row.state_16k)]
-    count = f"{row.parameters:,}"
-    return [row.name, row.mixer, row.feed_forward, row.positions, count, *sizes, row.paper]
+    counts = [f"{row.parameters:,}", f"{row.active:,}"]
+    return [row.name, row.mixer, row.feed_forward, row.positions, *counts, *sizes, row.paper]
 
 
 def _bytes(count: int) -> str:
@@ -192,7 +204,7 @@ def _short(spec: dict[str, Any]) -> str:
 def _written(value: Any) -> str:
     """A setting as YAML would have it."""
     if isinstance(value, dict):
-        arguments = ", ".join(f"{k}: {v}" for k, v in value.get("init_args", {}).items())
+        arguments = ", ".join(f"{k}: {_written(v)}" for k, v in value.get("init_args", {}).items())
         return _short(value) + (f" ({arguments})" if arguments else "")
     if isinstance(value, list):
         return ", ".join(map(_written, value))

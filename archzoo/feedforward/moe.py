@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from archzoo.block import Aux, Context, FeedForward, without_autocast
+from archzoo.block import Aux, Context, FeedForward, closing, without_autocast
 from archzoo.feedforward.balance import Balance, within_capacity
 from archzoo.feedforward.dense import GatedFeedForward
 from archzoo.feedforward.routers import _TopKRouter
@@ -132,8 +132,7 @@ class Experts(nn.Module):
     def __init__(self, dim: int, width: int, experts: int) -> None:
         super().__init__()
         self.gate_up = ExpertLinear(experts, dim, 2 * width)  # gate first
-        self.down = ExpertLinear(experts, width, dim)
-        self.down.closes_residual = True
+        self.down = closing(ExpertLinear(experts, width, dim))
         self.dim, self.width, self.experts = dim, width, experts
 
     def choose_backend(self, assignments: int, dtype: torch.dtype, device: torch.device) -> str:

@@ -103,7 +103,7 @@ class _TopKRouter(KeepsFloat32, Router):
         self.projection = nn.Linear(dim, self.projections * experts, bias=False)
         if self.unit_variance:
             nn.init.normal_(self.projection.weight, std=dim**-0.5)
-            self.projection.keeps_init = True
+            self.projection.keeps_init = True  # type: ignore[assignment]
         self.expert_bias: Tensor
         if bias_rate:
             self.float32_names = ("expert_bias",)
@@ -138,12 +138,15 @@ class _TopKRouter(KeepsFloat32, Router):
     def after_step(self, assignments: Tensor) -> None:
         """Move the experts' bias towards even load: ``b_j += rate * sign(mean(c) - c_j)``.
 
+        The mean of the step is taken off: it would change no choice, and only drift.
+
         Args:
             assignments: (experts,) int64, c: tokens sent to each expert in the optimizer step.
         """
         if self.bias_rate:
             short = assignments.sum() - self.experts * assignments  # in whole numbers: exact
-            self.expert_bias += self.bias_rate * short.sign().to(self.expert_bias.device)
+            step = short.sign().to(self.expert_bias)
+            self.expert_bias.add_(step - step.mean(), alpha=self.bias_rate)
 
 
 class LinearRouter(_TopKRouter):

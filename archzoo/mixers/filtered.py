@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -70,17 +72,18 @@ class FilteredAttention(Attention):
 
     def filter(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
         """X (batch, time, dim) to u of the same shape, and the state after it."""
-        before, after = (None, None), state
+        start: Any = None
+        start_hidden: Any = None
         if state is not None:
-            before = (state["filter_input"], state["filter_hidden"])
-        hidden = self.first(torch.cat([previous(x, before[0], context), x], dim=-1))
-        c2 = self.second(torch.cat([previous(hidden, before[1], context), hidden], dim=-1))
+            start, start_hidden = state["filter_input"], state["filter_hidden"]
+        hidden = self.first(torch.cat([previous(x, start, context), x], dim=-1))
+        c2 = self.second(torch.cat([previous(hidden, start_hidden, context), hidden], dim=-1))
         if state is not None:
-            after = state | {
-                "filter_input": last_valid(x, before[0], context),
-                "filter_hidden": last_valid(hidden, before[1], context),
+            state = state | {
+                "filter_input": last_valid(x, start, context),
+                "filter_hidden": last_valid(hidden, start_hidden, context),
             }
-        return self.filter_norm(c2 + x), after
+        return self.filter_norm(c2 + x), state
 
 
 def previous(x: Tensor, before: Tensor | None, context: Context) -> Tensor:
