@@ -90,22 +90,34 @@ class Plan(NamedTuple):
 
     by_key: Pair  # o and dv: a and b are as wide as k
     by_value: Pair  # dq and dk: a and b are as wide as v
+    sums: tuple[int, Cut, int]  # of segments: tokens a loop step, cut, pieces to a segment
 
 
 # Measured on an H200, see docs/kernels.md. Keys: the widths (dk, dv) up to which a row holds.
 _BFLOAT16_PLANS: dict[tuple[int, int], Plan] = {
-    (64, 64): Plan(*(Pair(64, False, Cut(64, 64, 4, 3), Cut(64, 64, 4, 3)),) * 2),
-    (128, 128): Plan(*(Pair(64, False, Cut(128, 128, 8, 3), Cut(128, 128, 8, 3)),) * 2),
+    (64, 64): Plan(
+        *(Pair(64, False, Cut(64, 64, 4, 3), Cut(64, 64, 4, 3)),) * 2,
+        sums=(64, Cut(64, 64, 4, 4), 4),
+    ),
+    (128, 128): Plan(
+        *(Pair(64, False, Cut(128, 128, 8, 3), Cut(128, 128, 8, 3)),) * 2,
+        sums=(64, Cut(128, 128, 8, 3), 2),
+    ),
     (128, 256): Plan(
         Pair(64, True, Cut(128, 128, 8, 3), Cut(128, 128, 8, 3)),
         Pair(32, True, Cut(256, 128, 8, 3), Cut(256, 128, 8, 3)),
+        sums=(64, Cut(128, 128, 8, 3), 1),
     ),
-    (256, 512): Plan(*(Pair(32, True, Cut(256, 128, 8, 3), Cut(256, 128, 8, 3)),) * 2),
+    (256, 512): Plan(
+        *(Pair(32, True, Cut(256, 128, 8, 3), Cut(256, 128, 8, 3)),) * 2,
+        sums=(64, Cut(128, 128, 8, 3), 1),
+    ),
 }
-# Programs that fill the chip: two for each of the 132 multiprocessors of an H100 or H200.
-_FILL = 256
+# Segments are cut until the programs of dq and dk number this many: about one for each of the
+# 132 multiprocessors of an H100 or H200, twice that where the heads are narrow.
+_FILL = 128
 _SEGMENT_LEAST = 512
-_SEGMENT_MULTIPLE = 64  # of every chunk, so that segments are whole chunks
+_SEGMENT_MULTIPLE = 256  # of every chunk and piece, so that they divide a segment
 
 
 def _power_of_2(number: int) -> int:
@@ -118,7 +130,7 @@ def _plan(dk: int, dv: int, dtype: torch.dtype) -> Plan:
     if dtype == torch.float32:
         # Exact float32 has no matrix unit: small tiles, so that the products fit in registers.
         cut = Cut(64, 32, 4, 1)
-        plan = Plan(*(Pair(32, wide_k > 64 or wide_v > 64, cut, cut),) * 2)
+        plan = Plan(*(Pair(32, wide_k > 64 or wide_v > 64, cut, cut),) * 2, sums=(32, cut, 1))
     else:
         plan = next(
             plan
@@ -129,7 +141,7 @@ def _plan(dk: int, dv: int, dtype: torch.dtype) -> Plan:
     def fit(cut: Cut, rows: int, columns: int) -> Cut:
         return cut._replace(block=min(cut.block, rows), tile=min(cut.tile, columns))
 
-    key, value = plan
+    key, value, sums = plan
     return Plan(
         key._replace(
             forward=fit(key.forward, wide_k, wide_v), reverse=fit(key.reverse, wide_k, wide_v)
@@ -137,15 +149,18 @@ def _plan(dk: int, dv: int, dtype: torch.dtype) -> Plan:
         value._replace(
             forward=fit(value.forward, wide_v, wide_k), reverse=fit(value.reverse, wide_v, wide_k)
         ),
+        (sums[0], fit(sums[1], wide_k, wide_v), sums[2]),
     )
 
 
-def _segments(plan: Plan, rows: int, time: int, dv: int) -> tuple[int, int]:
-    """Cuts time so that the forward fills the chip: (tokens a segment, segments)."""
-    programs = rows * -(-dv // plan.by_key.forward.tile)
-    if programs * 4 >= _FILL * 3:
+def _segments(plan: Plan, rows: int, time: int, dk: int) -> tuple[int, int]:
+    """Cuts time so that every map fills the chip: (tokens a segment, segments)."""
+    cut = plan.by_value.forward
+    programs = rows * -(-dk // cut.tile)
+    fill = _FILL if cut.warps > 4 else 2 * _FILL
+    wanted = max(min(fill // programs, time // _SEGMENT_LEAST), 1)
+    if wanted == 1:
         return max(time, 1), 1
-    wanted = max(min(-(-_FILL // programs), time // _SEGMENT_LEAST), 1)
     segment = -(-time // wanted)
     segment = -(-segment // _SEGMENT_MULTIPLE) * _SEGMENT_MULTIPLE
     return segment, -(-time // segment)
@@ -170,13 +185,16 @@ def _aligned(tensor: Tensor) -> Tensor:
     return room[..., :width]
 
 
-def _describe(tensor: Tensor, rows: int, columns: int) -> Any:
-    """A (batch, time, heads, width) tensor as tiles of one head's (time, width)."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
+def _allocate(size: int, _alignment: int, _stream: int | None) -> Tensor:
+    """Scratch memory in which a launch's programs put their descriptors."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
-    batch, time, heads, width = tensor.shape
-    strides = [tensor.stride(0), tensor.stride(2), tensor.stride(1), 1]
-    return TensorDescriptor(tensor, [batch, heads, time, width], strides, [1, 1, rows, columns])
+
+def _prepare(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        import triton
+
+        triton.set_allocator(_allocate)
 
 
 class _Call(NamedTuple):
@@ -201,7 +219,7 @@ def _call(
     batch, time, heads, dk = q.shape
     dv = v.shape[-1]
     plan = _plan(dk, dv, q.dtype)
-    segment, segments = _segments(plan, batch * heads, time, dv)
+    segment, segments = _segments(plan, batch * heads, time, dk)
     facts = {
         "SCALE": scale,
         "HAS_DOCUMENTS": documents is not None,
@@ -243,7 +261,6 @@ def _segment_states(
     b: Tensor,
     c: Tensor,
     call: _Call,
-    cut: Cut,
     log_decay: Tensor,
     reverse: bool,
     initial: Tensor | None,
@@ -254,26 +271,33 @@ def _segment_states(
 
     batch, time, heads, width = b.shape
     columns = c.shape[-1]
-    entering = b.new_empty((batch, heads, call.segments, width, columns), dtype=torch.float32)
-    final = b.new_empty((batch, heads, width, columns) if leave else (0,), dtype=torch.float32)
-    _, documents, ranges = call.pointers
-    tiles = -(-width // cut.block) * -(-columns // cut.tile)
-    chunk = 32 if cut.block > 128 else 64
+    rows = batch * heads
+    chunk, cut, parts = call.plan.sums
+    piece = call.segment // parts
+    pieces = -(-time // piece)
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=b.device)
+    sums = empty((rows, pieces, width, columns))
+    entering = empty((batch, heads, call.segments, width, columns))
+    final = empty((batch, heads, width, columns) if leave else (0,))
     # Nothing follows the segment walked last, so its sum counts only towards the last state.
-    pieces = call.segments if leave else call.segments - 1
-    kernels.segment_sums_kernel[(tiles, batch * heads, pieces)](
-        _describe(b, chunk, cut.block), _describe(c, chunk, cut.tile),
-        entering, log_decay, *call.pointers, time, call.segment, call.segments, heads,
-        call.normaliser_rows, call.segments - pieces if reverse else 0,
+    first, stop = 0, pieces
+    if not leave:
+        first, stop = (parts, pieces) if reverse else (0, (call.segments - 1) * parts)
+    tiles = -(-width // cut.block) * -(-columns // cut.tile)
+    _, documents, ranges = call.pointers
+    kernels.segment_sums_kernel[(tiles, rows, stop - first)](
+        b, c, sums, log_decay, *call.pointers, *_strides(b), *_strides(c),
+        time, piece, pieces, heads, call.normaliser_rows, first,
         B=width, C=columns, BLOCK_B=cut.block, TILE=cut.tile, CHUNK=chunk, REVERSE=reverse,
         **call.facts, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     elements = width * columns
-    kernels.join_kernel[(-(-elements // 1024), batch * heads)](
-        entering, entering if initial is None else initial, final, log_decay, documents, ranges,
-        time, call.segment, call.segments, heads, elements,
-        BLOCK=1024, REVERSE=reverse, HAS_INITIAL=initial is not None, HAS_FINAL=leave,
-        HAS_DOCUMENTS=call.facts["HAS_DOCUMENTS"], HAS_RANGES=call.facts["HAS_RANGES"],
+    kernels.join_kernel[(-(-elements // 1024), rows)](
+        sums, entering, sums if initial is None else initial, final, log_decay, documents, ranges,
+        time, piece, call.segments, pieces, heads, elements,
+        BLOCK=1024, REVERSE=reverse, PER_SEGMENT=parts, HAS_INITIAL=initial is not None,
+        HAS_FINAL=leave, HAS_DOCUMENTS=call.facts["HAS_DOCUMENTS"],
+        HAS_RANGES=call.facts["HAS_RANGES"],
     )  # fmt: skip
     return entering, final
 
@@ -287,8 +311,7 @@ def _chunk_scores(a: Tensor, b: Tensor, call: _Call, pair: Pair, log_decay: Tens
     scores = a.new_empty((batch * heads * chunks * pair.chunk, pair.chunk))
     block = min(64, pair.forward.block)
     kernels.scores_kernel[(chunks, batch * heads)](
-        _describe(a, pair.chunk, block), _describe(b, pair.chunk, block), scores, log_decay,
-        *call.pointers, time, heads, chunks, call.normaliser_rows,
+        a, b, scores, log_decay, *call.pointers, *_strides(a), *_strides(b), time, heads, chunks, call.normaliser_rows,
         A=width, BLOCK_A=block, CHUNK=pair.chunk, **call.facts, num_warps=4, num_stages=3,
     )  # fmt: skip
     return scores
@@ -312,30 +335,19 @@ def _map(
     `entering`, one state per segment, and `leaving`, one per row, are (rows, columns) of the
     state, or (columns, rows) where `transposed`. `scores` is empty where `pair` has none.
     """
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
     from archzoo.kernels import retention_triton as kernels
 
     batch, time, heads, width = a.shape
     columns = c.shape[-1]
     chunk, cut = pair.chunk, pair.reverse if reverse else pair.forward
     out = _output(c, call.facts["HAS_RANGES"])
-    descriptors = (
-        _describe(a, chunk, cut.block),
-        _describe(b, chunk, cut.block),
-        _describe(c, chunk, cut.tile),
-        _describe(out, chunk, cut.tile),
-    )
-    if pair.scores:
-        scores_descriptor = TensorDescriptor(scores, scores.shape, [chunk, 1], [chunk, chunk])
-    else:
-        scores_descriptor = descriptors[0]  # never read
     stride_a, stride_c = (1, width) if transposed else (columns, 1)
     for split in range(-(-width // cut.block)):
         kernels.stream_kernel[(-(-columns // cut.tile), batch * heads, call.segments)](
-            *descriptors, scores_descriptor, log_decay, *call.pointers,
+            a, b, c, out, scores, log_decay, *call.pointers,
             log_decay if entering is None else entering,
             log_decay if leaving is None else leaving,
+            *_strides(a), *_strides(b), *_strides(c), *_strides(out),
             time, call.segment, call.segments, heads, -(-time // chunk), split,
             stride_a, stride_c, call.normaliser_rows,
             A=width, C=columns, BLOCK_A=cut.block, TILE=cut.tile, CHUNK=chunk, REVERSE=reverse,
@@ -344,6 +356,10 @@ def _map(
             **call.facts, num_warps=cut.warps, num_stages=cut.stages,
         )  # fmt: skip
     return out
+
+
+def _strides(tensor: Tensor) -> tuple[int, int, int]:
+    return tensor.stride(0), tensor.stride(1), tensor.stride(2)
 
 
 def _output(like: Tensor, padded: bool) -> Tensor:
@@ -369,10 +385,11 @@ def _forward(
     scale: bool,
     leave: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """o and the last state; and, to keep: states entering segments, normalisers, scores.
+    """Output and last state; and, to keep: states entering segments, normalisers, scores.
 
     What there is no use for is empty.
     """
+    _prepare(q)
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     batch, _, heads, dk = q.shape
     dv = v.shape[-1]
@@ -384,7 +401,7 @@ def _forward(
     source = None if state is None else state.float().contiguous()
     if call.segments > 1:
         entering, final = _segment_states(
-            k, v, call, pair.forward, log_decay, False, source, leave
+            k, v, call, log_decay, False, source, leave
         )
         source = entering
     else:
@@ -411,11 +428,12 @@ def _backward(
     scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and the gradient of the entering state (empty without one)."""
+    _prepare(q)
     q, k, v, do = _aligned(q), _aligned(k), _aligned(v), _aligned(do)
     batch, _, heads, dk = q.shape
     dv = v.shape[-1]
     call = _call(q, v, normaliser, documents, ranges, scale)
-    key, value = call.plan
+    key, value, _ = call.plan
     source = None if state is None else state.float().contiguous()
     arriving = None if d_final is None else d_final.float().contiguous()
     leaving = None
@@ -423,7 +441,7 @@ def _backward(
     if call.segments > 1:
         source = entering
         arriving, d_state = _segment_states(
-            q, do, call, key.reverse, log_decay, True, arriving, state is not None
+            q, do, call, log_decay, True, arriving, state is not None
         )
     elif state is not None:
         leaving = d_state = q.new_empty((batch, heads, dk, dv), dtype=torch.float32)
@@ -463,7 +481,7 @@ def _forward_fake(  # type: ignore[no-untyped-def]
     batch, time, heads, dk = q.shape
     dv = v.shape[-1]
     plan = _plan(dk, dv, q.dtype)
-    _, segments = _segments(plan, batch * heads, time, dv)
+    _, segments = _segments(plan, batch * heads, time, dk)
     chunk = plan.by_key.chunk
     scores = (batch * heads * -(-time // chunk) * chunk, chunk) if plan.by_key.scores else (0,)
     empty = functools.partial(q.new_empty, dtype=torch.float32)

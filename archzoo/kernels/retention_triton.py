@@ -19,9 +19,9 @@ chip can run at once is time cut into segments; `segment_sums_kernel` then adds 
 itself and `join_kernel` combines the sums by powers of gamma, which are known because gamma is
 one constant per head.
 
-Tensors come as descriptors of (batch, heads, time, width), which the copy engine of Hopper reads
-without address arithmetic; past the end of time it fills with zeros, so a ragged last chunk needs
-no mask.
+Each program describes its head's (time, width) slices to Hopper's copy engine, which then reads
+tiles without address arithmetic; past the end of time it fills with zeros, so a ragged last chunk
+needs no mask. (Descriptors made by the host cost some 50 us each at every launch.)
 
 The derivation, the floors and the measurements are in docs/kernels.md.
 """
@@ -82,9 +82,17 @@ def _row_range(ranges_ptr, batch, time, HAS_RANGES: tl.constexpr):
 
 
 @triton.jit
-def _load(descriptor, batch, head, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A (ROWS, COLUMNS) tile of one head."""
-    return descriptor.load([batch, head, row, column]).reshape(ROWS, COLUMNS)
+def _slices(
+    pointer, batch, head, stride_batch, stride_time, stride_head, time, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Descriptor of one head of (batch, time, heads, WIDTH), read in (ROWS, COLUMNS) tiles."""
+    return tl.make_tensor_descriptor(
+        pointer + batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head,
+        shape=[time, WIDTH],
+        strides=[stride_time, 1],
+        block_shape=[ROWS, COLUMNS],
+    )
 
 
 @triton.jit
@@ -177,8 +185,10 @@ def _document_before(
 
 @triton.jit
 def stream_kernel(
-    a_desc, b_desc, c_desc, out_desc, scores_desc, log_decay_ptr, normaliser_ptr, documents_ptr,
+    a_ptr, b_ptr, c_ptr, out_ptr, scores_ptr, log_decay_ptr, normaliser_ptr, documents_ptr,
     ranges_ptr, entering_ptr, leaving_ptr,
+    a_batch, a_time, a_head, b_batch, b_time, b_head, c_batch, c_time, c_head,
+    out_batch, out_time, out_head,
     time, segment, segments, heads, chunks, split, stride_a, stride_c, normaliser_rows,
     A: tl.constexpr, C: tl.constexpr, BLOCK_A: tl.constexpr, TILE: tl.constexpr,
     CHUNK: tl.constexpr, REVERSE: tl.constexpr, SCALE: tl.constexpr,
@@ -217,7 +227,21 @@ def stream_kernel(
     normaliser_row = normaliser_ptr + (row % normaliser_rows).to(tl.int64) * time
     documents_row = documents_ptr + batch.to(tl.int64) * time
 
-    dtype = c_desc.dtype
+    a_desc = _slices(a_ptr, batch, head, a_batch, a_time, a_head, time, A, CHUNK, BLOCK_A)
+    b_desc = _slices(b_ptr, batch, head, b_batch, b_time, b_head, time, A, CHUNK, BLOCK_A)
+    c_desc = _slices(c_ptr, batch, head, c_batch, c_time, c_head, time, C, CHUNK, TILE)
+    out_desc = _slices(
+        out_ptr, batch, head, out_batch, out_time, out_head, time, C, CHUNK, TILE
+    )
+    if HAS_SCORES and not ADD:
+        scores_desc = tl.make_tensor_descriptor(
+            scores_ptr + row_wide * chunks * (CHUNK * CHUNK),
+            shape=[chunks * CHUNK, CHUNK],
+            strides=[CHUNK, 1],
+            block_shape=[CHUNK, CHUNK],
+        )
+
+    dtype = c_ptr.dtype.element_ty
     index = tl.arange(0, CHUNK)
     SHIFT: tl.constexpr = 0 if REVERSE else 1
     rows = split * BLOCK_A + tl.arange(0, BLOCK_A)
@@ -244,6 +268,9 @@ def stream_kernel(
     )
 
     walk = tl.cdiv(stop - start, CHUNK)
+    if SCALE and not REVERSE:
+        # Read one chunk ahead: the compiler prefetches only what leads into a product.
+        ahead = _chunk_normaliser(normaliser_row, first + start, stop - start, CHUNK, SCALE)
     for walked in range(walk):
         if REVERSE:
             chunk_start = start + (walk - 1 - walked) * CHUNK
@@ -251,9 +278,9 @@ def stream_kernel(
             chunk_start = start + walked * CHUNK
         size = tl.minimum(CHUNK, stop - chunk_start)
         row_time = first + chunk_start
-        a = _load(a_desc, batch, head, row_time, split * BLOCK_A, CHUNK, BLOCK_A)
-        b = _load(b_desc, batch, head, row_time, split * BLOCK_A, CHUNK, BLOCK_A)
-        c = _load(c_desc, batch, head, row_time, tile * TILE, CHUNK, TILE)
+        a = a_desc.load([row_time, split * BLOCK_A])
+        b = b_desc.load([row_time, split * BLOCK_A])
+        c = c_desc.load([row_time, tile * TILE])
         if HAS_RANGES:
             # Padding after the row's end may hold anything, NaN too.
             live = index < size
@@ -272,19 +299,23 @@ def stream_kernel(
             keep = tl.where(document_last == before, keep, 0.0)
             before = document_last
         if SCALE:
-            normaliser = _chunk_normaliser(normaliser_row, row_time, size, CHUNK, SCALE)
             if REVERSE:
+                normaliser = _chunk_normaliser(normaliser_row, row_time, size, CHUNK, SCALE)
                 leave *= normaliser
             else:
+                normaliser = ahead
+                ahead = _chunk_normaliser(
+                    normaliser_row, row_time + CHUNK, stop - chunk_start - CHUNK, CHUNK, SCALE
+                )
                 arrive *= normaliser
 
         # The past, through the state; the chunk itself, through its weights.
         out = _dot(state.to(dtype), tl.trans(a), None, PRECISION, UPCAST) * arrive[None, :]
         if ADD:
-            stored = _load(out_desc, batch, head, row_time, tile * TILE, CHUNK, TILE)
+            stored = out_desc.load([row_time, tile * TILE])
         else:
             if HAS_SCORES:
-                weights = scores_desc.load([(row * chunks + chunk_start // CHUNK) * CHUNK, 0])
+                weights = scores_desc.load([chunk_start, 0])
                 if not REVERSE:
                     weights = tl.trans(weights)
             else:
@@ -302,10 +333,7 @@ def stream_kernel(
             out += tl.trans(stored).to(tl.float32)
         if HAS_RANGES:
             out = tl.where(live[None, :], out, 0.0)
-        out_desc.store(
-            [batch, head, row_time, tile * TILE],
-            tl.trans(out.to(dtype)).reshape(1, 1, CHUNK, TILE),
-        )
+        out_desc.store([row_time, tile * TILE], tl.trans(out.to(dtype)))
 
         # The state after the chunk.
         c = (tl.trans(c).to(tl.float32) * leave[None, :]).to(dtype)
@@ -317,7 +345,8 @@ def stream_kernel(
 
 @triton.jit
 def scores_kernel(
-    a_desc, b_desc, scores_ptr, log_decay_ptr, normaliser_ptr, documents_ptr, ranges_ptr,
+    a_ptr, b_ptr, scores_ptr, log_decay_ptr, normaliser_ptr, documents_ptr, ranges_ptr,
+    a_batch, a_time, a_head, b_batch, b_time, b_head,
     time, heads, chunks, normaliser_rows,
     A: tl.constexpr, BLOCK_A: tl.constexpr, CHUNK: tl.constexpr, SCALE: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, HAS_RANGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -339,10 +368,22 @@ def scores_kernel(
         index = tl.arange(0, CHUNK)
         row_time = first + start
         size = tl.minimum(CHUNK, length - start)
+        batch_wide, row_time_wide = batch.to(tl.int64), row_time.to(tl.int64)
+        a_row = a_ptr + batch_wide * a_batch + head.to(tl.int64) * a_head
+        b_row = b_ptr + batch_wide * b_batch + head.to(tl.int64) * b_head
+        a_row += row_time_wide * a_time
+        b_row += row_time_wide * b_time
+        live = index < size
         weights = tl.zeros((CHUNK, CHUNK), tl.float32)
         for column in range(0, A, BLOCK_A):
-            a = _load(a_desc, batch, head, row_time, column, CHUNK, BLOCK_A)
-            b = _load(b_desc, batch, head, row_time, column, CHUNK, BLOCK_A)
+            columns = column + tl.arange(0, BLOCK_A)
+            inside = live[:, None] & (columns < A)[None, :]
+            a = tl.load(
+                a_row + index[:, None] * a_time + columns[None, :], mask=inside, other=0.0
+            )
+            b = tl.load(
+                b_row + index[:, None] * b_time + columns[None, :], mask=inside, other=0.0
+            )
             weights = _dot(a, tl.trans(b), weights, PRECISION, UPCAST)
         gap = index[:, None] - index[None, :]
         seen = gap >= 0
@@ -351,9 +392,6 @@ def scores_kernel(
                 documents_ptr + batch.to(tl.int64) * time, row_time, size, 0, CHUNK, False, True
             )
             seen = seen & (document[:, None] == document[None, :])
-        if HAS_RANGES:
-            live = index < size
-            seen = seen & live[:, None] & live[None, :]
         weights = tl.where(seen, weights * _power(log2_decay, gap), 0.0)
         if SCALE:
             normaliser_row = normaliser_ptr + (row % normaliser_rows).to(tl.int64) * time
@@ -367,16 +405,17 @@ def scores_kernel(
 
 @triton.jit
 def segment_sums_kernel(
-    b_desc, c_desc, sums_ptr, log_decay_ptr, normaliser_ptr, documents_ptr, ranges_ptr,
+    b_ptr, c_ptr, sums_ptr, log_decay_ptr, normaliser_ptr, documents_ptr, ranges_ptr,
+    b_batch, b_time, b_head, c_batch, c_time, c_head,
     time, segment, segments, heads, normaliser_rows, piece_first,
     B: tl.constexpr, C: tl.constexpr, BLOCK_B: tl.constexpr, TILE: tl.constexpr,
     CHUNK: tl.constexpr, REVERSE: tl.constexpr, SCALE: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, HAS_RANGES: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """First level: what each segment alone adds to the state, sum_j gamma^(L-1-j) b_j^T c_j.
+    """First level: what each piece of time alone adds to the state, sum_j gamma^(L-1-j) b_j^T c_j.
 
-    With REVERSE (b, c are q, do): sum_j gamma^(L-j) r_j b_j^T c_j, see `_stream`.
+    With REVERSE (b, c are q, do): sum_j gamma^(L-j) r_j b_j^T c_j, see `stream_kernel`.
     """
     TILES: tl.constexpr = (C + TILE - 1) // TILE
     tile = tl.program_id(0)
@@ -391,6 +430,8 @@ def segment_sums_kernel(
     stop = tl.minimum(start + segment, length)
     SHIFT: tl.constexpr = 0 if REVERSE else 1
     index = tl.arange(0, CHUNK)
+    b_desc = _slices(b_ptr, batch, head, b_batch, b_time, b_head, time, B, CHUNK, BLOCK_B)
+    c_desc = _slices(c_ptr, batch, head, c_batch, c_time, c_head, time, C, CHUNK, TILE)
     row_column = (tile // TILES) * BLOCK_B
     column = (tile % TILES) * TILE
     normaliser_row = normaliser_ptr + (row % normaliser_rows).to(tl.int64) * time
@@ -410,8 +451,8 @@ def segment_sums_kernel(
             chunk_start = start + walked * CHUNK
         size = tl.minimum(CHUNK, stop - chunk_start)
         row_time = first + chunk_start
-        b = _load(b_desc, batch, head, row_time, row_column, CHUNK, BLOCK_B)
-        c = _load(c_desc, batch, head, row_time, column, CHUNK, TILE)
+        b = b_desc.load([row_time, row_column])
+        c = c_desc.load([row_time, column])
         if HAS_RANGES:
             live = index < size
             b = tl.where(live[:, None], b, 0.0)
@@ -424,7 +465,7 @@ def segment_sums_kernel(
                 documents, row_time, size, 0, CHUNK, REVERSE, HAS_DOCUMENTS
             )
             leave = tl.where(document == last, leave, 0.0)
-        c = (tl.trans(c).to(tl.float32) * leave[None, :]).to(c_desc.dtype)
+        c = (tl.trans(c).to(tl.float32) * leave[None, :]).to(c_ptr.dtype.element_ty)
         state = _dot(c, b, state * tl.exp2(size.to(tl.float32) * log2_decay), PRECISION, UPCAST)
     rows = row_column + tl.arange(0, BLOCK_B)
     columns = column + tl.arange(0, TILE)
@@ -438,14 +479,15 @@ def segment_sums_kernel(
 
 @triton.jit
 def join_kernel(
-    sums_ptr, initial_ptr, final_ptr, log_decay_ptr, documents_ptr, ranges_ptr,
-    time, segment, segments, heads, size,
-    BLOCK: tl.constexpr, REVERSE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
-    HAS_RANGES: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
+    sums_ptr, entering_ptr, initial_ptr, final_ptr, log_decay_ptr, documents_ptr, ranges_ptr,
+    time, piece_size, segments, pieces, heads, size,
+    BLOCK: tl.constexpr, REVERSE: tl.constexpr, PER_SEGMENT: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr, HAS_RANGES: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    HAS_FINAL: tl.constexpr,
 ):  # fmt: skip
-    """Second level: sums of segments become, in place, the states that enter them.
+    """Second level: from sums of pieces, PER_SEGMENT to a segment, the states entering segments.
 
-    E_first = initial; E_next = gamma^L E + sums; final = the E after the segment walked last.
+    E_first = initial; E_next = gamma^L E + sums; final = the E after the piece walked last.
     """
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = element < size
@@ -461,20 +503,27 @@ def join_kernel(
         state = tl.zeros((BLOCK,), tl.float32)
     before = _document_before(documents, first, length, 0, length, REVERSE, HAS_DOCUMENTS)
     for walked in range(segments):
-        piece = segments - 1 - walked if REVERSE else walked
-        pointers = sums_ptr + (row_wide * segments + piece) * size + element
-        sums = tl.load(pointers, mask=inside, other=0.0)
-        tl.store(pointers, state, mask=inside)
-        start = tl.minimum(piece * segment, length)
-        stop = tl.minimum(start + segment, length)
-        keep = tl.exp2((stop - start).to(tl.float32) * log2_decay)
-        if HAS_DOCUMENTS:
-            if stop > start:
-                last_time = first + (start if REVERSE else stop - 1)
-                last = tl.load(documents + last_time)
-                keep = tl.where(last == before, keep, 0.0)
-                before = last
-        state = state * keep + sums
+        whole = segments - 1 - walked if REVERSE else walked
+        tl.store(
+            entering_ptr + (row_wide * segments + whole) * size + element, state, mask=inside
+        )
+        if (walked + 1 < segments) | HAS_FINAL:
+            for part in range(PER_SEGMENT):
+                piece = whole * PER_SEGMENT + (PER_SEGMENT - 1 - part if REVERSE else part)
+                start = piece * piece_size
+                stop = tl.minimum(start + piece_size, length)
+                if stop > start:
+                    sums = tl.load(
+                        sums_ptr + (row_wide * pieces + piece) * size + element,
+                        mask=inside,
+                        other=0.0,
+                    )
+                    keep = tl.exp2((stop - start).to(tl.float32) * log2_decay)
+                    if HAS_DOCUMENTS:
+                        last = tl.load(documents + first + (start if REVERSE else stop - 1))
+                        keep = tl.where(last == before, keep, 0.0)
+                        before = last
+                    state = state * keep + sums
     if HAS_FINAL:
         tl.store(final_ptr + row_wide * size + element, state, mask=inside)
 
