@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from archzoo.tasks.tokenizers import Tokenizer
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+ADDED = {"loops", "injection"}  # arguments of `Decoder` that older checkpoints do not hold
 
 
 class Pretrained(NamedTuple):
@@ -208,11 +209,11 @@ def _read_lightning(path: Path) -> Pretrained:
     if (
         not isinstance(arguments, dict)
         or not isinstance(state, dict)
-        or names.keys() - arguments.keys()
+        or names.keys() - arguments.keys() - ADDED
     ):
         raise ValueError(f"{path} was not written by archzoo's training")
     # The decoder's arguments stand among the optimizer's, its weights among the metrics' sums.
-    config = {name: arguments[name] for name in names}
+    config = {name: arguments.get(name) for name in names}
     weights = {
         name.removeprefix("decoder."): tensor
         for name, tensor in state.items()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from archzoo import block as interface
-from archzoo.block import Aux, Bias, Block, Embedding, FeedForward, Mixer, Rotary, State
+from archzoo.block import Aux, Bias, Block, Context, Embedding, FeedForward, Mixer, Rotary, State
 from archzoo.norm import RMSNorm
 from archzoo.parts import build, describe
 
@@ -66,6 +66,10 @@ class Decoder(nn.Module):
             branch take init_std / sqrt(2 depth) [0.02].
         activation_checkpointing: Recompute blocks in the backward pass instead of keeping them
             [False].
+        loops: The stack of blocks runs so often, with the same weights and a state for each run
+            [1].
+        injection: Add the embedding again: "layer", before every block; "loop", before every run
+            of the stack; or "none" ["none"].
     """
 
     def __init__(
@@ -89,6 +93,8 @@ class Decoder(nn.Module):
         tie_weights: bool | None = None,
         init_std: float | None = None,
         activation_checkpointing: bool | None = None,
+        loops: int | None = None,
+        injection: Literal["none", "layer", "loop"] | None = None,
     ) -> None:
         super().__init__()
         sizes = {"vocab_size": vocab_size, "dim": dim, "depth": depth, "heads": heads}
@@ -110,6 +116,12 @@ class Decoder(nn.Module):
         self.init_std = 0.02 if init_std is None else init_std
         self.activation_checkpointing = bool(activation_checkpointing)
         self.tie_weights = bool(tie_weights)
+        self.loops = 1 if loops is None else loops
+        if not isinstance(self.loops, int) or self.loops < 1:
+            raise ValueError(f"loops={loops!r} must be a whole number of at least 1")
+        self.injection = injection or "none"
+        if self.injection not in ("none", "layer", "loop"):
+            raise ValueError(f"injection={injection!r} is none of none, layer and loop")
         norm, norm_placement = norm or "rms", norm_placement or "pre"
         norm_eps = 1e-6 if norm_eps is None else norm_eps
         for name, number in (("norm_eps", norm_eps), ("init_std", self.init_std)):
@@ -133,6 +145,9 @@ class Decoder(nn.Module):
             "tie_weights": self.tie_weights,
             "init_std": self.init_std,
             "activation_checkpointing": self.activation_checkpointing,
+            # None where unused: so are they in configurations written before there were any.
+            "loops": self.loops if self.loops > 1 else None,
+            "injection": self.injection if self.injection != "none" else None,
         }
         config = self.config
 
@@ -172,7 +187,11 @@ class Decoder(nn.Module):
                 continue
             if isinstance(module, nn.Linear):
                 closes = getattr(module, "closes_residual", False)
-                std = self.init_std / math.sqrt(2 * self.depth) if closes else self.init_std
+                std = (
+                    self.init_std / math.sqrt(2 * self.depth * self.loops)
+                    if closes
+                    else self.init_std
+                )
                 nn.init.normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -204,7 +223,7 @@ class Decoder(nn.Module):
         return {
             "place": interface.init_place(batch_size, device),
             "embedding": start(self.embedding),
-            "blocks": [start(block.mixer) for block in self.blocks],
+            "blocks": [start(block.mixer) for _ in range(self.loops) for block in self.blocks],
         }
 
     def hidden(
@@ -214,8 +233,21 @@ class Decoder(nn.Module):
         documents: Tensor | None = None,
         examples: Tensor | None = None,
         form: str | None = None,
+        loops: int | None = None,
+        free_loops: int = 0,
     ) -> tuple[Tensor, State, Aux]:
-        """`forward` up to the head: x (batch, time, dim) after the last norm, state, aux."""
+        """`forward` up to the head: x (batch, time, dim) after the last norm, state, aux.
+
+        Args:
+            tokens: As for `forward`, and so are the next four.
+            state: The same.
+            documents: The same.
+            examples: The same.
+            form: The same.
+            loops: Runs of the stack with gradients; None: all of them. Progressive loss, in
+                which looped models are trained, takes a random number.
+            free_loops: Runs before those, without gradients.
+        """
         if tokens.dim() != 2 or not tokens.shape[1]:
             raise ValueError(
                 f"tokens have shape {tuple(tokens.shape)}: a decoder takes (batch, time), time >= 1"
@@ -232,24 +264,59 @@ class Decoder(nn.Module):
             place=None if state is None else state["place"],
             device=tokens.device,
         )
+        context = self.embedding.place(context)
         keep = state is not None
-        before = state["blocks"] if keep else [None] * self.depth
+        loops = self.loops - free_loops if loops is None else loops
+        if loops < 1 or free_loops < 0 or (keep and free_loops + loops != self.loops):
+            raise ValueError(
+                f"{free_loops} free loops and {loops} more: at least one must follow the free "
+                f"ones, and a state needs {self.loops} in all"
+            )
+        before = state["blocks"] if keep else [None] * self.depth * (free_loops + loops)
         x, embedded = self.embedding(tokens, state["embedding"] if keep else None, context)
         if self.dropout:
             x = nn.functional.dropout(x, self.dropout, self.training)
-        recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
+        embedding = x
         after: list[State] = []
         aux: Aux = {}
+        with torch.no_grad():
+            for loop in range(free_loops):
+                x = self._run(x, embedding, before, context, form, loop, after, {})
+        for loop in range(free_loops, free_loops + loops):
+            x = self._run(x, embedding, before, context, form, loop, after, aux)
+        if loops > 1:
+            means = {name: aux[name] / loops for name in aux if name.startswith("metric/")}
+            aux |= means
+        state = {"place": place, "embedding": embedded, "blocks": after} if keep else None
+        return self.norm(x), state, aux
+
+    def _run(
+        self,
+        x: Tensor,
+        embedding: Tensor,
+        before: list[State],
+        context: Context,
+        form: str | None,
+        loop: int,
+        after: list[State],
+        aux: Aux,
+    ) -> Tensor:
+        """The stack once; states go to `after`, and aux is summed over the runs."""
+        recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
-            arguments = (x, before[layer], context, None, form)
+            # The first block has the embedding in x already.
+            injects = self.injection == "layer" or (self.injection == "loop" and layer == 0)
+            injected = embedding if injects and loop + layer else None
+            arguments = (x, before[loop * self.depth + layer], context, injected, form)
             if recompute:
                 x, mixed, entries = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x, mixed, entries = block(*arguments)
             after.append(mixed)
-            aux |= {f"{name}/{layer}": value for name, value in entries.items()}
-        state = {"place": place, "embedding": embedded, "blocks": after} if keep else None
-        return self.norm(x), state, aux
+            for name, value in entries.items():
+                key = f"{name}/{layer}"
+                aux[key] = aux[key] + value if key in aux else value
+        return x
 
     def forward(
         self,
