@@ -37,6 +37,14 @@ _NAMES = {
     "RotaryEmbedding": "positions.rotary",
     "RetentionRotation": "positions.rotary",
     "NoRotation": "positions.rotary",
+    "XPos": "positions.rotary",
+    "AbacusEmbedding": "positions.abacus",
+    "LearnedPositions": "positions.learned",
+    "RandomisedPositions": "positions.learned",
+    "ALiBi": "positions.biases",
+    "T5Bias": "positions.biases",
+    "KERPLE": "positions.biases",
+    "FIRE": "positions.biases",
     "generate": "generation",
     "save_pretrained": "checkpoint",
     "from_pretrained": "checkpoint",
@@ -66,8 +74,11 @@ if TYPE_CHECKING:
     from archzoo.mixers.attention import Attention
     from archzoo.mixers.filtered import FilteredAttention
     from archzoo.mixers.retention import Retention
+    from archzoo.positions.abacus import AbacusEmbedding
+    from archzoo.positions.biases import FIRE, KERPLE, ALiBi, T5Bias
     from archzoo.positions.embedding import TokenEmbedding
-    from archzoo.positions.rotary import NoRotation, RetentionRotation, RotaryEmbedding
+    from archzoo.positions.learned import LearnedPositions, RandomisedPositions
+    from archzoo.positions.rotary import NoRotation, RetentionRotation, RotaryEmbedding, XPos
     from archzoo.registry import create_model, list_models, register_model
 
 

@@ -148,6 +148,8 @@ class Subject:
             raise ValueError(f"{part!r} is no part: it must be a class that inherits from {bases}")
         self.part, self.slot, self.seed = part, slots[0], seed
         self.sizes = {name: arguments.pop(name, size) for name, size in SIZES[self.slot].items()}
+        # What a class cannot do without and has no default for, it names itself.
+        arguments = getattr(part, "contract_arguments", {}) | arguments
         self.arguments = arguments
         self.random = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
@@ -408,15 +410,17 @@ def _checkpointing(subject: Subject) -> str:
     """Recomputing blocks in the backward pass changes neither loss nor gradients."""
     decoder = _quiet_decoder(subject).train()
     tokens = subject.tokens(2, 24, decoder.vocab_size)
+    examples = torch.tensor([[5], [6]]).expand(2, 24)
     with torch.no_grad():
-        state = decoder(tokens[:, :8], decoder.init_state(2)).state
+        state = decoder(tokens[:, :8], decoder.init_state(2), examples=examples[:, :8]).state
     rule = "activation checkpointing must change nothing: no hidden state, no in-place update"
     worst = 0.0
     for begin, incoming in ((0, None), (8, state)):
         runs = []
         for recompute in (False, True):
             decoder.activation_checkpointing = recompute
-            output = decoder(tokens[:, begin:], interface.fork(incoming))
+            incoming_too = interface.fork(incoming)
+            output = decoder(tokens[:, begin:], incoming_too, examples=examples[:, begin:])
             extra = [value for name, value in output.aux.items() if name.startswith("loss/")]
             loss = output.logits.square().mean() + sum(extra, torch.zeros(()))
             weights = [p for p in decoder.parameters() if p.requires_grad]

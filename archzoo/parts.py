@@ -35,7 +35,10 @@ MODULES = (
     "archzoo.feedforward.dense",
     "archzoo.feedforward.moe",
     "archzoo.feedforward.routers",
+    "archzoo.positions.abacus",
+    "archzoo.positions.biases",
     "archzoo.positions.embedding",
+    "archzoo.positions.learned",
     "archzoo.positions.rotary",
 )
 

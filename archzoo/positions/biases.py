@@ -1,0 +1,189 @@
+"""Biases: what a pair of positions (i, j) adds to attention's logit, for each head.
+
+::
+
+    ALiBi     - slope_h d
+    T5        table[bucket(d), h]
+    KERPLE    - r_h log(1 + s_h d)      or  - r_h d^(s_h)
+    FIRE      mlp_h(psi(d) / psi(max(i, L)))
+
+with the distance d = i - j; a key to come (d < 0) is masked by attention, and gets what d = 0 gets,
+so that no logarithm of a negative number can poison a gradient. Computed in float32 at least.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from archzoo.block import Bias, at_least_float32, constant
+
+
+def distances(query_positions: Tensor, key_positions: Tensor) -> Tensor:
+    """``max(i - j, 0)``, (batch or 1, queries, keys) int64; one row where all rows are one."""
+    if query_positions.stride(0) == 0 and key_positions.stride(0) == 0:
+        query_positions, key_positions = query_positions[:1], key_positions[:1]
+    return (query_positions[:, :, None] - key_positions[:, None, :]).clamp(min=0)
+
+
+def alibi_slopes(heads: int) -> tuple[float, ...]:
+    """``2^(-8 h / heads)``, h = 1 .. heads, for a power of two.
+
+    Otherwise those of the next smaller power of two, and then every other one of twice as many.
+    """
+    power = 2 ** math.floor(math.log2(heads))
+    slopes = [2.0 ** (-8 * head / power) for head in range(1, power + 1)]
+    between = [2.0 ** (-8 * head / (2 * power)) for head in range(1, 2 * power + 1, 2)]
+    return tuple(slopes + between[: heads - power])
+
+
+class ALiBi(Bias):
+    """``- slope_h (i - j)``, nothing learned.
+
+    Source: Press et al., Train Short, Test Long, arXiv 2108.12409, section 3; other numbers of
+    heads than powers of two as in the authors' code.
+
+    Args:
+        heads: Of attention.
+    """
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.slopes = alibi_slopes(heads)
+
+    def forward(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        """Positions (batch, queries), (batch, keys) to (batch or 1, heads, queries, keys)."""
+        distance = distances(query_positions, key_positions)
+        # No parameter says which precision is wanted; attention rounds to its own.
+        slopes = constant(self.slopes, distance.device, torch.float32)
+        return -slopes[:, None, None] * distance[:, None]
+
+
+def t5_buckets(distance: Tensor, buckets: int, furthest: int) -> Tensor:
+    """The first half of the buckets hold one distance each, the rest grow as its logarithm.
+
+    ``n`` for n < half, then ``half + floor(log(n / half) / log(furthest / half) * half)``, the
+    last bucket at most.
+    """
+    half = buckets // 2
+    growth = (distance.clamp(min=half) / half).log() / math.log(furthest / half)
+    far = half + (growth * (buckets - half)).long()
+    return torch.where(distance < half, distance, far.clamp(max=buckets - 1))
+
+
+class T5Bias(Bias):
+    """``table[bucket(i - j), head]``, learned.
+
+    Source: Raffel et al., T5, arXiv 1910.10683, section 2.1, causal: all buckets look back.
+
+    Args:
+        heads: Of attention.
+        buckets: Rows of the table, half of them one distance each.
+        furthest: From this distance on all share the last bucket.
+    """
+
+    def __init__(self, heads: int, *, buckets: int = 32, furthest: int = 128) -> None:
+        super().__init__()
+        if buckets < 2 or buckets % 2 or furthest <= buckets // 2:
+            raise ValueError(
+                f"buckets={buckets} must be even, and furthest={furthest} beyond the "
+                f"{buckets // 2} distances with a bucket of their own"
+            )
+        self.buckets, self.furthest = buckets, furthest
+        self.table = nn.Parameter(0.02 * torch.randn(buckets, heads))
+
+    def forward(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        """Positions (batch, queries), (batch, keys) to (batch or 1, heads, queries, keys)."""
+        distance = distances(query_positions, key_positions)
+        rows = F.embedding(t5_buckets(distance, self.buckets, self.furthest), self.table)
+        return rearrange(rows, "b q k h -> b h q k")
+
+
+class KERPLE(Bias):
+    """``- r log(1 + s d)``, or ``- r d^s`` with s <= 2; r, s > 0 learned for each head.
+
+    Source: Chi et al., KERPLE, arXiv 2205.09921, section 4, eq. 6 and 7. The parameters are kept
+    positive by an exponential (a sigmoid for the power's s), there by clamping, which stops a
+    parameter at its bound for good.
+
+    Args:
+        heads: Of attention.
+        kind: "log" or "power".
+
+    Raises:
+        ValueError: Another kind.
+    """
+
+    def __init__(self, heads: int, *, kind: Literal["log", "power"] = "log") -> None:
+        super().__init__()
+        if kind not in ("log", "power"):
+            raise ValueError(f"kind={kind!r} is neither log nor power")
+        self.kind = kind
+        # r and s start as in the paper's code, uniform up to 2 and up to 1, but away from 0.
+        self.log_scale = nn.Parameter((0.1 + 1.9 * torch.rand(heads)).log())
+        start = 0.1 + 0.9 * torch.rand(heads)
+        self.rate = nn.Parameter(start.log() if kind == "log" else (start / 2).logit())
+
+    def forward(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        """Positions (batch, queries), (batch, keys) to (batch or 1, heads, queries, keys)."""
+        dtype = at_least_float32(self.rate.dtype)
+        scale = self.log_scale.to(dtype).exp()[:, None, None]
+        rate = self.rate.to(dtype)[:, None, None]
+        distance = distances(query_positions, key_positions)[:, None].to(dtype)
+        if self.kind == "log":
+            return -scale * (rate.exp() * distance).log1p()
+        # At distance 0 the power is 0, and its logarithm must not reach the gradient.
+        power = (2 * rate.sigmoid() * distance.clamp(min=1).log()).exp()
+        return -scale * torch.where(distance > 0, power, 0)
+
+
+class FIRE(Bias):
+    """``mlp(psi(i - j) / psi(max(i, L)))``, ``psi(x) = log(c x + 1)``; c, L and the mlp learned.
+
+    The mlp is 1 to `width` to heads with a ReLU. Up to L tokens it sees the distance alone, beyond
+    that the distance as a share of the query's position, so that no input is ever out of range.
+
+    Source: Li et al., Functional Interpolation for Relative Positions, arXiv 2310.04418, section
+    3.2, eq. 6 to 8.
+
+    Args:
+        heads: Of attention.
+        width: Of the mlp's hidden layer.
+        threshold: What L starts at, in tokens.
+        slope: What c starts at.
+    """
+
+    def __init__(
+        self, heads: int, *, width: int = 32, threshold: float = 512.0, slope: float = 0.1
+    ) -> None:
+        super().__init__()
+        if threshold <= 0 or slope <= 0:
+            raise ValueError(f"threshold={threshold} and slope={slope} must be above 0")
+        self.threshold = threshold
+        self.slope = nn.Parameter(torch.tensor(float(slope)))
+        self.multiplier = nn.Parameter(torch.ones(()))  # of the threshold
+        self.inner, self.outer = nn.Linear(1, width), nn.Linear(width, heads)
+        for layer in (self.inner, self.outer):
+            # At the decoder's scale of 0.02 the bias would start, and stay for long, at nothing.
+            layer.keeps_init = True  # type: ignore[assignment]
+
+    def forward(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        """Positions (batch, queries), (batch, keys) to (batch or 1, heads, queries, keys)."""
+        dtype = at_least_float32(self.slope.dtype)
+        distance = distances(query_positions, key_positions)
+        queries = query_positions[: len(distance), :, None].to(dtype)
+        # Absolute values: a step beyond 0 must not make a logarithm of a negative number.
+        slope = self.slope.to(dtype).abs()
+        threshold = (self.threshold * self.multiplier.to(dtype)).abs()
+        reach = (slope * torch.maximum(queries, threshold)).log1p()
+        share = (slope * distance.to(dtype)).log1p() / reach.clamp(min=1e-6)
+        weights = [
+            part.to(dtype) for layer in (self.inner, self.outer) for part in layer.parameters()
+        ]
+        hidden = F.relu(F.linear(share[..., None], weights[0], weights[1]))
+        return rearrange(F.linear(hidden, weights[2], weights[3]), "b q k h -> b h q k")

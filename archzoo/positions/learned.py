@@ -1,0 +1,168 @@
+"""Learned positions, from 0 or from a random start; and randomised positions for any method."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from archzoo.block import Context, Embedding, State
+from archzoo.parts import build, describe
+from archzoo.positions.draws import STARTS, SUBSETS, integers, random_bits, uniform
+from archzoo.positions.embedding import TokenEmbedding
+
+
+class LearnedPositions(Embedding):
+    """``x_t = words[token_t] + table[start + t]``, t counted within the document.
+
+    In training ``start ~ U{0 .. max_start}``, one for a document, a function of (seed, example
+    number); in evaluation it is 0. With max_start = 0 this is GPT's learned absolute position;
+    with more, a table longer than the texts is trained to its end.
+
+    Source: Vaswani et al., arXiv 1706.03762, section 3.5; random starts: Kiyono et al., SHAPE,
+    arXiv 2109.05644, there for sinusoids.
+
+    Args:
+        vocab_size: Tokens.
+        dim: Width of x.
+        longest: Rows of the table: the tokens of the longest text, and max_start.
+        max_start: The largest start.
+        seed: Of the starts.
+    """
+
+    def __init__(
+        self, vocab_size: int, dim: int, *, longest: int = 1024, max_start: int = 0, seed: int = 0
+    ) -> None:
+        super().__init__()
+        if not 0 <= max_start < longest:
+            raise ValueError(f"max_start={max_start} must lie in 0 .. longest - 1 = {longest - 1}")
+        self.weight = nn.Parameter(torch.randn(vocab_size, dim))
+        self.table = TokenEmbedding(longest, dim)
+        self.longest, self.max_start, self.seed = longest, max_start, seed
+
+    def forward(self, tokens: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+        """Tokens (batch, time) int64 to x (batch, time, dim).
+
+        Raises:
+            ValueError: A text longer than the table (seen on the CPU; other devices refuse the
+                row in their own words), or training with starts and without example numbers.
+        """
+        rows = context.positions
+        if self.training and self.max_start:
+            bits = random_bits(self.seed, STARTS, _examples(context, "max_start=0"))
+            rows = rows + integers(bits, self.max_start + 1)
+        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+            last = int(rows.max())
+            if last >= self.longest:
+                raise ValueError(
+                    f"position {last} lies beyond the {self.longest} that LearnedPositions knows: "
+                    "take a larger longest, or a shorter text"
+                )
+        return F.embedding(tokens, self.weight) + F.embedding(rows, self.table.weight), state
+
+
+class RandomisedPositions(Embedding):
+    """Another embedding, and positions that jump: all parts see a sorted sample of 0 .. longest-1.
+
+    In training a document of n tokens stands at n positions drawn from ``0 .. longest - 1``, as a
+    function of (seed, example number)::
+
+        id_t = t + floor(U_(t) (longest - n + 1)),   U_(0) <= U_(1) <= ... sorted uniform numbers
+
+    so that rotations, biases and tables are trained as far as `longest`, whatever the length. In
+    evaluation nothing is drawn: ``id_t = floor(t longest / text_length)``, evenly spaced, which a
+    text may go on with token by token.
+
+    Source: Ruoss et al., arXiv 2305.16843, section 3. There one sample serves a batch and
+    evaluation draws as well; here each document has its own, and evaluation repeats itself.
+
+    Training takes whole documents in a call. Not for mixers that count tokens by their positions:
+    retention's normaliser is one.
+
+    Args:
+        vocab_size: Tokens.
+        dim: Width of x.
+        embedding: Of the tokens, by name, or as class_path and init_args.
+        longest: Positions to draw from; at least the tokens of the longest text.
+        text_length: Tokens of the longest text in evaluation, spread over all of longest.
+        seed: Of the samples.
+    """
+
+    keeps_init = True  # the decoder finds the embedding inside
+
+    contract_arguments: ClassVar[dict[str, Any]] = {"longest": 700, "text_length": 320}
+
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int,
+        *,
+        embedding: str | dict[str, Any] = "TokenEmbedding",
+        longest: int = 2048,
+        text_length: int = 512,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 1 <= text_length <= longest:
+            raise ValueError(
+                f"text_length={text_length} must lie in 1 .. longest={longest}: each token needs "
+                "a position of its own"
+            )
+        self.embedding = build("embedding", describe("embedding", embedding), vocab_size, dim)
+        self.longest, self.text_length, self.seed = longest, text_length, seed
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The table of words, (vocab_size, dim)."""
+        weight: Tensor = self.embedding.weight
+        return weight
+
+    def init_state(
+        self,
+        batch_size: int,
+        *,
+        capacity: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> State:
+        """The inner embedding's."""
+        return self.embedding.init_state(batch_size, capacity=capacity, device=device, dtype=dtype)
+
+    def place(self, context: Context) -> Context:
+        """The context with positions spread over 0 .. longest - 1."""
+        context = self.embedding.place(context)
+        positions = context.positions
+        if not self.training:
+            spread = torch.div(positions * self.longest, self.text_length, rounding_mode="floor")
+            return context._replace(positions=spread)
+        examples = _examples(context, "another embedding")
+        # Sorted uniform numbers are partial sums of n + 1 exponential ones, over their total.
+        gaps = -uniform(random_bits(self.seed, SUBSETS, examples, positions)).log()
+        after = -uniform(random_bits(self.seed, SUBSETS, examples, self.longest)).log()
+        # Which document of the row: 0 is the padding before the first.
+        document = context.starts.cumsum(dim=1)
+        rows, time = document.shape
+        lengths = document.new_zeros(rows, time + 1).scatter_add(1, document, context.valid.long())
+        totals = gaps.new_zeros(rows, time + 1).scatter_add(1, document, gaps * context.valid)
+        sums = (gaps * context.valid).cumsum(dim=1)
+        begin = torch.where(context.starts, sums - gaps, 0).cummax(dim=1).values
+        share = (sums - begin) / (totals.gather(1, document) + after)
+        room = self.longest - lengths.gather(1, document) + 1
+        ids = positions + (share * room).floor().long().clamp(min=0)
+        return context._replace(positions=ids * context.valid)
+
+    def forward(self, tokens: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+        """The inner embedding's x; `place` has changed the context."""
+        x, state = self.embedding(tokens, state, context)
+        return x, state
+
+
+def _examples(context: Context, way_out: str) -> Tensor:
+    if context.examples is None:
+        raise ValueError(
+            "positions are drawn by example number in training: give examples=..., or take "
+            f"{way_out}"
+        )
+    return context.examples
