@@ -70,7 +70,7 @@ class _Rearrange(torch.autograd.Function):
         order, inverse = ctx.saved_tensors
         back: Tensor = _Rearrange.apply(grad, inverse, order, 1)
         if ctx.k > 1:
-            back = back.unflatten(0, (-1, ctx.k)).sum(dim=1)
+            back = back.view(len(back) // ctx.k, ctx.k, back.shape[1]).sum(dim=1)
         return back, None, None, None
 
 
@@ -187,7 +187,7 @@ class Experts(nn.Module):
                 rows = rearrange_rows(rows, order, inverse, k)
                 run = self.grouped if backend == "grouped" else self.loop
                 rows = run(rows, gate_up, down, ends)
-                y = rearrange_rows(rows, inverse, order).view(tokens, k, -1)
+                y = rearrange_rows(rows, inverse, order).view(tokens, k, self.dim)
             return (y * weights[:, :, None]).sum(dim=1).to(x.dtype)
 
     @staticmethod
