@@ -186,12 +186,9 @@ class Decoder(nn.Module):
             if getattr(module, "keeps_init", False):
                 continue
             if isinstance(module, nn.Linear):
-                closes = getattr(module, "closes_residual", False)
-                std = (
-                    self.init_std / math.sqrt(2 * self.depth * self.loops)
-                    if closes
-                    else self.init_std
-                )
+                std = self.init_std
+                if getattr(module, "closes_residual", False):
+                    std /= math.sqrt(2 * self.depth * self.loops)
                 nn.init.normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
