@@ -277,9 +277,9 @@ class Mixer(nn.Module):
         """All tokens at once; the same contract as `chunkwise`, which the base class calls."""
         return self.chunkwise(x, state, context)
 
-    def choose_form(self, time: int, state: State) -> str:
+    def choose_form(self, x: Tensor, state: State) -> str:
         """The form that runs when none is asked for: by facts alone, never by training mode."""
-        return "recurrent" if time == 1 and state is not None else "parallel"
+        return "recurrent" if x.shape[1] == 1 and state is not None else "parallel"
 
     def forward(
         self, x: Tensor, state: State, context: Context, form: str | None = None
@@ -292,7 +292,7 @@ class Mixer(nn.Module):
             context: Of the same batch and time.
             form: "parallel", "chunkwise" or "recurrent": that form runs. None: `choose_form`.
         """
-        form = form or self.choose_form(x.shape[1], state)
+        form = form or self.choose_form(x, state)
         if form not in FORMS:
             raise ValueError(f"form {form!r} is none of {', '.join(FORMS)}")
         keep = state is not None

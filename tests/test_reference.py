@@ -102,7 +102,8 @@ def test_intermediate_values():
     """Rotation, scale, decay and normaliser, each for itself: a wrong pair could cancel out."""
     golden, mixer = load(EXACT)
     context, _ = make_context(2, 37)
-    q, k, v, gate = mixer.project(golden["x"], context)
+    qk, v, gate = mixer.project(golden["x"])
+    q, k, v = mixer.widen(qk, v, context, torch.float64)
     scaled = k * mixer.head_dim**-0.5
     for what, got, want in (
         ("q", q.transpose(1, 2), golden["q_rot"]),
@@ -144,7 +145,8 @@ def test_layouts_are_the_same_up_to_a_permutation_of_rows():
         half_split((x @ permute(weight).T).unflatten(-1, (4, size)))
         for weight in (q_weight, k_weight)
     )
-    want_q, want_k, _, _ = mixer.project(x, context)
+    qk, v, _ = mixer.project(x)
+    want_q, want_k, _ = mixer.widen(qk, v, context, torch.float64)
     scores, want = (torch.einsum("bqhd,bkhd->bhqk", a, b) for a, b in ((q, k), (want_q, want_k)))
     assert relative_error(scores, want) < 1e-12
     assert relative_error(q, want_q[..., order]) < 1e-12

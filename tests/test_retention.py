@@ -321,9 +321,11 @@ def test_state_under_autocast_is_as_precise_as_without(form, dtype):
     mixer = Retention(16, 2)
     x = torch.randn(2, 70, 16)
     with torch.autocast("cpu", dtype):
-        q, k, v, _ = mixer.project(x, make_context(2, 70)[0])
+        qk, v, _ = mixer.project(x)
         y, state = mixer(x, mixer.init_state(2), make_context(2, 70)[0], form)
     assert state["memory"].dtype == torch.float32 and y.isfinite().all()
+    assert qk.dtype == v.dtype == dtype
+    q, k, v = mixer.widen(qk, v, make_context(2, 70)[0], torch.float32)
     q, k, v = (part.double() for part in (q, k, v))
     decays = torch.tensor(mixer.fixed_log_decay, dtype=torch.float64)
     zero = torch.zeros(2, 2, 8, 16, dtype=torch.float64)

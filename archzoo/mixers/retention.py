@@ -38,6 +38,7 @@ from archzoo.block import (
     split_heads,
     without_autocast,
 )
+from archzoo.kernels import retention as kernels
 from archzoo.norm import rms_norm
 from archzoo.positions.rotary import RetentionRotation
 
@@ -333,25 +334,32 @@ class Retention(KeepsFloat32, Mixer):
         dtype = at_least_float32(dtype or self.output.weight.dtype)
         return {"memory": torch.zeros(shape, device=device, dtype=dtype)}
 
-    def choose_form(self, time: int, state: State) -> str:
-        """Recurrent for one token, parallel for few, chunkwise for many."""
-        if time == 1 and state is not None:
+    def choose_form(self, x: Tensor, state: State) -> str:
+        """Recurrent for one token, parallel for few, chunkwise for many and on a GPU."""
+        if x.shape[1] == 1 and state is not None:
             return "recurrent"
-        return "parallel" if time <= PARALLEL_UP_TO else "chunkwise"
+        few = x.shape[1] <= PARALLEL_UP_TO and x.device.type == "cpu"
+        return "parallel" if few else "chunkwise"
 
-    def project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Q, k, v (batch, time, heads, size), float32 at least, and the gate's input or None.
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Q and k side by side (batch, time, 2 heads, key_dim), v, and the gate's input or None."""
+        qk, v, *gate = self.query_key_value_gate(x).split(self.widths, dim=-1)
+        qk, v = split_heads(qk, 2 * self.heads), split_heads(v, self.heads)
+        return qk, v, gate[0] if gate else None
+
+    def widen(
+        self, qk: Tensor, v: Tensor, context: Context, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Q, k, v (batch, time, heads, size) in the dtype of sums over time.
 
         q and k come rotated, not scaled; k and v are 0 at padding.
         """
-        qk, v, *gate = self.query_key_value_gate(x).split(self.widths, dim=-1)
-        dtype = at_least_float32(x.dtype)
-        qk, v = split_heads(qk, 2 * self.heads).to(dtype), split_heads(v, self.heads).to(dtype)
-        q, k = self.rotary.both(qk, self.heads, context.positions)
+        q, k = self.rotary.both(qk.to(dtype), self.heads, context.positions)
+        v = v.to(dtype)
         if context.packed:
             valid = context.valid[:, :, None, None]
             k, v = k * valid, v * valid
-        return q, k, v, gate[0] if gate else None
+        return q, k, v
 
     def finish(self, o: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Head norm, gate, output projection: o (batch, time, heads, value_dim) to y."""
@@ -366,46 +374,88 @@ class Retention(KeepsFloat32, Mixer):
         y = merge_heads(o).to(dtype)
         return self.output(y if gate is None else F.silu(gate) * y)
 
-    def _retain(
-        self, x: Tensor, state: State, context: Context, chunk_size: int
-    ) -> tuple[Tensor, State]:
-        q, k, v, gate = self.project(x, context)
-        log_decay = self.log_decay(x)
-        with without_autocast(x.device):
-            q = q * self.normaliser(log_decay, context)
-            o, memory = retain(
-                q,
+    def _plain(
+        self,
+        qk: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        memory: Tensor | None,
+        context: Context,
+        chunk_size: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `project` gave to o and the S that leaves, in plain PyTorch."""
+        with without_autocast(v.device):
+            q, k, v = self.widen(qk, v, context, log_decay.dtype)
+            return retain(
+                q * self.normaliser(log_decay, context),
                 k,
                 v,
                 log_decay,
-                None if state is None else state["memory"],
+                memory,
                 context,
                 scale=self.head_dim**-0.5,
                 chunk_size=chunk_size,
-                want_memory=state is not None,
+                want_memory=memory is not None,
             )
-        return self.finish(o, gate, x.dtype), None if state is None else {"memory": memory}
+
+    def _fused(
+        self, qk: Tensor, v: Tensor, log_decay: Tensor, memory: Tensor | None, context: Context
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same by one kernel, which `_plain` is the twin of."""
+        q, k = self.rotary.both(qk, self.heads, context.positions)
+        counted = memory is not None or context.packed  # else positions are 0, 1, 2, ...
+        return kernels.retention(
+            q,
+            k * self.head_dim**-0.5,
+            v,
+            log_decay,
+            memory,
+            context.positions if counted else None,
+            context.starts if context.packed else None,
+            context.valid if context.packed else None,
+        )
 
     def chunkwise(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
-        """Time in chunks: O(time * (chunk_size + key_dim)) work a channel."""
-        return self._retain(x, state, context, self.chunk_size)
+        """Time in chunks: O(time * (chunk_size + key_dim)) work a channel.
+
+        By a kernel where there is one for these tensors: see `archzoo.kernels.retention`.
+        """
+        qk, v, gate = self.project(x)
+        log_decay = self.log_decay(x)
+        memory = None if state is None else state["memory"]
+        if kernels.available(qk, qk, v, log_decay):
+            o, memory = self._fused(qk, v, log_decay, memory, context)
+        else:
+            o, memory = self._plain(qk, v, log_decay, memory, context, self.chunk_size)
+        return self.finish(o, gate, x.dtype), None if state is None else {"memory": memory}
 
     def parallel(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
         """One chunk: O(time^2) work, (heads, time, time) memory."""
-        return self._retain(x, state, context, x.shape[1])
+        qk, v, gate = self.project(x)
+        memory = None if state is None else state["memory"]
+        o, memory = self._plain(qk, v, self.log_decay(x), memory, context, x.shape[1])
+        return self.finish(o, gate, x.dtype), None if state is None else {"memory": memory}
 
     def step(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
         """One token: decay the state, add k^T v, read it with q."""
-        q, k, v, gate = self.project(x, context)
+        qk, v, gate = self.project(x)
         log_decay = self.log_decay(x)
+        memory = state["memory"]
+        if not torch.is_grad_enabled() and kernels.available(qk, qk, v):
+            q, k = self.rotary.both(qk, self.heads, context.positions)
+            seen = (context.starts, context.valid) if context.packed else (None, None)
+            o, memory = kernels.retention_step(
+                q, k * self.head_dim**-0.5, v, log_decay, memory, context.positions, *seen
+            )
+            return self.finish(o, gate, x.dtype), {"memory": memory}
         with without_autocast(x.device):
+            q, k, v = self.widen(qk, v, context, log_decay.dtype)
             q = q * self.normaliser(log_decay, context)
             q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (batch, heads, 1, size)
             gamma = log_decay.exp()[:, None, None]
             if context.packed:  # a new document forgets the past; padding lets nothing decay
                 keep, valid = ~context.starts[:, :, None, None], context.valid[:, :, None, None]
                 gamma = torch.where(valid, gamma * keep, 1.0)
-            memory = state["memory"]
             if torch.is_grad_enabled():
                 memory = torch.addcmul(memory * gamma, k.mT, v, value=self.head_dim**-0.5)
             else:
