@@ -30,10 +30,15 @@ unexport PYTHONDONTWRITEBYTECODE
 setup: $(VENV)/installed
 
 # ---- make train -------------------------------------------------------------------------------
+RUN := runs/addition
+
 train: setup
 	$(BIN)/python train.py fit --config configs/addition.yaml $(if $(STEPS),--trainer.max_steps $(STEPS))
-	$(BIN)/python train.py test --ckpt_path runs/addition/last.ckpt
-	$(BIN)/archzoo generate runs/addition/last.ckpt "123+456="
+	@echo && echo "On sums that it has never seen:"
+	$(BIN)/python train.py test --ckpt_path $(RUN)/last.ckpt
+	@echo && echo "As a recurrent network, token by token from a state of constant size:"
+	$(BIN)/archzoo generate $(RUN)/last.ckpt "123+456=" "77+38=" "905+95=" "9+999="
+	@echo && echo "$(RUN) holds the checkpoints, the log (metrics.csv) and the settings (config.yaml)."
 # -----------------------------------------------------------------------------------------------
 
 test: setup

@@ -79,6 +79,8 @@ def dispatch(name: str, arguments: list[str]) -> int:
         raise ValueError(f"there is no command {name!r}; {hint}")
     command = COMMANDS[name]
     if not command.function:
+        # Threads that wait by spinning slow small steps several times where cores are shared.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         from archzoo.training.cli import run
 
         return run(name, arguments)
