@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from archzoo.block import Aux, Context, FeedForward, closing, without_autocast
+from archzoo.block import Aux, Context, FeedForward, closing
 from archzoo.feedforward.balance import Balance, within_capacity
 from archzoo.feedforward.dense import GatedFeedForward
 from archzoo.feedforward.routers import _TopKRouter
@@ -177,18 +177,17 @@ class Experts(nn.Module):
         if backend not in BACKENDS:
             raise ValueError(f"backend {backend!r} is none of {', '.join(BACKENDS)}")
         tokens, k = indices.shape
-        with without_autocast(x.device):
-            gate_up, down = self.gate_up.weight.to(dtype), self.down.weight.to(dtype)
-            rows = x.to(dtype)
-            if backend == "gather":
-                y = self.gather(rows, gate_up, down, indices)
-            else:
-                order, inverse, ends = make_dispatch(indices, self.experts)
-                rows = rearrange_rows(rows, order, inverse, k)
-                run = self.grouped if backend == "grouped" else self.loop
-                rows = run(rows, gate_up, down, ends)
-                y = rearrange_rows(rows, inverse, order).view(tokens, k, self.dim)
-            return (y * weights[:, :, None]).sum(dim=1).to(x.dtype)
+        gate_up, down = self.gate_up.weight.to(dtype), self.down.weight.to(dtype)
+        rows = x.to(dtype)
+        if backend == "gather":
+            y = self.gather(rows, gate_up, down, indices)
+        else:
+            order, inverse, ends = make_dispatch(indices, self.experts)
+            rows = rearrange_rows(rows, order, inverse, k)
+            run = self.grouped if backend == "grouped" else self.loop
+            rows = run(rows, gate_up, down, ends)
+            y = rearrange_rows(rows, inverse, order).view(tokens, k, self.dim)
+        return (y * weights[:, :, None]).sum(dim=1).to(x.dtype)
 
     @staticmethod
     def gather(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor) -> Tensor:
@@ -200,12 +199,13 @@ class Experts(nn.Module):
     def loop(rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
         """Rows (assignments, dim) sorted by expert, to the same."""
         sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
-        # Experts without rows stay in the graph: all ranks must have the same gradients. unbind,
-        # for the backward pass of indexing fills a tensor of all experts for each.
+        # An expert without rows still gets a gradient, of zeros, as ranks that reduce theirs
+        # together need: from unbind, which also spares the tensor of all experts that indexing
+        # would fill for each in its backward pass.
         pieces = zip(rows.split(sizes), gate_up.unbind(), down.unbind(), strict=True)
-        everyone = torch.is_grad_enabled() or not len(rows)
+        none = not len(rows)  # then all take part, with nothing
         return torch.cat(
-            [F.linear(swiglu(F.linear(x, a)), b) for x, a, b in pieces if len(x) or everyone]
+            [F.linear(swiglu(F.linear(x, a)), b) for x, a, b in pieces if len(x) or none]
         )
 
     @staticmethod
