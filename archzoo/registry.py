@@ -11,7 +11,7 @@ import torch
 from archzoo.decoder import Decoder
 from archzoo.parts import nearest
 
-FAMILIES = ("transformer", "retnet", "yuan", "skywork")  # a module of archzoo.models each
+FAMILIES = ("transformer", "retnet", "yuan", "skywork", "abacus")  # a module of archzoo.models each
 
 
 class Preset(NamedTuple):

@@ -4,6 +4,7 @@ import json
 import warnings
 from pathlib import Path
 
+import lightning
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,7 @@ from archzoo.positions.draws import SHIFTS, integers, random_bits, uniform
 from archzoo.tasks import stream
 from archzoo.tasks.arithmetic import Addition
 from archzoo.tasks.tokenizers import CharacterTokenizer
+from archzoo.training.module import LanguageModel
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "abacus_positions.safetensors")
 DIGITS = GOLDEN["digit_tokens"].tolist()
@@ -361,3 +363,51 @@ def test_a_batch_of_sums_is_read_as_it_is_written():
     want = naive(batch["tokens"], range(10), batch["documents"])
     shifts = integers(random_bits(0, SHIFTS, batch["examples"]), 10)
     assert torch.equal(ids, torch.where(want > 0, want + shifts, 0))
+
+
+# ---------------------------------------------------------------------------- training
+
+
+def trained(directory, steps, digits=2, **fit):
+    torch.manual_seed(0)
+    module = LanguageModel(preset="abacus_micro", warmup_steps=1, schedule="constant")
+    task = Addition(digits=digits, batch_size=16, steps_per_epoch=4, validation_examples=8)
+    trainer = lightning.Trainer(
+        default_root_dir=str(directory),
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(module, task, **fit)
+    trainer.save_checkpoint(directory / f"{steps}.ckpt")
+    return module, trainer
+
+
+def test_a_run_learns_from_its_task_resumes_to_the_bit_and_warns_beyond_its_reach(tmp_path):
+    module, trainer = trained(tmp_path, 6)
+    assert module.net.config["embedding"]["init_args"] == {
+        "coupled": True,
+        "max_shift": 5,
+        "rows": 32,
+        "digit_tokens": list(range(10)),
+        "operator_tokens": [10, 11],
+        "longest_run": 3,
+    }
+    again, _ = from_pretrained(tmp_path / "6.ckpt")
+    assert again.embedding.coverage == 8
+
+    trained(tmp_path, 3)
+    resumed, _ = trained(tmp_path, 6, ckpt_path=tmp_path / "3.ckpt")
+    for name, weight in module.net.state_dict().items():
+        assert torch.equal(resumed.net.state_dict()[name], weight)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        warnings.filterwarnings("ignore", ".*LeafSpec.*")
+        trainer.test(module, Addition(digits=7, test_examples=4, batch_size=4), verbose=False)
+    with pytest.warns(UserWarning, match="9 digits lies beyond the 8"):
+        trainer.test(module, Addition(digits=8, test_examples=4, batch_size=4), verbose=False)

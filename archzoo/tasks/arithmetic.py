@@ -136,6 +136,7 @@ class Addition(Task):
         # Digits of both operands, of an answer with a carry, and +, =, stop; the last token is
         # only ever a label.
         self.context_length = 3 * digits + 3
+        self.longest_run = digits + 1
         self._evaluation: dict[str, Problems] = {}
 
     def prepare(self) -> None:

@@ -186,12 +186,14 @@ class Task(lightning.LightningDataModule):
         metrics: which of "perplexity", "token_accuracy", "exact_match" say something here.
         tokenizer: set once `prepare` has run.
         context_length: tokens of the longest row.
+        longest_run: digits of the longest number, answers included; None: unknown.
         arguments: what the task was made with, plain data.
     """
 
     metrics: tuple[str, ...] = ()
     tokenizer: Tokenizer
     context_length: int
+    longest_run: int | None = None
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()

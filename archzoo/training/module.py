@@ -19,6 +19,7 @@ from archzoo import block as interface
 from archzoo.block import Aux, State
 from archzoo.decoder import Decoder
 from archzoo.parts import find
+from archzoo.positions.abacus import bind_digits
 from archzoo.registry import count_parameters, create_model, get_preset
 from archzoo.tasks.stream import Batch, Task
 from archzoo.training.losses import IGNORED, score, total_loss
@@ -130,6 +131,9 @@ class LanguageModel(lightning.LightningModule):
                 f"the model knows {self.decoder.vocab_size} tokens and the task has "
                 f"{task.vocab_size}: this model was made for another vocabulary"
             )
+        if task is not None:
+            task.prepare()
+            bind_digits(self.net, task.tokenizer, task.longest_run, training=stage == "fit")
 
     @property
     def task(self) -> Task | None:
