@@ -145,6 +145,13 @@ def test_loggers_come_in_addition(here):
     assert list((here / "more").rglob("*"))
 
 
+def test_tensorboard_by_one_flag(here):
+    pytest.importorskip("tensorboard")
+    assert fit("--trainer.logger", "TensorBoardLogger") == 0
+    assert list((here / "runs/micro/tensorboard").glob("events.*"))
+    assert (here / "runs/micro/metrics.csv").exists()
+
+
 def test_list_and_show(capsys):
     assert main(["list"]) == 0
     table = capsys.readouterr().out

@@ -33,6 +33,7 @@ from archzoo.training.mistakes import explain
 from archzoo.training.module import LanguageModel, tokenizer_files
 
 TASKS = (Addition, Text)  # imported, so that their names alone are enough
+BESIDE = "the run's directory"  # stands for it until its name is known
 COMMANDS = ("fit", "validate", "test", "predict")
 
 
@@ -117,6 +118,9 @@ class CommandLine(LightningCLI):
         command, *arguments = args
         self.run_name = _run_name(arguments)
         path = _option(arguments, "--ckpt_path")
+        logger = _option(arguments, "--trainer.logger")
+        if logger == "TensorBoardLogger" and not _option(arguments, "--trainer.logger.save_dir"):
+            arguments += ["--trainer.logger.save_dir", BESIDE]
         self._tokenizer_directory = tempfile.TemporaryDirectory(prefix="archzoo-")
         if path in ("last", "best") and not _option(arguments, "--config"):
             raise ValueError(f"--ckpt_path {path} needs --config or a path: of which run?")
@@ -166,6 +170,9 @@ class CommandLine(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         config.name = self.directory.name
+        logger = config.trainer.get("logger.init_args")
+        if logger is not None and logger.get("save_dir") == BESIDE:
+            logger.save_dir, logger.name, logger.version = str(self.directory), "", "tensorboard"
         if config.ckpt_path in ("last", "best"):
             path = self.directory / f"{config.ckpt_path}.ckpt"
             config.ckpt_path = str(path) if path.is_file() else _no_checkpoint(str(path))

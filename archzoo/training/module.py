@@ -36,8 +36,9 @@ class LanguageModel(lightning.LightningModule):
     """A decoder and how it is trained.
 
     The loss is ``-log p(label)`` in nats, averaged over the labelled tokens of a micro-batch (of
-    all ranks), plus every ``loss/...`` entry of the decoder's aux. Weights move by AdamW (Loshchilov and Hutter,
-    arXiv 1711.05101) with decay on matrices only, a linear warm-up and a cosine.
+    all ranks), plus every ``loss/...`` entry of the decoder's aux. Weights move by AdamW
+    (Loshchilov and Hutter, arXiv 1711.05101) with decay on matrices only, a linear warm-up and a
+    cosine.
 
     The decoder is made when the vocabulary is known: at once where `vocab_size` is given, else in
     `setup`, from the task the trainer runs on.
@@ -194,7 +195,7 @@ class LanguageModel(lightning.LightningModule):
         labels = batch["labels"]
         x, aux = self._hidden(batch, "train")
         total, asked = total_loss(x, self.net.head, labels), (labels != IGNORED).sum()
-        # Gradients are averaged over ranks; scaled so, they are those of all ranks' tokens together.
+        # Gradients are averaged over ranks; scaled so, they are those of all tokens together.
         loss = total * self.trainer.world_size / self._over_ranks(asked).clamp(min=1)
         self._count("loss", total, asked)
         documents = batch.get("documents")
@@ -533,7 +534,8 @@ def _in_full(name: str, value: Any) -> Any:
         return value
     parameters = inspect.signature(find(name, value["class_path"])).parameters
     defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
-    return value | {"init_args": defaults | value["init_args"]}
+    given = {n: _in_full(n, argument) for n, argument in value["init_args"].items()}
+    return value | {"init_args": defaults | given}
 
 
 def _grows(decoder: Decoder) -> bool:
