@@ -110,9 +110,7 @@ def worst_error(call: Forward, heads: int, dk: int, dv: int, normalised: bool) -
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     out = call(q, k, v, decay)
     got = [out, *torch.autograd.grad(out, (q, k, v), do)]
-    return max(
-        ((g.double() - w).norm() / w.norm()).item() for g, w in zip(got, want, strict=True)
-    )
+    return max(((g.double() - w).norm() / w.norm()).item() for g, w in zip(got, want, strict=True))
 
 
 def eager_samples(call: Callable[[], Any], count: int) -> list[float]:
@@ -309,11 +307,11 @@ def compare_steps(stamp: dict[str, str], rates: tuple[float, float]) -> list[dic
             q, k, v, _ = inputs(batch, 1, heads, dk, dv)
             position = torch.full((batch,), 100, device="cuda")
 
-            def ours() -> None:
+            def ours(states=states, q=q, k=k, v=v, decay=decay, position=position):
                 for state in states:
                     retention_step(q, k, v, decay, state, position)
 
-            def theirs() -> None:
+            def theirs(states=states, q=q, k=k, v=v, decay=decay):
                 for state in states:
                     peer(
                         q, k, v, g_gamma=decay, scale=1.0, initial_state=state,
@@ -380,8 +378,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         panel.set_xticks([2048, 8192, 32768], ["2k", "8k", "32k"])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("forward + backward, ms (32,768 tokens)")
-    panels[0].legend(fontsize=8)
+    panels[0].set_ylabel("forward + backward, ms\n(32,768 tokens, graph replay)")
+    panels[-1].legend(fontsize=8, loc="upper left")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     print(f"drew {path}")

@@ -29,9 +29,7 @@ DEVICE = "cuda" if GPU else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
-def reference(
-    q, k, v, log_decay, state=None, positions=None, starts=None, valid=None, scale=True
-):
+def reference(q, k, v, log_decay, state=None, positions=None, starts=None, valid=None, scale=True):
     """The recurrence itself, token by token, in float64."""
     q, k, v = q.double(), k.double(), v.double()
     decay = log_decay.double().exp()[None, :, None, None]

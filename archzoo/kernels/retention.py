@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -97,11 +98,11 @@ class Plan(NamedTuple):
 _BFLOAT16_PLANS: dict[tuple[int, int], Plan] = {
     (64, 64): Plan(
         *(Pair(64, False, Cut(64, 64, 4, 3), Cut(64, 64, 4, 3)),) * 2,
-        sums=(64, Cut(64, 64, 4, 4), 4),
+        sums=(64, Cut(64, 64, 4, 4), 1),
     ),
     (128, 128): Plan(
         *(Pair(64, False, Cut(128, 128, 8, 3), Cut(128, 128, 8, 3)),) * 2,
-        sums=(64, Cut(128, 128, 8, 3), 2),
+        sums=(64, Cut(128, 128, 8, 3), 1),
     ),
     (128, 256): Plan(
         Pair(64, True, Cut(128, 128, 8, 3), Cut(128, 128, 8, 3)),
@@ -125,6 +126,7 @@ def _power_of_2(number: int) -> int:
     return max(16, 1 << (number - 1).bit_length())
 
 
+@functools.lru_cache(maxsize=64)
 def _plan(dk: int, dv: int, dtype: torch.dtype) -> Plan:
     wide_k, wide_v = _power_of_2(dk), _power_of_2(dv)
     if dtype == torch.float32:
@@ -190,11 +192,22 @@ def _allocate(size: int, _alignment: int, _stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def _prepare(tensor: Tensor) -> None:
-    if tensor.is_cuda:
+def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs a launcher where its first tensor lies, with scratch memory for its kernels."""
+
+    @functools.wraps(function)
+    def launch(first: Tensor, *arguments: Any) -> Any:
+        if not first.is_cuda:
+            return function(first, *arguments)
         import triton
 
         triton.set_allocator(_allocate)
+        if first.device.index == torch.cuda.current_device():
+            return function(first, *arguments)
+        with torch.cuda.device(first.device):
+            return function(first, *arguments)
+
+    return launch
 
 
 class _Call(NamedTuple):
@@ -311,7 +324,8 @@ def _chunk_scores(a: Tensor, b: Tensor, call: _Call, pair: Pair, log_decay: Tens
     scores = a.new_empty((batch * heads * chunks * pair.chunk, pair.chunk))
     block = min(64, pair.forward.block)
     kernels.scores_kernel[(chunks, batch * heads)](
-        a, b, scores, log_decay, *call.pointers, *_strides(a), *_strides(b), time, heads, chunks, call.normaliser_rows,
+        a, b, scores, log_decay, *call.pointers, *_strides(a), *_strides(b),
+        time, heads, chunks, call.normaliser_rows,
         A=width, BLOCK_A=block, CHUNK=pair.chunk, **call.facts, num_warps=4, num_stages=3,
     )  # fmt: skip
     return scores
@@ -373,6 +387,7 @@ def _output(like: Tensor, padded: bool) -> Tensor:
     return make(shape, dtype=like.dtype, device=like.device)[..., : like.shape[-1]]
 
 
+@_on_its_device
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -389,7 +404,6 @@ def _forward(
 
     What there is no use for is empty.
     """
-    _prepare(q)
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     batch, _, heads, dk = q.shape
     dv = v.shape[-1]
@@ -400,9 +414,7 @@ def _forward(
     leaving = None
     source = None if state is None else state.float().contiguous()
     if call.segments > 1:
-        entering, final = _segment_states(
-            k, v, call, log_decay, False, source, leave
-        )
+        entering, final = _segment_states(k, v, call, log_decay, False, source, leave)
         source = entering
     else:
         final = q.new_empty((batch, heads, dk, dv) if leave else (0,), dtype=torch.float32)
@@ -412,6 +424,7 @@ def _forward(
     return o, final, entering, normaliser, scores
 
 
+@_on_its_device
 def _backward(
     do: Tensor,
     d_final: Tensor | None,
@@ -428,7 +441,6 @@ def _backward(
     scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and the gradient of the entering state (empty without one)."""
-    _prepare(q)
     q, k, v, do = _aligned(q), _aligned(k), _aligned(v), _aligned(do)
     batch, _, heads, dk = q.shape
     dv = v.shape[-1]
@@ -518,12 +530,13 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _autograd(ctx, do, d_final, *_):  # type: ignore[no-untyped-def]
-    q, k, v, log_decay, state, entering, normaliser, scores, documents, ranges = ctx.saved_tensors
+    q, k, v, log_decay, state, entering, normaliser, scores, *facts = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        raise NotImplementedError("the retention kernels have no second derivative")
     if do is None:
         do = torch.zeros_like(v)
     grad_q, grad_k, grad_v, d_state = torch.ops.archzoo.retention_backward(
-        do, d_final, q, k, v, log_decay, state, entering, normaliser, scores, documents, ranges,
-        ctx.scale,
+        do, d_final, q, k, v, log_decay, state, entering, normaliser, scores, *facts, ctx.scale
     )
     d_state = None if state is None else d_state.to(state.dtype)
     return grad_q, grad_k, grad_v, None, d_state, None, None, None, None, None

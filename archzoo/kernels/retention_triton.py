@@ -133,9 +133,7 @@ def normaliser_kernel(
 
 
 @triton.jit
-def _chunk_normaliser(
-    normaliser_row, row_time, size, CHUNK: tl.constexpr, SCALE: tl.constexpr
-):
+def _chunk_normaliser(normaliser_row, row_time, size, CHUNK: tl.constexpr, SCALE: tl.constexpr):
     """1 / sqrt(s_n) of a chunk's tokens, (CHUNK,); 1 without SCALE."""
     index = tl.arange(0, CHUNK)
     if SCALE:
@@ -230,9 +228,7 @@ def stream_kernel(
     a_desc = _slices(a_ptr, batch, head, a_batch, a_time, a_head, time, A, CHUNK, BLOCK_A)
     b_desc = _slices(b_ptr, batch, head, b_batch, b_time, b_head, time, A, CHUNK, BLOCK_A)
     c_desc = _slices(c_ptr, batch, head, c_batch, c_time, c_head, time, C, CHUNK, TILE)
-    out_desc = _slices(
-        out_ptr, batch, head, out_batch, out_time, out_head, time, C, CHUNK, TILE
-    )
+    out_desc = _slices(out_ptr, batch, head, out_batch, out_time, out_head, time, C, CHUNK, TILE)
     if HAS_SCORES and not ADD:
         scores_desc = tl.make_tensor_descriptor(
             scores_ptr + row_wide * chunks * (CHUNK * CHUNK),
@@ -263,9 +259,7 @@ def stream_kernel(
         else:
             gap = index[None, :] - index[:, None]
         decay = tl.where(gap >= 0, _power(log2_decay, gap), 0.0)
-    before = _document_before(
-        documents_row, first, length, start, stop, REVERSE, HAS_DOCUMENTS
-    )
+    before = _document_before(documents_row, first, length, start, stop, REVERSE, HAS_DOCUMENTS)
 
     walk = tl.cdiv(stop - start, CHUNK)
     if SCALE and not REVERSE:
@@ -378,12 +372,8 @@ def scores_kernel(
         for column in range(0, A, BLOCK_A):
             columns = column + tl.arange(0, BLOCK_A)
             inside = live[:, None] & (columns < A)[None, :]
-            a = tl.load(
-                a_row + index[:, None] * a_time + columns[None, :], mask=inside, other=0.0
-            )
-            b = tl.load(
-                b_row + index[:, None] * b_time + columns[None, :], mask=inside, other=0.0
-            )
+            a = tl.load(a_row + index[:, None] * a_time + columns[None, :], mask=inside, other=0.0)
+            b = tl.load(b_row + index[:, None] * b_time + columns[None, :], mask=inside, other=0.0)
             weights = _dot(a, tl.trans(b), weights, PRECISION, UPCAST)
         gap = index[:, None] - index[None, :]
         seen = gap >= 0
@@ -438,10 +428,8 @@ def segment_sums_kernel(
     documents = documents_ptr + batch.to(tl.int64) * time
     # Only the document that the walk ends in goes on, so earlier ones need no chain of resets.
     last = 0
-    if HAS_DOCUMENTS:
-        if stop > start:
-            last_time = first + (start if REVERSE else stop - 1)
-            last = tl.load(documents + last_time)
+    if HAS_DOCUMENTS and stop > start:
+        last = tl.load(documents + first + (start if REVERSE else stop - 1))
     state = tl.zeros((TILE, BLOCK_B), tl.float32)
     chunks = tl.cdiv(stop - start, CHUNK)
     for walked in range(chunks):
@@ -504,9 +492,7 @@ def join_kernel(
     before = _document_before(documents, first, length, 0, length, REVERSE, HAS_DOCUMENTS)
     for walked in range(segments):
         whole = segments - 1 - walked if REVERSE else walked
-        tl.store(
-            entering_ptr + (row_wide * segments + whole) * size + element, state, mask=inside
-        )
+        tl.store(entering_ptr + (row_wide * segments + whole) * size + element, state, mask=inside)
         if (walked + 1 < segments) | HAS_FINAL:
             for part in range(PER_SEGMENT):
                 piece = whole * PER_SEGMENT + (PER_SEGMENT - 1 - part if REVERSE else part)
