@@ -610,3 +610,19 @@ def test_state_helpers_of_the_interface_are_used_as_meant():
     state = model._state(torch.tensor([True, True]), "train")
     assert "train" not in model._carried
     assert interface.nbytes(state) == interface.nbytes(carried)
+
+
+@pytest.mark.parametrize("name", archzoo.list_models("*_micro"))
+def test_every_family_trains_and_comes_back(tmp_path, name):
+    model, task = LanguageModel(name, learning_rate=1e-2, warmup_steps=1), addition()
+    make_trainer(tmp_path, max_steps=12, val_check_interval=12).fit(model, task)
+    rows = [float(row["train/loss"]) for row in log(tmp_path) if row["train/loss"]]
+    assert rows[-1] < rows[0]
+    again = LanguageModel.load_from_checkpoint(tmp_path / "last.ckpt", map_location="cpu")
+    batch = task.val_dataloader().batch(0)
+    nets = [module.net.eval() for module in (model, again)]
+    logits = [net(batch["tokens"], documents=batch["documents"]).logits for net in nets]
+    assert torch.equal(*logits)
+    shorter = make_trainer(tmp_path, max_steps=13)
+    shorter.fit(LanguageModel(name, learning_rate=1e-2), task, ckpt_path=tmp_path / "last.ckpt")
+    assert shorter.global_step == 13
