@@ -116,6 +116,9 @@ def describe(slot: str, part: Part) -> Spec:
                 f"{cls.__name__} has no argument {name!r}; nearest: "
                 f"{nearest(name, [n for n in accepted if n not in ('dim', 'heads')] or ['(none)'])}"
             )
+    for name in SLOTS:  # an argument that goes by a slot's name holds a part: a mixture's router
+        if arguments.get(name) is not None:
+            arguments[name] = describe(name, arguments[name])
     own = list_parts(slot).get(cls.__name__) is cls
     path = cls.__name__ if own else f"{cls.__module__}.{cls.__qualname__}"
     return {"class_path": path, "init_args": _plain(arguments)}

@@ -1,5 +1,6 @@
 """Mixture of experts: all ways to compute it are one, and nothing else than the router decides."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from archzoo.feedforward.moe import (
     make_dispatch,
     rearrange_rows,
 )
+from archzoo.parts import describe
 
 GOLDEN = Path(__file__).parent / "golden" / "yuan_router_f64.safetensors"
 DOUBLE = torch.float64
@@ -402,6 +404,58 @@ def test_a_swap_is_one_word():
     net = archzoo.create_model("retnet_micro", feed_forward=spec)
     assert archzoo.Decoder(**net.config).config == net.config
     assert net.blocks[0].feed_forward.router.logit_norm == 1.0
+
+
+def test_a_router_is_named_in_any_way():
+    """A class, a partial, a name, plain data: one configuration, which is plain data."""
+    want = {"class_path": "LinearRouter", "init_args": {"logit_norm": 1.0}}
+    for router in (NORMED, functools.partial(archzoo.LinearRouter, logit_norm=1.0)):
+        part = functools.partial(MixtureOfExperts, router=router)
+        assert describe("feed_forward", part)["init_args"]["router"] == want
+    for router in (archzoo.AttentionRouter, "AttentionRouter", "archzoo.AttentionRouter"):
+        part = functools.partial(MixtureOfExperts, router=router)
+        described = describe("feed_forward", part)["init_args"]["router"]
+        assert described == {"class_path": "AttentionRouter", "init_args": {}}
+
+
+RUN = """
+seed_everything: 0
+model:
+  preset: yuan_micro
+  schedule: constant # which a run ended early shares with the whole one
+  warmup_steps: 0
+  feed_forward: {class_path: MixtureOfExperts, init_args: {experts: 4, adaptive: true}}
+data: {class_path: Addition, init_args: {digits: 1, batch_size: 4}}
+trainer: {accelerator: cpu, limit_val_batches: 1, log_every_n_steps: 1, accumulate_grad_batches: 2}
+"""
+
+
+def test_a_run_moves_its_biases_and_resumes_them(tmp_path, monkeypatch):
+    """From the command line, over micro-batches, and on from a checkpoint as if never ended."""
+    from archzoo.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(RUN)
+    router = "--model.feed_forward.router"
+    fit = ["fit", "--config", "run.yaml", router, "AttentionRouter", f"{router}.bias_rate", "0.25"]
+    for name, steps, more in (
+        ("whole", "4", []),
+        ("parts", "2", []),
+        ("parts", "4", ["--ckpt_path", "last"]),
+    ):
+        assert main([*fit, "--name", name, "--trainer.max_steps", steps, *more]) == 0
+    saved = [
+        torch.load(f"runs/{name}/last.ckpt", weights_only=True)["state_dict"]
+        for name in ("whole", "parts")
+    ]
+    for name, value in saved[0].items():
+        assert torch.equal(value, saved[1][name]), name
+    biases = [value for name, value in saved[0].items() if name.endswith("expert_bias")]
+    assert len(biases) == 2 and all(bias.abs().max() > 0 for bias in biases)
+    header = (tmp_path / "runs/whole/metrics.csv").read_text().splitlines()[0]
+    for layer in range(2):
+        for name in ("coefficient", "drop_rate", "max_violation", "entropy", "max1_max2"):
+            assert f"train/metric/{name}/{layer}" in header
 
 
 @pytest.mark.parametrize(

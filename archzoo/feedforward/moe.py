@@ -6,17 +6,20 @@ the balance watches the load (balance.py). Nothing is dropped unless asked for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from archzoo.block import Aux, Context, FeedForward, closing
+from archzoo.block import Aux, Context, FeedForward, Router, closing
 from archzoo.feedforward.balance import Balance, within_capacity
 from archzoo.feedforward.dense import GatedFeedForward
 from archzoo.feedforward.routers import _TopKRouter
 from archzoo.parts import Part, build, describe
+
+RouterFactory = Callable[[int, int, int], Router]
 
 BACKENDS = ("loop", "grouped", "gather")
 # Weights that `gather` may copy. On a CPU 2^16 is where a loop over the experts in use gets
@@ -244,7 +247,8 @@ class MixtureOfExperts(FeedForward):
             of which a token meets those of top_k and of all shared ones.
         experts: To choose from.
         top_k: Experts a token is sent to.
-        router: A name, or class_path and init_args: LinearRouter, AttentionRouter.
+        router: LinearRouter or AttentionRouter with its options: built as
+            router(dim, experts, top_k) [LinearRouter].
         shared_experts: Experts that see every token.
         balance: The balancing loss: "switch" (n sum f P), "squared_mean" (sum (P - 1/n)^2,
             Skywork's) or "none".
@@ -264,7 +268,7 @@ class MixtureOfExperts(FeedForward):
         *,
         experts: int = 8,
         top_k: int = 2,
-        router: str | dict[str, Any] = "LinearRouter",
+        router: RouterFactory | None = None,
         shared_experts: int = 0,
         balance: Literal["none", "switch", "squared_mean"] = "switch",
         coefficient: float = 0.01,
@@ -278,7 +282,7 @@ class MixtureOfExperts(FeedForward):
             raise ValueError(f"shared_experts={shared_experts} must be at least 0")
         if drop not in ("none", "position"):
             raise ValueError(f"drop={drop!r} is neither none nor position")
-        self.router = _build_router(router, dim, experts, top_k)
+        self.router = _build_router(router or "LinearRouter", dim, experts, top_k)
         self.experts = Experts(dim, width, experts)
         self.shared = GatedFeedForward(dim, shared_experts * width) if shared_experts else None
         self.balance = Balance(
@@ -323,7 +327,7 @@ class MixtureOfExperts(FeedForward):
             self.router.after_step(assignments)
 
 
-def _build_router(router: Part, dim: int, experts: int, top_k: int) -> Any:
+def _build_router(router: Part, dim: int, experts: int, top_k: int) -> Router:
     """The router that a name or plain data describes."""
     for name, value in (("experts", experts), ("top_k", top_k)):
         if not isinstance(value, int) or value < 1:
@@ -332,4 +336,5 @@ def _build_router(router: Part, dim: int, experts: int, top_k: int) -> Any:
     for name in ("top_k", "experts"):
         if name in spec["init_args"]:
             raise ValueError(f"{name} belongs to MixtureOfExperts: set it there, not in the router")
-    return build("router", spec, dim, experts, top_k)
+    made: Router = build("router", spec, dim, experts, top_k)
+    return made
