@@ -1,32 +1,43 @@
 """The retention kernels against a float64 recurrence, gradients by autograd.
 
-On a machine without a GPU the kernels run through Triton's interpreter, in a process of its own
-(the interpreter is chosen when the kernels are defined); on a GPU the sizes grow. Relative error
-is ||out - reference|| / ||reference||.
+Without a GPU the kernels run at small sizes through Triton's interpreter, on a GPU at real ones.
+Relative error is ||out - reference|| / ||reference||.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
-import sys
 
 import pytest
 import torch
 
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
-if not torch.cuda.is_available():
-    if "archzoo.kernels.retention_triton" in sys.modules:
-        pytest.skip("the kernels were already defined for a GPU", allow_module_level=True)
-    os.environ["TRITON_INTERPRET"] = "1"
-
 from archzoo.kernels import retention as kernels
 from archzoo.kernels.retention import available, retention, retention_step, unavailable
 
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
 GPU = torch.cuda.is_available()
+if not GPU:
+    # Triton decides when a kernel is defined whether it will be interpreted. The variable goes
+    # again at once: other tests on the CPU shall not find the kernels available.
+    os.environ["TRITON_INTERPRET"] = "1"
+    importlib.import_module("archzoo.kernels.retention_triton")
+    del os.environ["TRITON_INTERPRET"]
+    language = importlib.import_module("triton.language")
+    if type(language.zeros).__name__ != "InterpretedFunction":
+        pytest.skip("triton was imported before, for a GPU", allow_module_level=True)
+
 DEVICE = "cuda" if GPU else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    if not GPU:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
 def reference(q, k, v, log_decay, state=None, positions=None, starts=None, valid=None, scale=True):
@@ -296,6 +307,18 @@ def test_step_starts_and_padding():
     o, _ = retention_step(q, k, v, slopes(2), state, **facts)
     assert error(o, want) < 1e-5
     assert error(state, want_last) < 1e-5
+
+
+@pytest.mark.skipif(GPU, reason="this machine has a GPU")
+def test_needs_a_gpu_or_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert "CUDA" in unavailable(*case(1, 4, 1, 16, 16, torch.float32))
+
+
+def test_second_derivatives_are_refused():
+    q, k, v = (x.requires_grad_() for x in case(1, 4, 1, 16, 16, torch.float32))
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        torch.autograd.grad(retention(q, k, v, slopes(1))[0].sum(), q, create_graph=True)
 
 
 def test_says_why_it_cannot():
