@@ -35,6 +35,9 @@ COMMANDS = {
     "generate": Command("continue a text", "generation", "generate_command"),
     "list": Command("show the models of the zoo", "zoo", "list_command"),
     "show": Command("show one model: its architecture, parts and sizes", "zoo", "show_command"),
+    "upcycle": Command(
+        "make a mixture of experts of a dense checkpoint", "upcycle", "upcycle_command"
+    ),
     "check": Command("hold a class of yours to the interface", "contract", "check_command"),
 }
 

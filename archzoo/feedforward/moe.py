@@ -259,6 +259,8 @@ class MixtureOfExperts(FeedForward):
             and adapted to, and for `drop`.
         drop: "none", or "position": in training an expert takes tokens in the order of the batch
             until it is full. A dropped assignment adds nothing, the others' weights stay.
+        watch_similarity: Log the mean cosine between experts, the thing to watch after upcycling;
+            it takes a product of all weights with themselves at every step.
     """
 
     def __init__(
@@ -276,6 +278,7 @@ class MixtureOfExperts(FeedForward):
         z_coefficient: float = 0.0,
         capacity_factor: float = 1.25,
         drop: Literal["none", "position"] = "none",
+        watch_similarity: bool = False,
     ) -> None:
         super().__init__()
         if shared_experts < 0:
@@ -294,6 +297,7 @@ class MixtureOfExperts(FeedForward):
             capacity_factor=capacity_factor,
         )
         self.top_k, self.drop, self.capacity_factor = top_k, drop, capacity_factor
+        self.watch_similarity = watch_similarity
 
     @property
     def idle_parameters(self) -> int:
@@ -316,8 +320,12 @@ class MixtureOfExperts(FeedForward):
         y = self.experts(x.flatten(0, 1), weights, routing.indices).view_as(x)
         if self.shared is not None:
             y = y + self.shared(x, context)[0]
-        watched = self.training or torch.is_grad_enabled()
-        return y, self.balance(routing, context, kept) if watched else {}
+        if not (self.training or torch.is_grad_enabled()):
+            return y, {}
+        aux = self.balance(routing, context, kept)
+        if self.watch_similarity:
+            aux["metric/similarity"] = self.experts.similarity()
+        return y, aux
 
     def after_step(self, sums: Aux) -> None:
         """Move the coefficient and the experts' bias by the counts of an optimizer step."""

@@ -1,0 +1,109 @@
+"""Upcycling: the first logits are the dense model's, and the experts come apart in training."""
+
+import copy
+
+import pytest
+import torch
+
+import archzoo
+from archzoo.cli import main
+from archzoo.contract import relative_error
+from archzoo.upcycle import upcycle
+
+ATTENTION = {"router": "AttentionRouter", "experts": 4, "top_k": 3}
+NORMED = {
+    "router": {"class_path": "LinearRouter", "init_args": {"logit_norm": 1.0}},
+    "balance": "squared_mean",
+    "adaptive": True,
+}
+SIGMOID = {"router": {"class_path": "LinearRouter", "init_args": {"score": "sigmoid"}}}
+
+
+def off(**init_args):
+    return {"class_path": "LinearRouter", "init_args": init_args}
+
+
+@pytest.mark.parametrize("mixture", [{}, ATTENTION, NORMED, SIGMOID], ids=str)
+@pytest.mark.parametrize("name", ["transformer_micro", "retnet_micro"])
+def test_first_logits_are_the_dense_models(name, mixture):
+    dense = archzoo.create_model(name, init_std=0.2, tie_weights=True).double()
+    kept = copy.deepcopy(dense.state_dict())
+    sparse = upcycle(dense, **mixture)
+    tokens = torch.randint(64, (2, 20))
+    assert relative_error(sparse(tokens).logits, dense(tokens).logits) < 1e-12
+    assert all(torch.equal(value, kept[k]) for k, value in dense.state_dict().items())
+    assert sparse.blocks[0].feed_forward.experts.similarity().item() == pytest.approx(1)
+    again = archzoo.Decoder(**sparse.config)
+    assert again.parameter_count() == sparse.parameter_count() > dense.parameter_count()
+
+
+def test_experts_come_apart_and_the_metric_says_so():
+    torch.manual_seed(0)
+    sparse = upcycle(archzoo.create_model("transformer_micro", init_std=0.2), experts=4)
+    optimizer = torch.optim.Adam(sparse.parameters(), lr=1e-2)
+    tokens, seen = torch.randint(64, (4, 24)), []
+    for _ in range(15):
+        output = sparse(tokens)
+        loss = torch.nn.functional.cross_entropy(
+            output.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+        )
+        seen.append([output.aux[f"metric/similarity/{layer}"].item() for layer in range(2)])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert seen[0] == pytest.approx([1, 1], abs=1e-5)
+    assert all(later < earlier - 0.01 for earlier, later in zip(seen[0], seen[-1], strict=True))
+
+
+def test_the_same_seed_gives_the_same_routers():
+    dense = archzoo.create_model("transformer_micro")
+    first, same, other = (
+        upcycle(dense, seed=seed).blocks[0].feed_forward.router.projection.weight
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, same) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("mixture", "words"),
+    [
+        ({"router": off(renormalise=False)}, "off a sum of 1"),
+        ({"router": off(renormalise=False, score="sigmoid")}, "renormalise to true"),
+        ({"top_k": 1}, "off a sum of 1"),
+        ({"shared_experts": 1}, "shared experts would come on top"),
+        ({"expert": 4}, "no argument 'expert'; nearest: experts"),
+    ],
+)
+def test_what_would_not_be_equal_is_refused(mixture, words):
+    with pytest.raises(ValueError, match=words):
+        upcycle(archzoo.create_model("transformer_micro"), **mixture)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("skywork_micro", None),
+        ("transformer_micro", "PlainFeedForward"),
+        (
+            "transformer_micro",
+            {"class_path": "GatedFeedForward", "init_args": {"activation": "gelu"}},
+        ),
+    ],
+)
+def test_only_swiglu_can_be_upcycled(name, part):
+    with pytest.raises(ValueError, match="only GatedFeedForward with silu"):
+        upcycle(archzoo.create_model(name, feed_forward=part))
+
+
+def test_the_command_writes_a_model_that_can_be_read(tmp_path, capsys):
+    dense = archzoo.create_model("transformer_micro", init_std=0.2)
+    archzoo.save_pretrained(tmp_path / "dense", dense)
+    arguments = ["upcycle", str(tmp_path / "dense"), str(tmp_path / "sparse"), "--experts", "4"]
+    assert main([*arguments, "--init_args.balance", "squared_mean"]) == 0
+    assert "of which a token meets" in capsys.readouterr().out
+    sparse, _ = archzoo.from_pretrained(tmp_path / "sparse")
+    assert sparse.config["feed_forward"]["init_args"]["balance"] == "squared_mean"
+    tokens = torch.randint(64, (2, 20))
+    assert relative_error(sparse(tokens).logits, dense.eval()(tokens).logits) < 1e-5
+    assert main([*arguments, "--init_args.shared_experts", "1"]) == 1
+    assert "leave them out" in capsys.readouterr().err
