@@ -53,6 +53,8 @@ class Context(NamedTuple):
         examples: int64 or None, the task's example numbers, when it gives them.
         packed: False says that no row holds padding or a second document, in this call or before
             it, so masks may be skipped. A plain bool: no device is asked.
+        length: Tokens of the text, for what must fix its numbers by that: the caller's capacity
+            where it gave one, else the first piece's; kept for all pieces after it.
     """
 
     documents: Tensor
@@ -61,6 +63,7 @@ class Context(NamedTuple):
     starts: Tensor
     examples: Tensor | None = None
     packed: bool = False
+    length: int = 0
 
     def piece(self, begin: int, end: int) -> Context:
         """The same for the tokens begin..end-1."""
@@ -71,13 +74,19 @@ class Context(NamedTuple):
             self.starts[:, begin:end],
             None if self.examples is None else self.examples[:, begin:end],
             self.packed,
+            self.length,
         )
 
 
-def init_place(batch_size: int, device: torch.device | str | None = None) -> dict[str, Any]:
-    """The place before the first token: no document yet (-1), position -1, nothing packed."""
+def init_place(
+    batch_size: int, device: torch.device | str | None = None, length: int = 0
+) -> dict[str, Any]:
+    """The place before the first token: no document yet (-1), position -1, nothing packed.
+
+    `length` is the text's, where it is known; 0: the first piece's will be taken.
+    """
     before = torch.full((batch_size,), -1, dtype=torch.int64, device=device)
-    return {"documents": before, "positions": before.clone(), "packed": False}
+    return {"documents": before, "positions": before.clone(), "packed": False, "length": length}
 
 
 def make_context(
@@ -115,14 +124,16 @@ def make_context(
                 "give one number for every token"
             )
     index = torch.arange(time, device=device)
+    length = (place.get("length", 0) if place else 0) or time
     if documents is None and (place is None or not place["packed"]):
         # One document a row, and its number is 0: nothing to compute but positions.
         zero = torch.zeros((1, 1), dtype=torch.int64, device=device).expand(batch_size, time)
         positions = index.expand(batch_size, time)
         if place is not None:
             positions = positions + (place["positions"][:, None] + 1)
-        context = Context(zero, positions, zero == 0, positions == 0, examples, packed=False)
-        return context, {"documents": zero[:, 0], "positions": positions[:, -1], "packed": False}
+        context = Context(zero, positions, zero == 0, positions == 0, examples, False, length)
+        place = {"documents": zero[:, 0], "positions": positions[:, -1]}
+        return context, place | {"packed": False, "length": length}
 
     place = place or init_place(batch_size, device)
     if documents is None:  # each row goes on with its last document
@@ -149,8 +160,9 @@ def make_context(
         "documents": torch.where(seen, documents.gather(1, at)[:, 0], place["documents"]),
         "positions": torch.where(seen, positions.gather(1, at)[:, 0], place["positions"]),
         "packed": True,
+        "length": length,
     }
-    return Context(documents, positions, valid, starts, examples, packed=True), place
+    return Context(documents, positions, valid, starts, examples, True, length), place
 
 
 # ---------------------------------------------------------------------------- state
@@ -371,6 +383,10 @@ class Embedding(nn.Module):
 
 class Rotary(nn.Module):
     """A position method applied to queries and keys: ``__init__(self, head_dim, ...)``."""
+
+    def at_length(self, length: int) -> Rotary:
+        """The method for a text of so many tokens; most are the same for all."""
+        return self
 
     def forward(
         self, q: Tensor, k: Tensor, query_positions: Tensor, key_positions: Tensor

@@ -218,7 +218,7 @@ class Decoder(nn.Module):
             return part.init_state(batch_size, capacity=capacity, device=device, dtype=dtype)
 
         return {
-            "place": interface.init_place(batch_size, device),
+            "place": interface.init_place(batch_size, device, capacity or 0),
             "embedding": start(self.embedding),
             "blocks": [start(block.mixer) for _ in range(self.loops) for block in self.blocks],
         }

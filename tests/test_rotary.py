@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import archzoo
+from archzoo.block import fork, reorder
 from archzoo.models.llama import llama_config, llama_weights
 from archzoo.positions.rotary import (
     RotaryEmbedding,
@@ -270,7 +271,15 @@ def test_a_loaded_llama_scaled_gives_hugging_face_s_logits(arguments, logits):
     assert torch.equal(again(GOLDEN["input_ids"]).logits[1, 28, :5], got)
 
 
-@pytest.mark.parametrize("arguments", [{"rope_type": "default"}, *SCALED], ids=ids)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"rope_type": "default"},
+        {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 64},
+        *SCALED,
+    ],
+    ids=ids,
+)
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_there_and_back(arguments, share):
     rotary = RotaryEmbedding(32, base=500.0, partial_rotary_factor=share, **arguments)
@@ -292,12 +301,16 @@ def test_the_older_form_is_read():
         "base": 5e5,
     }
     assert from_rope_parameters({}) == {"rope_type": "default"}
+    # Dynamic scaling has its trained length elsewhere there.
+    parameters = {"rope_type": "dynamic", "factor": 2.0}
+    found = from_rope_parameters({"rope_parameters": parameters, "max_position_embeddings": 4096})
+    assert found == parameters | {"original_max_position_embeddings": 4096}
 
 
 @pytest.mark.parametrize(
     ("parameters", "words"),
     [
-        ({"rope_type": "dynamic", "factor": 2.0}, "dynamic_ntk_base"),
+        ({"rope_type": "dynamic", "factor": 2.0}, "needs 'original_max_position_embeddings'"),
         ({"rope_type": "longrope", "factor": 2.0}, "'longrope' cannot be read: known are default"),
         ({"rope_type": "linear"}, "'linear' needs 'factor'"),
         ({"rope_type": "yarn", "factor": 2.0}, "needs 'original_max_position_embeddings'"),
@@ -343,6 +356,59 @@ def test_parallel_equals_step_under_every_scaling(arguments, dtype, tolerance):
             state = output.state
     error = (torch.cat(steps, 1) - whole).norm() / whole.norm()
     assert error < tolerance
+
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8}
+
+
+def dynamic(family="transformer", **arguments):
+    torch.manual_seed(3)
+    spec = {"class_path": "RotaryEmbedding", "init_args": DYNAMIC | arguments}
+    return archzoo.create_model(f"{family}_micro", rotary=spec, init_std=0.2).double().eval()
+
+
+@torch.no_grad()
+def in_pieces(model, tokens, sizes, capacity):
+    state, found = model.init_state(len(tokens), capacity=capacity), []
+    for piece in tokens.split(sizes, dim=1):
+        output = model(piece, state)
+        found.append(output.logits)
+        state = output.state
+    return torch.cat(found, 1)
+
+
+@pytest.mark.parametrize("family", ["transformer", "retnet"])
+@torch.no_grad()
+def test_dynamic_scaling_takes_one_base_for_a_text_and_keeps_it(family):
+    model, tokens = dynamic(family), torch.randint(64, (2, 20))
+    whole = model(tokens).logits
+    want = dynamic_ntk_base(10_000, 16, 2.0, 20, 8)
+    fixed = dynamic(family, rope_type="default", base=want)
+    assert torch.equal(fixed(tokens).logits, whole)
+    for sizes in ([1] * 20, [15, 1, 4]):
+        got = in_pieces(model, tokens, sizes, capacity=20)
+        torch.testing.assert_close(got, whole, rtol=1e-11, atol=1e-11)
+    # Where no capacity is given the first piece decides; no key is ever rotated by two bases.
+    prefill = dynamic(family, rope_type="default", base=dynamic_ntk_base(10_000, 16, 2.0, 12, 8))
+    got = in_pieces(model, tokens, [12, 1, 7], capacity=None)
+    torch.testing.assert_close(got, prefill(tokens).logits, rtol=1e-11, atol=1e-11)
+    assert (got - whole).abs().max() > 1e-4
+    # Up to the trained length nothing is scaled.
+    plain = dynamic(family, rope_type="default")
+    assert torch.equal(model(tokens[:, :8]).logits, plain(tokens[:, :8]).logits)
+    assert (model(tokens).logits - plain(tokens).logits).abs().max() > 1e-4
+
+
+def test_dynamic_scaling_survives_padding_and_what_is_done_to_states():
+    model, tokens = dynamic(), torch.randint(64, (2, 20))
+    documents = torch.tensor([[-1] * 3 + [0] * 17, [0] * 20])
+    with torch.no_grad():
+        whole = model(tokens, documents=documents).logits
+        state = model.init_state(2, capacity=20)
+        first = model(tokens[:, :9], state, documents=documents[:, :9])
+        kept = reorder(fork(first.state), torch.tensor([1, 0]))
+        rest = model(tokens[:, 9:].flip(0), kept, documents=documents[:, 9:].flip(0)).logits
+    torch.testing.assert_close(rest.flip(0), whole[:, 9:], rtol=1e-11, atol=1e-11)
 
 
 def test_scaling_keeps_what_was_set_and_knows_the_trained_length():

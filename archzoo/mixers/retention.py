@@ -354,7 +354,9 @@ class Retention(KeepsFloat32, Mixer):
 
         q and k come rotated, not scaled; k and v are 0 at padding.
         """
-        q, k = self.rotary.both(qk.to(dtype), self.heads, context.positions)
+        q, k = self.rotary.at_length(context.length).both(
+            qk.to(dtype), self.heads, context.positions
+        )
         v = v.to(dtype)
         if context.packed:
             valid = context.valid[:, :, None, None]
@@ -402,7 +404,7 @@ class Retention(KeepsFloat32, Mixer):
         self, qk: Tensor, v: Tensor, log_decay: Tensor, memory: Tensor | None, context: Context
     ) -> tuple[Tensor, Tensor | None]:
         """The same by one kernel, which `_plain` is the twin of."""
-        q, k = self.rotary.both(qk, self.heads, context.positions)
+        q, k = self.rotary.at_length(context.length).both(qk, self.heads, context.positions)
         counted = memory is not None or context.packed  # else positions are 0, 1, 2, ...
         return kernels.retention(
             q,
@@ -442,7 +444,7 @@ class Retention(KeepsFloat32, Mixer):
         log_decay = self.log_decay(x)
         memory = state["memory"]
         if not torch.is_grad_enabled() and kernels.available(qk, qk, v):
-            q, k = self.rotary.both(qk, self.heads, context.positions)
+            q, k = self.rotary.at_length(context.length).both(qk, self.heads, context.positions)
             seen = (context.starts, context.valid) if context.packed else (None, None)
             o, memory = kernels.retention_step(
                 q, k * self.head_dim**-0.5, v, log_decay, memory, context.positions, *seen

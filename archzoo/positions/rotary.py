@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,7 @@ from archzoo.block import Rotary, at_least_float32, constant, once_per_call
 
 Frequencies = tuple[float, ...]
 
-RopeType = Literal["default", "linear", "ntk", "yarn", "llama3"]
+RopeType = Literal["default", "linear", "ntk", "dynamic", "yarn", "llama3"]
 
 
 # ---------------------------------------------------------------------------- frequencies
@@ -261,12 +262,18 @@ class RotaryEmbedding(_Rotation):
     default  as trained
     linear   ``theta / factor``: positions divided by the factor
     ntk      ``base * factor^(D / (D - 2))`` for the base, D channels rotated: see `ntk_base`
+    dynamic  as ntk at the text's length n: by ``factor n / L - (factor - 1)``, see below
     yarn     fast pairs as they are, slow ones divided, queries and keys ``0.1 ln s + 1`` longer
     llama3   as yarn, by wavelength, without the last
     ======== ==================================================================================
 
     All arguments but `base`, which is ``rope_theta`` there, go by Hugging Face's names. A trained
     model is scaled by `scale_rotary`, or by building it with another `rotary`: no weight changes.
+
+    dynamic takes its base from the length of the text as it is known at the start, and keeps it,
+    so that keys in a cache never mix two bases: the capacity given to `init_state` (as generation
+    does), or else the length of the first piece. Stepping through a text whose length was given
+    equals reading it whole; going on beyond the length that was known keeps the base.
 
     Source: Su et al., RoFormer, arXiv 2104.09864; linear: Chen et al., arXiv 2306.15595; the
     others: see `ntk_base`, `yarn_frequencies` and `llama3_frequencies`.
@@ -276,8 +283,8 @@ class RotaryEmbedding(_Rotation):
         base: The wavelengths run from 2 pi to 2 pi * base tokens.
         rope_type: The scaling.
         factor: s >= 1, the length to reach over the trained length.
-        original_max_position_embeddings: L, tokens of the texts in training; yarn and llama3
-            need it.
+        original_max_position_embeddings: L, tokens of the texts in training; dynamic, yarn and
+            llama3 need it.
         partial_rotary_factor: Share of the channels that is rotated: the first of each head.
         attention_factor: yarn: what rotated queries and keys are multiplied with. None: by factor.
         beta_fast: yarn: turns in L from which a pair stays as it is.
@@ -319,7 +326,7 @@ class RotaryEmbedding(_Rotation):
                 "trained length, so take 1 or more"
             )
         length = original_max_position_embeddings
-        if rope_type in ("yarn", "llama3") and (length is None or length < 1):
+        if rope_type in ("dynamic", "yarn", "llama3") and (length is None or length < 1):
             raise ValueError(
                 f"original_max_position_embeddings={length}: rope_type {rope_type} needs the "
                 "length in tokens of the texts that the model was trained on"
@@ -330,7 +337,7 @@ class RotaryEmbedding(_Rotation):
                 f"{high_freq_factor}"
             )
         amplitude = 1.0
-        if rope_type == "default":
+        if rope_type in ("default", "dynamic"):
             frequencies = rotary_frequencies(rotary_dim, base)
         elif rope_type == "linear":
             frequencies = tuple(f / factor for f in rotary_frequencies(rotary_dim, base))
@@ -365,10 +372,20 @@ class RotaryEmbedding(_Rotation):
             "high_freq_factor": high_freq_factor,
         }
 
+    def at_length(self, length: int) -> Rotary:
+        """Itself, or under dynamic scaling and beyond L the rotation with the base for a length."""
+        given = self._parameters_given
+        original = given["original_max_position_embeddings"]
+        if given["rope_type"] != "dynamic" or length <= original:
+            return self
+        base = dynamic_ntk_base(self.base, self.rotary_dim, given["factor"], length, original)
+        return _rotation_of_base(self.head_dim, self.rotary_dim, base)
+
     def rope_parameters(self) -> dict[str, Any]:
         """Hugging Face's ``config.rope_parameters`` for the same rotation.
 
         Hugging Face has no static NTK: it comes out as a default rotation with the changed base.
+        For dynamic it takes L from the configuration's max_position_embeddings.
         """
         given = self._parameters_given
         kind, base = given["rope_type"], self.base
@@ -381,10 +398,17 @@ class RotaryEmbedding(_Rotation):
         return {name: value for name, value in found.items() if value is not None}
 
 
+@lru_cache(maxsize=64)
+def _rotation_of_base(head_dim: int, rotary_dim: int, base: float) -> _Rotation:
+    """One for all layers and steps of a text; it holds numbers alone."""
+    return _Rotation(head_dim, rotary_frequencies(rotary_dim, base))
+
+
 #: What each type reads, by Hugging Face's names, besides rope_theta and partial_rotary_factor.
 _HUGGING_FACE_NAMES: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
+    "dynamic": ("factor", "original_max_position_embeddings"),
     "yarn": (
         "factor",
         "original_max_position_embeddings",
@@ -417,11 +441,8 @@ def from_rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
             "rope_parameters differ from layer to layer: build one rotation for each pattern entry"
         )
     kind = found.get("rope_type", found.get("type", "default"))
-    if kind == "dynamic":
-        raise ValueError(
-            "rope_type 'dynamic' changes its base while a text grows, and cached keys would keep "
-            "the old one: take base=dynamic_ntk_base(...) at the longest length to come"
-        )
+    if kind == "dynamic" and "max_position_embeddings" in config:
+        found["original_max_position_embeddings"] = config["max_position_embeddings"]
     if kind not in _HUGGING_FACE_NAMES:
         known = ", ".join(_HUGGING_FACE_NAMES)
         raise ValueError(f"rope_type {kind!r} cannot be read: known are {known}")
@@ -471,7 +492,7 @@ def scale_rotary(decoder: nn.Module, **arguments: Any) -> None:
     config: dict[str, Any] = decoder.config  # type: ignore[assignment]
     settled = (config["rotary"] or {}).get("init_args", {}) | arguments
     length = settled.get("original_max_position_embeddings") or config["context_length"]
-    if settled.get("rope_type") in ("yarn", "llama3"):
+    if settled.get("rope_type") in ("dynamic", "yarn", "llama3"):
         settled["original_max_position_embeddings"] = length
     made = [RotaryEmbedding(mixer.rotary.head_dim, **settled) for mixer in mixers]
     for mixer, rotary in zip(mixers, made, strict=True):
