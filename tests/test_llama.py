@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_refused() -> None:
         {"attention_bias": True},
         {"hidden_act": "gelu"},
         {"head_dim": 16},
-        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0}},
+        {"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.5}},
     ):
         with pytest.raises(ValueError, match=r"this Llama has \w+=.*; only .* can be loaded"):
             llama_config(CONFIG | change)

@@ -262,6 +262,10 @@ def test_a_loaded_llama_scaled_gives_hugging_face_s_logits(arguments, logits):
     model.load_state_dict(llama_weights(weights, heads=4))
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     scale_rotary(model, **arguments)
+    # Built from the configuration that Hugging Face has for the same rotation, it is the same.
+    theirs = {"rope_parameters": model.blocks[0].mixer.rotary.rope_parameters()}
+    read = archzoo.Decoder(**llama_config(config | theirs))
+    assert read.blocks[1].mixer.rotary.frequencies == model.blocks[1].mixer.rotary.frequencies
     got = model(GOLDEN["input_ids"]).logits[1, 28, :5]
     torch.testing.assert_close(got, torch.tensor(logits), rtol=0, atol=1e-5)
     assert model.state_dict().keys() == before.keys()

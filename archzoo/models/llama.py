@@ -36,6 +36,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from archzoo.positions.rotary import from_rope_parameters
+
 RENAMED = {
     "input_layernorm": "mixer_norm",
     "self_attn.o_proj": "mixer.output",
@@ -53,23 +55,23 @@ def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         ValueError: The configuration asks for what this transformer does not have (biases, another
-            activation or head size, a scaled rotation): its logits would be wrong in silence.
+            activation or head size, a rotation of another kind): its logits would be wrong in
+            silence.
     """
     heads, dim = config["num_attention_heads"], config["hidden_size"]
-    rotation = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    rotation_type = rotation.get("rope_type", rotation.get("type", "default"))
+    rotation = from_rope_parameters(config)
     wanted: dict[str, tuple[Any, Any]] = {  # what: (what the configuration says, what we have)
         "attention_bias": (config.get("attention_bias") or False, False),
         "mlp_bias": (config.get("mlp_bias") or False, False),
         "hidden_act": (config.get("hidden_act", "silu"), "silu"),
         "head_dim": (config.get("head_dim") or dim // heads, dim // heads),
-        "rope_type": (rotation_type, "default"),
+        # `interleave` takes all channels of a head to be rotated.
+        "partial_rotary_factor": (rotation.get("partial_rotary_factor", 1.0), 1.0),
     }
     for name, (given, ours) in wanted.items():
         if given != ours:
             raise ValueError(f"this Llama has {name}={given!r}; only {ours!r} can be loaded")
     kv_heads = config.get("num_key_value_heads") or heads
-    base = rotation.get("rope_theta", config.get("rope_theta", 10_000.0))
     return {
         "vocab_size": config["vocab_size"],
         "dim": dim,
@@ -79,7 +81,7 @@ def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "context_length": config.get("max_position_embeddings"),
         "mixer": {"class_path": "Attention", "init_args": {"kv_heads": kv_heads}},
         "feed_forward": "GatedFeedForward",
-        "rotary": {"class_path": "RotaryEmbedding", "init_args": {"base": float(base)}},
+        "rotary": {"class_path": "RotaryEmbedding", "init_args": rotation},
         "norm": "rms",
         "norm_placement": "pre",
         "norm_eps": config.get("rms_norm_eps", 1e-6),
