@@ -26,6 +26,9 @@ needs no mask. (Descriptors made by the host cost some 50 us each at every launc
 The derivation, the floors and the measurements are in docs/kernels.md.
 """
 
+# Kernels' parameters are Triton's values, which have no Python types.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import triton
