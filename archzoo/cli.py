@@ -38,6 +38,9 @@ COMMANDS = {
     "upcycle": Command(
         "make a mixture of experts of a dense checkpoint", "upcycle", "upcycle_command"
     ),
+    "router": Command(
+        "show what a checkpoint's routers do, layer by layer", "router", "router_command"
+    ),
     "check": Command("hold a class of yours to the interface", "contract", "check_command"),
 }
 

@@ -297,7 +297,7 @@ class MixtureOfExperts(FeedForward):
             capacity_factor=capacity_factor,
         )
         self.top_k, self.drop, self.capacity_factor = top_k, drop, capacity_factor
-        self.watch_similarity = watch_similarity
+        self.shared_experts, self.watch_similarity = shared_experts, watch_similarity
 
     @property
     def idle_parameters(self) -> int:

@@ -1,0 +1,236 @@
+"""`archzoo router`: what a checkpoint's routers do, layer by layer, as a table and a figure."""
+
+from __future__ import annotations
+
+import csv
+import math
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from archzoo.decoder import Decoder
+from archzoo.feedforward.balance import load_metrics, virtual_drop_rate
+from archzoo.feedforward.moe import MixtureOfExperts
+
+if TYPE_CHECKING:
+    from archzoo.checkpoint import Pretrained
+
+COLUMNS = {
+    "max_violation": "max violation",
+    "entropy": "entropy",
+    "unused": "unused",
+    "max1_max2": "Max1/Max2",
+    "max2_max3": "Max2/Max3",
+    "drop_rate": "drop rate",
+    "similarity": "similarity",
+    "coefficient": "coefficient",
+}
+OVER_TIME = ("coefficient", "drop_rate", "max1_max2", "similarity")
+
+
+class Layer(NamedTuple):
+    """What one mixture did.
+
+    Attributes:
+        number: Of the layer, from 0.
+        shares: Of the tokens, by expert that the router chooses from.
+        shared: Experts beside them, each of which gets all tokens.
+        even: The share of each expert under an even load, top_k / experts.
+        values: By the names of `COLUMNS`; the coefficient where it adapts.
+    """
+
+    number: int
+    shares: list[float]
+    shared: int
+    even: float
+    values: dict[str, float]
+
+
+def examine(decoder: Decoder, batches: Iterable[dict[str, Tensor]]) -> list[Layer]:
+    """The load of every mixture over batches of text; padding is left out.
+
+    The decoder is put into evaluation, where nothing is dropped: the drop rate is the virtual one.
+
+    Args:
+        decoder: With at least one mixture.
+        batches: Each with tokens (batch, time) and maybe documents and examples.
+
+    Raises:
+        ValueError: There is no mixture of experts, or no batch.
+    """
+    mixtures = {
+        layer: block.feed_forward
+        for layer, block in enumerate(decoder.blocks)
+        if isinstance(block.feed_forward, MixtureOfExperts)
+    }
+    if not mixtures:
+        kind = decoder.config["feed_forward"]["class_path"]
+        raise ValueError(f"this model has no router: its feed-forward is {kind}")
+    counts: dict[int, Tensor] = {}
+    ratios: dict[str, Tensor] = {}
+    # Statistics come where gradients are on; no parameter wants one, so nothing is kept for them.
+    decoder.eval().requires_grad_(False)
+    with torch.enable_grad():
+        for batch in batches:
+            _, _, aux = decoder.hidden(
+                batch["tokens"],
+                documents=batch.get("documents"),
+                examples=batch.get("examples"),
+            )
+            for layer in mixtures:
+                new = aux[f"sum/assignments/{layer}"]
+                counts[layer] = counts.get(layer, torch.zeros_like(new)) + new
+                for name in ("max1_max2", "max2_max3"):
+                    key = f"metric/{name}/{layer}"
+                    if key in aux:  # means over tokens, so they weigh by tokens
+                        ratios[key] = ratios.get(key, 0.0) + aux[key] * new.sum()
+    if not counts:
+        raise ValueError("there is no batch to look at: take at least 1")
+    layers = []
+    for layer, mixture in mixtures.items():
+        mine, balance = counts[layer], mixture.balance
+        total = mine.sum().clamp(min=1)
+        values = {name: value.item() for name, value in load_metrics(mine).items()}
+        for name in ("max1_max2", "max2_max3"):
+            if (found := ratios.get(f"metric/{name}/{layer}")) is not None:
+                values[name] = (found / total).item()
+        values["drop_rate"] = virtual_drop_rate(mine, balance.capacity_factor).item()
+        values["similarity"] = mixture.experts.similarity().item()
+        if balance.adaptive:
+            values["coefficient"] = balance.alpha.item()
+        shares = (mine * mixture.top_k / total).tolist()
+        even = mixture.top_k / len(mine)
+        layers.append(Layer(layer, shares, mixture.shared_experts, even, values))
+    return layers
+
+
+def router_command(
+    checkpoint: str, /, figure: str | None = None, batches: int = 8, device: str | None = None
+) -> None:
+    """Show what the routers of a checkpoint do with its task's validation data.
+
+    Args:
+        checkpoint: A run's directory, a .ckpt file, or a directory of archzoo.save_pretrained.
+        figure: The picture that is drawn, such as router.png; what changed over time is drawn
+            where the run's metrics.csv lies beside the checkpoint. None: a table alone.
+        batches: Of the validation data.
+        device: Such as cpu or cuda. None: a GPU where there is one.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: It has no router, or no task to take data from.
+    """
+    from archzoo.checkpoint import CONFIG, load
+
+    path = Path(checkpoint)
+    if path.is_dir() and not (path / CONFIG).exists() and (path / "last.ckpt").exists():
+        path = path / "last.ckpt"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    found = load(path, device)
+    if batches < 1:
+        raise ValueError(f"batches={batches} must be at least 1")
+    layers = examine(found.model, _validation_data(found, batches, device))
+    Console(width=160).print(_table(layers))
+    if figure is not None:
+        _draw(layers, _history(path.parent / "metrics.csv"), Path(figure))
+        print(f"drew {figure}")
+
+
+def _validation_data(found: Pretrained, batches: int, device: str) -> list[dict[str, Tensor]]:
+    """The first batches of the validation split, with the model's own tokenizer."""
+    from archzoo.tasks.stream import build
+
+    if found.task is None:
+        raise ValueError("the checkpoint does not say what it was trained on: there is no task")
+    arguments = dict(found.task["init_args"])
+    with tempfile.TemporaryDirectory(prefix="archzoo-") as directory:
+        if "tokenizer" in arguments and found.tokenizer is not None:
+            for name, content in found.tokenizer.files().items():
+                (Path(directory) / name).write_bytes(content)
+                arguments["tokenizer"] = str(Path(directory) / name)
+            arguments["vocab_size"] = None
+        task = build(found.task | {"init_args": arguments})
+        task.prepare()
+    loader = task.val_dataloader()
+    first = [batch for batch, _ in zip(loader, range(batches), strict=False)]
+    return [{name: entry.to(device) for name, entry in batch.items()} for batch in first]
+
+
+def _table(layers: list[Layer]) -> Table:
+    table = Table(box=None, header_style="bold")
+    shown = [name for name in COLUMNS if any(name in layer.values for layer in layers)]
+    for heading in ("layer", "least", "most", "even", "shared", *(COLUMNS[name] for name in shown)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for layer in layers:
+        ends = (min(layer.shares), max(layer.shares), layer.even)
+        cells = [f"{layer.values.get(name, math.nan):.4g}" for name in shown]
+        shares = (f"{share:.1%}" for share in ends)
+        table.add_row(str(layer.number), *shares, f"{layer.shared} x 100%", *cells)
+    return table
+
+
+def _history(path: Path) -> dict[str, dict[int, list[tuple[int, float]]]]:
+    """{metric: {layer: [(step, value), ...]}} of a run's log; empty where there is none."""
+    history: dict[str, dict[int, list[tuple[int, float]]]] = {}
+    if not path.exists():
+        return history
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            for column, value in row.items():
+                kind, _, rest = column.partition("/metric/")
+                name, _, layer = rest.rpartition("/")
+                if kind == "train" and name in OVER_TIME and value:
+                    lines = history.setdefault(name, {})
+                    lines.setdefault(int(layer), []).append((int(row["step"]), float(value)))
+    return history
+
+
+def _draw(
+    layers: list[Layer], history: dict[str, dict[int, list[tuple[int, float]]]], path: Path
+) -> None:
+    """Shares of tokens by layer and expert, gate ratios by layer, and what changed over time."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("a figure needs matplotlib: pip install 'archzoo[plots]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    over_time = [name for name in OVER_TIME if name in history]
+    figure, panels = plt.subplots(
+        1, 2 + len(over_time), figsize=(4.6 * (2 + len(over_time)), 3.8), squeeze=False
+    )
+    load, ratios, *times = panels[0]
+    numbers = [layer.number for layer in layers]
+    # Every block has the same feed-forward, so the rows are of one length.
+    shares = [layer.shares + [1.0] * layer.shared for layer in layers]
+    image = load.imshow(shares, aspect="auto", vmin=0, cmap="viridis")
+    load.set(
+        title=f"share of tokens (even: {layers[0].even:.1%})",
+        xlabel="expert, shared ones last",
+        ylabel="layer",
+    )
+    load.set_yticks(range(len(numbers)), [str(number) for number in numbers])
+    figure.colorbar(image, ax=load)
+    for name in ("max1_max2", "max2_max3", "max_violation", "entropy"):
+        ratios.plot(
+            numbers, [s.values.get(name, math.nan) for s in layers], "o-", label=COLUMNS[name]
+        )
+    ratios.set(title="by layer", xlabel="layer")
+    ratios.set_xticks(numbers)
+    ratios.legend()
+    for panel, name in zip(times, over_time, strict=True):
+        for layer, line in history[name].items():
+            panel.plot(*zip(*line, strict=True), label=f"layer {layer}")
+        panel.set(title=COLUMNS[name], xlabel="step")
+        panel.legend(fontsize=7)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
