@@ -411,3 +411,13 @@ def test_a_run_learns_from_its_task_resumes_to_the_bit_and_warns_beyond_its_reac
         trainer.test(module, Addition(digits=7, test_examples=4, batch_size=4), verbose=False)
     with pytest.warns(UserWarning, match="9 digits lies beyond the 8"):
         trainer.test(module, Addition(digits=8, test_examples=4, batch_size=4), verbose=False)
+
+
+def test_a_compiled_model_has_no_break_and_draws_the_same_shifts():
+    """Where k comes from Python's generator, a compiler breaks off or bakes one k in."""
+    part = abacus(max_shift=50, coupled=True).train()
+    line = torch.tensor([TOKENIZER.encode("12+345=663")]).expand(4, -1)
+    compiled = torch.compile(rows, backend="eager", fullgraph=True)
+    for first in (0, 4):
+        examples = torch.arange(first, first + 4)[:, None].expand_as(line)
+        assert torch.equal(compiled(part, line, examples), rows(part, line, examples))

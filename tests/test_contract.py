@@ -21,23 +21,10 @@ from archzoo.positions.embedding import TokenEmbedding
 from archzoo.positions.rotary import NoRotation
 
 
-class SlopeBias(Bias):
-    """A linear penalty on distance, as ALiBi has it: the zoo has no bias of its own yet."""
-
-    def __init__(self, heads):
-        super().__init__()
-        self.slopes = [2.0 ** (-8 * (head + 1) / heads) for head in range(heads)]
-
-    def forward(self, query_positions, key_positions):
-        distance = query_positions[:, :, None] - key_positions[:, None, :]
-        slopes = torch.tensor(self.slopes, device=distance.device)
-        return -distance[:, None] * slopes[:, None, None]
-
-
 class BiasedAttention(Attention):
     def __init__(self, dim, heads):
         super().__init__(dim, heads)
-        self.bias = SlopeBias(heads)
+        self.bias = archzoo.FIRE(heads)
 
 
 class UnrotatedAttention(Attention):
@@ -91,13 +78,22 @@ VARIANTS = [
     (BiasedAttention, {}),
     (UnrotatedAttention, {}),
     (RunningMean, {}),
-    (SlopeBias, {}),
+    (archzoo.KERPLE, {"kind": "power"}),
+    (archzoo.AbacusEmbedding, {"coupled": True, "operator_tokens": [1, 2]}),
+    (archzoo.AbacusEmbedding, {"normalise": False, "max_shift": 0}),
+    (archzoo.LearnedPositions, {"max_start": 9}),
+    (archzoo.RandomisedPositions, {"embedding": "LearnedPositions"}),
     *[
         (part, {"activation": activation})
         for part in (archzoo.GatedFeedForward, archzoo.PlainFeedForward)
         for activation in ("silu", "gelu", "relu")
     ],
     (archzoo.RotaryEmbedding, {"base": 500.0}),
+    (archzoo.RotaryEmbedding, {"rope_type": "ntk", "factor": 4.0, "partial_rotary_factor": 0.5}),
+    (
+        archzoo.RotaryEmbedding,
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    ),
 ]
 OWN = [(part, {}) for slot in SLOTS for part in list_parts(slot).values()]
 CASES = [

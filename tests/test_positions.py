@@ -45,9 +45,7 @@ def fire(part, head, i, j):
         for w, b in zip(part.inner.weight[:, 0], part.inner.bias, strict=True)
     ]
     weights = part.outer.weight[head]
-    return sum(h * float(w) for h, w in zip(hidden, weights, strict=True)) + float(
-        part.outer.bias[head]
-    )
+    return sum(h * float(w) for h, w in zip(hidden, weights, strict=True))
 
 
 NAIVE = [alibi, t5, kerple_log, kerple_power, fire]

@@ -167,7 +167,8 @@ class FIRE(Bias):
         self.threshold = threshold
         self.slope = nn.Parameter(torch.tensor(float(slope)))
         self.multiplier = nn.Parameter(torch.ones(()))  # of the threshold
-        self.inner, self.outer = nn.Linear(1, width), nn.Linear(width, heads)
+        # A constant added to all of a head's logits does nothing, so the mlp ends without a bias.
+        self.inner, self.outer = nn.Linear(1, width), nn.Linear(width, heads, bias=False)
         for layer in (self.inner, self.outer):
             # At the decoder's scale of 0.02 the bias would start, and stay for long, at nothing.
             layer.keeps_init = True  # type: ignore[assignment]
@@ -182,8 +183,6 @@ class FIRE(Bias):
         threshold = (self.threshold * self.multiplier.to(dtype)).abs()
         reach = (slope * torch.maximum(queries, threshold)).log1p()
         share = (slope * distance.to(dtype)).log1p() / reach.clamp(min=1e-6)
-        weights = [
-            part.to(dtype) for layer in (self.inner, self.outer) for part in layer.parameters()
-        ]
-        hidden = F.relu(F.linear(share[..., None], weights[0], weights[1]))
-        return rearrange(F.linear(hidden, weights[2], weights[3]), "b q k h -> b h q k")
+        inner, shift = self.inner.weight.to(dtype), self.inner.bias.to(dtype)
+        hidden = F.relu(F.linear(share[..., None], inner, shift))
+        return rearrange(F.linear(hidden, self.outer.weight.to(dtype)), "b q k h -> b h q k")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -355,7 +355,7 @@ class RotaryEmbedding(_Rotation):
                 rotary_dim, base, factor, length, low_freq_factor, high_freq_factor
             )
         else:
-            known = ", ".join(RopeType.__args__)
+            known = ", ".join(get_args(RopeType))
             raise ValueError(f"rope_type={rope_type!r} is none of {known}")
         super().__init__(head_dim, frequencies, amplitude)
         self.base, self.rotary_dim = base, rotary_dim
