@@ -214,7 +214,7 @@ class Decoder(nn.Module):
         weight = self.head.weight
         device, dtype = device or weight.device, dtype or weight.dtype
 
-        def start(part: Mixer | Embedding) -> State:
+        def start(part: Any) -> State:  # a mixer or an embedding
             return part.init_state(batch_size, capacity=capacity, device=device, dtype=dtype)
 
         return {
@@ -349,7 +349,8 @@ class Decoder(nn.Module):
                 for name, value in sums.items()
                 if name.rsplit("/", 1)[1] == str(layer)
             }
-            block.feed_forward.after_step(mine)
+            feed_forward: Any = block.feed_forward
+            feed_forward.after_step(mine)
 
     def parameter_count(self) -> int:
         """Parameters, shared ones once."""
