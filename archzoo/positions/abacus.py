@@ -22,13 +22,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from archzoo.block import Context, Embedding, State, constant
+from archzoo.block import Context, Embedding, State
 from archzoo.norm import RMSNorm
 from archzoo.positions.draws import SHIFTS, integers, random_bits
 from archzoo.positions.embedding import TokenEmbedding
 
 if TYPE_CHECKING:
     from archzoo.tasks.tokenizers import Tokenizer
+
+OPERATOR, DIGIT = 1, 2  # what a token is; 0: anything else
 
 
 def count_digits(is_digit: Tensor, context: Context, before: Tensor | None) -> Tensor:
@@ -45,10 +47,12 @@ def count_digits(is_digit: Tensor, context: Context, before: Tensor | None) -> T
             came before.
 
     Returns:
-        (batch, time) int64; at padding the count before it.
+        (batch, time) int64; at padding the count before it, as the document may go on.
     """
     if before is None:
         before = torch.zeros(len(is_digit), dtype=torch.int64, device=is_digit.device)
+    if is_digit.shape[1] == 1 and not context.packed:  # decoding: a third of the operations
+        return (before[:, None] + 1) * is_digit
     within = (-before)[:, None]  # a token that breaks no run: as far back as the run goes
     if context.packed:
         seen = context.valid.cumsum(dim=1)
@@ -124,6 +128,10 @@ class AbacusEmbedding(Embedding):
         self.coupled, self.max_shift, self.longest_run = coupled, max_shift, longest_run
         self.digit_tokens = self._checked("digit_tokens", digit_tokens)
         self.operator_tokens = self._checked("operator_tokens", operator_tokens)
+        # What each token is; whole numbers, which no cast touches, and known from the arguments.
+        self.kinds: Tensor
+        self.register_buffer("kinds", torch.zeros(vocab_size, dtype=torch.int8), persistent=False)
+        self._sort_tokens()
         self._check_rows()
         self._warned = False
 
@@ -134,6 +142,13 @@ class AbacusEmbedding(Embedding):
             if not 0 <= token < self.vocab_size:
                 raise ValueError(f"{name}: token {token} is not one of {self.vocab_size}")
         return None if tokens is None else tuple(tokens)
+
+    def _sort_tokens(self) -> None:
+        kinds = torch.zeros(self.vocab_size, dtype=torch.int8, device="cpu")
+        if self.coupled:
+            kinds[list(self.operator_tokens or ())] = OPERATOR
+        kinds[list(self.digit_tokens or ())] = DIGIT
+        self.kinds = kinds.to(self.kinds.device)
 
     def _check_rows(self) -> None:
         needed = self.max_shift + (self.longest_run or 1) + 1 + self.coupled
@@ -177,6 +192,7 @@ class AbacusEmbedding(Embedding):
                 raise ValueError("coupled Abacus needs + and = to be one token each")
             changed["operator_tokens"] = [token for (token,) in operators]
             self.operator_tokens = self._checked("operator_tokens", changed["operator_tokens"])
+        self._sort_tokens()
         if longest_run is not None and training:
             if self.longest_run is None or longest_run > self.longest_run:
                 self.longest_run = changed["longest_run"] = longest_run
@@ -224,25 +240,18 @@ class AbacusEmbedding(Embedding):
                 "digit_tokens is not set: give the tokens of 0 to 9, or train on a task, whose "
                 "tokenizer knows them"
             )
-        is_digit = _is_one_of(tokens, self.digit_tokens)
-        counts = count_digits(is_digit, context, None if state is None else state["run"])
+        if self.coupled and self.operator_tokens is None:
+            raise ValueError("operator_tokens is not set: coupled Abacus needs those of + and =")
+        kinds = self.kinds[tokens]
+        rows = count_digits(kinds == DIGIT, context, None if state is None else state["run"])
         if state is not None:
-            state = {"run": counts[:, -1].clone()}  # a view would keep all counts alive
-        rows = counts * is_digit
-        if context.packed:
-            rows = rows * context.valid
+            state = {"run": rows[:, -1].clone()}  # a view would keep all counts alive
         if not self.training and not self._warned and _is_at_hand(tokens):
             self._warned = not self.check_coverage(int(rows.max()))
         if self.coupled:
-            if self.operator_tokens is None:
-                raise ValueError(
-                    "operator_tokens is not set: coupled Abacus needs those of + and ="
-                )
-            is_operator = _is_one_of(tokens, self.operator_tokens)
-            counted = is_digit | is_operator
-            if context.packed:
-                counted = counted & context.valid
-            rows = rows + counted
+            rows = rows + (kinds > 0)
+        if context.packed:
+            rows = rows * context.valid
         if self.training and self.max_shift:
             if context.examples is None:
                 raise ValueError(
@@ -278,11 +287,6 @@ def bind_digits(
         embedding, spec = embedding.embedding, spec["init_args"]["embedding"]
     if isinstance(embedding, AbacusEmbedding):
         spec["init_args"].update(embedding.bind(tokenizer, longest_run, training=training))
-
-
-def _is_one_of(tokens: Tensor, wanted: tuple[int, ...]) -> Tensor:
-    known = constant(tuple(map(float, wanted)), tokens.device, tokens.dtype)
-    return (tokens[..., None] == known).any(dim=-1)
 
 
 def _is_at_hand(tokens: Tensor) -> bool:
