@@ -1,6 +1,9 @@
 """Mixture of experts: all ways to compute it are one, and nothing else than the router decides."""
 
 import functools
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -482,3 +485,64 @@ def test_bad_arguments_get_one_clear_line(arguments, words):
     with pytest.raises(ValueError, match=words) as caught:
         MixtureOfExperts(16, 8, **arguments)
     assert "\n" not in str(caught.value)
+
+
+RANKS = """
+import sys
+import torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+import archzoo
+from archzoo.block import make_context
+
+torch.set_num_threads(1)
+rank, ranks, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+if ranks > 1:
+    dist.init_process_group("gloo", init_method=f"file://{path}.store", rank=rank, world_size=ranks)
+torch.manual_seed(0)
+router = {"class_path": "LinearRouter", "init_args": {"bias_rate": 1e-6}}
+mixture = archzoo.MixtureOfExperts(
+    8, 16, experts=4, router=router, balance="squared_mean", coefficient=0.01, adaptive=True
+).double()
+# The sign of the first channel says which half of the experts a token goes to.
+x = torch.randn(4, 6, 8, dtype=torch.float64)
+x[:2, :, 0], x[2:, :, 0] = 5.0, -5.0
+with torch.no_grad():
+    mixture.router.projection.weight[:, 0] = torch.tensor([2.0, 2.0, -2.0, -2.0])
+mine = x.chunk(ranks)[rank]
+net = DistributedDataParallel(mixture) if ranks > 1 else mixture
+optimizer = torch.optim.SGD(mixture.parameters(), lr=0.1)
+chosen = set()
+for _ in range(3):
+    y, aux = net(mine, make_context(len(mine), 6)[0])
+    optimizer.zero_grad()
+    y.square().mean().backward()  # without the loss that is convex in the tokens of a rank
+    optimizer.step()
+    counts = aux["sum/assignments"]
+    chosen |= set(counts.nonzero().flatten().tolist())
+    if ranks > 1:
+        dist.all_reduce(counts)
+    mixture.after_step({"sum/assignments": counts})
+torch.save({"state": mixture.state_dict(), "chosen": sorted(chosen)}, f"{path}.{ranks}.{rank}")
+"""
+
+
+def test_two_ranks_whose_tokens_share_no_expert_train_as_one(tmp_path):
+    """Idle experts have gradients on every rank, and coefficients and biases stay equal."""
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    environment = os.environ | {"PYTHONPATH": str(Path(archzoo.__file__).parent.parent)}
+    command = [sys.executable, str(script)]
+    jobs = [
+        subprocess.Popen([*command, rank, ranks, str(tmp_path / "out")], env=environment)
+        for rank, ranks in (("0", "1"), ("0", "2"), ("1", "2"))
+    ]
+    assert [job.wait(timeout=120) for job in jobs] == [0, 0, 0]
+    alone, first, second = (
+        torch.load(tmp_path / f"out.{kind}", weights_only=True) for kind in ("1.0", "2.0", "2.1")
+    )
+    assert first["chosen"] == [0, 1] and second["chosen"] == [2, 3]
+    assert alone["chosen"] == [0, 1, 2, 3]
+    for name, value in alone["state"].items():
+        assert torch.equal(first["state"][name], second["state"][name]), name
+        assert relative_error(first["state"][name], value) < 1e-12, name
+    assert first["state"]["balance.alpha"] < 0.01, "the load of both together is even"
