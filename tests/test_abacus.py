@@ -18,7 +18,7 @@ from archzoo.checkpoint import from_pretrained, save_pretrained
 from archzoo.positions.abacus import AbacusEmbedding, bind_digits
 from archzoo.positions.draws import SHIFTS, integers, random_bits, uniform
 from archzoo.tasks import stream
-from archzoo.tasks.arithmetic import Addition
+from archzoo.tasks.arithmetic import Addition, exact_match
 from archzoo.tasks.tokenizers import CharacterTokenizer
 from archzoo.training.module import LanguageModel
 
@@ -338,6 +338,17 @@ def test_a_wrapped_abacus_is_told_too():
     assert archzoo.Decoder(**net.config).embedding.embedding.coverage == 9
 
 
+def test_words_and_rows_start_large_unless_the_head_is_tied_to_them():
+    for std, tied, want in ((1.0, False, 1.0), (0.5, False, 0.5), (None, True, 0.02)):
+        net = archzoo.create_model(
+            "transformer_micro",
+            embedding={"class_path": "AbacusEmbedding", "init_args": {"std": std}},
+            tie_weights=tied,
+        )
+        for table in (net.embedding.weight, net.embedding.table.weight):
+            assert float(table.detach().std()) == pytest.approx(want, rel=0.1)
+
+
 def test_other_embeddings_are_left_alone_and_merged_digits_refused():
     net = archzoo.create_model("transformer_micro", vocab_size=14)
     before = json.dumps(net.config)
@@ -421,3 +432,47 @@ def test_a_compiled_model_has_no_break_and_draws_the_same_shifts():
     for first in (0, 4):
         examples = torch.arange(first, first + 4)[:, None].expand_as(line)
         assert torch.equal(compiled(part, line, examples), rows(part, line, examples))
+
+
+def learn_to_add(steps):
+    """Sums of up to 3 digits, 64 a step; the losses, and the model."""
+    torch.manual_seed(0)
+    net = archzoo.create_model("abacus_tiny").train()
+    task = Addition(digits=3, batch_size=64)
+    bind_digits(net, TOKENIZER, task.longest_run, training=True)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)
+    loader, losses = task.train_dataloader(), []
+    for step in range(steps):
+        batch = loader.batch(step)
+        logits = net(
+            batch["tokens"], documents=batch["documents"], examples=batch["examples"]
+        ).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, net
+
+
+def test_the_same_seed_gives_the_same_losses_bit_for_bit():
+    assert learn_to_add(4)[0] == learn_to_add(4)[0]
+
+
+@pytest.mark.slow
+def test_a_small_model_learns_to_add_and_goes_beyond_its_training():
+    losses, net = learn_to_add(1000)
+    assert sum(losses[-10:]) / 10 < 0.5
+    net.eval()
+    right = {}
+    for digits in (3, 4):
+        task = Addition(digits=digits, min_digits=digits, batch_size=200, test_examples=200)
+        batch = task.test_dataloader().batch(0)
+        with torch.no_grad():
+            logits = net(batch["tokens"], documents=batch["documents"]).logits
+        right[digits] = float(exact_match(logits, batch["labels"]).float().mean())
+    assert right[3] > 0.5, right
+    assert right[4] > 0.1, right  # nobody guesses five digits

@@ -94,6 +94,9 @@ class AbacusEmbedding(Embedding):
             says.
         rows: Of the table; max_shift + longest_run + 1 are needed, coupled one more.
         normalise: RMS norm of the sum.
+        std: Standard deviation of words and rows at the start. They want to be large: each moves
+            little against its size then, and rows that training meets rarely stay apart from each
+            other. None: the decoder's init_std, for a head that is tied to the words.
         seed: Of the shifts.
 
     Raises:
@@ -116,6 +119,7 @@ class AbacusEmbedding(Embedding):
         longest_run: int | None = None,
         rows: int = 128,
         normalise: bool = True,
+        std: float | None = 1.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -123,6 +127,11 @@ class AbacusEmbedding(Embedding):
             raise ValueError(f"max_shift={max_shift} must be at least 0")
         self.weight = nn.Parameter(torch.randn(vocab_size, dim))
         self.table = TokenEmbedding(rows, dim)
+        if std is not None:
+            for table in (self, self.table):
+                table.keeps_init = True  # type: ignore[assignment]
+                with torch.no_grad():
+                    table.weight.mul_(std)
         self.norm = RMSNorm(dim) if normalise else nn.Identity()
         self.vocab_size, self.rows, self.seed = vocab_size, rows, seed
         self.coupled, self.max_shift, self.longest_run = coupled, max_shift, longest_run
