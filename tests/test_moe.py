@@ -24,6 +24,7 @@ from archzoo.feedforward.moe import (
     rearrange_rows,
 )
 from archzoo.parts import describe
+from archzoo.registry import get_preset
 
 GOLDEN = Path(__file__).parent / "golden" / "yuan_router_f64.safetensors"
 DOUBLE = torch.float64
@@ -382,6 +383,16 @@ def test_experts_start_as_the_decoders_matrices():
     experts = net.blocks[0].feed_forward.experts
     assert experts.gate_up.weight.std().item() == pytest.approx(0.02, rel=0.02)
     assert experts.down.weight.std().item() == pytest.approx(0.02 / 8**0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("size", ["micro", "tiny", "small", "base"])
+@pytest.mark.parametrize("family", ["yuan", "skywork"])
+def test_the_families_come_in_four_sizes(family, size):
+    preset = get_preset(f"{family}_{size}")
+    assert preset.paper.startswith("arXiv ") and "Ingredients" in preset.about
+    dense = get_preset(f"transformer_{size}").arguments
+    for name in ("vocab_size", "dim", "depth", "heads", "context_length", "tie_weights"):
+        assert preset.arguments.get(name) == dense.get(name), "sized like the baseline"
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])
