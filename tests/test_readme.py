@@ -1,0 +1,104 @@
+"""The README is true: its table is generated, its commands run, its Python prints what it says."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BIN = Path(sys.executable).parent
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """(code, the text block right after it, or "") of each fenced block in a language."""
+    pattern = rf"^```{language}\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?"
+    return re.findall(pattern, README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    return [line for code, _ in blocks("bash") for line in code.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what the commands need, so that they leave nothing in the real one."""
+    place = tmp_path_factory.mktemp("checkout")
+    for name in ("archzoo", "configs", "data", "examples"):
+        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("train.py", "Makefile", "constraints.txt", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, place / name)
+    return place
+
+
+def run(command: list[str], place: Path) -> str:
+    environment = dict(os.environ, PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}")
+    environment["PYTHONPATH"] = str(place)
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_zoo_table_is_current(capsys: pytest.CaptureFixture[str]) -> None:
+    from archzoo.zoo import list_command
+
+    list_command(markdown=True)
+    table = re.search(r"<!-- archzoo list --markdown -->\n(.*?)<!-- end -->", README, re.DOTALL)
+    assert table is not None
+    assert table.group(1).strip() == capsys.readouterr().out.strip()
+
+
+def test_its_python_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    found = blocks("python")
+    assert found
+    for code, expected in found:
+        exec(compile(code, "README.md", "exec"), {})
+        assert capsys.readouterr().out == expected
+
+
+def test_every_command_is_run_by_a_test() -> None:
+    known = {"make train", "make test"} | set(SHELL)
+    assert set(commands()) == known
+
+
+SHELL = [line for line in commands() if not line.startswith("make ")]
+
+
+def test_its_shell_commands_run_in_order(checkout: Path) -> None:
+    for line in SHELL:
+        words = shlex.split(line)
+        words[0] = {"python": sys.executable, "archzoo": str(BIN / "archzoo")}[words[0]]
+        if "fit" in words:  # the whole of it is `make train`
+            words += ["--trainer.max_steps", "3", "--trainer.val_check_interval", "3"]
+            words += ["--trainer.limit_val_batches", "1"]
+        if "test" in words:
+            words += ["--trainer.limit_test_batches", "2"]
+        assert run(words, checkout).strip()
+
+
+def train(checkout: Path, *variables: str) -> str:
+    """`make train` with the environment that runs this test."""
+    (checkout / ".venv").unlink(missing_ok=True)
+    (checkout / ".venv").symlink_to(BIN.parent, target_is_directory=True)
+    touched = BIN.parent / "installed"
+    made = ["-o", ".venv/installed"] if not touched.exists() else ["-o", str(touched)]
+    return run(["make", "train", *made, "-o", ".venv/installed", *variables], checkout)
+
+
+def test_make_train_in_few_steps(checkout: Path) -> None:
+    output = train(checkout, "STEPS=4")
+    assert "runs/addition" in output
+
+
+@pytest.mark.slow
+def test_make_train_in_full_learns_to_add(checkout: Path) -> None:
+    output = train(checkout)
+    exact = re.findall(r"exact_match\D+([\d.]+)", output)
+    assert exact, output
+    assert float(exact[-1]) >= 0.98
