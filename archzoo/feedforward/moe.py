@@ -22,9 +22,9 @@ from archzoo.parts import Part, build, describe
 RouterFactory = Callable[[int, int, int], Router]
 
 BACKENDS = ("loop", "grouped", "gather")
-# Weights that `gather` may copy. On a CPU 2^16 is where a loop over the experts in use gets
-# faster; elsewhere a loop asks the device for sizes, and copying costs memory alone.
-COPIED = {"cpu": 2**16}
+# Weights that `gather` may copy. On a CPU 2^17 is about where a loop over the experts in use gets
+# faster; elsewhere a loop asks the device for sizes, and copying costs memory alone: not measured.
+COPIED = {"cpu": 2**17}
 COPIED_ELSEWHERE = 2**25
 
 
