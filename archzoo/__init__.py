@@ -51,8 +51,10 @@ _NAMES = {
     "check": "contract",
 }
 
-__all__ = sorted([*_NAMES, "__version__"])  # noqa: PLE0605
+__all__ = sorted([*_NAMES, "__version__"])
 
+# What stands below is for type checkers and editors, which cannot look into _NAMES.
+# ruff: noqa: F401
 if TYPE_CHECKING:
     from archzoo.block import (
         Bias,

@@ -22,8 +22,9 @@ arXiv 2405.17399. Differs from it in the norms (LayerNorm after each branch ther
 initialisation, which is the decoder's for all models, and in where a looped model starts (from
 noise there, also in evaluation; from the embedding here). micro and tiny, too shallow to find the
 units digit by themselves, couple the operators to it (after Cho et al., arXiv 2405.20671) and need
-no bias; their matrices start at 0.1, about dim^-0.5 (tiny on sums of 3 digits, after 400 steps: loss
-0.5, from 0.02 it is 1.6). `digit_tokens`, `operator_tokens` and `longest_run` come from the task.
+no bias; their matrices start at 0.1, about dim^-0.5 (tiny on sums of 3 digits, after 400 steps:
+loss 0.5, from 0.02 it is 1.6). `digit_tokens`, `operator_tokens` and `longest_run` come from the
+task.
 """
 
 from archzoo.registry import register_model
