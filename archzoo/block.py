@@ -31,7 +31,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.weak import WeakTensorKeyDictionary
 
 State = Any  # a pytree: dict | list of Tensor (batch first) | int | bool | None
 Aux = dict[str, Tensor]
@@ -515,9 +514,6 @@ def merge_heads(x: Tensor) -> Tensor:
 
 Computed = TypeVar("Computed")
 
-# {tensor: {key: value}}, an entry as long as the tensor lives.
-_computed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
 
 def once_per_call(tensor: Tensor, key: Hashable, compute: Callable[[], Computed]) -> Computed:
     """What `compute` gives, computed once for all layers that see the same tensor.
@@ -529,7 +525,7 @@ def once_per_call(tensor: Tensor, key: Hashable, compute: Callable[[], Computed]
     """
     if torch.compiler.is_compiling():  # the compiler finds common subexpressions itself
         return compute()
-    values = _computed.setdefault(tensor, {})
+    values = vars(tensor).setdefault("computed", {})  # on the tensor: gone when it is gone
     if key not in values:
         values[key] = compute()
     return values[key]

@@ -1,8 +1,9 @@
-"""RMS norm, with a backward pass of its own where torch has no fused one.
+"""RMS norm, written out where torch has no fused one.
 
 On a CPU torch composes the norm of elementary operations, and its backward pass is three times as
 long as it needs to be: at 768 tokens of 128 channels forward + backward took 911 us composed and
-336 us as here, and a small model holds nine norms. Everywhere else torch's own is called.
+336 us as here, and a small model holds nine norms. In decoding fewer operations made a step of
+the tiny RetNet 12 % shorter. Everywhere else torch's own is called.
 """
 
 from __future__ import annotations
@@ -15,6 +16,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
+def _inverse_root_mean_square(x: Tensor, eps: float) -> Tensor:
+    """``1 / sqrt(mean(x^2) + eps)`` over the last axis, which is kept."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.addcmul(torch.full_like(norm, eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+
+
 class _RMSNorm(torch.autograd.Function):
     """``y = w * h, h = x * r, r = 1 / sqrt(mean(x^2) + eps)``, over the last axis.
 
@@ -23,8 +30,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = (norm.square() / x.shape[-1] + eps).rsqrt()
+        scale = _inverse_root_mean_square(x, eps)
         normed = x * scale
         ctx.save_for_backward(normed, scale, weight)
         return normed if weight is None else normed * weight
@@ -53,9 +59,12 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
         eps: Added to the mean square.
     """
     fused = x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64)
-    if fused or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if fused or torch.compiler.is_compiling():
         return F.rms_norm(x, x.shape[-1:], weight, eps)
-    return _RMSNorm.apply(x, weight, eps)
+    if torch.is_grad_enabled():
+        return _RMSNorm.apply(x, weight, eps)
+    normed = x * _inverse_root_mean_square(x, eps)
+    return normed if weight is None else normed * weight
 
 
 class RMSNorm(nn.RMSNorm):

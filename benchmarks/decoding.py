@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 SHAPE = {"dim": 256, "depth": 4, "heads": 4, "vocab_size": 65}
-STEPS = 100
+STEPS, TURNS = 10, 12  # steps of one model in a row, and how often each has its turn
 
 
 def prefilled(model: nn.Module, tokens: torch.Tensor) -> tuple[list, float]:
     """A state that has read the tokens, in a list of one, and the milliseconds it took."""
     begin = clock.perf_counter()
-    state = model.init_state(1, capacity=tokens.shape[1] + STEPS + 10)
+    state = model.init_state(1, capacity=tokens.shape[1] + 2 * STEPS * TURNS)
     state = model(tokens, state, logits_to_keep=1).state
     return [state], (clock.perf_counter() - begin) * 1e3
 
@@ -69,8 +69,8 @@ def main() -> None:
                     "retnet": decoder(retnet, retnet_state),
                     "llama": llama_step,
                 },
-                STEPS,
-                warmup=5,
+                TURNS,
+                repeat=STEPS,
             )
             peer = ("llama", taken["llama"])
             what = f"decoding at {context} tokens"
@@ -89,7 +89,7 @@ def main() -> None:
         near, _ = prefilled(retnet, torch.randint(0, 65, (1, 1_024)))
         far, _ = prefilled(retnet, torch.randint(0, 65, (1, 65_536)))
         sides = {"64k": decoder(retnet, far), "1k": decoder(retnet, near)}
-        taken = harness.in_turn(sides, STEPS, warmup=5)
+        taken = harness.in_turn(sides, TURNS, repeat=STEPS)
         pair = (("retnet at 65536", taken["64k"]), ("retnet at 1024", taken["1k"]))
         rows.append(harness.ratio_row("decoding, far against near", *pair, round(1 / 1.2, 3), 1.0))
     harness.write_rows("cpu-decoding-float32", rows)

@@ -18,19 +18,23 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def in_turn(sides: dict[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, float]:
-    """Median wall milliseconds of each side; every round runs each side once, in order.
+def in_turn(
+    sides: dict[str, Callable[[], Any]], rounds: int, warmup: int = 1, repeat: int = 1
+) -> dict[str, float]:
+    """Median wall milliseconds of each side; every round runs each side `repeat` times, in order.
 
     Taken in turn, the sides share whatever else the machine is doing, so ratios hold where
-    absolute times do not.
+    absolute times do not. Short calls are repeated within a turn: a step of decoding follows a
+    step of the same model, whose weights it finds in the processor's cache.
     """
     times: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(warmup + rounds):
         for name, run in sides.items():
             begin = time.perf_counter()
-            run()
+            for _ in range(repeat):
+                run()
             if number >= warmup:
-                times[name].append((time.perf_counter() - begin) * 1e3)
+                times[name].append((time.perf_counter() - begin) * 1e3 / repeat)
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 

@@ -1,6 +1,7 @@
 """Contexts, places and states: what every part is told, and what it hands on."""
 
 import itertools
+import weakref
 
 import hypothesis
 import pytest
@@ -192,9 +193,11 @@ def test_once_per_call_forgets_with_the_tensor():
     once_per_call(tensor, "another key", lambda: calls.append(1))
     once_per_call(torch.zeros(2), "a key", lambda: calls.append(1))
     assert len(calls) == 3
-    before = len(block._computed)
-    del tensor
-    assert len(block._computed) == before - 1
+    kept = once_per_call(tensor, "a tensor", lambda: torch.zeros(1))
+    assert once_per_call(tensor, "a tensor", lambda: torch.ones(1)) is kept
+    gone = weakref.ref(kept)
+    del kept, tensor
+    assert gone() is None
 
 
 def test_head_size_names_numbers_that_divide():

@@ -343,7 +343,7 @@ class Retention(KeepsFloat32, Mixer):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Q and k side by side (batch, time, 2 heads, key_dim), v, and the gate's input or None."""
-        qk, v, *gate = self.query_key_value_gate(x).split(self.widths, dim=-1)
+        qk, v, *gate = torch.split_with_sizes(self.query_key_value_gate(x), self.widths, dim=-1)
         qk, v = split_heads(qk, 2 * self.heads), split_heads(v, self.heads)
         return qk, v, gate[0] if gate else None
 
