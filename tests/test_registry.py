@@ -105,13 +105,11 @@ def test_none_means_what_the_preset_says():
     assert archzoo.create_model("retnet_micro", mixer=None, dim=None).config == plain.config
 
 
-def test_naming_a_mixer_replaces_a_presets_pattern():
+def test_naming_a_mixer_replaces_a_presets_pattern(monkeypatch):
     name = "pattern_for_a_test"
-    if name not in archzoo.list_models():
-        archzoo.register_model(
-            name,
-            registry.get_preset("retnet_micro").arguments | {"pattern": ["Retention", "Attention"]},
-        )
+    arguments = registry.get_preset("retnet_micro").arguments
+    monkeypatch.setattr(registry, "_presets", dict(registry._presets))  # and forget it afterwards
+    archzoo.register_model(name, arguments | {"pattern": ["Retention", "Attention"]})
     assert len(archzoo.create_model(name).config["pattern"]) == 2
     swapped = archzoo.create_model(name, mixer="Attention")
     assert swapped.config["pattern"] is None
