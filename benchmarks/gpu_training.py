@@ -72,9 +72,7 @@ def main() -> None:
             for family in ("transformer", "retnet"):
                 name = f"{family}_{arguments.size}"
                 rows.append(measure(name, time, compiled, arguments.steps))
-    gpu = torch.cuda.get_device_name().lower().replace(" ", "-")
-    facts = {"gpu": torch.cuda.get_device_name()}
-    harness.write_rows(f"{gpu}-training-bfloat16", [row | facts for row in rows])
+    harness.write_rows("bfloat16-training", rows, on_gpu=True)
 
 
 if __name__ == "__main__":

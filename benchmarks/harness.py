@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -87,16 +88,25 @@ def ratio_row(
     return row
 
 
-def write_rows(name: str, rows: Iterable[dict[str, Any]]) -> None:
-    """Write results/NAME.csv, each row with machine, versions, commit and command."""
+def write_rows(what: str, rows: Iterable[dict[str, Any]], *, on_gpu: bool = False) -> None:
+    """Write results/MACHINE-TORCH-WHAT.csv, each row with machine, versions, commit and command.
+
+    Args:
+        what: The dtype and what was measured, such as "float32-decoding".
+        rows: One a line, all with the same keys.
+        on_gpu: The machine is the GPU, else the processor.
+    """
+    name = torch.cuda.get_device_name() if on_gpu else machine()
     facts = {
-        "machine": machine(),
+        "machine": name,
         "torch": torch.__version__,
         "commit": commit(),
         "command": "python " + " ".join(sys.argv),
     }
     rows = [row | facts for row in rows]
-    path = ROOT / "results" / f"{name}.csv"
+    short = re.sub(r"[^a-z0-9]+", "-", name.partition(",")[0].lower()).strip("-")
+    version = torch.__version__.partition("+")[0]
+    path = ROOT / "results" / f"{short}-torch{version}-{what}.csv"
     path.parent.mkdir(exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))

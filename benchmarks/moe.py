@@ -144,8 +144,7 @@ def main() -> None:
     rows = []
     for case in CASES[given.device]:
         rows += measure(case, given.device, tokens, dim, given.rounds)
-    kind = torch.cuda.get_device_name().replace(" ", "-").lower() if on_gpu else "cpu"
-    write_rows(f"{kind}-moe-{'bfloat16' if on_gpu else 'float32'}", rows)
+    write_rows(f"{'bfloat16' if on_gpu else 'float32'}-moe", rows, on_gpu=on_gpu)
 
 
 if __name__ == "__main__":

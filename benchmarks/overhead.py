@@ -107,7 +107,7 @@ def main() -> None:
             "required": "0.3",
         },
     ]
-    harness.write_rows("cpu-overhead-float32", rows)
+    harness.write_rows("float32-overhead", rows)
 
 
 if __name__ == "__main__":
