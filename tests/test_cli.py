@@ -63,6 +63,7 @@ def test_train_test_predict_generate(here, capsys):
     assert fit() == 0
     assert "retnet_micro: " in capsys.readouterr().out
     assert main(["validate", "--ckpt_path", "runs/micro/last.ckpt"]) == 0
+    assert "validation exact match" in capsys.readouterr().out
     with open("runs/micro/metrics.csv") as file:
         in_fit = [row for row in csv.DictReader(file) if row["validation/loss"]][-1]
     with open("runs/micro/validate.csv") as file:

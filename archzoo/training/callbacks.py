@@ -188,6 +188,7 @@ class ShowProgress(ProgressBar):
     ) -> None:
         assert isinstance(pl_module, LanguageModel)
         if trainer.state.fn != "fit":
+            self.say(describe(pl_module.latest, "validation"))
             return
         seconds = time.perf_counter() - self._began
         shown = describe(pl_module.latest, "train", "validation")
