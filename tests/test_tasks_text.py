@@ -108,11 +108,11 @@ def test_pieces_and_split_lose_nothing(tmp_path_factory, content, fraction, piec
     path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
     path.write_text(content, encoding="utf-8", newline="")
     corpus = Corpus(path)
-    border = corpus.border(fraction)
+    ((_, border),), _ = corpus.split(fraction)
     assert 0 <= border < corpus.size == len(content.encode())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("archzoo.tasks.text.PIECE", piece)
-        pieces = [*corpus.texts(0, border), *corpus.texts(border, corpus.size)]
+        pieces = [*corpus.texts((0, border)), *corpus.texts((border, corpus.size))]
     assert "".join(pieces) == content
     assert all(len(text.encode()) <= 2 * piece + 3 for text in pieces[1:]) or "\n" in content
 
@@ -129,7 +129,7 @@ def test_cutting_into_pieces_does_not_change_the_tokens(text, monkeypatch):
         assert (cut._cache / part).read_bytes() == (whole._cache / part).read_bytes()
 
 
-def test_a_folder_is_read_in_the_order_of_names(text, tmp_path):
+def test_files_are_read_in_the_order_of_names_and_each_keeps_its_end(text, tmp_path):
     folder = tmp_path / "books"
     (folder / "b").mkdir(parents=True)
     (folder / ".hidden").write_bytes(b"\xff")
@@ -138,8 +138,12 @@ def test_a_folder_is_read_in_the_order_of_names(text, tmp_path):
     (folder / "c.txt").write_text("dd" * 20)
     task = text(path=folder, validation_fraction=0.2)
     task.prepare()
-    joined = "aa\nbb\n" + "cc\n" * 20 + "dd" * 20
-    assert decoded(task, "train") + decoded(task, "validation") == joined
+    assert decoded(task, "train") == "aa\nb" + "\n" + "cc\n" * 17 + "dd" * 16
+    assert decoded(task, "validation") == "b\n" + "cc\n" * 3 + "dd" * 4
+    (folder / "notes.md").write_text("no text of ours")
+    chosen = text(path=folder / "*.txt", validation_fraction=0.2, cache_dir=tmp_path / "other")
+    chosen.prepare()
+    assert decoded(chosen, "train") == "aa\nb" + "\n" + "dd" * 16
 
 
 def test_the_split_is_contiguous_and_begins_a_line(text):

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from functools import lru_cache
+from glob import glob
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,15 @@ from archzoo.tasks.tokenizers import Tokenizer
 
 PIECE = 1 << 16  # bytes encoded at once: enough for speed, little beside a model
 SAMPLE = 4_000_000  # bytes that a tokenizer learns from: unigram takes 30 times as much memory
-_FORMAT = 1  # of the cache; another number makes old caches unused
+_FORMAT = 2  # of the cache; another number makes old caches unused
+
+Span = tuple[int, int]  # bytes of a corpus, from the first to before the second
 
 
 class Text(Task):
     r"""The next token of a text: any UTF-8 file, or all files of a folder in the order of names.
 
-    The end of the text, a contiguous part of `validation_fraction`, is kept for validation; test
+    The end of every file, a contiguous part of `validation_fraction`, is kept for validation; test
     reads the same part. A training window has `context_length` tokens. How the first one begins
     in Shakespeare by characters (a blank is drawn as ␣)::
 
@@ -45,7 +48,7 @@ class Text(Task):
     mapped into memory, never loaded.
 
     Args:
-        path: a file or folder of UTF-8 text.
+        path: a file or folder of UTF-8 text, or a pattern such as data/*.txt.
         tokenizer: characters, bpe, unigram, or the path of a tokenizer.json or sentencepiece
             .model.
         vocab_size: tokens to learn; null takes all characters of the text, or 4,096 pieces.
@@ -130,29 +133,30 @@ class Text(Task):
 
     def _encode(self, corpus: Corpus, given: Tokenizer | None, folder: Path) -> None:
         """Writes tokenizer, both parts of the text and their sizes into a folder."""
-        border = corpus.border(1 - self.arguments["validation_fraction"])
-        tokenizer = given or self._learn(corpus, border)
+        train, validation = corpus.split(1 - self.arguments["validation_fraction"])
+        tokenizer = given or self._learn(corpus, train)
         tokenizer.save(folder)
         dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
         meta: dict[str, Any] = {"dtype": dtype, "path": str(corpus.path)}
-        parts = {"train": (0, border), "validation": (border, corpus.size)}
-        for part, (start, stop) in parts.items():
+        for part, spans in (("train", train), ("validation", validation)):
             count = 0
             with open(folder / f"{part}.bin", "wb") as file:
-                for texts in _groups(corpus.texts(start, stop), 8):
+                for texts in _groups(corpus.texts(*spans), 8):
                     for tokens in _encode_many(tokenizer, texts, corpus.path):
                         file.write(tokens.astype(dtype).tobytes())
                         count += len(tokens)
-            meta |= {f"{part}_tokens": count, f"{part}_bytes": stop - start}
+            size = sum(stop - start for start, stop in spans)
+            meta |= {f"{part}_tokens": count, f"{part}_bytes": size}
         (folder / "meta.json").write_text(json.dumps(meta, indent=2))
 
-    def _learn(self, corpus: Corpus, border: int) -> Tokenizer:
+    def _learn(self, corpus: Corpus, train: list[Span]) -> Tokenizer:
         name, vocab_size = self.arguments["tokenizer"], self.arguments["vocab_size"]
         if name == "characters":  # of all the text: a character that is left out cannot be encoded
-            return tokenizers.learn_characters(corpus.texts(0, corpus.size), vocab_size)
+            return tokenizers.learn_characters(corpus.texts((0, corpus.size)), vocab_size)
         learn = tokenizers.learn_bpe if name == "bpe" else tokenizers.learn_unigram
-        stride = -(-border // SAMPLE)  # pieces from all over the training part
-        texts = corpus.texts(0, border)
+        size = sum(stop - start for start, stop in train)
+        stride = -(-size // SAMPLE)  # pieces from all over the training part
+        texts = corpus.texts(*train)
         return learn((text for n, text in enumerate(texts) if n % stride == 0), vocab_size)
 
     def _check_length(self, train: int, validation: int) -> None:
@@ -279,7 +283,7 @@ class Corpus:
     put between two files where there is none.
 
     Args:
-        path: a file or a folder.
+        path: a file, a folder, or a pattern of file names.
 
     Raises:
         FileNotFoundError: there is nothing.
@@ -288,10 +292,12 @@ class Corpus:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if not self.path.exists():
-            raise FileNotFoundError(f"no text at {path}: give a UTF-8 file or a folder of them")
         self.files = [self.path]
-        if self.path.is_dir():
+        if not self.path.exists():
+            self.files = sorted(file for file in map(Path, glob(str(path))) if file.is_file())
+            if not self.files:
+                raise FileNotFoundError(f"no text at {path}: give a UTF-8 file or a folder of them")
+        elif self.path.is_dir():
             found = (file.relative_to(self.path) for file in self.path.rglob("*") if file.is_file())
             visible = [f for f in found if not any(part.startswith(".") for part in f.parts)]
             self.files = [self.path / file for file in sorted(visible, key=Path.as_posix)]
@@ -310,43 +316,52 @@ class Corpus:
                     digest.update(block)
         return digest.hexdigest()
 
-    def border(self, fraction: float) -> int:
-        """The byte where the first line begins after a fraction of the text.
+    def split(self, fraction: float) -> tuple[list[Span], list[Span]]:
+        """Every file's beginning, a fraction of it, and every file's end."""
+        beginnings, ends = [], []
+        for path, (first, last) in zip(self.files, pairwise(self.starts), strict=True):
+            border = first + _border(path, last - first, fraction)
+            beginnings.append((first, border))
+            ends.append((border, last))
+        return beginnings, ends
 
-        Where no line ends soon, it is where a character begins.
-        """
-        border = int(self.size * fraction)
-        index = next(n for n, stop in enumerate(self.starts[1:]) if border < stop)
-        inside = border - self.starts[index]
-        back = min(inside, 3)  # a character has at most three bytes after its first
-        with open(self.files[index], "rb") as file:
-            file.seek(inside - back)
-            block = file.read(back + PIECE)
-        line = border + block.find(b"\n", back) + 1 - back
-        if border < line < self.size:
-            return line
-        while back and block[back] & 0xC0 == 0x80:
-            border, back = border - 1, back - 1
-        return border
-
-    def texts(self, start: int, stop: int) -> Iterator[str]:
-        """The text from byte `start` to byte `stop`, in pieces that end with a line if possible.
+    def texts(self, *spans: Span) -> Iterator[str]:
+        """The text of each span in turn, in pieces that end with a line if possible.
 
         Raises:
             ValueError: the text is not UTF-8.
         """
         before = "\n"
-        for path, (first, last) in zip(self.files, pairwise(self.starts), strict=True):
-            begin, end = max(start, first) - first, min(stop, last) - first
-            if begin >= end:
-                continue
-            if not before.endswith("\n"):
-                yield "\n"
-            with open(path, "rb") as file:
-                file.seek(begin)
-                for content, offset in _pieces(file.read, begin, end):
-                    before = _decode(content, path, offset)
-                    yield before
+        for start, stop in spans:
+            for path, (first, last) in zip(self.files, pairwise(self.starts), strict=True):
+                begin, end = max(start, first) - first, min(stop, last) - first
+                if begin >= end:
+                    continue
+                if not before.endswith("\n"):
+                    yield "\n"
+                with open(path, "rb") as file:
+                    file.seek(begin)
+                    for content, offset in _pieces(file.read, begin, end):
+                        before = _decode(content, path, offset)
+                        yield before
+
+
+def _border(path: Path, size: int, fraction: float) -> int:
+    """The byte of a file where the first line begins after a fraction of it.
+
+    Where no line ends soon, it is where a character begins.
+    """
+    border = int(size * fraction)
+    back = min(border, 3)  # a character has at most three bytes after its first
+    with open(path, "rb") as file:
+        file.seek(border - back)
+        block = file.read(back + PIECE)
+    line = border + block.find(b"\n", back) + 1 - back
+    if border < line < size:
+        return line
+    while border < size and back and block[back] & 0xC0 == 0x80:
+        border, back = border - 1, back - 1
+    return border
 
 
 def _pieces(read: Any, begin: int, end: int) -> Iterator[tuple[bytes, int]]:
