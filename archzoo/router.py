@@ -157,7 +157,7 @@ def _validation_data(found: Pretrained, batches: int, device: str) -> list[dict[
             arguments["vocab_size"] = None
         task = build(found.task | {"init_args": arguments})
         task.prepare()
-    loader = task.val_dataloader()
+    loader = task.evaluation_loader("validation")
     first = [batch for batch, _ in zip(loader, range(batches), strict=False)]
     return [{name: entry.to(device) for name, entry in batch.items()} for batch in first]
 

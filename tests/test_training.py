@@ -549,7 +549,7 @@ def test_best_is_kept_by_its_metric(tmp_path):
     trainer.fit(Scripted("retnet_micro"), addition())
     assert torch.load(tmp_path / "best.ckpt", weights_only=True)["global_step"] == 4
     last = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert last["global_step"] == 6 and last["callbacks"]["Checkpoints"] == {"best": 1.0}
+    assert last["global_step"] == 6 and last["callbacks"]["Checkpoints"]["best"] == 1.0
 
 
 def test_unknown_monitor_is_named(tmp_path):

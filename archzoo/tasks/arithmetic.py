@@ -14,14 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from archzoo.tasks.stream import IGNORED, Batch, Bits, Integers, Task, mix, random_bits
+from archzoo.tasks.stream import IGNORED, Batch, Bits, Integers, Loader, Task, mix, random_bits
 from archzoo.tasks.tokenizers import CharacterTokenizer
 
 Digits = NDArray[np.uint8]  # (digits, examples), least significant first, zeros beyond the number
 
 PLUS, EQUAL, STOP, PAD = 10, 11, 12, 13  # the digits are tokens 0 to 9
 
-_STREAMS = {"train": 0, "validation": 1, "test": 2}
+_STREAMS = {"train": 0, "validation": 1, "test": 2, "cell": 4}
 _ENUMERATED = 6  # digits of both operands together up to which all problems are listed
 
 
@@ -85,6 +85,10 @@ class Addition(Task):
         steps_per_epoch: batches in what Lightning calls an epoch; the stream itself never ends.
         validation_examples: held-out problems to validate on.
         test_examples: held-out problems to test on.
+        ood_digits: lengths, beyond `digits`, that every validation asks as well: held-out sums of
+            two numbers of so many digits each (`validation/exact_match/8`, ..., and their mean,
+            `validation/exact_match/ood`, by which best.ckpt is then chosen).
+        ood_examples: problems of each of those lengths.
         seed: chooses the training examples.
 
     Raises:
@@ -103,6 +107,8 @@ class Addition(Task):
         steps_per_epoch: int = 1000,
         validation_examples: int = 1000,
         test_examples: int = 5000,
+        ood_digits: list[int] | None = None,
+        ood_examples: int = 200,
         seed: int = 0,
     ) -> None:
         super().__init__(
@@ -114,6 +120,8 @@ class Addition(Task):
             steps_per_epoch=steps_per_epoch,
             validation_examples=validation_examples,
             test_examples=test_examples,
+            ood_digits=ood_digits,
+            ood_examples=ood_examples,
             seed=seed,
         )
         if not 1 <= min_digits <= digits:
@@ -123,9 +131,12 @@ class Addition(Task):
                 f"held_out {held_out} leaves nothing to train on: it is one problem in how many, "
                 "so take 2 or more"
             )
-        for name in ("steps_per_epoch", "validation_examples", "test_examples"):
+        for name in ("steps_per_epoch", "validation_examples", "test_examples", "ood_examples"):
             if self.arguments[name] < 1:
                 raise ValueError(f"{name} {self.arguments[name]} is not positive")
+        if min(ood_digits or [1]) < 1:
+            raise ValueError(f"ood_digits {ood_digits} holds a length that is not positive")
+        self.beyond = tuple(ood_digits or ())
         self.digits = digits
         self.min_digits = min_digits
         self.reverse = reverse
@@ -156,6 +167,29 @@ class Addition(Task):
     def evaluation_batch(self, split: str, number: int, rows: Integers) -> Batch:
         numbers = number * self.batch_size + rows
         return self._batch(self.problems(split, numbers), numbers)
+
+    def beyond_loader(self, length: int) -> Loader:
+        problems = self.cell(length, length, self.arguments["ood_examples"])
+
+        def make(number: int, rows: Integers) -> Batch:
+            numbers = number * self.batch_size + rows
+            a, b, lengths = problems
+            some = Problems(a[:, numbers], b[:, numbers], lengths[:, numbers])
+            return self._batch(some, numbers, 3 * length + 3)
+
+        rows = problems.lengths.shape[1]
+        return Loader(make, self.batch_size, rows, self, training=False)
+
+    def cell(self, first: int, second: int, count: int) -> Problems:
+        """Held-out sums of two lengths, `count` or as many as there are of short ones."""
+        size = max(first, second)
+        if first + second <= _ENUMERATED:
+            found = _listed(first, second, self.held_out)[:, :count]
+            lengths = np.repeat([[first], [second]], found.shape[1], axis=1)
+            return Problems(_digits(found[0], size), _digits(found[1], size), lengths)
+        numbers = (first << 44) + (second << 28) + np.arange(count)
+        lengths = np.repeat([[first], [second]], count, axis=1)
+        return _draw(0, _STREAMS["cell"], numbers, lengths, size, self.held_out, wanted=True)
 
     def problems(self, split: str, numbers: Integers) -> Problems:
         """The sums of the given example numbers in "train", "validation" or "test"."""
@@ -217,19 +251,20 @@ class Addition(Task):
 
     # Inside.
 
-    def _batch(self, problems: Problems, numbers: Integers) -> Batch:
-        lines, lengths, asked = self._lines(problems)
+    def _batch(self, problems: Problems, numbers: Integers, width: int | None = None) -> Batch:
+        width = width or self.context_length
+        lines, lengths, asked = self._lines(problems, width)
         labels = np.where(asked[:, 1:], lines[:, 1:].astype(np.int64), IGNORED)
-        padding = np.arange(self.context_length) >= lengths[:, None]
+        padding = np.arange(width) >= lengths[:, None]
         return {
             "tokens": torch.from_numpy(lines[:, :-1].astype(np.int64)),
             "labels": torch.from_numpy(labels),
             "documents": torch.from_numpy(-padding.astype(np.int64)),
-            "examples": torch.from_numpy(np.repeat(numbers[:, None], self.context_length, 1)),
+            "examples": torch.from_numpy(np.repeat(numbers[:, None], width, 1)),
         }
 
-    def _lines(self, problems: Problems) -> tuple[Digits, Integers, NDArray[np.bool_]]:
-        """Writes sums as rows of tokens.
+    def _lines(self, problems: Problems, width: int) -> tuple[Digits, Integers, NDArray[np.bool_]]:
+        """Writes sums as rows of `width` tokens and one more.
 
         Returns:
             tokens (examples, time + 1) uint8, their lengths (examples,), and which tokens are
@@ -240,7 +275,7 @@ class Addition(Task):
         carried = np.take_along_axis(total, size[None], 0)[0]
         lengths = np.stack([*problems.lengths, size + carried])
 
-        columns = np.arange(self.context_length + 1)
+        columns = np.arange(width + 1)
         lines = np.full((len(size), len(columns)), PAD, np.uint8)
         start = np.zeros(len(size), np.int64)
         begin_answer = start

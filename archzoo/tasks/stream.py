@@ -187,6 +187,8 @@ class Task(lightning.LightningDataModule):
         tokenizer: set once `prepare` has run.
         context_length: tokens of the longest row.
         longest_run: digits of the longest number, answers included; None: unknown.
+        beyond: lengths that no training example has and that every validation asks as well; each
+            has its own loader (`beyond_loader`) and its own exact match.
         arguments: what the task was made with, plain data.
     """
 
@@ -194,6 +196,7 @@ class Task(lightning.LightningDataModule):
     tokenizer: Tokenizer
     context_length: int
     longest_run: int | None = None
+    beyond: tuple[int, ...] = ()
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
@@ -218,6 +221,10 @@ class Task(lightning.LightningDataModule):
 
     def rows(self, split: str) -> int:
         """Rows of one pass over the split "train", "validation" or "test"."""
+        raise NotImplementedError
+
+    def beyond_loader(self, length: int) -> Loader:
+        """One pass over held-out problems of one length of `beyond`."""
         raise NotImplementedError
 
     def batch_rows(self, split: str) -> int:
@@ -252,8 +259,11 @@ class Task(lightning.LightningDataModule):
         self.prepare()
         return Loader(self.training_batch, self.batch_size, self.rows("train"), self, training=True)
 
-    def val_dataloader(self) -> Loader:
-        return self.evaluation_loader("validation")
+    def val_dataloader(self) -> Loader | list[Loader]:
+        loader = self.evaluation_loader("validation")
+        if not self.beyond:
+            return loader
+        return [loader, *map(self.beyond_loader, self.beyond)]
 
     def test_dataloader(self) -> Loader:
         return self.evaluation_loader("test")

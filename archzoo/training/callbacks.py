@@ -16,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from archzoo.training.files import MetricsFile
 from archzoo.training.module import LanguageModel
 
+OUT_OF_DISTRIBUTION = "validation/exact_match/ood"  # the mean over the lengths of `Task.beyond`
+
 
 class Checkpoints(Checkpoint):
     """Keeps two checkpoints of a run: ``last.ckpt``, to resume from, and ``best.ckpt``.
@@ -27,8 +29,9 @@ class Checkpoints(Checkpoint):
         every_n_steps: Optimizer steps between two writings of last.ckpt; it is also written after
             every validation and at the end.
         monitor: Metric that says which checkpoint is best, such as validation/exact_match; None:
+            exact match beyond the trained lengths where the task asks for it (`ood_digits`), else
             validation/loss.
-        mode: "min" or "max": which values of it are better.
+        mode: "min" or "max": which values of `monitor` are better.
     """
 
     def __init__(
@@ -41,14 +44,16 @@ class Checkpoints(Checkpoint):
             raise ValueError(f"checkpoint.mode={mode!r} is neither min nor max")
         self.every_n_steps, self.monitor, self.mode = every_n_steps, monitor, mode
         self.best: float | None = None
+        #: What validation gave, and at which step: for the best one, and for the last one.
+        self.reached: dict[str, dict[str, float]] = {}
         self.saved: int | None = None  # the step that last.ckpt holds, as far as this run knows
         self.directory = Path()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"best": self.best, "reached": self.reached}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
+        self.best, self.reached = state_dict["best"], state_dict.get("reached", {})
 
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
@@ -80,16 +85,23 @@ class Checkpoints(Checkpoint):
     ) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        value = trainer.callback_metrics.get(self.monitor or "validation/loss")
+        monitor, mode = self.monitor, self.mode
+        if monitor is None:
+            beyond = OUT_OF_DISTRIBUTION in trainer.callback_metrics
+            monitor, mode = (OUT_OF_DISTRIBUTION, "max") if beyond else ("validation/loss", "min")
+        value = trainer.callback_metrics.get(monitor)
         if value is None:
             raise ValueError(
-                f"checkpoint.monitor: there is no metric {self.monitor}; validation gives "
+                f"checkpoint.monitor: there is no metric {monitor}; validation gives "
                 + ", ".join(sorted(trainer.callback_metrics))
             )
-        sign = 1 if self.mode == "min" else -1
+        sign = 1 if mode == "min" else -1
         better = self.best is None or sign * value.item() < sign * self.best
+        found = {name: float(entry) for name, entry in trainer.callback_metrics.items()}
+        found["step"] = trainer.global_step
         if better:
             self.best = value.item()
+        self.reached = {"best": found if better else self.reached.get("best", found), "last": found}
         self.saved = None  # write last.ckpt again: now it knows the best, and that this was done
         self._save_last(trainer, pl_module)
         if better:
@@ -198,6 +210,12 @@ class ShowProgress(ProgressBar):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         self._stop()
+        for checkpoint in trainer.checkpoint_callbacks:
+            # A model may be best beyond the trained lengths long before the end: say both.
+            for name, found in getattr(checkpoint, "reached", {}).items():
+                if OUT_OF_DISTRIBUTION in found:
+                    shown = describe(found, "validation")
+                    self.say(f"{name:<4} step {found['step']:>6.0f}  {shown}")
 
     def on_exception(
         self,
@@ -231,4 +249,8 @@ def describe(values: dict[str, float], *splits: str) -> str:
                 whose = "" if split == "train" else f"{split} "
                 title = f"{whose}{title} " if title else ""
                 parts.append(title + pattern.format(value * scale))
+        for name, value in values.items():
+            length = name.partition(f"{split}/exact_match/")[2]
+            if length:
+                parts.append(f"{length}: {value:.2%}")
     return "  ".join(parts)

@@ -86,6 +86,7 @@ class LanguageModel(lightning.LightningModule):
         # Averages over an evaluation: losses and tokens weigh by token, answers by row.
         self.mean_loss, self.token_accuracy = MeanMetric(), MeanMetric()
         self.exact_match = MeanMetric()
+        self._beyond: dict[int, MeanMetric] = {}  # exact match by length, of `Task.beyond`
         #: The latest logged values, plain floats, for whoever displays them.
         self.latest: dict[str, float] = {}
         self._totals: dict[str, Tensor] = {}  # sums since the last row of the log
@@ -342,12 +343,18 @@ class LanguageModel(lightning.LightningModule):
 
     # ------------------------------------------------------------------------ evaluation
 
-    def _evaluate(self, batch: Batch, split: str) -> None:
+    def _evaluate(self, batch: Batch, split: str, loader: int = 0) -> None:
         labels = batch["labels"]
         x, _ = self._hidden(batch, split)
         losses, predicted = score(x, self.net.head, labels)
         asked = labels != IGNORED
         right = predicted.view_as(labels) == labels
+        if loader:  # the first is the split's own, the others ask for longer problems
+            assert self.task is not None
+            self._beyond[self.task.beyond[loader - 1]].update(
+                (right | ~asked).all(dim=1).float(), asked.any(dim=1).float()
+            )
+            return
         tokens = asked.flatten().float()
         self.mean_loss.update(losses.float(), tokens)
         self.token_accuracy.update(right.flatten().float(), tokens)
@@ -358,6 +365,8 @@ class LanguageModel(lightning.LightningModule):
         self._carried.pop(split, None)
         for metric in (self.mean_loss, self.token_accuracy, self.exact_match):
             metric.reset()
+        lengths = self.task.beyond if self.task and split == "validation" else ()
+        self._beyond = {length: MeanMetric().to(self.device) for length in lengths}
 
     def _end_evaluation(self, split: str) -> None:
         loss = self.mean_loss.compute().item()
@@ -369,6 +378,10 @@ class LanguageModel(lightning.LightningModule):
         }
         wanted = ("loss", *(self.task.metrics if self.task else values))
         row = {f"{split}/{name}": values[name] for name in wanted}
+        if self._beyond:
+            matches = {length: metric.compute().item() for length, metric in self._beyond.items()}
+            row |= {f"{split}/exact_match/{length}": matches[length] for length in matches}
+            row[f"{split}/exact_match/ood"] = sum(matches.values()) / len(matches)
         several = self.trainer.world_size > 1  # all have the same values; this says so
         if self.trainer.state.fn == "fit":
             # To callbacks through Lightning, to files at the step as people count it: from 1.
@@ -378,8 +391,8 @@ class LanguageModel(lightning.LightningModule):
             self.latest |= row
             self.log_dict({"step": float(self._loaded_step or 0), **row}, sync_dist=several)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "validation")
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, "validation", dataloader_idx)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, "test")

@@ -1,0 +1,122 @@
+"""Exact match beyond the trained lengths during training: asked, logged, kept, and said."""
+
+import csv
+import warnings
+
+import lightning
+import pytest
+import torch
+import yaml
+from torch import nn
+
+import archzoo
+from archzoo.cli import main
+from archzoo.tasks import Addition
+from archzoo.training.module import LanguageModel
+
+CONFIG = {
+    "seed_everything": 0,
+    "model": {"preset": "abacus_micro", "learning_rate": 3e-3, "warmup_steps": 5},
+    "data": {
+        "class_path": "Addition",
+        "init_args": {
+            "digits": 2,
+            "held_out": 10,
+            "ood_digits": [1, 3],
+            "ood_examples": 20,
+            "batch_size": 16,
+            "validation_examples": 20,
+        },
+    },
+    "trainer": {"max_steps": 8, "val_check_interval": 4, "accelerator": "cpu"},
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    place = tmp_path_factory.mktemp("runs")
+    (place / "ood.yaml").write_text(yaml.safe_dump(CONFIG))
+    return place
+
+
+@pytest.fixture(scope="module")
+def said(run):
+    """The run once, and what it printed."""
+    import contextlib
+    import io
+
+    with contextlib.redirect_stdout(io.StringIO()) as out, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        arguments = ["fit", "--config", str(run / "ood.yaml")]
+        assert main([*arguments, "--trainer.default_root_dir", str(run)]) == 0
+    return out.getvalue()
+
+
+def test_every_validation_logs_each_length_and_the_mean(run, said):
+    with open(run / "ood" / "metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("validation/exact_match/ood")]
+    assert [int(row["step"]) for row in rows] == [4, 8]
+    for row in rows:
+        one, three = (float(row[f"validation/exact_match/{n}"]) for n in (1, 3))
+        assert float(row["validation/exact_match/ood"]) == pytest.approx((one + three) / 2)
+    # The lengths beyond count for themselves alone, not for the loss of the trained lengths.
+    assert all(row["validation/exact_match"] and row["validation/loss"] for row in rows)
+
+
+def test_best_and_last_are_both_said(run, said):
+    lines = [line for line in said.splitlines() if line.startswith(("best", "last"))]
+    assert [line.split()[0] for line in lines] == ["best", "last"]
+    assert "step      8" in lines[1] and "1: " in lines[1] and "ood: " in lines[1]
+    state = torch.load(run / "ood" / "last.ckpt", weights_only=True)["callbacks"]["Checkpoints"]
+    assert state["best"] == state["reached"]["best"]["validation/exact_match/ood"]
+    assert state["reached"]["last"]["step"] == 8
+    best = torch.load(run / "ood" / "best.ckpt", weights_only=True)
+    assert best["global_step"] == state["reached"]["best"]["step"]
+
+
+class KnowsSome(LanguageModel):
+    """Says every label, but errs at the first one where the first digit of the row is even."""
+
+    def _hidden(self, batch, split):
+        labels = batch["labels"].clamp(min=0)
+        first = (batch["labels"] >= 0).int().argmax(dim=1)
+        rows = torch.arange(len(labels))
+        labels[rows, first] += batch["tokens"][:, 0] % 2 == 0
+        return nn.functional.one_hot(labels, self.net.dim).float(), {}
+
+
+def test_the_logged_match_is_counted_length_by_length():
+    task = Addition(digits=2, ood_digits=[3, 6], ood_examples=70, batch_size=32)
+    model = KnowsSome("abacus_micro")
+    trainer = lightning.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False
+    )
+    model.decoder = archzoo.create_model("abacus_micro")
+    model.decoder.head.weight.data = torch.eye(model.net.vocab_size, model.net.dim)
+    trainer.validate(model, task, verbose=False)
+    found = trainer.callback_metrics
+    expected = []
+    for length in (3, 6):
+        odd = task.cell(length, length, 70).a[0] % 2  # the lowest digit stands first
+        assert 0 < odd.mean() < 1
+        assert found[f"validation/exact_match/{length}"] == pytest.approx(float(odd.mean()))
+        expected.append(odd.mean())
+    assert found["validation/exact_match/ood"] == pytest.approx(sum(expected) / 2)
+
+
+def test_problems_beyond_have_their_length_and_are_held_out():
+    task = Addition(digits=3, ood_digits=[2, 12], ood_examples=50)
+    from archzoo.tasks.arithmetic import _hash, _is_held_out
+
+    for digits in (2, 12):
+        a, b, lengths = task.cell(digits, digits, 50)
+        assert (lengths == digits).all() and (a[digits - 1] > 0).all() and (b[digits - 1] > 0).all()
+        assert _is_held_out(_hash(a) + _hash(b), 20).all()
+        assert len(set(zip(a.T.tobytes(), b.T.tobytes(), strict=True))) > 1
+    first, second = task.cell(12, 12, 20), task.cell(12, 12, 50)
+    assert (first.a == second.a[:, :20]).all()  # a problem depends on its lengths and number alone
+
+
+def test_lengths_must_be_positive():
+    with pytest.raises(ValueError, match=r"ood_digits \[0\] holds a length that is not positive"):
+        Addition(ood_digits=[0])
