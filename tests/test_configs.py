@@ -45,6 +45,55 @@ def test_config_trains(path, tmp_path, monkeypatch):
     ).read_text().count("\n")
 
 
+def arms(path):
+    return yaml.safe_load(path.read_text()).get("arms") or {}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.parametrize(
+    ("path", "arm"),
+    [(path, arm) for path in CONFIGS for arm in arms(path)],
+    ids=lambda value: value.stem if isinstance(value, Path) else value,
+)
+def test_every_arm_trains_with_its_settings(path, arm, cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    task = yaml.safe_load(path.read_text())["data"]["class_path"]
+    settings = arms(path)[arm]
+    sizes = TINY["model"] if "model.match" not in settings else ""  # which sets the width itself
+    arguments = [
+        *f"fit --config {path.relative_to(ROOT)} --arm {arm} --trainer.max_steps 1".split(),
+        *f"--trainer.default_root_dir {tmp_path} --trainer.limit_val_batches 0".split(),
+        *f"--trainer.accelerator cpu {sizes} {TINY[task]}".split(),
+    ]
+    if task == "Text":
+        arguments += ["--data.cache_dir", str(cache)]
+    assert main(arguments) == 0
+    saved = yaml.safe_load((tmp_path / f"{path.stem}_{arm}" / "config.yaml").read_text())
+    assert saved["arms"] is None, "what was saved is this arm alone"
+    for name, value in settings.items():
+        found = saved
+        for part in name.split("."):
+            if part not in found and "init_args" in found:
+                found = found["init_args"]
+            found = found[part]
+        if isinstance(found, dict):  # a part by its name alone
+            found, value = found["class_path"], value.rpartition(".")[2]
+            found = found.rpartition(".")[2]
+        assert found == value, name
+
+
+def test_an_unknown_arm_is_named(capsys):
+    path = str(ROOT / "configs/claims/filtered_attention.yaml")
+    assert main(["fit", "--config", path, "--arm", "filter"]) == 1
+    assert "are plain, filtered, filtered_matched" in capsys.readouterr().err
+    assert main(["fit", "--arm", "plain", "--model.preset", "retnet_micro"]) == 1
+    assert "--arm plain needs --config FILE" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_reads_like_prose(path):
     text = path.read_text()

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's affair
 
 import torch
+import yaml
 from lightning.fabric.utilities import rank_zero_only
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
@@ -95,7 +96,8 @@ class SaveConfig(SaveConfigCallback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self.config = self.config.clone()
-        self.config["ckpt_path"] = None  # a run from this file is a new one
+        # A run from this file is a new one, of this arm.
+        self.config["ckpt_path"] = self.config["arms"] = self.config["arm"] = None
         super().setup(trainer, pl_module, stage)
 
 
@@ -110,6 +112,18 @@ class CommandLine(LightningCLI):
             help="The run's directory is runs/NAME (see trainer.default_root_dir); default: the "
             "configuration file's name, or the preset's.",
         )
+        parser.add_argument(
+            "--arms",
+            type=dict[str, dict[str, Any]] | None,
+            default=None,
+            help="What is compared: by the name of an arm, the settings it changes in this file.",
+        )
+        parser.add_argument(
+            "--arm",
+            type=str | None,
+            default=None,
+            help="The arm of the configuration file that is run; default: the file as it stands.",
+        )
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
 
     # ------------------------------------------------------------------------ parsing
@@ -117,6 +131,7 @@ class CommandLine(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         command, *arguments = args
         self.run_name = _run_name(arguments)
+        arguments = _with_arm(arguments)
         path = _option(arguments, "--ckpt_path")
         logger = _option(arguments, "--trainer.logger")
         if logger == "TensorBoardLogger" and not _option(arguments, "--trainer.logger.save_dir"):
@@ -288,8 +303,30 @@ def _option(arguments: list[str], name: str) -> str | None:
 
 
 def _run_name(arguments: list[str]) -> str | None:
+    config, arm = _option(arguments, "--config"), _option(arguments, "--arm")
+    if not config or not Path(config).is_file():
+        return None
+    return Path(config).stem + (f"_{arm}" if arm else "")
+
+
+def _with_arm(arguments: list[str]) -> list[str]:
+    """The arguments with the settings of --arm behind the configuration file that names it."""
+    arm = _option(arguments, "--arm")
+    if arm is None:
+        return arguments
     config = _option(arguments, "--config")
-    return Path(config).stem if config and Path(config).is_file() else None
+    if not config or not Path(config).is_file():
+        raise ValueError(f"--arm {arm} needs --config FILE: an arm is one of a file's `arms`")
+    content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    arms = content.get("arms") if isinstance(content, dict) else None
+    if not arms or arm not in arms:
+        names = ", ".join(arms) if arms else "none"
+        raise ValueError(f"--arm {arm}: the arms of {config} are {names}")
+    settings = []
+    for name, value in arms[arm].items():
+        settings += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+    behind = next(n for n, argument in enumerate(arguments) if config in argument) + 1
+    return [*arguments[:behind], *settings, *arguments[behind:]]
 
 
 def _no_checkpoint(path: str) -> NoReturn:

@@ -1,0 +1,71 @@
+"""The runner of the papers' claims: what it runs, and what it makes of a run's log."""
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+
+from archzoo.cli import main
+
+ROOT = Path(__file__).parent.parent
+CONFIG = """
+seed_everything: 0
+arms:
+  loss: {}
+  none: {model.feed_forward.balance: none}
+model: {preset: skywork_micro, width: 8, feed_forward: MixtureOfExperts}
+data: {class_path: Addition, init_args: {digits: 1, batch_size: 8}}
+trainer: {accelerator: cpu, max_steps: 6, limit_val_batches: 1, log_every_n_steps: 1}
+"""
+
+
+@pytest.fixture
+def claims(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import claims
+
+    yield claims
+    for name in ("claims", "harness"):
+        sys.modules.pop(name, None)
+
+
+def test_runs_of_a_seed_come_together(claims, tmp_path):
+    (tmp_path / "a.yaml").write_text(CONFIG)
+    (tmp_path / "b.yaml").write_text("seed_everything: 0")
+    runs = claims.plan([tmp_path / "a.yaml", tmp_path / "b.yaml"], None, [0, 7])
+    assert [run.name for run in runs] == [
+        "a_loss_0",
+        "a_none_0",
+        "b_0",
+        "a_loss_7",
+        "a_none_7",
+        "b_7",
+    ]
+    assert [run.name for run in claims.plan([tmp_path / "a.yaml"], ["none"], [1])] == ["a_none_1"]
+
+
+def test_a_row_says_what_the_log_says(claims, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text(CONFIG)
+    fit = ["fit", "--config", "a.yaml", "--arm", "loss"]
+    assert main([*fit, "--trainer.val_check_interval", "2"]) == 0
+    row = claims.measure(Path("runs/a_loss"))
+    with open("runs/a_loss/metrics.csv") as file:
+        log = list(csv.DictReader(file))
+    losses = {float(e["validation/loss"]): int(e["step"]) for e in log if e["validation/loss"]}
+    assert len(losses) == 3 and row["steps"] == 6
+    assert row["validation/loss/best"] == pytest.approx(min(losses), abs=1e-5)
+    assert row["best_step"] == losses[min(losses)]
+    matches = [float(e["validation/exact_match"]) for e in log if e["validation/exact_match"]]
+    assert row["validation/exact_match/best"] == pytest.approx(max(matches), abs=1e-5)
+    # One row a step is a tenth of the log or less: first and last are single steps.
+    rates = [
+        (float(e["train/metric/drop_rate/0"]) + float(e["train/metric/drop_rate/1"])) / 2
+        for e in log
+        if e["train/loss"]
+    ]
+    assert len(rates) == 6
+    for when, value in (("first", rates[0]), ("highest", max(rates)), ("last", rates[-1])):
+        assert row[f"train/metric/drop_rate/{when}"] == pytest.approx(value, rel=1e-4)
+    assert 0 < row["active"] < row["parameters"]
