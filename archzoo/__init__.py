@@ -39,6 +39,7 @@ _NAMES = {
     "NoRotation": "positions.rotary",
     "XPos": "positions.rotary",
     "AbacusEmbedding": "positions.abacus",
+    "PositionCoupling": "positions.coupling",
     "LearnedPositions": "positions.learned",
     "RandomisedPositions": "positions.learned",
     "ALiBi": "positions.biases",
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     from archzoo.mixers.retention import Retention
     from archzoo.positions.abacus import AbacusEmbedding
     from archzoo.positions.biases import FIRE, KERPLE, ALiBi, T5Bias
+    from archzoo.positions.coupling import PositionCoupling
     from archzoo.positions.embedding import TokenEmbedding
     from archzoo.positions.learned import LearnedPositions, RandomisedPositions
     from archzoo.positions.rotary import NoRotation, RetentionRotation, RotaryEmbedding, XPos

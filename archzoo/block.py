@@ -46,7 +46,7 @@ class Context(NamedTuple):
 
     Attributes:
         documents: int64, which document a token belongs to; -1 is padding.
-        positions: int64, counted from 0 within the document.
+        positions: int64, counted from 0 within the document, or as the caller gives them.
         valid: bool, not padding.
         starts: bool, the first token of its document.
         examples: int64 or None, the task's example numbers, when it gives them.
@@ -94,6 +94,7 @@ def make_context(
     *,
     documents: Tensor | None = None,
     examples: Tensor | None = None,
+    positions: Tensor | None = None,
     place: dict[str, Any] | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[Context, dict[str, Any]]:
@@ -105,6 +106,8 @@ def make_context(
         documents: (batch, time) ints, -1 for padding; None: each row goes on with the document
             it is in (or is one whole document, where nothing came before).
         examples: (batch, time) ints of the task, or None.
+        positions: (batch, time) ints, 0 or more, in the place of the counted ones; a piece
+            without any counts on from the last. None: counted within the document.
         place: Where the piece before this one ended: each row's last document and the position
             of its last token, as `init_place` and this function return it. None: nothing came
             before.
@@ -114,9 +117,10 @@ def make_context(
         The context, and the place after the piece.
 
     Raises:
-        ValueError: Documents or examples of another shape than (batch, time).
+        ValueError: Documents, examples or positions of another shape than (batch, time).
     """
-    for name, given in (("documents", documents), ("examples", examples)):
+    entries = {"documents": documents, "examples": examples, "positions": positions}
+    for name, given in entries.items():
         if given is not None and given.shape != (batch_size, time):
             raise ValueError(
                 f"{name} has shape {tuple(given.shape)}, the tokens {(batch_size, time)}: "
@@ -127,10 +131,11 @@ def make_context(
     if documents is None and (place is None or not place["packed"]):
         # One document a row, and its number is 0: nothing to compute but positions.
         zero = torch.zeros((1, 1), dtype=torch.int64, device=device).expand(batch_size, time)
-        positions = index.expand(batch_size, time)
+        counted = index.expand(batch_size, time)
         if place is not None:
-            positions = positions + (place["positions"][:, None] + 1)
-        context = Context(zero, positions, zero == 0, positions == 0, examples, False, length)
+            counted = counted + (place["positions"][:, None] + 1)
+        positions = counted if positions is None else positions.long()
+        context = Context(zero, positions, zero == 0, counted == 0, examples, False, length)
         place = {"documents": zero[:, 0], "positions": positions[:, -1]}
         return context, place | {"packed": False, "length": length}
 
@@ -149,9 +154,11 @@ def make_context(
     # the last start so far; -1: none), else counted on from the place before.
     count = valid.cumsum(dim=1)
     last_start = torch.where(starts, index, -1).cummax(dim=1).values
-    within = count - count.gather(1, last_start.clamp(min=0))
-    went_on = place["positions"][:, None] + count
-    positions = torch.where(last_start >= 0, within, went_on) * valid
+    if positions is None:
+        within = count - count.gather(1, last_start.clamp(min=0))
+        went_on = place["positions"][:, None] + count
+        positions = torch.where(last_start >= 0, within, went_on)
+    positions = positions.long() * valid
     # The place after: the last token that is not padding; an all-padding piece moves nothing.
     last = last_valid[:, -1]
     seen, at = last >= 0, last.clamp(min=0)[:, None]
@@ -374,6 +381,14 @@ class Embedding(nn.Module):
         the place of the counted ones; all others leave them.
         """
         return context
+
+    def prompt_positions(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor | None:
+        """Positions of prompts, (batch, time), where the method reads them off the text.
+
+        None, the base class's answer: they are counted. Tasks give their batches' positions
+        themselves; this serves prompts that come as text.
+        """
+        return None
 
     def forward(self, tokens: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
         """Tokens (batch, time) to x (batch, time, dim); state None comes back as None."""

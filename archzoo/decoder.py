@@ -232,6 +232,7 @@ class Decoder(nn.Module):
         form: str | None = None,
         loops: int | None = None,
         free_loops: int = 0,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, State, Aux]:
         """`forward` up to the head: x (batch, time, dim) after the last norm, state, aux.
 
@@ -244,6 +245,7 @@ class Decoder(nn.Module):
             loops: Runs of the stack with gradients; None: all of them. Progressive loss, in
                 which looped models are trained, takes a random number.
             free_loops: Runs before those, without gradients.
+            positions: As for `forward`.
         """
         if tokens.dim() != 2 or not tokens.shape[1]:
             raise ValueError(
@@ -258,6 +260,7 @@ class Decoder(nn.Module):
             time,
             documents=documents,
             examples=examples,
+            positions=positions,
             place=None if state is None else state["place"],
             device=tokens.device,
         )
@@ -323,6 +326,7 @@ class Decoder(nn.Module):
         examples: Tensor | None = None,
         form: str | None = None,
         logits_to_keep: int | None = None,
+        positions: Tensor | None = None,
     ) -> Output:
         """Logits of the token after each token.
 
@@ -335,8 +339,11 @@ class Decoder(nn.Module):
             examples: (batch, time) ints: the task's example numbers, for parts that draw by them.
             form: "parallel", "chunkwise" or "recurrent"; None: what is fastest here.
             logits_to_keep: Only of the last so many tokens; None: of all.
+            positions: (batch, time) ints, 0 or more, for methods whose task says where tokens
+                stand (position coupling). None: counted within the document, or on from the
+                last of the piece before.
         """
-        x, state, aux = self.hidden(tokens, state, documents, examples, form)
+        x, state, aux = self.hidden(tokens, state, documents, examples, form, positions=positions)
         if logits_to_keep is not None:
             x = x[:, -logits_to_keep:] if logits_to_keep else x[:, :0]
         return Output(self.head(x), state, aux)

@@ -316,10 +316,14 @@ class _Carrying:
     def read(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
         """Tokens and documents (batch, time): the next piece. Logits (batch, vocab_size)."""
         form: str | None = "recurrent"
+        positions = None
         if self.state is None:  # the prompt, in one pass
             self.state = self.model.init_state(tokens.shape[0], capacity=self.capacity)
             form = None
-        output = self.model(tokens, self.state, documents, form=form, logits_to_keep=1)
+            positions = self.model.embedding.prompt_positions(tokens, documents)
+        output = self.model(
+            tokens, self.state, documents, form=form, logits_to_keep=1, positions=positions
+        )
         self.state = output.state
         return output.logits[:, 0]
 
@@ -331,16 +335,28 @@ class _Recomputing:
         self.model, self.form = model, form
         self.pieces: list[Tensor] = []
         self.documents: Tensor | None = None
+        self.positions: Tensor | None = None
 
     def read(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
         """As `_Carrying.read`."""
         if not self.pieces:
             self.documents = documents
-        elif self.documents is not None:  # a row goes on with its document, which is 0
-            self.documents = torch.cat([self.documents, torch.zeros_like(tokens)], dim=1)
+            self.positions = self.model.embedding.prompt_positions(tokens, documents)
+        else:
+            if self.documents is not None:  # a row goes on with its document, which is 0
+                self.documents = torch.cat([self.documents, torch.zeros_like(tokens)], dim=1)
+            if self.positions is not None:  # and counts on
+                self.positions = torch.cat([self.positions, self.positions[:, -1:] + 1], dim=1)
         self.pieces.append(tokens)
         tokens = torch.cat(self.pieces, dim=1)
-        output = self.model(tokens, None, self.documents, form=self.form, logits_to_keep=1)
+        output = self.model(
+            tokens,
+            None,
+            self.documents,
+            form=self.form,
+            logits_to_keep=1,
+            positions=self.positions,
+        )
         return output.logits[:, 0]
 
 

@@ -37,6 +37,7 @@ MODULES = (
     "archzoo.feedforward.routers",
     "archzoo.positions.abacus",
     "archzoo.positions.biases",
+    "archzoo.positions.coupling",
     "archzoo.positions.embedding",
     "archzoo.positions.learned",
     "archzoo.positions.rotary",

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 import archzoo
 from archzoo.block import init_place, make_context
 from archzoo.checkpoint import from_pretrained, save_pretrained
-from archzoo.positions.abacus import AbacusEmbedding, bind_digits
+from archzoo.positions.abacus import AbacusEmbedding
+from archzoo.positions.digits import bind_digits
 from archzoo.positions.draws import SHIFTS, integers, random_bits, uniform
 from archzoo.tasks import stream
 from archzoo.tasks.arithmetic import Addition, exact_match

@@ -15,56 +15,17 @@ arXiv 2405.17399, section 3; coupled: after Cho et al., Position Coupling, arXiv
 
 from __future__ import annotations
 
-import warnings
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from archzoo.block import Context, Embedding, State
-from archzoo.norm import RMSNorm
-from archzoo.positions.draws import SHIFTS, integers, random_bits
-from archzoo.positions.embedding import TokenEmbedding
-
-if TYPE_CHECKING:
-    from archzoo.tasks.tokenizers import Tokenizer
-
-OPERATOR, DIGIT = 1, 2  # what a token is; 0: anything else
+from archzoo.block import Context, State
+from archzoo.positions.digits import DIGIT, DigitEmbedding, count_digits
+from archzoo.positions.draws import SHIFTS, examples_of, integers, random_bits
 
 
-def count_digits(is_digit: Tensor, context: Context, before: Tensor | None) -> Tensor:
-    """The index of each digit in its run, from 1; 0 elsewhere.
-
-    With ``m_t`` = 1 on digits, ``c_t = m_t (c_{t-1} + 1)``, in closed form: the tokens so far less
-    the tokens up to the last one that is no digit. A document starts a run; padding is seen
-    through, since a document may go on behind it.
-
-    Args:
-        is_digit: (batch, time) bool.
-        context: Of the same tokens.
-        before: (batch,) int64, the count where the piece before this one ended. None: nothing
-            came before.
-
-    Returns:
-        (batch, time) int64; at padding the count before it, as the document may go on.
-    """
-    if before is None:
-        before = torch.zeros(len(is_digit), dtype=torch.int64, device=is_digit.device)
-    if is_digit.shape[1] == 1 and not context.packed:  # decoding: a third of the operations
-        return (before[:, None] + 1) * is_digit
-    within = (-before)[:, None]  # a token that breaks no run: as far back as the run goes
-    if context.packed:
-        seen = context.valid.cumsum(dim=1)
-        breaks = torch.where(is_digit, torch.where(context.starts, seen - 1, within), seen)
-        breaks = torch.where(context.valid, breaks, within)
-    else:
-        seen = torch.arange(1, is_digit.shape[1] + 1, device=is_digit.device)
-        breaks = torch.where(is_digit, within, seen)
-    return seen - breaks.cummax(dim=1).values
-
-
-class AbacusEmbedding(Embedding):
+class AbacusEmbedding(DigitEmbedding):
     """``x_t = norm(words[token_t] + table[row_t])``, the row a digit's place in its number.
 
     Rows: digits read their index in the run, from 1; all other tokens share row 0, a learned row
@@ -88,7 +49,7 @@ class AbacusEmbedding(Embedding):
         dim: Width of x.
         digit_tokens: The tokens of 0 to 9. None: the task's tokenizer says.
         coupled: Operators on row 1, digits from row 2 on.
-        operator_tokens: Of + and =; used where coupled. None: the task's tokenizer says.
+        operator_tokens: Of + and the like, = last; used where coupled. None: the task says.
         max_shift: The largest k; the paper takes 100.
         longest_run: Digits of the longest number in training, answers included. None: the task
             says.
@@ -122,44 +83,24 @@ class AbacusEmbedding(Embedding):
         std: float | None = 1.0,
         seed: int = 0,
     ) -> None:
-        super().__init__()
         if max_shift < 0:
             raise ValueError(f"max_shift={max_shift} must be at least 0")
-        self.weight = nn.Parameter(torch.randn(vocab_size, dim))
-        self.table = TokenEmbedding(rows, dim)
-        if std is not None:
-            for table in (self, self.table):
-                table.keeps_init = True  # type: ignore[assignment]
-                with torch.no_grad():
-                    table.weight.mul_(std)
-        self.norm = RMSNorm(dim) if normalise else nn.Identity()
-        self.vocab_size, self.rows, self.seed = vocab_size, rows, seed
-        self.coupled, self.max_shift, self.longest_run = coupled, max_shift, longest_run
-        self.digit_tokens = self._checked("digit_tokens", digit_tokens)
-        self.operator_tokens = self._checked("operator_tokens", operator_tokens)
-        # What each token is; whole numbers, which no cast touches, and known from the arguments.
-        self.kinds: Tensor
-        self.register_buffer("kinds", torch.zeros(vocab_size, dtype=torch.int8), persistent=False)
-        self._sort_tokens()
-        self._check_rows()
-        self._warned = False
+        super().__init__(
+            vocab_size,
+            dim,
+            rows,
+            digit_tokens=digit_tokens,
+            operator_tokens=operator_tokens,
+            operators=coupled,
+            longest_run=longest_run,
+            normalise=normalise,
+            std=std,
+        )
+        self.coupled, self.max_shift, self.seed = coupled, max_shift, seed
+        self.check_rows()
 
-    # ------------------------------------------------------------------------ what a task knows
-
-    def _checked(self, name: str, tokens: list[int] | None) -> tuple[int, ...] | None:
-        for token in tokens or ():
-            if not 0 <= token < self.vocab_size:
-                raise ValueError(f"{name}: token {token} is not one of {self.vocab_size}")
-        return None if tokens is None else tuple(tokens)
-
-    def _sort_tokens(self) -> None:
-        kinds = torch.zeros(self.vocab_size, dtype=torch.int8, device="cpu")
-        if self.coupled:
-            kinds[list(self.operator_tokens or ())] = OPERATOR
-        kinds[list(self.digit_tokens or ())] = DIGIT
-        self.kinds = kinds.to(self.kinds.device)
-
-    def _check_rows(self) -> None:
+    def check_rows(self) -> None:
+        """Refuse a table that max_shift and the longest run do not fit in."""
         needed = self.max_shift + (self.longest_run or 1) + 1 + self.coupled
         if self.rows < needed:
             raise ValueError(
@@ -167,67 +108,16 @@ class AbacusEmbedding(Embedding):
                 f"{self.longest_run or 1} digits read {needed} rows; take rows={needed} or more"
             )
 
-    def bind(
-        self, tokenizer: Tokenizer, longest_run: int | None = None, *, training: bool = False
-    ) -> dict[str, Any]:
-        """Fill what was left at None from a task, or hold what is known against it.
-
-        Args:
-            tokenizer: Of the task.
-            longest_run: Digits of the task's longest number. None: unknown.
-            training: The task will be trained on, so its numbers widen what is covered; otherwise
-                they are checked against it.
-
-        Returns:
-            The arguments that changed, for the decoder's configuration.
-
-        Raises:
-            ValueError: A tokenizer whose digits are not tokens of their own, or numbers too long
-                for the table.
-        """
-        changed: dict[str, Any] = {}
-        if self.digit_tokens is None:
-            digits = tokenizer.digit_tokens
-            if digits is None:
-                raise ValueError(
-                    "Abacus needs each digit to be one token of its own, and this tokenizer merges "
-                    "digits: take a tokenizer that splits them, or another embedding"
-                )
-            self.digit_tokens = self._checked("digit_tokens", digits)
-            changed["digit_tokens"] = digits
-        if self.coupled and self.operator_tokens is None:
-            operators = [tokenizer.encode(sign) for sign in "+="]
-            if any(len(tokens) != 1 for tokens in operators):
-                raise ValueError("coupled Abacus needs + and = to be one token each")
-            changed["operator_tokens"] = [token for (token,) in operators]
-            self.operator_tokens = self._checked("operator_tokens", changed["operator_tokens"])
-        self._sort_tokens()
-        if longest_run is not None and training:
-            if self.longest_run is None or longest_run > self.longest_run:
-                self.longest_run = changed["longest_run"] = longest_run
-                self._check_rows()
-        elif longest_run is not None:
-            self.check_coverage(longest_run)
-        return changed
-
     @property
     def coverage(self) -> int:
         """The longest run of digits all of whose rows training can have reached."""
         room = self.rows - 1 - self.coupled
         return room if self.longest_run is None else min(room, self.max_shift + self.longest_run)
 
-    def check_coverage(self, run: int) -> bool:
-        """Warn where a run of so many digits reads rows that were never trained; False then."""
-        if run <= self.coverage:
-            return True
-        warnings.warn(
-            f"a number of {run} digits lies beyond the {self.coverage} that training can have "
-            f"covered (max_shift={self.max_shift} + longest_run={self.longest_run}): its last "
-            "digits read rows that were never trained. Train with a larger max_shift, or on "
-            "longer numbers",
-            stacklevel=2,
-        )
-        return False
+    @property
+    def reason(self) -> str:
+        """What the coverage is made of."""
+        return f"max_shift={self.max_shift} + longest_run={self.longest_run}"
 
     # ------------------------------------------------------------------------ the embedding
 
@@ -244,60 +134,21 @@ class AbacusEmbedding(Embedding):
 
     def positions(self, tokens: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
         """The row of each token, (batch, time) int64, and the state after them."""
-        if self.digit_tokens is None:
-            raise ValueError(
-                "digit_tokens is not set: give the tokens of 0 to 9, or train on a task, whose "
-                "tokenizer knows them"
-            )
-        if self.coupled and self.operator_tokens is None:
-            raise ValueError("operator_tokens is not set: coupled Abacus needs those of + and =")
-        kinds = self.kinds[tokens]
+        kinds = self.kinds_of(tokens)
         rows = count_digits(kinds == DIGIT, context, None if state is None else state["run"])
         if state is not None:
             state = {"run": rows[:, -1].clone()}  # a view would keep all counts alive
-        if not self.training and not self._warned and _is_at_hand(tokens):
-            self._warned = not self.check_coverage(int(rows.max()))
+        self.watch(rows)
         if self.coupled:
             rows = rows + (kinds > 0)
         if context.packed:
             rows = rows * context.valid
         if self.training and self.max_shift:
-            if context.examples is None:
-                raise ValueError(
-                    "Abacus draws its shift by example number in training: give examples=..., or "
-                    "take max_shift=0"
-                )
-            bits = random_bits(self.seed, SHIFTS, context.examples)
+            bits = random_bits(self.seed, SHIFTS, examples_of(context, "max_shift=0"))
             rows = torch.where(rows > 0, rows + integers(bits, self.max_shift + 1), rows)
         return rows.clamp(max=self.rows - 1), state
 
     def forward(self, tokens: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
         """Tokens (batch, time) int64 to x (batch, time, dim)."""
         rows, state = self.positions(tokens, state, context)
-        x = F.embedding(tokens, self.weight) + F.embedding(rows, self.table.weight)
-        return self.norm(x), state
-
-
-def bind_digits(
-    decoder: nn.Module,
-    tokenizer: Tokenizer,
-    longest_run: int | None = None,
-    *,
-    training: bool = False,
-) -> None:
-    """Tell a decoder's Abacus embedding what the task knows; other embeddings need nothing.
-
-    What was left at None in its configuration is filled there too, so that a checkpoint knows.
-    The arguments are those of `AbacusEmbedding.bind`.
-    """
-    embedding: Any = decoder.embedding
-    spec: dict[str, Any] = decoder.config["embedding"]  # type: ignore[index, assignment]
-    while hasattr(embedding, "embedding"):  # a wrapper around another embedding
-        embedding, spec = embedding.embedding, spec["init_args"]["embedding"]
-    if isinstance(embedding, AbacusEmbedding):
-        spec["init_args"].update(embedding.bind(tokenizer, longest_run, training=training))
-
-
-def _is_at_hand(tokens: Tensor) -> bool:
-    """Whether looking at a value costs nothing: on the CPU, outside a compiler."""
-    return tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+        return self.look_up(tokens, rows), state

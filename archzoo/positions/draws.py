@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from archzoo.block import Context
+
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 0xFFFFFFFFFFFFFFFF
 
@@ -63,7 +65,7 @@ def random_bits(seed: int, stream: int, numbers: Tensor, draws: int | Tensor = 0
     return _mix(origins + (draws + 1) * _signed(_GOLDEN))
 
 
-def integers(bits: Tensor, bound: int) -> Tensor:
+def integers(bits: Tensor, bound: int | Tensor) -> Tensor:
     """Random bits to integers 0 .. bound - 1, uniform to bound / 2^31."""
     return (_shift(bits, 33) * bound) >> 31
 
@@ -71,3 +73,17 @@ def integers(bits: Tensor, bound: int) -> Tensor:
 def uniform(bits: Tensor) -> Tensor:
     """Random bits to float64 in (0, 1)."""
     return (_shift(bits, 12).double() + 0.5) * 2.0**-52
+
+
+def examples_of(context: Context, way_out: str) -> Tensor:
+    """The example numbers, (batch, time) int64.
+
+    Raises:
+        ValueError: There are none; `way_out` says what to take instead.
+    """
+    if context.examples is None:
+        raise ValueError(
+            "positions are drawn by example number in training: give examples=..., or take "
+            f"{way_out}"
+        )
+    return context.examples

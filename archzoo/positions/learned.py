@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from archzoo.block import Context, Embedding, State
 from archzoo.parts import build, describe
-from archzoo.positions.draws import STARTS, SUBSETS, integers, random_bits, uniform
-from archzoo.positions.embedding import TokenEmbedding
+from archzoo.positions.draws import STARTS, SUBSETS, examples_of, integers, random_bits, uniform
+from archzoo.positions.rows import RowEmbedding
 
 
-class LearnedPositions(Embedding):
+class LearnedPositions(RowEmbedding):
     """``x_t = words[token_t] + table[start + t]``, t counted within the document.
 
     In training ``start ~ U{0 .. max_start}``, one for a document, a function of (seed, example
@@ -35,11 +34,9 @@ class LearnedPositions(Embedding):
     def __init__(
         self, vocab_size: int, dim: int, *, longest: int = 1024, max_start: int = 0, seed: int = 0
     ) -> None:
-        super().__init__()
         if not 0 <= max_start < longest:
             raise ValueError(f"max_start={max_start} must lie in 0 .. longest - 1 = {longest - 1}")
-        self.weight = nn.Parameter(torch.randn(vocab_size, dim))
-        self.table = TokenEmbedding(longest, dim)
+        super().__init__(vocab_size, dim, longest)
         self.longest, self.max_start, self.seed = longest, max_start, seed
 
     def forward(self, tokens: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
@@ -51,7 +48,7 @@ class LearnedPositions(Embedding):
         """
         rows = context.positions
         if self.training and self.max_start:
-            bits = random_bits(self.seed, STARTS, _examples(context, "max_start=0"))
+            bits = random_bits(self.seed, STARTS, examples_of(context, "max_start=0"))
             rows = rows + integers(bits, self.max_start + 1)
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
             last = int(rows.max())
@@ -60,7 +57,7 @@ class LearnedPositions(Embedding):
                     f"position {last} lies beyond the {self.longest} that LearnedPositions knows: "
                     "take a larger longest, or a shorter text"
                 )
-        return F.embedding(tokens, self.weight) + F.embedding(rows, self.table.weight), state
+        return self.look_up(tokens, rows), state
 
 
 class RandomisedPositions(Embedding):
@@ -137,7 +134,7 @@ class RandomisedPositions(Embedding):
         if not self.training:
             spread = torch.div(positions * self.longest, self.text_length, rounding_mode="floor")
             return context._replace(positions=spread)
-        examples = _examples(context, "another embedding")
+        examples = examples_of(context, "another embedding")
         # Sorted uniform numbers are partial sums of n + 1 exponential ones, over their total.
         gaps = -uniform(random_bits(self.seed, SUBSETS, examples, positions)).log()
         after = -uniform(random_bits(self.seed, SUBSETS, examples, self.longest)).log()
@@ -157,12 +154,3 @@ class RandomisedPositions(Embedding):
         """The inner embedding's x; `place` has changed the context."""
         x, state = self.embedding(tokens, state, context)
         return x, state
-
-
-def _examples(context: Context, way_out: str) -> Tensor:
-    if context.examples is None:
-        raise ValueError(
-            "positions are drawn by example number in training: give examples=..., or take "
-            f"{way_out}"
-        )
-    return context.examples

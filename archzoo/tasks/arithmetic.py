@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from archzoo.positions.coupling import coupled_positions
 from archzoo.tasks.stream import IGNORED, Batch, Bits, Integers, Loader, Task, mix, random_bits
 from archzoo.tasks.tokenizers import CharacterTokenizer
 
@@ -80,6 +81,7 @@ class Addition(Task):
         digits: digits of the longest operand.
         min_digits: digits of the shortest operand.
         reverse: write numbers least significant digit first.
+        coupled: batches hold coupled positions, for PositionCoupling.
         held_out: one problem in this many is held out of training; at least 2.
         batch_size: examples in a batch, all ranks together.
         steps_per_epoch: batches in what Lightning calls an epoch; the stream itself never ends.
@@ -102,6 +104,7 @@ class Addition(Task):
         digits: int = 3,
         min_digits: int = 1,
         reverse: bool = True,
+        coupled: bool = False,
         held_out: int = 20,
         batch_size: int = 256,
         steps_per_epoch: int = 1000,
@@ -115,6 +118,7 @@ class Addition(Task):
             digits=digits,
             min_digits=min_digits,
             reverse=reverse,
+            coupled=coupled,
             held_out=held_out,
             batch_size=batch_size,
             steps_per_epoch=steps_per_epoch,
@@ -126,6 +130,11 @@ class Addition(Task):
         )
         if not 1 <= min_digits <= digits:
             raise ValueError(f"min_digits {min_digits} is not between 1 and digits {digits}")
+        if coupled and not reverse:
+            raise ValueError(
+                "coupled positions count an answer from its first digit, which must be the least "
+                "significant one: take reverse=True"
+            )
         if held_out < 2:
             raise ValueError(
                 f"held_out {held_out} leaves nothing to train on: it is one problem in how many, "
@@ -148,6 +157,7 @@ class Addition(Task):
         # only ever a label.
         self.context_length = 3 * digits + 3
         self.longest_run = digits + 1
+        self.coupling = "reversed" if coupled else None
         self._evaluation: dict[str, Problems] = {}
 
     def prepare(self) -> None:
@@ -256,12 +266,21 @@ class Addition(Task):
         lines, lengths, asked = self._lines(problems, width)
         labels = np.where(asked[:, 1:], lines[:, 1:].astype(np.int64), IGNORED)
         padding = np.arange(width) >= lengths[:, None]
-        return {
+        batch = {
             "tokens": torch.from_numpy(lines[:, :-1].astype(np.int64)),
             "labels": torch.from_numpy(labels),
             "documents": torch.from_numpy(-padding.astype(np.int64)),
             "examples": torch.from_numpy(np.repeat(numbers[:, None], width, 1)),
         }
+        if self.coupling:
+            batch["positions"] = coupled_positions(
+                batch["tokens"],
+                range(10),
+                (PLUS, EQUAL),
+                documents=batch["documents"],
+                prompt=self.coupling,
+            )
+        return batch
 
     def _lines(self, problems: Problems, width: int) -> tuple[Digits, Integers, NDArray[np.bool_]]:
         """Writes sums as rows of `width` tokens and one more.

@@ -176,7 +176,6 @@ class Task(lightning.LightningDataModule):
     - `documents`: int64, which document a token belongs to; -1 is padding, at the ends of a row.
       Absent: a row is one document.
     - `examples`: int64, the number of the example that the token belongs to.
-    - `positions`: int64, where a token stands, only where the task says so (`coupling`).
     - `positions`: int64, only where the task couples positions: digits of equal significance have
       the same one, from 2 for units; operators have 1, all others 0.
     - `continues`: bool (batch,), only where state is carried: this row goes on where the same row
@@ -190,8 +189,6 @@ class Task(lightning.LightningDataModule):
         tokenizer: set once `prepare` has run.
         context_length: tokens of the longest row.
         longest_run: digits of the longest number, answers included; None: unknown.
-        coupling: where batches hold coupled positions: how the numbers of a problem are written,
-            "reversed" or "plain"; None: positions are counted.
         operators: the signs of its problems, the last one followed by the answer.
         coupling: how a task whose batches hold coupled positions (`positions`) writes the numbers
             of a problem, "reversed" or "plain"; None: it gives no positions.
@@ -204,9 +201,8 @@ class Task(lightning.LightningDataModule):
     tokenizer: Tokenizer
     context_length: int
     longest_run: int | None = None
-    coupling: Literal["reversed", "plain"] | None = None
     operators: str = "+="
-    coupling: str | None = None
+    coupling: Literal["reversed", "plain"] | None = None
     beyond: tuple[int, ...] = ()
 
     def __init__(self, **arguments: Any) -> None:

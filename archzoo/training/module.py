@@ -19,7 +19,7 @@ from archzoo import block as interface
 from archzoo.block import Aux, State
 from archzoo.decoder import Decoder
 from archzoo.parts import find
-from archzoo.positions.abacus import bind_digits
+from archzoo.positions.digits import bind_digits
 from archzoo.registry import count_parameters, create_model, get_preset
 from archzoo.tasks.stream import Batch, Task
 from archzoo.training.losses import IGNORED, score, total_loss
@@ -135,7 +135,14 @@ class LanguageModel(lightning.LightningModule):
             )
         if task is not None:
             task.prepare()
-            bind_digits(self.net, task.tokenizer, task.longest_run, training=stage == "fit")
+            bind_digits(
+                self.net,
+                task.tokenizer,
+                task.longest_run,
+                training=stage == "fit",
+                operators=task.operators,
+                coupling=task.coupling,
+            )
 
     @property
     def task(self) -> Task | None:
@@ -172,7 +179,11 @@ class LanguageModel(lightning.LightningModule):
         tokens = batch["tokens"]
         state = self._state(batch["continues"], split) if "continues" in batch else None
         x, state, aux = self.net.hidden(
-            tokens, state, documents=batch.get("documents"), examples=batch.get("examples")
+            tokens,
+            state,
+            documents=batch.get("documents"),
+            examples=batch.get("examples"),
+            positions=batch.get("positions"),
         )
         if state is not None:
             self._carried[split] = interface.detach(state)

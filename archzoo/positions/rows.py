@@ -1,0 +1,49 @@
+"""A table of words and a table of rows: what the position methods that see tokens share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from archzoo.block import Embedding
+from archzoo.norm import RMSNorm
+from archzoo.positions.embedding import TokenEmbedding
+
+
+class RowEmbedding(Embedding):
+    """``x_t = norm(words[token_t] + table[row_t])``; a method says which row a token reads.
+
+    Args:
+        vocab_size: Tokens.
+        dim: Width of x.
+        rows: Of the table.
+        normalise: RMS norm of the sum.
+        std: Standard deviation of words and rows at the start; None: the decoder's init_std.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int,
+        rows: int,
+        *,
+        normalise: bool = False,
+        std: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(vocab_size, dim))
+        self.table = TokenEmbedding(rows, dim)
+        self.norm = RMSNorm(dim) if normalise else nn.Identity()
+        self.rows = rows
+        if std is not None:
+            for table in (self, self.table):
+                table.keeps_init = True  # type: ignore[assignment]
+                with torch.no_grad():
+                    table.weight.mul_(std)
+
+    def look_up(self, tokens: Tensor, rows: Tensor) -> Tensor:
+        """Tokens and rows (batch, time) int64 to x (batch, time, dim)."""
+        x = F.embedding(tokens, self.weight) + F.embedding(rows, self.table.weight)
+        normed: Tensor = self.norm(x)
+        return normed
