@@ -16,7 +16,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 0xFFFFFFFFFFFFFFFF
 
 # Keep uses of one seed apart, and from those of the tasks, which count from 0.
-SHIFTS, STARTS, SUBSETS = 101, 102, 103
+SHIFTS, STARTS, SUBSETS, LOOPS = 101, 102, 103, 104
 
 
 def _signed(value: int) -> int:

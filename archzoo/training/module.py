@@ -24,6 +24,7 @@ from archzoo.registry import count_parameters, create_model, get_preset
 from archzoo.tasks.stream import Batch, Task
 from archzoo.training.losses import IGNORED, score, total_loss
 from archzoo.training.optim import decay_groups, learning_rate_schedule
+from archzoo.training.progressive import passes
 
 # A swap is fair where the parameters agree to this; `match: parameters` keeps to it.
 MATCHED = 0.01
@@ -54,6 +55,9 @@ class LanguageModel(lightning.LightningModule):
         final_learning_rate: Where the cosine ends, as a share of the peak.
         weight_decay: Of matrices; norms, biases and embeddings do not decay.
         betas: How fast AdamW forgets the gradient and its square.
+        progressive_loss: Share of the loss that a looped model takes from a random number of
+            runs, the first of them without gradients: see archzoo/training/progressive.py.
+        progressive_seed: Of those numbers, which are a function of (progressive_seed, step).
         **architecture: Arguments of `Decoder`; None means the preset's value.
 
     Raises:
@@ -70,6 +74,8 @@ class LanguageModel(lightning.LightningModule):
         final_learning_rate: float = 0.0,
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
+        progressive_loss: float = 0.0,
+        progressive_seed: int = 0,
         **architecture: Any,
     ) -> None:
         super().__init__()
@@ -77,7 +83,10 @@ class LanguageModel(lightning.LightningModule):
             get_preset(preset)  # an unknown name is answered before any data is prepared
         if learning_rate <= 0:
             raise ValueError(f"learning_rate={learning_rate} must be above 0")
+        if not 0 <= progressive_loss <= 1:
+            raise ValueError(f"progressive_loss={progressive_loss} must lie in [0, 1]: a share")
         self.preset, self.match = preset, match
+        self.progressive_loss, self.progressive_seed = progressive_loss, progressive_seed
         self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
         self.schedule, self.final_learning_rate = schedule, final_learning_rate
         self.weight_decay, self.betas = weight_decay, betas
@@ -174,7 +183,9 @@ class LanguageModel(lightning.LightningModule):
 
     # ------------------------------------------------------------------------ loss
 
-    def _hidden(self, batch: Batch, split: str) -> tuple[Tensor, Aux]:
+    def _hidden(
+        self, batch: Batch, split: str, loops: int | None = None, free_loops: int = 0
+    ) -> tuple[Tensor, Aux]:
         """Vectors before the head, (batch, time, dim), and aux; carries the state of a split."""
         tokens = batch["tokens"]
         state = self._state(batch["continues"], split) if "continues" in batch else None
@@ -184,6 +195,8 @@ class LanguageModel(lightning.LightningModule):
             documents=batch.get("documents"),
             examples=batch.get("examples"),
             positions=batch.get("positions"),
+            loops=loops,
+            free_loops=free_loops,
         )
         if state is not None:
             self._carried[split] = interface.detach(state)
@@ -205,22 +218,29 @@ class LanguageModel(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         labels = batch["labels"]
-        x, aux = self._hidden(batch, "train")
-        total, asked = total_loss(x, self.net.head, labels), (labels != IGNORED).sum()
-        # Gradients are averaged over ranks; scaled so, they are those of all tokens together.
-        loss = total * self.trainer.world_size / self._over_ranks(asked).clamp(min=1)
-        self._count("loss", total, asked)
+        asked = (labels != IGNORED).sum()
+        everywhere = self._over_ranks(asked).clamp(min=1)
+        step = self.trainer.global_step
+        loss: Any = 0
+        for weight, loops, free in passes(
+            self.net.loops, self.progressive_loss, self.progressive_seed, step
+        ):
+            x, aux = self._hidden(batch, "train", loops, free)
+            total = weight * total_loss(x, self.net.head, labels)
+            # Gradients are averaged over ranks; scaled so, they are those of all tokens together.
+            loss = loss + total * self.trainer.world_size / everywhere
+            self._count("loss", total, asked * weight)
+            for name, value in aux.items():
+                kind = name.partition("/")[0]
+                if kind == "loss":
+                    loss = loss + weight * value
+                if kind == "sum":
+                    self._sums[name] = self._sums.get(name, 0) + value.detach()
+                else:
+                    self._count(name, value, torch.ones_like(value))
         documents = batch.get("documents")
         seen = labels.numel() if documents is None else (documents >= 0).sum()
         self._count("tokens", torch.as_tensor(seen, device=self.device))
-        for name, value in aux.items():
-            kind = name.partition("/")[0]
-            if kind == "loss":
-                loss = loss + value
-            if kind == "sum":
-                self._sums[name] = self._sums.get(name, 0) + value.detach()
-            else:
-                self._count(name, value, torch.ones_like(value))
         self._watch(loss.detach())
         return loss
 
@@ -466,6 +486,8 @@ class LanguageModel(lightning.LightningModule):
             "final_learning_rate": self.final_learning_rate,
             "weight_decay": self.weight_decay,
             "betas": list(self.betas),
+            "progressive_loss": self.progressive_loss,
+            "progressive_seed": self.progressive_seed,
             **self.net.config,
         }
 
