@@ -4,6 +4,7 @@ import csv
 import warnings
 
 import lightning
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -97,7 +98,7 @@ def test_the_logged_match_is_counted_length_by_length():
     found = trainer.callback_metrics
     expected = []
     for length in (3, 6):
-        odd = task.cell(length, length, 70).a[0] % 2  # the lowest digit stands first
+        odd = task.cell(length, length, 70).operands[0, 0] % 2  # the lowest digit stands first
         assert 0 < odd.mean() < 1
         assert found[f"validation/exact_match/{length}"] == pytest.approx(float(odd.mean()))
         expected.append(odd.mean())
@@ -106,15 +107,14 @@ def test_the_logged_match_is_counted_length_by_length():
 
 def test_problems_beyond_have_their_length_and_are_held_out():
     task = Addition(digits=3, ood_digits=[2, 12], ood_examples=50)
-    from archzoo.tasks.arithmetic import _hash, _is_held_out
-
     for digits in (2, 12):
-        a, b, lengths = task.cell(digits, digits, 50)
-        assert (lengths == digits).all() and (a[digits - 1] > 0).all() and (b[digits - 1] > 0).all()
-        assert _is_held_out(_hash(a) + _hash(b), 20).all()
-        assert len(set(zip(a.T.tobytes(), b.T.tobytes(), strict=True))) > 1
+        problems = task.cell(digits, digits, 50)
+        assert (problems.lengths == digits).all()
+        assert (problems.operands[:, digits - 1] > 0).all()
+        assert task.is_held_out(problems).all()
+        assert len(np.unique(problems.operands, axis=2).T) == 50
     first, second = task.cell(12, 12, 20), task.cell(12, 12, 50)
-    assert (first.a == second.a[:, :20]).all()  # a problem depends on its lengths and number alone
+    assert (first.operands == second.operands[..., :20]).all()  # a function of size and number
 
 
 def test_lengths_must_be_positive():

@@ -1,8 +1,8 @@
 """The data sets: each brings its tokenizer, its batches and the metrics that fit it.
 
-`Addition` makes sums out of thin air, `Text` reads any UTF-8 file or folder. Both are Lightning
-data modules; a class of your own derives from `Task` and writes `prepare`, `training_batch` and
-`evaluation_batch`.
+`Addition`, `Subtraction`, `Multiplication`, `BitwiseOr` and `Sorting` make problems out of thin
+air, `Text` reads any UTF-8 file or folder. All are Lightning data modules; a class of your own
+derives from `Task` and writes `prepare`, `training_batch` and `evaluation_batch`.
 
 The names are looked up when they are used: the tokenizers serve generation too, which must not
 wait for Lightning.
@@ -12,16 +12,40 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from archzoo.tasks.arithmetic import Addition, exact_match
+    from archzoo.tasks.arithmetic import (
+        Addition,
+        BitwiseOr,
+        Multiplication,
+        Subtraction,
+        exact_match,
+    )
+    from archzoo.tasks.sorting import Sorting
     from archzoo.tasks.stream import Task, build, draw
     from archzoo.tasks.text import Text
     from archzoo.tasks.tokenizers import StreamDecoder, Tokenizer
 
-__all__ = ["Addition", "StreamDecoder", "Task", "Text", "Tokenizer", "build", "draw", "exact_match"]
+__all__ = [
+    "Addition",
+    "BitwiseOr",
+    "Multiplication",
+    "Sorting",
+    "StreamDecoder",
+    "Subtraction",
+    "Task",
+    "Text",
+    "Tokenizer",
+    "build",
+    "draw",
+    "exact_match",
+]
 
 _HOMES = {
     "Addition": "arithmetic",
+    "BitwiseOr": "arithmetic",
+    "Multiplication": "arithmetic",
+    "Subtraction": "arithmetic",
     "exact_match": "arithmetic",
+    "Sorting": "sorting",
     "Task": "stream",
     "build": "stream",
     "draw": "stream",

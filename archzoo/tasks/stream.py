@@ -297,7 +297,7 @@ def build(config: dict[str, Any]) -> Task:
     Raises:
         ValueError: `class_path` names no task that is known.
     """
-    for module in ("arithmetic", "text"):
+    for module in ("arithmetic", "sorting", "text"):
         import_module(f"archzoo.tasks.{module}")
     known = {_name(task): task for task in _tasks(Task)}
     if config["class_path"] not in known:

@@ -1,0 +1,152 @@
+"""Numbers of any length as arrays of digits, and arithmetic on all of them at once.
+
+A number is a column of an array (digits, examples) of uint8, least significant digit first, zeros
+beyond its end: 100 digits work like 3, and no step runs over the examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from archzoo.tasks.stream import Bits, Integers, mix
+
+Digits = NDArray[np.uint8]
+Flags = NDArray[np.bool_]
+
+# ---------------------------------------------------------------------------- arithmetic
+
+
+def add(a: Digits, b: Digits) -> Digits:
+    """(digits, examples) and the same -> (digits + 1, examples)."""
+    total = np.zeros((len(a) + 1, a.shape[1]), np.uint8)
+    np.add(a, b, out=total[:-1])
+    for column in range(len(a)):
+        carry = total[column] > 9
+        total[column + 1] += carry
+        total[column] -= carry * np.uint8(10)
+    return total
+
+
+def subtract(a: Digits, b: Digits) -> tuple[Digits, Flags]:
+    """(digits, examples) and the same -> |a - b| in as many digits, and whether a < b."""
+    negative = less(a, b)
+    larger, smaller = np.where(negative, b, a), np.where(negative, a, b)
+    result = larger + np.uint8(10) - smaller  # 1 to 19: ten too many until what is lent is known
+    for column in range(len(a)):
+        lends = result[column] < 10
+        result[column + 1 : column + 2] -= lends  # the last one never needs to borrow
+        result[column] -= ~lends * np.uint8(10)
+    return result, negative
+
+
+def multiply(a: Digits, b: Digits) -> Digits:
+    """(digits, examples) and (other digits, examples) -> (digits + other digits, examples)."""
+    columns = np.zeros((len(a) + len(b), a.shape[1]), np.uint32)
+    for place, digit in enumerate(a):
+        columns[place : place + len(b)] += digit * b.astype(np.uint32)
+    carry = np.zeros_like(columns[0])
+    product = np.empty(columns.shape, np.uint8)
+    for column, total in enumerate(columns):
+        carry, product[column] = np.divmod(total + carry, np.uint32(10))
+    return product
+
+
+def less(a: Digits, b: Digits) -> Flags:
+    """(digits, examples) and the same -> a < b, (examples,)."""
+    result = np.zeros(a.shape[1], np.bool_)
+    for left, right in zip(words(a), words(b), strict=True):  # the most significant has the say
+        result = np.where(left == right, result, left < right)
+    return result
+
+
+def length(number: Digits) -> Integers:
+    """The digits of each number without leading zeros, (examples,); 0 has one."""
+    present = number != 0
+    return np.where(present.any(axis=0), len(number) - present[::-1].argmax(axis=0), 1)
+
+
+def longest_carry(a: Digits, b: Digits) -> Integers:
+    """The longest chain of carries in a + b, (examples,): 0 where no column exceeds 9.
+
+    A chain is a column whose digits sum to 10 or more and the columns after it that sum to 9, each
+    of which passes the carry on.
+    """
+    chain, longest = np.zeros((2, a.shape[1]), np.int64)
+    for column in a + b:
+        chain = np.where(column > 9, 1, np.where(column == 9, chain + (chain > 0), 0))
+        longest = np.maximum(longest, chain)
+    return longest
+
+
+# ---------------------------------------------------------------------------- random numbers
+
+
+def below(bits: Bits, bounds: int | Integers) -> NDArray[np.uint32]:
+    """(draws, examples) 64 bits -> (2 * draws, examples) integers from 0 to bound - 1.
+
+    Half of the bits times the bound, shifted: uniform to bound / 2^32. The first halves make the
+    first `draws` rows; bounds is one for all, or (2 * draws, 1) or (2 * draws, examples).
+    """
+    halves = np.concatenate([bits >> np.uint64(32), bits & np.uint64(0xFFFFFFFF)])
+    return ((halves * np.asarray(bounds, np.uint64)) >> np.uint64(32)).astype(np.uint32)
+
+
+def from_bits(bits: Bits, lengths: Integers) -> Digits:
+    """Uniform numbers of given lengths, without leading zeros (nor the number 0).
+
+    Args:
+        bits: (draws, examples); half of a draw makes a digit.
+        lengths: (numbers, examples), 0 for no number; numbers * digits = 2 * draws.
+
+    Returns:
+        (numbers, digits, examples).
+    """
+    shape = (len(lengths), -1, lengths.shape[1])
+    digits = below(bits, 10).astype(np.uint8).reshape(shape)
+    first = 1 + below(bits, 9).astype(np.uint8).reshape(shape)
+    places = np.arange(digits.shape[1])[:, None]
+    last = lengths[:, None] - 1
+    return np.where(places < last, digits, np.where(places == last, first, np.uint8(0)))
+
+
+# ---------------------------------------------------------------------------- hashes
+
+
+def words(number: Digits) -> list[Bits]:
+    """Sixteen digits in each word of 64 bits, (examples,), the least significant word first."""
+    count = -(-len(number) // 16)
+    padded = np.zeros((count * 16, number.shape[1]), np.uint64)
+    padded[: len(number)] = number
+    shifts = np.arange(0, 64, 4, dtype=np.uint64)[:, None]
+    return list((padded.reshape(count, 16, -1) << shifts).sum(axis=1))
+
+
+def hash_of(number: Digits) -> Bits:
+    """A hash of each number (digits, examples) -> (examples,), the same with leading zeros.
+
+    The most significant word is mixed in first; leading words of zeros change nothing, for
+    mix(0) = 0.
+    """
+    result = np.zeros(number.shape[1], np.uint64)
+    for word in reversed(words(number)):
+        result = mix(result + word)
+    return result
+
+
+# ---------------------------------------------------------------------------- Python's integers
+
+
+def from_integers(numbers: Iterable[int] | Integers, size: int) -> Digits:
+    """Integers of any length -> (size, numbers) digits."""
+    if isinstance(numbers, np.ndarray):
+        return (numbers // 10 ** np.arange(size)[:, None] % 10).astype(np.uint8)
+    text = [str(number)[::-1].ljust(size, "0") for number in numbers]
+    return np.array([[int(digit) for digit in line] for line in text], np.uint8).T
+
+
+def to_integers(number: Digits) -> list[int]:
+    """Digits -> Python integers of any length."""
+    return [int("".join(map(str, digits[::-1]))) for digits in number.T.tolist()]

@@ -1,0 +1,418 @@
+"""Problems with an answer, made as they are needed, of which some are never trained on.
+
+`Exercise` is the stream, the split and the writing of lines; which problems there are is said by
+its classes, in arithmetic.py and sorting.py. Nothing runs over the examples one by one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+
+from archzoo.tasks.digits import Digits, Flags, below
+from archzoo.tasks.stream import IGNORED, Batch, Bits, Integers, Loader, Task, mix, random_bits
+from archzoo.tasks.tokenizers import CharacterTokenizer
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwyz"  # of hints and keys; x multiplies
+STREAMS = {"train": 0, "validation": 1, "test": 2, "shuffle": 3, "cell": 4}
+
+
+class Problems(NamedTuple):
+    """Problems as digits.
+
+    Attributes:
+        operands: (operands, digits, examples) uint8, least significant first.
+        lengths: (operands, examples) int64, the digits of each; 0 where there is no such operand.
+        letters: (examples,) int64, with which of `LETTERS` hints and keys begin.
+    """
+
+    operands: Digits
+    lengths: Integers
+    letters: Integers
+
+    def take(self, rows: Integers) -> Problems:
+        """Some of them."""
+        operands, lengths, letters = self
+        return Problems(operands[..., rows], lengths[..., rows], letters[rows])
+
+    @property
+    def examples(self) -> int:
+        """How many there are."""
+        return len(self.letters)
+
+
+class Columns(NamedTuple):
+    """Columns that all lines have in common; where one has nothing, its line closes up.
+
+    Attributes:
+        symbols: (examples or 1, columns) uint8, tokens of the task's own tokenizer.
+        present: (examples or 1, columns) bool.
+        positions: (columns,) int64, as `Task` describes those of a batch.
+        asked: whether they belong to the answer.
+    """
+
+    symbols: Digits
+    present: Flags
+    positions: Integers
+    asked: bool
+
+
+class Lines(NamedTuple):
+    """Problems and their answers as rows of tokens.
+
+    Attributes:
+        tokens: (examples, columns) uint8, filled up with pad.
+        lengths: (examples,) int64, tokens before that.
+        asked: (examples, columns) bool, the answer and the stop token.
+        positions: (examples, columns) int64, or None where they were not wanted.
+    """
+
+    tokens: Digits
+    lengths: Integers
+    asked: Flags
+    positions: Integers | None
+
+
+class Exercise(Task):
+    """Problems that end with `=`, and are asked for the answer.
+
+    A problem has a size, two whole numbers: the digits of its two operands, say. Training example
+    n is a function of (seed, n) alone; both parts of its size are uniform, so every size comes
+    equally often.
+
+    Held-out problems are chosen by a fixed hash of the operands: one in `held_out`, at every size,
+    the same for every seed and every largest size. Training never shows one, everything else shows
+    nothing but those.
+
+    A class says which problems there are by `operators`, `shape`, `draws`, `candidates`, `hashes`,
+    `listed` and `columns`.
+
+    Args:
+        spans: of both parts of the size, first and last value.
+        **arguments: all arguments of the class, as it was called; those of `Sorting` at least.
+    """
+
+    metrics = ("token_accuracy", "exact_match")
+    has_keys: ClassVar[bool] = False  # whether lines hold letters without hints
+
+    def __init__(
+        self,
+        spans: tuple[tuple[int, int], tuple[int, int]],
+        **arguments: Any,
+    ) -> None:
+        super().__init__(**arguments)
+        held_out, ood_digits = arguments["held_out"], arguments["ood_digits"] or []
+        if held_out < 2:
+            raise ValueError(
+                f"held_out {held_out} leaves nothing to train on: it is one problem in how many, "
+                "so take 2 or more"
+            )
+        for name in ("steps_per_epoch", "validation_examples", "test_examples", "ood_examples"):
+            if arguments[name] < 1:
+                raise ValueError(f"{name} {arguments[name]} is not positive")
+        if min(ood_digits, default=1) < 1:
+            raise ValueError(f"ood_digits {ood_digits} holds a length that is not positive")
+        self.beyond = tuple(ood_digits)
+        self.spans = spans
+        self.extent = (spans[0][1], spans[1][1])
+        self.reverse: bool = arguments["reverse"]
+        self.hints: bool = arguments["hints"]
+        self.held_out: int = held_out
+        self.steps_per_epoch: int = arguments["steps_per_epoch"]
+        self.seed: int = arguments["seed"]
+        letters = LETTERS if self.hints or self.has_keys else ""
+        self.tokenizer = CharacterTokenizer("0123456789" + self.operators + letters, special=True)
+        self.stop: int = self.tokenizer.stop_token  # type: ignore[assignment]
+        self.pad: int = self.tokenizer.pad_token  # type: ignore[assignment]
+        self.first_letter = 10 + len(self.operators)  # the token of the first one
+        # All columns of a line; its last token is only ever a label.
+        self.context_length = sum(part.symbols.shape[1] for part in self._parts(self.blank(1)))
+        self.context_length -= 1
+        self._evaluation: dict[str, Problems] = {}
+        self._sizes: dict[str, Integers] = {}
+
+    # What a class says.
+
+    def shape(self, extent: tuple[int, int]) -> tuple[int, int]:
+        """How many operands, and of how many digits, problems up to a size have."""
+        raise NotImplementedError
+
+    def draws(self, extent: tuple[int, int]) -> int:
+        """How many times 64 random bits make a problem up to a size."""
+        raise NotImplementedError
+
+    def candidates(self, bits: Bits, sizes: Integers, extent: tuple[int, int]) -> Problems:
+        """Random problems, held out or not.
+
+        Args:
+            bits: (draws, examples).
+            sizes: (2, examples).
+            extent: the largest size, which the shape of the result follows.
+        """
+        raise NotImplementedError
+
+    def hashes(self, problems: Problems) -> Bits:
+        """(examples,): equal for problems that are the same, whatever they are written like."""
+        raise NotImplementedError
+
+    def listed(self, first: int, second: int) -> Problems | None:
+        """All held-out problems of a size, shuffled; None: there are too many."""
+        raise NotImplementedError
+
+    def columns(self, problems: Problems) -> list[Columns]:
+        """The lines' columns, up to the stop token."""
+        raise NotImplementedError
+
+    # Batches.
+
+    def prepare(self) -> None:
+        pass  # there is nothing to read or to learn
+
+    def rows(self, split: str) -> int:
+        if split == "train":
+            return self.steps_per_epoch * self.batch_size
+        return self._held_out_problems(split).examples
+
+    def training_batch(self, number: int, rows: Integers) -> Batch:
+        numbers = number * self.batch_size + rows
+        return self.batch(self.problems("train", numbers), numbers, self.context_length)
+
+    def evaluation_batch(self, split: str, number: int, rows: Integers) -> Batch:
+        numbers = number * self.batch_size + rows
+        return self.batch(self.problems(split, numbers), numbers, self.context_length)
+
+    def beyond_loader(self, length: int) -> Loader:
+        problems = self.cell(length, length, self.arguments["ood_examples"])
+        width = int(self.lines(problems).lengths.max()) - 1
+
+        def make(number: int, rows: Integers) -> Batch:
+            numbers = number * self.batch_size + rows
+            return self.batch(problems.take(numbers), numbers, width)
+
+        return Loader(make, self.batch_size, problems.examples, self, training=False)
+
+    def batch(
+        self, problems: Problems, numbers: Integers | None = None, width: int | None = None
+    ) -> Batch:
+        """A batch of problems, of the given example numbers, `width` or as few columns as fit."""
+        lines = self.lines(problems, width, positions=self.coupling is not None)
+        tokens = lines.tokens.astype(np.int64)
+        width = tokens.shape[1] - 1
+        if numbers is None:
+            numbers = np.arange(problems.examples)
+        padding = np.arange(width) >= lines.lengths[:, None]
+        batch = {
+            "tokens": torch.from_numpy(tokens[:, :-1].copy()),
+            "labels": torch.from_numpy(np.where(lines.asked[:, 1:], tokens[:, 1:], IGNORED)),
+            "documents": torch.from_numpy(-padding.astype(np.int64)),
+            "examples": torch.from_numpy(np.repeat(numbers[:, None], width, 1)),
+        }
+        if lines.positions is not None:
+            batch["positions"] = torch.from_numpy(lines.positions[:, :-1].copy())
+        return batch
+
+    # Problems.
+
+    def problems(self, split: str, numbers: Integers) -> Problems:
+        """Those of the given example numbers in "train", "validation" or "test"."""
+        if split != "train":
+            return self._held_out_problems(split).take(numbers)
+        # Sizes are drawn once and kept when a problem turns out to be held out, so that sizes with
+        # few problems come as often as the others.
+        bits = random_bits(self.seed, STREAMS[split], numbers, 1)
+        first = np.array([[first] for first, _ in self.spans])
+        choices = np.array([[last - first + 1] for first, last in self.spans])
+        sizes = first + below(bits, choices).astype(np.int64)
+        return self._draw(self.seed, split, numbers, sizes, self.extent, wanted=False)
+
+    def cell(self, first: int, second: int, count: int) -> Problems:
+        """Held-out problems of one size: `count`, or as many as there are where they are few.
+
+        Problem n is a function of the size and n alone.
+        """
+        if (found := self.listed(first, second)) is not None:
+            return found.take(np.arange(min(count, found.examples)))
+        numbers = (first << 44) + (second << 28) + np.arange(count)
+        sizes = np.repeat([[first], [second]], count, axis=1)
+        return self._draw(0, "cell", numbers, sizes, (first, second), wanted=True)
+
+    def counts(self, split: str) -> dict[tuple[int, int], int]:
+        """How many problems "validation" or "test" has of each size."""
+        self._held_out_problems(split)
+        pairs, counts = np.unique(self._sizes[split], axis=1, return_counts=True)
+        return {(int(i), int(j)): int(n) for i, j, n in zip(*pairs, counts, strict=True)}
+
+    def is_held_out(self, problems: Problems) -> Flags:
+        """Which of the problems are never trained on, (examples,)."""
+        return mix(self.hashes(problems)) % np.uint64(self.held_out) == 0
+
+    # Lines.
+
+    def lines(
+        self, problems: Problems, width: int | None = None, *, positions: bool = False
+    ) -> Lines:
+        """Problems as rows of tokens, each with its answer.
+
+        Args:
+            problems: to write.
+            width: columns, less the last one, which is only ever a label. None: as few as fit.
+            positions: whether they are wanted too.
+        """
+        parts = self._parts(problems)
+        shapes = [(problems.examples, part.symbols.shape[1]) for part in parts]
+
+        def together(entries: list[Any]) -> Any:
+            pairs = zip(entries, shapes, strict=True)
+            return np.concatenate([np.broadcast_to(*pair) for pair in pairs], axis=1)
+
+        # Row by row, `place` holds as many columns as `present`, in the same order.
+        present = together([part.present for part in parts])
+        lengths = np.count_nonzero(present, axis=1)
+        columns = np.arange(int(lengths.max()) if width is None else width + 1)
+        place = columns < lengths[:, None]
+        tokens = np.full(place.shape, self.pad, np.uint8)
+        tokens[place] = together([part.symbols for part in parts])[present]
+        asked_from = sum(
+            shape[1] for part, shape in zip(parts, shapes, strict=True) if not part.asked
+        )
+        begin = np.count_nonzero(present[:, :asked_from], axis=1)
+        ids = None
+        if positions:
+            ids = np.zeros(place.shape, np.int64)
+            ids[place] = together([part.positions for part in parts])[present]
+        return Lines(tokens, lengths, place & (columns >= begin[:, None]), ids)
+
+    def text(self, problems: Problems) -> list[str]:
+        """Problems and answers as they are written."""
+        lines = self.lines(problems)
+        rows = zip(lines.tokens.tolist(), lines.lengths.tolist(), strict=True)
+        return [self.tokenizer.decode(row[:count]) for row, count in rows]
+
+    def _parts(self, problems: Problems) -> list[Columns]:
+        return [*self.columns(problems), self.sign(self.stop, asked=True)]
+
+    def sign(self, sign: str | int, *, asked: bool = False, present: Any = True) -> Columns:
+        """One column that is a sign or a token, in all lines or in those of `present`."""
+        token = sign if isinstance(sign, int) else self.tokenizer.encode(sign)[0]
+        one = np.full((1, 1), token, np.uint8)
+        operator = isinstance(sign, str) and sign in self.operators
+        return Columns(one, np.reshape(present, (-1, 1)), np.full(1, int(operator)), asked)
+
+    def number(
+        self,
+        digits: Digits,
+        lengths: Integers,
+        letters: Integers,
+        *,
+        reverse: bool | None = None,
+        asked: bool = False,
+    ) -> Columns:
+        """The columns of a number.
+
+        Args:
+            digits: (digits, examples).
+            lengths: (examples,).
+            letters: (examples,), the hint of the units.
+            reverse: least significant digit first; None: as all numbers.
+            asked: whether it belongs to the answer.
+        """
+        places = np.arange(len(digits))
+        if not (self.reverse if reverse is None else reverse):
+            places, digits = places[::-1], digits[::-1]
+        symbols, present, positions = digits.T, places < lengths[:, None], places + 2
+        if self.hints:
+            hints = (self.first_letter + (letters[:, None] + places) % len(LETTERS)).astype(
+                np.uint8
+            )
+            symbols = np.stack([hints, symbols], axis=2).reshape(len(symbols), -1)
+            present, positions = np.repeat(present, 2, axis=1), np.repeat(positions, 2)
+            positions[::2] = 0
+        return Columns(symbols, present, positions, asked)
+
+    # Inside.
+
+    def blank(self, count: int, extent: tuple[int, int] | None = None) -> Problems:
+        """Room for problems up to a size."""
+        operands, digits = self.shape(extent or self.extent)
+        return Problems(
+            np.zeros((operands, digits, count), np.uint8),
+            np.zeros((operands, count), np.int64),
+            np.zeros(count, np.int64),
+        )
+
+    def _draw(
+        self,
+        seed: int,
+        stream: str,
+        numbers: Integers,
+        sizes: Integers,
+        extent: tuple[int, int],
+        *,
+        wanted: bool,
+    ) -> Problems:
+        """Draws problems of given sizes that are held out, or are not.
+
+        Problem n is the first of its own sequence of candidates that is wanted, so it depends on n
+        alone; only the examples still without one go into the next round.
+        """
+        draws = self.draws(extent)
+        problems = self.blank(0, extent)
+        missing = np.arange(len(numbers))
+        start = 1  # the first draw served the sizes
+        while len(missing):
+            bits = random_bits(seed, STREAMS[stream], numbers[missing], draws, start)
+            found = self.candidates(bits, sizes[:, missing], extent)
+            if problems.examples:
+                _put(problems, missing, found)
+            else:
+                problems = found
+            missing = missing[self.is_held_out(found) != wanted]
+            start += draws
+        return problems
+
+    def _chosen(self, problems: Problems) -> Problems:
+        """Those that are held out, shuffled."""
+        found = problems.take(np.flatnonzero(self.is_held_out(problems)))
+        bits = random_bits(0, STREAMS["shuffle"], np.arange(found.examples), 1)[0]
+        return found.take(np.argsort(bits, kind="stable"))
+
+    def _held_out_problems(self, split: str) -> Problems:
+        """All problems of "validation" or "test", spread over the sizes in turn."""
+        if split not in self._evaluation:
+            wanted = self.arguments[f"{split}_examples"]
+            (low, high), (lowest, highest) = self.spans
+            cells = [(i, j) for i in range(low, high + 1) for j in range(lowest, highest + 1)]
+            listed = [self.listed(*cell) for cell in cells]
+            counts = np.array([wanted if found is None else found.examples for found in listed])
+            # Round r takes problem r of every size that still has one.
+            rounds, turn = np.nonzero(np.arange(counts.max())[:, None] < counts)
+            rounds, turn = rounds[:wanted], turn[:wanted]
+            if not len(turn):
+                raise ValueError(
+                    f"none of the few problems is held out: take held_out smaller than "
+                    f"{self.held_out}, or larger problems"
+                )
+            sizes = np.array(cells).T[:, turn]
+            problems = self.blank(len(turn))
+            drawn = np.flatnonzero(np.array([found is None for found in listed])[turn])
+            # No seed: models that saw different training data are compared on the same problems.
+            found = self._draw(0, split, drawn, sizes[:, drawn], self.extent, wanted=True)
+            _put(problems, drawn, found)
+            for index, here in enumerate(listed):
+                if here is not None:
+                    rows = np.flatnonzero(turn == index)
+                    order = rounds[rows] if split == "validation" else -1 - rounds[rows]
+                    _put(problems, rows, here.take(order))
+            self._evaluation[split], self._sizes[split] = problems, sizes
+        return self._evaluation[split]
+
+
+def _put(problems: Problems, rows: Integers, others: Problems) -> None:
+    """Writes others, which may have fewer operands or digits, in the place of some problems."""
+    operands, digits, _ = others.operands.shape
+    problems.operands[:operands, :digits, rows] = others.operands
+    problems.operands[:operands, digits:, rows] = 0
+    problems.lengths[:operands, rows] = others.lengths
+    problems.letters[rows] = others.letters

@@ -1,0 +1,151 @@
+"""Sorting of numbers of any length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from archzoo.tasks.digits import below, from_bits, from_integers, hash_of, length, words
+from archzoo.tasks.problems import LETTERS, Columns, Exercise, Problems
+from archzoo.tasks.stream import Bits, Integers
+
+
+class Sorting(Exercise):
+    """Numbers to sort, each with a key: `A:52,B:7,C:31=B,C,A`.
+
+    The answer names the keys by ascending value, ties in the order of the list. Keys run on
+    through the alphabet from a random letter. The size of a problem is how many numbers there are
+    and how many digits they have at most; both are uniform, and the digits of each number are
+    uniform up to that.
+
+    Problems with the same numbers are the same, whatever their order and their keys.
+
+    Source: McLeish et al., arXiv 2405.17399.
+
+    Args:
+        numbers: how many to sort at most.
+        digits: of the longest number.
+        reverse: write numbers least significant digit first.
+        hints: as for two numbers.
+        held_out: one problem in this many is held out of training; at least 2.
+        batch_size: examples in a batch, all ranks together.
+        steps_per_epoch: batches in what Lightning calls an epoch; the stream itself never ends.
+        validation_examples: held-out problems to validate on.
+        test_examples: held-out problems to test on.
+        ood_digits: sizes that every validation asks as well: 12 stands for 12 numbers of up to 12
+            digits; see `Addition`.
+        ood_examples: problems of each of those sizes.
+        seed: chooses the training examples.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    operators = ":,="
+    has_keys = True
+
+    def __init__(
+        self,
+        numbers: int = 3,
+        digits: int = 3,
+        reverse: bool = True,
+        hints: bool = False,
+        held_out: int = 20,
+        batch_size: int = 256,
+        steps_per_epoch: int = 1000,
+        validation_examples: int = 1000,
+        test_examples: int = 5000,
+        ood_digits: list[int] | None = None,
+        ood_examples: int = 200,
+        seed: int = 0,
+    ) -> None:
+        for name, value in (("numbers", numbers), ("digits", digits)):
+            if value < 1:
+                raise ValueError(f"{name} {value} is not positive")
+        super().__init__(
+            ((1, numbers), (1, digits)),
+            numbers=numbers,
+            digits=digits,
+            reverse=reverse,
+            hints=hints,
+            held_out=held_out,
+            batch_size=batch_size,
+            steps_per_epoch=steps_per_epoch,
+            validation_examples=validation_examples,
+            test_examples=test_examples,
+            ood_digits=ood_digits,
+            ood_examples=ood_examples,
+            seed=seed,
+        )
+        self.longest_run = 1 if hints else digits
+
+    def shape(self, extent: tuple[int, int]) -> tuple[int, int]:
+        if extent[0] > len(LETTERS):
+            raise ValueError(f"there are keys for {len(LETTERS)} numbers, not for {extent[0]}")
+        return extent
+
+    def draws(self, extent: tuple[int, int]) -> int:
+        pairs, digits = -(-extent[0] // 2), extent[1]  # two numbers share the bits
+        return 1 + pairs * (1 + digits)
+
+    def candidates(self, bits: Bits, sizes: Integers, extent: tuple[int, int]) -> Problems:
+        numbers, pairs = np.arange(extent[0])[:, None], -(-extent[0] // 2)
+        lengths = 1 + below(bits[1 : 1 + pairs], sizes[1]).astype(np.int64)
+        lengths[: extent[0]][numbers >= sizes[0]] = 0
+        lengths[extent[0] :] = 0
+        operands = from_bits(bits[1 + pairs :], lengths)
+        letters = below(bits[:1], len(LETTERS))[0].astype(np.int64)
+        return Problems(operands[: extent[0]], lengths[: extent[0]], letters)
+
+    def hashes(self, problems: Problems) -> Bits:
+        numbers, digits, _ = problems.operands.shape
+        flat = problems.operands.transpose(1, 0, 2).reshape(digits, -1)
+        return hash_of(flat).reshape(numbers, -1).sum(axis=0)
+
+    def listed(self, first: int, second: int) -> Problems | None:
+        if first * second > 4:  # 9,999 lists
+            return None
+        values = np.indices((10**second - 1,) * first).reshape(first, -1) + 1
+        operands = np.stack([from_integers(numbers, second) for numbers in values])
+        lengths = np.stack([length(number) for number in operands])
+        return self._chosen(Problems(operands, lengths, np.arange(values.shape[1]) % len(LETTERS)))
+
+    def columns(self, problems: Problems) -> list[Columns]:
+        operands, lengths, letters = problems
+        numbers, digits, count = operands.shape
+        there = lengths.T > 0  # (examples, numbers)
+        keys = (self.first_letter + (letters[:, None] + np.arange(numbers)) % len(LETTERS)).astype(
+            np.uint8
+        )
+        written = self.number(  # every number as an example of its own, example by example
+            operands.transpose(1, 2, 0).reshape(digits, -1),
+            lengths.T.reshape(-1),
+            np.repeat(letters, numbers),
+        )
+        comma, colon = (np.full_like(keys, self.sign(sign).symbols) for sign in ",:")
+        follows = there & (np.arange(numbers) > 0)
+
+        def together(entries: list[Any], **settings: Any) -> Any:
+            return np.concatenate(entries, axis=2, **settings).reshape(count, -1)
+
+        def stack(*entries: Any) -> Any:
+            return np.stack(entries, axis=2)
+
+        shape = (count, numbers, -1)
+        symbols = together([stack(comma, keys, colon), written.symbols.reshape(shape)])
+        present = together([stack(follows, there, there), written.present.reshape(shape)])
+        positions = np.tile(np.concatenate([[1, 0, 1], written.positions]), numbers)
+        # The last sign has the say: numbers that are not there come last.
+        words_of = [
+            word.reshape(numbers, -1).T
+            for word in words(operands.transpose(1, 0, 2).reshape(digits, -1))
+        ]
+        order = np.lexsort((*words_of, ~there), axis=-1)
+        answer = together([stack(comma, np.take_along_axis(keys, order, axis=1))])
+        answered = together([stack(follows, there)])
+        return [
+            Columns(symbols, present, positions, asked=False),
+            self.sign("="),
+            Columns(answer, answered, np.tile([1, 0], numbers), asked=True),
+        ]
