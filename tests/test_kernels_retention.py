@@ -40,6 +40,14 @@ def interpreter(monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
+@pytest.fixture(autouse=True)
+def nothing_prepared():
+    """Some tests change the plan, which what is prepared was made by."""
+    yield
+    kernels._prepare_forward.cache_clear()
+    kernels._prepare_backward.cache_clear()
+
+
 def reference(q, k, v, log_decay, state=None, positions=None, starts=None, valid=None, scale=True):
     """The recurrence itself, token by token, in float64."""
     q, k, v = q.double(), k.double(), v.double()
@@ -115,13 +123,20 @@ def check(q, k, v, log_decay, state=None, tolerance=None, **facts):
     return errors
 
 
-def small_plan(monkeypatch, scores=True):
-    """Narrow tiles and short segments, so that small sizes go through every part of the kernels."""
+def small_plan(monkeypatch, scores=True, together=False):
+    """Narrow tiles and short segments, so that small sizes go through every part of the kernels.
+
+    `together` takes keys up to 16 and values up to 32 wide.
+    """
     cut = kernels.Cut(16, 16, 4, 1)
-    plan = kernels.Plan(*(kernels.Pair(16, scores, cut, cut),) * 2, sums=(16, cut, 2))
+    whole = (16, kernels.Cut(16, 32, 4, 1)) if together else None
+    pair = kernels.Pair(16, scores, cut, cut)
+    plan = kernels.Plan(pair, pair, sums=(16, cut, 2), together=whole)
     monkeypatch.setattr(kernels, "_plan", lambda *_: plan)
     monkeypatch.setattr(kernels, "_SEGMENT_LEAST", 32)
     monkeypatch.setattr(kernels, "_SEGMENT_MULTIPLE", 32)
+    kernels._prepare_forward.cache_clear()
+    kernels._prepare_backward.cache_clear()
 
 
 def random_state(batch, heads, dk, dv):
@@ -153,31 +168,31 @@ def test_matches_the_recurrence(dk, dv, time, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scores", [False, True])
-def test_segments_and_splits(monkeypatch, scores, dtype):
-    small_plan(monkeypatch, scores)
+@pytest.mark.parametrize("form", ["scores", "in place", "together"])
+def test_segments_and_splits(monkeypatch, form, dtype):
+    small_plan(monkeypatch, form == "scores", form == "together")
     # A width beyond one block needs the chunk's weights made ahead.
-    dk, dv = (24, 40) if scores else (16, 16)
+    dk, dv = (24, 40) if form == "scores" else (16, 16)
     q, k, v = case(1, 70, 1, dk, dv, dtype)
     # Three splits round their sums to bfloat16 twice more than any plan in use does.
     check(q, k, v, slopes(1), random_state(1, 1, dk, dv), 2 * TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("plan", ["usual", "small", "together"])
 @pytest.mark.parametrize("edges", [(0, 16, 64), (5, 63, 70, 71)])
-def test_packed_documents(monkeypatch, edges, small):
+def test_packed_documents(monkeypatch, edges, plan):
     """Boundaries at chunk edges and off them; the state goes into the first document."""
-    if small:
-        small_plan(monkeypatch)
+    if plan != "usual":
+        small_plan(monkeypatch, together=plan == "together")
     q, k, v = case(2, 80, 1, 16, 24, torch.float32)
     check(q, k, v, slopes(1), random_state(2, 1, 16, 24), **packed(2, 80, edges))
 
 
-@pytest.mark.parametrize("small", [False, True])
-def test_padding_leaves_the_state_alone(monkeypatch, small):
+@pytest.mark.parametrize("plan", ["usual", "small", "together"])
+def test_padding_leaves_the_state_alone(monkeypatch, plan):
     """Padding at either end, a row of nothing else, and NaN in what is padded."""
-    if small:
-        small_plan(monkeypatch)
+    if plan != "usual":
+        small_plan(monkeypatch, together=plan == "together")
     batch, time = 3, 90
     q, k, v = case(batch, time, 1, 16, 24, torch.float32)
     valid = torch.ones(batch, time, dtype=torch.bool)
@@ -245,12 +260,17 @@ def test_strided_inputs():
 
 def test_deterministic_and_every_output_written():
     q, k, v = case(1, 70, 1, 16, 16, torch.bfloat16)
-    poison = torch.empty
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        room = empty(*args, **kwargs)
+        return room.fill_(torch.nan if room.is_floating_point() else 0)
+
     try:
-        torch.empty = lambda *args, **kwargs: poison(*args, **kwargs).fill_(torch.nan)
+        torch.empty = poisoned
         first, second = (retention(q, k, v, slopes(1))[0] for _ in range(2))
     finally:
-        torch.empty = poison
+        torch.empty = empty
     assert first.isfinite().all()
     assert torch.equal(first, second)
 

@@ -92,6 +92,7 @@ class Plan(NamedTuple):
     by_key: Pair  # o and dv: a and b are as wide as k
     by_value: Pair  # dq and dk: a and b are as wide as v
     sums: tuple[int, Cut, int]  # of segments: tokens a loop step, cut, pieces to a segment
+    together: tuple[int, Cut] | None = None  # dk and dv in one walk: tokens a loop step, cut
 
 
 # Measured on an H200, see docs/kernels.md. Keys: the widths (dk, dv) up to which a row holds.
@@ -99,6 +100,7 @@ _BFLOAT16_PLANS: dict[tuple[int, int], Plan] = {
     (64, 64): Plan(
         *(Pair(64, False, Cut(64, 64, 4, 3), Cut(64, 64, 4, 3)),) * 2,
         sums=(64, Cut(64, 64, 4, 4), 1),
+        together=(64, Cut(64, 64, 4, 3)),
     ),
     (128, 128): Plan(
         *(Pair(64, False, Cut(128, 128, 8, 3), Cut(128, 128, 8, 3)),) * 2,
@@ -119,6 +121,7 @@ _BFLOAT16_PLANS: dict[tuple[int, int], Plan] = {
 _FILL = 128
 _SEGMENT_LEAST = 512
 _SEGMENT_MULTIPLE = 256  # of every chunk and piece, so that they divide a segment
+_PREPARED = 256  # shapes whose launches are kept ready
 
 
 def _power_of_2(number: int) -> int:
@@ -143,7 +146,7 @@ def _plan(dk: int, dv: int, dtype: torch.dtype) -> Plan:
     def fit(cut: Cut, rows: int, columns: int) -> Cut:
         return cut._replace(block=min(cut.block, rows), tile=min(cut.tile, columns))
 
-    key, value, sums = plan
+    key, value, sums, together = plan
     return Plan(
         key._replace(
             forward=fit(key.forward, wide_k, wide_v), reverse=fit(key.reverse, wide_k, wide_v)
@@ -152,6 +155,7 @@ def _plan(dk: int, dv: int, dtype: torch.dtype) -> Plan:
             forward=fit(value.forward, wide_v, wide_k), reverse=fit(value.reverse, wide_v, wide_k)
         ),
         (sums[0], fit(sums[1], wide_k, wide_v), sums[2]),
+        together and (together[0], fit(together[1], wide_k, wide_v)),
     )
 
 
@@ -175,16 +179,26 @@ def _unit_last(tensor: Tensor) -> Tensor:
 def _aligned(tensor: Tensor) -> Tensor:
     """As the copy engine wants it: unit last stride, every other stride and the base 16 bytes."""
     size = 16 // tensor.element_size()
+    batch, time, heads, unit = tensor.stride()
     if (
-        tensor.stride(-1) == 1
-        and all(stride % size == 0 and stride > 0 for stride in tensor.stride()[:-1])
+        unit == 1
+        and batch % size == time % size == heads % size == 0
+        and min(batch, time, heads) > 0
         and tensor.data_ptr() % 16 == 0
     ):
         return tensor
-    batch, time, heads, width = tensor.shape
-    room = tensor.new_empty((batch, time, heads, -(-width // size) * size))
+    *shape, width = tensor.shape
+    room = tensor.new_empty((*shape, -(-width // size) * size))
     room[..., :width] = tensor
     return room[..., :width]
+
+
+def _state_like(tensor: Tensor | None) -> Tensor | None:
+    """A state as the kernels read it: float32, contiguous, its base at 16 bytes."""
+    if tensor is None:
+        return None
+    tensor = tensor.float().contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def _allocate(size: int, _alignment: int, _stream: int | None) -> Tensor:
@@ -210,170 +224,338 @@ def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
     return launch
 
 
-class _Call(NamedTuple):
-    """What forward and backward have in common."""
+def _stream_of(tensor: Tensor) -> int | None:
+    """The stream to launch on, None where the interpreter runs."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else None
+
+
+class _Launch:
+    """A kernel whose grid, numbers and constants are settled: a call hands over pointers alone.
+
+    Triton finds the compiled kernel anew at every launch, from the type, value and alignment of
+    each argument, which takes longer than most of these kernels run. Here it does so once. So an
+    instance must see the same dtypes and alignments at every call.
+
+    Args:
+        kernel: with parameters in the order pointers, numbers, constants.
+        grid: programs.
+        numbers: strides and sizes, in the kernel's order.
+        constants: compile-time parameters by name.
+        options: `num_warps` and `num_stages`.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, int, int],
+        numbers: tuple[int, ...],
+        constants: dict[str, Any],
+        **options: int,
+    ) -> None:
+        self.kernel, self.grid, self.numbers = kernel, grid, numbers
+        self.constants, self.options = constants, options
+        self.compiled: Callable[..., None] | None = None
+        names = kernel.arg_names[-len(constants) :]
+        self.rest = (*numbers, *(constants[name] for name in names))
+
+    def __call__(self, stream: int | None, *tensors: Tensor) -> None:
+        if self.compiled is None:
+            handle = self.kernel[self.grid](
+                *tensors, *self.numbers, **self.constants, **self.options
+            )
+            if handle is not None:  # the interpreter compiles nothing
+                self.compiled = handle[self.grid]
+        else:
+            # As plain numbers, for Triton asks the driver about every tensor it is given.
+            self.compiled(*[x.data_ptr() for x in tensors], *self.rest, stream=stream)
+
+
+class _Facts(NamedTuple):
+    """All that a pass depends on but the contents of its tensors: the key of what is prepared."""
+
+    batch: int
+    time: int
+    heads: int
+    dk: int
+    dv: int
+    dtype: torch.dtype
+    device: torch.device
+    decay_dtype: torch.dtype
+    strides: tuple[tuple[int, ...], ...]  # of q, k, v, and backward do
+    state: bool  # one is given
+    positions: bool
+    documents: bool
+    ranges: bool
+    scale: bool
+    leave: bool  # the last state is wanted; backward: its gradient is given
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.heads
+
+    @property
+    def normaliser_rows(self) -> int:
+        """Rows of the table of normalisers: one a head where all batch rows count alike."""
+        if not self.scale:
+            return 0
+        return self.rows if self.positions or self.ranges else self.heads
+
+    def constants(self, *names: str) -> dict[str, Any]:
+        """Compile-time parameters that many kernels share, those of the given names."""
+        every = {
+            "SCALE": self.scale,
+            "HAS_DOCUMENTS": self.documents,
+            "HAS_RANGES": self.ranges,
+            "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32",
+            "UPCAST": self.device.type == "cpu",
+        }
+        return {name: every[name] for name in names} if names else every
+
+
+class _Prepared(NamedTuple):
+    """The launches of one pass; empty ones are not needed."""
 
     plan: Plan
     segment: int
     segments: int
-    facts: dict[str, Any]
-    pointers: tuple[Tensor, Tensor, Tensor]  # normalisers, documents, ranges
-    normaliser_rows: int
+    normaliser: _Launch | None
+    sums: tuple[_Launch, _Launch] | None  # of segments, and their joining
+    pieces: int
+    scores: _Launch | None
+    maps: tuple[tuple[_Launch, ...], ...]  # each by its splits: o; dv, dk, dq; or together, dq
 
 
-def _call(
-    q: Tensor,
-    v: Tensor,
-    normaliser: Tensor,
-    documents: Tensor | None,
-    ranges: Tensor | None,
-    scale: bool,
-) -> _Call:
-    batch, time, heads, dk = q.shape
-    dv = v.shape[-1]
-    plan = _plan(dk, dv, q.dtype)
-    segment, segments = _segments(plan, batch * heads, time, dk)
-    facts = {
-        "SCALE": scale,
-        "HAS_DOCUMENTS": documents is not None,
-        "HAS_RANGES": ranges is not None,
-        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
-        "UPCAST": q.device.type == "cpu",
-    }
-    # Absent tensors are never read.
-    absent = normaliser
-    pointers = (
-        normaliser,
-        absent if documents is None else documents,
-        absent if ranges is None else ranges,
-    )
-    return _Call(plan, segment, segments, facts, pointers, max(normaliser.shape[0], 1))
+def _contiguous(width: int, facts: _Facts) -> tuple[int, int, int]:
+    """Strides of a result, see `_output`."""
+    size = 16 // facts.dtype.itemsize
+    padded = -(-width // size) * size
+    return facts.time * facts.heads * padded, facts.heads * padded, padded
 
 
-def _normalisers(
-    q: Tensor, log_decay: Tensor, positions: Tensor | None, ranges: Tensor | None, scale: bool
-) -> Tensor:
-    """1 / sqrt(s_n), (heads or batch * heads, time) float32; empty without `scale`."""
+def _prepare_segments(
+    facts: _Facts, plan: Plan, segment: int, segments: int, reverse: bool
+) -> tuple[tuple[_Launch, _Launch], int]:
+    """The two-level pass over (k, v), or over (q, do) backward in time; and its pieces."""
     from archzoo.kernels import retention_triton as kernels
 
-    batch, time, heads, _ = q.shape
-    shared = positions is None and ranges is None
-    rows = heads if shared else batch * heads
-    if not scale:
-        return q.new_empty((0, time), dtype=torch.float32)
-    normaliser = q.new_empty((rows, time), dtype=torch.float32)
-    kernels.normaliser_kernel[(-(-time // 512), rows)](
-        normaliser, log_decay, normaliser if positions is None else positions,
-        normaliser if ranges is None else ranges, time, heads,
-        BLOCK=512, HAS_POSITIONS=positions is not None, HAS_RANGES=ranges is not None,
-    )  # fmt: skip
-    return normaliser
-
-
-def _segment_states(
-    b: Tensor,
-    c: Tensor,
-    call: _Call,
-    log_decay: Tensor,
-    reverse: bool,
-    initial: Tensor | None,
-    leave: bool,
-) -> tuple[Tensor, Tensor]:
-    """The two-level pass: the state that enters each segment, and the last one (or empty)."""
-    from archzoo.kernels import retention_triton as kernels
-
-    batch, time, heads, width = b.shape
-    columns = c.shape[-1]
-    rows = batch * heads
-    chunk, cut, parts = call.plan.sums
-    piece = call.segment // parts
-    pieces = -(-time // piece)
-    empty = functools.partial(torch.empty, dtype=torch.float32, device=b.device)
-    sums = empty((rows, pieces, width, columns))
-    entering = empty((batch, heads, call.segments, width, columns))
-    final = empty((batch, heads, width, columns) if leave else (0,))
+    chunk, cut, parts = plan.sums
+    piece = segment // parts
+    pieces = -(-facts.time // piece)
     # Nothing follows the segment walked last, so its sum counts only towards the last state.
     first, stop = 0, pieces
+    leave = facts.state if reverse else facts.leave
     if not leave:
-        first, stop = (parts, pieces) if reverse else (0, (call.segments - 1) * parts)
-    tiles = -(-width // cut.block) * -(-columns // cut.tile)
-    _, documents, ranges = call.pointers
-    kernels.segment_sums_kernel[(tiles, rows, stop - first)](
-        b, c, sums, log_decay, *call.pointers, *_strides(b), *_strides(c),
-        time, piece, pieces, heads, call.normaliser_rows, first,
-        B=width, C=columns, BLOCK_B=cut.block, TILE=cut.tile, CHUNK=chunk, REVERSE=reverse,
-        **call.facts, num_warps=cut.warps, num_stages=cut.stages,
+        first, stop = (parts, pieces) if reverse else (0, (segments - 1) * parts)
+    strides = facts.strides[::3] if reverse else facts.strides[1:]
+    tiles = -(-facts.dk // cut.block) * -(-facts.dv // cut.tile)
+    sums = _Launch(
+        kernels.segment_sums_kernel,
+        (tiles, facts.rows, stop - first),
+        (*strides[0], *strides[1], facts.time, piece, pieces, facts.heads,
+         max(facts.normaliser_rows, 1), first),
+        {"B": facts.dk, "C": facts.dv, "BLOCK_B": cut.block, "TILE": cut.tile, "CHUNK": chunk,
+         "REVERSE": reverse, **facts.constants()},
+        num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
-    elements = width * columns
-    kernels.join_kernel[(-(-elements // 1024), rows)](
-        sums, entering, sums if initial is None else initial, final, log_decay, documents, ranges,
-        time, piece, call.segments, pieces, heads, elements,
-        BLOCK=1024, REVERSE=reverse, PER_SEGMENT=parts, HAS_INITIAL=initial is not None,
-        HAS_FINAL=leave, HAS_DOCUMENTS=call.facts["HAS_DOCUMENTS"],
-        HAS_RANGES=call.facts["HAS_RANGES"],
+    elements = facts.dk * facts.dv
+    join = _Launch(
+        kernels.join_kernel,
+        (-(-elements // 1024), facts.rows, 1),
+        (facts.time, piece, segments, pieces, facts.heads, elements),
+        {"BLOCK": 1024, "REVERSE": reverse, "PER_SEGMENT": parts,
+         "HAS_INITIAL": facts.leave if reverse else facts.state, "HAS_FINAL": leave,
+         **facts.constants("HAS_DOCUMENTS", "HAS_RANGES")},
+    )  # fmt: skip
+    return (sums, join), pieces
+
+
+def _prepare_scores(
+    facts: _Facts,
+    pair: Pair,
+    width: int,
+    strides_a: tuple[int, ...],
+    strides_b: tuple[int, ...],
+) -> _Launch | None:
+    """The chunks' own weights, where a pair of maps has them made ahead."""
+    from archzoo.kernels import retention_triton as kernels
+
+    if not pair.scores:
+        return None
+    chunks = -(-facts.time // pair.chunk)
+    return _Launch(
+        kernels.scores_kernel,
+        (chunks, facts.rows, 1),
+        (*strides_a, *strides_b, facts.time, facts.heads, chunks, max(facts.normaliser_rows, 1)),
+        {"A": width, "BLOCK_A": min(64, pair.forward.block), "CHUNK": pair.chunk,
+         **facts.constants()},
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+
+
+def _prepare_map(
+    facts: _Facts,
+    pair: Pair,
+    segment: int,
+    segments: int,
+    widths: tuple[int, int],
+    strides: tuple[tuple[int, ...], ...],
+    reverse: bool,
+    transposed: bool,
+    entering: bool,
+    leaving: bool,
+) -> tuple[_Launch, ...]:
+    """out_i = sum_{j <= i} gamma^(i-j) (a_i . b_j) c_j, see `retention_triton`: its splits.
+
+    Args:
+        facts: of the pass.
+        pair: how it is cut.
+        segment: tokens a segment.
+        segments: their number.
+        widths: of a and b, and of c.
+        strides: of a, b and c.
+        reverse: whether it walks backward in time.
+        transposed: whether states are (columns, rows) of this map's.
+        entering: whether states enter the segments.
+        leaving: whether the last one is wanted.
+    """
+    from archzoo.kernels import retention_triton as kernels
+
+    width, columns = widths
+    cut = pair.reverse if reverse else pair.forward
+    stride_a, stride_c = (1, width) if transposed else (columns, 1)
+    return tuple(
+        _Launch(
+            kernels.stream_kernel,
+            (-(-columns // cut.tile), facts.rows, segments),
+            (*strides[0], *strides[1], *strides[2], *_contiguous(columns, facts),
+             facts.time, segment, segments, facts.heads, -(-facts.time // pair.chunk), split,
+             stride_a, stride_c, max(facts.normaliser_rows, 1)),
+            {"A": width, "C": columns, "BLOCK_A": cut.block, "TILE": cut.tile,
+             "CHUNK": pair.chunk, "REVERSE": reverse, "HAS_ENTERING": entering,
+             "HAS_LEAVING": leaving, "HAS_SCORES": pair.scores, "ADD": split > 0,
+             **facts.constants()},
+            num_warps=cut.warps, num_stages=cut.stages,
+        )
+        for split in range(-(-width // cut.block))
+    )  # fmt: skip
+
+
+def _prepare_together(
+    facts: _Facts, plan: Plan, segment: int, segments: int, entering: bool, leaving: bool
+) -> tuple[_Launch]:
+    """The launch of dk and dv in one walk, where a program holds the whole state."""
+    from archzoo.kernels import retention_triton as kernels
+
+    assert plan.together is not None
+    chunk, cut = plan.together
+    strides = (*facts.strides, _contiguous(facts.dk, facts), _contiguous(facts.dv, facts))
+    return (
+        _Launch(
+            kernels.reverse_kernel,
+            (facts.rows, segments, 1),
+            (*sum(strides, ()), facts.time, segment, segments, facts.heads,
+             max(facts.normaliser_rows, 1)),
+            {"K": facts.dk, "V": facts.dv, "BLOCK_K": cut.block, "BLOCK_V": cut.tile,
+             "CHUNK": chunk, "HAS_ENTERING": entering, "HAS_LEAVING": leaving,
+             **facts.constants()},
+            num_warps=cut.warps, num_stages=cut.stages,
+        ),
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=_PREPARED)
+def _prepare_forward(facts: _Facts) -> _Prepared:
+    from archzoo.kernels import retention_triton as kernels
+
+    plan = _plan(facts.dk, facts.dv, facts.dtype)
+    segment, segments = _segments(plan, facts.rows, facts.time, facts.dk)
+    strides_q, strides_k, strides_v = facts.strides
+    normaliser = _Launch(
+        kernels.normaliser_kernel,
+        (-(-facts.time // 512), facts.normaliser_rows, 1),
+        (facts.time, facts.heads),
+        {
+            "BLOCK": 512,
+            "HAS_POSITIONS": facts.positions,
+            **facts.constants("HAS_RANGES"),
+        },
+    )
+    many = segments > 1
+    sums, pieces = _prepare_segments(facts, plan, segment, segments, False) if many else (None, 0)
+    o = _prepare_map(
+        facts, plan.by_key, segment, segments, (facts.dk, facts.dv),
+        (strides_q, strides_k, strides_v), False, False, many or facts.state,
+        facts.leave and not many,
+    )  # fmt: skip
+    return _Prepared(
+        plan,
+        segment,
+        segments,
+        normaliser if facts.scale else None,
+        sums,
+        pieces,
+        _prepare_scores(facts, plan.by_key, facts.dk, strides_q, strides_k),
+        (o,),
+    )
+
+
+@functools.lru_cache(maxsize=_PREPARED)
+def _prepare_backward(facts: _Facts) -> _Prepared:
+    plan = _plan(facts.dk, facts.dv, facts.dtype)
+    segment, segments = _segments(plan, facts.rows, facts.time, facts.dk)
+    q, k, v, do = facts.strides
+    many = segments > 1
+    sums, pieces = _prepare_segments(facts, plan, segment, segments, True) if many else (None, 0)
+    prepare = functools.partial(_prepare_map, facts)
+    by_key, by_value = (facts.dk, facts.dv), (facts.dv, facts.dk)
+    arriving, leaving = many or facts.leave, facts.state and not many
+    maps: tuple[tuple[_Launch, ...], ...]
+    if plan.together is not None:
+        maps = (_prepare_together(facts, plan, segment, segments, arriving, leaving),)
+    else:
+        maps = (
+            prepare(plan.by_key, segment, segments, by_key, (k, q, do), True, False, arriving,
+                    leaving),
+            prepare(plan.by_value, segment, segments, by_value, (v, do, q), True, True, arriving,
+                    False),
+        )  # fmt: skip
+    of_q = prepare(
+        plan.by_value, segment, segments, by_value, (do, v, k), False, True, many or facts.state,
+        False,
+    )  # fmt: skip
+    scores = _prepare_scores(facts, plan.by_value, facts.dv, do, v)
+    return _Prepared(plan, segment, segments, None, sums, pieces, scores, (*maps, of_q))
+
+
+def _run_segments(
+    prepared: _Prepared,
+    facts: _Facts,
+    stream: int | None,
+    tensors: tuple[Tensor, Tensor],
+    initial: Tensor | None,
+    leave: bool,
+    log_decay: Tensor,
+    pointers: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The two-level pass: the state that enters each segment, and the last one (or empty)."""
+    assert prepared.sums is not None
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=facts.device)
+    state = (facts.batch, facts.heads, facts.dk, facts.dv)
+    sums = empty((facts.rows, prepared.pieces, facts.dk, facts.dv))
+    entering = empty((*state[:2], prepared.segments, *state[2:]))
+    final = empty(state if leave else (0,))
+    prepared.sums[0](stream, *tensors, sums, log_decay, *pointers)
+    prepared.sums[1](
+        stream, sums, entering, sums if initial is None else initial, final, log_decay,
+        *pointers[1:],
     )  # fmt: skip
     return entering, final
 
 
-def _chunk_scores(a: Tensor, b: Tensor, call: _Call, pair: Pair, log_decay: Tensor) -> Tensor:
-    """The chunks' own weights, (rows * chunks * chunk, chunk), see `scores_kernel`."""
-    from archzoo.kernels import retention_triton as kernels
-
-    batch, time, heads, width = a.shape
-    chunks = -(-time // pair.chunk)
-    scores = a.new_empty((batch * heads * chunks * pair.chunk, pair.chunk))
-    block = min(64, pair.forward.block)
-    kernels.scores_kernel[(chunks, batch * heads)](
-        a, b, scores, log_decay, *call.pointers, *_strides(a), *_strides(b),
-        time, heads, chunks, call.normaliser_rows,
-        A=width, BLOCK_A=block, CHUNK=pair.chunk, **call.facts, num_warps=4, num_stages=3,
-    )  # fmt: skip
-    return scores
-
-
-def _map(
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    scores: Tensor,
-    call: _Call,
-    pair: Pair,
-    log_decay: Tensor,
-    reverse: bool,
-    transposed: bool,
-    entering: Tensor | None,
-    leaving: Tensor | None,
-) -> Tensor:
-    """out_i = sum_{j <= i} gamma^(i-j) (a_i . b_j) c_j, see `retention_triton`.
-
-    `entering`, one state per segment, and `leaving`, one per row, are (rows, columns) of the
-    state, or (columns, rows) where `transposed`. `scores` is empty where `pair` has none.
-    """
-    from archzoo.kernels import retention_triton as kernels
-
-    batch, time, heads, width = a.shape
-    columns = c.shape[-1]
-    chunk, cut = pair.chunk, pair.reverse if reverse else pair.forward
-    out = _output(c, call.facts["HAS_RANGES"])
-    stride_a, stride_c = (1, width) if transposed else (columns, 1)
-    for split in range(-(-width // cut.block)):
-        kernels.stream_kernel[(-(-columns // cut.tile), batch * heads, call.segments)](
-            a, b, c, out, scores, log_decay, *call.pointers,
-            log_decay if entering is None else entering,
-            log_decay if leaving is None else leaving,
-            *_strides(a), *_strides(b), *_strides(c), *_strides(out),
-            time, call.segment, call.segments, heads, -(-time // chunk), split,
-            stride_a, stride_c, call.normaliser_rows,
-            A=width, C=columns, BLOCK_A=cut.block, TILE=cut.tile, CHUNK=chunk, REVERSE=reverse,
-            HAS_ENTERING=entering is not None, HAS_LEAVING=leaving is not None,
-            HAS_SCORES=pair.scores, ADD=split > 0,
-            **call.facts, num_warps=cut.warps, num_stages=cut.stages,
-        )  # fmt: skip
-    return out
-
-
-def _strides(tensor: Tensor) -> tuple[int, int, int]:
-    return tensor.stride(0), tensor.stride(1), tensor.stride(2)
+def _scores_shape(facts: _Facts, pair: Pair) -> tuple[int, ...]:
+    """Room for the chunks' own weights, see `scores_kernel`."""
+    rows = facts.rows * -(-facts.time // pair.chunk) * pair.chunk
+    return (rows, pair.chunk) if pair.scores else (0,)
 
 
 def _output(like: Tensor, padded: bool) -> Tensor:
@@ -383,8 +565,50 @@ def _output(like: Tensor, padded: bool) -> Tensor:
     """
     make = torch.zeros if padded else torch.empty
     size = 16 // like.element_size()
-    shape = (*like.shape[:-1], -(-like.shape[-1] // size) * size)
-    return make(shape, dtype=like.dtype, device=like.device)[..., : like.shape[-1]]
+    *shape, width = like.shape
+    if width % size == 0:
+        return make((*shape, width), dtype=like.dtype, device=like.device)
+    padded_width = -(-width // size) * size
+    return make((*shape, padded_width), dtype=like.dtype, device=like.device)[..., :width]
+
+
+def _run_map(
+    launches: tuple[_Launch, ...],
+    abc: tuple[Tensor, Tensor, Tensor],
+    out: Tensor,
+    scores: Tensor,
+    stream: int | None,
+    log_decay: Tensor,
+    pointers: tuple[Tensor, Tensor, Tensor],
+    entering: Tensor | None,
+    leaving: Tensor | None,
+) -> None:
+    absent = pointers[0]
+    for launch in launches:
+        launch(
+            stream, *abc, out, scores, log_decay, *pointers,
+            absent if entering is None else entering,
+            absent if leaving is None else leaving,
+        )  # fmt: skip
+
+
+def _facts(
+    q: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    strides: tuple[tuple[int, ...], ...],
+    state: bool,
+    positions: bool,
+    documents: Tensor | None,
+    ranges: Tensor | None,
+    scale: bool,
+    leave: bool,
+) -> _Facts:
+    batch, time, heads, dk = q.shape
+    return _Facts(
+        batch, time, heads, dk, v.shape[-1], q.dtype, q.device, log_decay.dtype, strides, state,
+        positions, documents is not None, ranges is not None, scale, leave,
+    )  # fmt: skip
 
 
 @_on_its_device
@@ -405,22 +629,42 @@ def _forward(
     What there is no use for is empty.
     """
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
-    batch, _, heads, dk = q.shape
-    dv = v.shape[-1]
-    normaliser = _normalisers(q, log_decay, positions, ranges, scale)
-    call = _call(q, v, normaliser, documents, ranges, scale)
-    pair = call.plan.by_key
-    entering = q.new_empty((0,), dtype=torch.float32)
+    strides = q.stride()[:3], k.stride()[:3], v.stride()[:3]
+    facts = _facts(
+        q, v, log_decay, strides, state is not None, positions is not None, documents, ranges,
+        scale, leave,
+    )  # fmt: skip
+    prepared = _prepare_forward(facts)
+    stream = _stream_of(q)
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
+    normaliser = empty((facts.normaliser_rows, facts.time))
+    # Tensors that are absent are never read.
+    pointers = (
+        normaliser,
+        normaliser if documents is None else documents,
+        normaliser if ranges is None else ranges,
+    )
+    if prepared.normaliser is not None:
+        prepared.normaliser(
+            stream, normaliser, log_decay, normaliser if positions is None else positions,
+            pointers[2],
+        )  # fmt: skip
+    source = _state_like(state)
     leaving = None
-    source = None if state is None else state.float().contiguous()
-    if call.segments > 1:
-        entering, final = _segment_states(k, v, call, log_decay, False, source, leave)
+    if prepared.sums is not None:
+        entering, final = _run_segments(
+            prepared, facts, stream, (k, v), source, leave, log_decay, pointers
+        )
         source = entering
     else:
-        final = q.new_empty((batch, heads, dk, dv) if leave else (0,), dtype=torch.float32)
+        entering = empty((0,))
+        final = empty((facts.batch, facts.heads, facts.dk, facts.dv) if leave else (0,))
         leaving = final if leave else None
-    scores = _chunk_scores(q, k, call, pair, log_decay) if pair.scores else q.new_empty((0,))
-    o = _map(q, k, v, scores, call, pair, log_decay, False, False, source, leaving)
+    scores = q.new_empty(_scores_shape(facts, prepared.plan.by_key))
+    if prepared.scores is not None:
+        prepared.scores(stream, q, k, scores, log_decay, *pointers)
+    o = _output(v, facts.ranges)
+    _run_map(prepared.maps[0], (q, k, v), o, scores, stream, log_decay, pointers, source, leaving)
     return o, final, entering, normaliser, scores
 
 
@@ -442,26 +686,47 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and the gradient of the entering state (empty without one)."""
     q, k, v, do = _aligned(q), _aligned(k), _aligned(v), _aligned(do)
-    batch, _, heads, dk = q.shape
-    dv = v.shape[-1]
-    call = _call(q, v, normaliser, documents, ranges, scale)
-    key, value, _ = call.plan
-    source = None if state is None else state.float().contiguous()
-    arriving = None if d_final is None else d_final.float().contiguous()
+    strides = q.stride()[:3], k.stride()[:3], v.stride()[:3], do.stride()[:3]
+    facts = _facts(
+        q, v, log_decay, strides, state is not None, normaliser.shape[0] > q.shape[2], documents,
+        ranges, scale, d_final is not None,
+    )  # fmt: skip
+    prepared = _prepare_backward(facts)
+    stream = _stream_of(q)
+    pointers = (
+        normaliser,
+        normaliser if documents is None else documents,
+        normaliser if ranges is None else ranges,
+    )
+    source, arriving = _state_like(state), _state_like(d_final)
     leaving = None
-    d_state = q.new_empty((0,), dtype=torch.float32)
-    if call.segments > 1:
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
+    if prepared.sums is not None:
         source = entering
-        arriving, d_state = _segment_states(
-            q, do, call, log_decay, True, arriving, state is not None
+        arriving, d_state = _run_segments(
+            prepared, facts, stream, (q, do), arriving, facts.state, log_decay, pointers
         )
-    elif state is not None:
-        leaving = d_state = q.new_empty((batch, heads, dk, dv), dtype=torch.float32)
-    grad_v = _map(k, q, do, scores, call, key, log_decay, True, False, arriving, leaving)
-    if value.scores:
-        scores = _chunk_scores(do, v, call, value, log_decay)
-    grad_k = _map(v, do, q, scores, call, value, log_decay, True, True, arriving, None)
-    grad_q = _map(do, v, k, scores, call, value, log_decay, False, True, source, None)
+    elif facts.state:
+        leaving = d_state = empty((facts.batch, facts.heads, facts.dk, facts.dv))
+    else:
+        d_state = empty((0,))
+    absent = normaliser
+    grad_q, grad_k, grad_v = (_output(x, facts.ranges) for x in (q, k, v))
+    *reverse, of_q = prepared.maps
+    run = functools.partial(_run_map, stream=stream, log_decay=log_decay, pointers=pointers)
+    if prepared.plan.together is None:
+        run(reverse[0], (k, q, do), grad_v, scores, entering=arriving, leaving=leaving)
+    else:
+        reverse[0][0](
+            stream, q, k, v, do, grad_k, grad_v, log_decay, *pointers,
+            absent if arriving is None else arriving, absent if leaving is None else leaving,
+        )  # fmt: skip
+    if prepared.scores is not None:
+        scores = q.new_empty(_scores_shape(facts, prepared.plan.by_value))
+        prepared.scores(stream, do, v, scores, log_decay, *pointers)
+    if prepared.plan.together is None:
+        run(reverse[1], (v, do, q), grad_k, scores, entering=arriving, leaving=None)
+    run(of_q, (do, v, k), grad_q, scores, entering=source, leaving=None)
     if state is not None and documents is not None:
         # A row that opens with a new document never looked at the state that entered.
         at = torch.zeros_like(documents[:, :1]) if ranges is None else ranges[:, :1]
@@ -529,22 +794,54 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.scale = scale
 
 
-def _autograd(ctx, do, d_final, *_):  # type: ignore[no-untyped-def]
-    q, k, v, log_decay, state, entering, normaliser, scores, *facts = ctx.saved_tensors
+def _gradients(  # type: ignore[no-untyped-def]
+    ctx, do: Tensor | None, d_final: Tensor | None, backward: Callable[..., Any]
+):
+    """Of every argument of `_forward`."""
+    q, k, v, log_decay, state, *kept, documents, ranges = ctx.saved_tensors
     if torch.is_grad_enabled():
         raise NotImplementedError("the retention kernels have no second derivative")
     if do is None:
         do = torch.zeros_like(v)
-    grad_q, grad_k, grad_v, d_state = torch.ops.archzoo.retention_backward(
-        do, d_final, q, k, v, log_decay, state, entering, normaliser, scores, *facts, ctx.scale
+    grad_q, grad_k, grad_v, d_state = backward(
+        do, d_final, q, k, v, log_decay, state, *kept, documents, ranges, ctx.scale
     )
     d_state = None if state is None else d_state.to(state.dtype)
     return grad_q, grad_k, grad_v, None, d_state, None, None, None, None, None
 
 
+def _operator_gradients(ctx, do, d_final, *_):  # type: ignore[no-untyped-def]
+    return _gradients(ctx, do, d_final, torch.ops.archzoo.retention_backward)
+
+
 torch.library.register_autograd(
-    "archzoo::retention", _autograd, setup_context=_setup_context, lib=_library
+    "archzoo::retention", _operator_gradients, setup_context=_setup_context, lib=_library
 )
+
+
+class _Eager(torch.autograd.Function):
+    """The operator without the dispatcher, whose way into Python costs more than the launches."""
+
+    @staticmethod
+    def forward(ctx, *arguments):  # type: ignore[no-untyped-def]
+        output = _forward(*arguments)
+        _setup_context(ctx, arguments, output)
+        return output[:2]
+
+    @staticmethod
+    def backward(ctx, do, d_final):  # type: ignore[no-untyped-def]
+        return _gradients(ctx, do, d_final, _backward)
+
+
+def _run(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Output and last state of `_forward`'s arguments, by the shortest way there is."""
+    if torch.compiler.is_compiling() or type(arguments[0]) is not Tensor:  # fake ones, say
+        o, final, *_ = torch.ops.archzoo.retention(*arguments)
+        return o, final
+    if torch.is_grad_enabled():
+        o, final = _Eager.apply(*arguments)
+        return o, final
+    return _forward(*arguments)[:2]
 
 
 def retention(
@@ -606,9 +903,7 @@ def retention(
     if starts is not None:
         # Equal numbers, equal documents; 0 is the document that the entering state belongs to.
         documents = starts.cumsum(1, dtype=torch.int32)
-    o, final, *_ = torch.ops.archzoo.retention(
-        q, k, v, log_decay.detach(), state, positions, documents, ranges, scale, leave
-    )
+    o, final = _run(q, k, v, log_decay.detach(), state, positions, documents, ranges, scale, leave)
     return o, final if leave else None
 
 
@@ -639,26 +934,69 @@ def retention_step(
     Returns:
         o, shaped like v and of its dtype, and `state` itself.
     """
+    return _step(q, k, v, log_decay, state, positions, starts, valid, scale), state
+
+
+def _step_cut(rows: int, dk: int, dv: int) -> tuple[int, int]:
+    """Columns of the state that a program takes, and its warps. Measured, see docs/kernels.md."""
+    elements = rows * dk * dv
+    tile = 16 if elements <= 2**21 else 32 if rows < 1024 else 64
+    tile = min(tile, _power_of_2(dv))
+    return tile, max(1, min(_power_of_2(dk) * tile // 2048, 4))
+
+
+@functools.lru_cache(maxsize=_PREPARED)
+def _prepare_step(
+    shape: tuple[int, int, int, int],
+    strides: tuple[int, ...],
+    dtypes: tuple[Any, ...],
+    device: torch.device,
+    aligned: bool,
+    scale: bool,
+) -> _Launch:
+    """The launch of a step; `dtypes` (None where a tensor is absent) and `aligned` are its key."""
     from archzoo.kernels import retention_triton as kernels
 
-    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    q, k, v = _unit_last(q), _unit_last(k), _unit_last(v)
-    batch, heads, dk, dv = state.shape
-    block = _power_of_2(dk)
-    tile = min(32 if batch * heads < 1024 else 64, _power_of_2(dv))
-    kernels.step_kernel[(-(-dv // tile), batch * heads)](
-        q, k, v, o, state, log_decay,
-        state if positions is None else positions,
-        state if starts is None else starts.view(torch.uint8),
-        state if valid is None else valid.view(torch.uint8),
-        q.stride(0), q.stride(-2), k.stride(0), k.stride(-2), v.stride(0), v.stride(-2),
-        o.stride(0), o.stride(-2),
-        0 if positions is None else positions.stride(0),
-        0 if starts is None else starts.stride(0),
-        0 if valid is None else valid.stride(0),
-        state.stride(0), state.stride(1), state.stride(2), heads,
-        DK=dk, DV=dv, BLOCK_K=block, TILE=tile, SCALE=scale,
-        HAS_POSITIONS=positions is not None, HAS_STARTS=starts is not None,
-        HAS_VALID=valid is not None, num_warps=4,
+    batch, heads, dk, dv = shape
+    _, _, _, positions, starts, valid = dtypes
+    tile, warps = _step_cut(batch * heads, dk, dv)
+    return _Launch(
+        kernels.step_kernel,
+        (-(-dv // tile), batch * heads, 1),
+        (*strides, heads),
+        {"DK": dk, "DV": dv, "BLOCK_K": _power_of_2(dk), "TILE": tile, "SCALE": scale,
+         "HAS_POSITIONS": positions is not None, "HAS_STARTS": starts is not None,
+         "HAS_VALID": valid is not None},
+        num_warps=warps,
     )  # fmt: skip
-    return o, state
+
+
+@_on_its_device
+def _step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    positions: Tensor | None,
+    starts: Tensor | None,
+    valid: Tensor | None,
+    scale: bool,
+) -> Tensor:
+    q, k, v = _unit_last(q), _unit_last(k), _unit_last(v)
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    facts = (positions, starts, valid)
+    strides = (
+        *(x.stride(i) for x in (q, k, v, o) for i in (0, -2)),
+        *(0 if x is None else x.stride(0) for x in facts),
+        *state.stride()[:3],
+    )
+    dtypes = (q.dtype, v.dtype, log_decay.dtype, *(x if x is None else x.dtype for x in facts))
+    aligned = state.data_ptr() % 16 == 0
+    launch = _prepare_step(tuple(state.shape), strides, dtypes, q.device, aligned, scale)
+    # Tensors that are absent are never read.
+    positions, starts, valid = (
+        state if x is None else x.view(torch.uint8) if x.dtype == torch.bool else x for x in facts
+    )
+    launch(_stream_of(q), q, k, v, o, state, log_decay, positions, starts, valid)
+    return o

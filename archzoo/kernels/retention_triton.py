@@ -114,7 +114,7 @@ def _power(log2_decay, exponent):
     return tl.exp2(tl.maximum(exponent, 0).to(tl.float32) * log2_decay)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["log_decay_ptr", "positions_ptr"])
 def normaliser_kernel(
     normaliser_ptr, log_decay_ptr, positions_ptr, ranges_ptr, time, heads,
     BLOCK: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_RANGES: tl.constexpr,
@@ -184,7 +184,7 @@ def _document_before(
     return before
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["log_decay_ptr"])
 def stream_kernel(
     a_ptr, b_ptr, c_ptr, out_ptr, scores_ptr, log_decay_ptr, normaliser_ptr, documents_ptr,
     ranges_ptr, entering_ptr, leaving_ptr,
@@ -340,7 +340,122 @@ def stream_kernel(
         tl.store(leaving_ptr + row_wide * A * C + state_offset, state, mask=state_inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["log_decay_ptr"])
+def reverse_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, log_decay_ptr, normaliser_ptr, documents_ptr,
+    ranges_ptr, entering_ptr, leaving_ptr,
+    q_batch, q_time, q_head, k_batch, k_time, k_head, v_batch, v_time, v_head,
+    do_batch, do_time, do_head, dk_batch, dk_time, dk_head, dv_batch, dv_time, dv_head,
+    time, segment, segments, heads, normaliser_rows,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    CHUNK: tl.constexpr, SCALE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+    HAS_RANGES: tl.constexpr, HAS_ENTERING: tl.constexpr, HAS_LEAVING: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Two maps in one walk backward in time, dk and dv: one program holds the whole state.
+
+    Both maps read q, k, v and do and carry the same state D = sum gamma^. r q^T do, (K, V), so
+    that together they move six tensors where `stream_kernel` twice moves eight:
+
+        dv_m = gamma^(N-1-m) k_m D   + sum_{n >= m} gamma^(n-m) r_n (k_m . q_n) do_n
+        dk_m = gamma^(N-1-m) v_m D^T + sum_{n >= m} gamma^(n-m) r_n (v_m . do_n) q_n
+
+    Each product's left factor is a row a token, and D goes through shared memory once a chunk,
+    where it serves as the right factor both ways.
+    """
+    row = tl.program_id(0)
+    piece = tl.program_id(1)
+    row_wide = row.to(tl.int64)
+    batch = row // heads
+    head = row % heads
+    log2_decay = _load_log_decay(log_decay_ptr, head) * LOG2_E
+    first, length = _row_range(ranges_ptr, batch, time, HAS_RANGES)
+    start = piece * segment
+    stop = tl.minimum(start + segment, length)
+    normaliser_row = normaliser_ptr + (row % normaliser_rows).to(tl.int64) * time
+    documents_row = documents_ptr + batch.to(tl.int64) * time
+
+    q_desc = _slices(q_ptr, batch, head, q_batch, q_time, q_head, time, K, CHUNK, BLOCK_K)
+    k_desc = _slices(k_ptr, batch, head, k_batch, k_time, k_head, time, K, CHUNK, BLOCK_K)
+    v_desc = _slices(v_ptr, batch, head, v_batch, v_time, v_head, time, V, CHUNK, BLOCK_V)
+    do_desc = _slices(do_ptr, batch, head, do_batch, do_time, do_head, time, V, CHUNK, BLOCK_V)
+    dk_desc = _slices(dk_ptr, batch, head, dk_batch, dk_time, dk_head, time, K, CHUNK, BLOCK_K)
+    dv_desc = _slices(dv_ptr, batch, head, dv_batch, dv_time, dv_head, time, V, CHUNK, BLOCK_V)
+
+    dtype = q_ptr.dtype.element_ty
+    index = tl.arange(0, CHUNK)
+    rows = tl.arange(0, BLOCK_K)
+    columns = tl.arange(0, BLOCK_V)
+    state_offset = rows[:, None] * V + columns[None, :]
+    state_inside = (rows < K)[:, None] & (columns < V)[None, :]
+    if HAS_ENTERING:
+        state = tl.load(
+            entering_ptr + (row_wide * segments + piece) * K * V + state_offset,
+            mask=state_inside,
+            other=0.0,
+        )
+    else:
+        state = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
+    # gamma^(n-m) at [m, n], 0 where n < m.
+    gap = index[None, :] - index[:, None]
+    decay = tl.where(gap >= 0, _power(log2_decay, gap), 0.0)
+    before = _document_before(documents_row, first, length, start, stop, True, HAS_DOCUMENTS)
+
+    walk = tl.cdiv(stop - start, CHUNK)
+    for walked in range(walk):
+        chunk_start = start + (walk - 1 - walked) * CHUNK
+        size = tl.minimum(CHUNK, stop - chunk_start)
+        row_time = first + chunk_start
+        q = q_desc.load([row_time, 0])
+        k = k_desc.load([row_time, 0])
+        v = v_desc.load([row_time, 0])
+        do = do_desc.load([row_time, 0])
+        if HAS_RANGES:
+            # Padding after the row's end may hold anything, NaN too.
+            live = index < size
+            q = tl.where(live[:, None], q, 0.0)
+            do = tl.where(live[:, None], do, 0.0)
+        document, document_last = _chunk_documents(
+            documents_row, row_time, size, before, CHUNK, True, HAS_DOCUMENTS
+        )
+        rank = _rank(index, size, True)
+        arrive = _power(log2_decay, rank)
+        leave = _power(log2_decay, size - rank)
+        keep = tl.exp2(size.to(tl.float32) * log2_decay)
+        if HAS_DOCUMENTS:
+            arrive = tl.where(document == before, arrive, 0.0)
+            leave = tl.where(document == document_last, leave, 0.0)
+            keep = tl.where(document_last == before, keep, 0.0)
+            before = document_last
+        weights = decay
+        if SCALE:
+            normaliser = _chunk_normaliser(normaliser_row, row_time, size, CHUNK, SCALE)
+            leave *= normaliser
+            weights = weights * normaliser[None, :]
+        if HAS_DOCUMENTS:
+            weights = tl.where(document[:, None] == document[None, :], weights, 0.0)
+
+        passed = state.to(dtype)
+        grad_v = _dot(k, passed, None, PRECISION, UPCAST) * arrive[:, None]
+        of_keys = _dot(k, tl.trans(q), None, PRECISION, UPCAST) * weights
+        grad_v = _dot(of_keys.to(dtype), do, grad_v, PRECISION, UPCAST)
+        grad_k = _dot(v, tl.trans(passed), None, PRECISION, UPCAST) * arrive[:, None]
+        of_values = _dot(v, tl.trans(do), None, PRECISION, UPCAST) * weights
+        grad_k = _dot(of_values.to(dtype), q, grad_k, PRECISION, UPCAST)
+        if HAS_RANGES:
+            grad_k = tl.where(live[:, None], grad_k, 0.0)
+            grad_v = tl.where(live[:, None], grad_v, 0.0)
+        dv_desc.store([row_time, 0], grad_v.to(dtype))
+        dk_desc.store([row_time, 0], grad_k.to(dtype))
+
+        scaled = (tl.trans(q).to(tl.float32) * leave[None, :]).to(dtype)
+        state = _dot(scaled, do, state * keep, PRECISION, UPCAST)
+
+    if HAS_LEAVING:
+        tl.store(leaving_ptr + row_wide * K * V + state_offset, state, mask=state_inside)
+
+
+@triton.jit(do_not_specialize_on_alignment=["log_decay_ptr"])
 def scores_kernel(
     a_ptr, b_ptr, scores_ptr, log_decay_ptr, normaliser_ptr, documents_ptr, ranges_ptr,
     a_batch, a_time, a_head, b_batch, b_time, b_head,
@@ -396,7 +511,7 @@ def scores_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["log_decay_ptr"])
 def segment_sums_kernel(
     b_ptr, c_ptr, sums_ptr, log_decay_ptr, normaliser_ptr, documents_ptr, ranges_ptr,
     b_batch, b_time, b_head, c_batch, c_time, c_head,
@@ -468,7 +583,7 @@ def segment_sums_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["log_decay_ptr"])
 def join_kernel(
     sums_ptr, entering_ptr, initial_ptr, final_ptr, log_decay_ptr, documents_ptr, ranges_ptr,
     time, piece_size, segments, pieces, heads, size,
@@ -517,7 +632,12 @@ def join_kernel(
         tl.store(final_ptr + row_wide * size + element, state, mask=inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "q_ptr", "k_ptr", "v_ptr", "o_ptr", "log_decay_ptr", "positions_ptr", "starts_ptr",
+        "valid_ptr",
+    ]
+)  # fmt: skip
 def step_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, state_ptr, log_decay_ptr, positions_ptr, starts_ptr, valid_ptr,
     q_batch, q_head, k_batch, k_head, v_batch, v_head, o_batch, o_head,
