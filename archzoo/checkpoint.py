@@ -41,6 +41,7 @@ from archzoo.parts import find
 from archzoo.registry import build_decoder
 
 if TYPE_CHECKING:
+    from archzoo.tasks.stream import Task
     from archzoo.tasks.tokenizers import Tokenizer
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -171,6 +172,32 @@ def load(path: str | os.PathLike[str], device: torch.device | str | None = None)
     found = _read_directory(path) if path.is_dir() else _read_lightning(path)
     _check_vocabulary(found.model, found.tokenizer, str(path))
     return found._replace(model=found.model.to(device or "cpu").eval())
+
+
+def task_of(found: Pretrained, **changes: Any) -> Task:
+    """The task that a model was trained on, made again with the model's own tokenizer.
+
+    Args:
+        found: A checkpoint's content.
+        **changes: Arguments of the task that shall differ.
+
+    Raises:
+        ValueError: The checkpoint names no task, or one that is not known.
+    """
+    from archzoo.tasks.stream import build
+
+    if found.task is None:
+        raise ValueError("the checkpoint does not say what it was trained on: there is no task")
+    arguments = found.task["init_args"] | changes
+    with tempfile.TemporaryDirectory(prefix="archzoo-") as directory:
+        if "tokenizer" in arguments and found.tokenizer is not None:
+            for name, content in found.tokenizer.files().items():
+                (Path(directory) / name).write_bytes(content)
+                arguments["tokenizer"] = str(Path(directory) / name)
+            arguments["vocab_size"] = None
+        task = build(found.task | {"init_args": arguments})
+        task.prepare()
+    return task
 
 
 def _read_directory(path: Path) -> Pretrained:

@@ -41,6 +41,9 @@ COMMANDS = {
     "router": Command(
         "show what a checkpoint's routers do, layer by layer", "router", "router_command"
     ),
+    "extend": Command(
+        "read texts longer than a checkpoint's, with its RoPE scaled", "extend", "extend_command"
+    ),
     "check": Command("hold a class of yours to the interface", "contract", "check_command"),
 }
 
@@ -136,7 +139,7 @@ def call(function: Callable[..., Any], program: str, arguments: list[str]) -> in
     parser.add_function_arguments(function, skip=set(positional))
     switches = {f"--{name}" for name, p in parameters.items() if p.annotation is bool}
     arguments = [f"{a}=true" if a in switches else a for a in arguments]
-    given = parser.parse_args(arguments).as_dict()
+    given = parser.instantiate_classes(parser.parse_args(arguments)).as_dict()
     first = [given.pop(name) for name in positional]
     return int(function(*first, **given) or 0)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -144,20 +143,9 @@ def router_command(
 
 def _validation_data(found: Pretrained, batches: int, device: str) -> list[dict[str, Tensor]]:
     """The first batches of the validation split, with the model's own tokenizer."""
-    from archzoo.tasks.stream import build
+    from archzoo.checkpoint import task_of
 
-    if found.task is None:
-        raise ValueError("the checkpoint does not say what it was trained on: there is no task")
-    arguments = dict(found.task["init_args"])
-    with tempfile.TemporaryDirectory(prefix="archzoo-") as directory:
-        if "tokenizer" in arguments and found.tokenizer is not None:
-            for name, content in found.tokenizer.files().items():
-                (Path(directory) / name).write_bytes(content)
-                arguments["tokenizer"] = str(Path(directory) / name)
-            arguments["vocab_size"] = None
-        task = build(found.task | {"init_args": arguments})
-        task.prepare()
-    loader = task.evaluation_loader("validation")
+    loader = task_of(found).evaluation_loader("validation")
     first = [batch for batch, _ in zip(loader, range(batches), strict=False)]
     return [{name: entry.to(device) for name, entry in batch.items()} for batch in first]
 

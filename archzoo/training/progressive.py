@@ -1,7 +1,8 @@
 """The progressive loss, in which looped models are trained: a random number of runs of the stack.
 
 Source: Bansal et al., End-to-end Algorithm Synthesis with Recurrent Networks, arXiv 2202.05826,
-section 3.2, in the form of McLeish et al., arXiv 2405.17399, appendix A.5.
+section 3.2, as McLeish et al., arXiv 2405.17399, train
+their looped models.
 """
 
 from __future__ import annotations

@@ -1,0 +1,288 @@
+"""`archzoo extend`: how well a model reads texts longer than it was trained on, RoPE scaled or not.
+
+Every length ends at the same tokens: of each long window a length reads the last tokens, so that
+what is predicted at the end (the tail) is the same text for all, and lengths differ in what they
+see of it alone.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, get_args
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+
+from archzoo.block import at_least_float32
+from archzoo.decoder import Decoder
+from archzoo.positions.rotary import RopeType, scale_rotary
+
+if TYPE_CHECKING:
+    from archzoo.checkpoint import Pretrained
+
+IGNORED = -100  # the label of a token that is not asked for
+AT_ONCE = 2**15  # tokens in a batch
+UNSCALED = "none"
+#: What is compared where no type is named: (type, factor over the length's own ratio). NTK is
+#: shown with twice the ratio too, as it is used in practice: with the ratio itself the middle
+#: pairs turn further than in training.
+ALL: tuple[tuple[str, float], ...] = (
+    ("linear", 1),
+    ("ntk", 1),
+    ("ntk", 2),
+    ("dynamic", 1),
+    ("yarn", 1),
+    ("llama3", 1),
+)
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How queries and keys are rotated beyond the trained length.
+
+    Args:
+        rope_type: linear, ntk, dynamic, yarn or llama3. None: all of them, side by side.
+        factor: Of the scaling, the same at every length. None: each length's own ratio to the
+            trained length.
+    """
+
+    rope_type: str | None = None
+    factor: float | None = None
+
+    def __post_init__(self) -> None:
+        known = get_args(RopeType)[1:]
+        if self.rope_type is not None and self.rope_type not in known:
+            raise ValueError(f"rope_type={self.rope_type!r} is none of {', '.join(known)}")
+        if self.factor is not None and self.factor < 1:
+            raise ValueError(f"factor={self.factor} would shorten the reach: take 1 or more")
+
+
+class Reading(NamedTuple):
+    """One length, read in one way.
+
+    Attributes:
+        scaling: Its name.
+        factor: Of the scaling; 1 where there is none.
+        length: Tokens of a window.
+        ratio: Of the length to the trained one.
+        window: Perplexity over all tokens of the windows.
+        tail: Perplexity over the last tokens of each.
+    """
+
+    scaling: str
+    factor: float
+    length: int
+    ratio: float
+    window: float
+    tail: float
+
+
+# ---------------------------------------------------------------------------- measuring
+
+
+@torch.no_grad()
+def perplexities(
+    decoder: Decoder, tokens: Tensor, labels: Tensor, length: int, tail: int
+) -> tuple[float, float]:
+    """``exp(mean -log p)`` over the last `length` tokens of each row, and over the last `tail`.
+
+    Args:
+        decoder: In evaluation mode.
+        tokens: (windows, time) int64, time >= length.
+        labels: The same tokens one later, (windows, time).
+        length: Tokens that are read.
+        tail: Tokens at the end, at most length.
+    """
+    device = decoder.head.weight.device
+    losses = []
+    for some, asked in _batches(tokens[:, -length:], labels[:, -length:]):
+        logits = decoder(some.to(device)).logits
+        logits = logits.to(at_least_float32(logits.dtype)).transpose(1, 2)
+        losses.append(F.cross_entropy(logits, asked.to(device), reduction="none").cpu())
+    found = torch.cat(losses).double()
+    return float(found.mean().exp()), float(found[:, -tail:].mean().exp())
+
+
+def _batches(tokens: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    rows = max(AT_ONCE // tokens.shape[1], 1)
+    yield from zip(tokens.split(rows), labels.split(rows), strict=True)
+
+
+def compare(
+    decoder: Decoder,
+    tokens: Tensor,
+    labels: Tensor,
+    lengths: list[int],
+    tail: int,
+    rotary: Scaling = Scaling(),
+) -> list[Reading]:
+    """A model's perplexity at several lengths, as it was trained and under scalings of its RoPE.
+
+    Args:
+        decoder: With a `context_length`; it is left with the last scaling.
+        tokens: (windows, longest length) int64.
+        labels: The same tokens one later.
+        lengths: Tokens to read.
+        tail: Tokens at the end of a window that are looked at alone.
+        rotary: Which scalings.
+
+    Raises:
+        ValueError: The decoder does not rotate by `RotaryEmbedding`, or its trained length is
+            unknown.
+    """
+    trained = decoder.context_length
+    if trained is None:
+        raise ValueError("the model's context_length is unknown, so there is nothing to extend")
+    readings = []
+    for length in lengths:
+        found = perplexities(decoder, tokens, labels, length, tail)
+        readings.append(Reading(UNSCALED, 1.0, length, length / trained, *found))
+    scalings = ALL if rotary.rope_type is None else ((rotary.rope_type, 1.0),)
+    for rope_type, multiple in scalings:
+        for length in lengths:
+            ratio = length / trained
+            factor = rotary.factor or max(ratio * multiple, 1.0)
+            scale_rotary(decoder, rope_type=rope_type, factor=factor)
+            found = perplexities(decoder, tokens, labels, length, tail)
+            name = rope_type if multiple == 1 else f"{rope_type} x{multiple:g}"
+            readings.append(Reading(name, factor, length, ratio, *found))
+    return readings
+
+
+# ---------------------------------------------------------------------------- the command
+
+
+def extend_command(
+    checkpoint: str,
+    /,
+    rotary: Scaling = Scaling(),
+    lengths: list[int] | None = None,
+    windows: int = 64,
+    tail: int | None = None,
+    directory: str | None = None,
+    device: str | None = None,
+) -> None:
+    """Read texts longer than a checkpoint was trained on, with its RoPE scaled and without.
+
+    Prints the perplexity against the length, writes it to extend.csv and draws extend.png.
+
+    Args:
+        checkpoint: A run's directory, a .ckpt file, or a directory of archzoo.save_pretrained.
+        rotary: Which scaling.
+        lengths: Tokens to read. None: 1, 2, 4 and 8 times the trained length.
+        windows: Of the validation text, each as long as the longest length; all lengths end where
+            they end.
+        tail: Tokens at the end of a window whose perplexity is given beside the whole window's.
+            None: half the trained length.
+        directory: Where the table and the figure go. None: beside the checkpoint.
+        device: Such as cpu or cuda. None: a GPU where there is one.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: It does not rotate by RotaryEmbedding, has no text to read, or a number does
+            not fit.
+    """
+    from archzoo.checkpoint import CONFIG, load
+
+    path = Path(checkpoint)
+    if path.is_dir() and not (path / CONFIG).exists() and (path / "last.ckpt").exists():
+        path = path / "last.ckpt"
+    found = load(path, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    trained = found.model.context_length
+    if trained is None:
+        raise ValueError(f"{checkpoint} does not say how long the texts of its training were")
+    lengths = sorted(lengths or [trained * times for times in (1, 2, 4, 8)])
+    tail = trained // 2 if tail is None else tail
+    if windows < 1:
+        raise ValueError(f"windows={windows} must be at least 1")
+    if not 1 <= tail <= lengths[0]:
+        raise ValueError(f"tail={tail} must lie in 1 .. {lengths[0]}, the shortest length")
+    tokens, labels = _windows(found, lengths[-1], windows)
+    readings = compare(found.model, tokens, labels, lengths, tail, rotary)
+    print(f"{len(tokens)} windows; trained on {trained} tokens; tail: the last {tail}")
+    Console(width=160).print(_table(readings))
+    place = Path(directory) if directory else (path if path.is_dir() else path.parent)
+    place.mkdir(parents=True, exist_ok=True)
+    with open(place / "extend.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*Reading._fields, "windows", "tail_tokens", "trained_length"])
+        writer.writerows([*reading, len(tokens), tail, trained] for reading in readings)
+    _draw(readings, trained, tail, place / "extend.png")
+    print(f"{place} holds extend.csv, extend.png")
+
+
+def _windows(found: Pretrained, length: int, windows: int) -> tuple[Tensor, Tensor]:
+    """Whole windows of the validation text, (windows, length), and the tokens that follow."""
+    from archzoo.checkpoint import task_of
+
+    if found.task is None or "context_length" not in found.task["init_args"]:
+        raise ValueError("there is no text to read: the checkpoint was not trained on one")
+    task = task_of(found, context_length=length, batch_size=1, carry_state=False)
+    rows: list[tuple[Tensor, Tensor]] = []
+    for batch in task.evaluation_loader("validation"):
+        if len(rows) == windows or (batch["labels"] == IGNORED).any():
+            break
+        rows.append((batch["tokens"][0], batch["labels"][0]))
+    if not rows:
+        raise ValueError(
+            f"the validation text is shorter than one window of {length} tokens: name shorter "
+            "lengths"
+        )
+    tokens, labels = zip(*rows, strict=True)
+    return torch.stack(tokens), torch.stack(labels)
+
+
+def _table(readings: list[Reading]) -> Table:
+    """A row for each scaling, a column for each length: window (tail)."""
+    table = Table(box=None, header_style="bold")
+    table.add_column("perplexity of window (tail)")
+    lengths = list(dict.fromkeys(reading.length for reading in readings))
+    ratios = {reading.length: reading.ratio for reading in readings}
+    for length in lengths:
+        table.add_column(f"{length} = {ratios[length]:g} x", justify="right", no_wrap=True)
+    for name in dict.fromkeys(reading.scaling for reading in readings):
+        cells = [f"{r.window:.4g} ({r.tail:.4g})" for r in readings if r.scaling == name]
+        table.add_row(name, *cells)
+    return table
+
+
+def _draw(readings: list[Reading], trained: int, tail: int, path: Path) -> None:
+    """Perplexity against length, of the window and of its tail."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("a figure needs matplotlib: pip install 'archzoo[plots]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for panel, field, title in (
+        (panels[0], "window", "all tokens of a window"),
+        (panels[1], "tail", f"the last {tail} tokens of a window"),
+    ):
+        for name in dict.fromkeys(reading.scaling for reading in readings):
+            line = [(r.length, getattr(r, field)) for r in readings if r.scaling == name]
+            style = "k--" if name == UNSCALED else "o-"
+            panel.plot(*zip(*line, strict=True), style, label=name, markersize=4)
+        panel.axvline(trained, color="grey", linewidth=0.8)
+        panel.set(title=title, xlabel="tokens (grey: trained length)", xscale="log", yscale="log")
+        lengths = sorted({reading.length for reading in readings})
+        panel.set_xticks(lengths, [str(length) for length in lengths], minor=False)
+        panel.set_xticks([], minor=True)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("perplexity")
+    values = [value for r in readings for value in (r.window, r.tail)]
+    ticks = [2**k for k in range(24) if min(values) / 2 <= 2**k <= max(values) * 2]
+    panels[0].set_yticks(ticks, [str(tick) for tick in ticks])
+    panels[0].set_yticks([], minor=True)
+    panels[0].set_ylim(min(values) / 1.2, max(values) * 1.2)
+    panels[1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
