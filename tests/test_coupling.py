@@ -67,16 +67,30 @@ def test_packed_lines_with_padding_get_what_they_get_alone(pairs, prompt, paddin
     assert got.tolist() == [want]
 
 
-def test_the_task_gives_them_and_refuses_answers_that_begin_at_the_top():
-    task = Addition(digits=5, batch_size=64, coupled=True)
+@pytest.mark.parametrize("prompt", ["reversed", "plain"])
+@pytest.mark.parametrize("zero_padded", [False, True])
+def test_the_task_gives_what_is_read_off_its_lines(prompt, zero_padded):
+    task = Addition(
+        digits=5,
+        batch_size=64,
+        coupled=True,
+        reverse=prompt == "reversed",
+        reverse_answer=True,
+        zero_padded=zero_padded,
+    )
+    assert task.coupling == prompt
     batch = task.train_dataloader().batch(0)
-    for tokens, places in zip(batch["tokens"], batch["positions"], strict=True):
-        text = TOKENIZER.decode(tokens.tolist())
-        a, b, _ = task.parse(text)
-        want = line(a, b, "reversed")[1]
-        assert places.tolist() == want + [0] * (len(places) - len(want))
-    with pytest.raises(ValueError, match="take reverse=True"):
-        Addition(coupled=True, reverse=False)
+    read = coupled_positions(
+        batch["tokens"], range(10), SIGNS, documents=batch["documents"], prompt=prompt
+    )
+    assert torch.equal(batch["positions"], read)
+    if not zero_padded:
+        text = TOKENIZER.decode(batch["tokens"][0].tolist())
+        order = -1 if prompt == "reversed" else 1
+        a, b = (int(number[::order]) for number in text.partition("=")[0].split("+"))
+        want = line(a, b, prompt)
+        assert text == want[0]
+        assert batch["positions"][0, : len(text)].tolist() == want[1]
 
 
 # ---------------------------------------------------------------------------- the embedding
