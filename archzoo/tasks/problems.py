@@ -95,6 +95,7 @@ class Exercise(Task):
     """
 
     metrics = ("token_accuracy", "exact_match")
+    tokenizer: CharacterTokenizer
     has_keys: ClassVar[bool] = False  # whether lines hold letters without hints
 
     def __init__(
@@ -183,8 +184,13 @@ class Exercise(Task):
         numbers = number * self.batch_size + rows
         return self.batch(self.problems(split, numbers), numbers, self.context_length)
 
-    def beyond_loader(self, length: int) -> Loader:
+    def beyond_loader(self, length: Any) -> Loader:
         problems = self.cell(length, length, self.arguments["ood_examples"])
+        if not problems.examples:
+            raise ValueError(
+                f"ood_digits {length}: none of the few problems of that size is held out; take a "
+                f"smaller held_out than {self.held_out}, or another length"
+            )
         width = int(self.lines(problems).lengths.max()) - 1
 
         def make(number: int, rows: Integers) -> Batch:
@@ -391,7 +397,7 @@ class Exercise(Task):
             rounds, turn = rounds[:wanted], turn[:wanted]
             if not len(turn):
                 raise ValueError(
-                    f"none of the few problems is held out: take held_out smaller than "
+                    "none of the few problems is held out: take a smaller held_out than "
                     f"{self.held_out}, or larger problems"
                 )
             sizes = np.array(cells).T[:, turn]

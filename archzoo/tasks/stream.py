@@ -192,8 +192,8 @@ class Task(lightning.LightningDataModule):
         operators: the signs of its problems, the last one followed by the answer.
         coupling: how a task whose batches hold coupled positions (`positions`) writes the numbers
             of a problem, "reversed" or "plain"; None: it gives no positions.
-        beyond: lengths that no training example has and that every validation asks as well; each
-            has its own loader (`beyond_loader`) and its own exact match.
+        beyond: what every validation asks as well, each with a loader (`beyond_loader`) and an
+            exact match of its own: lengths that no training example has, or names.
         arguments: what the task was made with, plain data.
     """
 
@@ -203,7 +203,7 @@ class Task(lightning.LightningDataModule):
     longest_run: int | None = None
     operators: str = "+="
     coupling: Literal["reversed", "plain"] | None = None
-    beyond: tuple[int, ...] = ()
+    beyond: tuple[int | str, ...] = ()
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
@@ -230,8 +230,8 @@ class Task(lightning.LightningDataModule):
         """Rows of one pass over the split "train", "validation" or "test"."""
         raise NotImplementedError
 
-    def beyond_loader(self, length: int) -> Loader:
-        """One pass over held-out problems of one length of `beyond`."""
+    def beyond_loader(self, length: Any) -> Loader:
+        """One pass over the held-out problems of one entry of `beyond`."""
         raise NotImplementedError
 
     def batch_rows(self, split: str) -> int:
@@ -288,6 +288,12 @@ class Task(lightning.LightningDataModule):
         return Loader(make, self.batch_rows(split), self.rows(split), self, training=False)
 
 
+def import_all() -> None:
+    """Import every task of archzoo, so that their names alone are enough to find them."""
+    for module in ("arithmetic", "sorting", "text", "mixed"):
+        import_module(f"archzoo.tasks.{module}")
+
+
 def build(config: dict[str, Any]) -> Task:
     """Makes a task again from its `Task.config`.
 
@@ -297,8 +303,7 @@ def build(config: dict[str, Any]) -> Task:
     Raises:
         ValueError: `class_path` names no task that is known.
     """
-    for module in ("arithmetic", "sorting", "text"):
-        import_module(f"archzoo.tasks.{module}")
+    import_all()
     known = {_name(task): task for task in _tasks(Task)}
     if config["class_path"] not in known:
         raise ValueError(

@@ -66,6 +66,7 @@ class Text(Task):
     """
 
     metrics = ("perplexity", "token_accuracy")
+    characters = ""  # that a tokenizer of characters learns beside those of the text
 
     def __init__(
         self,
@@ -113,6 +114,7 @@ class Text(Task):
         recipe = [_FORMAT, corpus.digest(), arguments["validation_fraction"]]
         if arguments["tokenizer"] in tokenizers.NAMES:
             recipe += [arguments["tokenizer"], arguments["vocab_size"]]
+            recipe += [self.characters] if self.characters else []
         else:
             given = Tokenizer.load(arguments["tokenizer"])
             if arguments["vocab_size"] not in (None, given.vocab_size):

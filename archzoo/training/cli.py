@@ -25,15 +25,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from archzoo import parts
 from archzoo.checkpoint import read_safely
-from archzoo.tasks.arithmetic import Addition
-from archzoo.tasks.stream import Task, build
-from archzoo.tasks.text import Text
+from archzoo.tasks.stream import Task, build, import_all
 from archzoo.training.callbacks import Checkpoints, ShowProgress
 from archzoo.training.files import CheckpointFiles, MetricsFile
 from archzoo.training.mistakes import explain
 from archzoo.training.module import LanguageModel, tokenizer_files
 
-TASKS = (Addition, Text)  # imported, so that their names alone are enough
 BESIDE = "the run's directory"  # stands for it until its name is known
 COMMANDS = ("fit", "validate", "test", "predict")
 
@@ -42,6 +39,7 @@ def run(command: str, arguments: list[str]) -> int:
     """Run one of `COMMANDS`; what is wrong with the arguments is raised as ValueError."""
     for module in parts.MODULES:
         importlib.import_module(module)  # class names alone are found among what is imported
+    import_all()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     # Batches are computed in place, within a fraction of a step: a worker would only cost.

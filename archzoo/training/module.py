@@ -95,7 +95,7 @@ class LanguageModel(lightning.LightningModule):
         # Averages over an evaluation: losses and tokens weigh by token, answers by row.
         self.mean_loss, self.token_accuracy = MeanMetric(), MeanMetric()
         self.exact_match = MeanMetric()
-        self._beyond: dict[int, MeanMetric] = {}  # exact match by length, of `Task.beyond`
+        self._beyond: dict[int | str, MeanMetric] = {}  # exact match by entry of `Task.beyond`
         #: The latest logged values, plain floats, for whoever displays them.
         self.latest: dict[str, float] = {}
         self._totals: dict[str, Tensor] = {}  # sums since the last row of the log
@@ -410,9 +410,11 @@ class LanguageModel(lightning.LightningModule):
         wanted = ("loss", *(self.task.metrics if self.task else values))
         row = {f"{split}/{name}": values[name] for name in wanted}
         if self._beyond:
-            matches = {length: metric.compute().item() for length, metric in self._beyond.items()}
-            row |= {f"{split}/exact_match/{length}": matches[length] for length in matches}
-            row[f"{split}/exact_match/ood"] = sum(matches.values()) / len(matches)
+            matches = {name: metric.compute().item() for name, metric in self._beyond.items()}
+            row |= {f"{split}/exact_match/{name}": matches[name] for name in matches}
+            longer = [match for name, match in matches.items() if isinstance(name, int)]
+            if longer:
+                row[f"{split}/exact_match/ood"] = sum(longer) / len(longer)
         several = self.trainer.world_size > 1  # all have the same values; this says so
         if self.trainer.state.fn == "fit":
             # To callbacks through Lightning, to files at the step as people count it: from 1.
