@@ -126,19 +126,23 @@ def make_context(
                 f"{name} has shape {tuple(given.shape)}, the tokens {(batch_size, time)}: "
                 "give one number for every token"
             )
-    index = torch.arange(time, device=device)
     length = (place.get("length", 0) if place else 0) or time
     if documents is None and (place is None or not place["packed"]):
         # One document a row, and its number is 0: nothing to compute but positions.
-        zero = torch.zeros((1, 1), dtype=torch.int64, device=device).expand(batch_size, time)
-        counted = index.expand(batch_size, time)
-        if place is not None:
-            counted = counted + (place["positions"][:, None] + 1)
+        zero = constant((0,), device, torch.int64).expand(batch_size, time)
+        valid = constant((True,), device, torch.bool).expand(batch_size, time)
+        if time > 1 or place is None:
+            counted = torch.arange(time, device=device).expand(batch_size, time)
+            if place is not None:
+                counted = counted + (place["positions"][:, None] + 1)
+        else:
+            counted = place["positions"].view(batch_size, 1) + 1
         positions = counted if positions is None else positions.long()
-        context = Context(zero, positions, zero == 0, counted == 0, examples, False, length)
-        place = {"documents": zero[:, 0], "positions": positions[:, -1]}
-        return context, place | {"packed": False, "length": length}
+        context = Context(zero, positions, valid, counted == 0, examples, False, length)
+        after = {"documents": zero.select(1, 0), "positions": positions.select(1, -1)}
+        return context, after | {"packed": False, "length": length}
 
+    index = torch.arange(time, device=device)
     place = place or init_place(batch_size, device)
     if documents is None:  # each row goes on with its last document
         documents = place["documents"].clamp(min=0)[:, None].expand(batch_size, time)
@@ -486,7 +490,12 @@ class Block(nn.Module):
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums over time, softmax denominators and routers: float32, or float64."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``, which even where there is nothing to do costs as much as a small product."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -498,12 +507,14 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 @lru_cache(maxsize=256)
-def _constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+def _constant(values: tuple[float, ...], device: torch.device | str, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):  # an inference tensor could not be saved for a backward
         return torch.tensor(values, dtype=dtype, device=device)
 
 
-def constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+def constant(
+    values: tuple[float, ...], device: torch.device | str | None, dtype: torch.dtype
+) -> Tensor:
     """Host-side numbers as a tensor on a device, copied there once; never write into it.
 
     Decays and frequencies live as Python floats and come through here, so that no cast of a
@@ -511,7 +522,7 @@ def constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype
     """
     if torch.compiler.is_compiling():
         return torch.tensor(values, dtype=dtype, device=device)
-    return _constant(values, device, dtype)
+    return _constant(values, torch.get_default_device() if device is None else device, dtype)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -524,7 +535,7 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 def merge_heads(x: Tensor) -> Tensor:
     """(batch, time, heads, size) to (batch, time, heads * size)."""
-    return x.reshape(x.shape[0], x.shape[1], -1)
+    return x.flatten(2)
 
 
 Computed = TypeVar("Computed")
@@ -540,7 +551,7 @@ def once_per_call(tensor: Tensor, key: Hashable, compute: Callable[[], Computed]
     """
     if torch.compiler.is_compiling():  # the compiler finds common subexpressions itself
         return compute()
-    values = vars(tensor).setdefault("computed", {})  # on the tensor: gone when it is gone
+    values = tensor.__dict__.setdefault("computed", {})  # on the tensor: gone when it is gone
     if key not in values:
         values[key] = compute()
     return values[key]
@@ -549,6 +560,18 @@ def once_per_call(tensor: Tensor, key: Hashable, compute: Callable[[], Computed]
 def closing(linear: nn.Linear) -> nn.Linear:
     """Mark the projection that closes a residual branch: the decoder starts it smaller."""
     linear.closes_residual = True  # type: ignore[assignment]
+    return linear
+
+
+def long_rows(linear: nn.Linear) -> nn.Linear:
+    """Lay a weight out in memory along its longer axis; its shape and values stay.
+
+    With one token a product is the reading of its weight, and a processor reads few long rows
+    faster than many short ones: (1376, 256) float32 came from memory in 85 us instead of 180, and
+    from the cache in 30 instead of 45. Products with many tokens take the same time either way.
+    """
+    if linear.out_features > linear.in_features:
+        linear.weight = nn.Parameter(linear.weight.detach().t().contiguous().t())
     return linear
 
 

@@ -189,7 +189,9 @@ class Decoder(nn.Module):
                 std = self.init_std
                 if getattr(module, "closes_residual", False):
                     std /= math.sqrt(2 * self.depth * self.loops)
-                nn.init.normal_(module.weight, std=std)
+                # Drawn row by row, so that how a weight lies in memory does not change its values.
+                drawn = torch.empty_like(module.weight, memory_format=torch.contiguous_format)
+                module.weight.data.copy_(nn.init.normal_(drawn, std=std))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, Embedding):
@@ -279,9 +281,10 @@ class Decoder(nn.Module):
         embedding = x
         after: list[State] = []
         aux: Aux = {}
-        with torch.no_grad():
-            for loop in range(free_loops):
-                x = self._run(x, embedding, before, context, form, loop, after, {})
+        if free_loops:
+            with torch.no_grad():
+                for loop in range(free_loops):
+                    x = self._run(x, embedding, before, context, form, loop, after, {})
         for loop in range(free_loops, free_loops + loops):
             x = self._run(x, embedding, before, context, form, loop, after, aux)
         if loops > 1:

@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from archzoo.block import constant
+
 
 def _inverse_root_mean_square(x: Tensor, eps: float) -> Tensor:
     """``1 / sqrt(mean(x^2) + eps)`` over the last axis, which is kept."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.addcmul(torch.full_like(norm, eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+    norm = torch.linalg.vector_norm(x, 2, -1, True)
+    added = constant((eps,), x.device, x.dtype)
+    return torch.addcmul(added, norm, norm, value=1 / x.shape[-1]).rsqrt_()
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -58,12 +61,12 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
         weight: (channels,), or None for all ones.
         eps: Added to the mean square.
     """
-    fused = x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64)
-    if fused or torch.compiler.is_compiling():
+    composed = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    if not composed or torch.compiler.is_compiling():
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     if torch.is_grad_enabled():
         return _RMSNorm.apply(x, weight, eps)
-    normed = x * _inverse_root_mean_square(x, eps)
+    normed = _inverse_root_mean_square(x, eps).mul(x)
     return normed if weight is None else normed * weight
 
 

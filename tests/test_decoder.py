@@ -13,9 +13,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import archzoo
-from archzoo.block import FORMS, Bias, FeedForward, Mixer, fork, make_context
+from archzoo.block import FORMS, Bias, FeedForward, Mixer, fork, long_rows, make_context
 from archzoo.contract import relative_error
 from archzoo.decoder import Decoder
+from archzoo.mixers.attention import attend_once
 
 FAMILIES = ("retnet", "transformer")
 
@@ -479,3 +480,46 @@ def test_a_few_steps_learn(family):
     assert losses[0] == pytest.approx(math.log(64), abs=0.1)
     assert losses[-1] < math.log(8) - 0.3
     assert train() == losses
+
+
+def test_long_rows_change_the_layout_alone() -> None:
+    linear = nn.Linear(8, 24, bias=False)
+    weight = linear.weight.detach().clone()
+    laid = long_rows(linear).weight
+    assert laid.stride() == (1, 24)
+    assert torch.equal(laid, weight)
+    assert long_rows(nn.Linear(24, 8, bias=False)).weight.stride() == (24, 1)
+
+
+def test_layout_does_not_change_what_a_seed_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    def weights() -> dict[str, torch.Tensor]:
+        torch.manual_seed(3)
+        return archzoo.create_model("retnet_micro", vocab_size=16).state_dict()
+
+    laid = weights()
+    for module in ("mixers.retention", "feedforward.dense"):
+        monkeypatch.setattr(f"archzoo.{module}.long_rows", lambda linear: linear)
+    plain = weights()
+    assert any(laid[name].stride() != plain[name].stride() for name in plain)
+    assert all(torch.equal(laid[name], plain[name]) for name in plain)
+
+
+def test_one_query_reads_a_long_cache_as_attention_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past LONG_CACHE tokens two products take the place of the fused attention."""
+    grouped = {"class_path": "Attention", "init_args": {"kv_heads": 2}}
+    net = archzoo.create_model("transformer_micro", vocab_size=16, heads=4, mixer=grouped)
+    net, tokens = net.double().eval(), torch.randint(0, 16, (3, 40))
+    whole = net(tokens).logits
+    monkeypatch.setattr("archzoo.mixers.attention.LONG_CACHE", 8)
+    seen = []
+    monkeypatch.setattr(
+        "archzoo.mixers.attention.attend_once",
+        lambda *qkv: seen.append(qkv[1].shape[2]) or attend_once(*qkv),
+    )
+    with torch.inference_mode():
+        state, steps = net.init_state(3, capacity=40), []
+        for t in range(40):
+            logits, state, _ = net(tokens[:, t : t + 1], state)
+            steps.append(logits)
+    assert min(seen) == 8
+    assert relative_error(torch.cat(steps, dim=1), whole) < 1e-12

@@ -15,10 +15,15 @@ from archzoo.block import (
     State,
     closing,
     head_size,
+    long_rows,
     merge_heads,
     split_heads,
 )
 from archzoo.positions.rotary import RotaryEmbedding
+
+# On a CPU two plain products read a long cache faster than torch's fused attention does with one
+# query: 4 heads of 64 channels took 63 against 58 us at 1,024 tokens, 440 against 487 at 4,096.
+LONG_CACHE = 4_096  # tokens
 
 
 class Attention(Mixer):
@@ -47,7 +52,7 @@ class Attention(Mixer):
         # One matrix for q, k and v, in this order: at small sizes three would cost more in calls.
         keys = self.kv_heads * self.head_dim
         self.widths = [dim + keys, keys]  # of q and k, and of v
-        self.query_key_value = nn.Linear(dim, sum(self.widths), bias=False)
+        self.query_key_value = long_rows(nn.Linear(dim, sum(self.widths), bias=False))
         self.output = closing(nn.Linear(dim, dim, bias=False))
         self.rotary: Rotary = RotaryEmbedding(self.head_dim)
         self.bias: Bias | None = None
@@ -81,7 +86,7 @@ class Attention(Mixer):
 
     def parallel(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
         """X (batch, time, dim) against itself and whatever the state holds."""
-        qk, v = self.query_key_value(x).split(self.widths, dim=-1)
+        qk, v = self.query_key_value(x).split_with_sizes(self.widths, -1)
         return self.attend(qk, v, state, context)
 
     def attend(self, qk: Tensor, v: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
@@ -104,14 +109,18 @@ class Attention(Mixer):
         if state is not None:
             state = extend(state, k, v, positions, documents)
             length = state["length"]
-            k, v = state["keys"][:, :, :length], state["values"][:, :, :length]
+            k, v = state["keys"].narrow(2, 0, length), state["values"].narrow(2, 0, length)
             positions = state["positions"][:, :length] if positions is not None else None
             documents = state["documents"][:, :length] if documents is not None else None
 
         mask, causal = self.mask(q, k, context, positions, documents)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.kv_heads != self.heads
-        )
+        once = q.shape[2] == 1 and k.shape[2] >= LONG_CACHE and mask is None
+        if once and q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64):
+            y = attend_once(q, k, v)
+        else:
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.kv_heads != self.heads
+            )
         return self.output(merge_heads(y.transpose(1, 2))), state
 
     def mask(
@@ -142,6 +151,24 @@ class Attention(Mixer):
         return bias.masked_fill(~seen, float("-inf")), False
 
 
+def attend_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of one query to all keys by two products.
+
+    Args:
+        q: (batch, heads, 1, head_dim).
+        k: (batch, kv_heads, keys, head_dim), kv_heads dividing heads.
+        v: As k.
+
+    Returns:
+        (batch, heads, 1, head_dim).
+    """
+    group = q.shape[1] // k.shape[1]
+    q = rearrange(q * q.shape[-1] ** -0.5, "b (h g) 1 d -> (b h) g d", g=group)
+    scores = torch.bmm(q, k.flatten(0, 1).mT)
+    y = torch.bmm(scores.softmax(dim=-1), v.flatten(0, 1))
+    return rearrange(y, "(b h) g d -> b (h g) 1 d", h=k.shape[1])
+
+
 def extend(
     state: State, k: Tensor, v: Tensor, positions: Tensor | None, documents: Tensor | None
 ) -> State:
@@ -151,18 +178,19 @@ def extend(
     where they are on, new tensors are made, since the old ones may be needed by a backward pass.
     """
     length, time = state["length"], k.shape[2]
-    state = dict(state)
-    state["length"] = length + time
-    entries = {"keys": k, "values": v, "positions": positions, "documents": documents}
-    for name, new in entries.items():
-        if new is None:
-            continue
-        axis = new.dim() - 2 if new.dim() == 4 else 1
+    after = dict(state)
+    after["length"] = length + time
+    fresh = [("keys", k, 2), ("values", v, 2)]  # name, new entries, the axis of time
+    if positions is not None:
+        fresh.append(("positions", positions, 1))
+    if documents is not None:
+        fresh.append(("documents", documents, 1))
+    for name, new, axis in fresh:
         room = state.get(name)
         if room is None:  # the first padding: everything before belongs to document 0
             room = new.new_zeros((new.shape[0], state["keys"].shape[2]))
         if torch.is_grad_enabled():
-            state[name] = torch.cat([room.narrow(axis, 0, length), new.to(room.dtype)], dim=axis)
+            after[name] = torch.cat([room.narrow(axis, 0, length), new.to(room.dtype)], dim=axis)
             continue
         if length + time > room.shape[axis]:
             shape = list(new.shape)
@@ -171,5 +199,5 @@ def extend(
             wider.narrow(axis, 0, length).copy_(room.narrow(axis, 0, length))
             room = wider
         room.narrow(axis, length, time).copy_(new)
-        state[name] = room
-    return state
+        after[name] = room
+    return after

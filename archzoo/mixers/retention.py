@@ -30,9 +30,11 @@ from archzoo.block import (
     Rotary,
     State,
     at_least_float32,
+    cast,
     closing,
     constant,
     head_size,
+    long_rows,
     merge_heads,
     once_per_call,
     split_heads,
@@ -89,7 +91,7 @@ def inverse_root_sum(log_decay: Tensor, positions: Tensor) -> Tensor:
     """
     if positions.stride(0) == 0:  # one row expanded
         positions = positions[:1]
-    count = (positions + 1).to(log_decay.dtype)[..., None]
+    count = (positions + 1).to(log_decay.dtype).unsqueeze(-1)
     flat = log_decay == 0
     safe = torch.where(flat, -1.0, log_decay)
     total = torch.where(flat, count, torch.expm1(count * safe) / torch.expm1(safe))
@@ -293,12 +295,13 @@ class Retention(KeepsFloat32, Mixer):
         self.head_norm, self.norm_eps, self.chunk_size = head_norm, norm_eps, chunk_size
         # One matrix for q, k, v and the gate, in this order.
         self.widths = [2 * dim, value_width] + [value_width] * gate
-        self.query_key_value_gate = nn.Linear(dim, sum(self.widths), bias=False)
+        self.query_key_value_gate = long_rows(nn.Linear(dim, sum(self.widths), bias=False))
         self.output = closing(nn.Linear(value_width, dim, bias=False))
         self.rotary: Rotary = RetentionRotation(self.head_dim)
 
         self.learnable = decay == "learnable"
         self.fixed_log_decay = log_decays("default" if self.learnable else decay, heads)
+        self.fixed_decay = tuple(math.exp(value) for value in self.fixed_log_decay)
         if self.learnable:  # log gamma = -exp(rate) stays below 0 wherever training takes it
             rates = [math.log(-value) for value in self.fixed_log_decay]
             self.decay_rate = nn.Parameter(torch.tensor(rates))
@@ -310,6 +313,12 @@ class Retention(KeepsFloat32, Mixer):
         if self.learnable:
             return -self.decay_rate.to(dtype).exp()
         return constant(self.fixed_log_decay, like.device, dtype)
+
+    def gamma(self, log_decay: Tensor) -> Tensor:
+        """Each head's gamma, (heads, 1, 1)."""
+        if self.learnable:
+            return log_decay.exp()[:, None, None]
+        return constant(self.fixed_decay, log_decay.device, log_decay.dtype).view(-1, 1, 1)
 
     def normaliser(self, log_decay: Tensor, context: Context) -> Tensor:
         """1 / sqrt(s_n) for q to be multiplied by, (batch or 1, time, heads, 1)."""
@@ -355,10 +364,9 @@ class Retention(KeepsFloat32, Mixer):
 
         q and k come rotated, not scaled; k and v are 0 at padding.
         """
-        q, k = self.rotary.at_length(context.length).both(
-            qk.to(dtype), self.heads, context.positions
-        )
-        v = v.to(dtype)
+        rotary = self.rotary.at_length(context.length)
+        q, k = rotary.both(cast(qk, dtype), self.heads, context.positions)
+        v = cast(v, dtype)
         if context.packed:
             valid = context.valid[:, :, None, None]
             k, v = k * valid, v * valid
@@ -374,7 +382,7 @@ class Retention(KeepsFloat32, Mixer):
             o = rms_norm(o, eps=eps)
         elif self.head_norm == "group":
             o = F.layer_norm(o, (self.value_dim,), eps=eps)
-        y = merge_heads(o).to(dtype)
+        y = cast(merge_heads(o), dtype)
         return self.output(y if gate is None else F.silu(gate) * y)
 
     def _plain(
@@ -451,17 +459,20 @@ class Retention(KeepsFloat32, Mixer):
                 q, k * self.head_dim**-0.5, v, log_decay, memory, context.positions, *seen
             )
             return self.finish(o, gate, x.dtype), {"memory": memory}
+        batch, heads = x.shape[0], self.heads
         with without_autocast(x.device):
             q, k, v = self.widen(qk, v, context, log_decay.dtype)
             q = q * self.normaliser(log_decay, context)
-            q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (batch, heads, 1, size)
-            gamma = log_decay.exp()[:, None, None]
+            # With one token these are views; transposing would take twice the calls.
+            k, v = k.view(batch, heads, -1, 1), v.view(batch, heads, 1, -1)
+            gamma = self.gamma(log_decay)
             if context.packed:  # a new document forgets the past; padding lets nothing decay
                 keep, valid = ~context.starts[:, :, None, None], context.valid[:, :, None, None]
                 gamma = torch.where(valid, gamma * keep, 1.0)
             if torch.is_grad_enabled():
-                memory = torch.addcmul(memory * gamma, k.mT, v, value=self.head_dim**-0.5)
+                memory = torch.addcmul(memory * gamma, k, v, value=self.head_dim**-0.5)
             else:
-                memory.mul_(gamma).addcmul_(k.mT, v, value=self.head_dim**-0.5)
-            o = (q @ memory).transpose(1, 2)
+                memory.mul_(gamma).addcmul_(k, v, value=self.head_dim**-0.5)
+            o = torch.bmm(q.view(batch * heads, 1, -1), memory.flatten(0, 1))
+            o = o.view(batch, 1, heads, -1)
         return self.finish(o, gate, x.dtype), {"memory": memory}

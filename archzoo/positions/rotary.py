@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from archzoo.block import Rotary, at_least_float32, constant, once_per_call
+from archzoo.block import Rotary, at_least_float32, cast, constant, once_per_call
 
 Frequencies = tuple[float, ...]
 
@@ -198,9 +198,11 @@ def rotation_table(
 
     def compute() -> Tensor:
         rows = positions[:1] if positions.stride(0) == 0 else positions
-        angles = rows[..., None, None] * constant(frequencies, rows.device, torch.float64)
+        theta = constant(frequencies, rows.device, torch.float64)
+        angles = rows.view(*rows.shape, 1, 1) * theta
         wide = torch.complex128 if dtype == torch.float64 else torch.complex64
-        return torch.polar(torch.full_like(angles, amplitude), angles).to(wide)
+        length = constant((amplitude,), rows.device, torch.float64)
+        return torch.polar(length, angles).to(wide)
 
     return once_per_call(positions, ("rotation", frequencies, dtype, amplitude), compute)
 
@@ -212,11 +214,13 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
         x: Any float dtype; it comes back in the same.
         table: (batch or 1, time, 1, pairs) complex, from `rotation_table`.
     """
+    batch, time, heads, channels = x.shape
     pairs = table.shape[-1]
-    if x.shape[-1] > 2 * pairs:
+    if channels > 2 * pairs:
         turned = rotate(x[..., : 2 * pairs], table)
         return torch.cat([turned, x[..., 2 * pairs :]], dim=-1)
-    wide = x.to(table.real.dtype).unflatten(-1, (pairs, 2))
+    wide = cast(x, torch.float64 if table.dtype == torch.complex128 else torch.float32)
+    wide = wide.view(batch, time, heads, pairs, 2)
     if torch.compiler.is_compiling():
         # Compilers do not fuse complex arithmetic; eager mode is 2 to 3 times faster with it.
         a, b = wide.unbind(-1)
@@ -224,7 +228,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
         turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
     else:
         turned = torch.view_as_real(torch.view_as_complex(wide) * table)
-    return turned.flatten(-2).to(x.dtype)
+    return cast(turned.view(batch, time, heads, channels), x.dtype)
 
 
 class _Rotation(Rotary):
@@ -252,7 +256,8 @@ class _Rotation(Rotary):
     def both(self, qk: Tensor, heads: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate q and k side by side, (batch, time, heads + key heads, head_dim), in one go."""
         qk = rotate(qk, self._table(positions, qk.dtype))
-        return qk[:, :, :heads], qk[:, :, heads:]
+        q, k = qk.split_with_sizes((heads, qk.shape[2] - heads), 2)
+        return q, k
 
 
 class RotaryEmbedding(_Rotation):
