@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from archzoo.decoder import Decoder
-from archzoo.feedforward.balance import load_metrics, virtual_drop_rate
+from archzoo.feedforward.balance import load_metrics, shares, virtual_drop_rate
 from archzoo.feedforward.moe import MixtureOfExperts
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def examine(decoder: Decoder, batches: Iterable[dict[str, Tensor]]) -> list[Laye
     for layer, mixture in mixtures.items():
         mine, balance = counts[layer], mixture.balance
         total = mine.sum().clamp(min=1)
-        values = {name: value.item() for name, value in load_metrics(mine).items()}
+        values = {name: value.item() for name, value in load_metrics(shares(mine)).items()}
         for name in ("max1_max2", "max2_max3"):
             if (found := ratios.get(f"metric/{name}/{layer}")) is not None:
                 values[name] = (found / total).item()
@@ -103,9 +103,9 @@ def examine(decoder: Decoder, batches: Iterable[dict[str, Tensor]]) -> list[Laye
         values["similarity"] = mixture.experts.similarity().item()
         if balance.adaptive:
             values["coefficient"] = balance.alpha.item()
-        shares = (mine * mixture.top_k / total).tolist()
+        load = (mine * mixture.top_k / total).tolist()
         even = mixture.top_k / len(mine)
-        layers.append(Layer(layer, shares, mixture.shared_experts, even, values))
+        layers.append(Layer(layer, load, mixture.shared_experts, even, values))
     return layers
 
 

@@ -13,14 +13,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from harness import in_turn, write_rows
 from torch import Tensor, nn
 
 from archzoo.block import make_context
+from archzoo.feedforward import moe
 from archzoo.feedforward.dense import GatedFeedForward
 from archzoo.feedforward.moe import MixtureOfExperts
+from archzoo.kernels import experts as kernels
 
 
 class Case(NamedTuple):
@@ -58,6 +61,19 @@ def step(part: nn.Module, x: Tensor, context: Any, cotangent: Tensor, mixed: boo
             torch.cuda.synchronize()
 
     return run
+
+
+def without_kernels(run: Callable[[], None]) -> Callable[[], None]:
+    """The same by plain PyTorch around the grouped products."""
+
+    def run_plain() -> None:
+        with (
+            patch.object(kernels, "fused", lambda *given: False),
+            patch.object(moe, "fused", lambda *given: False),
+        ):
+            run()
+
+    return run_plain
 
 
 def scattermoe(case: Case, x: Tensor, mixture: MixtureOfExperts, context: Any) -> Any:
@@ -104,6 +120,9 @@ def measure(case: Case, device: str, tokens: int, dim: int, rounds: int) -> list
     loop = MixtureOfExperts(dim, case.width, experts=case.experts, top_k=case.top_k).to(device)
     loop.experts.choose_backend = lambda *facts: "loop"  # type: ignore[method-assign]
     sides["loop"] = step(loop, x, context, cotangent, mixed)
+    if mixed:
+        plain = MixtureOfExperts(dim, case.width, experts=case.experts, top_k=case.top_k).to(device)
+        sides["no kernels of ours"] = without_kernels(step(plain, x, context, cotangent, mixed))
     peer = scattermoe(case, x, loop, context) if device == "cuda" else None
     if peer is not None:
         sides["scattermoe, experts alone"] = peer

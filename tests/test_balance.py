@@ -15,6 +15,7 @@ from archzoo.feedforward.balance import (
     gate_ratios,
     load_metrics,
     mean_over_tokens,
+    shares,
     squared_mean_loss,
     switch_loss,
     virtual_drop_rate,
@@ -46,11 +47,11 @@ def collapsed(experts, on):
 
 
 def test_switch_loss_is_one_at_balance_and_known_at_collapse():
-    assert switch_loss(EVEN, torch.full((8,), 5)).item() == pytest.approx(1, abs=1e-6)
+    assert switch_loss(EVEN, EVEN).item() == pytest.approx(1, abs=1e-6)
     for on in (1, 2, 4):
         counts = torch.zeros(8, dtype=torch.int64)
         counts[:on] = 10
-        got = switch_loss(collapsed(8, on), counts)
+        got = switch_loss(collapsed(8, on), shares(counts))
         assert got.item() == pytest.approx(8 / on, abs=1e-6)
 
 
@@ -157,13 +158,13 @@ def test_places_go_to_the_first_tokens():
 
 
 def test_load_metrics_at_balance_and_collapse():
-    even = load_metrics(torch.full((8,), 5))
+    even = load_metrics(EVEN)
     assert even["max_violation"].item() == pytest.approx(0, abs=1e-6)
     assert even["entropy"].item() == pytest.approx(1, abs=1e-6)
     assert even["unused"] == 0
     counts = torch.zeros(8, dtype=torch.int64)
     counts[2] = 10
-    one = load_metrics(counts)
+    one = load_metrics(shares(counts))
     assert one["max_violation"].item() == pytest.approx(7)
     assert one["entropy"].item() == pytest.approx(0, abs=1e-6)
     assert one["unused"].item() == pytest.approx(7 / 8)

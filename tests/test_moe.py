@@ -20,9 +20,8 @@ from archzoo.feedforward.moe import (
     BACKENDS,
     Experts,
     MixtureOfExperts,
-    make_dispatch,
-    rearrange_rows,
 )
+from archzoo.kernels.experts import collect_rows, make_dispatch, spread_rows
 from archzoo.parts import describe
 from archzoo.registry import get_preset
 
@@ -169,18 +168,22 @@ def test_gradients_are_the_derivative():
 
 
 @pytest.mark.parametrize("k", [1, 3])
-def test_rearranging_and_back_is_the_identity(k):
+def test_spreading_and_collecting_is_the_identity(k):
     indices = torch.rand(7, 5).topk(k).indices
-    order, inverse, ends = make_dispatch(indices, 5)
+    dispatch = make_dispatch(indices, 5)
     chosen = indices.flatten()
-    assert torch.equal(chosen[order], chosen.sort(stable=True).values)
-    assert torch.equal(order, chosen.argsort(stable=True)), "tokens keep their order"
-    assert torch.equal(ends, chosen.bincount(minlength=5).cumsum(0).int())
+    assert torch.equal(chosen[dispatch.order], chosen.sort(stable=True).values)
+    assert torch.equal(dispatch.order, chosen.argsort(stable=True)), "tokens keep their order"
+    assert torch.equal(dispatch.ends, chosen.bincount(minlength=5).cumsum(0).int())
     x = torch.randn(7, 4, dtype=DOUBLE, requires_grad=True)
-    rows = rearrange_rows(x, order, inverse, k)
-    back = rearrange_rows(rows, inverse, order)
-    assert torch.equal(back, x.repeat_interleave(k, 0))
-    assert torch.autograd.gradcheck(lambda x: rearrange_rows(x, order, inverse, k), x)
+    weights = torch.rand(7, k, dtype=DOUBLE, requires_grad=True)
+    rows = spread_rows(x, dispatch, k)
+    assert torch.equal(rows, x.repeat_interleave(k, 0)[dispatch.order])
+    back = collect_rows(rows, weights, dispatch)
+    assert relative_error(back, x * weights.sum(1, keepdim=True)) < 1e-15
+    assert torch.autograd.gradcheck(lambda x: spread_rows(x, dispatch, k), x)
+    rows = torch.randn(7 * k, 4, dtype=DOUBLE, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *a: collect_rows(*a, dispatch), (rows, weights))
 
 
 # ---------------------------------------------------------------------------- the choice

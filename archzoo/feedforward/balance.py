@@ -59,7 +59,25 @@ def capacity(assignments: Tensor | int, experts: int, factor: float) -> Tensor |
     return -((-assignments * share.numerator) // share.denominator)
 
 
-def virtual_drop_rate(assignments: Tensor, factor: float) -> Tensor:
+def shares(assignments: Tensor, total: Tensor | int | None = None) -> Tensor:
+    """f: each expert's share of the assignments, (experts,) float32; all 0 where there are none.
+
+    Args:
+        assignments: c, (experts,) int64.
+        total: Their sum, where it is known: a sum less to compute.
+    """
+    total = assignments.sum() if total is None else total
+    return assignments / at_least_1(total)
+
+
+def at_least_1(total: Tensor | int) -> Tensor | int:
+    """A count that may be divided by."""
+    return total.clamp(min=1) if isinstance(total, Tensor) else max(total, 1)
+
+
+def virtual_drop_rate(
+    assignments: Tensor, factor: float, total: Tensor | int | None = None
+) -> Tensor:
     """The share of assignments that a capacity would have cut: ``sum_j relu(c_j - C) / sum(c)``.
 
     It tells how uneven the load is where nothing is dropped. C is `capacity`. Counts are summed
@@ -68,13 +86,14 @@ def virtual_drop_rate(assignments: Tensor, factor: float) -> Tensor:
     Args:
         assignments: c, (experts,) int64.
         factor: The capacity factor, 1.25 by our choice: Skywork's report does not name one.
+        total: The assignments' sum, where it is known.
 
     Returns:
         A scalar, float32.
     """
-    total = assignments.sum()
+    total = assignments.sum() if total is None else total
     over = (assignments - capacity(total, len(assignments), factor)).clamp(min=0)
-    return over.sum() / total.clamp(min=1)
+    return over.sum() / at_least_1(total)
 
 
 def within_capacity(indices: Tensor, experts: int, factor: float, valid: Tensor | None) -> Tensor:
@@ -105,7 +124,7 @@ def within_capacity(indices: Tensor, experts: int, factor: float, valid: Tensor 
 # ---------------------------------------------------------------------------- losses
 
 
-def switch_loss(mean_probabilities: Tensor, assignments: Tensor) -> Tensor:
+def switch_loss(mean_probabilities: Tensor, share: Tensor) -> Tensor:
     """``n sum_j f_j P_j``: 1 where the load is even, n where one expert gets it all.
 
     Its gradient goes through P alone.
@@ -114,10 +133,9 @@ def switch_loss(mean_probabilities: Tensor, assignments: Tensor) -> Tensor:
 
     Args:
         mean_probabilities: P, (experts,).
-        assignments: c, (experts,).
+        share: f, (experts,).
     """
-    share = assignments / assignments.sum().clamp(min=1)
-    return len(share) * (share.to(mean_probabilities.dtype) * mean_probabilities).sum()
+    return len(share) * torch.dot(share.to(mean_probabilities.dtype), mean_probabilities)
 
 
 def squared_mean_loss(mean_probabilities: Tensor) -> Tensor:
@@ -148,20 +166,19 @@ def z_loss(raw_logits: Tensor, valid: Tensor | None = None) -> Tensor:
 # ---------------------------------------------------------------------------- what to look at
 
 
-def load_metrics(assignments: Tensor) -> Aux:
-    """How even a load c (experts,) is, as scalars.
+def load_metrics(share: Tensor) -> Aux:
+    """How even a load f (experts,) is, as scalars.
 
     Returns:
         max_violation: (max c - mean c) / mean c; 0 where the load is even.
         entropy: H(f) / log n; 1 where the load is even, 0 where one expert gets it all.
         unused: The share of experts that got nothing.
     """
-    experts = len(assignments)
-    share = assignments / assignments.sum().clamp(min=1)
+    experts = len(share)
     return {
         "max_violation": share.max() * experts - 1,
-        "entropy": -torch.xlogy(share, share).sum() / math.log(max(experts, 2)),
-        "unused": (assignments == 0).to(share.dtype).mean(),
+        "entropy": torch.special.entr(share).sum() / math.log(max(experts, 2)),
+        "unused": (share == 0).to(share.dtype).mean(),
     }
 
 
@@ -179,8 +196,7 @@ def gate_ratios(probabilities: Tensor, valid: Tensor | None = None) -> Aux:
     """
     top = probabilities.topk(min(3, probabilities.shape[-1]), dim=-1).values
     # A ratio beyond 1e7 says no more, and would swamp the mean.
-    ratios = top[:, :-1] / top[:, 1:].clamp(min=1e-7)
-    means = mean_over_tokens(ratios.clamp(max=1e7), valid)
+    means = mean_over_tokens(top[:, :-1] / top[:, 1:].clamp(min=1e-7), valid)
     return dict(zip(("max1_max2", "max2_max3"), means.unbind(), strict=False))
 
 
@@ -249,11 +265,13 @@ class Balance(KeepsFloat32):
         """
         valid = context.valid.flatten() if context.packed else None
         assignments = count_assignments(routing.indices, self.experts, valid)
+        total = routing.indices.numel() if valid is None else assignments.sum()
+        share = shares(assignments, total)
         aux: Aux = {}
         if self.kind != "none":
             mean = mean_over_tokens(routing.probabilities, valid)
             if self.kind == "switch":
-                loss = switch_loss(mean, assignments)
+                loss = switch_loss(mean, share)
             else:
                 loss = squared_mean_loss(mean)
             # A copy: the backward pass must not see the coefficient of the step after.
@@ -264,14 +282,14 @@ class Balance(KeepsFloat32):
                 aux["metric/coefficient"] = self.alpha.clone()
         if self.z_coefficient:
             aux["loss/z"] = self.z_coefficient * z_loss(routing.raw_logits, valid)
-        seen = load_metrics(assignments)
+        seen = load_metrics(share)
         seen |= gate_ratios(routing.probabilities.detach(), valid)
         dropped = None
         if kept is None:
-            seen["drop_rate"] = virtual_drop_rate(assignments, self.capacity_factor)
+            seen["drop_rate"] = virtual_drop_rate(assignments, self.capacity_factor, total)
         else:
-            dropped = assignments.sum() - kept.sum()
-            seen["drop_rate"] = dropped / assignments.sum().clamp(min=1)
+            dropped = total - kept.sum()
+            seen["drop_rate"] = dropped / at_least_1(total)
         aux |= {f"metric/{name}": value for name, value in seen.items()}
         aux["sum/assignments"] = assignments
         if dropped is not None:
@@ -290,6 +308,6 @@ class Balance(KeepsFloat32):
         if dropped is None:
             rate = virtual_drop_rate(assignments, self.capacity_factor)
         else:
-            rate = dropped / assignments.sum().clamp(min=1)
+            rate = dropped / at_least_1(assignments.sum())
         wanted = (GAIN * rate.to(self.alpha)).clamp(max=self.largest)
         self.alpha.lerp_(wanted, 1 - MEMORY)

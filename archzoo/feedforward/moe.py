@@ -7,7 +7,7 @@ the balance watches the load (balance.py). Nothing is dropped unless asked for.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from archzoo.block import Aux, Context, FeedForward, Router, closing
 from archzoo.feedforward.balance import Balance, within_capacity
 from archzoo.feedforward.dense import GatedFeedForward
 from archzoo.feedforward.routers import _TopKRouter
+from archzoo.kernels.experts import cast, collect_rows, fused, make_dispatch, spread_rows, swiglu
 from archzoo.parts import Part, build, describe
 
 RouterFactory = Callable[[int, int, int], Router]
@@ -26,60 +27,6 @@ BACKENDS = ("loop", "grouped", "gather")
 # faster; elsewhere a loop asks the device for sizes, and copying costs memory alone: not measured.
 COPIED = {"cpu": 2**17}
 COPIED_ELSEWHERE = 2**25
-
-
-# ---------------------------------------------------------------------------- dispatch
-
-
-class Dispatch(NamedTuple):
-    """Where every assignment goes; assignment t * k + j is the j-th choice of token t.
-
-    Attributes:
-        order: (assignments,) int64, the assignments sorted by expert, those of one in the order
-            of tokens.
-        inverse: (assignments,) int64, where each assignment stands in that order.
-        ends: (experts,) int32, where each expert's rows end.
-    """
-
-    order: Tensor
-    inverse: Tensor
-    ends: Tensor
-
-
-def make_dispatch(indices: Tensor, experts: int) -> Dispatch:
-    """Sort the assignments of indices (tokens, k) by expert; no device is asked for a number."""
-    chosen, order = indices.flatten().sort(stable=True)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order), device=order.device)
-    last = torch.arange(experts, device=order.device)
-    return Dispatch(order, inverse, torch.searchsorted(chosen, last, right=True, out_int32=True))
-
-
-class _Rearrange(torch.autograd.Function):
-    """``y[i] = x[order[i] // k]`` for a permutation `order` of k copies of each row of x.
-
-    The backward pass gathers, too: ``dx[t] = sum_j dy[inverse[t k + j]]``, always in the same
-    order, where indexing's own would add up in whatever order threads arrive.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
-        ctx.save_for_backward(order, inverse)
-        ctx.k = k
-        return x.index_select(0, order // k if k > 1 else order)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        order, inverse = ctx.saved_tensors
-        back: Tensor = _Rearrange.apply(grad, inverse, order, 1)
-        if ctx.k > 1:
-            back = back.view(len(back) // ctx.k, ctx.k, back.shape[1]).sum(dim=1)
-        return back, None, None, None
-
-
-def rearrange_rows(x: Tensor, order: Tensor, inverse: Tensor, k: int = 1) -> Tensor:
-    """Rows of x (rows, width) repeated k times and permuted: (rows * k, width)."""
-    return _Rearrange.apply(x, order, inverse, k)
 
 
 # ---------------------------------------------------------------------------- experts
@@ -109,12 +56,6 @@ class ExpertLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """All experts' images of x (rows, in_features): (experts, rows, out_features)."""
         return torch.einsum("ri,eoi->ero", x, self.weight)
-
-
-def swiglu(x: Tensor) -> Tensor:
-    """``silu(gate) * up`` of x (..., 2 * width), gate first."""
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
 
 
 class Experts(nn.Module):
@@ -158,7 +99,13 @@ class Experts(nn.Module):
         return "loop"
 
     def forward(
-        self, x: Tensor, weights: Tensor, indices: Tensor, backend: str | None = None
+        self,
+        x: Tensor,
+        weights: Tensor,
+        indices: Tensor,
+        backend: str | None = None,
+        kept: Tensor | None = None,
+        matrices: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """``y_t = sum_j w_tj E_(i_tj)(x_t)``, the sum in the weights' dtype.
 
@@ -167,53 +114,64 @@ class Experts(nn.Module):
             weights: (tokens, k), float32 at least.
             indices: (tokens, k) int64.
             backend: "loop", "grouped" or "gather"; None: `choose_backend`.
+            kept: (tokens, k) bool: what is not dropped; None: nothing is. A dropped assignment
+                adds nothing and, but for "gather", is not computed.
+            matrices: What `matrices` gave for x; None: it is asked.
 
         Returns:
             (tokens, dim) in x's dtype.
         """
-        kind = x.device.type
-        dtype = x.dtype
-        # Autocast does not know grouped products, so all is cast here, once for every way.
-        if kind != "meta" and torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-        backend = backend or self.choose_backend(indices.numel(), dtype, x.device)
+        gate_up, down = matrices or self.matrices(x)
+        rows, k = x.to(gate_up.dtype), indices.shape[1]
+        backend = backend or self.choose_backend(indices.numel(), rows.dtype, x.device)
         if backend not in BACKENDS:
             raise ValueError(f"backend {backend!r} is none of {', '.join(BACKENDS)}")
-        tokens, k = indices.shape
-        gate_up, down = self.gate_up.weight.to(dtype), self.down.weight.to(dtype)
-        rows = x.to(dtype)
         if backend == "gather":
+            if kept is not None:
+                weights = weights * kept
             y = self.gather(rows, gate_up, down, indices)
-        else:
-            order, inverse, ends = make_dispatch(indices, self.experts)
-            rows = rearrange_rows(rows, order, inverse, k)
-            run = self.grouped if backend == "grouped" else self.loop
-            rows = run(rows, gate_up, down, ends)
-            y = rearrange_rows(rows, inverse, order).view(tokens, k, self.dim)
-        return (y * weights[:, :, None]).sum(dim=1).to(x.dtype)
+            return (y * weights[:, :, None]).sum(dim=1).to(x.dtype)
+        dispatch = make_dispatch(
+            indices, self.experts, kept, kernels=fused(rows, max(self.dim, self.width))
+        )
+        run = self.grouped if backend == "grouped" else self.loop
+        rows = run(spread_rows(rows, dispatch, k), gate_up, down, dispatch.ends)
+        return collect_rows(rows, weights, dispatch).to(x.dtype)
+
+    def matrices(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """All experts' weights, gate_up and down, in the dtype that x is computed in.
+
+        Autocast does not know grouped products, so all is cast here, once for every backend.
+        """
+        kind, dtype = x.device.type, x.dtype
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        return cast(self.gate_up.weight, dtype), cast(self.down.weight, dtype)
 
     @staticmethod
     def gather(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor) -> Tensor:
         """X (tokens, dim) to (tokens, k, dim)."""
-        hidden = swiglu(torch.einsum("td,tkhd->tkh", x, gate_up[indices]))
+        hidden = torch.einsum("td,tkhd->tkh", x, gate_up[indices])
+        hidden = swiglu(hidden.flatten(0, 1)).view(*indices.shape, down.shape[-1])
         return torch.einsum("tkh,tkdh->tkd", hidden, down[indices])
 
     @staticmethod
     def loop(rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
-        """Rows (assignments, dim) sorted by expert, to the same."""
+        """Rows (assignments, dim) sorted by expert, to the same; those behind are not computed."""
         sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+        rest = len(rows) - sum(sizes)
         # An expert without rows still gets a gradient, of zeros, as ranks that reduce theirs
         # together need: from unbind, which also spares the tensor of all experts that indexing
         # would fill for each in its backward pass.
-        pieces = zip(rows.split(sizes), gate_up.unbind(), down.unbind(), strict=True)
-        none = not len(rows)  # then all take part, with nothing
-        return torch.cat(
-            [F.linear(swiglu(F.linear(x, a)), b) for x, a, b in pieces if len(x) or none]
-        )
+        parts = rows.split([*sizes, rest])[:-1]
+        pieces = zip(parts, gate_up.unbind(), down.unbind(), strict=True)
+        none = not any(sizes)  # then all take part, with nothing
+        results = [F.linear(swiglu(F.linear(x, a)), b) for x, a, b in pieces if len(x) or none]
+        return torch.cat([*results, rows.new_zeros(rest, rows.shape[1])])
 
     @staticmethod
     def grouped(rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
-        """Rows (assignments, dim) sorted by expert, to the same."""
+        """Rows (assignments, dim) sorted by expert, to the same; those behind are not computed."""
         hidden = swiglu(F.grouped_mm(rows, gate_up.mT, offs=ends))
         return F.grouped_mm(hidden, down.mT, offs=ends)
 
@@ -307,8 +265,11 @@ class MixtureOfExperts(FeedForward):
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Aux]:
         """X (batch, time, dim) to y of the same shape, and the aux of `Balance`."""
+        tokens = x.flatten(0, 1)
+        # Before the router: a GPU casts while the router's many small kernels are launched.
+        matrices = self.experts.matrices(tokens)
         routing = self.router(x, context)
-        weights, kept = routing.weights, None
+        kept = None
         if self.drop == "position" and self.training:
             kept = within_capacity(
                 routing.indices,
@@ -316,8 +277,9 @@ class MixtureOfExperts(FeedForward):
                 self.capacity_factor,
                 context.valid.flatten() if context.packed else None,
             )
-            weights = weights * kept
-        y = self.experts(x.flatten(0, 1), weights, routing.indices).view_as(x)
+        y = self.experts(
+            tokens, routing.weights, routing.indices, kept=kept, matrices=matrices
+        ).view_as(x)
         if self.shared is not None:
             y = y + self.shared(x, context)[0]
         if not (self.training or torch.is_grad_enabled()):

@@ -28,6 +28,7 @@ from archzoo.block import (
     at_least_float32,
     without_autocast,
 )
+from archzoo.kernels.experts import attend_experts
 
 # Added to the variance: finite gradients where all logits of a token are equal.
 VARIANCE_EPS = 1e-6
@@ -177,7 +178,5 @@ class AttentionRouter(_TopKRouter):
     projections, unit_variance = 3, True
 
     def logits(self, projected: Tensor) -> Tensor:
-        """Each token's experts among themselves, by broadcasting: no other token comes near."""
-        q, k, v = projected.chunk(3, dim=-1)
-        attention = (q[:, :, None] * k[:, None, :]).softmax(dim=-1)  # (tokens, experts, experts)
-        return (attention * v[:, None, :]).sum(dim=-1)
+        """Each token's experts among themselves: no other token comes near."""
+        return attend_experts(projected)

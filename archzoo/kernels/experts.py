@@ -1,0 +1,362 @@
+"""What lies around the experts' products, fused: moving rows, SwiGLU, an attention router's scores.
+
+A mixture of experts is two grouped matrix products and much moving of memory around them. Each
+function here moves every tensor once, forward and backward, in one Triton kernel, and is its plain
+PyTorch twin wherever `fused` says no: on the CPU, in float64, and under `torch.compile`, which
+fuses the plain form by itself. Measurements: docs/kernels.md.
+
+Importing this module needs neither Triton nor a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_TRITON_FOUND = importlib.util.find_spec("triton") is not None
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_WIDTH = 8192  # of a row, which one program holds
+MAX_EXPERTS = 128  # of an attention router, whose scores among themselves one program holds
+
+
+def fused(x: Tensor, width: int = 1) -> bool:
+    """Whether the kernels run on tensors such as x, with rows of `width`."""
+    if not _TRITON_FOUND or x.dtype not in _DTYPES or width > MAX_WIDTH or not x.numel():
+        return False
+    if torch.compiler.is_compiling():
+        return False
+    if x.is_cuda:
+        return torch.version.hip is None  # never run there
+    # Triton's interpreter, for tests.
+    return x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _warps(block: int) -> int:
+    """So that a thread holds 8 numbers: 16 bytes of bfloat16 are one load."""
+    return min(max(block // 256, 1), 16)
+
+
+# ---------------------------------------------------------------------------- moving rows
+
+
+class Dispatch(NamedTuple):
+    """Where every assignment goes; assignment t * k + j is the j-th choice of token t.
+
+    Attributes:
+        inverse: (assignments,) int64, the row of each assignment: rows are sorted by expert, those
+            of one in the order of tokens; behind them stand those that are dropped.
+        ends: (experts,) int32, where each expert's rows end.
+        order: (assignments,) int64, the assignment of each row; None where kernels do the moving.
+        dropped: Whether there may be rows behind the last expert's. Nothing is computed for them,
+            and they are never read: what they hold is not even a number.
+    """
+
+    inverse: Tensor
+    ends: Tensor
+    order: Tensor | None = None
+    dropped: bool = False
+
+
+def make_dispatch(
+    indices: Tensor, experts: int, kept: Tensor | None = None, *, kernels: bool = False
+) -> Dispatch:
+    """Sort the assignments by expert; no device is asked for a number.
+
+    Args:
+        indices: (tokens, k) int64, the chosen experts.
+        experts: How many there are.
+        kept: (tokens, k) bool, what is not dropped; None: nothing is.
+        kernels: For rows that are `fused`.
+    """
+    dropped = kept is not None
+    keys = indices if kept is None else indices.masked_fill(~kept, experts)
+    keys = keys.flatten()
+    if kernels:
+        return Dispatch(*_dispatch(keys, experts, dropped), dropped=dropped)
+    # On a GPU a sort takes a pass for every 8 bits.
+    chosen, order = keys.to(torch.int16).sort(stable=True)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order), device=order.device)
+    last = torch.arange(experts, device=order.device, dtype=chosen.dtype)
+    ends = torch.searchsorted(chosen, last, right=True, out_int32=True)
+    return Dispatch(inverse, ends, order, dropped)
+
+
+def _dispatch(keys: Tensor, experts: int, dropped: bool) -> tuple[Tensor, Tensor]:
+    """Inverse and ends by counting, in one kernel where a sort takes ten."""
+    from archzoo.kernels import experts_triton as kernels
+
+    inverse = torch.empty_like(keys)
+    ends = keys.new_empty(experts, dtype=torch.int32)
+    kernels.dispatch_kernel[(experts + dropped,)](
+        keys, inverse, ends, len(keys), experts, BLOCK=4096, num_warps=8
+    )
+    return inverse, ends
+
+
+def spread_rows(x: Tensor, dispatch: Dispatch, k: int) -> Tensor:
+    """Each token's vector to the rows of its k assignments: (tokens, d) to (assignments, d).
+
+    ``rows[inverse[t k + j]] = x[t]``
+    """
+    if dispatch.order is None:
+        rows: Tensor = _Spread.apply(x, dispatch.inverse, dispatch.ends, k)
+        return rows
+    return _only_computed(_Rearrange.apply(x, dispatch.order, dispatch.inverse, k), dispatch)
+
+
+def collect_rows(rows: Tensor, weights: Tensor, dispatch: Dispatch) -> Tensor:
+    """The weighted sum of each token's rows: (assignments, d) and (tokens, k) to (tokens, d).
+
+    ``y[t] = sum_j w[t, j] rows[inverse[t k + j]]``, in the weights' dtype; dropped rows add 0.
+    """
+    if dispatch.order is None:
+        y: Tensor = _Collect.apply(rows, weights, dispatch.inverse, dispatch.ends)
+        return y
+    tokens, k = weights.shape
+    rows = _only_computed(rows, dispatch)
+    back: Tensor = _Rearrange.apply(rows, dispatch.inverse, dispatch.order, 1)
+    return (back.view(tokens, k, rows.shape[1]) * weights[:, :, None]).sum(dim=1)
+
+
+def _only_computed(rows: Tensor, dispatch: Dispatch) -> Tensor:
+    """Zeros in the place of dropped rows, in the gradient, too."""
+    if not dispatch.dropped:
+        return rows
+    place = torch.arange(len(rows), device=rows.device)
+    return rows.masked_fill((place >= dispatch.ends[-1])[:, None], 0.0)
+
+
+class _Rearrange(torch.autograd.Function):
+    """``y[i] = x[order[i] // k]`` for a permutation `order` of k copies of each row of x.
+
+    The backward pass gathers, too: ``dx[t] = sum_j dy[inverse[t k + j]]``, always in the same
+    order, where indexing's own would add up in whatever order threads arrive.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        ctx.k = k
+        return x.index_select(0, order // k if k > 1 else order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        order, inverse = ctx.saved_tensors
+        back: Tensor = _Rearrange.apply(grad, inverse, order, 1)
+        if ctx.k > 1:
+            back = back.view(len(back) // ctx.k, ctx.k, back.shape[1]).sum(dim=1)
+        return back, None, None, None
+
+
+class _Spread(torch.autograd.Function):
+    """`spread_rows` in one kernel; its gradient is the sum of `collect_rows`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inverse: Tensor, ends: Tensor, k: int) -> Tensor:
+        from archzoo.kernels import experts_triton as kernels
+
+        ctx.save_for_backward(inverse, ends)
+        ctx.k = k
+        x = x.contiguous()
+        tokens, width = x.shape
+        rows = x.new_empty(tokens * k, width)
+        block = _power_of_2(width)
+        kernels.spread_kernel[(tokens,)](
+            x, inverse, ends[-1:], rows, width, K=k, BLOCK=block, num_warps=_warps(block)
+        )
+        return rows
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        inverse, ends = ctx.saved_tensors
+        return _collect(grad, None, inverse, ends, ctx.k, grad.dtype), None, None, None
+
+
+class _Collect(torch.autograd.Function):
+    """`collect_rows` in one kernel, and both its gradients in another."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, inverse: Tensor, ends: Tensor) -> Tensor:
+        rows, weights = rows.contiguous(), weights.contiguous()
+        ctx.save_for_backward(rows, weights, inverse, ends)
+        return _collect(rows, weights, inverse, ends, weights.shape[1], weights.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        from archzoo.kernels import experts_triton as kernels
+
+        rows, weights, inverse, ends = ctx.saved_tensors
+        d_rows, d_weights = torch.empty_like(rows), torch.empty_like(weights)
+        tokens, k = weights.shape
+        block = _power_of_2(rows.shape[1])
+        kernels.collect_backward_kernel[(tokens,)](
+            grad.contiguous(), rows, weights, inverse, ends[-1:], d_rows, d_weights, rows.shape[1],
+            K=k, BLOCK=block, num_warps=_warps(block),
+        )  # fmt: skip
+        return d_rows, d_weights, None, None
+
+
+def _collect(
+    rows: Tensor, weights: Tensor | None, inverse: Tensor, ends: Tensor, k: int, dtype: torch.dtype
+) -> Tensor:
+    from archzoo.kernels import experts_triton as kernels
+
+    rows = rows.contiguous()
+    width = rows.shape[1]
+    tokens = len(rows) // k
+    y = rows.new_empty((tokens, width), dtype=dtype)
+    block = _power_of_2(width)
+    kernels.collect_kernel[(tokens,)](
+        rows, rows if weights is None else weights, inverse, ends[-1:], y, width,
+        K=k, WEIGHTED=weights is not None, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    return y
+
+
+# ---------------------------------------------------------------------------- weights
+
+
+def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``weight.to(dtype)``, whose gradient comes back at the speed of memory.
+
+    Torch's own copy from bfloat16 to float32 takes twice as long, and the gradient of all experts
+    is the largest tensor of a layer.
+    """
+    if weight.dtype == torch.float32 and dtype == torch.bfloat16 and fused(weight):
+        lower: Tensor = _Cast.apply(weight)
+        return lower
+    return weight.to(dtype)
+
+
+class _Cast(torch.autograd.Function):
+    """float32 to bfloat16, and the gradient from bfloat16 to float32."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return weight.to(torch.bfloat16)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        from archzoo.kernels import experts_triton as kernels
+
+        if not grad.is_contiguous():
+            return grad.float()
+        wide = torch.empty_like(grad, dtype=torch.float32)
+        kernels.widen_kernel[(-(-grad.numel() // 4096),)](
+            grad, wide, grad.numel(), BLOCK=4096, num_warps=8
+        )
+        return wide
+
+
+# ---------------------------------------------------------------------------- SwiGLU
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """``silu(gate) * up`` of x (rows, 2 * width), gate first: (rows, width)."""
+    if fused(x):
+        y: Tensor = _SwiGLU.apply(x)
+        return y
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+class _SwiGLU(torch.autograd.Function):
+    """In one kernel each way, the product in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        from archzoo.kernels import experts_triton as kernels
+
+        x = x.contiguous()
+        ctx.save_for_backward(x)
+        rows, width = x.shape[0], x.shape[1] // 2
+        y = x.new_empty(rows, width)
+        block = min(_power_of_2(width), 1024)
+        kernels.swiglu_kernel[(rows, -(-width // block))](
+            x, y, width, BLOCK=block, num_warps=_warps(block)
+        )
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        from archzoo.kernels import experts_triton as kernels
+
+        (x,) = ctx.saved_tensors
+        rows, width = x.shape[0], x.shape[1] // 2
+        d_x = torch.empty_like(x)
+        block = min(_power_of_2(width), 1024)
+        kernels.swiglu_backward_kernel[(rows, -(-width // block))](
+            x, grad.contiguous(), d_x, width, BLOCK=block, num_warps=_warps(block)
+        )
+        return d_x
+
+
+# ---------------------------------------------------------------------------- attention router
+
+
+def attend_experts(projected: Tensor) -> Tensor:
+    """``z_i = sum_j softmax_j(q_i k_j) v_j`` within each token: (tokens, 3 n) to (tokens, n).
+
+    Args:
+        projected: q, k and v of the n experts, one number each, side by side.
+    """
+    experts = projected.shape[1] // 3
+    if fused(projected) and projected.dtype == torch.float32 and experts <= MAX_EXPERTS:
+        z: Tensor = _Attend.apply(projected)
+        return z
+    q, k, v = projected.chunk(3, dim=-1)
+    attention = (q[:, :, None] * k[:, None, :]).softmax(dim=-1)  # (tokens, experts, experts)
+    return (attention * v[:, None, :]).sum(dim=-1)
+
+
+@functools.cache
+def _attend_options(experts: int) -> tuple[int, dict[str, int]]:
+    """Tokens of a program, and how it is compiled: some 4,096 scores at once."""
+    block = _power_of_2(experts)
+    tokens = max(4096 // block**2, 1)
+    return tokens, {"TOKENS": tokens, "BLOCK": block, "num_warps": 4 if block < 128 else 8}
+
+
+class _Attend(torch.autograd.Function):
+    """The scores of a token live in registers, and are computed again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor) -> Tensor:
+        from archzoo.kernels import experts_triton as kernels
+
+        projected = projected.contiguous()
+        ctx.save_for_backward(projected)
+        tokens, experts = projected.shape[0], projected.shape[1] // 3
+        z = projected.new_empty(tokens, experts)
+        each, options = _attend_options(experts)
+        kernels.attend_kernel[(-(-tokens // each),)](projected, z, tokens, experts, **options)
+        return z
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        from archzoo.kernels import experts_triton as kernels
+
+        (projected,) = ctx.saved_tensors
+        tokens, experts = projected.shape[0], projected.shape[1] // 3
+        d_projected = torch.empty_like(projected)
+        each, options = _attend_options(experts)
+        kernels.attend_backward_kernel[(-(-tokens // each),)](
+            projected, grad.contiguous(), d_projected, tokens, experts, **options
+        )
+        return d_projected

@@ -1,0 +1,178 @@
+"""The Triton side of `archzoo.kernels.experts`: imported only once a kernel is to run.
+
+A program takes one token's row (`spread`, `collect`), a part of a row (`swiglu`), or the scores of
+some tokens (`attend`); none waits for another, and every sum has a fixed order.
+"""
+
+# Kernels' parameters are Triton's values, which have no Python types.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def dispatch_kernel(keys, inverse, ends, assignments, experts, BLOCK: tl.constexpr):
+    """The rows of one expert's assignments: counted behind those of the experts before it.
+
+    Key `experts` is that of dropped assignments, which come last and end nowhere.
+    """
+    expert = tl.program_id(0)
+    offset = tl.arange(0, BLOCK)
+    before = tl.zeros((BLOCK,), tl.int32)
+    mine = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, assignments, BLOCK):
+        place = start + offset
+        key = tl.load(keys + place, mask=place < assignments, other=experts + 1)
+        before += (key < expert).to(tl.int32)
+        mine += (key == expert).to(tl.int32)
+    row = tl.sum(before)
+    tl.store(ends + expert, row + tl.sum(mine), mask=expert < experts)
+    for start in range(0, assignments, BLOCK):
+        place = start + offset
+        key = tl.load(keys + place, mask=place < assignments, other=experts + 1)
+        here = (key == expert).to(tl.int32)
+        tl.store(inverse + place, (row + tl.cumsum(here) - 1).to(tl.int64), mask=key == expert)
+        row += tl.sum(here)
+
+
+@triton.jit
+def widen_kernel(x, y, size, BLOCK: tl.constexpr):
+    """Copy x to y, of another dtype."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    tl.store(y + place, tl.load(x + place, mask=inside).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def spread_kernel(x, inverse, end, rows, width, K: tl.constexpr, BLOCK: tl.constexpr):
+    """rows[inverse[t, j]] = x[t]; rows from `end` on are left alone."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    computed = tl.load(end)
+    value = tl.load(x + token * width + column, mask=inside)
+    for j in tl.static_range(K):
+        row = tl.load(inverse + token * K + j)
+        tl.store(rows + row * width + column, value, mask=inside & (row < computed))
+
+
+@triton.jit
+def collect_kernel(
+    rows, weights, inverse, end, y, width,
+    K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y[t] = sum_j w[t, j] rows[inverse[t, j]]; rows from `end` on add nothing."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    computed = tl.load(end)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for j in tl.static_range(K):
+        row = tl.load(inverse + token * K + j)
+        value = tl.load(rows + row * width + column, mask=inside & (row < computed), other=0.0)
+        value = value.to(tl.float32)
+        if WEIGHTED:
+            value *= tl.load(weights + token * K + j)
+        total += value
+    tl.store(y + token * width + column, total.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def collect_backward_kernel(
+    dy, rows, weights, inverse, end, d_rows, d_weights, width,
+    K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """d_rows[inverse[t, j]] = w[t, j] dy[t] and d_w[t, j] = dy[t] . rows[inverse[t, j]]."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    computed = tl.load(end)
+    gradient = tl.load(dy + token * width + column, mask=inside, other=0.0).to(tl.float32)
+    for j in tl.static_range(K):
+        row = tl.load(inverse + token * K + j)
+        here = inside & (row < computed)
+        value = tl.load(rows + row * width + column, mask=here, other=0.0).to(tl.float32)
+        tl.store(d_weights + token * K + j, tl.sum(gradient * value))
+        weighted = gradient * tl.load(weights + token * K + j)
+        tl.store(d_rows + row * width + column, weighted.to(d_rows.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def swiglu_kernel(x, y, width, BLOCK: tl.constexpr):
+    """SwiGLU: y = silu(gate) * up, x = [gate, up]."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    gate = tl.load(x + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x + row * 2 * width + width + column, mask=inside, other=0.0).to(tl.float32)
+    value = gate * tl.sigmoid(gate) * up
+    tl.store(y + row * width + column, value.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def swiglu_backward_kernel(x, dy, d_x, width, BLOCK: tl.constexpr):
+    """With s = sigmoid(gate): d_gate = dy up s (1 + gate (1 - s)) and d_up = dy gate s."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    at = row * 2 * width + column
+    gate = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x + at + width, mask=inside, other=0.0).to(tl.float32)
+    gradient = tl.load(dy + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    share = tl.sigmoid(gate)
+    d_gate = gradient * up * share * (1.0 + gate * (1.0 - share))
+    d_up = gradient * gate * share
+    tl.store(d_x + at, d_gate.to(d_x.dtype.element_ty), mask=inside)
+    tl.store(d_x + at + width, d_up.to(d_x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _scores(projected, tokens, experts, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+    """Pointers to q, which of them are there, q, k, v (TOKENS, BLOCK), and the softmax."""
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    expert = tl.arange(0, BLOCK)
+    inside = (token < tokens)[:, None] & (expert < experts)[None, :]
+    at = token[:, None] * 3 * experts + expert[None, :]
+    q = tl.load(projected + at, mask=inside, other=0.0)
+    k = tl.load(projected + at + experts, mask=inside, other=0.0)
+    v = tl.load(projected + at + 2 * experts, mask=inside, other=0.0)
+    logits = q[:, :, None] * k[:, None, :]
+    logits = tl.where((expert < experts)[None, None, :], logits, float("-inf"))
+    scores = tl.exp(logits - tl.max(logits, axis=2)[:, :, None])
+    return at, inside, q, k, v, scores / tl.sum(scores, axis=2)[:, :, None]
+
+
+@triton.jit
+def attend_kernel(projected, z, tokens, experts, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+    """z_i = sum_j A_ij v_j with A = softmax_j(q_i k_j)."""
+    _, inside, _, _, v, scores = _scores(projected, tokens, experts, TOKENS, BLOCK)
+    value = tl.sum(scores * v[:, None, :], axis=2)
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    at = token[:, None] * experts + tl.arange(0, BLOCK)[None, :]
+    tl.store(z + at, value, mask=inside)
+
+
+@triton.jit
+def attend_backward_kernel(
+    projected, dz, d_projected, tokens, experts, TOKENS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """With D_ij = A_ij dz_i (v_j - z_i): dq_i = sum_j D_ij k_j, dk_j = sum_i D_ij q_i.
+
+    And dv_j = sum_i A_ij dz_i.
+    """
+    at, inside, q, k, v, scores = _scores(projected, tokens, experts, TOKENS, BLOCK)
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    place = token[:, None] * experts + tl.arange(0, BLOCK)[None, :]
+    gradient = tl.load(dz + place, mask=inside, other=0.0)
+    z = tl.sum(scores * v[:, None, :], axis=2)
+    weighted = scores * gradient[:, :, None]
+    d_logits = weighted * (v[:, None, :] - z[:, :, None])
+    d_q = tl.sum(d_logits * k[:, None, :], axis=2)
+    d_k = tl.sum(d_logits * q[:, :, None], axis=1)
+    d_v = tl.sum(weighted, axis=1)
+    tl.store(d_projected + at, d_q, mask=inside)
+    tl.store(d_projected + at + experts, d_k, mask=inside)
+    tl.store(d_projected + at + 2 * experts, d_v, mask=inside)

@@ -1,0 +1,129 @@
+"""The kernels around the experts' products against their plain twins in float64.
+
+Without a GPU they run through Triton's interpreter.
+"""
+
+import importlib
+import importlib.util
+import os
+
+import pytest
+import torch
+
+from archzoo.contract import relative_error
+from archzoo.kernels import experts as kernels
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+if not GPU:
+    # Triton decides when a kernel is defined whether it will be interpreted. The variable goes
+    # again at once: other tests on the CPU shall not find the kernels available.
+    os.environ["TRITON_INTERPRET"] = "1"
+    importlib.import_module("archzoo.kernels.experts_triton")
+    del os.environ["TRITON_INTERPRET"]
+    language = importlib.import_module("triton.language")
+    if type(language.zeros).__name__ != "InterpretedFunction":
+        pytest.skip("triton was imported before, for a GPU", allow_module_level=True)
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    if not GPU:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def compare(function, *inputs, allowed, used=None):
+    """Outputs and gradients of a function by kernels, and by plain PyTorch in float64.
+
+    The function is told which of them is wanted.
+    """
+    cotangent, found = None, []
+    for wide in (False, True):
+        leaves = [x.detach().double() if wide else x.detach().clone() for x in inputs]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        y = function(not wide, *leaves)
+        if cotangent is None:
+            assert kernels.fused(y), "else the twin would be compared with itself"
+            cotangent = torch.randn_like(y)
+        picked = slice(None) if used is None else used
+        if used is not None:  # rows that are never read may hold anything
+            cotangent = cotangent.masked_fill(~used[:, None], 0.0)
+        y.backward(cotangent.to(y.dtype))
+        found.append([y.detach()[picked], *(leaf.grad for leaf in leaves)])
+    for got, want in zip(*found, strict=True):
+        assert relative_error(got.double(), want) < allowed
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("width", "k"), [(16, 2), (40, 1), (33, 3)])
+@pytest.mark.parametrize("drops", [False, True])
+def test_rows(dtype, width, k, drops):
+    tokens, experts = 9, 5
+    indices = torch.rand(tokens, experts, device=DEVICE).topk(k).indices
+    kept = torch.rand(tokens, k, device=DEVICE) < 0.6 if drops else None
+    dispatches = [
+        kernels.make_dispatch(indices, experts, kept, kernels=by_kernels)
+        for by_kernels in (False, True)
+    ]
+    plain, dispatch = dispatches
+    assert torch.equal(plain.inverse, dispatch.inverse) and torch.equal(plain.ends, dispatch.ends)
+    x = torch.randn(tokens, width, device=DEVICE).to(dtype)
+    weights = torch.rand(tokens, k, device=DEVICE)
+    computed = torch.arange(tokens * k, device=DEVICE) < dispatch.ends[-1]
+    assert not drops or not computed.all()
+    allowed = TOLERANCE[dtype]
+    compare(
+        lambda way, x: kernels.spread_rows(x, dispatches[way], k), x, allowed=allowed, used=computed
+    )
+    rows = torch.randn(tokens * k, width, device=DEVICE).to(dtype)
+    rows[~computed] = float("nan")  # as products leave them
+
+    def collected(way, rows, weights):
+        y = kernels.collect_rows(rows, weights, dispatches[way])
+        if drops:  # the gradient of rows that are not computed is not written
+            rows.register_hook(lambda grad: grad.masked_fill(~computed[:, None], 0.0))
+        return y
+
+    compare(collected, rows, weights, allowed=allowed)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("width", [1, 24, 1030])
+def test_swiglu(dtype, width):
+    x = (3 * torch.randn(5, 2 * width, device=DEVICE)).to(dtype)
+    compare(lambda _, x: kernels.swiglu(x), x, allowed=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("tokens", "experts"), [(70, 8), (3, 5), (2, 64), (1, 1)])
+def test_attention_among_experts(tokens, experts):
+    projected = 2 * torch.randn(tokens, 3 * experts, device=DEVICE)
+    compare(lambda _, projected: kernels.attend_experts(projected), projected, allowed=1e-5)
+
+
+def test_rows_of_many_assignments():
+    """More than a program takes at once."""
+    indices = torch.randint(7, (5000, 1), device=DEVICE)
+    plain, dispatch = (
+        kernels.make_dispatch(indices, 7, kernels=by_kernels) for by_kernels in (False, True)
+    )
+    assert torch.equal(plain.inverse, dispatch.inverse) and torch.equal(plain.ends, dispatch.ends)
+
+
+def test_weights_are_cast_and_their_gradients_back():
+    weight = torch.randn(3, 50, 40, device=DEVICE, requires_grad=True)
+    lower = kernels.cast(weight, torch.bfloat16)
+    assert torch.equal(lower, weight.bfloat16())
+    for cotangent in (torch.randn_like(lower), torch.randn_like(lower.mT).mT):
+        weight.grad = None
+        lower.backward(cotangent, retain_graph=True)
+        assert weight.grad.dtype == torch.float32 and torch.equal(weight.grad, cotangent.float())
+
+
+def test_no_token_needs_no_kernel():
+    assert not kernels.fused(torch.empty(0, 4, device=DEVICE))
+    assert not kernels.fused(torch.empty(2, 4, device=DEVICE, dtype=torch.float64))
