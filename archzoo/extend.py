@@ -203,21 +203,21 @@ def extend_command(
         raise ValueError(f"windows={windows} must be at least 1")
     if not 1 <= tail <= lengths[0]:
         raise ValueError(f"tail={tail} must lie in 1 .. {lengths[0]}, the shortest length")
-    tokens, labels = _windows(found, lengths[-1], windows)
+    tokens, labels = windows_of(found, lengths[-1], windows)
     readings = compare(found.model, tokens, labels, lengths, tail, rotary)
     print(f"{len(tokens)} windows; trained on {trained} tokens; tail: the last {tail}")
-    Console(width=160).print(_table(readings))
+    Console(width=160).print(table(readings))
     place = Path(directory) if directory else (path if path.is_dir() else path.parent)
     place.mkdir(parents=True, exist_ok=True)
     with open(place / "extend.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*Reading._fields, "windows", "tail_tokens", "trained_length"])
         writer.writerows([*reading, len(tokens), tail, trained] for reading in readings)
-    _draw(readings, trained, tail, place / "extend.png")
+    draw(readings, trained, tail, place / "extend.png")
     print(f"{place} holds extend.csv, extend.png")
 
 
-def _windows(found: Pretrained, length: int, windows: int) -> tuple[Tensor, Tensor]:
+def windows_of(found: Pretrained, length: int, windows: int) -> tuple[Tensor, Tensor]:
     """Whole windows of the validation text, (windows, length), and the tokens that follow."""
     from archzoo.checkpoint import task_of
 
@@ -238,21 +238,21 @@ def _windows(found: Pretrained, length: int, windows: int) -> tuple[Tensor, Tens
     return torch.stack(tokens), torch.stack(labels)
 
 
-def _table(readings: list[Reading]) -> Table:
+def table(readings: list[Reading]) -> Table:
     """A row for each scaling, a column for each length: window (tail)."""
-    table = Table(box=None, header_style="bold")
-    table.add_column("perplexity of window (tail)")
+    made = Table(box=None, header_style="bold")
+    made.add_column("perplexity of window (tail)")
     lengths = list(dict.fromkeys(reading.length for reading in readings))
     ratios = {reading.length: reading.ratio for reading in readings}
     for length in lengths:
-        table.add_column(f"{length} = {ratios[length]:g} x", justify="right", no_wrap=True)
+        made.add_column(f"{length} = {ratios[length]:g} x", justify="right", no_wrap=True)
     for name in dict.fromkeys(reading.scaling for reading in readings):
         cells = [f"{r.window:.4g} ({r.tail:.4g})" for r in readings if r.scaling == name]
-        table.add_row(name, *cells)
-    return table
+        made.add_row(name, *cells)
+    return made
 
 
-def _draw(readings: list[Reading], trained: int, tail: int, path: Path) -> None:
+def draw(readings: list[Reading], trained: int, tail: int, path: Path) -> None:
     """Perplexity against length, of the window and of its tail."""
     try:
         import matplotlib

@@ -88,13 +88,16 @@ def ratio_row(
     return row
 
 
-def write_rows(what: str, rows: Iterable[dict[str, Any]], *, on_gpu: bool = False) -> None:
+def write_rows(what: str, rows: Iterable[dict[str, Any]], *, on_gpu: bool = False) -> Path:
     """Write results/MACHINE-TORCH-WHAT.csv, each row with machine, versions, commit and command.
 
     Args:
         what: The dtype and what was measured, such as "float32-decoding".
         rows: One a line, all with the same keys.
         on_gpu: The machine is the GPU, else the processor.
+
+    Returns:
+        The file.
     """
     name = torch.cuda.get_device_name() if on_gpu else machine()
     facts = {
@@ -113,3 +116,4 @@ def write_rows(what: str, rows: Iterable[dict[str, Any]], *, on_gpu: bool = Fals
         writer.writeheader()
         writer.writerows(rows)
     print(f"wrote {path.relative_to(ROOT)}")
+    return path

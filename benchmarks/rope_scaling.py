@@ -1,0 +1,56 @@
+"""RoPE scaling beyond the trained length: every run, length and scaling as a row of results/.
+
+    python benchmarks/rope_scaling.py runs/claims/rope_scaling_*
+
+Each run is a directory of `archzoo fit` on a text; see `archzoo extend`, which does one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import write_rows
+from rich.console import Console
+
+from archzoo.checkpoint import load
+from archzoo.extend import Reading, compare, draw, table, windows_of
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--windows", type=int, default=64, help="of the validation text [64]")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="[best]")
+    given = parser.parse_args()
+    on_gpu = torch.cuda.is_available()
+    rows: list[dict[str, Any]] = []
+    every: list[list[Reading]] = []
+    for path in given.runs:
+        found = load(path / f"{given.checkpoint}.ckpt", "cuda" if on_gpu else "cpu")
+        trained = found.model.context_length
+        assert trained is not None
+        lengths, tail = [trained * times for times in (1, 2, 4, 8)], trained // 2
+        tokens, labels = windows_of(found, lengths[-1], given.windows)
+        every.append(compare(found.model, tokens, labels, lengths, tail))
+        facts = {"trained_length": trained, "windows": len(tokens), "tail_tokens": tail}
+        rows += [{"run": path.name} | facts | reading._asdict() for reading in every[-1]]
+    means = [
+        same[0]._replace(
+            window=statistics.geometric_mean(reading.window for reading in same),
+            tail=statistics.geometric_mean(reading.tail for reading in same),
+        )
+        for same in zip(*every, strict=True)
+    ]
+    print(f"{len(every)} runs: geometric means of their perplexities")
+    Console(width=160).print(table(means))
+    path = write_rows("float32-claims-rope-scaling", rows, on_gpu=on_gpu)
+    draw(means, rows[0]["trained_length"], rows[0]["tail_tokens"], path.with_suffix(".png"))
+    print(f"drew {path.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()
