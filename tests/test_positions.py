@@ -271,6 +271,11 @@ def test_evaluation_spreads_texts_evenly_and_draws_nothing():
         RandomisedPositions(29, 8, longest=100, text_length=101)
 
 
+def test_positions_of_a_task_are_not_drawn():
+    with pytest.raises(ValueError, match="PositionCoupling stands where its task says"):
+        RandomisedPositions(29, 8, embedding="PositionCoupling")
+
+
 def test_the_wrapper_is_saved_as_plain_data_and_ties_its_inner_table():
     spec = {"class_path": "RandomisedPositions", "init_args": {"embedding": "LearnedPositions"}}
     model = archzoo.create_model("transformer_micro", embedding=spec, tie_weights=True)

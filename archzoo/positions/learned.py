@@ -108,6 +108,11 @@ class RandomisedPositions(Embedding):
                 "a position of its own"
             )
         self.embedding = build("embedding", describe("embedding", embedding), vocab_size, dim)
+        if type(self.embedding).prompt_positions is not Embedding.prompt_positions:
+            raise ValueError(
+                f"{type(self.embedding).__name__} stands where its task says, so no positions can "
+                "be drawn for it: take it alone"
+            )
         self.longest, self.text_length, self.seed = longest, text_length, seed
 
     @property
