@@ -10,7 +10,12 @@ import os
 import pytest
 import torch
 
+from archzoo.block import make_context
 from archzoo.contract import relative_error
+from archzoo.feedforward import balance, moe
+from archzoo.feedforward.balance import Balance
+from archzoo.feedforward.balance import capacity as balance_capacity
+from archzoo.feedforward.moe import MixtureOfExperts
 from archzoo.kernels import experts as kernels
 
 if importlib.util.find_spec("triton") is None:
@@ -77,9 +82,12 @@ def test_rows(dtype, width, k, drops):
     computed = torch.arange(tokens * k, device=DEVICE) < dispatch.ends[-1]
     assert not drops or not computed.all()
     allowed = TOLERANCE[dtype]
-    compare(
-        lambda way, x: kernels.spread_rows(x, dispatches[way], k), x, allowed=allowed, used=computed
-    )
+
+    def spread(way, x):
+        return kernels.spread_rows(x, dispatches[way], k, dtype if way else torch.float64)
+
+    compare(spread, x, allowed=allowed, used=computed)
+    compare(spread, x.float(), allowed=allowed, used=computed)  # cast on the way
     rows = torch.randn(tokens * k, width, device=DEVICE).to(dtype)
     rows[~computed] = float("nan")  # as products leave them
 
@@ -122,6 +130,69 @@ def test_weights_are_cast_and_their_gradients_back():
         weight.grad = None
         lower.backward(cotangent, retain_graph=True)
         assert weight.grad.dtype == torch.float32 and torch.equal(weight.grad, cotangent.float())
+
+
+@pytest.mark.parametrize(("tokens", "n", "k"), [(70, 8, 2), (3, 5, 3), (40, 64, 8), (1, 1, 1)])
+def test_the_largest(tokens, n, k):
+    x = torch.randn(tokens, n, device=DEVICE)
+    values, indices = kernels.largest(x, k)
+    assert torch.equal(values, x.topk(k).values) and torch.equal(indices, x.topk(k).indices)
+    values, indices = kernels.largest(torch.full_like(x, float("nan")), k)
+    assert (indices >= 0).all() and (indices < n).all(), "nan must not point outside"
+
+
+@pytest.mark.parametrize("kind", ["none", "switch", "squared_mean"])
+@pytest.mark.parametrize("counts", [[7, 0, 3, 10, 0], [4] * 8, [5]])
+def test_load(kind, counts):
+    """A mixture's balance by the kernel, and by the formulas."""
+    part = Balance(
+        len(counts),
+        kind=kind,
+        coefficient=1.0,
+        adaptive=False,
+        z_coefficient=0.0,
+        capacity_factor=1.25,
+    )
+    assignments = torch.tensor(counts, device=DEVICE)
+    total = sum(counts)
+    mean = None if kind == "none" else torch.rand(len(counts), device=DEVICE, requires_grad=True)
+    room = balance_capacity(total, len(counts), 1.25)
+    loss, seen = kernels.summarise_load(assignments, mean, kind, total, room)
+    double = None if mean is None else mean.detach().double().requires_grad_()
+    wanted, expected = part._summarise(assignments, double, total)
+    assert seen.keys() == expected.keys()
+    for name, value in expected.items():
+        assert seen[name].item() == pytest.approx(value.item(), abs=1e-6), name
+    if mean is None:
+        assert loss is wanted is None
+        return
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5, abs=1e-7)
+    (3 * loss).backward()
+    (3 * wanted).backward()
+    assert relative_error(mean.grad.double(), double.grad) < 1e-6
+
+
+@pytest.mark.parametrize("drop", ["none", "position"])
+@pytest.mark.parametrize("router", ["LinearRouter", "AttentionRouter"])
+def test_a_whole_mixture(drop, router, monkeypatch):
+    mixture = MixtureOfExperts(16, 8, experts=5, router=router, drop=drop, capacity_factor=0.6).to(
+        DEVICE
+    )
+    x, context = torch.randn(1, 40, 16, device=DEVICE), make_context(1, 40, device=DEVICE)[0]
+    runs, cotangent = [], torch.randn_like(x)
+    for by_kernels in (True, False):
+        if not by_kernels:
+            for module in (kernels, moe, balance):
+                monkeypatch.setattr(module, "fused", lambda *given: False)
+        mixture.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y, aux = mixture(leaf, context)
+        torch.autograd.backward([y, aux["loss/balance"]], [cotangent, torch.ones(()).to(DEVICE)])
+        runs.append([y.detach(), leaf.grad, *(p.grad.clone() for p in mixture.parameters())])
+        runs[-1] += [value.detach().float() for _, value in sorted(aux.items())]
+    for got, want in zip(*runs, strict=True):
+        assert relative_error(got, want) < 1e-5
+    assert drop == "none" or aux["sum/dropped"] > 0
 
 
 def test_no_token_needs_no_kernel():

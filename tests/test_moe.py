@@ -177,11 +177,11 @@ def test_spreading_and_collecting_is_the_identity(k):
     assert torch.equal(dispatch.ends, chosen.bincount(minlength=5).cumsum(0).int())
     x = torch.randn(7, 4, dtype=DOUBLE, requires_grad=True)
     weights = torch.rand(7, k, dtype=DOUBLE, requires_grad=True)
-    rows = spread_rows(x, dispatch, k)
+    rows = spread_rows(x, dispatch, k, DOUBLE)
     assert torch.equal(rows, x.repeat_interleave(k, 0)[dispatch.order])
     back = collect_rows(rows, weights, dispatch)
     assert relative_error(back, x * weights.sum(1, keepdim=True)) < 1e-15
-    assert torch.autograd.gradcheck(lambda x: spread_rows(x, dispatch, k), x)
+    assert torch.autograd.gradcheck(lambda x: spread_rows(x, dispatch, k, DOUBLE), x)
     rows = torch.randn(7 * k, 4, dtype=DOUBLE, requires_grad=True)
     assert torch.autograd.gradcheck(lambda *a: collect_rows(*a, dispatch), (rows, weights))
 

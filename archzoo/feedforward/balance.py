@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from archzoo.block import Aux, Context, KeepsFloat32, Routing
+from archzoo.kernels.experts import fused, largest, summarise_load
 
 # Skywork-MoE, arXiv 2406.06563, on adaptive auxiliary loss coefficients.
 GAIN = 0.2  # xi: the coefficient that a drop rate of 1 would call for
@@ -194,7 +195,7 @@ def gate_ratios(probabilities: Tensor, valid: Tensor | None = None) -> Aux:
     Returns:
         max1_max2 and, from three experts on, max2_max3; empty for one expert.
     """
-    top = probabilities.topk(min(3, probabilities.shape[-1]), dim=-1).values
+    top, _ = largest(probabilities, min(3, probabilities.shape[-1]))
     # A ratio beyond 1e7 says no more, and would swamp the mean.
     means = mean_over_tokens(top[:, :-1] / top[:, 1:].clamp(min=1e-7), valid)
     return dict(zip(("max1_max2", "max2_max3"), means.unbind(), strict=False))
@@ -266,14 +267,14 @@ class Balance(KeepsFloat32):
         valid = context.valid.flatten() if context.packed else None
         assignments = count_assignments(routing.indices, self.experts, valid)
         total = routing.indices.numel() if valid is None else assignments.sum()
-        share = shares(assignments, total)
+        mean = None if self.kind == "none" else mean_over_tokens(routing.probabilities, valid)
+        if isinstance(total, int) and fused(routing.probabilities):
+            room = int(capacity(total, self.experts, self.capacity_factor))
+            loss, seen = summarise_load(assignments, mean, self.kind, total, room)
+        else:
+            loss, seen = self._summarise(assignments, mean, total)
         aux: Aux = {}
-        if self.kind != "none":
-            mean = mean_over_tokens(routing.probabilities, valid)
-            if self.kind == "switch":
-                loss = switch_loss(mean, share)
-            else:
-                loss = squared_mean_loss(mean)
+        if loss is not None:
             # A copy: the backward pass must not see the coefficient of the step after.
             alpha = self.alpha.clone() if self.adaptive else self.largest
             aux["loss/balance"] = alpha * loss
@@ -282,12 +283,9 @@ class Balance(KeepsFloat32):
                 aux["metric/coefficient"] = self.alpha.clone()
         if self.z_coefficient:
             aux["loss/z"] = self.z_coefficient * z_loss(routing.raw_logits, valid)
-        seen = load_metrics(share)
         seen |= gate_ratios(routing.probabilities.detach(), valid)
         dropped = None
-        if kept is None:
-            seen["drop_rate"] = virtual_drop_rate(assignments, self.capacity_factor, total)
-        else:
+        if kept is not None:
             dropped = total - kept.sum()
             seen["drop_rate"] = dropped / at_least_1(total)
         aux |= {f"metric/{name}": value for name, value in seen.items()}
@@ -295,6 +293,17 @@ class Balance(KeepsFloat32):
         if dropped is not None:
             aux["sum/dropped"] = dropped
         return aux
+
+    def _summarise(
+        self, assignments: Tensor, mean: Tensor | None, total: Tensor | int
+    ) -> tuple[Tensor | None, Aux]:
+        """The loss, and how even the load is."""
+        share = shares(assignments, total)
+        seen = load_metrics(share)
+        seen["drop_rate"] = virtual_drop_rate(assignments, self.capacity_factor, total)
+        if mean is None:
+            return None, seen
+        return switch_loss(mean, share) if self.kind == "switch" else squared_mean_loss(mean), seen
 
     def after_step(self, assignments: Tensor, dropped: Tensor | None = None) -> None:
         """Let the coefficient follow the drop rate of an optimizer step.

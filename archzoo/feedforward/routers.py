@@ -28,7 +28,7 @@ from archzoo.block import (
     at_least_float32,
     without_autocast,
 )
-from archzoo.kernels.experts import attend_experts
+from archzoo.kernels.experts import attend_experts, largest
 
 # Added to the variance: finite gradients where all logits of a token are equal.
 VARIANCE_EPS = 1e-6
@@ -127,7 +127,7 @@ class _TopKRouter(KeepsFloat32, Router):
                 probabilities = scores / scores.sum(dim=-1, keepdim=True)
             # Both scores rise with the logits, which cannot underflow to a tie.
             order = scores + self.expert_bias.to(x.dtype) if self.bias_rate else logits
-            indices = order.detach().topk(self.top_k, dim=-1).indices
+            indices = largest(order, self.top_k)[1]
             if self.renormalise and self.score == "softmax":
                 weights = logits.gather(-1, indices).softmax(dim=-1)
             else:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 from typing import Any, NamedTuple
 
@@ -104,15 +105,16 @@ def _dispatch(keys: Tensor, experts: int, dropped: bool) -> tuple[Tensor, Tensor
     return inverse, ends
 
 
-def spread_rows(x: Tensor, dispatch: Dispatch, k: int) -> Tensor:
+def spread_rows(x: Tensor, dispatch: Dispatch, k: int, dtype: torch.dtype) -> Tensor:
     """Each token's vector to the rows of its k assignments: (tokens, d) to (assignments, d).
 
-    ``rows[inverse[t k + j]] = x[t]``
+    ``rows[inverse[t k + j]] = x[t]``, in `dtype`.
     """
     if dispatch.order is None:
-        rows: Tensor = _Spread.apply(x, dispatch.inverse, dispatch.ends, k)
+        rows: Tensor = _Spread.apply(x, dispatch.inverse, dispatch.ends, k, dtype)
         return rows
-    return _only_computed(_Rearrange.apply(x, dispatch.order, dispatch.inverse, k), dispatch)
+    rows = _Rearrange.apply(x.to(dtype), dispatch.order, dispatch.inverse, k)
+    return _only_computed(rows, dispatch)
 
 
 def collect_rows(rows: Tensor, weights: Tensor, dispatch: Dispatch) -> Tensor:
@@ -163,14 +165,16 @@ class _Spread(torch.autograd.Function):
     """`spread_rows` in one kernel; its gradient is the sum of `collect_rows`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, inverse: Tensor, ends: Tensor, k: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, inverse: Tensor, ends: Tensor, k: int, dtype: torch.dtype
+    ) -> Tensor:
         from archzoo.kernels import experts_triton as kernels
 
         ctx.save_for_backward(inverse, ends)
-        ctx.k = k
+        ctx.k, ctx.dtype = k, x.dtype
         x = x.contiguous()
         tokens, width = x.shape
-        rows = x.new_empty(tokens * k, width)
+        rows = x.new_empty((tokens * k, width), dtype=dtype)
         block = _power_of_2(width)
         kernels.spread_kernel[(tokens,)](
             x, inverse, ends[-1:], rows, width, K=k, BLOCK=block, num_warps=_warps(block)
@@ -179,9 +183,9 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         inverse, ends = ctx.saved_tensors
-        return _collect(grad, None, inverse, ends, ctx.k, grad.dtype), None, None, None
+        return _collect(grad, None, inverse, ends, ctx.k, ctx.dtype), None, None, None, None
 
 
 class _Collect(torch.autograd.Function):
@@ -306,7 +310,30 @@ class _SwiGLU(torch.autograd.Function):
         return d_x
 
 
-# ---------------------------------------------------------------------------- attention router
+# ---------------------------------------------------------------------------- routers
+
+
+def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of x (tokens, n) and where they stand, largest first.
+
+    As `torch.topk`, of which a small n is not the strong point; without gradient.
+    """
+    x = x.detach()
+    if not (fused(x) and x.dtype == torch.float32 and x.shape[1] <= MAX_EXPERTS):
+        values, indices = x.topk(k, dim=-1)
+        return values, indices
+    from archzoo.kernels import experts_triton as kernels
+
+    x = x.contiguous()
+    tokens, n = x.shape
+    values = x.new_empty(tokens, k)
+    indices = x.new_empty((tokens, k), dtype=torch.int64)
+    block = _power_of_2(n)
+    each = max(2048 // block, 1)
+    kernels.largest_kernel[(-(-tokens // each),)](
+        x, values, indices, tokens, n, K=k, TOKENS=each, BLOCK=block, num_warps=4
+    )
+    return values, indices
 
 
 def attend_experts(projected: Tensor) -> Tensor:
@@ -360,3 +387,58 @@ class _Attend(torch.autograd.Function):
             projected, grad.contiguous(), d_projected, tokens, experts, **options
         )
         return d_projected
+
+
+# ---------------------------------------------------------------------------- load
+
+LOSSES = {"none": 0, "switch": 1, "squared_mean": 2}
+
+
+def summarise_load(
+    assignments: Tensor, mean: Tensor | None, kind: str, total: int, room: int
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """What `archzoo.feedforward.balance` computes of counts and means, in one kernel instead of 20.
+
+    Args:
+        assignments: c, (experts,) int64.
+        mean: P, (experts,) float32; None where kind is "none".
+        kind: Of the loss: "none", "switch" or "squared_mean".
+        total: The assignments' sum.
+        room: The capacity.
+
+    Returns:
+        The loss, with a gradient to `mean`, or None; and max_violation, entropy, unused and the
+        virtual drop_rate.
+    """
+    loss, seen = _Summarise.apply(assignments, mean, LOSSES[kind], total, room)
+    names = ("max_violation", "entropy", "unused", "drop_rate")
+    return None if mean is None else loss, dict(zip(names, seen.unbind(), strict=True))
+
+
+class _Summarise(torch.autograd.Function):
+    """The loss's gradient is made with it: (experts,) numbers."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, assignments: Tensor, mean: Tensor | None, kind: int, total: int, room: int
+    ) -> tuple[Tensor, Tensor]:
+        from archzoo.kernels import experts_triton as kernels
+
+        experts = len(assignments)
+        loss, seen, slope = (
+            assignments.new_empty(shape, dtype=torch.float32) for shape in ((), (4,), (experts,))
+        )
+        kernels.summarise_kernel[(1,)](
+            assignments, slope if mean is None else mean, loss, seen, slope,
+            experts, float(max(total, 1)), room, math.log(max(experts, 2)),
+            KIND=kind, BLOCK=_power_of_2(experts), num_warps=1,
+        )  # fmt: skip
+        ctx.save_for_backward(slope)
+        ctx.mark_non_differentiable(seen)
+        return loss, seen
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[None, Tensor, None, None, None]:
+        (slope,) = ctx.saved_tensors
+        return None, grad * slope, None, None, None

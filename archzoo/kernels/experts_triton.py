@@ -56,7 +56,11 @@ def spread_kernel(x, inverse, end, rows, width, K: tl.constexpr, BLOCK: tl.const
     value = tl.load(x + token * width + column, mask=inside)
     for j in tl.static_range(K):
         row = tl.load(inverse + token * K + j)
-        tl.store(rows + row * width + column, value, mask=inside & (row < computed))
+        tl.store(
+            rows + row * width + column,
+            value.to(rows.dtype.element_ty),
+            mask=inside & (row < computed),
+        )
 
 
 @triton.jit
@@ -127,6 +131,56 @@ def swiglu_backward_kernel(x, dy, d_x, width, BLOCK: tl.constexpr):
     d_up = gradient * gate * share
     tl.store(d_x + at, d_gate.to(d_x.dtype.element_ty), mask=inside)
     tl.store(d_x + at + width, d_up.to(d_x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def largest_kernel(
+    x, values, indices, tokens, n, K: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The K largest of each row, one after the other; of equals the first."""
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    column = tl.arange(0, BLOCK)
+    inside = (token < tokens)[:, None] & (column < n)[None, :]
+    row = tl.load(x + token[:, None] * n + column[None, :], mask=inside, other=float("-inf"))
+    for j in tl.static_range(K):
+        found = tl.argmax(row, axis=1)
+        # Where numbers are nan nothing is largest; what is returned must still be a place.
+        found = tl.minimum(found, n - 1)
+        here = column[None, :] == found[:, None]
+        value = tl.max(tl.where(here, row, float("-inf")), axis=1)
+        tl.store(values + token * K + j, value, mask=token < tokens)
+        tl.store(indices + token * K + j, found.to(tl.int64), mask=token < tokens)
+        row = tl.where(here, float("-inf"), row)
+
+
+@triton.jit
+def summarise_kernel(
+    assignments, mean, loss, seen, slope, experts, total, room, log_experts,
+    KIND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The balancing loss with its slope, and [max violation, entropy, unused, drop rate]."""
+    expert = tl.arange(0, BLOCK)
+    inside = expert < experts
+    count = tl.load(assignments + expert, mask=inside, other=0)
+    share = count.to(tl.float32) / total
+    if KIND > 0:
+        probability = tl.load(mean + expert, mask=inside, other=0.0)
+        if KIND == 1:  # n sum f P
+            value = tl.sum(share * probability) * experts
+            change = share * experts
+        else:  # sum (P - 1/n)^2
+            centred = tl.where(inside, probability - 1.0 / experts, 0.0)
+            value = tl.sum(centred * centred)
+            change = 2.0 * centred
+        tl.store(loss, value)
+        tl.store(slope + expert, change, mask=inside)
+    tl.store(seen, tl.max(share) * experts - 1.0)
+    entropy = -tl.sum(tl.where(share > 0.0, share * tl.log(tl.maximum(share, 1e-30)), 0.0))
+    tl.store(seen + 1, entropy / log_experts)
+    unused = tl.sum((inside & (count == 0)).to(tl.float32))
+    tl.store(seen + 2, unused / experts)
+    over = tl.sum(tl.maximum(count - room, 0))
+    tl.store(seen + 3, over.to(tl.float32) / total)
 
 
 @triton.jit
