@@ -31,7 +31,6 @@ from archzoo.tasks.digits import (
     from_integers,
     hash_of,
     length,
-    longest_carry,
     multiply,
     subtract,
     to_integers,
@@ -90,6 +89,7 @@ class TwoNumbers(Exercise):
         ValueError: an argument is out of range.
     """
 
+    axes = ("digits of the first number", "digits of the second")
     ordered: ClassVar[bool] = False  # whether a and b may not be exchanged
     vectors: ClassVar[bool] = False  # whether zeros at the end of an answer are written
 
@@ -145,10 +145,6 @@ class TwoNumbers(Exercise):
 
     # What an operation says.
 
-    def answer_size(self, first: Any, second: Any) -> Any:
-        """Digits of the longest answer for operands of given lengths, integers or arrays."""
-        raise NotImplementedError
-
     def solve(self, a: Digits, b: Digits, lengths: Integers) -> tuple[Digits, Flags | None]:
         """The answers, (digits, examples), and which of them are negative (None: none).
 
@@ -158,10 +154,6 @@ class TwoNumbers(Exercise):
             lengths: (2, examples).
         """
         raise NotImplementedError
-
-    def longest_chain(self, problems: Problems) -> Integers | None:
-        """(examples,), through how many columns something is carried; None: nothing is."""
-        return None
 
     # Which problems there are.
 
@@ -268,6 +260,18 @@ def _listed(first: int, second: int, held_out: int, ordered: bool) -> Integers:
     return found[:, np.argsort(bits, kind="stable")] + np.array([[a[0]], [b[0]]])
 
 
+def _columns(least: int) -> list[list[tuple[int, int]]]:
+    """Pairs of digits from `least` on that stop a carry, pass it on, or begin one."""
+    pairs = [(a, b) for a in range(least, 10) for b in range(least, 10)]
+    sums = [range(9), range(9, 10), range(10, 19)]
+    return [[(a, b) for a, b in pairs if a + b in some] for some in sums]
+
+
+_KINDS = _columns(0) + _columns(1)
+_CHOICES = np.array([len(pairs) for pairs in _KINDS])
+_COLUMNS = np.array([pairs + [(0, 0)] * (_CHOICES.max() - len(pairs)) for pairs in _KINDS])
+
+
 class Addition(TwoNumbers):
     """Sums such as `12+345=357`: the model reads the problem and is asked for the answer.
 
@@ -290,8 +294,33 @@ class Addition(TwoNumbers):
     def solve(self, a: Digits, b: Digits, lengths: Integers) -> tuple[Digits, None]:
         return add(a, b), None
 
-    def longest_chain(self, problems: Problems) -> Integers:
-        return longest_carry(*problems.operands)
+    def chained(self, digits: int, count: int) -> tuple[Problems, Integers] | None:
+        if digits < 3:  # there may be no held-out problem of some chain
+            return None
+        chains = np.repeat(np.arange(digits + 1), count)
+        numbers = (digits << 28) + np.arange(len(chains))
+        sizes = np.stack([np.full_like(chains, digits), np.full_like(chains, digits), chains])
+        extent = (digits, digits)
+        problems = self._draw(
+            0, "chain", numbers, sizes, extent, wanted=True, make=self._with_chain
+        )
+        return problems, chains
+
+    def _with_chain(self, bits: Bits, sizes: Integers, extent: tuple[int, int]) -> Problems:
+        """Random sums that carry through so many columns in a row as sizes[2] says, and no more."""
+        digits, chains = extent[0], sizes[2]
+        # The first half of a draw makes a column, the second half of the first one says where the
+        # chain begins.
+        begins = below(bits, digits - chains + 1)[digits]
+        place = np.arange(digits)[:, None] - begins.astype(np.int64)
+        kinds = ((place >= 0) & (place < chains)) + 1 * ((place == 0) & (chains > 0))
+        kinds[-1] += 3  # no leading zeros
+        choices = below(bits[:digits], np.concatenate([_CHOICES[kinds]] * 2))[:digits]
+        pairs = _COLUMNS[kinds, choices].astype(np.uint8)  # (digits, examples, 2)
+        problems = Problems(pairs.transpose(2, 0, 1), sizes[:2], np.zeros(len(chains), np.int64))
+        if self.hints:
+            problems.letters[:] = below(bits[digits:], len(LETTERS))[0]
+        return problems
 
 
 class Subtraction(TwoNumbers):

@@ -112,15 +112,7 @@ class Mixed(Text):
 
     def prepare(self) -> None:
         super().prepare()
-        symbols = [self.tokenizer.encode(symbol) for symbol in self.exercise.tokenizer.characters]
-        symbols += [self.tokenizer.encode("\n")] * 2  # the stop token; and pad, which none reads
-        if any(len(tokens) != 1 for tokens in symbols):
-            raise ValueError(
-                f"the tokenizer of {self.arguments['path']} does not write "
-                f"{self.exercise.tokenizer.characters!r} in tokens of their own: take characters, "
-                "bpe or unigram"
-            )
-        self._table = np.array(symbols)[:, 0]
+        self._table = self.exercise.tokens_of(self.tokenizer)
 
     def _learn(self, corpus: Corpus, train: Any) -> Tokenizer:
         if self.arguments["tokenizer"] != "characters":
@@ -159,16 +151,6 @@ class Mixed(Text):
             return self._insert(batch, exercise.batch(found.take(numbers)), text=False)
 
         return Loader(make, self.batch_size, found.examples, self, training=False)
-
-    def batch(self, problems: Any, numbers: Integers | None = None) -> Batch:
-        """Problems alone, without any text, in this task's tokens."""
-        self.prepare()
-        batch = self.exercise.batch(problems, numbers)
-        table = torch.from_numpy(self._table)
-        asked = batch["labels"] != IGNORED
-        batch["tokens"] = table[batch["tokens"]]
-        batch["labels"] = torch.where(asked, table[batch["labels"].clamp(min=0)], IGNORED)
-        return batch
 
     def _insert(self, batch: Batch, problems: Batch, *, text: bool) -> Batch:
         """Put problems into windows of text.
@@ -224,7 +206,7 @@ class Mixed(Text):
         """
         starts = np.zeros(window.shape, np.bool_)
         starts[:, 0] = True  # a window's first token may follow a problem, too
-        starts[:, 1:] = window[:, :-1] == self._table[-1]
+        starts[:, 1:] = window[:, :-1] == self._table[self.exercise.stop]
         starts &= np.arange(window.shape[1]) <= window.shape[1] - lengths.sum(axis=1)[:, None]
         count = np.cumsum(starts, axis=1)
         bits = random_bits(self.seed, _LINES, numbers, lengths.shape[1]).T >> np.uint64(32)

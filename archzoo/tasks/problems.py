@@ -6,6 +6,7 @@ its classes, in arithmetic.py and sorting.py. Nothing runs over the examples one
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -13,10 +14,10 @@ import torch
 
 from archzoo.tasks.digits import Digits, Flags, below
 from archzoo.tasks.stream import IGNORED, Batch, Bits, Integers, Loader, Task, mix, random_bits
-from archzoo.tasks.tokenizers import CharacterTokenizer
+from archzoo.tasks.tokenizers import CharacterTokenizer, Tokenizer
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwyz"  # of hints and keys; x multiplies
-STREAMS = {"train": 0, "validation": 1, "test": 2, "shuffle": 3, "cell": 4}
+STREAMS = {"train": 0, "validation": 1, "test": 2, "shuffle": 3, "cell": 4, "chain": 5}
 
 
 class Problems(NamedTuple):
@@ -96,6 +97,7 @@ class Exercise(Task):
 
     metrics = ("token_accuracy", "exact_match")
     tokenizer: CharacterTokenizer
+    axes: ClassVar[tuple[str, str]]  # what the two parts of a size are
     has_keys: ClassVar[bool] = False  # whether lines hold letters without hints
 
     def __init__(
@@ -142,6 +144,10 @@ class Exercise(Task):
 
     def draws(self, extent: tuple[int, int]) -> int:
         """How many times 64 random bits make a problem up to a size."""
+        raise NotImplementedError
+
+    def answer_size(self, first: Any, second: Any) -> Any:
+        """Digits of the longest number in a problem of a size or its answer; integers or arrays."""
         raise NotImplementedError
 
     def candidates(self, bits: Bits, sizes: Integers, extent: tuple[int, int]) -> Problems:
@@ -219,6 +225,27 @@ class Exercise(Task):
             batch["positions"] = torch.from_numpy(lines.positions[:, :-1].copy())
         return batch
 
+    def tokens_of(self, tokenizer: Tokenizer) -> Integers:
+        """Which token of another tokenizer stands for each of this task's own.
+
+        A line end stands for the stop token where the other has none; a token that fills up is
+        never looked at.
+
+        Raises:
+            ValueError: a digit or a sign is not one token there.
+        """
+        characters = self.tokenizer.characters
+        symbols = [tokenizer.encode(character) for character in characters]
+        stop = tokenizer.stop_token
+        symbols.append(tokenizer.encode("\n") if stop is None else [stop])
+        symbols.append(symbols[-1] if tokenizer.pad_token is None else [tokenizer.pad_token])
+        if any(len(tokens) != 1 for tokens in symbols):
+            raise ValueError(
+                f"the tokenizer does not write each of {characters!r} and the line end as one "
+                "token: take one of characters, bpe or unigram"
+            )
+        return np.array(symbols)[:, 0]
+
     # Problems.
 
     def problems(self, split: str, numbers: Integers) -> Problems:
@@ -249,6 +276,17 @@ class Exercise(Task):
         self._held_out_problems(split)
         pairs, counts = np.unique(self._sizes[split], axis=1, return_counts=True)
         return {(int(i), int(j)): int(n) for i, j, n in zip(*pairs, counts, strict=True)}
+
+    def chained(self, digits: int, count: int) -> tuple[Problems, Integers] | None:
+        """Held-out problems in which something is carried through 0, 1, ..., digits columns.
+
+        Random problems hardly hold chains of four. None: nothing is carried, or the numbers are
+        too short.
+
+        Returns:
+            `count` problems of each chain, and the chain of each, (examples,).
+        """
+        return None
 
     def is_held_out(self, problems: Problems) -> Flags:
         """Which of the problems are never trained on, (examples,)."""
@@ -357,25 +395,33 @@ class Exercise(Task):
         extent: tuple[int, int],
         *,
         wanted: bool,
+        make: Callable[[Bits, Integers, tuple[int, int]], Problems] | None = None,
     ) -> Problems:
         """Draws problems of given sizes that are held out, or are not.
 
         Problem n is the first of its own sequence of candidates that is wanted, so it depends on n
-        alone; only the examples still without one go into the next round.
+        alone; only the examples still without one go into the next round. `make` takes the place
+        of `candidates`.
         """
         draws = self.draws(extent)
+        tries = self.held_out if wanted else 1  # at once: as many as it takes on average
         problems = self.blank(0, extent)
+        candidates = make or self.candidates
         missing = np.arange(len(numbers))
         start = 1  # the first draw served the sizes
         while len(missing):
-            bits = random_bits(seed, STREAMS[stream], numbers[missing], draws, start)
-            found = self.candidates(bits, sizes[:, missing], extent)
+            bits = random_bits(seed, STREAMS[stream], numbers[missing], draws * tries, start)
+            bits = bits.reshape(tries, draws, -1).swapaxes(0, 1).reshape(draws, -1)
+            found = candidates(bits, np.tile(sizes[:, missing], tries), extent)
+            fits = (self.is_held_out(found) == wanted).reshape(tries, -1)
+            if tries > 1:
+                found = found.take(fits.argmax(axis=0) * len(missing) + np.arange(len(missing)))
             if problems.examples:
                 _put(problems, missing, found)
             else:
                 problems = found
-            missing = missing[self.is_held_out(found) != wanted]
-            start += draws
+            missing = missing[~fits.any(axis=0)]
+            start += draws * tries
         return problems
 
     def _chosen(self, problems: Problems) -> Problems:

@@ -43,6 +43,7 @@ class Sorting(Exercise):
     """
 
     operators = ":,="
+    axes = ("numbers", "digits of the longest")
     has_keys = True
 
     def __init__(
@@ -84,6 +85,9 @@ class Sorting(Exercise):
         if extent[0] > len(LETTERS):
             raise ValueError(f"there are keys for {len(LETTERS)} numbers, not for {extent[0]}")
         return extent
+
+    def answer_size(self, first: Any, second: Any) -> Any:
+        return second  # the answer has none; this is what a line has
 
     def draws(self, extent: tuple[int, int]) -> int:
         pairs, digits = -(-extent[0] // 2), extent[1]  # two numbers share the bits
@@ -144,8 +148,9 @@ class Sorting(Exercise):
         order = np.lexsort((*words_of, ~there), axis=-1)
         answer = together([stack(comma, np.take_along_axis(keys, order, axis=1))])
         answered = together([stack(follows, there)])
+        ranks = np.stack([np.ones(numbers, np.int64), np.arange(numbers) + 2], axis=1).reshape(-1)
         return [
             Columns(symbols, present, positions, asked=False),
             self.sign("="),
-            Columns(answer, answered, np.tile([1, 0], numbers), asked=True),
+            Columns(answer, answered, ranks, asked=True),
         ]
