@@ -41,6 +41,9 @@ COMMANDS = {
     "router": Command(
         "show what a checkpoint's routers do, layer by layer", "router", "router_command"
     ),
+    "grid": Command(
+        "exact match of a checkpoint at every size of problem, drawn", "grid", "grid_command"
+    ),
     "extend": Command(
         "read texts longer than a checkpoint's, with its RoPE scaled", "extend", "extend_command"
     ),

@@ -91,6 +91,7 @@ class TwoNumbers(Exercise):
 
     axes = ("digits of the first number", "digits of the second")
     ordered: ClassVar[bool] = False  # whether a and b may not be exchanged
+    signed: ClassVar[bool] = False  # whether an answer may be negative
     vectors: ClassVar[bool] = False  # whether zeros at the end of an answer are written
 
     def __init__(
@@ -159,6 +160,12 @@ class TwoNumbers(Exercise):
 
     def shape(self, extent: tuple[int, int]) -> tuple[int, int]:
         return 2, max(extent)
+
+    def width(self, first: int, second: int) -> int:
+        if self.zero_padded:
+            first = second = max(first, second)
+        digits = first + second + int(self.answer_size(first, second))
+        return digits * (1 + self.hints) + self.signed + 3  # the operators, and stop
 
     def draws(self, extent: tuple[int, int]) -> int:
         return max(extent) + self.hints
@@ -287,6 +294,7 @@ class Addition(TwoNumbers):
     """
 
     operators = "+="
+    carries = True
 
     def answer_size(self, first: Any, second: Any) -> Any:
         return np.maximum(first, second) + 1
@@ -294,17 +302,13 @@ class Addition(TwoNumbers):
     def solve(self, a: Digits, b: Digits, lengths: Integers) -> tuple[Digits, None]:
         return add(a, b), None
 
-    def chained(self, digits: int, count: int) -> tuple[Problems, Integers] | None:
-        if digits < 3:  # there may be no held-out problem of some chain
-            return None
-        chains = np.repeat(np.arange(digits + 1), count)
-        numbers = (digits << 28) + np.arange(len(chains))
-        sizes = np.stack([np.full_like(chains, digits), np.full_like(chains, digits), chains])
+    def chained(self, digits: int, chain: int, count: int) -> Problems:
+        if not 0 <= chain <= digits or digits < 3:  # of shorter sums there may be none held out
+            raise ValueError(f"no sum of {digits} digits is made to carry through {chain} columns")
+        numbers = (digits << 44) + (chain << 28) + np.arange(count)
+        sizes = np.repeat([[digits], [digits], [chain]], count, axis=1)
         extent = (digits, digits)
-        problems = self._draw(
-            0, "chain", numbers, sizes, extent, wanted=True, make=self._with_chain
-        )
-        return problems, chains
+        return self._draw(0, "chain", numbers, sizes, extent, wanted=True, make=self._with_chain)
 
     def _with_chain(self, bits: Bits, sizes: Integers, extent: tuple[int, int]) -> Problems:
         """Random sums that carry through so many columns in a row as sizes[2] says, and no more."""
@@ -328,6 +332,7 @@ class Subtraction(TwoNumbers):
 
     operators = "-="
     ordered = True
+    signed = True
 
     def answer_size(self, first: Any, second: Any) -> Any:
         return np.maximum(first, second)

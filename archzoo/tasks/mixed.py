@@ -57,6 +57,8 @@ class Mixed(Text):
             the tokenizer's tokens.
     """
 
+    exercise: Exercise
+
     def __init__(
         self,
         problems: str = "Addition",

@@ -99,6 +99,7 @@ class Exercise(Task):
     tokenizer: CharacterTokenizer
     axes: ClassVar[tuple[str, str]]  # what the two parts of a size are
     has_keys: ClassVar[bool] = False  # whether lines hold letters without hints
+    carries: ClassVar[bool] = False  # whether `chained` gives problems
 
     def __init__(
         self,
@@ -117,6 +118,7 @@ class Exercise(Task):
                 raise ValueError(f"{name} {arguments[name]} is not positive")
         if min(ood_digits, default=1) < 1:
             raise ValueError(f"ood_digits {ood_digits} holds a length that is not positive")
+        self.exercise = self
         self.beyond = tuple(ood_digits)
         self.spans = spans
         self.extent = (spans[0][1], spans[1][1])
@@ -130,9 +132,7 @@ class Exercise(Task):
         self.stop: int = self.tokenizer.stop_token  # type: ignore[assignment]
         self.pad: int = self.tokenizer.pad_token  # type: ignore[assignment]
         self.first_letter = 10 + len(self.operators)  # the token of the first one
-        # All columns of a line; its last token is only ever a label.
-        self.context_length = sum(part.symbols.shape[1] for part in self._parts(self.blank(1)))
-        self.context_length -= 1
+        self.context_length = self.width(*self.extent) - 1  # the last token is only ever a label
         self._evaluation: dict[str, Problems] = {}
         self._sizes: dict[str, Integers] = {}
 
@@ -148,6 +148,10 @@ class Exercise(Task):
 
     def answer_size(self, first: Any, second: Any) -> Any:
         """Digits of the longest number in a problem of a size or its answer; integers or arrays."""
+        raise NotImplementedError
+
+    def width(self, first: int, second: int) -> int:
+        """Tokens of the longest line of a problem of a size, the stop token included."""
         raise NotImplementedError
 
     def candidates(self, bits: Bits, sizes: Integers, extent: tuple[int, int]) -> Problems:
@@ -277,16 +281,12 @@ class Exercise(Task):
         pairs, counts = np.unique(self._sizes[split], axis=1, return_counts=True)
         return {(int(i), int(j)): int(n) for i, j, n in zip(*pairs, counts, strict=True)}
 
-    def chained(self, digits: int, count: int) -> tuple[Problems, Integers] | None:
-        """Held-out problems in which something is carried through 0, 1, ..., digits columns.
+    def chained(self, digits: int, chain: int, count: int) -> Problems:
+        """Held-out problems of one size in which something is carried through `chain` columns.
 
-        Random problems hardly hold chains of four. None: nothing is carried, or the numbers are
-        too short.
-
-        Returns:
-            `count` problems of each chain, and the chain of each, (examples,).
+        Only where `carries`; random problems hardly hold chains of four.
         """
-        return None
+        raise NotImplementedError
 
     def is_held_out(self, problems: Problems) -> Flags:
         """Which of the problems are never trained on, (examples,)."""
@@ -459,6 +459,23 @@ class Exercise(Task):
                     _put(problems, rows, here.take(order))
             self._evaluation[split], self._sizes[split] = problems, sizes
         return self._evaluation[split]
+
+
+def together(parts: list[Problems]) -> Problems:
+    """Problems of several sizes as one."""
+    operands = max(part.operands.shape[0] for part in parts)
+    digits = max(part.operands.shape[1] for part in parts)
+    counts = [part.examples for part in parts]
+    result = Problems(
+        np.zeros((operands, digits, sum(counts)), np.uint8),
+        np.zeros((operands, sum(counts)), np.int64),
+        np.zeros(sum(counts), np.int64),
+    )
+    begin = 0
+    for part, count in zip(parts, counts, strict=True):
+        _put(result, np.arange(begin, begin + count), part)
+        begin += count
+    return result
 
 
 def _put(problems: Problems, rows: Integers, others: Problems) -> None:

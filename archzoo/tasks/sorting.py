@@ -89,6 +89,11 @@ class Sorting(Exercise):
     def answer_size(self, first: Any, second: Any) -> Any:
         return second  # the answer has none; this is what a line has
 
+    def width(self, first: int, second: int) -> int:
+        # A number has a key, a colon, a comma or =; its key stands in the answer once more, with
+        # a comma or stop.
+        return first * (second * (1 + self.hints) + 5)
+
     def draws(self, extent: tuple[int, int]) -> int:
         pairs, digits = -(-extent[0] // 2), extent[1]  # two numbers share the bits
         return 1 + pairs * (1 + digits)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning
 import numpy as np
@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from archzoo.tasks.tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from archzoo.tasks.problems import Exercise
 
 Batch = dict[str, Tensor]
 Integers = NDArray[np.int64]
@@ -194,6 +197,7 @@ class Task(lightning.LightningDataModule):
             of a problem, "reversed" or "plain"; None: it gives no positions.
         beyond: what every validation asks as well, each with a loader (`beyond_loader`) and an
             exact match of its own: lengths that no training example has, or names.
+        exercise: what makes the problems that it asks, None where it asks none.
         arguments: what the task was made with, plain data.
     """
 
@@ -204,6 +208,7 @@ class Task(lightning.LightningDataModule):
     operators: str = "+="
     coupling: Literal["reversed", "plain"] | None = None
     beyond: tuple[int | str, ...] = ()
+    exercise: Exercise | None = None
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()

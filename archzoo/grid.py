@@ -1,0 +1,503 @@
+"""`archzoo grid`: exact match at every size of problem, as a table on disk and as a picture.
+
+Every problem is answered in one teacher-forced pass: all of its answer's tokens are the likeliest
+ones if and only if greedy generation gives the answer, stop token included, and one pass costs as
+little as one step of generation's prompt.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import math
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+
+from archzoo.decoder import Decoder
+from archzoo.positions.digits import DigitEmbedding
+
+if TYPE_CHECKING:
+    from archzoo.tasks.problems import Exercise, Problems
+
+COLUMNS = ("kind", "first", "second", "part", "problems", "right", "run")
+AT_ONCE = {"cpu": 2**14, "cuda": 2**17}  # tokens in a pass
+NOWHERE = -2  # the place of what is no digit of an answer, and not the stop token
+AHEAD = 4  # passes whose problems are made while the device works
+
+
+class Key(NamedTuple):
+    """What a row of the table counts.
+
+    Attributes:
+        kind: "cell": problems of one size, answered rightly. "place": a digit of the answer of
+            these, the units' part 0, given the right ones before it; -1 is the stop token.
+            "chain": problems of one size in which something is carried through `part` columns.
+        first, second: the size.
+        part: of a place or a chain; 0 for a cell.
+    """
+
+    kind: str
+    first: int
+    second: int
+    part: int = 0
+
+
+Counts = dict[Key, tuple[int, int]]  # problems, and how many of them were answered rightly
+
+
+# ---------------------------------------------------------------------------- answering
+
+
+class Examiner:
+    """Asks a model problems, many at once.
+
+    Args:
+        decoder: In evaluation mode.
+        exercise: Makes the problems and writes them down.
+        tokens: Which token of the model's stands for each of the exercise's own.
+        precision: "float32", or "bfloat16" for its matrix products.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        exercise: Exercise,
+        tokens: NDArray[np.int64],
+        precision: str = "float32",
+    ) -> None:
+        self.decoder, self.exercise, self.tokens = decoder.eval(), exercise, tokens
+        self.device = decoder.head.weight.device
+        self.precision = precision
+
+    def write(self, problems: Problems) -> dict[str, Tensor]:
+        """A batch in the model's tokens, and `places`: the digit of the answer that a label is."""
+        lines = self.exercise.lines(problems, positions=True)
+        assert lines.positions is not None
+        tokens, asked = self.tokens[lines.tokens], lines.asked[:, 1:]
+        positions = lines.positions[:, 1:]
+        places = np.where(asked & (positions > 1), positions - 2, NOWHERE)
+        places[np.arange(asked.shape[1]) == lines.lengths[:, None] - 2] = -1
+        padding = np.arange(asked.shape[1]) >= lines.lengths[:, None]
+        batch = {
+            "tokens": tokens[:, :-1],
+            "labels": tokens[:, 1:],
+            "asked": asked,
+            "places": places,
+            "documents": -padding.astype(np.int64),
+        }
+        if self.exercise.coupling is not None:
+            batch["positions"] = lines.positions[:, :-1]
+        return {
+            name: torch.from_numpy(np.ascontiguousarray(entry)) for name, entry in batch.items()
+        }
+
+    @torch.no_grad()
+    def answer(self, batch: dict[str, Tensor]) -> Tensor:
+        """Which of the labels are the likeliest tokens, (batch, time) bool, on the device."""
+        given = {name: batch[name].to(self.device, non_blocking=True) for name in batch}
+        with self._casting():
+            x, _, _ = self.decoder.hidden(
+                given["tokens"], documents=given["documents"], positions=given.get("positions")
+            )
+            predicted = self.decoder.head(x).argmax(-1)
+        return predicted == given["labels"]
+
+    def _casting(self) -> AbstractContextManager[Any]:
+        if self.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+
+# ---------------------------------------------------------------------------- the table
+
+
+def examine(
+    examiner: Examiner,
+    keys: list[Key],
+    count: int,
+    at_once: int,
+    progress: Callable[[int], None] = lambda problems: None,
+) -> Iterator[Counts]:
+    """Ask `count` problems of every key, or as many as there are; what is finished, pass by pass.
+
+    Cells of two equal lengths bring their places with them. Problems are made by other threads
+    while the device works.
+
+    Args:
+        examiner: Asks.
+        keys: Of cells and chains.
+        count: Problems of each.
+        at_once: Tokens in a pass.
+        progress: Told how many keys are done with each pass.
+    """
+    from archzoo.tasks.problems import together
+
+    exercise = examiner.exercise
+
+    def make(some: list[Key]) -> tuple[dict[str, Tensor], list[int]]:
+        parts = [
+            exercise.chained(key.first, key.part, count)
+            if key.kind == "chain"
+            else exercise.cell(key.first, key.second, count)
+            for key in some
+        ]
+        return examiner.write(together(parts)), [part.examples for part in parts]
+
+    with ThreadPoolExecutor(AHEAD) as pool:
+        passes = iter(_passes(exercise, keys, count, at_once))
+        waiting = deque((some, pool.submit(make, some)) for some in islice(passes, AHEAD))
+        while waiting:
+            some, made = waiting.popleft()
+            batch, counts = made.result()
+            right = examiner.answer(batch) if sum(counts) else torch.empty(0, 1)
+            if (following := next(passes, None)) is not None:
+                waiting.append((following, pool.submit(make, following)))
+            yield _count(some, counts, batch, right.cpu())
+            progress(len(some))
+
+
+def _passes(exercise: Exercise, keys: list[Key], count: int, at_once: int) -> Iterator[list[Key]]:
+    """Keys in the order of their lines' lengths, as many in a pass as `at_once` tokens hold."""
+    some: list[Key] = []
+    for width, key in sorted((exercise.width(key.first, key.second), key) for key in keys):
+        if some and (len(some) + 1) * count * width > at_once:
+            yield some
+            some = []
+        some.append(key)
+    if some:
+        yield some
+
+
+def _count(keys: list[Key], counts: list[int], batch: dict[str, Tensor], right: Tensor) -> Counts:
+    """What a pass found; see `Key`."""
+    found: Counts = {}
+    asked, places = batch["asked"].numpy(), batch["places"].numpy()
+    hits = right.numpy()
+    begin = 0
+    for key, count in zip(keys, counts, strict=True):
+        rows = slice(begin, begin + count)
+        begin += count
+        found[key] = count, int((hits[rows] | ~asked[rows]).all(axis=1).sum())
+        if key.kind == "cell" and key.first == key.second and count:
+            where = places[rows] > NOWHERE
+            all_of = np.bincount(places[rows][where] + 1)
+            right_of = np.bincount(places[rows][where & hits[rows]] + 1, minlength=len(all_of))
+            for place, pair in enumerate(zip(all_of.tolist(), right_of.tolist(), strict=True), -1):
+                found[Key("place", key.first, key.second, place)] = pair
+    return found
+
+
+class Journal:
+    """The table on disk: finished rows of one evaluation, kept when it is interrupted.
+
+    Args:
+        path: A CSV file; rows of another evaluation are dropped from it.
+        run: Names the evaluation: what weights, how many problems, in which precision.
+    """
+
+    def __init__(self, path: Path, run: str) -> None:
+        self.path, self.run = path, run
+        self.counts: Counts = {}
+        if path.exists():
+            with path.open(newline="") as file:
+                for row in csv.DictReader(file):
+                    if row.get("run") == run:  # a row that was cut short has none
+                        key = Key(row["kind"], *(int(row[n]) for n in COLUMNS[1:4]))
+                        self.counts[key] = int(row["problems"]), int(row["right"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerow(COLUMNS)
+        kept, self.counts = self.counts, {}
+        self.add(kept)
+
+    def add(self, counts: Counts) -> None:
+        """Write rows down at once."""
+        with self.path.open("a", newline="") as file:
+            rows = ((*key, *counts[key], self.run) for key in counts)
+            csv.writer(file).writerows(rows)
+        self.counts |= counts
+
+    def rate(self, *key: Any) -> float:
+        """The share answered rightly, nan where nothing was asked."""
+        problems, right = self.counts.get(Key(*key), (0, 0))
+        return right / problems if problems else math.nan
+
+
+# ---------------------------------------------------------------------------- the command
+
+
+def grid_command(
+    checkpoint: str,
+    /,
+    digits: int | None = None,
+    problems: int = 100,
+    diagonal: int | None = None,
+    directory: str | None = None,
+    precision: Literal["auto", "float32", "bfloat16"] = "auto",
+    at_once: int | None = None,
+    device: str | None = None,
+) -> None:
+    """Measure exact match at every pair of lengths, and draw it.
+
+    The model answers held-out problems of its own task. It writes a table, grid_NAME.csv, whose
+    finished rows are kept when the command is interrupted and called again, and a picture of it,
+    grid_NAME.png: exact match by size, with the trained sizes outlined and the longest numbers
+    that training can have covered as a line; along the diagonal; by digit of the answer; and by
+    how many columns a carry runs through.
+
+    Args:
+        checkpoint: A run's directory, which stands for its last.ckpt, a .ckpt file, or a directory
+            of archzoo.save_pretrained.
+        digits: Sizes from 1 to this, in both directions. None: twice the trained ones.
+        problems: Of each size.
+        diagonal: Sizes of two equal lengths beyond `digits` up to this. None: none.
+        directory: Where the files go. None: beside the checkpoint.
+        precision: Of matrix products. auto: bfloat16 on a GPU that has it, else float32.
+        at_once: Tokens in a pass. None: 16,384 on a CPU, 131,072 on a GPU.
+        device: Such as cpu or cuda. None: a GPU where there is one.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: It was not trained on problems, or a number is out of its range.
+    """
+    from archzoo.checkpoint import CONFIG, load
+    from archzoo.tasks.stream import build
+
+    path = Path(checkpoint)
+    if path.is_dir() and not (path / CONFIG).exists() and (path / "last.ckpt").exists():
+        path = path / "last.ckpt"
+    for name, value in (("digits", digits), ("problems", problems), ("at_once", at_once)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = torch.device(device).type
+    if precision == "auto":
+        half = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bfloat16" if half else "float32"
+    found = load(path, device)
+    exercise = build(found.task).exercise if found.task else None
+    if exercise is None or found.tokenizer is None:
+        raise ValueError(f"{path} was not trained on problems, such as those of Addition")
+    examiner = Examiner(found.model, exercise, exercise.tokens_of(found.tokenizer), precision)
+    digits = digits or 2 * max(exercise.extent)
+    name = f"grid_{path.stem}" if path.is_file() else "grid"
+    place = Path(directory) if directory else path.parent if path.is_file() else path
+    run = f"{_fingerprint(found.model)}-{problems}-{precision}"
+    journal = Journal(place / f"{name}.csv", run)
+
+    keys = _keys(exercise, digits, diagonal or 0)
+    missing = [key for key in keys if key not in journal.counts]
+    with warnings.catch_warnings(), _bar(len(keys), len(keys) - len(missing)) as advance:
+        warnings.simplefilter("ignore")  # beyond the covered lengths: the picture says so
+        tokens = at_once or AT_ONCE.get(kind, AT_ONCE["cpu"])
+        for counts in examine(examiner, missing, problems, tokens, advance):
+            journal.add(counts)
+    Console(width=100).print(_table(journal, exercise, digits, diagonal or 0))
+    if (coverage := coverage_of(found.model)) is not None:
+        print(f"training can have covered numbers of up to {coverage} digits")
+    print(f"wrote {journal.path}")
+    figure = journal.path.with_suffix(".png")
+    _draw(journal, exercise, digits, diagonal or 0, found.model, figure)
+    print(f"drew {figure}")
+
+
+def _keys(exercise: Exercise, digits: int, diagonal: int) -> list[Key]:
+    """Every cell up to a size, the diagonal beyond, and chains at the longest sizes."""
+    span = range(1, digits + 1)
+    keys = [Key("cell", first, second) for first in span for second in span]
+    keys += [Key("cell", size, size) for size in range(digits + 1, diagonal + 1)]
+    if exercise.carries:
+        for size in {min(max(exercise.extent), digits), digits} - {1, 2}:
+            keys += [Key("chain", size, size, chain) for chain in range(size + 1)]
+    return keys
+
+
+def _fingerprint(decoder: Decoder) -> str:
+    """A short hash of the weights."""
+    digest = hashlib.sha256()
+    for tensor in decoder.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+@contextmanager
+def _bar(total: int, done: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on a terminal, nothing elsewhere; gives what advances it."""
+    console = Console()
+    if not console.is_terminal:
+        yield lambda problems: None
+        return
+    columns = (TextColumn("sizes"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=total, completed=done)
+        yield lambda problems: progress.advance(task, problems)
+
+
+def coverage_of(decoder: Decoder) -> int | None:
+    """The longest run of digits that training can have covered; None: no embedding says it."""
+    embedding: Any = decoder.embedding
+    while hasattr(embedding, "embedding"):  # a wrapper around another embedding
+        embedding = embedding.embedding
+    return embedding.coverage if isinstance(embedding, DigitEmbedding) else None
+
+
+def _mean(journal: Journal, sizes: list[tuple[int, int]]) -> float:
+    """The mean of the cells that were asked: every size weighs the same."""
+    rates = [journal.rate("cell", *size) for size in sizes]
+    rates = [rate for rate in rates if not math.isnan(rate)]
+    return sum(rates) / len(rates) if rates else math.nan
+
+
+def _table(journal: Journal, exercise: Exercise, digits: int, diagonal: int) -> Table:
+    table = Table(box=None, header_style="bold")
+    table.add_column("sizes")
+    for heading in ("cells", "exact match"):
+        table.add_column(heading, justify="right")
+
+    def add(title: str, sizes: list[tuple[int, int]]) -> None:
+        asked = [size for size in sizes if journal.counts.get(Key("cell", *size), (0, 0))[0]]
+        if asked:
+            table.add_row(title, f"{len(asked):,}", f"{_mean(journal, asked):.2%}")
+
+    span = range(1, digits + 1)
+    every = [(i, j) for i in span for j in span]
+    trained = [size for size in every if _is_trained(exercise, size)]
+    (low, high), (lowest, highest) = exercise.spans
+    add(f"trained: {low} to {high} by {lowest} to {highest}", trained)
+    add(f"beyond, up to {digits}", [size for size in every if not _is_trained(exercise, size)])
+    first = max(exercise.extent)
+    for size in sorted({first, *range(first + 1, digits + 1), *range(digits + 1, diagonal + 1)}):
+        if size <= first + 5 or size % 5 == 0:
+            add(f"{size} by {size}", [(size, size)])
+    return table
+
+
+def _is_trained(exercise: Exercise, size: tuple[int, int]) -> bool:
+    return all(low <= part <= high for part, (low, high) in zip(size, exercise.spans, strict=True))
+
+
+# ---------------------------------------------------------------------------- the picture
+
+
+def _draw(
+    journal: Journal, exercise: Exercise, digits: int, diagonal: int, decoder: Decoder, path: Path
+) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("a figure needs matplotlib: pip install 'archzoo[plots]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Rectangle
+
+    size = np.arange(1, digits + 1)
+    coverage = coverage_of(decoder)
+    figure, panels = plt.subplots(2, 2, figsize=(11, 9.4), layout="constrained")
+    (cells, line), (places, chains) = panels
+
+    rates = np.array([[journal.rate("cell", i, j) for j in size] for i in size])
+    shown = cells.imshow(
+        rates, origin="lower", vmin=0, vmax=1, cmap="viridis", extent=(0.5, digits + 0.5) * 2
+    )
+    (low, high), (lowest, highest) = exercise.spans
+    cells.add_patch(
+        Rectangle(
+            (lowest - 0.5, low - 0.5),
+            highest - lowest + 1,
+            high - low + 1,
+            fill=False,
+            edgecolor="red",
+            linewidth=2,
+            label="trained",
+        )
+    )
+    if coverage is not None:
+        covered = np.array([[exercise.answer_size(i, j) <= coverage for j in size] for i in size])
+        if not covered.all():
+            # Steps between the cells, not lines through their middles.
+            fine = np.repeat(np.repeat(covered, 8, axis=0), 8, axis=1)
+            edges = 0.5 + (np.arange(8 * digits) + 0.5) / 8
+            cells.contour(edges, edges, fine, levels=[0.5], colors="orange", linewidths=2)
+        beyond = "" if not covered.all() else ", beyond this map"
+        cells.plot([], [], color="orange", linewidth=2, label=f"covered: {coverage} digits{beyond}")
+    cells.set(title="exact match", ylabel=exercise.axes[0], xlabel=exercise.axes[1])
+    cells.legend(loc="upper right", fontsize=8)
+    figure.colorbar(shown, ax=cells)
+
+    longest = max(digits, diagonal)
+    lengths = np.arange(1, longest + 1)
+    counts = [journal.counts.get(Key("cell", n, n), (0, 0)) for n in lengths.tolist()]
+    asked = np.array([count > 0 for count, _ in counts])
+    middle, low_end, high_end = np.array([_interval(*pair) for pair in counts]).T
+    line.fill_between(lengths[asked], low_end[asked], high_end[asked], alpha=0.25, linewidth=0)
+    line.plot(lengths[asked], middle[asked], ".-")
+    line.axvline(max(exercise.extent) + 0.5, color="red", label="trained")
+    if coverage is not None:
+        reached = [n for n in lengths.tolist() if exercise.answer_size(n, n) <= coverage]
+        if len(reached) < longest:
+            line.axvline(len(reached) + 0.5, color="orange", label="covered")
+    line.set(title="both of one size (95 % intervals)", ylim=(-0.03, 1.03), xlabel="size")
+    line.legend(fontsize=8)
+
+    indices = sorted({key.part for key in journal.counts if key.kind == "place"} - {-1})
+    image = np.full((longest, len(indices) + 1), np.nan)
+    for n in lengths.tolist():
+        for column, index in enumerate([*indices, -1]):
+            image[n - 1, column] = journal.rate("place", n, n, index)
+    shown = places.imshow(
+        image,
+        origin="lower",
+        vmin=0,
+        vmax=1,
+        cmap="viridis",
+        aspect="auto",
+        extent=(-0.5, len(indices) + 0.5, 0.5, longest + 0.5),
+    )
+    places.axhline(max(exercise.extent) + 0.5, color="red")
+    places.set(
+        title="digit by digit, the right ones before it given",
+        xlabel="digit of the answer, the units 0",
+        ylabel="both of this size",
+    )
+    ticks = range(0, len(indices), max(len(indices) // 8, 1))
+    places.set_xticks([*ticks, len(indices)], [*map(str, ticks), "stop"])
+    figure.colorbar(shown, ax=places)
+
+    if exercise.carries:
+        for n in sorted({key.first for key in journal.counts if key.kind == "chain"}):
+            values = [journal.rate("chain", n, n, chain) for chain in range(n + 1)]
+            chains.plot(range(n + 1), values, ".-", label=f"{n} digits")
+        chains.set(
+            title="by the longest carry", xlabel="columns carried through", ylim=(-0.03, 1.03)
+        )
+        chains.legend(fontsize=8)
+    else:
+        chains.set_axis_off()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _interval(problems: int, right: int) -> tuple[float, float, float]:
+    """The share of right answers and its 95 % interval (Wilson 1927)."""
+    if not problems:
+        return math.nan, math.nan, math.nan
+    z = 1.96
+    share, spread = right / problems, z * z / problems
+    middle = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / problems + spread / (4 * problems))
+    return share, middle - half, middle + half
