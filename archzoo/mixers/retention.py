@@ -140,16 +140,12 @@ def retain(
         chunk = min(chunk_size, left)
         chunks = min(left // chunk, CHUNKS_AT_ONCE)
         end = begin + chunk * chunks
+        # States between chunks, numbered by the chunk they enter; without memory nothing enters
+        # the first.
+        states = range(0 if memory is not None else 1, chunks + (want_memory or end < time))
+        decays = _decays(context, log_decay, scale, begin, chunk, chunks, states)
         o, memory = _retain_chunks(
-            q[:, begin:end],
-            k[:, begin:end],
-            v[:, begin:end],
-            log_decay,
-            memory,
-            context.piece(begin, end) if context.packed else None,
-            scale,
-            chunk,
-            want_memory or end < time,
+            q[:, begin:end], k[:, begin:end], v[:, begin:end], memory, chunk, states, decays
         )
         outputs.append(o)
         begin = end
@@ -183,61 +179,91 @@ class _Clock(NamedTuple):
         return (exponent if seen is None else exponent.masked_fill(~seen, -math.inf)).exp()
 
 
+class _Decays(NamedTuple):
+    """The decay between any two places of a piece; n is 1 where all chunks are alike."""
+
+    inside: Tensor  # (b, heads, n, chunk, chunk), from token to token of a chunk, scaled
+    kept: Tensor | None  # (b, heads, n, chunk), from a token to the end of its chunk, scaled
+    join: Tensor | None  # (b, heads, states, states), from state to state
+    reading: Tensor | None  # (b, heads, n, chunk), from the state that enters a chunk to a token
+
+
+def _decays(
+    context: Context,
+    log_decay: Tensor,
+    scale: float,
+    begin: int,
+    chunk: int,
+    chunks: int,
+    states: range,
+) -> _Decays:
+    """Of the chunks that begin at a token; layers of one decay share them within a call."""
+
+    def compute() -> _Decays:
+        device = log_decay.device
+        if not context.packed:
+            clock = _Clock(torch.arange(1, chunks * chunk + 1, device=device)[None], None)
+        else:
+            piece = context.piece(begin, begin + chunks * chunk)
+            clock = _Clock(piece.valid.cumsum(dim=1), piece.starts.cumsum(dim=1))
+        token = clock.at(lambda x: rearrange(x, "b (n c) -> b n c", c=chunk))
+        edge = token.at(lambda x: F.pad(x[:, :, -1], (1, 0)))  # before each chunk, and at the end
+        # Without documents all chunks are alike, and one of them stands for all.
+        some = slice(0, chunks if context.packed else 1)
+        token = token.at(lambda x: x[:, some])
+        entry = edge.at(lambda x: x[:, :-1][:, some, None])
+        leaving = edge.at(lambda x: x[:, 1:][:, some, None])
+
+        causal = torch.ones((chunk, chunk), dtype=torch.bool, device=device).tril()
+        later, earlier = token.at(lambda x: x[..., :, None]), token.at(lambda x: x[..., None, :])
+        inside = scale * later.decay_since(earlier, log_decay, causal)
+        if not states:
+            return _Decays(inside, None, None, None)
+        kept = scale * leaving.decay_since(token, log_decay)
+        stop = edge.at(lambda x: x[:, states.start : states.stop])
+        order = torch.ones((len(states),) * 2, dtype=torch.bool, device=device).tril()
+        join = stop.at(lambda x: x[:, :, None]).decay_since(
+            stop.at(lambda x: x[:, None, :]), log_decay, order
+        )
+        return _Decays(inside, kept, join, token.decay_since(entry, log_decay))
+
+    if log_decay.requires_grad:
+        return compute()
+    # A fixed decay is one tensor for all layers and calls, so it can be a key.
+    key = ("decays", log_decay, scale, begin, chunk, chunks, states)
+    return once_per_call(context.positions, key, compute)
+
+
 def _retain_chunks(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    log_decay: Tensor,
     memory: Tensor | None,
-    context: Context | None,
-    scale: float,
     chunk: int,
-    want_memory: bool,
+    states: range,
+    decays: _Decays,
 ) -> tuple[Tensor, Tensor | None]:
-    """`retain` where chunk divides time; context None: no padding, no second document."""
+    """`retain` where chunk divides time."""
     q, k, v = (rearrange(x, "b (n c) h d -> b h n c d", c=chunk) for x in (q, k, v))
-    chunks, device = q.shape[2], q.device
-    if context is None:
-        clock = _Clock(torch.arange(1, chunks * chunk + 1, device=device)[None], None)
-    else:
-        clock = _Clock(context.valid.cumsum(dim=1), context.starts.cumsum(dim=1))
-    token = clock.at(lambda x: rearrange(x, "b (n c) -> b n c", c=chunk))
-    edge = token.at(lambda x: F.pad(x[:, :, -1], (1, 0)))  # before each chunk, and at the end
-    # Without documents all chunks are alike, and one of them stands for all.
-    some = slice(0, 1) if context is None else slice(0, chunks)
-    token = token.at(lambda x: x[:, some])
-    entry = edge.at(lambda x: x[:, :-1][:, some, None])
-    leaving = edge.at(lambda x: x[:, 1:][:, some, None])
+    chunks = q.shape[2]
+    o = ((q @ k.mT) * decays.inside) @ v
+    if decays.kept is None or decays.join is None or decays.reading is None:
+        return rearrange(o, "b h n c d -> b (n c) h d"), None
 
-    causal = torch.ones((chunk, chunk), dtype=torch.bool, device=device).tril()
-    later, earlier = token.at(lambda x: x[..., :, None]), token.at(lambda x: x[..., None, :])
-    scores = (q @ k.mT) * (scale * later.decay_since(earlier, log_decay, causal))
-    o = scores @ v
-
-    # The states that enter the chunks (and the one that leaves the last): each is the sum of
-    # what all chunks before it added, and of the memory, decayed by the tokens in between.
-    first = 0 if memory is not None else 1  # without memory nothing enters the first chunk
-    last = chunks if want_memory else chunks - 1
-    states = None
-    if last >= first:
-        kept = scale * leaving.decay_since(token, log_decay)
-        added = (k * kept[..., None]).mT @ v
-        added = rearrange(added[:, :, :last], "b h n k v -> b h n (k v)")
-        if memory is not None:
-            added = torch.cat([rearrange(memory, "b h k v -> b h 1 (k v)"), added], dim=2)
-        stop = edge.at(lambda x: x[:, first : last + 1])
-        order = torch.ones((last + 1 - first,) * 2, dtype=torch.bool, device=device).tril()
-        join = stop.at(lambda x: x[:, :, None]).decay_since(
-            stop.at(lambda x: x[:, None, :]), log_decay, order
-        )
-        states = rearrange(join @ added, "b h n (k v) -> b h n k v", k=k.shape[-1])
-        entering = states[:, :, : chunks - first]
-        if entering.shape[2]:
-            reading = (q * token.decay_since(entry, log_decay)[..., None])[:, :, first:]
-            crossed = reading @ entering
-            o = o + crossed if first == 0 else torch.cat([o[:, :, :1], o[:, :, 1:] + crossed], 2)
+    # Each state is the sum of what all chunks before it added, and of the memory, decayed by the
+    # tokens in between.
+    added = (k * decays.kept[..., None]).mT @ v
+    added = rearrange(added[:, :, : states.stop - 1], "b h n k v -> b h n (k v)")
+    if memory is not None:
+        added = torch.cat([rearrange(memory, "b h k v -> b h 1 (k v)"), added], dim=2)
+    joined = rearrange(decays.join @ added, "b h n (k v) -> b h n k v", k=k.shape[-1])
+    first = states.start
+    entering = joined[:, :, : chunks - first]
+    if entering.shape[2]:
+        crossed = (q * decays.reading[..., None])[:, :, first:] @ entering
+        o = o + crossed if first == 0 else torch.cat([o[:, :, :1], o[:, :, 1:] + crossed], 2)
     # A view would keep the states of all chunks alive, and be saved with them.
-    leaves = states[:, :, -1].clone() if want_memory and states is not None else None
+    leaves = joined[:, :, -1].clone() if states.stop > chunks else None
     return rearrange(o, "b h n c d -> b (n c) h d"), leaves
 
 
