@@ -12,7 +12,6 @@ and the figure beside it: the grey span is what was trained, a dotted line how f
 from __future__ import annotations
 
 import argparse
-import contextlib
 import time
 import warnings
 from pathlib import Path
@@ -24,52 +23,28 @@ from harness import write_rows
 from rich.console import Console
 from rich.table import Table
 
-from archzoo.checkpoint import Pretrained, load, task_of
-from archzoo.decoder import Decoder
-from archzoo.tasks.problems import Exercise
-from archzoo.tasks.stream import Batch
-
-AT_ONCE = 2**17  # tokens in a batch
-
-
-@torch.no_grad()
-def right(decoder: Decoder, batch: Batch) -> torch.Tensor:
-    """Whether each problem's answer is right, (problems,) bool."""
-    device = decoder.head.weight.device
-    rows = max(AT_ONCE // batch["tokens"].shape[1], 1)
-    found = []
-    for start in range(0, len(batch["tokens"]), rows):
-        some = {name: entry[start : start + rows].to(device) for name, entry in batch.items()}
-        autocast = (
-            torch.autocast("cuda", torch.bfloat16)
-            if device.type == "cuda"
-            else contextlib.nullcontext()
-        )
-        with autocast:
-            x, _, _ = decoder.hidden(
-                some["tokens"], documents=some["documents"], positions=some.get("positions")
-            )
-            predicted = decoder.head(x).argmax(-1)
-        found.append(((predicted == some["labels"]) | (some["labels"] < 0)).all(1).cpu())
-    return torch.cat(found)
+from archzoo.checkpoint import Pretrained, load
+from archzoo.grid import AT_ONCE, Examiner, Key, coverage_of, examine
+from archzoo.tasks.stream import build
 
 
 def by_length(found: Pretrained, lengths: list[int], count: int) -> dict[int, float]:
     """Exact match of problems of two numbers of n digits each, for each n."""
-    task = task_of(found)
-    if not isinstance(task, Exercise):
-        raise ValueError(f"{type(task).__name__} has no problems of a given length")
+    exercise = build(found.task).exercise if found.task else None
+    if exercise is None or found.tokenizer is None:
+        raise ValueError("a run was not trained on problems, such as those of Addition")
+    device = found.model.head.weight.device.type
+    precision = "bfloat16" if device == "cuda" else "float32"
+    examiner = Examiner(found.model, exercise, exercise.tokens_of(found.tokenizer), precision)
+    keys = [Key("cell", n, n) for n in lengths]
+    matches: dict[int, float] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what lies beyond the coverage is looked at on purpose
-        return {
-            n: float(right(found.model, task.batch(task.cell(n, n, count))).float().mean())
-            for n in lengths
-        }
-
-
-def coverage(decoder: Decoder) -> int | None:
-    """The digits of the longest answer whose positions training reached; None: no such bound."""
-    return getattr(decoder.embedding, "coverage", None)
+        for counts in examine(examiner, keys, count, AT_ONCE[device]):
+            for key, (asked, right) in counts.items():
+                if key.kind == "cell":
+                    matches[key.first] = right / asked
+    return matches
 
 
 def main() -> None:
@@ -101,7 +76,7 @@ def main() -> None:
                 "checkpoint": given.checkpoint,
                 "parameters": found.model.parameter_count(),
                 "trained_digits": trained,
-                "coverage": coverage(found.model) or "",
+                "coverage": coverage_of(found.model) or "",
                 "problems": given.problems,
                 "inside": round(float(np.mean([matches[n] for n in lengths if n <= trained])), 4),
                 "beyond": round(float(np.mean(beyond)), 4) if beyond else "",
