@@ -174,6 +174,8 @@ def write(config: Path, rows: dict[Run, dict[str, Any]]) -> None:
 SHOWN = {
     "validation/loss/best": "best validation loss",
     "validation/exact_match/best": "best exact match",
+    "validation/exact_match/ood/best": "beyond, best",
+    "validation/exact_match/ood/last": "beyond, last",
     "train/loss/last": "train loss",
     "train/metric/drop_rate/last": "drop rate",
     "train/metric/max1_max2/highest": "Max1/Max2, highest",
