@@ -223,7 +223,9 @@ def windows_of(found: Pretrained, length: int, windows: int) -> tuple[Tensor, Te
 
     if found.task is None or "context_length" not in found.task["init_args"]:
         raise ValueError("there is no text to read: the checkpoint was not trained on one")
-    task = task_of(found, context_length=length, batch_size=1, carry_state=False)
+    wanted = {"context_length": length, "batch_size": 1, "carry_state": False}
+    known = found.task["init_args"]
+    task = task_of(found, **{name: wanted[name] for name in wanted if name in known})
     rows: list[tuple[Tensor, Tensor]] = []
     for batch in task.evaluation_loader("validation"):
         if len(rows) == windows or (batch["labels"] == IGNORED).any():
