@@ -321,7 +321,8 @@ def _keys(exercise: Exercise, digits: int, diagonal: int) -> list[Key]:
     keys = [Key("cell", first, second) for first in span for second in span]
     keys += [Key("cell", size, size) for size in range(digits + 1, diagonal + 1)]
     if exercise.carries:
-        for size in {min(max(exercise.extent), digits), digits} - {1, 2}:
+        trained = min(max(exercise.extent), digits)
+        for size in {trained, (trained + digits) // 2, digits} - {1, 2}:
             keys += [Key("chain", size, size, chain) for chain in range(size + 1)]
     return keys
 
@@ -473,7 +474,8 @@ def _draw(
         xlabel="digit of the answer, the units 0",
         ylabel="both of this size",
     )
-    ticks = range(0, len(indices), max(len(indices) // 8, 1))
+    step = max(len(indices) // 8, 1)
+    ticks = range(0, len(indices) - step // 2, step)
     places.set_xticks([*ticks, len(indices)], [*map(str, ticks), "stop"])
     figure.colorbar(shown, ax=places)
 

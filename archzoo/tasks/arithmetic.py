@@ -328,7 +328,16 @@ class Addition(TwoNumbers):
 
 
 class Subtraction(TwoNumbers):
-    """Differences such as `345-12=333`, with a sign before the answer where it is negative."""
+    """Differences such as `345-12=333`, with a sign before the answer where it is negative.
+
+    25 - 53 = -28, least significant digit first, is trained as::
+
+        position    0    1    2    3    4    5    6    7    8    9   10   11
+        token       5    2    -    3    5    =    -    8    2 stop  pad  pad
+        label       .    .    .    .    .    -    8    2 stop    .    .    .
+
+    a - b and b - a are two problems.
+    """
 
     operators = "-="
     ordered = True
@@ -342,7 +351,14 @@ class Subtraction(TwoNumbers):
 
 
 class Multiplication(TwoNumbers):
-    """Products such as `12x34=408`."""
+    """Products such as `12x34=408`.
+
+    9 x 997 = 8973, least significant digit first, is trained as::
+
+        position    0    1    2    3    4    5    6    7    8    9   10   11   12   13
+        token       9    x    7    9    9    =    3    7    9    8 stop  pad  pad  pad
+        label       .    .    .    .    .    3    7    9    8 stop    .    .    .    .
+    """
 
     operators = "x="
 
@@ -358,7 +374,11 @@ class BitwiseOr(TwoNumbers):
 
     The other has a single one, and is the shorter one, so the task is to find a place and to copy
     a length. Vectors are aligned at their first place with `reverse`, as in the paper: in terms of
-    numbers, the least significant bit comes first.
+    numbers, the least significant bit comes first::
+
+        position    0    1    2    3    4    5    6    7    8    9   10
+        token       1    0    |    0    0    0    =    1    0    0 stop
+        label       .    .    .    .    .    .    1    0    0 stop    .
 
     There are few such problems, min(i, j) of lengths i and j (twice as many where i = j), so a
     smaller `held_out`, such as 4, gives more to test on. A one in the first place is never held

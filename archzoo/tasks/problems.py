@@ -314,7 +314,7 @@ class Exercise(Task):
         # Row by row, `place` holds as many columns as `present`, in the same order.
         present = together([part.present for part in parts])
         lengths = np.count_nonzero(present, axis=1)
-        columns = np.arange(int(lengths.max()) if width is None else width + 1)
+        columns = np.arange(int(lengths.max(initial=1)) if width is None else width + 1)
         place = columns < lengths[:, None]
         tokens = np.full(place.shape, self.pad, np.uint8)
         tokens[place] = together([part.symbols for part in parts])[present]

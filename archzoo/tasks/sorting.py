@@ -14,6 +14,12 @@ from archzoo.tasks.stream import Bits, Integers
 class Sorting(Exercise):
     """Numbers to sort, each with a key: `A:52,B:7,C:31=B,C,A`.
 
+    3 and 97, least significant digit first, are trained as::
+
+        position    0    1    2    3    4    5    6    7    8    9   10   11   12
+        token       c    :    3    ,    d    :    8    =    c    ,    d stop  pad
+        label       .    .    .    .    .    .    .    c    ,    d stop    .    .
+
     The answer names the keys by ascending value, ties in the order of the list. Keys run on
     through the alphabet from a random letter. The size of a problem is how many numbers there are
     and how many digits they have at most; both are uniform, and the digits of each number are
@@ -64,6 +70,7 @@ class Sorting(Exercise):
         for name, value in (("numbers", numbers), ("digits", digits)):
             if value < 1:
                 raise ValueError(f"{name} {value} is not positive")
+        self.shape((numbers, digits))  # there must be keys for all
         super().__init__(
             ((1, numbers), (1, digits)),
             numbers=numbers,
@@ -135,15 +142,14 @@ class Sorting(Exercise):
         comma, colon = (np.full_like(keys, self.sign(sign).symbols) for sign in ",:")
         follows = there & (np.arange(numbers) > 0)
 
-        def together(entries: list[Any], **settings: Any) -> Any:
-            return np.concatenate(entries, axis=2, **settings).reshape(count, -1)
+        def side_by_side(*entries: Any) -> Any:
+            """(examples, numbers[, columns]) each -> (examples, all columns of all numbers)."""
+            whole = np.concatenate([e.reshape(count, numbers, width) for e, width in entries], 2)
+            return whole.reshape(count, numbers * whole.shape[2])
 
-        def stack(*entries: Any) -> Any:
-            return np.stack(entries, axis=2)
-
-        shape = (count, numbers, -1)
-        symbols = together([stack(comma, keys, colon), written.symbols.reshape(shape)])
-        present = together([stack(follows, there, there), written.present.reshape(shape)])
+        wide = written.symbols.shape[1]
+        symbols = side_by_side((comma, 1), (keys, 1), (colon, 1), (written.symbols, wide))
+        present = side_by_side((follows, 1), (there, 1), (there, 1), (written.present, wide))
         positions = np.tile(np.concatenate([[1, 0, 1], written.positions]), numbers)
         # The last sign has the say: numbers that are not there come last.
         words_of = [
@@ -151,8 +157,8 @@ class Sorting(Exercise):
             for word in words(operands.transpose(1, 0, 2).reshape(digits, -1))
         ]
         order = np.lexsort((*words_of, ~there), axis=-1)
-        answer = together([stack(comma, np.take_along_axis(keys, order, axis=1))])
-        answered = together([stack(follows, there)])
+        answer = side_by_side((comma, 1), (np.take_along_axis(keys, order, axis=1), 1))
+        answered = side_by_side((follows, 1), (there, 1))
         ranks = np.stack([np.ones(numbers, np.int64), np.arange(numbers) + 2], axis=1).reshape(-1)
         return [
             Columns(symbols, present, positions, asked=False),
