@@ -156,9 +156,8 @@ class PositionCoupling(DigitEmbedding):
         tokenizer: DigitTokenizer,
         longest_run: int | None = None,
         *,
-        training: bool = False,
-        operators: str = "+=",
         coupling: Coupling | None = None,
+        **known: Any,
     ) -> dict[str, Any]:
         """As any digit embedding's; and the task must give coupled positions."""
         if coupling is None:
@@ -166,7 +165,7 @@ class PositionCoupling(DigitEmbedding):
                 "PositionCoupling takes its positions from the task, and this one gives none: "
                 "set its argument coupled, or take AbacusEmbedding"
             )
-        changed = super().bind(tokenizer, longest_run, training=training, operators=operators)
+        changed = super().bind(tokenizer, longest_run, **known)
         if self.prompt is None:
             self.prompt = changed["prompt"] = coupling
         elif self.prompt != coupling:
