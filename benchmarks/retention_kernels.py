@@ -290,6 +290,47 @@ def report(rows: list[dict[str, Any]], heads: int, dk: int, dv: int, time: int) 
           f"{bound['floor_operations_ms']} ms", flush=True)  # fmt: skip
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: by shape and length both ways of launching, forward / forward + backward in ms.
+
+    fla is the better of its forms by forward + backward; the ratios are of forward + backward.
+    """
+    ratios = ["fla / archzoo", "cuDNN / archzoo"]
+    head = ["heads x dk x dv", "T"]
+    for way in ("eager", "graph"):
+        head += [f"{way}: archzoo", "fla", "cuDNN", *ratios]
+    head.append("over the floor")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    whole = [r for r in rows if r["pass"] != "step"]
+    for shape in dict.fromkeys((r["heads"], r["dk"], r["dv"], r["time"]) for r in whole):
+        here = [r for r in whole if (r["heads"], r["dk"], r["dv"], r["time"]) == shape]
+        cells = [" x ".join(map(str, shape[:3])), f"{int(shape[3]):,}"]
+        for way in ("eager", "graph"):
+            found: dict[str, dict[str, float]] = {}
+            for r in here:
+                if r["launch"] == way:
+                    found.setdefault(r["contender"], {})[r["pass"]] = float(r["milliseconds"])
+            best = min(
+                (n for n in found if n.startswith("fla")),
+                key=lambda name: found[name]["forward+backward"],
+                default=None,
+            )
+            names = ("archzoo", best, "cuDNN attention")
+            both = {name: found[name]["forward+backward"] for name in names if name in found}
+            mine = both["archzoo"]
+            cells += [
+                f"{found[name]['forward']:.3f} / {both[name]:.3f}" if name in both else "absent"
+                for name in names
+            ]
+            cells += [f"{both[name] / mine:.2f}" if name in both else "" for name in names[1:]]
+        bound = max(
+            float(here[-1]["floor_bytes_ms"]), float(here[-1]["floor_operations_ms"])
+        )  # of forward + backward, which is measured last
+        cells.append(f"{mine / bound:.1f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def compare_steps(stamp: dict[str, str], rates: tuple[float, float]) -> list[dict[str, Any]]:
     """One token of decoding, graph replay; states rotate so that no cache holds them."""
     rows = []
@@ -435,6 +476,7 @@ def main() -> None:
             writer.writerows(rows)
         print(f"wrote {path}")
         draw(rows, arguments.output / f"{name}.png")
+    print(table(rows))
 
 
 if __name__ == "__main__":

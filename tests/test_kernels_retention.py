@@ -13,7 +13,7 @@ import os
 import pytest
 import torch
 
-from archzoo.kernels import retention as kernels
+from archzoo.kernels import retention_launch as launch
 from archzoo.kernels.retention import available, retention, retention_step, unavailable
 
 if importlib.util.find_spec("triton") is None:
@@ -44,8 +44,7 @@ def interpreter(monkeypatch):
 def nothing_prepared():
     """Some tests change the plan, which what is prepared was made by."""
     yield
-    kernels._prepare_forward.cache_clear()
-    kernels._prepare_backward.cache_clear()
+    launch.work.cache_clear()
 
 
 def reference(q, k, v, log_decay, state=None, positions=None, starts=None, valid=None, scale=True):
@@ -128,15 +127,14 @@ def small_plan(monkeypatch, scores=True, together=False):
 
     `together` takes keys up to 16 and values up to 32 wide.
     """
-    cut = kernels.Cut(16, 16, 4, 1)
-    whole = (16, kernels.Cut(16, 32, 4, 1)) if together else None
-    pair = kernels.Pair(16, scores, cut, cut)
-    plan = kernels.Plan(pair, pair, sums=(16, cut, 2), together=whole)
-    monkeypatch.setattr(kernels, "_plan", lambda *_: plan)
-    monkeypatch.setattr(kernels, "_SEGMENT_LEAST", 32)
-    monkeypatch.setattr(kernels, "_SEGMENT_MULTIPLE", 32)
-    kernels._prepare_forward.cache_clear()
-    kernels._prepare_backward.cache_clear()
+    cut = launch.Cut(16, 16, 4, 1)
+    whole = (16, launch.Cut(16, 32, 4, 1)) if together else None
+    pair = launch.Pair(16, scores, cut, cut)
+    plan = launch.Plan(pair, pair, sums=(16, cut, 2), together=whole)
+    monkeypatch.setattr(launch, "_plan", lambda *_: plan)
+    monkeypatch.setattr(launch, "_SEGMENT_LEAST", 32)
+    monkeypatch.setattr(launch, "_SEGMENT_MULTIPLE", 32)
+    launch.work.cache_clear()
 
 
 def random_state(batch, heads, dk, dv):

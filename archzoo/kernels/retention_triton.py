@@ -114,7 +114,10 @@ def _power(log2_decay, exponent):
     return tl.exp2(tl.maximum(exponent, 0).to(tl.float32) * log2_decay)
 
 
-@triton.jit(do_not_specialize_on_alignment=["log_decay_ptr", "positions_ptr"])
+@triton.jit(
+    do_not_specialize=["heads"],
+    do_not_specialize_on_alignment=["log_decay_ptr", "positions_ptr"],
+)
 def normaliser_kernel(
     normaliser_ptr, log_decay_ptr, positions_ptr, ranges_ptr, time, heads,
     BLOCK: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_RANGES: tl.constexpr,
@@ -184,7 +187,10 @@ def _document_before(
     return before
 
 
-@triton.jit(do_not_specialize_on_alignment=["log_decay_ptr"])
+@triton.jit(
+    do_not_specialize=["segments", "heads", "chunks", "split", "normaliser_rows"],
+    do_not_specialize_on_alignment=["log_decay_ptr"],
+)
 def stream_kernel(
     a_ptr, b_ptr, c_ptr, out_ptr, scores_ptr, log_decay_ptr, normaliser_ptr, documents_ptr,
     ranges_ptr, entering_ptr, leaving_ptr,
@@ -340,7 +346,10 @@ def stream_kernel(
         tl.store(leaving_ptr + row_wide * A * C + state_offset, state, mask=state_inside)
 
 
-@triton.jit(do_not_specialize_on_alignment=["log_decay_ptr"])
+@triton.jit(
+    do_not_specialize=["segments", "heads", "normaliser_rows"],
+    do_not_specialize_on_alignment=["log_decay_ptr"],
+)
 def reverse_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, log_decay_ptr, normaliser_ptr, documents_ptr,
     ranges_ptr, entering_ptr, leaving_ptr,
@@ -455,7 +464,10 @@ def reverse_kernel(
         tl.store(leaving_ptr + row_wide * K * V + state_offset, state, mask=state_inside)
 
 
-@triton.jit(do_not_specialize_on_alignment=["log_decay_ptr"])
+@triton.jit(
+    do_not_specialize=["heads", "chunks", "normaliser_rows"],
+    do_not_specialize_on_alignment=["log_decay_ptr"],
+)
 def scores_kernel(
     a_ptr, b_ptr, scores_ptr, log_decay_ptr, normaliser_ptr, documents_ptr, ranges_ptr,
     a_batch, a_time, a_head, b_batch, b_time, b_head,
@@ -511,7 +523,10 @@ def scores_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize_on_alignment=["log_decay_ptr"])
+@triton.jit(
+    do_not_specialize=["segments", "heads", "normaliser_rows", "piece_first"],
+    do_not_specialize_on_alignment=["log_decay_ptr"],
+)
 def segment_sums_kernel(
     b_ptr, c_ptr, sums_ptr, log_decay_ptr, normaliser_ptr, documents_ptr, ranges_ptr,
     b_batch, b_time, b_head, c_batch, c_time, c_head,
@@ -583,7 +598,10 @@ def segment_sums_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize_on_alignment=["log_decay_ptr"])
+@triton.jit(
+    do_not_specialize=["segments", "pieces", "heads"],
+    do_not_specialize_on_alignment=["log_decay_ptr"],
+)
 def join_kernel(
     sums_ptr, entering_ptr, initial_ptr, final_ptr, log_decay_ptr, documents_ptr, ranges_ptr,
     time, piece_size, segments, pieces, heads, size,

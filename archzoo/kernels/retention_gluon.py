@@ -1,0 +1,499 @@
+"""The wide maps of retention for Hopper, with copying and multiplying in warps of their own.
+
+`stream_kernel` computes what its namesake in `retention_triton` does, and takes the same
+parameters. There all warps of a program load, multiply, scale and store in step, and wait for each
+other nine times a chunk, so that the matrix unit works four tenths of the time. Here three parts
+run side by side and meet at barriers in shared memory:
+
+- one warp issues the copies, up to STAGES chunks ahead;
+- two groups of four warps each hold 64 columns of the state, (BLOCK_A, 64), in registers, and walk
+  over time at their own pace, so that one multiplies while the other scales and converts.
+
+Both read the same a, b and chunk's own weights. The state is held as tiles of 64 rows, for each
+the copy engine's widest swizzled box of a and b.
+
+Gluon is Triton's lower level, and has no interpreter: `retention_triton`'s kernel, which the
+ordinary tests run, is this one's twin, and tests on a GPU hold both to the same reference.
+"""
+
+# Kernels' parameters are Triton's values, which have no Python types.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+LOG2_E: gl.constexpr = gl.constexpr(1.4426950408889634)
+WIDE: gl.constexpr = gl.constexpr(64)  # columns of a swizzled box of bfloat16
+
+
+@gluon.jit
+def _chunk(walked, walk, start, stop, CHUNK: gl.constexpr, REVERSE: gl.constexpr):
+    """First token and size of the chunk that is walked as number `walked`."""
+    if REVERSE:
+        begin = start + (walk - 1 - walked) * CHUNK
+    else:
+        begin = start + walked * CHUNK
+    return begin, gl.minimum(CHUNK, stop - begin)
+
+
+@gluon.jit
+def _power(log2_decay, exponent):
+    """gamma^exponent, the exponent cut at 0 from below."""
+    return gl.exp2(gl.maximum(exponent, 0).to(gl.float32) * log2_decay)
+
+
+@gluon.jit
+def _copy_in(
+    a_desc, b_desc, c_desc, scores_desc, out_desc, a_room, b_room, c_room, scores_room, out_room,
+    full, empty, start, stop, split, tile,
+    CHUNK: gl.constexpr, BLOCK_A: gl.constexpr, REVERSE: gl.constexpr,
+    HAS_SCORES: gl.constexpr, ADD: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The copying warp."""
+    TILES: gl.constexpr = BLOCK_A // WIDE
+    EXTRA: gl.constexpr = 2 * WIDE if ADD else CHUNK if HAS_SCORES else 0
+    BYTES: gl.constexpr = 2 * CHUNK * (2 * BLOCK_A + 2 * WIDE + EXTRA)
+    walk = gl.cdiv(stop - start, CHUNK)
+    for walked in range(walk):
+        begin, _ = _chunk(walked, walk, start, stop, CHUNK, REVERSE)
+        stage = walked % STAGES
+        mbarrier.wait(empty.index(stage), (walked // STAGES & 1) ^ 1)
+        ready = full.index(stage)
+        mbarrier.expect(ready, BYTES)
+        for i in gl.static_range(TILES):
+            at = split * BLOCK_A + i * WIDE
+            tma.async_copy_global_to_shared(
+                a_desc, [begin, at], ready, a_room.index(stage * TILES + i)
+            )
+        for i in gl.static_range(2):
+            at = (2 * tile + i) * WIDE
+            tma.async_copy_global_to_shared(c_desc, [begin, at], ready, c_room.index(2 * stage + i))
+            if ADD:
+                tma.async_copy_global_to_shared(
+                    out_desc, [begin, at], ready, scores_room.index(2 * stage + i)
+                )
+        if HAS_SCORES and not ADD:
+            tma.async_copy_global_to_shared(
+                scores_desc, [begin, 0], ready, scores_room.index(stage)
+            )
+        for i in gl.static_range(TILES):
+            at = split * BLOCK_A + i * WIDE
+            tma.async_copy_global_to_shared(
+                b_desc, [begin, at], ready, b_room.index(stage * TILES + i)
+            )
+
+
+@gluon.jit
+def _multiply(
+    out_desc, a_room, b_room, c_room, scores_room, out_room, full, empty,
+    entering_ptr, leaving_ptr, normaliser_row, log2_decay, start, stop, split, tile,
+    stride_a, stride_c,
+    HALF: gl.constexpr, CHUNK: gl.constexpr, BLOCK_A: gl.constexpr, REVERSE: gl.constexpr,
+    SCALE: gl.constexpr, HAS_ENTERING: gl.constexpr, HAS_LEAVING: gl.constexpr,
+    HAS_SCORES: gl.constexpr, ADD: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One of the two multiplying groups: columns [64 HALF, 64 HALF + 64) of the program's tile."""
+    TILES: gl.constexpr = BLOCK_A // WIDE
+    SHIFT: gl.constexpr = 0 if REVERSE else 1
+    state_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    rows = split * BLOCK_A + gl.arange(0, WIDE, layout=gl.SliceLayout(0, state_layout))
+    columns = (2 * tile + HALF) * WIDE + gl.arange(0, WIDE, layout=gl.SliceLayout(1, state_layout))
+    offset = columns[:, None] * stride_c + rows[None, :] * stride_a
+    if HAS_ENTERING:
+        state0 = gl.load(entering_ptr + offset)
+        state1 = gl.load(entering_ptr + offset + WIDE * stride_a)
+        if TILES > 2:
+            state2 = gl.load(entering_ptr + offset + 2 * WIDE * stride_a)
+            state3 = gl.load(entering_ptr + offset + 3 * WIDE * stride_a)
+    else:
+        state0 = gl.zeros([WIDE, WIDE], gl.float32, state_layout)
+        state1 = gl.zeros([WIDE, WIDE], gl.float32, state_layout)
+        if TILES > 2:
+            state2 = gl.zeros([WIDE, WIDE], gl.float32, state_layout)
+            state3 = gl.zeros([WIDE, WIDE], gl.float32, state_layout)
+    index = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, out_layout))
+    if not HAS_SCORES:
+        # gamma^(i-j) at [j, i], 0 where j > i: the same for all chunks, so it stays in registers.
+        row_index = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, out_layout))
+        if REVERSE:
+            gap = row_index[:, None] - index[None, :]
+        else:
+            gap = index[None, :] - row_index[:, None]
+        decay = gl.where(gap >= 0, _power(log2_decay, gap), 0.0)
+    walk = gl.cdiv(stop - start, CHUNK)
+    begin, size = _chunk(0, walk, start, stop, CHUNK, REVERSE)
+    normaliser = gl.full([CHUNK], 1.0, gl.float32, gl.SliceLayout(0, out_layout))
+    if SCALE:
+        normaliser = gl.load(normaliser_row + begin + index, mask=index < size, other=0.0)
+    mine = out_room.index(HALF)
+    for walked in range(walk):
+        begin, size = _chunk(walked, walk, start, stop, CHUNK, REVERSE)
+        if REVERSE:
+            rank = size - 1 - index
+        else:
+            rank = index
+        arrive = _power(log2_decay, rank + SHIFT)
+        leave = _power(log2_decay, size - SHIFT - rank)
+        keep = gl.exp2(size.to(gl.float32) * log2_decay)
+        if SCALE:
+            if REVERSE:
+                leave *= normaliser
+            else:
+                arrive *= normaliser
+            if not HAS_SCORES:
+                here = normaliser  # of this chunk, as long as it is needed
+                if REVERSE:
+                    of_rows = gl.load(
+                        normaliser_row + begin + row_index, mask=row_index < size, other=0.0
+                    )
+            ahead, rest = _chunk(walked + 1, walk, start, stop, CHUNK, REVERSE)
+            normaliser = gl.load(
+                normaliser_row + ahead + index,
+                mask=(index < rest) & (walked + 1 < walk),
+                other=0.0,
+            )
+        stage = walked % STAGES
+        mbarrier.wait(full.index(stage), walked // STAGES & 1)
+
+        a = stage * TILES
+        if not HAS_SCORES:
+            weights = gl.zeros([CHUNK, CHUNK], gl.float32, out_layout)
+            for i in gl.static_range(TILES):
+                weights = warpgroup_mma(
+                    b_room.index(a + i), a_room.index(a + i).permute((1, 0)), weights,
+                    is_async=True,
+                )  # fmt: skip
+        # The past, through the state.
+        out = gl.zeros([WIDE, CHUNK], gl.float32, out_layout)
+        left0 = gl.convert_layout(state0.to(gl.bfloat16), left)
+        out = warpgroup_mma(left0, a_room.index(a).permute((1, 0)), out, is_async=True)
+        left1 = gl.convert_layout(state1.to(gl.bfloat16), left)
+        out = warpgroup_mma(left1, a_room.index(a + 1).permute((1, 0)), out, is_async=True)
+        if TILES > 2:
+            left2 = gl.convert_layout(state2.to(gl.bfloat16), left)
+            out = warpgroup_mma(left2, a_room.index(a + 2).permute((1, 0)), out, is_async=True)
+            left3 = gl.convert_layout(state3.to(gl.bfloat16), left)
+            out = warpgroup_mma(left3, a_room.index(a + 3).permute((1, 0)), out, is_async=True)
+        # Meanwhile what needs no matrix unit.
+        c = c_room.index(2 * stage + HALF).permute((1, 0))
+        scaled = (c.load(out_layout).to(gl.float32) * leave[None, :]).to(gl.bfloat16)
+        scaled = gl.convert_layout(scaled, left)
+        if not HAS_SCORES:
+            weights = warpgroup_mma_wait(TILES, deps=(weights,))
+            weights *= decay
+            if SCALE:
+                if REVERSE:
+                    weights *= of_rows[:, None]
+                else:
+                    weights *= here[None, :]
+            scores_room.index(HALF).store(weights.to(gl.bfloat16))
+            fence_async_shared()
+            gl.thread_barrier()
+        state0 *= keep
+        state1 *= keep
+        if TILES > 2:
+            state2 *= keep
+            state3 *= keep
+            out, left0, left1, left2, left3 = warpgroup_mma_wait(
+                0, deps=(out, left0, left1, left2, left3)
+            )
+        else:
+            out, left0, left1 = warpgroup_mma_wait(0, deps=(out, left0, left1))
+        out *= arrive[None, :]
+        # The chunk itself, through its weights; and the state after it.
+        if ADD:
+            stored = scores_room.index(2 * stage + HALF).permute((1, 0)).load(out_layout)
+            out += stored.to(gl.float32)
+        elif HAS_SCORES:
+            scores = scores_room.index(stage)
+            if not REVERSE:
+                scores = scores.permute((1, 0))
+            out = warpgroup_mma(c, scores, out, is_async=True)
+        else:
+            out = warpgroup_mma(c, scores_room.index(HALF), out, is_async=True)
+        state0 = warpgroup_mma(scaled, b_room.index(a), state0, is_async=True)
+        state1 = warpgroup_mma(scaled, b_room.index(a + 1), state1, is_async=True)
+        if TILES > 2:
+            state2 = warpgroup_mma(scaled, b_room.index(a + 2), state2, is_async=True)
+            state3 = warpgroup_mma(scaled, b_room.index(a + 3), state3, is_async=True)
+        if not ADD:
+            out = warpgroup_mma_wait(TILES, deps=(out,))
+        tma.store_wait(0)
+        gl.thread_barrier()
+        mine.permute((1, 0)).store(out.to(gl.bfloat16))
+        fence_async_shared()
+        gl.thread_barrier()
+        tma.async_copy_shared_to_global(out_desc, [begin, (2 * tile + HALF) * WIDE], mine)
+        if TILES > 2:
+            state0, state1, state2, state3, scaled = warpgroup_mma_wait(
+                0, deps=(state0, state1, state2, state3, scaled)
+            )
+        else:
+            state0, state1, scaled = warpgroup_mma_wait(0, deps=(state0, state1, scaled))
+        fence_async_shared()
+        gl.thread_barrier()
+        mbarrier.arrive(empty.index(stage), count=1)
+    if HAS_LEAVING:
+        gl.store(leaving_ptr + offset, state0)
+        gl.store(leaving_ptr + offset + WIDE * stride_a, state1)
+        if TILES > 2:
+            gl.store(leaving_ptr + offset + 2 * WIDE * stride_a, state2)
+            gl.store(leaving_ptr + offset + 3 * WIDE * stride_a, state3)
+    tma.store_wait(0)
+
+
+@gluon.jit(
+    do_not_specialize=["segments", "heads", "chunks", "split", "normaliser_rows"],
+    do_not_specialize_on_alignment=["log_decay_ptr"],
+)
+def stream_kernel(
+    a_ptr, b_ptr, c_ptr, out_ptr, scores_ptr, log_decay_ptr, normaliser_ptr, documents_ptr,
+    ranges_ptr, entering_ptr, leaving_ptr,
+    a_batch, a_time, a_head, b_batch, b_time, b_head, c_batch, c_time, c_head,
+    out_batch, out_time, out_head,
+    time, segment, segments, heads, chunks, split, stride_a, stride_c, normaliser_rows,
+    A: gl.constexpr, C: gl.constexpr, BLOCK_A: gl.constexpr, CHUNK: gl.constexpr,
+    REVERSE: gl.constexpr, SCALE: gl.constexpr, HAS_ENTERING: gl.constexpr,
+    HAS_LEAVING: gl.constexpr, HAS_SCORES: gl.constexpr, ADD: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """out_i = sum_{j <= i} gamma^(i-j) (a_i . b_j) c_j for 128 columns and a segment.
+
+    See `retention_triton.stream_kernel`. Rows are whole, of one document, bfloat16; A is a
+    multiple of BLOCK_A, which is 128 or 256, and C of 128.
+    """
+    tile = gl.program_id(0)
+    row = gl.program_id(1)
+    piece = gl.program_id(2)
+    row_wide = row.to(gl.int64)
+    batch = (row // heads).to(gl.int64)
+    head = (row % heads).to(gl.int64)
+    log2_decay = gl.maximum(gl.load(log_decay_ptr + head).to(gl.float32), -1.0e4) * LOG2_E
+    start = piece * segment
+    stop = gl.minimum(start + segment, time)
+    normaliser_row = normaliser_ptr + (row % normaliser_rows).to(gl.int64) * time
+    entering = entering_ptr + (row_wide * segments + piece) * A * C
+    leaving = leaving_ptr + row_wide * A * C
+
+    TILES: gl.constexpr = BLOCK_A // WIDE
+    box: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    square: gl.constexpr = gl.NVMMASharedLayout(2 * CHUNK, 16, 2)
+    a_desc = tma.make_tensor_descriptor(
+        a_ptr + batch * a_batch + head * a_head, [time, A], [a_time, 1], [CHUNK, WIDE], box
+    )
+    b_desc = tma.make_tensor_descriptor(
+        b_ptr + batch * b_batch + head * b_head, [time, A], [b_time, 1], [CHUNK, WIDE], box
+    )
+    c_desc = tma.make_tensor_descriptor(
+        c_ptr + batch * c_batch + head * c_head, [time, C], [c_time, 1], [CHUNK, WIDE], box
+    )
+    out_desc = tma.make_tensor_descriptor(
+        out_ptr + batch * out_batch + head * out_head,
+        [time, C], [out_time, 1], [CHUNK, WIDE], box,
+    )  # fmt: skip
+    scores_desc = tma.make_tensor_descriptor(
+        scores_ptr + row_wide * chunks * (CHUNK * CHUNK),
+        [chunks * CHUNK, CHUNK], [CHUNK, 1], [CHUNK, CHUNK], square,
+    )  # fmt: skip
+    a_room = gl.allocate_shared_memory(gl.bfloat16, [STAGES * TILES, CHUNK, WIDE], box)
+    b_room = gl.allocate_shared_memory(gl.bfloat16, [STAGES * TILES, CHUNK, WIDE], box)
+    c_room = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, CHUNK, WIDE], box)
+    if ADD:  # what is stored already comes in the place of the weights
+        scores_room = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, CHUNK, WIDE], box)
+    elif HAS_SCORES:
+        scores_room = gl.allocate_shared_memory(gl.bfloat16, [STAGES, CHUNK, CHUNK], square)
+    else:  # each group makes its own
+        scores_room = gl.allocate_shared_memory(gl.bfloat16, [2, CHUNK, CHUNK], square)
+    out_room = gl.allocate_shared_memory(gl.bfloat16, [2, CHUNK, WIDE], box)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+
+    gl.warp_specialize(
+        [
+            (_copy_in, (
+                a_desc, b_desc, c_desc, scores_desc, out_desc, a_room, b_room, c_room, scores_room,
+                out_room, full, empty, start, stop, split, tile, CHUNK, BLOCK_A, REVERSE,
+                HAS_SCORES, ADD, STAGES,
+            )),
+            (_multiply, (
+                out_desc, a_room, b_room, c_room, scores_room, out_room, full, empty, entering,
+                leaving, normaliser_row, log2_decay, start, stop, split, tile, stride_a, stride_c,
+                0, CHUNK, BLOCK_A, REVERSE, SCALE, HAS_ENTERING, HAS_LEAVING,
+                HAS_SCORES, ADD, STAGES,
+            )),
+            (_multiply, (
+                out_desc, a_room, b_room, c_room, scores_room, out_room, full, empty, entering,
+                leaving, normaliser_row, log2_decay, start, stop, split, tile, stride_a, stride_c,
+                1, CHUNK, BLOCK_A, REVERSE, SCALE, HAS_ENTERING, HAS_LEAVING,
+                HAS_SCORES, ADD, STAGES,
+            )),
+        ],
+        [4, 4],
+        [240, 240],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _copy_summands(
+    b_desc, c_desc, b_room, c_room, full, empty, start, stop, row_column, column,
+    CHUNK: gl.constexpr, BLOCK_B: gl.constexpr, REVERSE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The copying warp of the first level."""
+    TILES: gl.constexpr = BLOCK_B // WIDE
+    walk = gl.cdiv(stop - start, CHUNK)
+    for walked in range(walk):
+        begin, _ = _chunk(walked, walk, start, stop, CHUNK, REVERSE)
+        stage = walked % STAGES
+        mbarrier.wait(empty.index(stage), (walked // STAGES & 1) ^ 1)
+        ready = full.index(stage)
+        mbarrier.expect(ready, 2 * CHUNK * (BLOCK_B + 2 * WIDE))
+        for i in gl.static_range(2):
+            tma.async_copy_global_to_shared(
+                c_desc, [begin, column + i * WIDE], ready, c_room.index(2 * stage + i)
+            )
+        for i in gl.static_range(TILES):
+            tma.async_copy_global_to_shared(
+                b_desc, [begin, row_column + i * WIDE], ready, b_room.index(stage * TILES + i)
+            )
+
+
+@gluon.jit
+def _add_up(
+    b_room, c_room, full, empty, sums_ptr, normaliser_row, log2_decay, start, stop, row_column,
+    column, HALF: gl.constexpr, C: gl.constexpr, CHUNK: gl.constexpr, BLOCK_B: gl.constexpr,
+    REVERSE: gl.constexpr, SCALE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One multiplying group of the first level, as in `_multiply`."""
+    TILES: gl.constexpr = BLOCK_B // WIDE
+    SHIFT: gl.constexpr = 0 if REVERSE else 1
+    state_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, state_layout, 2)
+    chunk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
+    index = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, chunk_layout))
+    state0 = gl.zeros([WIDE, WIDE], gl.float32, state_layout)
+    state1 = gl.zeros([WIDE, WIDE], gl.float32, state_layout)
+    if TILES > 2:
+        state2 = gl.zeros([WIDE, WIDE], gl.float32, state_layout)
+        state3 = gl.zeros([WIDE, WIDE], gl.float32, state_layout)
+    walk = gl.cdiv(stop - start, CHUNK)
+    for walked in range(walk):
+        begin, size = _chunk(walked, walk, start, stop, CHUNK, REVERSE)
+        if REVERSE:
+            rank = size - 1 - index
+        else:
+            rank = index
+        leave = _power(log2_decay, size - SHIFT - rank)
+        if REVERSE and SCALE:
+            leave *= gl.load(normaliser_row + begin + index, mask=index < size, other=0.0)
+        keep = gl.exp2(size.to(gl.float32) * log2_decay)
+        stage = walked % STAGES
+        mbarrier.wait(full.index(stage), walked // STAGES & 1)
+        c = c_room.index(2 * stage + HALF).permute((1, 0)).load(chunk_layout)
+        scaled = gl.convert_layout((c.to(gl.float32) * leave[None, :]).to(gl.bfloat16), left)
+        state0 *= keep
+        state1 *= keep
+        b = stage * TILES
+        state0 = warpgroup_mma(scaled, b_room.index(b), state0, is_async=True)
+        state1 = warpgroup_mma(scaled, b_room.index(b + 1), state1, is_async=True)
+        if TILES > 2:
+            state2 *= keep
+            state3 *= keep
+            state2 = warpgroup_mma(scaled, b_room.index(b + 2), state2, is_async=True)
+            state3 = warpgroup_mma(scaled, b_room.index(b + 3), state3, is_async=True)
+            state0, state1, state2, state3, scaled = warpgroup_mma_wait(
+                0, deps=(state0, state1, state2, state3, scaled)
+            )
+        else:
+            state0, state1, scaled = warpgroup_mma_wait(0, deps=(state0, state1, scaled))
+        fence_async_shared()
+        gl.thread_barrier()
+        mbarrier.arrive(empty.index(stage), count=1)
+    rows = row_column + gl.arange(0, WIDE, layout=gl.SliceLayout(0, state_layout))
+    columns = column + HALF * WIDE + gl.arange(0, WIDE, layout=gl.SliceLayout(1, state_layout))
+    offset = columns[:, None] + rows[None, :] * C
+    gl.store(sums_ptr + offset, state0)
+    gl.store(sums_ptr + offset + WIDE * C, state1)
+    if TILES > 2:
+        gl.store(sums_ptr + offset + 2 * WIDE * C, state2)
+        gl.store(sums_ptr + offset + 3 * WIDE * C, state3)
+
+
+@gluon.jit(
+    do_not_specialize=["segments", "heads", "normaliser_rows", "piece_first"],
+    do_not_specialize_on_alignment=["log_decay_ptr"],
+)
+def segment_sums_kernel(
+    b_ptr, c_ptr, sums_ptr, log_decay_ptr, normaliser_ptr, documents_ptr, ranges_ptr,
+    b_batch, b_time, b_head, c_batch, c_time, c_head,
+    time, segment, segments, heads, normaliser_rows, piece_first,
+    B: gl.constexpr, C: gl.constexpr, BLOCK_B: gl.constexpr, CHUNK: gl.constexpr,
+    REVERSE: gl.constexpr, SCALE: gl.constexpr, STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """First level: what each piece of time alone adds to (BLOCK_B, 128) of the state.
+
+    See `retention_triton.segment_sums_kernel`, and for what is taken `stream_kernel`.
+    """
+    COLUMNS: gl.constexpr = C // (2 * WIDE)
+    tile = gl.program_id(0)
+    row = gl.program_id(1)
+    piece = gl.program_id(2) + piece_first
+    batch = (row // heads).to(gl.int64)
+    head = (row % heads).to(gl.int64)
+    log2_decay = gl.maximum(gl.load(log_decay_ptr + head).to(gl.float32), -1.0e4) * LOG2_E
+    start = piece * segment
+    stop = gl.minimum(start + segment, time)
+    row_column = (tile // COLUMNS) * BLOCK_B
+    column = (tile % COLUMNS) * 2 * WIDE
+    normaliser_row = normaliser_ptr + (row % normaliser_rows).to(gl.int64) * time
+    sums = sums_ptr + (row.to(gl.int64) * segments + piece) * B * C
+
+    TILES: gl.constexpr = BLOCK_B // WIDE
+    box: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    b_desc = tma.make_tensor_descriptor(
+        b_ptr + batch * b_batch + head * b_head, [time, B], [b_time, 1], [CHUNK, WIDE], box
+    )
+    c_desc = tma.make_tensor_descriptor(
+        c_ptr + batch * c_batch + head * c_head, [time, C], [c_time, 1], [CHUNK, WIDE], box
+    )
+    b_room = gl.allocate_shared_memory(gl.bfloat16, [STAGES * TILES, CHUNK, WIDE], box)
+    c_room = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, CHUNK, WIDE], box)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_copy_summands, (
+                b_desc, c_desc, b_room, c_room, full, empty, start, stop, row_column, column,
+                CHUNK, BLOCK_B, REVERSE, STAGES,
+            )),
+            (_add_up, (
+                b_room, c_room, full, empty, sums, normaliser_row, log2_decay, start, stop,
+                row_column, column, 0, C, CHUNK, BLOCK_B, REVERSE, SCALE, STAGES,
+            )),
+            (_add_up, (
+                b_room, c_room, full, empty, sums, normaliser_row, log2_decay, start, stop,
+                row_column, column, 1, C, CHUNK, BLOCK_B, REVERSE, SCALE, STAGES,
+            )),
+        ],
+        [4, 4],
+        [REGISTERS, REGISTERS],
+    )  # fmt: skip

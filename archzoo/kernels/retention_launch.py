@@ -1,0 +1,874 @@
+"""How the retention kernels are cut into programs and launched: the host's side.
+
+`archzoo.kernels.retention` is what others call. Here work of one kind, that is of the same sizes,
+strides and flags, is planned once and its launches are kept ready (`Work`); `forward`, `backward`
+and `step` allocate and launch.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Cut(NamedTuple):
+    """How one of the four maps is cut into programs."""
+
+    block: int  # rows of the state that a program holds: columns of a and b
+    tile: int  # columns of the state that it holds: columns of c and of the result
+    warps: int
+    stages: int
+    apart: bool = False  # copying and multiplying in warps of their own, `retention_gluon`
+
+
+class Pair(NamedTuple):
+    """The two maps that share a state's shape and a chunk's own weights."""
+
+    chunk: int  # tokens that a loop step takes
+    scores: bool  # the chunk's own weights are made ahead, once for all tiles and both maps
+    forward: Cut
+    reverse: Cut
+
+
+class Plan(NamedTuple):
+    """How the work is cut: for speed only, every plan computes the same."""
+
+    by_key: Pair  # o and dv: a and b are as wide as k
+    by_value: Pair  # dq and dk: a and b are as wide as v
+    sums: tuple[int, Cut, int]  # of segments: tokens a loop step, cut, pieces to a segment
+    together: tuple[int, Cut] | None = None  # dk and dv in one walk: tokens a loop step, cut
+
+
+# Measured on an H200, see docs/kernels.md. Keys: the widths (dk, dv) up to which a row holds.
+_BFLOAT16_PLANS: dict[tuple[int, int], Plan] = {
+    (64, 64): Plan(
+        *(Pair(64, False, Cut(64, 64, 4, 3), Cut(64, 64, 4, 3)),) * 2,
+        sums=(64, Cut(64, 64, 4, 4), 1),
+        together=(64, Cut(64, 64, 4, 3)),
+    ),
+    (128, 128): Plan(
+        *(Pair(64, False, Cut(128, 128, 8, 3), Cut(128, 128, 8, 3)),) * 2,
+        sums=(64, Cut(128, 128, 8, 3), 1),
+    ),
+    (128, 256): Plan(
+        Pair(64, True, Cut(128, 128, 8, 3), Cut(128, 128, 8, 3)),
+        Pair(32, True, Cut(256, 128, 8, 3), Cut(256, 128, 8, 3)),
+        sums=(64, Cut(128, 128, 8, 3), 1),
+    ),
+    (256, 512): Plan(
+        *(Pair(32, True, Cut(256, 128, 8, 3), Cut(256, 128, 8, 3)),) * 2,
+        sums=(64, Cut(128, 128, 8, 3), 1),
+    ),
+}
+# The same where `_apart` holds, by exact widths.
+_APART_PLANS: dict[tuple[int, int], Plan] = {
+    (128, 256): Plan(
+        Pair(64, False, *(Cut(128, 128, 8, 3, True),) * 2),
+        Pair(32, True, *(Cut(256, 128, 8, 4, True),) * 2),
+        sums=(32, Cut(128, 128, 8, 6, True), 1),
+    ),
+    (256, 512): Plan(
+        *(Pair(32, True, *(Cut(256, 128, 8, 4, True),) * 2),) * 2,
+        sums=(64, Cut(256, 128, 8, 4, True), 1),
+    ),
+}
+# Segments are cut until the programs of dq and dk number this many: about one for each of the
+# 132 multiprocessors of an H100 or H200, twice that where the heads are narrow.
+_FILL = 128
+_SEGMENT_LEAST = 512
+_SEGMENT_MULTIPLE = 256  # of every chunk and piece, so that they divide a segment
+
+
+def _power_of_2(number: int) -> int:
+    """The least power of two that holds `number` and that a matrix unit takes."""
+    return max(16, 1 << (number - 1).bit_length())
+
+
+@functools.lru_cache(maxsize=64)
+def _has_apart(device: torch.device) -> bool:
+    """Whether kernels with copying and multiplying apart run there: Hopper, and Gluon in Triton."""
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device)[0] == 9
+        and importlib.util.find_spec("triton.experimental.gluon") is not None
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(dk: int, dv: int, dtype: torch.dtype, apart: bool = False) -> Plan:
+    """The plan of these widths; `apart`: rows are whole, of one document, on Hopper."""
+    if apart and dtype == torch.bfloat16 and (dk, dv) in _APART_PLANS:
+        return _APART_PLANS[dk, dv]
+    wide_k, wide_v = _power_of_2(dk), _power_of_2(dv)
+    if dtype == torch.float32:
+        # Exact float32 has no matrix unit: small tiles, so that the products fit in registers.
+        cut = Cut(64, 32, 4, 1)
+        plan = Plan(*(Pair(32, wide_k > 64 or wide_v > 64, cut, cut),) * 2, sums=(32, cut, 1))
+    else:
+        plan = next(
+            plan
+            for (limit_k, limit_v), plan in _BFLOAT16_PLANS.items()
+            if wide_k <= limit_k and wide_v <= limit_v
+        )
+
+    def fit(cut: Cut, rows: int, columns: int) -> Cut:
+        return cut._replace(block=min(cut.block, rows), tile=min(cut.tile, columns))
+
+    key, value, sums, together = plan
+    return Plan(
+        key._replace(
+            forward=fit(key.forward, wide_k, wide_v), reverse=fit(key.reverse, wide_k, wide_v)
+        ),
+        value._replace(
+            forward=fit(value.forward, wide_v, wide_k), reverse=fit(value.reverse, wide_v, wide_k)
+        ),
+        (sums[0], fit(sums[1], wide_k, wide_v), sums[2]),
+        together and (together[0], fit(together[1], wide_k, wide_v)),
+    )
+
+
+def _segments(plan: Plan, rows: int, time: int, dk: int) -> tuple[int, int]:
+    """Cuts time so that every map fills the chip: (tokens a segment, segments)."""
+    cut = plan.by_value.forward
+    programs = rows * -(-dk // cut.tile)
+    fill = _FILL if cut.warps > 4 else 2 * _FILL
+    wanted = max(min(fill // programs, time // _SEGMENT_LEAST), 1)
+    if wanted == 1:
+        return max(time, 1), 1
+    segment = -(-time // wanted)
+    segment = -(-segment // _SEGMENT_MULTIPLE) * _SEGMENT_MULTIPLE
+    return segment, -(-time // segment)
+
+
+def _unit_last(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+@functools.lru_cache(maxsize=1024)
+def _strides_fit(strides: tuple[tuple[int, ...], ...], itemsize: int) -> bool:
+    """Whether the copy engine takes these strides: unit last, every other of 16 bytes."""
+    size = 16 // itemsize
+    return all(
+        unit == 1 and all(stride > 0 and stride % size == 0 for stride in others)
+        for *others, unit in strides
+    )
+
+
+def aligned(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """(batch, time, heads, width) each as the copy engine wants it, copied where it is not so."""
+    pointers = 0
+    for tensor in tensors:
+        pointers |= tensor.data_ptr()
+    itemsize = tensors[0].element_size()
+    if pointers % 16 == 0 and _strides_fit(tuple(x.stride() for x in tensors), itemsize):
+        return tensors
+    if len(tensors) > 1:
+        return tuple(aligned(x)[0] for x in tensors)
+    (tensor,) = tensors
+    *shape, width = tensor.shape
+    copy = tensor.new_empty((*shape, _padded(width, tensor.dtype)))
+    copy[..., :width] = tensor
+    return (copy[..., :width],)
+
+
+def _state_like(tensor: Tensor | None) -> Tensor | None:
+    """A state as the kernels read it: float32, contiguous, its base at 16 bytes."""
+    if tensor is None:
+        return None
+    tensor = tensor.float().contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+_scratch: dict[tuple[int, int | None], Tensor] = {}
+
+
+def _allocate(size: int, _alignment: int, stream: int | None) -> Tensor:
+    """Scratch memory in which a launch's programs put their descriptors.
+
+    One piece a stream serves all launches, since they follow each other. A graph that is captured
+    may be replayed on any stream, so it has its own.
+    """
+    make = functools.partial(torch.empty, dtype=torch.int8, device="cuda")
+    if torch.cuda.is_current_stream_capturing():
+        return make(size)
+    key = torch.cuda.current_device(), stream
+    room = _scratch.get(key)
+    if room is None or room.numel() < size:
+        room = _scratch[key] = make(max(size, 2**20))
+    return room
+
+
+@functools.lru_cache(maxsize=1)
+def _triton() -> Any:
+    import triton
+
+    return triton
+
+
+def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs a launcher where its first tensor lies, with scratch memory for its kernels."""
+
+    @functools.wraps(function)
+    def launch(first: Tensor, *arguments: Any) -> Any:
+        if not first.is_cuda:
+            return function(first, *arguments)
+        _triton().set_allocator(_allocate)
+        if first.get_device() == torch.cuda.current_device():
+            return function(first, *arguments)
+        with torch.cuda.device(first.device):
+            return function(first, *arguments)
+
+    return launch
+
+
+def _stream_of(tensor: Tensor) -> int | None:
+    """The stream to launch on, None where the interpreter runs."""
+    if not tensor.is_cuda:
+        return None
+    return _triton().runtime.driver.active.get_current_stream(tensor.get_device())
+
+
+class Launch:
+    """A kernel whose grid, numbers and constants are settled: a call hands over pointers alone.
+
+    Triton finds the compiled kernel anew at every launch, from the type, value and alignment of
+    each argument, which takes longer than most of these kernels run. Here it does so once. So an
+    instance must see the same dtypes and alignments at every call.
+
+    Args:
+        kernel: with parameters in the order pointers, numbers, constants.
+        grid: programs.
+        numbers: strides and sizes, in the kernel's order.
+        constants: compile-time parameters by name.
+        options: `num_warps` and `num_stages`.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, int, int],
+        numbers: tuple[int, ...],
+        constants: dict[str, Any],
+        **options: int,
+    ) -> None:
+        self.kernel, self.grid, self.numbers = kernel, grid, numbers
+        self.constants, self.options = constants, options
+        self.run: Callable[..., None] | None = None
+        self.compiled: tuple[Any, ...] = ()
+        names = kernel.arg_names[-len(constants) :]
+        self.rest = (*numbers, *(constants[name] for name in names))
+
+    def __call__(self, stream: int | None, *tensors: Tensor) -> None:
+        """Launch on a stream with these pointers."""
+        if self.run is None:
+            handle = self.kernel[self.grid](
+                *tensors, *self.numbers, **self.constants, **self.options
+            )
+            if handle is not None:  # the interpreter compiles nothing
+                self.run = handle.run
+                self.compiled = (handle.function, handle.packed_metadata, None, None, None)
+        else:
+            # Pointers as plain numbers: Triton asks the driver about every tensor it is given.
+            self.run(
+                *self.grid, stream, *self.compiled, *[x.data_ptr() for x in tensors], *self.rest
+            )
+
+
+class Facts(NamedTuple):
+    """All that the work depends on but what its tensors hold: the key of what is prepared."""
+
+    shape: tuple[int, int, int, int]  # batch, time, heads, dk
+    dv: int
+    strides: tuple[tuple[int, ...], ...]  # of q, k and v
+    dtype: torch.dtype
+    device: torch.device
+    decay_dtype: torch.dtype
+    state: bool  # one is given
+    positions: bool
+    documents: bool
+    ranges: bool
+    scale: bool
+    leave: bool  # the last state is wanted
+
+    def plan(self) -> Plan:
+        apart = not (self.documents or self.ranges) and _has_apart(self.device)
+        return _plan(self.dk, self.dv, self.dtype, apart)
+
+    @property
+    def time(self) -> int:
+        return self.shape[1]
+
+    @property
+    def heads(self) -> int:
+        return self.shape[2]
+
+    @property
+    def dk(self) -> int:
+        return self.shape[3]
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0] * self.shape[2]
+
+    @property
+    def normaliser_rows(self) -> int:
+        """Rows of the table of normalisers: one a head where all batch rows count alike."""
+        if not self.scale:
+            return 0
+        return self.rows if self.positions or self.ranges else self.heads
+
+    def constants(self, *names: str) -> dict[str, Any]:
+        """Compile-time parameters that many kernels share, those of the given names."""
+        every = {
+            "SCALE": self.scale,
+            "HAS_DOCUMENTS": self.documents,
+            "HAS_RANGES": self.ranges,
+            "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32",
+            "UPCAST": self.device.type == "cpu",
+        }
+        return {name: every[name] for name in names} if names else every
+
+
+def _padded(width: int, dtype: torch.dtype) -> int:
+    """The width of a result's rows in memory: of 16 bytes, for the copy engine."""
+    size = 16 // dtype.itemsize
+    return -(-width // size) * size
+
+
+def _contiguous(width: int, facts: Facts) -> tuple[int, int, int]:
+    """Strides of a result, see `_output`."""
+    padded = _padded(width, facts.dtype)
+    return facts.time * facts.heads * padded, facts.heads * padded, padded
+
+
+class Segments(NamedTuple):
+    """The two levels: sums of pieces and their joining; the room that they take."""
+
+    sum: Launch
+    join: Launch
+    sums: tuple[int, ...]
+    entering: tuple[int, ...]
+    leave: bool
+
+
+def _form(facts: Facts, cut: Cut, name: str) -> tuple[Any, dict[str, Any], dict[str, int]]:
+    """The kernel of this name that a cut asks for, constants that it needs, and options."""
+    if cut.apart:
+        from archzoo.kernels import retention_gluon
+
+        # Three groups of four warps, of which the copying one gives its registers to the others.
+        # A narrow state alone leaves room for two programs on a multiprocessor.
+        two = name == "segment_sums_kernel" and cut.block == 128
+        constants = facts.constants("SCALE") | {"STAGES": cut.stages}
+        if name == "segment_sums_kernel":
+            constants["REGISTERS"] = 104 if two else 240
+        options = {"num_warps": 4, "maxnreg": 80 if two else 168}
+        return getattr(retention_gluon, name), constants, options
+    from archzoo.kernels import retention_triton
+
+    constants = facts.constants() | {"TILE": cut.tile}
+    options = {"num_warps": cut.warps, "num_stages": cut.stages}
+    return getattr(retention_triton, name), constants, options
+
+
+def _prepare_segments(
+    facts: Facts,
+    plan: Plan,
+    segment: int,
+    segments: int,
+    strides: tuple[tuple[int, ...], tuple[int, ...]],
+    reverse: bool,
+    initial: bool,
+    leave: bool,
+) -> Segments:
+    """The two-level pass over (k, v), or over (q, do) backward in time.
+
+    `strides` are theirs; `initial`: a state enters; `leave`: the last one is wanted.
+    """
+    from archzoo.kernels import retention_triton as kernels
+
+    chunk, cut, parts = plan.sums
+    piece = segment // parts
+    pieces = -(-facts.time // piece)
+    # Nothing follows the segment walked last, so its sum counts only towards the last state.
+    first, stop = 0, pieces
+    if not leave:
+        first, stop = (parts, pieces) if reverse else (0, (segments - 1) * parts)
+    tiles = -(-facts.dk // cut.block) * -(-facts.dv // cut.tile)
+    kernel, constants, options = _form(facts, cut, "segment_sums_kernel")
+    sums = Launch(
+        kernel,
+        (tiles, facts.rows, stop - first),
+        (*strides[0], *strides[1], facts.time, piece, pieces, facts.heads,
+         max(facts.normaliser_rows, 1), first),
+        {"B": facts.dk, "C": facts.dv, "BLOCK_B": cut.block, "CHUNK": chunk, "REVERSE": reverse,
+         **constants},
+        **options,
+    )  # fmt: skip
+    elements = facts.dk * facts.dv
+    join = Launch(
+        kernels.join_kernel,
+        (-(-elements // 1024), facts.rows, 1),
+        (facts.time, piece, segments, pieces, facts.heads, elements),
+        {"BLOCK": 1024, "REVERSE": reverse, "PER_SEGMENT": parts,
+         "HAS_INITIAL": initial, "HAS_FINAL": leave,
+         **facts.constants("HAS_DOCUMENTS", "HAS_RANGES")},
+    )  # fmt: skip
+    batch, _, heads, dk = facts.shape
+    return Segments(
+        sums,
+        join,
+        (facts.rows, pieces, dk, facts.dv),
+        (batch, heads, segments, dk, facts.dv),
+        leave,
+    )
+
+
+def _prepare_scores(
+    facts: Facts,
+    pair: Pair,
+    width: int,
+    strides_a: tuple[int, ...],
+    strides_b: tuple[int, ...],
+) -> Launch | None:
+    """The chunks' own weights, where a pair of maps has them made ahead."""
+    from archzoo.kernels import retention_triton as kernels
+
+    if not pair.scores:
+        return None
+    chunks = -(-facts.time // pair.chunk)
+    return Launch(
+        kernels.scores_kernel,
+        (chunks, facts.rows, 1),
+        (*strides_a, *strides_b, facts.time, facts.heads, chunks, max(facts.normaliser_rows, 1)),
+        {"A": width, "BLOCK_A": min(64, pair.forward.block), "CHUNK": pair.chunk,
+         **facts.constants()},
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+
+
+def _prepare_map(
+    facts: Facts,
+    pair: Pair,
+    segment: int,
+    segments: int,
+    widths: tuple[int, int],
+    strides: tuple[tuple[int, ...], ...],
+    reverse: bool,
+    transposed: bool,
+    entering: bool,
+    leaving: bool,
+) -> tuple[Launch, ...]:
+    """out_i = sum_{j <= i} gamma^(i-j) (a_i . b_j) c_j, see `retention_triton`: its splits.
+
+    Args:
+        facts: of the pass.
+        pair: how it is cut.
+        segment: tokens a segment.
+        segments: their number.
+        widths: of a and b, and of c.
+        strides: of a, b and c.
+        reverse: whether it walks backward in time.
+        transposed: whether states are (columns, rows) of this map's.
+        entering: whether states enter the segments.
+        leaving: whether the last one is wanted.
+    """
+    width, columns = widths
+    cut = pair.reverse if reverse else pair.forward
+    kernel, constants, options = _form(facts, cut, "stream_kernel")
+    constants["HAS_SCORES"] = pair.scores
+    stride_a, stride_c = (1, width) if transposed else (columns, 1)
+    return tuple(
+        Launch(
+            kernel,
+            (-(-columns // cut.tile), facts.rows, segments),
+            (*strides[0], *strides[1], *strides[2], *_contiguous(columns, facts),
+             facts.time, segment, segments, facts.heads, -(-facts.time // pair.chunk), split,
+             stride_a, stride_c, max(facts.normaliser_rows, 1)),
+            {"A": width, "C": columns, "BLOCK_A": cut.block, "CHUNK": pair.chunk,
+             "REVERSE": reverse, "HAS_ENTERING": entering, "HAS_LEAVING": leaving,
+             "ADD": split > 0, **constants},
+            **options,
+        )
+        for split in range(-(-width // cut.block))
+    )  # fmt: skip
+
+
+def _prepare_together(
+    facts: Facts,
+    plan: Plan,
+    segment: int,
+    segments: int,
+    do: tuple[int, ...],
+    entering: bool,
+    leaving: bool,
+) -> Launch:
+    """The launch of dk and dv in one walk, where a program holds the whole state."""
+    from archzoo.kernels import retention_triton as kernels
+
+    assert plan.together is not None
+    chunk, cut = plan.together
+    results = _contiguous(facts.dk, facts), _contiguous(facts.dv, facts)
+    return Launch(
+            kernels.reverse_kernel,
+            (facts.rows, segments, 1),
+            (*sum((*facts.strides, do, *results), ()), facts.time, segment, segments, facts.heads,
+             max(facts.normaliser_rows, 1)),
+            {"K": facts.dk, "V": facts.dv, "BLOCK_K": cut.block, "BLOCK_V": cut.tile,
+             "CHUNK": chunk, "HAS_ENTERING": entering, "HAS_LEAVING": leaving,
+             **facts.constants()},
+            num_warps=cut.warps, num_stages=cut.stages,
+    )  # fmt: skip
+
+
+def room(like: Tensor, padded: bool = False) -> Tensor:
+    """Memory for a result, (batch, time, heads, width), aligned for the copy engine.
+
+    Zeros where there is padding: tokens before a row's first are written by nobody.
+    """
+    make = like.new_zeros if padded else like.new_empty
+    shape = like.shape
+    width = shape[-1]
+    wide = _padded(width, like.dtype)
+    return make(shape) if wide == width else make((*shape[:-1], wide))[..., :width]
+
+
+def kept_sizes(
+    batch: int,
+    time: int,
+    heads: int,
+    dk: int,
+    dv: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    whole: bool,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of what a forward keeps: states entering segments and scores, (0,) where none.
+
+    `whole`: rows hold no padding and one document.
+    """
+    plan = _plan(dk, dv, dtype, whole and _has_apart(device))
+    _, segments = _segments(plan, batch * heads, time, dk)
+    chunk = plan.by_key.chunk
+    scores = (batch * heads * -(-time // chunk) * chunk, chunk) if plan.by_key.scores else (0,)
+    return (batch, heads, segments, dk, dv) if segments > 1 else (0,), scores
+
+
+def _scores_shape(facts: Facts, pair: Pair) -> tuple[int, ...]:
+    """Room for the chunks' own weights, see `scores_kernel`."""
+    return facts.rows * -(-facts.time // pair.chunk) * pair.chunk, pair.chunk
+
+
+class Work:
+    """What is prepared for tensors of one kind: how the work is cut, and the launches."""
+
+    def __init__(self, facts: Facts) -> None:
+        from archzoo.kernels import retention_triton as kernels
+
+        facts = facts._replace(strides=tuple(strides[:3] for strides in facts.strides))
+        self.facts, self.plan = facts, facts.plan()
+        self.cut = _segments(self.plan, facts.rows, facts.time, facts.dk)
+        self.many = self.cut[1] > 1
+        batch, _, heads, dk = facts.shape
+        self.state = batch, heads, dk, facts.dv
+        self.float32 = functools.partial(torch.empty, dtype=torch.float32, device=facts.device)
+        self.backward = functools.lru_cache(maxsize=16)(self._prepare_backward)
+        q, k, v = facts.strides
+        self.table = facts.normaliser_rows, facts.time
+        self.normaliser = Launch(
+            kernels.normaliser_kernel,
+            (-(-facts.time // 512), facts.normaliser_rows, 1),
+            (facts.time, facts.heads),
+            {"BLOCK": 512, "HAS_POSITIONS": facts.positions, **facts.constants("HAS_RANGES")},
+        )
+        self.segments = None
+        if self.many:
+            self.segments = _prepare_segments(
+                facts, self.plan, *self.cut, (k, v), False, facts.state, facts.leave
+            )
+        self.scores = _prepare_scores(facts, self.plan.by_key, dk, q, k)
+        self.of_o = _prepare_map(
+            facts, self.plan.by_key, *self.cut, (dk, facts.dv), (q, k, v), False, False,
+            self.many or facts.state, facts.leave and not self.many,
+        )  # fmt: skip
+
+    def _prepare_backward(self, do: tuple[int, ...], arriving: bool) -> Backward:
+        """The backward's launches; `arriving`: the last state has a gradient."""
+        facts, plan, many = self.facts, self.plan, self.many
+        do = do[:3]
+        q, k, v = facts.strides
+        dk, dv = facts.dk, facts.dv
+        segments = None
+        if many:
+            segments = _prepare_segments(
+                facts, plan, *self.cut, (q, do), True, arriving, facts.state
+            )
+        prepare = functools.partial(_prepare_map, facts)
+        arrives, leaves = many or arriving, facts.state and not many
+        together = None
+        of_v: tuple[Launch, ...] = ()
+        of_k: tuple[Launch, ...] = ()
+        if plan.together is not None:
+            together = _prepare_together(facts, plan, *self.cut, do, arrives, leaves)
+        else:
+            of_v = prepare(
+                plan.by_key, *self.cut, (dk, dv), (k, q, do), True, False, arrives, leaves
+            )
+            of_k = prepare(
+                plan.by_value, *self.cut, (dv, dk), (v, do, q), True, True, arrives, False
+            )
+        of_q = prepare(
+            plan.by_value, *self.cut, (dv, dk), (do, v, k), False, True, many or facts.state, False
+        )
+        scores = _prepare_scores(facts, plan.by_value, dv, do, v)
+        return Backward(segments, scores, together, of_v, of_k, of_q)
+
+
+class Backward(NamedTuple):
+    """The launches of a backward; the maps by their splits, empty where `together` does them."""
+
+    segments: Segments | None
+    scores: Launch | None
+    together: Launch | None
+    of_v: tuple[Launch, ...]
+    of_k: tuple[Launch, ...]
+    of_q: tuple[Launch, ...]
+
+
+@functools.lru_cache(maxsize=256)
+def work(*facts: Any) -> Work:
+    """The work of these `Facts`, kept."""
+    return Work(Facts(*facts))
+
+
+def find_work(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    positions: Tensor | None,
+    documents: Tensor | None,
+    ranges: Tensor | None,
+    scale: bool,
+    leave: bool,
+) -> tuple[Work, Tensor, Tensor, Tensor]:
+    """The work, and q, k, v as the copy engine wants them."""
+    q, k, v = aligned(q, k, v)
+    found = work(
+        q.shape, v.shape[-1], (q.stride(), k.stride(), v.stride()), q.dtype, q.device,
+        log_decay.dtype, state is not None, positions is not None, documents is not None,
+        ranges is not None, scale, leave,
+    )  # fmt: skip
+    return found, q, k, v
+
+
+def _run_segments(
+    work: Work,
+    segments: Segments,
+    stream: int | None,
+    tensors: tuple[Tensor, Tensor],
+    initial: Tensor | None,
+    log_decay: Tensor,
+    pointers: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor, Tensor | None]:
+    """The two-level pass: the state that enters each segment, and the last one if wanted."""
+    sums, entering = work.float32(segments.sums), work.float32(segments.entering)
+    final = work.float32(work.state) if segments.leave else None
+    segments.sum(stream, *tensors, sums, log_decay, *pointers)
+    segments.join(
+        stream, sums, entering, sums if initial is None else initial,
+        sums if final is None else final, log_decay, *pointers[1:],
+    )  # fmt: skip
+    return entering, final
+
+
+def _run_map(
+    launches: tuple[Launch, ...],
+    abc: tuple[Tensor, Tensor, Tensor],
+    out: Tensor,
+    scores: Tensor | None,
+    stream: int | None,
+    log_decay: Tensor,
+    pointers: tuple[Tensor, Tensor, Tensor],
+    entering: Tensor | None,
+    leaving: Tensor | None,
+) -> None:
+    for launch in launches:
+        launch(
+            stream, *abc, out, out if scores is None else scores, log_decay, *pointers,
+            pointers[0] if entering is None else entering,
+            pointers[0] if leaving is None else leaving,
+        )  # fmt: skip
+
+
+@_on_its_device
+def forward(
+    q: Tensor,
+    work: Work,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    positions: Tensor | None,
+    documents: Tensor | None,
+    ranges: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
+    """Output and last state; and, to keep: states entering segments, normalisers, scores.
+
+    What there is no use for is None; without `scale` the normalisers are empty.
+    """
+    stream = _stream_of(q)
+    normaliser = work.float32(work.table)
+    # Tensors that are absent are never read.
+    pointers = (
+        normaliser,
+        normaliser if documents is None else documents,
+        normaliser if ranges is None else ranges,
+    )
+    if work.facts.scale:
+        work.normaliser(
+            stream, normaliser, log_decay, normaliser if positions is None else positions,
+            pointers[2],
+        )  # fmt: skip
+    source = _state_like(state)
+    entering = final = leaving = scores = None
+    if work.segments is not None:
+        source, final = entering, _ = _run_segments(
+            work, work.segments, stream, (k, v), source, log_decay, pointers
+        )
+    elif work.facts.leave:
+        final = leaving = work.float32(work.state)
+    if work.scores is not None:
+        scores = q.new_empty(_scores_shape(work.facts, work.plan.by_key))
+        work.scores(stream, q, k, scores, log_decay, *pointers)
+    o = room(v, work.facts.ranges)
+    _run_map(work.of_o, (q, k, v), o, scores, stream, log_decay, pointers, source, leaving)
+    return o, final, entering, normaliser, scores
+
+
+@_on_its_device
+def backward(
+    do: Tensor,
+    d_final: Tensor | None,
+    work: Work,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    entering: Tensor | None,
+    normaliser: Tensor,
+    scores: Tensor | None,
+    documents: Tensor | None,
+    ranges: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv and the gradient of the entering state (None without one)."""
+    (do,) = aligned(do)
+    launches = work.backward(do.stride(), d_final is not None)
+    stream = _stream_of(q)
+    pointers = (
+        normaliser,
+        normaliser if documents is None else documents,
+        normaliser if ranges is None else ranges,
+    )
+    source, arriving = _state_like(state), _state_like(d_final)
+    leaving = d_state = None
+    if launches.segments is not None:
+        source = entering
+        arriving, d_state = _run_segments(
+            work, launches.segments, stream, (q, do), arriving, log_decay, pointers
+        )
+    elif state is not None:
+        leaving = d_state = work.float32(work.state)
+    grad_q, grad_k, grad_v = (room(x, work.facts.ranges) for x in (q, k, v))
+    run = functools.partial(_run_map, stream=stream, log_decay=log_decay, pointers=pointers)
+    if launches.together is not None:
+        launches.together(
+            stream, q, k, v, do, grad_k, grad_v, log_decay, *pointers,
+            normaliser if arriving is None else arriving,
+            normaliser if leaving is None else leaving,
+        )  # fmt: skip
+    run(launches.of_v, (k, q, do), grad_v, scores, entering=arriving, leaving=leaving)
+    if launches.scores is not None:
+        scores = q.new_empty(_scores_shape(work.facts, work.plan.by_value))
+        launches.scores(stream, do, v, scores, log_decay, *pointers)
+    run(launches.of_k, (v, do, q), grad_k, scores, entering=arriving, leaving=None)
+    run(launches.of_q, (do, v, k), grad_q, scores, entering=source, leaving=None)
+    if d_state is not None and documents is not None:
+        # A row that opens with a new document never looked at the state that entered.
+        at = torch.zeros_like(documents[:, :1]) if ranges is None else ranges[:, :1]
+        unread = documents.gather(1, at.long()) != 0
+        d_state.masked_fill_(unread[:, :, None, None], 0.0)
+    return grad_q, grad_k, grad_v, d_state
+
+
+def _step_cut(rows: int, dk: int, dv: int) -> tuple[int, int]:
+    """Columns of the state that a program takes, and its warps. Measured, see docs/kernels.md."""
+    elements = rows * dk * dv
+    tile = 16 if elements <= 2**21 else 32 if rows < 1024 else 64
+    tile = min(tile, _power_of_2(dv))
+    return tile, max(1, min(_power_of_2(dk) * tile // 2048, 4))
+
+
+@functools.lru_cache(maxsize=256)
+def _prepare_step(
+    shape: tuple[int, int, int, int],
+    strides: tuple[int, ...],
+    dtypes: tuple[Any, ...],
+    device: torch.device,
+    aligned: bool,
+    scale: bool,
+) -> Launch:
+    """The launch of a step; `dtypes` (None where a tensor is absent) and `aligned` are its key."""
+    from archzoo.kernels import retention_triton as kernels
+
+    batch, heads, dk, dv = shape
+    _, _, _, positions, starts, valid = dtypes
+    tile, warps = _step_cut(batch * heads, dk, dv)
+    return Launch(
+        kernels.step_kernel,
+        (-(-dv // tile), batch * heads, 1),
+        (*strides, heads),
+        {"DK": dk, "DV": dv, "BLOCK_K": _power_of_2(dk), "TILE": tile, "SCALE": scale,
+         "HAS_POSITIONS": positions is not None, "HAS_STARTS": starts is not None,
+         "HAS_VALID": valid is not None},
+        num_warps=warps,
+    )  # fmt: skip
+
+
+@_on_its_device
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    positions: Tensor | None,
+    starts: Tensor | None,
+    valid: Tensor | None,
+    scale: bool,
+) -> Tensor:
+    """One token, see `archzoo.kernels.retention.retention_step`."""
+    q, k, v = _unit_last(q), _unit_last(k), _unit_last(v)
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    facts = (positions, starts, valid)
+    strides = (
+        *(x.stride(i) for x in (q, k, v, o) for i in (0, -2)),
+        *(0 if x is None else x.stride(0) for x in facts),
+        *state.stride()[:3],
+    )
+    dtypes = (q.dtype, v.dtype, log_decay.dtype, *(x if x is None else x.dtype for x in facts))
+    aligned = state.data_ptr() % 16 == 0
+    launch = _prepare_step(tuple(state.shape), strides, dtypes, q.device, aligned, scale)
+    # Tensors that are absent are never read.
+    positions, starts, valid = (
+        state if x is None else x.view(torch.uint8) if x.dtype == torch.bool else x for x in facts
+    )
+    launch(_stream_of(q), q, k, v, o, state, log_decay, positions, starts, valid)
+    return o
