@@ -26,6 +26,7 @@ from archzoo.tasks import (
     digits,
     draw,
     exact_match,
+    stream,
 )
 from archzoo.tasks.stream import IGNORED
 
@@ -289,6 +290,22 @@ def test_a_resumed_stream_goes_on(name):
     assert same(next(iter(again)), whole[2])
     built = build(make(name, 2).config())
     assert same(built.train_dataloader().batch(2), whole[2])
+
+
+@also_mixed
+def test_batches_made_ahead_are_the_same_batches(name, monkeypatch):
+    arguments = {} if name is Mixed else {"steps_per_epoch": 7}
+    whole = [
+        b for b, _ in zip(make(name, 4, **arguments).train_dataloader(), range(7), strict=False)
+    ]
+    monkeypatch.setattr(stream, "_on_gpu", lambda trainer: True)
+    monkeypatch.setattr(stream, "_pinned", lambda batch: batch)
+    loader = make(name, 4, **arguments).train_dataloader()
+    for number, (batch, expected) in enumerate(zip(loader, whole, strict=False)):
+        assert same(batch, expected)
+        assert loader.state_dict() == {"batches": number + 1}  # those used, not those made
+    if name is not Mixed:
+        assert number == 6
 
 
 @tasks

@@ -8,7 +8,9 @@ has used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +29,7 @@ Batch = dict[str, Tensor]
 Integers = NDArray[np.int64]
 Bits = NDArray[np.uint64]
 
+AHEAD = 2  # batches that wait for a GPU
 IGNORED = -100  # the label of a position without a target, as in torch.nn.functional.cross_entropy
 
 # ---------------------------------------------------------------------------- random numbers
@@ -84,7 +87,8 @@ class Loader:
     Outside a trainer, `state_dict` and `load_state_dict` keep the place.
 
     Lightning leaves a loader of this kind alone: there is no sampler to replace, and because the
-    length is known nothing is fetched ahead.
+    length is known it fetches nothing ahead. What is made ahead for a GPU is made again after a
+    resume.
 
     Args:
         make: (batch number, rows) -> batch, a pure function; rows is (rows,) int64.
@@ -127,13 +131,27 @@ class Loader:
             self.batches = 0
         elif trainer is not None and trainer.training:
             self.batches = trainer.fit_loop.epoch_loop.batch_progress.total.completed
-        for _ in range(len(self)):
-            number = self.batches
-            if self.training and getattr(trainer, "overfit_batches", False):
-                assert trainer is not None
-                number %= int(trainer.num_training_batches)
+        numbers: Iterable[int] = range(self.batches, self.batches + len(self))
+        if self.training and getattr(trainer, "overfit_batches", False):
+            assert trainer is not None
+            numbers = [number % int(trainer.num_training_batches) for number in numbers]
+        for batch in self._made(numbers, rank, ranks):
             self.batches += 1
-            yield self.batch(number, rank, ranks)
+            yield batch
+
+    def _made(self, numbers: Iterable[int], rank: int, ranks: int) -> Iterator[Batch]:
+        """Batches by number; for a GPU a thread makes the next ones while it works on this one."""
+        if not _on_gpu(self.task.trainer):
+            yield from (self.batch(number, rank, ranks) for number in numbers)
+            return
+        with ThreadPoolExecutor(1) as pool:
+            waiting: deque[Future[Batch]] = deque()
+            for number in numbers:
+                waiting.append(pool.submit(self.batch, number, rank, ranks))
+                if len(waiting) > AHEAD:
+                    yield _pinned(waiting.popleft().result())
+            while waiting:
+                yield _pinned(waiting.popleft().result())
 
     def batch(self, number: int, rank: int = 0, ranks: int = 1) -> Batch:
         """The rows of one rank in batch `number`.
@@ -163,6 +181,16 @@ class Loader:
 def _rank(trainer: lightning.Trainer | None) -> tuple[int, int]:
     share = trainer.distributed_sampler_kwargs if trainer is not None else None
     return (share["rank"], share["num_replicas"]) if share else (0, 1)
+
+
+def _on_gpu(trainer: lightning.Trainer | None) -> bool:
+    strategy = getattr(trainer, "strategy", None)
+    return strategy is not None and strategy.root_device.type == "cuda"
+
+
+def _pinned(batch: Batch) -> Batch:
+    """In memory that a GPU copies from while its program goes on."""
+    return {name: tensor.pin_memory() for name, tensor in batch.items()}
 
 
 # ---------------------------------------------------------------------------- tasks
