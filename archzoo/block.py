@@ -18,7 +18,9 @@ and a part is swapped by naming another class for its slot. All parts share thre
   wants to keep one calls `fork` first.
 * **aux.** A feed-forward returns a dict of tensors beside its output: ``loss/NAME`` is added to
   the training loss, ``metric/NAME`` is averaged and logged, ``sum/NAME`` is summed over
-  micro-batches and ranks and handed to `FeedForward.after_step`.
+  micro-batches and ranks and handed to `FeedForward.after_step`, and ``pool/NAME`` is summed over
+  ranks, gradient and all, and handed to `FeedForward.pooled_losses`: for a loss that needs the
+  other ranks' tokens. Nothing reduces inside a block.
 """
 
 from __future__ import annotations
@@ -330,6 +332,10 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Aux]:
         """X (batch, time, dim) to y of the same shape, and aux: {} when dense."""
         raise NotImplementedError
+
+    def pooled_losses(self, pools: Aux) -> Aux:
+        """More of aux, from this layer's ``pool/...`` entries summed over the ranks."""
+        return {}
 
     def after_step(self, sums: Aux) -> None:
         """Once per optimizer step, with this layer's ``sum/...`` entries summed over the step."""

@@ -894,16 +894,20 @@ def feed_forward_interface(subject: Subject) -> str:
     if y.shape != x.shape or y.dtype != x.dtype:
         raise Violation(f"{tuple(y.shape)} {y.dtype} from {tuple(x.shape)} {x.dtype}")
     for name, value in aux.items():
-        if name.split("/")[0] not in ("loss", "metric", "sum") or "/" not in name:
-            raise Violation(f"aux entry {name!r}: names begin with loss/, metric/ or sum/")
+        if name.split("/")[0] not in ("loss", "metric", "sum", "pool") or "/" not in name:
+            raise Violation(f"aux entry {name!r}: names begin with loss/, metric/, sum/ or pool/")
         if not isinstance(value, Tensor):
             raise Violation(f"aux entry {name!r} is a {type(value).__name__}, not a tensor")
-        if not name.startswith("sum/") and value.dim():
+        if not name.startswith(("sum/", "pool/")) and value.dim():
             raise Violation(f"aux entry {name!r} has shape {tuple(value.shape)}, must be a scalar")
-        if not name.startswith("loss/") and value.requires_grad:
-            raise Violation(f"aux entry {name!r} carries a gradient: only losses do")
+        if not name.startswith(("loss/", "pool/")) and value.requires_grad:
+            raise Violation(f"aux entry {name!r} carries a gradient: only loss/ and pool/ do")
     sums = {name: value for name, value in aux.items() if name.startswith("sum/")}
     part.after_step(sums)
+    pools = {name: value for name, value in aux.items() if name.startswith("pool/")}
+    for name in part.pooled_losses(pools):
+        if name.split("/")[0] not in ("loss", "metric"):
+            raise Violation(f"pooled_losses gives {name!r}: names begin with loss/ or metric/")
     return f"y as x; aux: {', '.join(aux) or 'empty'}"
 
 

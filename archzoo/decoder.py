@@ -28,7 +28,7 @@ class Output(NamedTuple):
     Attributes:
         logits: (batch, time or logits_to_keep, vocab_size).
         state: To go on from, or None where none was given.
-        aux: {"loss/NAME/LAYER": ..., "metric/...": ..., "sum/...": ...}.
+        aux: {"loss/NAME/LAYER": ..., "metric/...": ..., "sum/...": ..., "pool/...": ...}.
     """
 
     logits: Tensor
@@ -351,20 +351,30 @@ class Decoder(nn.Module):
             x = x[:, -logits_to_keep:] if logits_to_keep else x[:, :0]
         return Output(self.head(x), state, aux)
 
+    def pooled_losses(self, pools: Aux) -> Aux:
+        """More of aux, from its ``pool/NAME/LAYER`` entries, summed over the ranks."""
+        found: Aux = {}
+        for layer, block in enumerate(self.blocks):
+            feed_forward: Any = block.feed_forward
+            losses = feed_forward.pooled_losses(_of_layer(pools, layer))
+            found |= {f"{name}/{layer}": value for name, value in losses.items()}
+        return found
+
     def after_step(self, sums: Aux) -> None:
         """Hand each layer's ``sum/NAME/LAYER`` entries to its feed-forward."""
         for layer, block in enumerate(self.blocks):
-            mine = {
-                name.rsplit("/", 1)[0]: value
-                for name, value in sums.items()
-                if name.rsplit("/", 1)[1] == str(layer)
-            }
             feed_forward: Any = block.feed_forward
-            feed_forward.after_step(mine)
+            feed_forward.after_step(_of_layer(sums, layer))
 
     def parameter_count(self) -> int:
         """Parameters, shared ones once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def _of_layer(entries: Aux, layer: int) -> Aux:
+    """The entries NAME/LAYER of one layer, by NAME."""
+    split = {name.rpartition("/"): value for name, value in entries.items()}
+    return {name: value for (name, _, number), value in split.items() if number == str(layer)}
 
 
 def _fill_slot(

@@ -113,6 +113,44 @@ def test_without_balance_there_is_no_loss():
     assert aux["sum/assignments"].sum() == 2 * 20 * 2
 
 
+POOLED = [
+    {"balance": "switch", "z_coefficient": 1e-2},
+    {"balance": "squared_mean", "adaptive": True},
+    {"balance": "none", "z_coefficient": 1e-2},
+    {"balance": "none"},
+]
+
+
+@pytest.mark.parametrize("documents", [None, [[-1] * 3 + [0] * 6, [0] * 9]])
+@pytest.mark.parametrize("options", POOLED, ids=str)
+def test_over_all_ranks_the_losses_are_those_of_one_batch(options, documents):
+    """Rows on two ranks: sums, and the losses of both together, as one rank has them."""
+    torch.manual_seed(0)
+    whole = archzoo.MixtureOfExperts(16, 8, **options).double()
+    split = archzoo.MixtureOfExperts(16, 8, balance_over="ranks", **options).double()
+    split.load_state_dict(whole.state_dict())
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    given = None if documents is None else torch.tensor(documents)
+    want = whole(x, make_context(2, 9, documents=given)[0])[1]
+    pools = []
+    for row in range(2):
+        part = None if given is None else given[row : row + 1]
+        aux = split(x[row : row + 1], make_context(1, 9, documents=part)[0])[1]
+        assert not [name for name in aux if name.startswith("loss/")]
+        pools.append({name: value for name, value in aux.items() if name.startswith("pool/")})
+    got = split.pooled_losses({name: pools[0][name] + pools[1][name] for name in pools[0]})
+    names = [name for name in want if name.startswith("loss/")]
+    assert names == [name for name in got if name.startswith("loss/")]
+    if not names:
+        return
+    weights = (whole.router.projection.weight, split.router.projection.weight)
+    (expected,) = torch.autograd.grad(sum(want[name] for name in names), weights[0])
+    (found,) = torch.autograd.grad(sum(got[name] for name in names), weights[1])
+    for name in names:
+        assert got[name].item() == pytest.approx(want[name].item(), rel=1e-6)
+    assert (found - expected).norm() < 1e-6 * expected.norm()
+
+
 # ---------------------------------------------------------------------------- counts
 
 

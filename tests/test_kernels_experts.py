@@ -159,7 +159,9 @@ def test_load(kind, counts):
     room = balance_capacity(total, len(counts), 1.25)
     loss, seen = kernels.summarise_load(assignments, mean, kind, total, room)
     double = None if mean is None else mean.detach().double().requires_grad_()
-    wanted, expected = part._summarise(assignments, double, total)
+    share = balance.shares(assignments)
+    wanted, expected = part._loss(double, share), balance.load_metrics(share)
+    expected["drop_rate"] = balance.virtual_drop_rate(assignments, 1.25)
     assert seen.keys() == expected.keys()
     for name, value in expected.items():
         assert seen[name].item() == pytest.approx(value.item(), abs=1e-6), name

@@ -36,6 +36,7 @@ OPTIONS = [
     {"experts": 4, "top_k": 1},
     {"width": 36},  # no multiple of 8
     {"router": {"class_path": "AttentionRouter", "init_args": {"bias_rate": 1e-3}}},
+    {"balance_over": "ranks", "z_coefficient": 1e-3},
 ]
 
 

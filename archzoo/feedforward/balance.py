@@ -38,6 +38,11 @@ def count_assignments(indices: Tensor, experts: int, valid: Tensor | None = None
     return chosen.sum(dim=(0, 1))
 
 
+def sum_over_tokens(values: Tensor, valid: Tensor | None = None) -> Tensor:
+    """The sum of values (tokens, ...) over the tokens that are not padding."""
+    return values.sum(dim=0) if valid is None else torch.tensordot(valid.to(values), values, dims=1)
+
+
 def mean_over_tokens(values: Tensor, valid: Tensor | None = None) -> Tensor:
     """The mean of values (tokens, ...) over the tokens that are not padding."""
     if valid is None:
@@ -216,8 +221,10 @@ class Balance(KeepsFloat32):
     69 steps at best, and stays at its largest from r = 5 % on where that is 0.01. r is the share
     of dropped assignments or, where nothing is dropped, the virtual one.
 
-    The loss takes the tokens of one micro-batch on one rank. It is convex in P: the smaller these
-    pieces, the larger its mean over them, and the stronger its pull.
+    The loss takes the tokens of one micro-batch, on one rank or on all. It is convex in P: the
+    smaller these pieces, the larger its mean over them, and the stronger its pull. Over all ranks
+    it is the loss of their tokens together, however many ranks share them: the sums that it is
+    made of are handed out as ``pool/...``, added up outside, and come back to `pooled_losses`.
 
     Args:
         experts: How many there are.
@@ -226,6 +233,7 @@ class Balance(KeepsFloat32):
         adaptive: Let the coefficient follow the drop rate.
         z_coefficient: Of the z-loss; 0: none.
         capacity_factor: For the drop rate, virtual or real.
+        over: "rank" or "ranks": whose tokens the losses take.
     """
 
     def __init__(
@@ -237,8 +245,11 @@ class Balance(KeepsFloat32):
         adaptive: bool,
         z_coefficient: float,
         capacity_factor: float,
+        over: Literal["rank", "ranks"] = "rank",
     ) -> None:
         super().__init__()
+        if over not in ("rank", "ranks"):
+            raise ValueError(f"balance_over={over!r} is neither rank nor ranks")
         if kind not in ("none", "switch", "squared_mean"):
             raise ValueError(f"balance={kind!r} is none of none, switch, squared_mean")
         if adaptive and kind == "none":
@@ -250,7 +261,7 @@ class Balance(KeepsFloat32):
             raise ValueError(f"capacity_factor={capacity_factor} must be above 0")
         self.experts, self.kind, self.adaptive = experts, kind, adaptive
         self.largest, self.z_coefficient = coefficient, z_coefficient
-        self.capacity_factor = capacity_factor
+        self.capacity_factor, self.over = capacity_factor, over
         self.alpha: Tensor
         if adaptive:
             self.float32_names = ("alpha",)
@@ -267,22 +278,22 @@ class Balance(KeepsFloat32):
         valid = context.valid.flatten() if context.packed else None
         assignments = count_assignments(routing.indices, self.experts, valid)
         total = routing.indices.numel() if valid is None else assignments.sum()
-        mean = None if self.kind == "none" else mean_over_tokens(routing.probabilities, valid)
+        mean = None
+        if self.kind != "none" and self.over == "rank":
+            mean = mean_over_tokens(routing.probabilities, valid)
+        kind = self.kind if mean is not None else "none"
         if isinstance(total, int) and fused(routing.probabilities):
             room = int(capacity(total, self.experts, self.capacity_factor))
-            loss, seen = summarise_load(assignments, mean, self.kind, total, room)
+            loss, seen = summarise_load(assignments, mean, kind, total, room)
         else:
-            loss, seen = self._summarise(assignments, mean, total)
-        aux: Aux = {}
-        if loss is not None:
-            # A copy: the backward pass must not see the coefficient of the step after.
-            alpha = self.alpha.clone() if self.adaptive else self.largest
-            aux["loss/balance"] = alpha * loss
-            aux["metric/balance"] = loss.detach()
-            if self.adaptive:
-                aux["metric/coefficient"] = self.alpha.clone()
-        if self.z_coefficient:
-            aux["loss/z"] = self.z_coefficient * z_loss(routing.raw_logits, valid)
+            share = shares(assignments, total)
+            loss, seen = self._loss(mean, share), load_metrics(share)
+            seen["drop_rate"] = virtual_drop_rate(assignments, self.capacity_factor, total)
+        if self.over == "ranks":
+            aux = self._pools(routing, assignments, valid)
+        else:
+            z = z_loss(routing.raw_logits, valid) if self.z_coefficient else None
+            aux = self._losses(loss, z)
         seen |= gate_ratios(routing.probabilities.detach(), valid)
         dropped = None
         if kept is not None:
@@ -294,16 +305,50 @@ class Balance(KeepsFloat32):
             aux["sum/dropped"] = dropped
         return aux
 
-    def _summarise(
-        self, assignments: Tensor, mean: Tensor | None, total: Tensor | int
-    ) -> tuple[Tensor | None, Aux]:
-        """The loss, and how even the load is."""
-        share = shares(assignments, total)
-        seen = load_metrics(share)
-        seen["drop_rate"] = virtual_drop_rate(assignments, self.capacity_factor, total)
+    def _loss(self, mean: Tensor | None, share: Tensor) -> Tensor | None:
         if mean is None:
-            return None, seen
-        return switch_loss(mean, share) if self.kind == "switch" else squared_mean_loss(mean), seen
+            return None
+        return switch_loss(mean, share) if self.kind == "switch" else squared_mean_loss(mean)
+
+    def _losses(self, loss: Tensor | None, z: Tensor | None) -> Aux:
+        """The losses by their coefficients, and what is logged of them."""
+        aux: Aux = {}
+        if loss is not None:
+            # A copy: the backward pass must not see the coefficient of the step after.
+            alpha = self.alpha.clone() if self.adaptive else self.largest
+            aux["loss/balance"] = alpha * loss
+            aux["metric/balance"] = loss.detach()
+            if self.adaptive:
+                aux["metric/coefficient"] = self.alpha.clone()
+        if z is not None:
+            aux["loss/z"] = self.z_coefficient * z
+        return aux
+
+    def _pools(self, routing: Routing, assignments: Tensor, valid: Tensor | None) -> Aux:
+        """Sums over this rank's tokens, of which all ranks' together make the losses."""
+        like = routing.probabilities
+        tokens = len(like) if valid is None else valid.sum()
+        aux = {"pool/tokens": torch.as_tensor(tokens, device=like.device, dtype=like.dtype)}
+        if self.kind != "none":
+            aux["pool/probabilities"] = sum_over_tokens(like, valid)
+            aux["pool/assignments"] = assignments.to(like.dtype)
+        if self.z_coefficient:
+            squares = routing.raw_logits.logsumexp(dim=-1).square()
+            aux["pool/z"] = sum_over_tokens(squares, valid)
+        return aux
+
+    def pooled_losses(self, pools: Aux) -> Aux:
+        """The losses of all ranks' tokens, from their sums."""
+        if not pools:
+            return {}
+        tokens = pools["pool/tokens"].clamp(min=1)
+        loss = z = None
+        if self.kind != "none":
+            share = shares(pools["pool/assignments"])
+            loss = self._loss(pools["pool/probabilities"] / tokens, share)
+        if self.z_coefficient:
+            z = pools["pool/z"] / tokens
+        return self._losses(loss, z)
 
     def after_step(self, assignments: Tensor, dropped: Tensor | None = None) -> None:
         """Let the coefficient follow the drop rate of an optimizer step.

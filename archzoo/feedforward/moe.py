@@ -208,6 +208,9 @@ class MixtureOfExperts(FeedForward):
         shared_experts: Experts that see every token.
         balance: The balancing loss: "switch" (n sum f P), "squared_mean" (sum (P - 1/n)^2,
             Skywork's) or "none".
+        balance_over: Whose tokens of a micro-batch the losses take: "rank", each rank's own, or
+            "ranks", those of all ranks together, so that the loss is that of the global batch.
+            A training loop of your own then asks `Decoder.pooled_losses`.
         coefficient: Of the balancing loss; the largest where it adapts.
         adaptive: Let the coefficient follow the layer's drop rate, as Skywork does.
         z_coefficient: Of the z-loss on the raw logits; 1e-3 is usual.
@@ -229,6 +232,7 @@ class MixtureOfExperts(FeedForward):
         router: RouterFactory | None = None,
         shared_experts: int = 0,
         balance: Literal["none", "switch", "squared_mean"] = "switch",
+        balance_over: Literal["rank", "ranks"] = "rank",
         coefficient: float = 0.01,
         adaptive: bool = False,
         z_coefficient: float = 0.0,
@@ -251,6 +255,7 @@ class MixtureOfExperts(FeedForward):
             adaptive=adaptive,
             z_coefficient=z_coefficient,
             capacity_factor=capacity_factor,
+            over=balance_over,
         )
         self.top_k, self.drop, self.capacity_factor = top_k, drop, capacity_factor
         self.shared_experts, self.watch_similarity = shared_experts, watch_similarity
@@ -286,6 +291,10 @@ class MixtureOfExperts(FeedForward):
         if self.watch_similarity:
             aux["metric/similarity"] = self.experts.similarity()
         return y, aux
+
+    def pooled_losses(self, pools: Aux) -> Aux:
+        """The balancing losses of all ranks' tokens."""
+        return self.balance.pooled_losses(pools)
 
     def after_step(self, sums: Aux) -> None:
         """Move the coefficient and the experts' bias by the counts of an optimizer step."""

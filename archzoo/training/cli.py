@@ -45,6 +45,8 @@ def run(command: str, arguments: list[str]) -> int:
     # Batches are computed in place, within a fraction of a step: a worker would only cost.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")  # Lightning's own affair
+    # FSDP2 fears writes into what a block returns; nothing here writes there.
+    warnings.filterwarnings("ignore", ".*returned a view tensor.*")
     try:
         _start(command, arguments)
     except ValueError as error:

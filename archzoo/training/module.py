@@ -106,6 +106,7 @@ class LanguageModel(lightning.LightningModule):
         self._clock = time.perf_counter()
         self._random: dict[str, Any] | None = None
         self._loaded_step: int | None = None
+        self._sharded = False
         if architecture.get("vocab_size") is not None:
             self.decoder = self.build()
 
@@ -152,6 +153,38 @@ class LanguageModel(lightning.LightningModule):
                 operators=task.operators,
                 coupling=task.coupling,
             )
+
+    def configure_model(self) -> None:
+        """Under Lightning's ModelParallelStrategy: FSDP2, block by block (Zhao et al., 2304.11277).
+
+        Parameters stay float32, gathered a block at a time; autocast casts what is computed, as on
+        one device, so that routers and norms see what they see there.
+        """
+        mesh = self.device_mesh
+        if mesh is None or self._sharded:
+            return
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+        from torch.distributed.tensor import Shard
+
+        ranks = mesh["data_parallel"]
+        if ranks.size() < self.trainer.world_size:
+            raise ValueError(
+                f"the strategy has data_parallel_size={ranks.size()} for {self.trainer.world_size} "
+                "processes: no part here is tensor parallel, so set data_parallel_size to the "
+                "number of processes and tensor_parallel_size to 1"
+            )
+
+        def place(parameter: torch.nn.Parameter) -> Shard | None:
+            """Experts that do not share out evenly are cut along their widths instead."""
+            uneven = parameter.dim() == 3 and parameter.shape[0] % ranks.size()
+            return Shard(1) if uneven and parameter.shape[1] % ranks.size() == 0 else None
+
+        for parameter in self.net.parameters():  # some lie in long rows, which cannot be cut
+            parameter.data = parameter.data.contiguous()
+        for part in (*self.net.blocks, self.net):
+            fully_shard(part, mesh=ranks, shard_placement_fn=place)
+        register_fsdp_forward_method(self.net, "hidden")  # what training calls
+        self._sharded = True
 
     @property
     def task(self) -> Task | None:
@@ -226,6 +259,7 @@ class LanguageModel(lightning.LightningModule):
             self.net.loops, self.progressive_loss, self.progressive_seed, step
         ):
             x, aux = self._hidden(batch, "train", loops, free)
+            aux |= self._pooled_losses(aux)
             total = weight * total_loss(x, self.net.head, labels)
             # Gradients are averaged over ranks; scaled so, they are those of all tokens together.
             loss = loss + total * self.trainer.world_size / everywhere
@@ -234,6 +268,8 @@ class LanguageModel(lightning.LightningModule):
                 kind = name.partition("/")[0]
                 if kind == "loss":
                     loss = loss + weight * value
+                if kind == "pool":
+                    continue
                 if kind == "sum":
                     self._sums[name] = self._sums.get(name, 0) + value.detach()
                 else:
@@ -243,6 +279,19 @@ class LanguageModel(lightning.LightningModule):
         self._count("tokens", torch.as_tensor(seen, device=self.device))
         self._watch(loss.detach())
         return loss
+
+    def _pooled_losses(self, aux: Aux) -> Aux:
+        """The losses of all ranks' tokens, from the sums that each rank hands out.
+
+        Their value is the same everywhere. Gradients are averaged over ranks later on, so each
+        rank's part of a sum is scaled for the mean to be the gradient of all tokens together.
+        """
+        mine = {name: value for name, value in aux.items() if name.startswith("pool/")}
+        ranks = self.trainer.world_size
+        ours = self._all_over_ranks({name: value.detach() for name, value in mine.items()})
+        for name, value in mine.items():
+            ours[name] = ours[name] + ranks * (value - value.detach())
+        return self.net.pooled_losses(ours) if ours else {}
 
     def _count(self, name: str, value: Tensor, weight: Tensor | None = None) -> None:
         """Add to the sums that the next row of the log is made of, without asking the device."""
@@ -329,11 +378,24 @@ class LanguageModel(lightning.LightningModule):
     ) -> None:
         """Step, and what belongs to it: all of it done before any checkpoint can be written."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.net.after_step({name: self._over_ranks(value) for name, value in self._sums.items()})
+        self.net.after_step(self._all_over_ranks(self._sums))
         self._sums.clear()
         step = self.trainer.global_step + 1
         if step % self.log_every == 0:
             self._log_training(step, optimizer.param_groups[0]["lr"])
+
+    def _all_over_ranks(self, entries: Aux) -> Aux:
+        """Each entry's sum over the ranks: all of one dtype in one go."""
+        if self.trainer.world_size == 1:
+            return dict(entries)
+        sums: Aux = {}
+        for dtype in dict.fromkeys(value.dtype for value in entries.values()):  # in equal order
+            alike = {name: value for name, value in entries.items() if value.dtype == dtype}
+            flat = self._over_ranks(torch.cat([value.flatten() for value in alike.values()]))
+            parts = flat.split([value.numel() for value in alike.values()])
+            for (name, value), part in zip(alike.items(), parts, strict=True):
+                sums[name] = part.view_as(value)
+        return sums
 
     def _over_ranks(self, value: Tensor) -> Tensor:
         if self.trainer.world_size == 1:

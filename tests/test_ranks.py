@@ -1,0 +1,135 @@
+"""Several processes train as one: DDP and FSDP2 by Lightning's flags, on gloo."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import archzoo
+from archzoo.checkpoint import read_safely
+from archzoo.cli import main
+
+RUN = """
+seed_everything: 0
+model:
+  preset: skywork_micro
+  width: 16
+  learning_rate: 5.0e-3
+  warmup_steps: 2
+  feed_forward:
+    class_path: MixtureOfExperts
+    init_args:
+      balance: squared_mean
+      balance_over: ranks
+      adaptive: true
+      coefficient: 1.0
+      z_coefficient: 1.0e-3
+      router: {class_path: LinearRouter, init_args: {bias_rate: 1.0e-2, logit_norm: 1.0}}
+data: {class_path: Addition, init_args: {digits: 2, batch_size: 8, validation_examples: 20}}
+trainer:
+  accelerator: cpu
+  max_steps: 4
+  val_check_interval: 2
+  log_every_n_steps: 1
+  gradient_clip_val: 1.0
+"""
+DDP = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+FSDP2 = [
+    "--trainer.devices=2",
+    "--trainer.strategy=ModelParallelStrategy",
+    "--trainer.strategy.data_parallel_size=2",
+    "--trainer.strategy.tensor_parallel_size=1",
+    "--trainer.strategy.save_distributed_checkpoint=false",
+]
+
+
+@pytest.fixture
+def directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(RUN)
+    return tmp_path
+
+
+def together(name, *arguments):
+    """`archzoo fit` with two processes, the second of which Lightning starts."""
+    root = str(Path(archzoo.__file__).parent.parent)
+    command = [sys.executable, "-m", "archzoo", "fit", "--config", "run.yaml", "--name", name]
+    done = subprocess.run(
+        [*command, *arguments],
+        env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def assert_same(one, other, allowed):
+    """The losses, gradient norms and coefficients of two runs, and the weights at their ends."""
+    logs = []
+    for name in (one, other):
+        with open(f"runs/{name}/metrics.csv") as file:
+            logs.append(list(csv.DictReader(file)))
+    looked = set()
+    for mine, theirs in zip(*logs, strict=True):
+        for name, value in mine.items():
+            kept = ("loss", "gradient_norm", "coefficient", "exact_match")
+            if value and any(word in name for word in kept):
+                assert float(theirs[name]) == pytest.approx(float(value), rel=allowed), name
+                looked.add(name)
+    assert {"train/loss", "train/loss/balance/1", "train/loss/z/0", "validation/loss"} <= looked
+    mine, theirs = (read_safely(f"runs/{name}/last.ckpt")["state_dict"] for name in (one, other))
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        if "alpha" in name or "expert_bias" in name:  # of counts alone
+            assert torch.equal(value, theirs[name]), name
+        else:
+            assert torch.allclose(value, theirs[name], rtol=0, atol=allowed), name
+    assert any("alpha" in name for name in mine) and any("expert_bias" in name for name in mine)
+
+
+def test_two_ranks_are_one_process_with_the_whole_batch(directory):
+    """To float64's last digits, in loss, gradients and weights, auxiliary losses included."""
+    assert (
+        main(["fit", "--config", "run.yaml", "--name", "one", "--trainer.precision=64-true"]) == 0
+    )
+    together("two", *DDP, "--trainer.precision=64-true")
+    assert_same("one", "two", 1e-7)  # validation and what is logged of it is float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [DDP, FSDP2], ids=["ddp", "fsdp2"])
+def test_ranks_go_on_where_they_ended(directory, strategy):
+    """As if they had not ended, in several processes or in one; coefficients and biases, too."""
+    steady = ["--model.schedule=constant", "--model.warmup_steps=1"]
+    together("half", *strategy, *steady, "--trainer.max_steps=2")
+    together("rest", *strategy, *steady, "--ckpt_path=runs/half/last.ckpt")
+    fit = ["fit", "--config", "run.yaml", *steady, "--name"]
+    assert main([*fit, "alone", "--ckpt_path", "runs/half/last.ckpt"]) == 0
+    assert main([*fit, "whole"]) == 0
+    ends = [read_safely(f"runs/{name}/last.ckpt") for name in ("whole", "rest", "alone")]
+    for name, value in ends[0]["state_dict"].items():
+        for end in ends[1:]:
+            assert torch.allclose(end["state_dict"][name], value, rtol=0, atol=1e-5), name
+
+
+@pytest.mark.slow
+def test_sharded_is_whole(directory):
+    """FSDP2, block by block; three experts do not share out evenly over two ranks."""
+    uneven = ["--model.feed_forward.experts=3"]
+    for name, more in (("even", []), ("uneven", uneven)):
+        assert main(["fit", "--config", "run.yaml", "--name", name, *more]) == 0
+        together(f"sharded_{name}", *FSDP2, *more)
+        assert_same(name, f"sharded_{name}", 1e-5)
+
+
+@pytest.mark.slow
+def test_tensor_parallelism_is_refused(directory):
+    arguments = [value.replace("data_parallel_size=2", "data_parallel_size=1") for value in FSDP2]
+    arguments = [v.replace("tensor_parallel_size=1", "tensor_parallel_size=2") for v in arguments]
+    with pytest.raises(AssertionError, match="no part here is tensor parallel"):
+        together("refused", *arguments)
