@@ -479,8 +479,8 @@ def generate_command(
         if len(tokens) != 1:
             raise ValueError(f"stop={stop!r} is {len(tokens)} tokens: it must be exactly one")
         stop_token = tokens[0]
-    turned = numbers_are_turned(task)
-    numbers = _Numbers() if turned else None
+    turned, answers_turned = numbers_are_turned(task)
+    numbers = _Numbers() if answers_turned else None
     alone = len(prompt) == 1
 
     def show(row: int, token: int | None, text: str) -> None:
@@ -508,7 +508,7 @@ def generate_command(
     )
     if not alone:
         for begin, text in zip(prompt, written.texts or [], strict=True):
-            print(begin + (turn_numbers(text) if turned else text))
+            print(begin + (turn_numbers(text) if answers_turned else text))
     print(f"\n{report(model, written)}")
 
 
@@ -543,9 +543,14 @@ def state_growth(model: Decoder) -> float:
     return (nbytes(long) - nbytes(short)) / 1024
 
 
-def numbers_are_turned(task: dict[str, Any] | None) -> bool:
-    """Whether a task writes numbers least significant digit first: its argument ``reverse``."""
-    return bool(task and task.get("init_args", {}).get("reverse"))
+def numbers_are_turned(task: dict[str, Any] | None) -> tuple[bool, bool]:
+    """Whether a task writes the numbers of problems, and those of answers, from the units on.
+
+    Its arguments ``reverse``, and ``reverse_answer`` where that is given.
+    """
+    given = task.get("init_args", {}) if task else {}
+    problems, answers = given.get("reverse"), given.get("reverse_answer")
+    return bool(problems), bool(problems if answers is None else answers)
 
 
 def turn_numbers(text: str) -> str:

@@ -447,6 +447,8 @@ def test_numbers_are_turned_as_the_task_writes_them() -> None:
     task = Addition(digits=4)
     line = task.prompt(1234, 56) + task.answer(1234, 56)
     assert turn_numbers("1234+56=1290") == line
-    assert archzoo.generation.numbers_are_turned(task.config())
-    assert not archzoo.generation.numbers_are_turned(Addition(reverse=False).config())
-    assert not archzoo.generation.numbers_are_turned(None)
+    turned = archzoo.generation.numbers_are_turned
+    assert turned(task.config()) == (True, True)
+    assert turned(Addition(reverse=False).config()) == (False, False)
+    assert turned(Addition(reverse=False, reverse_answer=True).config()) == (False, True)
+    assert turned(None) == (False, False)
