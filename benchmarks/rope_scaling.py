@@ -47,7 +47,7 @@ def main() -> None:
     ]
     print(f"{len(every)} runs: geometric means of their perplexities")
     Console(width=160).print(table(means))
-    path = write_rows("float32-claims-rope-scaling", rows, on_gpu=on_gpu)
+    path = write_rows("float32-claims-rope_scaling-lengths", rows, on_gpu=on_gpu)
     draw(means, rows[0]["trained_length"], rows[0]["tail_tokens"], path.with_suffix(".png"))
     print(f"drew {path.with_suffix('.png')}")
 
