@@ -1,6 +1,8 @@
 """Upcycling: the first logits are the dense model's, and the experts come apart in training."""
 
 import copy
+import csv
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,3 +109,46 @@ def test_the_command_writes_a_model_that_can_be_read(tmp_path, capsys):
     assert relative_error(sparse(tokens).logits, dense.eval()(tokens).logits) < 1e-5
     assert main([*arguments, "--init_args.shared_experts", "1"]) == 1
     assert "leave them out" in capsys.readouterr().err
+
+
+DENSE = """
+seed_everything: 0
+model: {preset: transformer_micro, width: 16}
+data: {class_path: Addition, init_args: {digits: 1, batch_size: 8, validation_examples: 20}}
+trainer: {accelerator: cpu, max_steps: 3, val_check_interval: 3, log_every_n_steps: 1}
+"""
+
+
+def test_training_goes_on_from_what_was_upcycled(tmp_path, monkeypatch, capsys):
+    """From the dense run's loss, while the experts come apart."""
+    monkeypatch.chdir(tmp_path)
+    Path("dense.yaml").write_text(DENSE)
+    assert main(["fit", "--config", "dense.yaml"]) == 0
+    upcycle = ["upcycle", "runs/dense/last.ckpt", "moe", "--experts", "4"]
+    assert main([*upcycle, "--init_args.balance", "squared_mean"]) == 0
+    fit = ["fit", "--model.weights", "moe", "--trainer.accelerator", "cpu"]
+    steps = ["--trainer.max_steps", "4", "--trainer.log_every_n_steps", "1"]
+    assert main([*fit, *steps, "--model.learning_rate", "0.02", "--model.warmup_steps", "1"]) == 0
+    dense, sparse = (
+        list(csv.DictReader(Path(f"runs/{name}/metrics.csv").read_text().splitlines()))
+        for name in ("dense", "moe_fit")
+    )
+    first = next(float(row["train/loss"]) for row in sparse if row["train/loss"])
+    last = [float(row["validation/loss"]) for row in dense if row["validation/loss"]][-1]
+    assert first == pytest.approx(last, abs=0.2), "the loss at which the dense run ended"
+    for layer in range(2):
+        seen = [row[f"train/metric/similarity/{layer}"] for row in sparse]
+        values = [float(value) for value in seen if value]
+        assert values[0] == pytest.approx(1, abs=1e-5) and values[-1] < values[0] - 1e-4
+    # A run of its own, which goes on like any other.
+    more = ["fit", "--ckpt_path", "runs/moe_fit/last.ckpt", "--trainer.max_steps", "5"]
+    assert main([*more, "--trainer.accelerator", "cpu"]) == 0
+    capsys.readouterr()
+    assert main([*fit, "--model.dim", "64"]) == 1
+    assert "brings its own architecture: leave dim out" in capsys.readouterr().err
+    two = ["--data", "Addition", "--data.digits", "1", "--data.reverse", "true"]
+    assert main([*fit, *two, "--trainer.max_steps", "1"]) == 0, "the same vocabulary"
+    Path("text.txt").write_text("abc\n" * 200)
+    other = ["--data", "Text", "--data.path", "text.txt", "--data.context_length", "8"]
+    assert main([*fit, *other, "--data.cache_dir", "cache"]) == 1
+    assert "another vocabulary" in capsys.readouterr().err

@@ -24,7 +24,7 @@ from lightning.fabric.utilities import rank_zero_only
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from archzoo import parts
-from archzoo.checkpoint import read_safely
+from archzoo.checkpoint import load, read_safely
 from archzoo.tasks.stream import Task, build, import_all
 from archzoo.training.callbacks import Checkpoints, ShowProgress
 from archzoo.training.files import CheckpointFiles, MetricsFile
@@ -137,6 +137,9 @@ class CommandLine(LightningCLI):
         if logger == "TensorBoardLogger" and not _option(arguments, "--trainer.logger.save_dir"):
             arguments += ["--trainer.logger.save_dir", BESIDE]
         self._tokenizer_directory = tempfile.TemporaryDirectory(prefix="archzoo-")
+        weights = _option(arguments, "--model.weights")
+        if weights and not any(a.startswith(("--config", "-c", "--data")) for a in arguments):
+            arguments = ["--config", json.dumps(self._data_of(weights)), *arguments]
         if path in ("last", "best") and not _option(arguments, "--config"):
             raise ValueError(f"--ckpt_path {path} needs --config or a path: of which run?")
         if path and path not in ("last", "best"):
@@ -156,16 +159,29 @@ class CommandLine(LightningCLI):
         if not isinstance(model, dict) or not isinstance(task, dict):
             raise ValueError(f"{path} is no checkpoint of archzoo's training")
         build(task)  # refuses tasks that are not known, which parsing would import
-        arguments = dict(task["init_args"])
-        if "tokenizer" in arguments:
-            # The model's own tokenizer, and not one learned anew from whatever text is there now.
-            directory = Path(self._tokenizer_directory.name)
-            for name, content in tokenizer_files(checkpoint).items():
-                (directory / Path(name).name).write_bytes(content)
-                arguments["tokenizer"] = str(directory / Path(name).name)
-            arguments["vocab_size"] = None
+        arguments = self._with_tokenizer(task["init_args"], tokenizer_files(checkpoint))
         data = {"class_path": task["class_path"], "init_args": arguments}
         return {"model": model, "data": data}
+
+    def _data_of(self, weights: str) -> dict[str, Any]:
+        """The task that weights were trained on, with their own tokenizer."""
+        found = load(weights, "cpu")
+        if found.task is None:
+            raise ValueError(f"{weights} does not say what it was trained on: give --data")
+        files = found.tokenizer.files() if found.tokenizer is not None else {}
+        arguments = self._with_tokenizer(found.task["init_args"], files)
+        return {"data": {"class_path": found.task["class_path"], "init_args": arguments}}
+
+    def _with_tokenizer(self, arguments: dict[str, Any], files: dict[str, bytes]) -> dict[str, Any]:
+        """A task's arguments with the model's own tokenizer, not one learned anew from a text."""
+        arguments = dict(arguments)
+        if "tokenizer" in arguments:
+            for name, content in files.items():
+                path = Path(self._tokenizer_directory.name, Path(name).name)
+                path.write_bytes(content)
+                arguments["tokenizer"] = str(path)
+            arguments["vocab_size"] = None
+        return arguments
 
     def _parse_ckpt_path(self) -> None:
         """Done in `parse_arguments`, before anything is required."""
@@ -180,7 +196,9 @@ class CommandLine(LightningCLI):
         path = config.ckpt_path
         if self.subcommand != "fit" and path and path not in ("last", "best"):
             return Path(path).parent
-        return root / (config.name or self.run_name or config.model.preset or "model")
+        weights = config.model.weights
+        otherwise = config.model.preset or (f"{Path(weights).stem}_fit" if weights else "model")
+        return root / (config.name or self.run_name or otherwise)
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]

@@ -17,10 +17,11 @@ from torchmetrics import MeanMetric
 import archzoo
 from archzoo import block as interface
 from archzoo.block import Aux, State
+from archzoo.checkpoint import load
 from archzoo.decoder import Decoder
 from archzoo.parts import find
 from archzoo.positions.digits import bind_digits
-from archzoo.registry import count_parameters, create_model, get_preset
+from archzoo.registry import build_decoder, count_parameters, create_model, get_preset
 from archzoo.tasks.stream import Batch, Task
 from archzoo.training.losses import IGNORED, score, total_loss
 from archzoo.training.optim import decay_groups, learning_rate_schedule
@@ -49,6 +50,8 @@ class LanguageModel(lightning.LightningModule):
             decoder is given instead.
         match: "parameters": set the feed-forward's width so that the model holds as many
             parameters as the preset without the swapped parts, within 1 %.
+        weights: A checkpoint or a directory of `archzoo.save_pretrained` whose weights training
+            starts from, such as `archzoo upcycle` writes. The architecture is its own.
         learning_rate: The peak, per optimizer step.
         warmup_steps: Optimizer steps from 0 to the peak.
         schedule: "cosine", which runs until the trainer's last step, or "constant".
@@ -68,6 +71,7 @@ class LanguageModel(lightning.LightningModule):
         self,
         preset: str | None = None,
         match: Literal["parameters"] | None = None,
+        weights: str | None = None,
         learning_rate: float = 2e-3,
         warmup_steps: int = 100,
         schedule: Literal["cosine", "constant"] = "cosine",
@@ -107,7 +111,10 @@ class LanguageModel(lightning.LightningModule):
         self._random: dict[str, Any] | None = None
         self._loaded_step: int | None = None
         self._sharded = False
-        if architecture.get("vocab_size") is not None:
+        self._vocabulary: dict[str, bytes] | None = None  # of the weights training starts from
+        if weights is not None:
+            self.decoder = self._start_from(weights)
+        elif architecture.get("vocab_size") is not None:
             self.decoder = self.build()
 
     # ------------------------------------------------------------------------ the decoder
@@ -119,6 +126,22 @@ class LanguageModel(lightning.LightningModule):
             return Decoder(**self.architecture)
         replaced = dict(self.architecture)
         return create_model(self.preset, self.match, **replaced)
+
+    def _start_from(self, weights: str) -> Decoder:
+        """The model that a checkpoint or directory holds, to be trained on."""
+        given = {n: value for n, value in self.architecture.items() if value is not None}
+        refused = [name for name in given if name not in HARMLESS]
+        if self.preset is not None or self.match is not None or refused:
+            names = [n for n in ("preset", "match") if getattr(self, n) is not None] + refused
+            raise ValueError(
+                f"weights={weights!r} brings its own architecture: leave {', '.join(names)} out"
+            )
+        found = load(weights, "cpu")
+        if found.tokenizer is not None:
+            self._vocabulary = found.tokenizer.files()
+        decoder = build_decoder(found.model.config | given)
+        decoder.load_state_dict(found.model.state_dict())
+        return decoder
 
     @property
     def net(self) -> Decoder:
@@ -145,6 +168,11 @@ class LanguageModel(lightning.LightningModule):
             )
         if task is not None:
             task.prepare()
+            if self._vocabulary not in (None, task.tokenizer.files()):
+                raise ValueError(
+                    "the weights were trained with another vocabulary than this task's: give the "
+                    "task their tokenizer, which lies beside them"
+                )
             bind_digits(
                 self.net,
                 task.tokenizer,
