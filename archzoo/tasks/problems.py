@@ -16,6 +16,7 @@ from archzoo.tasks.digits import Digits, Flags, below
 from archzoo.tasks.stream import IGNORED, Batch, Bits, Integers, Loader, Task, mix, random_bits
 from archzoo.tasks.tokenizers import CharacterTokenizer, Tokenizer
 
+BLOCK = 2048  # training examples made at once, at least
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwyz"  # of hints and keys; x multiplies
 STREAMS = {"train": 0, "validation": 1, "test": 2, "shuffle": 3, "cell": 4, "chain": 5}
 
@@ -74,6 +75,11 @@ class Lines(NamedTuple):
     lengths: Integers
     asked: Flags
     positions: Integers | None
+
+    def take(self, rows: slice) -> Lines:
+        """Some of them."""
+        positions = None if self.positions is None else self.positions[rows]
+        return Lines(self.tokens[rows], self.lengths[rows], self.asked[rows], positions)
 
 
 class Exercise(Task):
@@ -135,6 +141,7 @@ class Exercise(Task):
         self.context_length = self.width(*self.extent) - 1  # the last token is only ever a label
         self._evaluation: dict[str, Problems] = {}
         self._sizes: dict[str, Integers] = {}
+        self._block: tuple[tuple[int, bytes], Lines] | None = None  # the last one made
 
     # What a class says.
 
@@ -187,8 +194,18 @@ class Exercise(Task):
         return self._held_out_problems(split).examples
 
     def training_batch(self, number: int, rows: Integers) -> Batch:
-        numbers = number * self.batch_size + rows
-        return self.batch(self.problems("train", numbers), numbers, self.context_length)
+        # Small batches are made several at once: a call of numpy's costs more than its work.
+        several = max(BLOCK // len(rows), 1)
+        block, place = divmod(number, several)
+        key = (block, rows.tobytes())
+        if self._block is None or self._block[0] != key:
+            batches = block * several + np.arange(several)[:, None]
+            numbers = (batches * self.batch_size + rows).reshape(-1)
+            problems = self.problems("train", numbers)
+            lines = self.lines(problems, self.context_length, positions=self.coupling is not None)
+            self._block = key, lines
+        mine = slice(place * len(rows), (place + 1) * len(rows))
+        return self._batch(self._block[1].take(mine), number * self.batch_size + rows)
 
     def evaluation_batch(self, split: str, number: int, rows: Integers) -> Batch:
         numbers = number * self.batch_size + rows
@@ -214,10 +231,11 @@ class Exercise(Task):
     ) -> Batch:
         """A batch of problems, of the given example numbers, `width` or as few columns as fit."""
         lines = self.lines(problems, width, positions=self.coupling is not None)
+        return self._batch(lines, np.arange(problems.examples) if numbers is None else numbers)
+
+    def _batch(self, lines: Lines, numbers: Integers) -> Batch:
         tokens = lines.tokens.astype(np.int64)
         width = tokens.shape[1] - 1
-        if numbers is None:
-            numbers = np.arange(problems.examples)
         padding = np.arange(width) >= lines.lengths[:, None]
         batch = {
             "tokens": torch.from_numpy(tokens[:, :-1].copy()),
