@@ -205,6 +205,7 @@ def _draw(
         ylabel="layer",
     )
     load.set_yticks(range(len(numbers)), [str(number) for number in numbers])
+    load.set_xticks(range(0, len(shares[0]), -(-len(shares[0]) // 16)))
     figure.colorbar(image, ax=load)
     for name in ("max1_max2", "max2_max3", "max_violation", "entropy"):
         ratios.plot(

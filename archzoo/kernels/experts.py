@@ -3,7 +3,7 @@
 A mixture of experts is two grouped matrix products and much moving of memory around them. Each
 function here moves every tensor once, forward and backward, in one Triton kernel, and is its plain
 PyTorch twin wherever `fused` says no: on the CPU, in float64, and under `torch.compile`, which
-fuses the plain form by itself. Measurements: docs/kernels.md.
+fuses the plain form by itself. Measurements: docs/experts.md.
 
 Importing this module needs neither Triton nor a GPU.
 """
