@@ -9,6 +9,7 @@ import archzoo
 from archzoo.block import make_context
 from archzoo.positions.biases import FIRE, KERPLE, ALiBi, T5Bias, alibi_slopes
 from archzoo.positions.learned import LearnedPositions, RandomisedPositions
+from archzoo.positions.rows import RowEmbedding
 
 BIASES = [(ALiBi, {}), (T5Bias, {}), (KERPLE, {}), (KERPLE, {"kind": "power"}), (FIRE, {})]
 
@@ -232,6 +233,22 @@ def test_a_text_beyond_the_table_is_refused():
     part(tokens[:, :10], None, make_context(1, 10)[0])
     with pytest.raises(ValueError, match="position 10 lies beyond the 10"):
         part(tokens, None, make_context(1, 11)[0])
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_rows_are_looked_up_alike_for_few_tokens_and_for_many(normalise):
+    """Many tokens are gathered from all pairs of a word and a row; gradients included."""
+    part = RowEmbedding(5, 8, 7, normalise=normalise).double()
+    tokens, rows = torch.randint(5, (4, 30)), torch.randint(7, (4, 30))
+    grad = torch.randn(4, 30, 8, dtype=torch.float64)
+    whole = part.look_up(tokens, rows)
+    parts = [part.look_up(*few) for few in zip(tokens.split(1, 1), rows.split(1, 1), strict=True)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-12, atol=1e-12)
+    weights = list(part.parameters())
+    got = torch.autograd.grad(whole, weights, grad)
+    want = torch.autograd.grad(torch.cat(parts, 1), weights, grad)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 # ---------------------------------------------------------------------------- randomised

@@ -43,7 +43,16 @@ class RowEmbedding(Embedding):
                     table.weight.mul_(std)
 
     def look_up(self, tokens: Tensor, rows: Tensor) -> Tensor:
-        """Tokens and rows (batch, time) int64 to x (batch, time, dim)."""
-        x = F.embedding(tokens, self.weight) + F.embedding(rows, self.table.weight)
-        normed: Tensor = self.norm(x)
+        """Tokens and rows (batch, time) int64 to x (batch, time, dim).
+
+        Where there are more tokens than pairs of a word and a row, as in arithmetic, each pair is
+        made once and then looked up: one pass over x forward, and one backward, instead of five.
+        """
+        words = self.weight
+        if tokens.numel() > len(words) * self.rows:
+            pairs = self.norm(words[:, None] + self.table.weight).flatten(0, 1)
+            return F.embedding(tokens * self.rows + rows, pairs)
+        normed: Tensor = self.norm(
+            F.embedding(tokens, words) + F.embedding(rows, self.table.weight)
+        )
         return normed
