@@ -13,8 +13,11 @@ import os
 import pytest
 import torch
 
+from archzoo.block import make_context
+from archzoo.kernels import retention as kernels
 from archzoo.kernels import retention_launch as launch
 from archzoo.kernels.retention import available, retention, retention_step, unavailable
+from archzoo.mixers.retention import Retention
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -246,6 +249,60 @@ def test_pieces_equal_the_whole():
     assert error(state, last) < 1e-5
 
 
+def test_what_is_prepared_serves_other_tensors():
+    """Same sizes and strides, other memory: off the copy engine's alignment, and decays too."""
+    decays = slopes(4)
+    for offset in (0, 1, 0, 2):
+        room = torch.randn(3, 70 * 2 * 16 + 8, generator=torch.Generator().manual_seed(offset))
+        q, k, v = (row[offset : offset + 70 * 2 * 16].view(1, 70, 2, 16) for row in room.to(DEVICE))
+        check(q, k, v, decays[offset : offset + 2], random_state(1, 2, 16, 16))
+    assert launch.work.cache_info().hits > 0
+
+
+@pytest.mark.parametrize("packed_rows", [False, True])
+def test_mixer_by_kernels_is_the_plain_mixer(monkeypatch, packed_rows):
+    """Retention with the kernels and without: outputs, states, gradients and a step after.
+
+    Without head norm, which would divide a first token's error by its small output.
+    """
+    dim, heads, batch, time = (512, 4, 2, 300) if GPU else (32, 2, 2, 40)
+    mixer = Retention(dim, heads, head_norm="none").to(DEVICE)
+    documents = torch.zeros(batch, time, dtype=torch.int64, device=DEVICE)
+    if packed_rows:
+        documents[0, time // 3 :] = 1
+        documents[1, time // 4 :] = 1
+        documents[1, -time // 10 :] = -1
+    valid = (documents >= 0)[..., None]
+    generator = torch.Generator().manual_seed(4)
+    x, d_y = (torch.randn(batch, time, dim, generator=generator).to(DEVICE) for _ in range(2))
+    memory = random_state(batch, heads, dim // heads, 2 * dim // heads)
+
+    def run(dtype):
+        leaves = [x.clone().requires_grad_(), memory.clone().requires_grad_()]
+        context, place = make_context(
+            batch, time, documents=documents if packed_rows else None, device=DEVICE
+        )
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y, state = mixer(leaves[0], {"memory": leaves[1]}, context, "chunkwise")
+            y = y * valid
+            last = state["memory"]
+            grads = torch.autograd.grad(
+                (y, last), (*leaves, *mixer.parameters()), (d_y.to(y.dtype), last.detach().sign())
+            )
+            after, _ = make_context(batch, 1, place=place, device=DEVICE)
+            with torch.no_grad():
+                step, state = mixer(x[:, :1], {"memory": last.clone()}, after, "recurrent")
+        return y, last, *grads, step, state["memory"]
+
+    for dtype in DTYPES if GPU else DTYPES[:1]:
+        mine = run(dtype)
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "available", lambda *_: False)
+            theirs = run(dtype)
+        errors = [error(a, b) for a, b in zip(mine, theirs, strict=True)]
+        assert max(errors) < 2 * TOLERANCE[dtype], errors
+
+
 def test_strided_inputs():
     """Slices of one projection, another order of dimensions, and an odd width."""
     joint = torch.randn(2, 70, 2, 48, generator=torch.Generator().manual_seed(3)).to(DEVICE)
@@ -256,21 +313,27 @@ def test_strided_inputs():
     check(*joint[..., :39].split(13, -1), slopes(2))
 
 
-def test_deterministic_and_every_output_written():
-    q, k, v = case(1, 70, 1, 16, 16, torch.bfloat16)
-    empty = torch.empty
+def test_deterministic_and_every_output_written(monkeypatch):
+    """Memory comes full of NaN; outputs and gradients have none of it, and are equal twice."""
+    leaves = [x.requires_grad_() for x in case(1, 70, 1, 16, 16, torch.bfloat16)]
 
-    def poisoned(*args, **kwargs):
-        room = empty(*args, **kwargs)
-        return room.fill_(torch.nan if room.is_floating_point() else 0)
+    def poison(make):
+        def poisoned(*args, **kwargs):
+            room = make(*args, **kwargs)
+            return room.fill_(torch.nan if room.is_floating_point() else 0)
 
-    try:
-        torch.empty = poisoned
-        first, second = (retention(q, k, v, slopes(1))[0] for _ in range(2))
-    finally:
-        torch.empty = empty
-    assert first.isfinite().all()
-    assert torch.equal(first, second)
+        return poisoned
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+    launch.work.cache_clear()
+    runs = []
+    for _ in range(2):
+        out, _ = retention(*leaves, slopes(1))
+        runs.append((out, *torch.autograd.grad(out, leaves, out.detach())))
+    for first, second in zip(*runs, strict=True):
+        assert first.isfinite().all()
+        assert torch.equal(first, second)
 
 
 def test_compiles_without_a_graph_break():
@@ -412,3 +475,40 @@ def test_packed_and_padded_at_real_widths(dk, dv):
     valid[1, 270:] = False
     facts = packed(batch, time, (0, 64, 131, 200))
     check(q, k, v, slopes(2), random_state(batch, 2, dk, dv), valid=valid.to(DEVICE), **facts)
+
+
+@pytest.mark.skipif(not GPU, reason="copying and multiplying apart needs a Hopper GPU")
+@pytest.mark.parametrize(("dk", "dv"), [(128, 256), (256, 512)])
+@pytest.mark.parametrize(("batch", "time"), [(2, 300), (1, 4097)])
+def test_copying_apart_changes_nothing(monkeypatch, batch, time, dk, dv):
+    """The kernels of `retention_gluon`, which no interpreter runs, against their twins."""
+    if not launch._has_apart(torch.device("cuda", torch.cuda.current_device())):
+        pytest.skip("not a Hopper GPU, or a Triton without Gluon")
+    tensors = case(batch, time, 2, dk, dv, torch.bfloat16)
+    state = random_state(batch, 2, dk, dv)
+    d_out = torch.randn_like(tensors[2])
+
+    def run():
+        leaves = [x.clone().requires_grad_() for x in (*tensors, state)]
+        q, k, v, entering = leaves
+        out, last = retention(q, k, v, slopes(2), entering)
+        return out, last, *torch.autograd.grad((out, last), leaves, (d_out, last.detach().sign()))
+
+    mine = run()
+    monkeypatch.setattr(launch, "_has_apart", lambda _: False)
+    launch.work.cache_clear()
+    for a, b in zip(mine, run(), strict=True):
+        assert error(a, b) < 2e-3
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_runs_where_its_tensors_lie():
+    """On a GPU that is not the current one, the current one unchanged, gradients included."""
+    here = case(1, 70, 2, 64, 64, torch.bfloat16)
+    there = [x.to("cuda:1").requires_grad_() for x in here]
+    here = [x.requires_grad_() for x in here]
+    for leaves in (here, there):
+        retention(*leaves, slopes(2).to(leaves[0].device))[0].square().sum().backward()
+    assert torch.cuda.current_device() == 0
+    for a, b in zip(here, there, strict=True):
+        assert torch.equal(a.grad.cpu(), b.grad.cpu())

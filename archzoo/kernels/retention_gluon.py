@@ -55,13 +55,12 @@ def _power(log2_decay, exponent):
 def _copy_in(
     a_desc, b_desc, c_desc, scores_desc, out_desc, a_room, b_room, c_room, scores_room, out_room,
     full, empty, start, stop, split, tile,
-    CHUNK: gl.constexpr, BLOCK_A: gl.constexpr, REVERSE: gl.constexpr,
-    HAS_SCORES: gl.constexpr, ADD: gl.constexpr, STAGES: gl.constexpr,
+    CHUNK: gl.constexpr, BLOCK_A: gl.constexpr, REVERSE: gl.constexpr, ADD: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """The copying warp."""
     TILES: gl.constexpr = BLOCK_A // WIDE
-    EXTRA: gl.constexpr = 2 * WIDE if ADD else CHUNK if HAS_SCORES else 0
-    BYTES: gl.constexpr = 2 * CHUNK * (2 * BLOCK_A + 2 * WIDE + EXTRA)
+    BYTES: gl.constexpr = 2 * CHUNK * (2 * BLOCK_A + 2 * WIDE + (2 * WIDE if ADD else CHUNK))
     walk = gl.cdiv(stop - start, CHUNK)
     for walked in range(walk):
         begin, _ = _chunk(walked, walk, start, stop, CHUNK, REVERSE)
@@ -81,7 +80,7 @@ def _copy_in(
                 tma.async_copy_global_to_shared(
                     out_desc, [begin, at], ready, scores_room.index(2 * stage + i)
                 )
-        if HAS_SCORES and not ADD:
+        if not ADD:
             tma.async_copy_global_to_shared(
                 scores_desc, [begin, 0], ready, scores_room.index(stage)
             )
@@ -99,7 +98,7 @@ def _multiply(
     stride_a, stride_c,
     HALF: gl.constexpr, CHUNK: gl.constexpr, BLOCK_A: gl.constexpr, REVERSE: gl.constexpr,
     SCALE: gl.constexpr, HAS_ENTERING: gl.constexpr, HAS_LEAVING: gl.constexpr,
-    HAS_SCORES: gl.constexpr, ADD: gl.constexpr, STAGES: gl.constexpr,
+    ADD: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One of the two multiplying groups: columns [64 HALF, 64 HALF + 64) of the program's tile."""
     TILES: gl.constexpr = BLOCK_A // WIDE
@@ -123,14 +122,6 @@ def _multiply(
             state2 = gl.zeros([WIDE, WIDE], gl.float32, state_layout)
             state3 = gl.zeros([WIDE, WIDE], gl.float32, state_layout)
     index = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, out_layout))
-    if not HAS_SCORES:
-        # gamma^(i-j) at [j, i], 0 where j > i: the same for all chunks, so it stays in registers.
-        row_index = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, out_layout))
-        if REVERSE:
-            gap = row_index[:, None] - index[None, :]
-        else:
-            gap = index[None, :] - row_index[:, None]
-        decay = gl.where(gap >= 0, _power(log2_decay, gap), 0.0)
     walk = gl.cdiv(stop - start, CHUNK)
     begin, size = _chunk(0, walk, start, stop, CHUNK, REVERSE)
     normaliser = gl.full([CHUNK], 1.0, gl.float32, gl.SliceLayout(0, out_layout))
@@ -151,12 +142,6 @@ def _multiply(
                 leave *= normaliser
             else:
                 arrive *= normaliser
-            if not HAS_SCORES:
-                here = normaliser  # of this chunk, as long as it is needed
-                if REVERSE:
-                    of_rows = gl.load(
-                        normaliser_row + begin + row_index, mask=row_index < size, other=0.0
-                    )
             ahead, rest = _chunk(walked + 1, walk, start, stop, CHUNK, REVERSE)
             normaliser = gl.load(
                 normaliser_row + ahead + index,
@@ -166,16 +151,9 @@ def _multiply(
         stage = walked % STAGES
         mbarrier.wait(full.index(stage), walked // STAGES & 1)
 
-        a = stage * TILES
-        if not HAS_SCORES:
-            weights = gl.zeros([CHUNK, CHUNK], gl.float32, out_layout)
-            for i in gl.static_range(TILES):
-                weights = warpgroup_mma(
-                    b_room.index(a + i), a_room.index(a + i).permute((1, 0)), weights,
-                    is_async=True,
-                )  # fmt: skip
         # The past, through the state.
         out = gl.zeros([WIDE, CHUNK], gl.float32, out_layout)
+        a = stage * TILES
         left0 = gl.convert_layout(state0.to(gl.bfloat16), left)
         out = warpgroup_mma(left0, a_room.index(a).permute((1, 0)), out, is_async=True)
         left1 = gl.convert_layout(state1.to(gl.bfloat16), left)
@@ -189,17 +167,6 @@ def _multiply(
         c = c_room.index(2 * stage + HALF).permute((1, 0))
         scaled = (c.load(out_layout).to(gl.float32) * leave[None, :]).to(gl.bfloat16)
         scaled = gl.convert_layout(scaled, left)
-        if not HAS_SCORES:
-            weights = warpgroup_mma_wait(TILES, deps=(weights,))
-            weights *= decay
-            if SCALE:
-                if REVERSE:
-                    weights *= of_rows[:, None]
-                else:
-                    weights *= here[None, :]
-            scores_room.index(HALF).store(weights.to(gl.bfloat16))
-            fence_async_shared()
-            gl.thread_barrier()
         state0 *= keep
         state1 *= keep
         if TILES > 2:
@@ -215,13 +182,11 @@ def _multiply(
         if ADD:
             stored = scores_room.index(2 * stage + HALF).permute((1, 0)).load(out_layout)
             out += stored.to(gl.float32)
-        elif HAS_SCORES:
-            scores = scores_room.index(stage)
-            if not REVERSE:
-                scores = scores.permute((1, 0))
-            out = warpgroup_mma(c, scores, out, is_async=True)
         else:
-            out = warpgroup_mma(c, scores_room.index(HALF), out, is_async=True)
+            weights = scores_room.index(stage)
+            if not REVERSE:
+                weights = weights.permute((1, 0))
+            out = warpgroup_mma(c, weights, out, is_async=True)
         state0 = warpgroup_mma(scaled, b_room.index(a), state0, is_async=True)
         state1 = warpgroup_mma(scaled, b_room.index(a + 1), state1, is_async=True)
         if TILES > 2:
@@ -265,8 +230,7 @@ def stream_kernel(
     time, segment, segments, heads, chunks, split, stride_a, stride_c, normaliser_rows,
     A: gl.constexpr, C: gl.constexpr, BLOCK_A: gl.constexpr, CHUNK: gl.constexpr,
     REVERSE: gl.constexpr, SCALE: gl.constexpr, HAS_ENTERING: gl.constexpr,
-    HAS_LEAVING: gl.constexpr, HAS_SCORES: gl.constexpr, ADD: gl.constexpr,
-    STAGES: gl.constexpr,
+    HAS_LEAVING: gl.constexpr, ADD: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """out_i = sum_{j <= i} gamma^(i-j) (a_i . b_j) c_j for 128 columns and a segment.
 
@@ -311,10 +275,8 @@ def stream_kernel(
     c_room = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, CHUNK, WIDE], box)
     if ADD:  # what is stored already comes in the place of the weights
         scores_room = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, CHUNK, WIDE], box)
-    elif HAS_SCORES:
+    else:
         scores_room = gl.allocate_shared_memory(gl.bfloat16, [STAGES, CHUNK, CHUNK], square)
-    else:  # each group makes its own
-        scores_room = gl.allocate_shared_memory(gl.bfloat16, [2, CHUNK, CHUNK], square)
     out_room = gl.allocate_shared_memory(gl.bfloat16, [2, CHUNK, WIDE], box)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -327,20 +289,18 @@ def stream_kernel(
         [
             (_copy_in, (
                 a_desc, b_desc, c_desc, scores_desc, out_desc, a_room, b_room, c_room, scores_room,
-                out_room, full, empty, start, stop, split, tile, CHUNK, BLOCK_A, REVERSE,
-                HAS_SCORES, ADD, STAGES,
+                out_room, full, empty, start, stop, split, tile, CHUNK, BLOCK_A, REVERSE, ADD,
+                STAGES,
             )),
             (_multiply, (
                 out_desc, a_room, b_room, c_room, scores_room, out_room, full, empty, entering,
                 leaving, normaliser_row, log2_decay, start, stop, split, tile, stride_a, stride_c,
-                0, CHUNK, BLOCK_A, REVERSE, SCALE, HAS_ENTERING, HAS_LEAVING,
-                HAS_SCORES, ADD, STAGES,
+                0, CHUNK, BLOCK_A, REVERSE, SCALE, HAS_ENTERING, HAS_LEAVING, ADD, STAGES,
             )),
             (_multiply, (
                 out_desc, a_room, b_room, c_room, scores_room, out_room, full, empty, entering,
                 leaving, normaliser_row, log2_decay, start, stop, split, tile, stride_a, stride_c,
-                1, CHUNK, BLOCK_A, REVERSE, SCALE, HAS_ENTERING, HAS_LEAVING,
-                HAS_SCORES, ADD, STAGES,
+                1, CHUNK, BLOCK_A, REVERSE, SCALE, HAS_ENTERING, HAS_LEAVING, ADD, STAGES,
             )),
         ],
         [4, 4],

@@ -8,7 +8,6 @@ and `step` allocate and launch.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -65,10 +64,10 @@ _BFLOAT16_PLANS: dict[tuple[int, int], Plan] = {
         sums=(64, Cut(128, 128, 8, 3), 1),
     ),
 }
-# The same where `_apart` holds, by exact widths.
+# The same where `_has_apart`, for whole rows of one document, by exact widths.
 _APART_PLANS: dict[tuple[int, int], Plan] = {
     (128, 256): Plan(
-        Pair(64, False, *(Cut(128, 128, 8, 3, True),) * 2),
+        Pair(64, True, *(Cut(128, 128, 8, 3, True),) * 2),
         Pair(32, True, *(Cut(256, 128, 8, 4, True),) * 2),
         sums=(32, Cut(128, 128, 8, 6, True), 1),
     ),
@@ -81,6 +80,7 @@ _APART_PLANS: dict[tuple[int, int], Plan] = {
 # 132 multiprocessors of an H100 or H200, twice that where the heads are narrow.
 _FILL = 128
 _SEGMENT_LEAST = 512
+_GLUON_RUN_WITH = ("3.6.",)
 _SEGMENT_MULTIPLE = 256  # of every chunk and piece, so that they divide a segment
 
 
@@ -91,11 +91,15 @@ def _power_of_2(number: int) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _has_apart(device: torch.device) -> bool:
-    """Whether kernels with copying and multiplying apart run there: Hopper, and Gluon in Triton."""
+    """Whether kernels with copying and multiplying apart run there.
+
+    They are Hopper's, and written in Gluon, which renames its functions from one Triton to the
+    next: only with those that they were run with. The others' kernels are `retention_triton`'s.
+    """
     return (
         device.type == "cuda"
         and torch.cuda.get_device_capability(device)[0] == 9
-        and importlib.util.find_spec("triton.experimental.gluon") is not None
+        and _triton().__version__.startswith(_GLUON_RUN_WITH)
     )
 
 
@@ -184,23 +188,9 @@ def _state_like(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-_scratch: dict[tuple[int, int | None], Tensor] = {}
-
-
-def _allocate(size: int, _alignment: int, stream: int | None) -> Tensor:
-    """Scratch memory in which a launch's programs put their descriptors.
-
-    One piece a stream serves all launches, since they follow each other. A graph that is captured
-    may be replayed on any stream, so it has its own.
-    """
-    make = functools.partial(torch.empty, dtype=torch.int8, device="cuda")
-    if torch.cuda.is_current_stream_capturing():
-        return make(size)
-    key = torch.cuda.current_device(), stream
-    room = _scratch.get(key)
-    if room is None or room.numel() < size:
-        room = _scratch[key] = make(max(size, 2**20))
-    return room
+def _allocate(size: int, _alignment: int, _stream: int | None) -> Tensor:
+    """Scratch memory in which a launch's programs put their descriptors."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 @functools.lru_cache(maxsize=1)
@@ -234,7 +224,7 @@ def _stream_of(tensor: Tensor) -> int | None:
 
 
 class Launch:
-    """A kernel whose grid, numbers and constants are settled: a call hands over pointers alone.
+    """A kernel whose grid, numbers and constants are settled: a call hands over tensors alone.
 
     Triton finds the compiled kernel anew at every launch, from the type, value and alignment of
     each argument, which takes longer than most of these kernels run. Here it does so once. So an
@@ -273,10 +263,7 @@ class Launch:
                 self.run = handle.run
                 self.compiled = (handle.function, handle.packed_metadata, None, None, None)
         else:
-            # Pointers as plain numbers: Triton asks the driver about every tensor it is given.
-            self.run(
-                *self.grid, stream, *self.compiled, *[x.data_ptr() for x in tensors], *self.rest
-            )
+            self.run(*self.grid, stream, *self.compiled, *tensors, *self.rest)
 
 
 class Facts(NamedTuple):
@@ -341,7 +328,7 @@ def _padded(width: int, dtype: torch.dtype) -> int:
 
 
 def _contiguous(width: int, facts: Facts) -> tuple[int, int, int]:
-    """Strides of a result, see `_output`."""
+    """Strides of a result, see `room`."""
     padded = _padded(width, facts.dtype)
     return facts.time * facts.heads * padded, facts.heads * padded, padded
 
@@ -481,7 +468,8 @@ def _prepare_map(
     width, columns = widths
     cut = pair.reverse if reverse else pair.forward
     kernel, constants, options = _form(facts, cut, "stream_kernel")
-    constants["HAS_SCORES"] = pair.scores
+    if not cut.apart:
+        constants["HAS_SCORES"] = pair.scores
     stride_a, stride_c = (1, width) if transposed else (columns, 1)
     return tuple(
         Launch(
@@ -515,14 +503,14 @@ def _prepare_together(
     chunk, cut = plan.together
     results = _contiguous(facts.dk, facts), _contiguous(facts.dv, facts)
     return Launch(
-            kernels.reverse_kernel,
-            (facts.rows, segments, 1),
-            (*sum((*facts.strides, do, *results), ()), facts.time, segment, segments, facts.heads,
-             max(facts.normaliser_rows, 1)),
-            {"K": facts.dk, "V": facts.dv, "BLOCK_K": cut.block, "BLOCK_V": cut.tile,
-             "CHUNK": chunk, "HAS_ENTERING": entering, "HAS_LEAVING": leaving,
-             **facts.constants()},
-            num_warps=cut.warps, num_stages=cut.stages,
+        kernels.reverse_kernel,
+        (facts.rows, segments, 1),
+        (*sum((*facts.strides, do, *results), ()), facts.time, segment, segments, facts.heads,
+         max(facts.normaliser_rows, 1)),
+        {"K": facts.dk, "V": facts.dv, "BLOCK_K": cut.block, "BLOCK_V": cut.tile,
+         "CHUNK": chunk, "HAS_ENTERING": entering, "HAS_LEAVING": leaving,
+         **facts.constants()},
+        num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
 
 
@@ -810,10 +798,9 @@ def backward(
 
 def _step_cut(rows: int, dk: int, dv: int) -> tuple[int, int]:
     """Columns of the state that a program takes, and its warps. Measured, see docs/kernels.md."""
-    elements = rows * dk * dv
-    tile = 16 if elements <= 2**21 else 32 if rows < 1024 else 64
+    tile = 16 if rows * dk * dv <= 2**21 else 32 if rows <= 1024 else 64
     tile = min(tile, _power_of_2(dv))
-    return tile, max(1, min(_power_of_2(dk) * tile // 2048, 4))
+    return tile, 1 if _power_of_2(dk) * tile <= 2048 else 4
 
 
 @functools.lru_cache(maxsize=256)
