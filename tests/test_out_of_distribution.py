@@ -86,6 +86,20 @@ class KnowsSome(LanguageModel):
         return nn.functional.one_hot(labels, self.net.dim).float(), {}
 
 
+def test_of_checkpoints_that_are_equally_good_the_one_of_lower_loss_is_best(tmp_path):
+    """In some steps nothing is learned of 6 digits: all are at 0 there."""
+    (tmp_path / "equal.yaml").write_text(yaml.safe_dump(CONFIG))
+    arguments = ["fit", "--config", str(tmp_path / "equal.yaml"), "--data.ood_digits", "[6]"]
+    assert main([*arguments, "--trainer.default_root_dir", str(tmp_path)]) == 0
+    with open(tmp_path / "equal" / "metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("validation/loss")]
+    assert [float(row["validation/exact_match/ood"]) for row in rows] == [0, 0]
+    want = min(rows, key=lambda row: float(row["validation/loss"]))["step"]
+    assert want == "8", "an untrained model would prove nothing"
+    best = torch.load(tmp_path / "equal" / "best.ckpt", weights_only=True)
+    assert best["global_step"] == 8
+
+
 def test_the_logged_match_is_counted_length_by_length():
     task = Addition(digits=2, ood_digits=[3, 6], ood_examples=70, batch_size=32)
     model = KnowsSome("abacus_micro")

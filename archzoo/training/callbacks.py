@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -96,9 +97,14 @@ class Checkpoints(Checkpoint):
                 + ", ".join(sorted(trainer.callback_metrics))
             )
         sign = 1 if mode == "min" else -1
-        better = self.best is None or sign * value.item() < sign * self.best
         found = {name: float(entry) for name, entry in trainer.callback_metrics.items()}
         found["step"] = trainer.global_step
+        # Of equals, such as runs of zeros, the one of the lower loss.
+        loss, best_loss = (
+            entry.get("validation/loss", math.inf)
+            for entry in (found, self.reached.get("best", {}))
+        )
+        better = self.best is None or ((sign * value.item(), loss) < (sign * self.best, best_loss))
         if better:
             self.best = value.item()
         self.reached = {"best": found if better else self.reached.get("best", found), "last": found}
