@@ -44,6 +44,9 @@ COMMANDS = {
     "grid": Command(
         "exact match of a checkpoint at every size of problem, drawn", "grid", "grid_command"
     ),
+    "curves": Command(
+        "compare a metric over the steps of several runs", "curves", "curves_command"
+    ),
     "extend": Command(
         "read texts longer than a checkpoint's, with its RoPE scaled", "extend", "extend_command"
     ),

@@ -1,0 +1,53 @@
+"""archzoo curves: several runs' logs as a table and a picture."""
+
+import csv
+import statistics
+
+import pytest
+
+from archzoo.cli import main
+
+METRIC = "validation/exact_match/ood"
+VALUES = {"first": [0.1, 0.9, 0.4], "second": [0.2, 0.5, 0.7]}
+
+
+@pytest.fixture
+def runs(tmp_path):
+    for name, values in VALUES.items():
+        (tmp_path / name).mkdir()
+        with (tmp_path / name / "metrics.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["step", "train/loss", METRIC])
+            writer.writeheader()
+            for step, value in zip((10, 20, 30), values, strict=True):
+                writer.writerow({"step": step - 5, "train/loss": 1.0})
+                writer.writerow({"step": step, METRIC: value})
+    return [str(tmp_path / name) for name in VALUES]
+
+
+def cells(said):
+    return {line.split()[0]: line.split()[1:] for line in said.splitlines() if line.strip()}
+
+
+def test_best_last_and_spread(runs, tmp_path, capsys):
+    figure = tmp_path / "curves.png"
+    assert main(["curves", *runs, "--figure", str(figure)]) == 0
+    found = cells(capsys.readouterr().out)
+    assert found["first"] == ["0.9000", "20", "0.4000", "30"]
+    assert found["second"] == ["0.7000", "30", "0.7000", "30"]
+    assert found["mean"] == ["0.8000", "0.5500"]
+    deviation = [f"{statistics.stdev(pair):.4f}" for pair in ((0.9, 0.7), (0.4, 0.7))]
+    assert found["standard"] == ["deviation", *deviation]
+    assert found["least"] == ["0.7000", "0.4000"] and found["largest"] == ["0.9000", "0.7000"]
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_lower_is_better_where_it_is_said(runs, capsys):
+    assert main(["curves", runs[0], "--lower"]) == 0
+    assert cells(capsys.readouterr().out)["first"][:2] == ["0.1000", "10"]
+
+
+def test_what_is_missing_is_named(runs, tmp_path, capsys):
+    assert main(["curves", runs[0], "--metric", "validation/nothing"]) == 1
+    assert "has no validation/nothing" in capsys.readouterr().err
+    assert main(["curves", str(tmp_path)]) == 1
+    assert "holds no metrics.csv" in capsys.readouterr().err
