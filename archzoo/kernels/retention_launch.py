@@ -695,6 +695,17 @@ def _run_map(
         )  # fmt: skip
 
 
+def _pointers(
+    normaliser: Tensor, documents: Tensor | None, ranges: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What every kernel is handed; what is absent is never read, so another stands in."""
+    return (
+        normaliser,
+        normaliser if documents is None else documents,
+        normaliser if ranges is None else ranges,
+    )
+
+
 @_on_its_device
 def forward(
     q: Tensor,
@@ -713,12 +724,7 @@ def forward(
     """
     stream = _stream_of(q)
     normaliser = work.float32(work.table)
-    # Tensors that are absent are never read.
-    pointers = (
-        normaliser,
-        normaliser if documents is None else documents,
-        normaliser if ranges is None else ranges,
-    )
+    pointers = _pointers(normaliser, documents, ranges)
     if work.facts.scale:
         work.normaliser(
             stream, normaliser, log_decay, normaliser if positions is None else positions,
@@ -760,11 +766,7 @@ def backward(
     (do,) = aligned(do)
     launches = work.backward(do.stride(), d_final is not None)
     stream = _stream_of(q)
-    pointers = (
-        normaliser,
-        normaliser if documents is None else documents,
-        normaliser if ranges is None else ranges,
-    )
+    pointers = _pointers(normaliser, documents, ranges)
     source, arriving = _state_like(state), _state_like(d_final)
     leaving = d_state = None
     if launches.segments is not None:
@@ -798,7 +800,8 @@ def backward(
 
 def _step_cut(rows: int, dk: int, dv: int) -> tuple[int, int]:
     """Columns of the state that a program takes, and its warps. Measured, see docs/kernels.md."""
-    tile = 16 if rows * dk * dv <= 2**21 else 32 if rows <= 1024 else 64
+    size = rows * dk * dv
+    tile = 16 if size <= 2**21 else 32 if size <= 2**22 or rows < 1024 else 64
     tile = min(tile, _power_of_2(dv))
     return tile, 1 if _power_of_2(dk) * tile <= 2048 else 4
 
