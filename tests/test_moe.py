@@ -136,6 +136,40 @@ def test_all_ways_are_one(shape, dtype, allowed):
             assert relative_error(made(x, weights, indices, backend), want) < allowed
 
 
+@pytest.mark.parametrize("dtype", [DOUBLE, torch.float32])
+def test_all_ways_are_one_where_some_is_dropped(dtype, monkeypatch):
+    """And what is dropped is not computed: grouped products end before it."""
+    called, original = [], F.grouped_mm
+
+    def grouped_mm(a, b, *, offs):
+        y = original(a, b, offs=offs)
+        called.append(offs[-1].item())
+        return y.index_fill(
+            0, torch.arange(offs[-1], len(y)), float("nan")
+        )  # anything may be there
+
+    monkeypatch.setattr(moe.F, "grouped_mm", grouped_mm)
+    made, x, weights, indices = problem(dtype, tokens=17)
+    kept, cotangent = torch.rand(17, 2) < 0.6, torch.randn_like(x)
+    want = naive(made, x, weights * kept, indices)
+    runs = {}
+    for backend in BACKENDS:
+        if backend == "grouped" and dtype == DOUBLE:
+            continue
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in (x, weights)]
+        made.zero_grad()
+        y = made(*leaves, indices, backend, kept=kept)
+        y.backward(cotangent)
+        runs[backend] = [y, *(leaf.grad for leaf in leaves), *(p.grad for p in made.parameters())]
+        runs[backend] = [tensor.detach().clone() for tensor in runs[backend]]
+        assert relative_error(y, want) < 1e-5
+        assert (leaves[1].grad[~kept] == 0).all()
+    for found in runs.values():
+        for got, expected in zip(found, runs["loop"], strict=True):
+            assert relative_error(got, expected) < (1e-12 if dtype == DOUBLE else 1e-5)
+    assert dtype == DOUBLE or called == [kept.sum().item()] * 2
+
+
 def test_grouped_products_in_bfloat16_are_the_loop():
     made, x, weights, indices = problem(torch.bfloat16, last=4)
     cotangent = torch.randn_like(x)

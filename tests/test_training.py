@@ -334,6 +334,16 @@ def test_logged_loss_is_the_mean_over_tokens_since_the_last_row(tmp_path):
         assert float(row["train/loss"]) == pytest.approx(total / count, rel=1e-6)
 
 
+def test_scalars_that_come_and_go_are_averaged_over_when_they_came():
+    model = LanguageModel("retnet_micro")
+    one, two, three = (torch.tensor(float(n)) for n in (1, 2, 3))
+    for scalars in ({"a": one, "b": two}, {"a": three}, {}, {"b": three, "a": two}, {"a": one}):
+        model._count_alike(scalars)
+    model._settle()
+    found = {name: entry.tolist() for name, entry in model._totals.items()}
+    assert found == {"a": [7.0, 4.0], "b": [5.0, 2.0]}
+
+
 def test_evaluation_counts_each_token_and_row_once(tmp_path):
     """Batches of 4, 4 and 2 rows: the mean over all is not the mean of their means."""
     task, model = addition(), LanguageModel("retnet_micro")

@@ -103,6 +103,7 @@ class LanguageModel(lightning.LightningModule):
         #: The latest logged values, plain floats, for whoever displays them.
         self.latest: dict[str, float] = {}
         self._totals: dict[str, Tensor] = {}  # sums since the last row of the log
+        self._alike: tuple[tuple[str, ...], Tensor, Tensor] | None = None  # the same, in one tensor
         self._sums: Aux = {}  # "sum/..." entries since the last optimizer step
         self._carried: dict[str, State] = {}  # by split, where batches continue
         self._unchecked: list[tuple[int, Tensor]] = []  # losses no one has looked at
@@ -292,16 +293,16 @@ class LanguageModel(lightning.LightningModule):
             # Gradients are averaged over ranks; scaled so, they are those of all tokens together.
             loss = loss + total * self.trainer.world_size / everywhere
             self._count("loss", total, asked * weight)
+            scalars: Aux = {}
             for name, value in aux.items():
                 kind = name.partition("/")[0]
                 if kind == "loss":
                     loss = loss + weight * value
-                if kind == "pool":
-                    continue
                 if kind == "sum":
                     self._sums[name] = self._sums.get(name, 0) + value.detach()
-                else:
-                    self._count(name, value, torch.ones_like(value))
+                elif kind != "pool":
+                    scalars[name] = value.detach()
+            self._count_alike(scalars)
         documents = batch.get("documents")
         seen = labels.numel() if documents is None else (documents >= 0).sum()
         self._count("tokens", torch.as_tensor(seen, device=self.device))
@@ -326,6 +327,29 @@ class LanguageModel(lightning.LightningModule):
         entry = value.detach() if weight is None else torch.stack([value.detach(), weight])
         before = self._totals.get(name)
         self._totals[name] = entry if before is None else before + entry
+
+    def _count_alike(self, scalars: Aux) -> None:
+        """`_count`, each with weight 1: two operations for all, where one by one took three each.
+
+        A mixture logs some ten scalars a layer. They are kept in one tensor until `_settle`.
+        """
+        if not scalars:
+            return
+        names, values = tuple(scalars), torch.stack(list(scalars.values()))
+        if self._alike is None or self._alike[0] != names:
+            self._settle()
+            none = values.new_zeros(2)  # a run may go on within a row of the log
+            table = torch.stack([self._totals.pop(name, none) for name in names])
+            self._alike = (names, *table.unbind(dim=1))
+        _, sums, weights = self._alike
+        self._alike = (names, sums + values, weights + 1)
+
+    def _settle(self) -> None:
+        """Put what `_count_alike` keeps among the other sums."""
+        if self._alike is not None:
+            names, sums, weights = self._alike
+            self._totals |= dict(zip(names, torch.stack([sums, weights], dim=1), strict=True))
+            self._alike = None
 
     def _watch(self, loss: Tensor) -> None:
         """Notice a loss that is no number: on the CPU at once, elsewhere when it costs nothing."""
@@ -442,8 +466,8 @@ class LanguageModel(lightning.LightningModule):
         self.check_losses()
         now = time.perf_counter()
         row = {}
-        for name, entry in self._totals.items():
-            entry = self._over_ranks(entry)
+        self._settle()
+        for name, entry in self._all_over_ranks(self._totals).items():
             if name == "tokens":
                 row["tokens_per_second"] = entry.item() / (now - self._clock)
             else:
@@ -594,6 +618,7 @@ class LanguageModel(lightning.LightningModule):
                 name: torch.frombuffer(bytearray(content), dtype=torch.uint8)
                 for name, content in self.task.tokenizer.files().items()
             }
+        self._settle()
         checkpoint["training"] = {
             "totals": dict(self._totals),
             "carried": dict(self._carried),
