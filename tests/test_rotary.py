@@ -2,7 +2,9 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -476,3 +478,21 @@ def test_xpos_counts_as_far_as_it_says():
     assert q.abs().min() > torch.finfo(torch.float32).tiny and k.isfinite().all()
     score = float((q.double() * k.double()).sum())
     assert math.isclose(score, 16.0, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("rotary", ["RetentionRotation", "RotaryEmbedding", "XPos"])
+def test_a_compiler_sees_no_complex_number(rotary: str) -> None:
+    """It cannot fuse them; the rotation is the same without."""
+    net = archzoo.create_model("transformer_micro", vocab_size=16, rotary=rotary)
+    tokens, dtypes = torch.randint(0, 16, (2, 9)), set()
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        values = [node.meta.get("example_value") for node in graph.graph.nodes]
+        dtypes.update(value.dtype for value in values if isinstance(value, torch.Tensor))
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend=backend, fullgraph=True)
+    assert torch.allclose(compiled(tokens).logits, net(tokens).logits, atol=1e-6)
+    assert torch.float32 in dtypes
+    assert not any(dtype.is_complex for dtype in dtypes)
