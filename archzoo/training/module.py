@@ -336,13 +336,13 @@ class LanguageModel(lightning.LightningModule):
         if not scalars:
             return
         names, values = tuple(scalars), torch.stack(list(scalars.values()))
-        if self._alike is None or self._alike[0] != names:
+        kept = self._alike
+        if kept is None or kept[0] != names:
             self._settle()
             none = values.new_zeros(2)  # a run may go on within a row of the log
             table = torch.stack([self._totals.pop(name, none) for name in names])
-            self._alike = (names, *table.unbind(dim=1))
-        _, sums, weights = self._alike
-        self._alike = (names, sums + values, weights + 1)
+            kept = (names, table[:, 0], table[:, 1])
+        self._alike = (names, kept[1] + values, kept[2] + 1)
 
     def _settle(self) -> None:
         """Put what `_count_alike` keeps among the other sums."""
