@@ -10,6 +10,8 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from archzoo.figures import pyplot, save
+
 OUT_OF_DISTRIBUTION = "validation/exact_match/ood"
 
 
@@ -97,12 +99,7 @@ def _table(curves: list[Curve], metric: str, lower: bool) -> Table:
 
 
 def _draw(curves: list[Curve], metric: str, path: Path) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("a figure needs matplotlib: pip install 'archzoo[plots]'") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     figure, panel = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for curve in curves:
@@ -118,6 +115,4 @@ def _draw(curves: list[Curve], metric: str, path: Path) -> None:
         )
     panel.set(xlabel="step", ylabel=metric)
     panel.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)

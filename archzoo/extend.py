@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from archzoo.block import at_least_float32
 from archzoo.decoder import Decoder
+from archzoo.figures import pyplot
 from archzoo.positions.rotary import RopeType, scale_rotary
 
 if TYPE_CHECKING:
@@ -256,12 +257,7 @@ def table(readings: list[Reading]) -> Table:
 
 def draw(readings: list[Reading], trained: int, tail: int, path: Path) -> None:
     """Perplexity against length, of the window and of its tail."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("a figure needs matplotlib: pip install 'archzoo[plots]'") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for panel, field, title in (

@@ -28,6 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 from archzoo.decoder import Decoder
+from archzoo.figures import pyplot, save
 from archzoo.positions.digits import DigitEmbedding
 
 if TYPE_CHECKING:
@@ -397,12 +398,7 @@ def _is_trained(exercise: Exercise, size: tuple[int, int]) -> bool:
 def _draw(
     journal: Journal, exercise: Exercise, digits: int, diagonal: int, decoder: Decoder, path: Path
 ) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("a figure needs matplotlib: pip install 'archzoo[plots]'") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     from matplotlib.patches import Rectangle
 
     size = np.arange(1, digits + 1)
@@ -489,9 +485,7 @@ def _draw(
         chains.legend(fontsize=8)
     else:
         chains.set_axis_off()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def _interval(problems: int, right: int) -> tuple[float, float, float]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from archzoo.decoder import Decoder
 from archzoo.feedforward.balance import load_metrics, shares, virtual_drop_rate
 from archzoo.feedforward.moe import MixtureOfExperts
+from archzoo.figures import pyplot, save
 
 if TYPE_CHECKING:
     from archzoo.checkpoint import Pretrained
@@ -183,12 +184,7 @@ def _draw(
     layers: list[Layer], history: dict[str, dict[int, list[tuple[int, float]]]], path: Path
 ) -> None:
     """Shares of tokens by layer and expert, gate ratios by layer, and what changed over time."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("a figure needs matplotlib: pip install 'archzoo[plots]'") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     over_time = [name for name in OVER_TIME if name in history]
     figure, panels = plt.subplots(
@@ -220,6 +216,4 @@ def _draw(
         panel.set(title=COLUMNS[name], xlabel="step")
         panel.legend(fontsize=7)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
