@@ -47,6 +47,20 @@ def _warps(block: int) -> int:
     return min(max(block // 256, 1), 16)
 
 
+def _launch(
+    kernel: str, grid: tuple[int, ...], first: Tensor, *arguments: Any, **options: Any
+) -> None:
+    """Run a kernel where its first tensor lies, with so many programs."""
+    from archzoo.kernels import experts_triton
+
+    run = getattr(experts_triton, kernel)[grid]
+    if first.is_cuda and first.device.index != torch.cuda.current_device():
+        with torch.cuda.device(first.device):
+            run(first, *arguments, **options)
+    else:
+        run(first, *arguments, **options)
+
+
 # ---------------------------------------------------------------------------- moving rows
 
 
@@ -95,13 +109,12 @@ def make_dispatch(
 
 def _dispatch(keys: Tensor, experts: int, dropped: bool) -> tuple[Tensor, Tensor]:
     """Inverse and ends by counting, in one kernel where a sort takes ten."""
-    from archzoo.kernels import experts_triton as kernels
-
     inverse = torch.empty_like(keys)
     ends = keys.new_empty(experts, dtype=torch.int32)
-    kernels.dispatch_kernel[(experts + dropped,)](
-        keys, inverse, ends, len(keys), experts, BLOCK=4096, num_warps=8
-    )
+    _launch(
+        "dispatch_kernel", (experts + dropped,), keys, inverse, ends, len(keys), experts,
+        BLOCK=4096, num_warps=8,
+    )  # fmt: skip
     return inverse, ends
 
 
@@ -168,17 +181,16 @@ class _Spread(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, inverse: Tensor, ends: Tensor, k: int, dtype: torch.dtype
     ) -> Tensor:
-        from archzoo.kernels import experts_triton as kernels
-
         ctx.save_for_backward(inverse, ends)
         ctx.k, ctx.dtype = k, x.dtype
         x = x.contiguous()
         tokens, width = x.shape
         rows = x.new_empty((tokens * k, width), dtype=dtype)
         block = _power_of_2(width)
-        kernels.spread_kernel[(tokens,)](
-            x, inverse, ends[-1:], rows, width, K=k, BLOCK=block, num_warps=_warps(block)
-        )
+        _launch(
+            "spread_kernel", (tokens,), x, inverse, ends[-1:], rows, width,
+            K=k, BLOCK=block, num_warps=_warps(block),
+        )  # fmt: skip
         return rows
 
     @staticmethod
@@ -200,14 +212,13 @@ class _Collect(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        from archzoo.kernels import experts_triton as kernels
-
         rows, weights, inverse, ends = ctx.saved_tensors
         d_rows, d_weights = torch.empty_like(rows), torch.empty_like(weights)
         tokens, k = weights.shape
         block = _power_of_2(rows.shape[1])
-        kernels.collect_backward_kernel[(tokens,)](
-            grad.contiguous(), rows, weights, inverse, ends[-1:], d_rows, d_weights, rows.shape[1],
+        _launch(
+            "collect_backward_kernel", (tokens,), grad.contiguous(), rows, weights, inverse,
+            ends[-1:], d_rows, d_weights, rows.shape[1],
             K=k, BLOCK=block, num_warps=_warps(block),
         )  # fmt: skip
         return d_rows, d_weights, None, None
@@ -216,15 +227,14 @@ class _Collect(torch.autograd.Function):
 def _collect(
     rows: Tensor, weights: Tensor | None, inverse: Tensor, ends: Tensor, k: int, dtype: torch.dtype
 ) -> Tensor:
-    from archzoo.kernels import experts_triton as kernels
-
     rows = rows.contiguous()
     width = rows.shape[1]
     tokens = len(rows) // k
     y = rows.new_empty((tokens, width), dtype=dtype)
     block = _power_of_2(width)
-    kernels.collect_kernel[(tokens,)](
-        rows, rows if weights is None else weights, inverse, ends[-1:], y, width,
+    _launch(
+        "collect_kernel", (tokens,), rows, rows if weights is None else weights, inverse,
+        ends[-1:], y, width,
         K=k, WEIGHTED=weights is not None, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return y
@@ -255,14 +265,13 @@ class _Cast(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        from archzoo.kernels import experts_triton as kernels
-
         if not grad.is_contiguous():
             return grad.float()
         wide = torch.empty_like(grad, dtype=torch.float32)
-        kernels.widen_kernel[(-(-grad.numel() // 4096),)](
-            grad, wide, grad.numel(), BLOCK=4096, num_warps=8
-        )
+        _launch(
+            "widen_kernel", (-(-grad.numel() // 4096),), grad, wide, grad.numel(),
+            BLOCK=4096, num_warps=8,
+        )  # fmt: skip
         return wide
 
 
@@ -283,30 +292,28 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        from archzoo.kernels import experts_triton as kernels
-
         x = x.contiguous()
         ctx.save_for_backward(x)
         rows, width = x.shape[0], x.shape[1] // 2
         y = x.new_empty(rows, width)
         block = min(_power_of_2(width), 1024)
-        kernels.swiglu_kernel[(rows, -(-width // block))](
-            x, y, width, BLOCK=block, num_warps=_warps(block)
-        )
+        _launch(
+            "swiglu_kernel", (rows, -(-width // block)), x, y, width,
+            BLOCK=block, num_warps=_warps(block),
+        )  # fmt: skip
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        from archzoo.kernels import experts_triton as kernels
-
         (x,) = ctx.saved_tensors
         rows, width = x.shape[0], x.shape[1] // 2
         d_x = torch.empty_like(x)
         block = min(_power_of_2(width), 1024)
-        kernels.swiglu_backward_kernel[(rows, -(-width // block))](
-            x, grad.contiguous(), d_x, width, BLOCK=block, num_warps=_warps(block)
-        )
+        _launch(
+            "swiglu_backward_kernel", (rows, -(-width // block)), x, grad.contiguous(), d_x, width,
+            BLOCK=block, num_warps=_warps(block),
+        )  # fmt: skip
         return d_x
 
 
@@ -322,17 +329,16 @@ def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if not (fused(x) and x.dtype == torch.float32 and x.shape[1] <= MAX_EXPERTS):
         values, indices = x.topk(k, dim=-1)
         return values, indices
-    from archzoo.kernels import experts_triton as kernels
-
     x = x.contiguous()
     tokens, n = x.shape
     values = x.new_empty(tokens, k)
     indices = x.new_empty((tokens, k), dtype=torch.int64)
     block = _power_of_2(n)
     each = max(2048 // block, 1)
-    kernels.largest_kernel[(-(-tokens // each),)](
-        x, values, indices, tokens, n, K=k, TOKENS=each, BLOCK=block, num_warps=4
-    )
+    _launch(
+        "largest_kernel", (-(-tokens // each),), x, values, indices, tokens, n,
+        K=k, TOKENS=each, BLOCK=block, num_warps=4,
+    )  # fmt: skip
     return values, indices
 
 
@@ -364,28 +370,26 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, projected: Tensor) -> Tensor:
-        from archzoo.kernels import experts_triton as kernels
-
         projected = projected.contiguous()
         ctx.save_for_backward(projected)
         tokens, experts = projected.shape[0], projected.shape[1] // 3
         z = projected.new_empty(tokens, experts)
         each, options = _attend_options(experts)
-        kernels.attend_kernel[(-(-tokens // each),)](projected, z, tokens, experts, **options)
+        _launch("attend_kernel", (-(-tokens // each),), projected, z, tokens, experts, **options)
         return z
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        from archzoo.kernels import experts_triton as kernels
-
         (projected,) = ctx.saved_tensors
         tokens, experts = projected.shape[0], projected.shape[1] // 3
         d_projected = torch.empty_like(projected)
         each, options = _attend_options(experts)
-        kernels.attend_backward_kernel[(-(-tokens // each),)](
-            projected, grad.contiguous(), d_projected, tokens, experts, **options
-        )
+        _launch(
+            "attend_backward_kernel", (-(-tokens // each),), projected, grad.contiguous(),
+            d_projected, tokens, experts,
+            **options,
+        )  # fmt: skip
         return d_projected
 
 
@@ -422,15 +426,13 @@ class _Summarise(torch.autograd.Function):
     def forward(
         ctx: Any, assignments: Tensor, mean: Tensor | None, kind: int, total: int, room: int
     ) -> tuple[Tensor, Tensor]:
-        from archzoo.kernels import experts_triton as kernels
-
         experts = len(assignments)
         loss, seen, slope = (
             assignments.new_empty(shape, dtype=torch.float32) for shape in ((), (4,), (experts,))
         )
-        kernels.summarise_kernel[(1,)](
-            assignments, slope if mean is None else mean, loss, seen, slope,
-            experts, float(max(total, 1)), room, math.log(max(experts, 2)),
+        _launch(
+            "summarise_kernel", (1,), assignments, slope if mean is None else mean, loss, seen,
+            slope, experts, float(max(total, 1)), room, math.log(max(experts, 2)),
             KIND=kind, BLOCK=_power_of_2(experts), num_warps=1,
         )  # fmt: skip
         ctx.save_for_backward(slope)
