@@ -131,6 +131,24 @@ def test_problems_beyond_have_their_length_and_are_held_out():
     assert (first.operands == second.operands[..., :20]).all()  # a function of size and number
 
 
+@pytest.mark.parametrize(("longest", "beyond"), [(5, False), (6, True)])
+def test_lengths_that_training_cannot_cover_are_named_before_it_begins(longest, beyond):
+    """Shifts of at most 3 and answers of 3 digits: numbers of up to 6 are covered."""
+    init_args = {"max_shift": 3, "rows": 32}
+    embedding = {"class_path": "AbacusEmbedding", "init_args": init_args}
+    model = LanguageModel("abacus_micro", embedding=embedding)
+    trainer = lightning.Trainer(max_steps=0, logger=False, accelerator="cpu", barebones=True)
+    task = Addition(digits=2, ood_digits=[3, longest])
+    assert (task.longest_run, task.longest_asked) == (3, longest + 1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(model, task)
+    said = [str(entry.message) for entry in caught if "covered" in str(entry.message)]
+    assert len(said) == beyond
+    if beyond:
+        assert "number of 7 digits lies beyond the 6" in said[0]
+
+
 def test_lengths_must_be_positive():
     with pytest.raises(ValueError, match=r"ood_digits \[0\] holds a length that is not positive"):
         Addition(ood_digits=[0])

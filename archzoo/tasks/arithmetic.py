@@ -141,8 +141,6 @@ class TwoNumbers(Exercise):
             ood_examples=ood_examples,
             seed=seed,
         )
-        # Letters stand between the digits of hinted numbers.
-        self.longest_run = 1 if hints else int(self.answer_size(digits, digits))
 
     # What an operation says.
 

@@ -101,7 +101,8 @@ class Mixed(Text):
         }
         self.exercise, self.lines = exercise, lines
         self.characters = "\n" + exercise.tokenizer.characters
-        self.longest_run, self.operators = exercise.longest_run, exercise.operators
+        self.longest_run, self.longest_asked = exercise.longest_run, exercise.longest_asked
+        self.operators = exercise.operators
         self.beyond = ("problems", *exercise.beyond)
         longest = exercise.context_length + 1
         if context_length < lines * longest:

@@ -139,6 +139,10 @@ class Exercise(Task):
         self.pad: int = self.tokenizer.pad_token  # type: ignore[assignment]
         self.first_letter = 10 + len(self.operators)  # the token of the first one
         self.context_length = self.width(*self.extent) - 1  # the last token is only ever a label
+        # Letters stand between the digits of hinted numbers.
+        sizes = [self.extent, *zip(self.beyond, self.beyond, strict=True)]
+        runs = [1 if self.hints else int(self.answer_size(*size)) for size in sizes]
+        self.longest_run, self.longest_asked = runs[0], max(runs)
         self._evaluation: dict[str, Problems] = {}
         self._sizes: dict[str, Integers] = {}
         self._block: tuple[tuple[int, bytes], Lines] | None = None  # the last one made

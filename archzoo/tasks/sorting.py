@@ -86,7 +86,6 @@ class Sorting(Exercise):
             ood_examples=ood_examples,
             seed=seed,
         )
-        self.longest_run = 1 if hints else digits
 
     def shape(self, extent: tuple[int, int]) -> tuple[int, int]:
         if extent[0] > len(LETTERS):

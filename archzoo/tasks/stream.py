@@ -219,7 +219,8 @@ class Task(lightning.LightningDataModule):
         metrics: which of "perplexity", "token_accuracy", "exact_match" say something here.
         tokenizer: set once `prepare` has run.
         context_length: tokens of the longest row.
-        longest_run: digits of the longest number, answers included; None: unknown.
+        longest_run: digits of the longest number in training, answers included; None: unknown.
+        longest_asked: the same in all that validation asks.
         operators: the signs of its problems, the last one followed by the answer.
         coupling: how a task whose batches hold coupled positions (`positions`) writes the numbers
             of a problem, "reversed" or "plain"; None: it gives no positions.
@@ -233,6 +234,7 @@ class Task(lightning.LightningDataModule):
     tokenizer: Tokenizer
     context_length: int
     longest_run: int | None = None
+    longest_asked: int | None = None
     operators: str = "+="
     coupling: Literal["reversed", "plain"] | None = None
     beyond: tuple[int | str, ...] = ()

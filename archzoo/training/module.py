@@ -182,6 +182,14 @@ class LanguageModel(lightning.LightningModule):
                 operators=task.operators,
                 coupling=task.coupling,
             )
+            if stage == "fit" and task.longest_asked != task.longest_run:  # longer: is it covered?
+                bind_digits(
+                    self.net,
+                    task.tokenizer,
+                    task.longest_asked,
+                    operators=task.operators,
+                    coupling=task.coupling,
+                )
 
     def configure_model(self) -> None:
         """Under Lightning's ModelParallelStrategy: FSDP2, block by block (Zhao et al., 2304.11277).
