@@ -109,7 +109,8 @@ class Examiner:
     @torch.no_grad()
     def answer(self, batch: dict[str, Tensor]) -> Tensor:
         """Which of the labels are the likeliest tokens, (batch, time) bool, on the device."""
-        given = {name: batch[name].to(self.device, non_blocking=True) for name in batch}
+        names = [name for name in batch if name not in ("asked", "places")]  # those are counted by
+        given = {name: batch[name].to(self.device, non_blocking=True) for name in names}
         with self._casting():
             x, _, _ = self.decoder.hidden(
                 given["tokens"], documents=given["documents"], positions=given.get("positions")
