@@ -6,8 +6,8 @@
 
 An arm is an entry of `arms` in a configuration file; a file without any is one arm. Each run is
 `archzoo fit` in a process of its own, in RUNS/FILE_ARM_SEED; the seed is that of weights and data.
-What its metrics.csv says goes into results/, a row a run, one file for each configuration file,
-written anew whenever a run ends. What stands behind -- goes to every run.
+What its metrics.csv says goes into results/, a row a run, one file for each configuration file;
+rows of other arms and seeds stay there. What stands behind -- goes to every run.
 """
 
 from __future__ import annotations
@@ -164,11 +164,10 @@ def measure(directory: Path) -> dict[str, Any]:
 def write(config: Path, rows: dict[Run, dict[str, Any]]) -> None:
     """The rows of one configuration file so far, into results/."""
     mine = [row for run, row in rows.items() if run.config == config]
-    names = list(dict.fromkeys(name for row in mine for name in row))
     on_gpu = torch.cuda.is_available()
-    filled = [{name: row.get(name, "") for name in names} for row in mine]
     dtype = "bfloat16" if on_gpu else "float32"
-    write_rows(f"{dtype}-claims-{config.stem}", filled, on_gpu=on_gpu)
+    what = f"{dtype}-claims-{config.stem}"
+    write_rows(what, mine, on_gpu=on_gpu, replacing=("arm", "seed"))
 
 
 SHOWN = {

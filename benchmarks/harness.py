@@ -88,16 +88,21 @@ def ratio_row(
     return row
 
 
-def write_rows(what: str, rows: Iterable[dict[str, Any]], *, on_gpu: bool = False) -> Path:
+def write_rows(
+    what: str,
+    rows: Iterable[dict[str, Any]],
+    *,
+    on_gpu: bool = False,
+    replacing: tuple[str, ...] = (),
+) -> None:
     """Write results/MACHINE-TORCH-WHAT.csv, each row with machine, versions, commit and command.
 
     Args:
         what: The dtype and what was measured, such as "float32-decoding".
-        rows: One a line, all with the same keys.
+        rows: One a line; what a row lacks is left empty.
         on_gpu: The machine is the GPU, else the processor.
-
-    Returns:
-        The file.
+        replacing: Columns that name a row: rows of the file that differ in them stay. (): the
+            file is written anew.
     """
     name = torch.cuda.get_device_name() if on_gpu else machine()
     facts = {
@@ -111,8 +116,15 @@ def write_rows(what: str, rows: Iterable[dict[str, Any]], *, on_gpu: bool = Fals
     version = torch.__version__.partition("+")[0]
     path = ROOT / "results" / f"{short}-torch{version}-{what}.csv"
     path.parent.mkdir(exist_ok=True)
+    if replacing and path.exists():
+        with path.open(newline="") as file:
+            before: list[dict[str, Any]] = list(csv.DictReader(file))
+        new = {tuple(str(row[column]) for column in replacing) for row in rows}
+        kept = [row for row in before if tuple(row[column] for column in replacing) not in new]
+        rows = kept + rows
+    columns = dict.fromkeys(column for row in rows for column in row if column not in facts)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=[*columns, *facts], restval="")
         writer.writeheader()
         writer.writerows(rows)
     print(f"wrote {path.relative_to(ROOT)}")

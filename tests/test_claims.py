@@ -69,3 +69,28 @@ def test_a_row_says_what_the_log_says(claims, tmp_path, monkeypatch):
     for when, value in (("first", rates[0]), ("highest", max(rates)), ("last", rates[-1])):
         assert row[f"train/metric/drop_rate/{when}"] == pytest.approx(value, rel=1e-4)
     assert 0 < row["active"] < row["parameters"]
+
+
+def test_rows_of_other_arms_and_seeds_stay(claims, tmp_path, monkeypatch):
+    import harness
+
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    monkeypatch.setenv("ARCHZOO_COMMIT", "abc")
+    runs = [claims.Run(Path("a.yaml"), arm, seed) for arm, seed in (("x", 0), ("x", 1), ("y", 0))]
+    monkeypatch.setattr(claims.torch.cuda, "is_available", lambda: False)
+    claims.write(Path("a.yaml"), {runs[0]: {"arm": "x", "seed": 0, "old": 1}})
+    rows = {
+        runs[0]: {"arm": "x", "seed": 0, "new": 2},
+        runs[1]: {"arm": "x", "seed": 1, "new": 3},
+    }
+    claims.write(Path("a.yaml"), rows)
+    claims.write(Path("a.yaml"), {runs[2]: {"arm": "y", "seed": 0, "new": 4}})
+    (path,) = (tmp_path / "results").iterdir()
+    with path.open() as file:
+        found = list(csv.DictReader(file))
+    assert [(row["arm"], row["seed"], row["new"]) for row in found] == [
+        ("x", "0", "2"),
+        ("x", "1", "3"),
+        ("y", "0", "4"),
+    ]
+    assert all(row["machine"] and row["commit"] and row["command"] for row in found)
