@@ -94,7 +94,7 @@ def write_rows(
     *,
     on_gpu: bool = False,
     replacing: tuple[str, ...] = (),
-) -> None:
+) -> Path:
     """Write results/MACHINE-TORCH-WHAT.csv, each row with machine, versions, commit and command.
 
     Args:
@@ -103,6 +103,9 @@ def write_rows(
         on_gpu: The machine is the GPU, else the processor.
         replacing: Columns that name a row: rows of the file that differ in them stay. (): the
             file is written anew.
+
+    Returns:
+        The file.
     """
     name = torch.cuda.get_device_name() if on_gpu else machine()
     facts = {
@@ -128,4 +131,5 @@ def write_rows(
         writer.writeheader()
         writer.writerows(rows)
     print(f"wrote {path.relative_to(ROOT)}")
+    return path
     return path
