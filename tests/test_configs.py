@@ -13,7 +13,7 @@ TINY = {
     "model": "--model.dim 16 --model.depth 2 --model.heads 2 --model.width 32",
     "Addition": "--data.batch_size 4 --data.validation_examples 8 --data.test_examples 8",
     "Text": "--data.batch_size 2 --data.context_length 32",
-    "Mixed": "--data.batch_size 2 --data.context_length 64",
+    "Mixed": "--data.batch_size 2 --data.context_length 128",
 }
 
 
