@@ -396,14 +396,24 @@ def test_token_by_token_is_the_whole(name, dtype, allowed):
             assert relative_error(got[valid], want[valid]) < allowed
 
 
-@pytest.mark.parametrize("name", ["yuan_micro", "skywork_micro"])
-def test_recomputing_blocks_changes_neither_gradients_nor_counts(name):
+POOLED = {"class_path": "MixtureOfExperts", "init_args": {"balance_over": "ranks"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [("yuan_micro", None), ("skywork_micro", None), ("skywork_micro", POOLED)]
+)
+def test_recomputing_blocks_changes_neither_gradients_nor_counts(name, part):
     tokens, runs = torch.randint(64, (2, 24)), []
     for recompute in (False, True):
         torch.manual_seed(0)
-        net = archzoo.create_model(name, activation_checkpointing=recompute).train()
+        net = archzoo.create_model(
+            name, feed_forward=part, activation_checkpointing=recompute
+        ).train()
         output = net(tokens)
-        losses = [value for key, value in output.aux.items() if key.startswith("loss/")]
+        pools = {key: value for key, value in output.aux.items() if key.startswith("pool/")}
+        assert bool(pools) == (part is not None)
+        losses = (output.aux | net.pooled_losses(pools)).items()
+        losses = [value for key, value in losses if key.startswith("loss/")]
         loss = output.logits.square().mean() + sum(losses)
         loss.backward()
         counts = {k: v for k, v in output.aux.items() if k.startswith("sum/")}
