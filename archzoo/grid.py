@@ -333,7 +333,7 @@ def _fingerprint(decoder: Decoder) -> str:
     """A short hash of the weights."""
     digest = hashlib.sha256()
     for tensor in decoder.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:12]
 
 

@@ -237,7 +237,8 @@ def test_other_tokens_and_other_tasks(tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("to be, or not to be\n" * 200)
     task = Mixed(path=str(text), context_length=64, batch_size=2, cache_dir=str(tmp_path))
-    model = archzoo.create_model("transformer_micro", vocab_size=task.vocab_size)
+    # FIRE has parameters without any dimension.
+    model = archzoo.create_model("transformer_micro", vocab_size=task.vocab_size, bias="FIRE")
     save_pretrained(tmp_path / "mixed", model, task.tokenizer, task.config())
     text.unlink()
     grid_command(str(tmp_path / "mixed"), digits=3, problems=4, device="cpu")
