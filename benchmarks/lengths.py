@@ -131,6 +131,7 @@ def draw(rows: list[dict[str, Any]], lengths: list[int], path: Path) -> None:
         ylim=(-0.03, 1.03),
         xlim=(0.5, lengths[-1] + 0.5),
     )
+    panel.xaxis.get_major_locator().set_params(integer=True)
     panel.legend(fontsize=7, loc="upper right")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
