@@ -168,8 +168,10 @@ def test_retain_is_the_sum_written_out(data):
         leaves.append(log_decay.requires_grad_())
     context, _ = make_context(2, time)
     q, k, v, memory = leaves[:4]
-    o, leaving = retain(q, k, v, log_decay, memory, context, scale=scale, chunk_size=chunk_size)
-    want_o, want_leaving = written_out(q, k, v, log_decay, memory, scale)
+    normaliser = torch.rand(1, time, heads, 1, dtype=torch.float64) + 0.5
+    how = {"normaliser": normaliser, "scale": scale, "chunk_size": chunk_size}
+    o, leaving = retain(q, k, v, log_decay, memory, context, **how)
+    want_o, want_leaving = written_out(q * normaliser, k, v, log_decay, memory, scale)
     assert relative_error(o, want_o) < 1e-12
     assert relative_error(leaving, want_leaving) < 1e-12
     weights = torch.randn_like(o), torch.randn_like(leaving)
@@ -243,9 +245,11 @@ def test_gradcheck(packed):
     leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     log_decay = torch.tensor(log_decays(0.8, 2), dtype=torch.float64, requires_grad=True)
     valid = context.valid[:, :, None, None]
+    normaliser = torch.rand(2, 5, 2, 1, dtype=torch.float64) + 0.5
+    how = {"normaliser": normaliser, "scale": 0.7, "chunk_size": 2}
 
     def run(q, k, v, memory, log_decay):
-        return retain(q, k * valid, v * valid, log_decay, memory, context, scale=0.7, chunk_size=2)
+        return retain(q, k * valid, v * valid, log_decay, memory, context, **how)
 
     assert torch.autograd.gradcheck(run, (*leaves, log_decay))
 

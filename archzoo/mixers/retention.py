@@ -106,11 +106,12 @@ def retain(
     memory: Tensor | None,
     context: Context,
     *,
+    normaliser: Tensor,
     scale: float,
     chunk_size: int,
     want_memory: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """``S_n = gamma S_{n-1} + scale k_n^T v_n, o_n = q_n S_n``, in chunks.
+    """``S_n = gamma S_{n-1} + scale k_n^T v_n, o_n = normaliser_n q_n S_n``, in chunks.
 
     Exact for any time, chunk size and incoming state.
 
@@ -118,14 +119,15 @@ def retain(
     chunk is read from the state that enters it. With one chunk this is the parallel form.
 
     Args:
-        q: (batch, time, heads, key_dim), float32 or float64; rotated, and already divided by
-            sqrt(s_n), since that factor belongs to the query's row.
+        q: (batch, time, heads, key_dim), float32 or float64; rotated.
         k: As q; rotated. Zero at padding.
         v: (batch, time, heads, value_dim). Zero at padding.
         log_decay: (heads,) <= 0.
         memory: (batch, heads, key_dim, value_dim), the S that enters; None: zero.
         context: Documents reset S; padding neither adds to it nor lets it decay.
-        scale: Of k. It is applied to the decays, which are few, and not to k, which is long.
+        normaliser: 1 / sqrt(s_n), (batch or 1, time, heads, 1).
+        scale: Of k. It is applied to the decays, which are few, and not to k, which is long; so is
+            the normaliser where one chunk has decays of its own.
         chunk_size: Tokens a chunk; the last chunk may be shorter.
         want_memory: Also compute the S that leaves.
 
@@ -143,9 +145,10 @@ def retain(
         # States between chunks, numbered by the chunk they enter; without memory nothing enters
         # the first.
         states = range(0 if memory is not None else 1, chunks + (want_memory or end < time))
-        decays = _decays(context, log_decay, scale, begin, chunk, chunks, states)
+        decays = _decays(context, log_decay, normaliser, scale, begin, chunk, chunks, states)
+        queries = q[:, begin:end] if chunks == 1 else q[:, begin:end] * normaliser[:, begin:end]
         o, memory = _retain_chunks(
-            q[:, begin:end], k[:, begin:end], v[:, begin:end], memory, chunk, states, decays
+            queries, k[:, begin:end], v[:, begin:end], memory, chunk, states, decays
         )
         outputs.append(o)
         begin = end
@@ -180,7 +183,10 @@ class _Clock(NamedTuple):
 
 
 class _Decays(NamedTuple):
-    """The decay between any two places of a piece; n is 1 where all chunks are alike."""
+    """The decay between any two places of a piece; n is 1 where all chunks are alike.
+
+    Where the piece is one chunk, the decays that end at a token hold its normaliser.
+    """
 
     inside: Tensor  # (b, heads, n, chunk, chunk), from token to token of a chunk, scaled
     kept: Tensor | None  # (b, heads, n, chunk), from a token to the end of its chunk, scaled
@@ -191,6 +197,7 @@ class _Decays(NamedTuple):
 def _decays(
     context: Context,
     log_decay: Tensor,
+    normaliser: Tensor,
     scale: float,
     begin: int,
     chunk: int,
@@ -217,6 +224,11 @@ def _decays(
         causal = torch.ones((chunk, chunk), dtype=torch.bool, device=device).tril()
         later, earlier = token.at(lambda x: x[..., :, None]), token.at(lambda x: x[..., None, :])
         inside = scale * later.decay_since(earlier, log_decay, causal)
+        reading = token.decay_since(entry, log_decay) if states else None
+        if chunks == 1:
+            rows = rearrange(normaliser[:, begin : begin + chunk], "b c h 1 -> b h 1 c")
+            inside = inside * rows[..., None]
+            reading = None if reading is None else reading * rows
         if not states:
             return _Decays(inside, None, None, None)
         kept = scale * leaving.decay_since(token, log_decay)
@@ -225,12 +237,12 @@ def _decays(
         join = stop.at(lambda x: x[:, :, None]).decay_since(
             stop.at(lambda x: x[:, None, :]), log_decay, order
         )
-        return _Decays(inside, kept, join, token.decay_since(entry, log_decay))
+        return _Decays(inside, kept, join, reading)
 
     if log_decay.requires_grad:
         return compute()
-    # A fixed decay is one tensor for all layers and calls, so it can be a key.
-    key = ("decays", log_decay, scale, begin, chunk, chunks, states)
+    # A fixed decay is one tensor for all layers, and so is its normaliser: they can be keys.
+    key = ("decays", log_decay, normaliser, scale, begin, chunk, chunks, states)
     return once_per_call(context.positions, key, compute)
 
 
@@ -244,11 +256,12 @@ def _retain_chunks(
     decays: _Decays,
 ) -> tuple[Tensor, Tensor | None]:
     """`retain` where chunk divides time."""
-    q, k, v = (rearrange(x, "b (n c) h d -> b h n c d", c=chunk) for x in (q, k, v))
+    # Copied once here, the products below read them as they are; o is copied for what follows.
+    q, k, v = (rearrange(x, "b (n c) h d -> b h n c d", c=chunk).contiguous() for x in (q, k, v))
     chunks = q.shape[2]
     o = ((q @ k.mT) * decays.inside) @ v
     if decays.kept is None or decays.join is None or decays.reading is None:
-        return rearrange(o, "b h n c d -> b (n c) h d"), None
+        return rearrange(o, "b h n c d -> b (n c) h d").contiguous(), None
 
     # Each state is the sum of what all chunks before it added, and of the memory, decayed by the
     # tokens in between.
@@ -264,7 +277,7 @@ def _retain_chunks(
         o = o + crossed if first == 0 else torch.cat([o[:, :, :1], o[:, :, 1:] + crossed], 2)
     # A view would keep the states of all chunks alive, and be saved with them.
     leaves = joined[:, :, -1].clone() if states.stop > chunks else None
-    return rearrange(o, "b h n c d -> b (n c) h d"), leaves
+    return rearrange(o, "b h n c d -> b (n c) h d").contiguous(), leaves
 
 
 class Retention(KeepsFloat32, Mixer):
@@ -424,12 +437,13 @@ class Retention(KeepsFloat32, Mixer):
         with without_autocast(v.device):
             q, k, v = self.widen(qk, v, context, log_decay.dtype)
             return retain(
-                q * self.normaliser(log_decay, context),
+                q,
                 k,
                 v,
                 log_decay,
                 memory,
                 context,
+                normaliser=self.normaliser(log_decay, context),
                 scale=self.head_dim**-0.5,
                 chunk_size=chunk_size,
                 want_memory=memory is not None,
