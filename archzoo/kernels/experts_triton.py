@@ -56,11 +56,8 @@ def spread_kernel(x, inverse, end, rows, width, K: tl.constexpr, BLOCK: tl.const
     value = tl.load(x + token * width + column, mask=inside)
     for j in tl.static_range(K):
         row = tl.load(inverse + token * K + j)
-        tl.store(
-            rows + row * width + column,
-            value.to(rows.dtype.element_ty),
-            mask=inside & (row < computed),
-        )
+        here = column < tl.where(row < computed, width, 0)
+        tl.store(rows + row * width + column, value.to(rows.dtype.element_ty), mask=here)
 
 
 @triton.jit
@@ -76,8 +73,8 @@ def collect_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     for j in tl.static_range(K):
         row = tl.load(inverse + token * K + j)
-        value = tl.load(rows + row * width + column, mask=inside & (row < computed), other=0.0)
-        value = value.to(tl.float32)
+        here = column < tl.where(row < computed, width, 0)
+        value = tl.load(rows + row * width + column, mask=here, other=0.0).to(tl.float32)
         if WEIGHTED:
             value *= tl.load(weights + token * K + j)
         total += value
@@ -97,7 +94,7 @@ def collect_backward_kernel(
     gradient = tl.load(dy + token * width + column, mask=inside, other=0.0).to(tl.float32)
     for j in tl.static_range(K):
         row = tl.load(inverse + token * K + j)
-        here = inside & (row < computed)
+        here = column < tl.where(row < computed, width, 0)
         value = tl.load(rows + row * width + column, mask=here, other=0.0).to(tl.float32)
         tl.store(d_weights + token * K + j, tl.sum(gradient * value))
         weighted = gradient * tl.load(weights + token * K + j)
