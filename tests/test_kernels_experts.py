@@ -3,12 +3,9 @@
 Without a GPU they run through Triton's interpreter.
 """
 
-import importlib
-import importlib.util
-import os
-
 import pytest
 import torch
+from kernel_device import DEVICE, GPU, define_kernels
 
 from archzoo.block import make_context
 from archzoo.contract import relative_error
@@ -18,20 +15,7 @@ from archzoo.feedforward.balance import capacity as balance_capacity
 from archzoo.feedforward.moe import MixtureOfExperts
 from archzoo.kernels import experts as kernels
 
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
-
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-if not GPU:
-    # Triton decides when a kernel is defined whether it will be interpreted. The variable goes
-    # again at once: other tests on the CPU shall not find the kernels available.
-    os.environ["TRITON_INTERPRET"] = "1"
-    importlib.import_module("archzoo.kernels.experts_triton")
-    del os.environ["TRITON_INTERPRET"]
-    language = importlib.import_module("triton.language")
-    if type(language.zeros).__name__ != "InterpretedFunction":
-        pytest.skip("triton was imported before, for a GPU", allow_module_level=True)
+define_kernels("archzoo.kernels.experts_triton")
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 

@@ -6,34 +6,19 @@ Relative error is ||out - reference|| / ||reference||.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import os
-
 import pytest
 import torch
+from kernel_device import DEVICE, GPU, define_kernels
 
 from archzoo.block import make_context
 from archzoo.kernels import retention as kernels
 from archzoo.kernels import retention_launch as launch
+from archzoo.kernels import retention_plans as plans
 from archzoo.kernels.retention import available, retention, retention_step, unavailable
 from archzoo.mixers.retention import Retention
 
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
+define_kernels("archzoo.kernels.retention_triton")
 
-GPU = torch.cuda.is_available()
-if not GPU:
-    # Triton decides when a kernel is defined whether it will be interpreted. The variable goes
-    # again at once: other tests on the CPU shall not find the kernels available.
-    os.environ["TRITON_INTERPRET"] = "1"
-    importlib.import_module("archzoo.kernels.retention_triton")
-    del os.environ["TRITON_INTERPRET"]
-    language = importlib.import_module("triton.language")
-    if type(language.zeros).__name__ != "InterpretedFunction":
-        pytest.skip("triton was imported before, for a GPU", allow_module_level=True)
-
-DEVICE = "cuda" if GPU else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
@@ -130,13 +115,13 @@ def small_plan(monkeypatch, scores=True, together=False):
 
     `together` takes keys up to 16 and values up to 32 wide.
     """
-    cut = launch.Cut(16, 16, 4, 1)
-    whole = (16, launch.Cut(16, 32, 4, 1)) if together else None
-    pair = launch.Pair(16, scores, cut, cut)
-    plan = launch.Plan(pair, pair, sums=(16, cut, 2), together=whole)
-    monkeypatch.setattr(launch, "_plan", lambda *_: plan)
-    monkeypatch.setattr(launch, "_SEGMENT_LEAST", 32)
-    monkeypatch.setattr(launch, "_SEGMENT_MULTIPLE", 32)
+    cut = plans.Cut(16, 16, 4, 1)
+    whole = (16, plans.Cut(16, 32, 4, 1)) if together else None
+    pair = plans.Pair(16, scores, cut, cut)
+    plan = plans.Plan(pair, pair, sums=(16, cut, 2), together=whole)
+    monkeypatch.setattr(launch, "find_plan", lambda *_: plan)
+    monkeypatch.setattr(plans, "_SEGMENT_LEAST", 32)
+    monkeypatch.setattr(plans, "_SEGMENT_MULTIPLE", 32)
     launch.work.cache_clear()
 
 

@@ -1,8 +1,8 @@
-"""How the retention kernels are cut into programs and launched: the host's side.
+"""How the retention kernels are launched: the host's side.
 
 `archzoo.kernels.retention` is what others call. Here work of one kind, that is of the same sizes,
-strides and flags, is planned once and its launches are kept ready (`Work`); `forward`, `backward`
-and `step` allocate and launch.
+strides and flags, is planned once (`retention_plans`) and its launches are kept ready (`Work`);
+`forward`, `backward` and `step` allocate and launch.
 """
 
 from __future__ import annotations
@@ -14,79 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from archzoo.kernels.retention_plans import Cut, Pair, Plan, cut_segments, find_plan, power_of_2
 
-class Cut(NamedTuple):
-    """How one of the four maps is cut into programs."""
-
-    block: int  # rows of the state that a program holds: columns of a and b
-    tile: int  # columns of the state that it holds: columns of c and of the result
-    warps: int
-    stages: int
-    apart: bool = False  # copying and multiplying in warps of their own, `retention_gluon`
-
-
-class Pair(NamedTuple):
-    """The two maps that share a state's shape and a chunk's own weights."""
-
-    chunk: int  # tokens that a loop step takes
-    scores: bool  # the chunk's own weights are made ahead, once for all tiles and both maps
-    forward: Cut
-    reverse: Cut
-
-
-class Plan(NamedTuple):
-    """How the work is cut: for speed only, every plan computes the same."""
-
-    by_key: Pair  # o and dv: a and b are as wide as k
-    by_value: Pair  # dq and dk: a and b are as wide as v
-    sums: tuple[int, Cut, int]  # of segments: tokens a loop step, cut, pieces to a segment
-    together: tuple[int, Cut] | None = None  # dk and dv in one walk: tokens a loop step, cut
-
-
-# Measured on an H200, see docs/kernels.md. Keys: the widths (dk, dv) up to which a row holds.
-_BFLOAT16_PLANS: dict[tuple[int, int], Plan] = {
-    (64, 64): Plan(
-        *(Pair(64, False, Cut(64, 64, 4, 3), Cut(64, 64, 4, 3)),) * 2,
-        sums=(64, Cut(64, 64, 4, 4), 1),
-        together=(64, Cut(64, 64, 4, 3)),
-    ),
-    (128, 128): Plan(
-        *(Pair(64, False, Cut(128, 128, 8, 3), Cut(128, 128, 8, 3)),) * 2,
-        sums=(64, Cut(128, 128, 8, 3), 1),
-    ),
-    (128, 256): Plan(
-        Pair(64, True, Cut(128, 128, 8, 3), Cut(128, 128, 8, 3)),
-        Pair(32, True, Cut(256, 128, 8, 3), Cut(256, 128, 8, 3)),
-        sums=(64, Cut(128, 128, 8, 3), 1),
-    ),
-    (256, 512): Plan(
-        *(Pair(32, True, Cut(256, 128, 8, 3), Cut(256, 128, 8, 3)),) * 2,
-        sums=(64, Cut(128, 128, 8, 3), 1),
-    ),
-}
-# The same where `_has_apart`, for whole rows of one document, by exact widths.
-_APART_PLANS: dict[tuple[int, int], Plan] = {
-    (128, 256): Plan(
-        Pair(64, True, *(Cut(128, 128, 8, 3, True),) * 2),
-        Pair(32, True, *(Cut(256, 128, 8, 4, True),) * 2),
-        sums=(32, Cut(128, 128, 8, 6, True), 1),
-    ),
-    (256, 512): Plan(
-        *(Pair(32, True, *(Cut(256, 128, 8, 4, True),) * 2),) * 2,
-        sums=(64, Cut(256, 128, 8, 4, True), 1),
-    ),
-}
-# Segments are cut until the programs of dq and dk number this many: about one for each of the
-# 132 multiprocessors of an H100 or H200, twice that where the heads are narrow.
-_FILL = 128
-_SEGMENT_LEAST = 512
 _GLUON_RUN_WITH = ("3.6.",)
-_SEGMENT_MULTIPLE = 256  # of every chunk and piece, so that they divide a segment
-
-
-def _power_of_2(number: int) -> int:
-    """The least power of two that holds `number` and that a matrix unit takes."""
-    return max(16, 1 << (number - 1).bit_length())
 
 
 @functools.lru_cache(maxsize=64)
@@ -101,52 +31,6 @@ def _has_apart(device: torch.device) -> bool:
         and torch.cuda.get_device_capability(device)[0] == 9
         and _triton().__version__.startswith(_GLUON_RUN_WITH)
     )
-
-
-@functools.lru_cache(maxsize=64)
-def _plan(dk: int, dv: int, dtype: torch.dtype, apart: bool = False) -> Plan:
-    """The plan of these widths; `apart`: rows are whole, of one document, on Hopper."""
-    if apart and dtype == torch.bfloat16 and (dk, dv) in _APART_PLANS:
-        return _APART_PLANS[dk, dv]
-    wide_k, wide_v = _power_of_2(dk), _power_of_2(dv)
-    if dtype == torch.float32:
-        # Exact float32 has no matrix unit: small tiles, so that the products fit in registers.
-        cut = Cut(64, 32, 4, 1)
-        plan = Plan(*(Pair(32, wide_k > 64 or wide_v > 64, cut, cut),) * 2, sums=(32, cut, 1))
-    else:
-        plan = next(
-            plan
-            for (limit_k, limit_v), plan in _BFLOAT16_PLANS.items()
-            if wide_k <= limit_k and wide_v <= limit_v
-        )
-
-    def fit(cut: Cut, rows: int, columns: int) -> Cut:
-        return cut._replace(block=min(cut.block, rows), tile=min(cut.tile, columns))
-
-    key, value, sums, together = plan
-    return Plan(
-        key._replace(
-            forward=fit(key.forward, wide_k, wide_v), reverse=fit(key.reverse, wide_k, wide_v)
-        ),
-        value._replace(
-            forward=fit(value.forward, wide_v, wide_k), reverse=fit(value.reverse, wide_v, wide_k)
-        ),
-        (sums[0], fit(sums[1], wide_k, wide_v), sums[2]),
-        together and (together[0], fit(together[1], wide_k, wide_v)),
-    )
-
-
-def _segments(plan: Plan, rows: int, time: int, dk: int) -> tuple[int, int]:
-    """Cuts time so that every map fills the chip: (tokens a segment, segments)."""
-    cut = plan.by_value.forward
-    programs = rows * -(-dk // cut.tile)
-    fill = _FILL if cut.warps > 4 else 2 * _FILL
-    wanted = max(min(fill // programs, time // _SEGMENT_LEAST), 1)
-    if wanted == 1:
-        return max(time, 1), 1
-    segment = -(-time // wanted)
-    segment = -(-segment // _SEGMENT_MULTIPLE) * _SEGMENT_MULTIPLE
-    return segment, -(-time // segment)
 
 
 def _unit_last(tensor: Tensor) -> Tensor:
@@ -284,7 +168,7 @@ class Facts(NamedTuple):
 
     def plan(self) -> Plan:
         apart = not (self.documents or self.ranges) and _has_apart(self.device)
-        return _plan(self.dk, self.dv, self.dtype, apart)
+        return find_plan(self.dk, self.dv, self.dtype, apart)
 
     @property
     def time(self) -> int:
@@ -540,8 +424,8 @@ def kept_sizes(
 
     `whole`: rows hold no padding and one document.
     """
-    plan = _plan(dk, dv, dtype, whole and _has_apart(device))
-    _, segments = _segments(plan, batch * heads, time, dk)
+    plan = find_plan(dk, dv, dtype, whole and _has_apart(device))
+    _, segments = cut_segments(plan, batch * heads, time, dk)
     chunk = plan.by_key.chunk
     scores = (batch * heads * -(-time // chunk) * chunk, chunk) if plan.by_key.scores else (0,)
     return (batch, heads, segments, dk, dv) if segments > 1 else (0,), scores
@@ -560,7 +444,7 @@ class Work:
 
         facts = facts._replace(strides=tuple(strides[:3] for strides in facts.strides))
         self.facts, self.plan = facts, facts.plan()
-        self.cut = _segments(self.plan, facts.rows, facts.time, facts.dk)
+        self.cut = cut_segments(self.plan, facts.rows, facts.time, facts.dk)
         self.many = self.cut[1] > 1
         batch, _, heads, dk = facts.shape
         self.state = batch, heads, dk, facts.dv
@@ -802,8 +686,8 @@ def _step_cut(rows: int, dk: int, dv: int) -> tuple[int, int]:
     """Columns of the state that a program takes, and its warps. Measured, see docs/kernels.md."""
     size = rows * dk * dv
     tile = 16 if size <= 2**21 else 32 if size <= 2**22 or rows < 1024 else 64
-    tile = min(tile, _power_of_2(dv))
-    return tile, 1 if _power_of_2(dk) * tile <= 2048 else 4
+    tile = min(tile, power_of_2(dv))
+    return tile, 1 if power_of_2(dk) * tile <= 2048 else 4
 
 
 @functools.lru_cache(maxsize=256)
@@ -825,7 +709,7 @@ def _prepare_step(
         kernels.step_kernel,
         (-(-dv // tile), batch * heads, 1),
         (*strides, heads),
-        {"DK": dk, "DV": dv, "BLOCK_K": _power_of_2(dk), "TILE": tile, "SCALE": scale,
+        {"DK": dk, "DV": dv, "BLOCK_K": power_of_2(dk), "TILE": tile, "SCALE": scale,
          "HAS_POSITIONS": positions is not None, "HAS_STARTS": starts is not None,
          "HAS_VALID": valid is not None},
         num_warps=warps,

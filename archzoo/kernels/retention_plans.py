@@ -1,0 +1,131 @@
+"""How the retention kernels' work is cut into programs: sizes, measured or worked out.
+
+For speed only: every plan computes the same. `retention_launch` carries them out.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+
+class Cut(NamedTuple):
+    """How one of the four maps is cut into programs."""
+
+    block: int  # rows of the state that a program holds: columns of a and b
+    tile: int  # columns of the state that it holds: columns of c and of the result
+    warps: int
+    stages: int
+    apart: bool = False  # copying and multiplying in warps of their own, `retention_gluon`
+
+
+class Pair(NamedTuple):
+    """The two maps that share a state's shape and a chunk's own weights."""
+
+    chunk: int  # tokens that a loop step takes
+    scores: bool  # the chunk's own weights are made ahead, once for all tiles and both maps
+    forward: Cut
+    reverse: Cut
+
+
+class Plan(NamedTuple):
+    """How the work is cut: for speed only, every plan computes the same."""
+
+    by_key: Pair  # o and dv: a and b are as wide as k
+    by_value: Pair  # dq and dk: a and b are as wide as v
+    sums: tuple[int, Cut, int]  # of segments: tokens a loop step, cut, pieces to a segment
+    together: tuple[int, Cut] | None = None  # dk and dv in one walk: tokens a loop step, cut
+
+
+# Measured on an H200, see docs/kernels.md. Keys: the widths (dk, dv) up to which a row holds.
+_BFLOAT16_PLANS: dict[tuple[int, int], Plan] = {
+    (64, 64): Plan(
+        *(Pair(64, False, Cut(64, 64, 4, 3), Cut(64, 64, 4, 3)),) * 2,
+        sums=(64, Cut(64, 64, 4, 4), 1),
+        together=(64, Cut(64, 64, 4, 3)),
+    ),
+    (128, 128): Plan(
+        *(Pair(64, False, Cut(128, 128, 8, 3), Cut(128, 128, 8, 3)),) * 2,
+        sums=(64, Cut(128, 128, 8, 3), 1),
+    ),
+    (128, 256): Plan(
+        Pair(64, True, Cut(128, 128, 8, 3), Cut(128, 128, 8, 3)),
+        Pair(32, True, Cut(256, 128, 8, 3), Cut(256, 128, 8, 3)),
+        sums=(64, Cut(128, 128, 8, 3), 1),
+    ),
+    (256, 512): Plan(
+        *(Pair(32, True, Cut(256, 128, 8, 3), Cut(256, 128, 8, 3)),) * 2,
+        sums=(64, Cut(128, 128, 8, 3), 1),
+    ),
+}
+# The same where copying and multiplying can be kept apart, for whole rows of one document; by exact
+# widths.
+_APART_PLANS: dict[tuple[int, int], Plan] = {
+    (128, 256): Plan(
+        Pair(64, True, *(Cut(128, 128, 8, 3, True),) * 2),
+        Pair(32, True, *(Cut(256, 128, 8, 4, True),) * 2),
+        sums=(32, Cut(128, 128, 8, 6, True), 1),
+    ),
+    (256, 512): Plan(
+        *(Pair(32, True, *(Cut(256, 128, 8, 4, True),) * 2),) * 2,
+        sums=(64, Cut(256, 128, 8, 4, True), 1),
+    ),
+}
+# Segments are cut until the programs of dq and dk number this many: about one for each of the
+# 132 multiprocessors of an H100 or H200, twice that where the heads are narrow.
+_FILL = 128
+_SEGMENT_LEAST = 512
+_SEGMENT_MULTIPLE = 256  # of every chunk and piece, so that they divide a segment
+
+
+def power_of_2(number: int) -> int:
+    """The least power of two that holds `number` and that a matrix unit takes."""
+    return max(16, 1 << (number - 1).bit_length())
+
+
+@functools.lru_cache(maxsize=64)
+def find_plan(dk: int, dv: int, dtype: torch.dtype, apart: bool = False) -> Plan:
+    """The plan of these widths; `apart`: rows are whole, of one document, on Hopper."""
+    if apart and dtype == torch.bfloat16 and (dk, dv) in _APART_PLANS:
+        return _APART_PLANS[dk, dv]
+    wide_k, wide_v = power_of_2(dk), power_of_2(dv)
+    if dtype == torch.float32:
+        # Exact float32 has no matrix unit: small tiles, so that the products fit in registers.
+        cut = Cut(64, 32, 4, 1)
+        plan = Plan(*(Pair(32, wide_k > 64 or wide_v > 64, cut, cut),) * 2, sums=(32, cut, 1))
+    else:
+        plan = next(
+            plan
+            for (limit_k, limit_v), plan in _BFLOAT16_PLANS.items()
+            if wide_k <= limit_k and wide_v <= limit_v
+        )
+
+    def fit(cut: Cut, rows: int, columns: int) -> Cut:
+        return cut._replace(block=min(cut.block, rows), tile=min(cut.tile, columns))
+
+    key, value, sums, together = plan
+    return Plan(
+        key._replace(
+            forward=fit(key.forward, wide_k, wide_v), reverse=fit(key.reverse, wide_k, wide_v)
+        ),
+        value._replace(
+            forward=fit(value.forward, wide_v, wide_k), reverse=fit(value.reverse, wide_v, wide_k)
+        ),
+        (sums[0], fit(sums[1], wide_k, wide_v), sums[2]),
+        together and (together[0], fit(together[1], wide_k, wide_v)),
+    )
+
+
+def cut_segments(plan: Plan, rows: int, time: int, dk: int) -> tuple[int, int]:
+    """Cuts time so that every map fills the chip: (tokens a segment, segments)."""
+    cut = plan.by_value.forward
+    programs = rows * -(-dk // cut.tile)
+    fill = _FILL if cut.warps > 4 else 2 * _FILL
+    wanted = max(min(fill // programs, time // _SEGMENT_LEAST), 1)
+    if wanted == 1:
+        return max(time, 1), 1
+    segment = -(-time // wanted)
+    segment = -(-segment // _SEGMENT_MULTIPLE) * _SEGMENT_MULTIPLE
+    return segment, -(-time // segment)
