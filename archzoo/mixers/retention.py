@@ -182,16 +182,22 @@ class _Clock(NamedTuple):
         return (exponent if seen is None else exponent.masked_fill(~seen, -math.inf)).exp()
 
 
+class _Crossing(NamedTuple):
+    """The decay on the ways from chunk to chunk; n is 1 where all chunks are alike."""
+
+    kept: Tensor  # (b, heads, n, chunk), from a token to the end of its chunk, scaled
+    join: Tensor  # (b, heads, states, states), from state to state
+    reading: Tensor  # (b, heads, n, chunk), from the state that enters a chunk to a token
+
+
 class _Decays(NamedTuple):
-    """The decay between any two places of a piece; n is 1 where all chunks are alike.
+    """The decay between any two places of a piece.
 
     Where the piece is one chunk, the decays that end at a token hold its normaliser.
     """
 
     inside: Tensor  # (b, heads, n, chunk, chunk), from token to token of a chunk, scaled
-    kept: Tensor | None  # (b, heads, n, chunk), from a token to the end of its chunk, scaled
-    join: Tensor | None  # (b, heads, states, states), from state to state
-    reading: Tensor | None  # (b, heads, n, chunk), from the state that enters a chunk to a token
+    crossing: _Crossing | None  # where a state enters or leaves
 
 
 def _decays(
@@ -224,20 +230,21 @@ def _decays(
         causal = torch.ones((chunk, chunk), dtype=torch.bool, device=device).tril()
         later, earlier = token.at(lambda x: x[..., :, None]), token.at(lambda x: x[..., None, :])
         inside = scale * later.decay_since(earlier, log_decay, causal)
-        reading = token.decay_since(entry, log_decay) if states else None
+        rows = None
         if chunks == 1:
             rows = rearrange(normaliser[:, begin : begin + chunk], "b c h 1 -> b h 1 c")
             inside = inside * rows[..., None]
-            reading = None if reading is None else reading * rows
         if not states:
-            return _Decays(inside, None, None, None)
+            return _Decays(inside, None)
         kept = scale * leaving.decay_since(token, log_decay)
         stop = edge.at(lambda x: x[:, states.start : states.stop])
         order = torch.ones((len(states),) * 2, dtype=torch.bool, device=device).tril()
         join = stop.at(lambda x: x[:, :, None]).decay_since(
             stop.at(lambda x: x[:, None, :]), log_decay, order
         )
-        return _Decays(inside, kept, join, reading)
+        reading = token.decay_since(entry, log_decay)
+        reading = reading if rows is None else reading * rows
+        return _Decays(inside, _Crossing(kept, join, reading))
 
     if log_decay.requires_grad:
         return compute()
@@ -260,20 +267,21 @@ def _retain_chunks(
     q, k, v = (rearrange(x, "b (n c) h d -> b h n c d", c=chunk).contiguous() for x in (q, k, v))
     chunks = q.shape[2]
     o = ((q @ k.mT) * decays.inside) @ v
-    if decays.kept is None or decays.join is None or decays.reading is None:
+    if decays.crossing is None:
         return rearrange(o, "b h n c d -> b (n c) h d").contiguous(), None
 
     # Each state is the sum of what all chunks before it added, and of the memory, decayed by the
     # tokens in between.
-    added = (k * decays.kept[..., None]).mT @ v
+    kept, join, reading = decays.crossing
+    added = (k * kept[..., None]).mT @ v
     added = rearrange(added[:, :, : states.stop - 1], "b h n k v -> b h n (k v)")
     if memory is not None:
         added = torch.cat([rearrange(memory, "b h k v -> b h 1 (k v)"), added], dim=2)
-    joined = rearrange(decays.join @ added, "b h n (k v) -> b h n k v", k=k.shape[-1])
+    joined = rearrange(join @ added, "b h n (k v) -> b h n k v", k=k.shape[-1])
     first = states.start
     entering = joined[:, :, : chunks - first]
     if entering.shape[2]:
-        crossed = (q * decays.reading[..., None])[:, :, first:] @ entering
+        crossed = (q * reading[..., None])[:, :, first:] @ entering
         o = o + crossed if first == 0 else torch.cat([o[:, :, :1], o[:, :, 1:] + crossed], 2)
     # A view would keep the states of all chunks alive, and be saved with them.
     leaves = joined[:, :, -1].clone() if states.stop > chunks else None
@@ -396,6 +404,11 @@ class Retention(KeepsFloat32, Mixer):
         qk, v = split_heads(qk, 2 * self.heads), split_heads(v, self.heads)
         return qk, v, gate[0] if gate else None
 
+    def rotated(self, qk: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """Q and k (batch, time, heads, key_dim), rotated, of the two side by side."""
+        rotary = self.rotary.at_length(context.length)
+        return rotary.both(qk, self.heads, context.positions)
+
     def widen(
         self, qk: Tensor, v: Tensor, context: Context, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -403,8 +416,7 @@ class Retention(KeepsFloat32, Mixer):
 
         q and k come rotated, not scaled; k and v are 0 at padding.
         """
-        rotary = self.rotary.at_length(context.length)
-        q, k = rotary.both(cast(qk, dtype), self.heads, context.positions)
+        q, k = self.rotated(cast(qk, dtype), context)
         v = cast(v, dtype)
         if context.packed:
             valid = context.valid[:, :, None, None]
@@ -453,7 +465,7 @@ class Retention(KeepsFloat32, Mixer):
         self, qk: Tensor, v: Tensor, log_decay: Tensor, memory: Tensor | None, context: Context
     ) -> tuple[Tensor, Tensor | None]:
         """The same by one kernel, which `_plain` is the twin of."""
-        q, k = self.rotary.at_length(context.length).both(qk, self.heads, context.positions)
+        q, k = self.rotated(qk, context)
         counted = memory is not None or context.packed  # else positions are 0, 1, 2, ...
         return kernels.retention(
             q,
@@ -493,7 +505,7 @@ class Retention(KeepsFloat32, Mixer):
         log_decay = self.log_decay(x)
         memory = state["memory"]
         if not torch.is_grad_enabled() and kernels.available(qk, qk, v):
-            q, k = self.rotary.at_length(context.length).both(qk, self.heads, context.positions)
+            q, k = self.rotated(qk, context)
             seen = (context.starts, context.valid) if context.packed else (None, None)
             o, memory = kernels.retention_step(
                 q, k * self.head_dim**-0.5, v, log_decay, memory, context.positions, *seen
