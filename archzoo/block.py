@@ -349,12 +349,15 @@ class Routing(NamedTuple):
         indices: (tokens, k) int64, the chosen experts.
         probabilities: (tokens, experts), the full distribution.
         raw_logits: (tokens, experts), before any normalisation; a z-loss reads these.
+        x: (tokens, dim) or None: what the router was given, again. Experts that take it from here
+            leave the router to add up both gradients of x, in one pass with its own.
     """
 
     weights: Tensor
     indices: Tensor
     probabilities: Tensor
     raw_logits: Tensor
+    x: Tensor | None = None
 
 
 class Router(nn.Module):

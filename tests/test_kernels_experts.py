@@ -97,6 +97,101 @@ def test_attention_among_experts(tokens, experts):
     compare(lambda _, projected: kernels.attend_experts(projected), projected, allowed=1e-5)
 
 
+@pytest.fixture
+def any_tokens(monkeypatch):
+    """The router's product by kernels for few tokens, too."""
+    monkeypatch.setattr(kernels, "MIN_TOKENS", 1)
+
+
+HOPPER = not GPU or torch.cuda.get_device_capability() == (9, 0)
+needs_hopper = pytest.mark.skipif(not HOPPER, reason="no other GPU was measured")
+
+
+@needs_hopper
+@pytest.mark.parametrize(
+    ("tokens", "dim", "columns"),
+    [(1, 16, 1), (70, 40, 24), (130, 33, 5), (300, 136, 96), (9, 200, 140), (2, 20, 200)],
+)
+@pytest.mark.parametrize("again", [True, False], ids=["for experts, too", "alone"])
+def test_a_router_multiplies(tokens, dim, columns, again, any_tokens):
+    """Its product with x, and x again: their gradients meet in one kernel."""
+    x, weight = torch.randn(tokens, dim, device=DEVICE), torch.randn(columns, dim, device=DEVICE)
+
+    def both(way, x, weight):
+        assert kernels._splits(x, weight) == way
+        projected, passed = kernels.project(x, weight)
+        assert torch.equal(passed, x)
+        return torch.cat([projected, 3 * passed], dim=1) if again else projected
+
+    compare(both, x, weight, allowed=1e-6)
+
+
+@needs_hopper
+@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
+def test_a_router_multiplies_as_exactly_as_float32(scale, any_tokens):
+    """Numbers of tf32's 11 bits would be off by 1e-4."""
+    x, weight = torch.randn(150, 512, device=DEVICE) + 1, torch.randn(24, 512, device=DEVICE)
+    cotangent = torch.randn(150, 24, device=DEVICE) * scale
+    errors = []
+    for function in (kernels.project, lambda x, w: (torch.nn.functional.linear(x, w), x)):
+        found = []
+        for dtype in (torch.float32, torch.float64):
+            leaves = [x.clone().to(dtype), weight.clone().to(dtype)]
+            leaves = [leaf.requires_grad_() for leaf in leaves]
+            y = (function if dtype == torch.float32 else kernels.project)(*leaves)[0]
+            y.backward(cotangent.to(dtype))
+            found.append([y.detach().double(), *(leaf.grad.double() for leaf in leaves)])
+        errors.append([relative_error(*pair) for pair in zip(*found, strict=True)])
+    for ours, exact in zip(*errors, strict=True):
+        print(ours, exact)
+        assert ours < max(3 * exact, 3e-7), errors
+
+
+@needs_hopper
+def test_a_router_multiplies_deterministically_and_keeps_nan(any_tokens):
+    x = torch.randn(700, 64, device=DEVICE)
+    weight = torch.randn(6, 64, device=DEVICE)
+    x[5, 3] = float("nan")
+    x[6, 3] = float("inf")
+    runs = []
+    for _ in range(2):
+        leaf = weight.clone().requires_grad_()
+        y, _ = kernels.project(x, leaf)
+        y[8:].sum().backward()
+        runs.append((y.detach(), leaf.grad))
+    assert torch.equal(runs[0][0].nan_to_num(), runs[1][0].nan_to_num())
+    assert torch.equal(runs[0][1].nan_to_num(), runs[1][1].nan_to_num())
+    bad = ~runs[0][0].isfinite()
+    assert bad[5:7].all() and bad.sum() == 12
+
+
+@needs_hopper
+def test_a_router_on_few_tokens_multiplies_plainly():
+    weight = torch.randn(8, 16, device=DEVICE)
+    few, many = torch.zeros(2, kernels.MIN_TOKENS, 16, device=DEVICE)
+    assert kernels._splits(many, weight)
+    assert not kernels._splits(few[:-1], weight)
+    assert not kernels._splits(many.bfloat16(), weight.bfloat16())
+    assert not kernels._splits(many, torch.randn(kernels.MAX_COLUMNS + 1, 16, device=DEVICE))
+
+
+@pytest.mark.skipif(not GPU or not HOPPER, reason="real sizes need a Hopper GPU")
+@pytest.mark.parametrize("columns", [8, 24, 32, 64, 96, 192])
+def test_a_router_multiplies_at_real_sizes(columns):
+    x, weight = torch.randn(16_384, 1024, device=DEVICE), torch.randn(columns, 1024, device=DEVICE)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    cotangents = torch.randn(16_384, columns, device=DEVICE), torch.randn_like(x)
+    y, again = kernels.project(x, weight)
+    torch.autograd.backward([y, again], list(cotangents))
+    wide, plain = weight.detach().double(), x.detach().double()
+    errors = [
+        relative_error(y.double(), plain @ wide.T),
+        relative_error(x.grad.double(), cotangents[0].double() @ wide + cotangents[1].double()),
+        relative_error(weight.grad.double(), cotangents[0].double().T @ plain),
+    ]
+    assert max(errors) < 1e-6, errors
+
+
 def test_rows_of_many_assignments():
     """More than a program takes at once."""
     indices = torch.randint(7, (5000, 1), device=DEVICE)
@@ -164,7 +259,7 @@ def test_load(kind, counts):
 
 @pytest.mark.parametrize("drop", ["none", "position"])
 @pytest.mark.parametrize("router", ["LinearRouter", "AttentionRouter"])
-def test_a_whole_mixture(drop, router, monkeypatch):
+def test_a_whole_mixture(drop, router, monkeypatch, any_tokens):
     mixture = MixtureOfExperts(16, 8, experts=5, router=router, drop=drop, capacity_factor=0.6).to(
         DEVICE
     )

@@ -280,6 +280,8 @@ class MixtureOfExperts(FeedForward):
                 self.capacity_factor,
                 context.valid.flatten() if context.packed else None,
             )
+        if routing.x is not None:
+            tokens = routing.x
         y = self.experts(
             tokens, routing.weights, routing.indices, kept=kept, matrices=matrices
         ).view_as(x)

@@ -18,7 +18,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from archzoo.block import (
     Context,
@@ -28,7 +27,7 @@ from archzoo.block import (
     at_least_float32,
     without_autocast,
 )
-from archzoo.kernels.experts import attend_experts, largest
+from archzoo.kernels.experts import attend_experts, largest, project
 
 # Added to the variance: finite gradients where all logits of a token are equal.
 VARIANCE_EPS = 1e-6
@@ -117,8 +116,10 @@ class _TopKRouter(KeepsFloat32, Router):
     def forward(self, x: Tensor, context: Context) -> Routing:
         """X (batch, time, dim) to a `Routing` of batch * time tokens, row by row."""
         with without_autocast(x.device):
-            x = x.flatten(0, 1).to(at_least_float32(x.dtype))
-            raw = self.logits(F.linear(x, self.projection.weight.to(x.dtype)))
+            given = x.dtype
+            x = x.flatten(0, 1).to(at_least_float32(given))
+            projected, again = project(x, self.projection.weight.to(x.dtype))
+            raw = self.logits(projected)
             logits = raw if self.logit_norm is None else normalise_logits(raw, self.logit_norm)
             if self.score == "softmax":
                 scores = probabilities = logits.softmax(dim=-1)
@@ -134,7 +135,7 @@ class _TopKRouter(KeepsFloat32, Router):
                 weights = scores.gather(-1, indices)
                 if self.renormalise:
                     weights = weights / weights.sum(dim=-1, keepdim=True)
-        return Routing(weights, indices, probabilities, raw)
+        return Routing(weights, indices, probabilities, raw, again if x.dtype == given else None)
 
     def after_step(self, assignments: Tensor) -> None:
         """Move the experts' bias towards even load: ``b_j += rate * sign(mean(c) - c_j)``.

@@ -24,6 +24,8 @@ _TRITON_FOUND = importlib.util.find_spec("triton") is not None
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_WIDTH = 8192  # of a row, which one program holds
 MAX_EXPERTS = 128  # of an attention router, whose scores among themselves one program holds
+MAX_COLUMNS = 3 * MAX_EXPERTS  # of a router's product
+MIN_TOKENS = 1024  # of a router's product, else it is a few launches and no work
 
 
 def fused(x: Tensor, width: int = 1) -> bool:
@@ -318,6 +320,113 @@ class _SwiGLU(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------- routers
+
+
+def project(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A router's ``x W^T``, and x again for the experts.
+
+    The gradient of x is the sum of both. The kernels write it once, and multiply on the matrix
+    unit, as exactly as float32 numbers are multiplied elsewhere: each is split in two that the unit
+    takes. Deterministic.
+
+    Args:
+        x: (tokens, dim).
+        weight: W, (columns, dim) in x's dtype.
+    """
+    if _splits(x, weight):
+        projected, again = _Project.apply(x, weight)
+        return projected, again
+    return F.linear(x, weight), x
+
+
+def _splits(x: Tensor, weight: Tensor) -> bool:
+    """By facts: float32 on a GPU that was measured, tokens enough to be worth the launches."""
+    if x.dtype != torch.float32 or weight.dtype != torch.float32 or not fused(x):
+        return False
+    if len(x) < MIN_TOKENS or not 0 < weight.shape[0] <= MAX_COLUMNS or weight.shape[1] > MAX_WIDTH:
+        return False
+    return not x.is_cuda or torch.cuda.get_device_capability(x.device) == (9, 0)
+
+
+def _padded(columns: int) -> int:
+    """So that rows of the transposed weight can be read 16 bytes at once."""
+    return -(-columns // 16) * 16
+
+
+def _column_block(columns: int) -> int:
+    """Columns of a program: all, or 128, or 64 where that pads less."""
+    if columns <= 128:
+        return max(_power_of_2(columns), 16)
+    return 64 if 0 < columns % 128 <= 64 else 128
+
+
+class _Project(torch.autograd.Function):
+    """The product in one kernel, and each of its gradients in one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        columns, dim = weight.shape
+        padded = _padded(columns)
+        high, low = weight.new_empty(2, columns, dim).unbind()
+        high_t, low_t = weight.new_empty(2, dim, padded).unbind()
+        _launch(
+            "split_kernel", (-(-padded // 32), -(-dim // 32)), weight.contiguous(),
+            high, low, high_t, low_t,
+            COLUMNS=columns, DIM=dim, PADDED=padded, BLOCK=32, num_warps=4,
+        )  # fmt: skip
+        read = x.contiguous()
+        ctx.save_for_backward(read, high_t, low_t)
+        ctx.columns = columns
+        return _multiply(read, high, low, None), x.view_as(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, grad: Tensor | None, again: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        x, high_t, low_t = ctx.saved_tensors
+        if grad is None:
+            return again, None
+        grad = grad.contiguous()
+        d_x = d_weight = None
+        if ctx.needs_input_grad[0]:
+            d_x = _multiply(grad, high_t, low_t, again)
+        if ctx.needs_input_grad[1]:
+            d_weight = _weight_gradient(x, grad)
+        return d_x, d_weight
+
+
+def _multiply(a: Tensor, high: Tensor, low: Tensor, extra: Tensor | None) -> Tensor:
+    """``a (high + low)^T + extra``."""
+    rows, inner = a.shape
+    columns, padded = high.shape
+    y = a.new_empty(rows, columns)
+    block, each = _column_block(columns), 128
+    _launch(
+        "product_kernel", (-(-columns // block), -(-rows // each)), a, high, low,
+        a if extra is None else extra.contiguous(), y, rows,
+        INNER=inner, PADDED=padded, COLUMNS=columns, ADD=extra is not None,
+        ROWS=each, BLOCK=block, STEP=32, STAGES=3, num_warps=8,
+    )  # fmt: skip
+    return y
+
+
+def _weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
+    """``grad^T x``, of pieces of the rows at once, whose sums are added in order."""
+    rows, dim = x.shape
+    columns = grad.shape[1]
+    block, width, step = _column_block(columns), 128, 32
+    tiles = (-(-dim // width), -(-columns // block))
+    pieces = max(min(128 // (tiles[0] * tiles[1]), rows // (4 * step)), 1)
+    each = -(-rows // (pieces * step)) * step
+    pieces = -(-rows // each)
+    parts = x.new_empty(pieces, columns, dim)
+    _launch(
+        "weight_gradient_kernel", (*tiles, pieces), x, grad, parts, rows, each,
+        DIM=dim, COLUMNS=columns, WIDTH=width, BLOCK=block, STEP=step, STAGES=3, num_warps=8,
+    )  # fmt: skip
+    return parts[0] if pieces == 1 else parts.sum(dim=0)
 
 
 def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """The Triton side of `archzoo.kernels.experts`: imported only once a kernel is to run.
 
-A program takes one token's row (`spread`, `collect`), a part of a row (`swiglu`), or the scores of
-some tokens (`attend`); none waits for another, and every sum has a fixed order.
+A program takes one token's row (`spread`, `collect`), a part of a row (`swiglu`), the scores of
+some tokens (`attend`), or a tile of a router's product; none waits for another, and every sum has a
+fixed order.
 """
 
 # Kernels' parameters are Triton's values, which have no Python types.
@@ -227,3 +228,99 @@ def attend_backward_kernel(
     tl.store(d_projected + at, d_q, mask=inside)
     tl.store(d_projected + at + experts, d_k, mask=inside)
     tl.store(d_projected + at + 2 * experts, d_v, mask=inside)
+
+
+# A float32 number is the sum of two that the matrix unit takes: tf32 keeps 11 of 24 bits. Of their
+# four products the smallest is below float32's own rounding and left out. The matrix unit also cuts
+# what it adds up, so its sums are kept to STEP terms, small products first, and those are added as
+# float32 numbers are.
+
+
+@triton.jit
+def _split(x):
+    """Two tf32 numbers whose sum is x to 22 bits; of nan the second is nan."""
+    bits = x.to(tl.int32, bitcast=True)
+    high = ((bits + 0x1000) & -8192).to(tl.float32, bitcast=True)  # to nearest
+    low = (x - high).to(tl.int32, bitcast=True) & -8192
+    return high, low.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _dot(a_high, a_low, b_high, b_low):
+    """(a_high + a_low) (b_high + b_low), but for a_low b_low."""
+    total = tl.dot(a_low, b_high, input_precision="tf32")
+    total = tl.dot(a_high, b_low, total, input_precision="tf32")
+    return tl.dot(a_high, b_high, total, input_precision="tf32")
+
+
+@triton.jit
+def split_kernel(
+    weight, high, low, high_t, low_t,
+    COLUMNS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """weight (columns, dim) in two; and transposed, (dim, padded), with zeros behind."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = (column < COLUMNS) & (place < DIM)
+    value = tl.load(weight + column * DIM + place, mask=inside, other=0.0)
+    first, second = _split(value)
+    tl.store(high + column * DIM + place, first, mask=inside)
+    tl.store(low + column * DIM + place, second, mask=inside)
+    at = tl.trans(place * PADDED + column)
+    inside = tl.trans((column < PADDED) & (place < DIM))
+    tl.store(high_t + at, tl.trans(first), mask=inside)
+    tl.store(low_t + at, tl.trans(second), mask=inside)
+
+
+@triton.jit
+def product_kernel(
+    a, high, low, extra, y, rows,
+    INNER: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr, ADD: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """y = a (high + low)^T + extra; a is (rows, inner), high and low are (columns, padded)."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there = (row < rows)[:, None]
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in tl.range(0, INNER, STEP, num_stages=STAGES):
+        inner = start + tl.arange(0, STEP)
+        inside = there & (inner < INNER)[None, :]
+        left = tl.load(a + row[:, None] * INNER + inner[None, :], mask=inside, other=0.0)
+        at = column[:, None] * PADDED + inner[None, :]
+        inside = (column < COLUMNS)[:, None] & (inner < PADDED)[None, :]
+        first = tl.load(high + at, mask=inside, other=0.0)
+        second = tl.load(low + at, mask=inside, other=0.0)
+        a_high, a_low = _split(left)
+        total += _dot(a_high, a_low, tl.trans(first), tl.trans(second))
+    at = row[:, None] * COLUMNS + column[None, :]
+    inside = there & (column < COLUMNS)[None, :]
+    if ADD:
+        total += tl.load(extra + at, mask=inside, other=0.0)
+    tl.store(y + at, total, mask=inside)
+
+
+@triton.jit
+def weight_gradient_kernel(
+    x, dy, parts, rows, each,
+    DIM: tl.constexpr, COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """parts[s] = dy^T x (columns, dim) over the s-th `each` rows of dy and x."""
+    place = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    part = tl.program_id(2)
+    total = tl.zeros((WIDTH, BLOCK), tl.float32)
+    end = tl.minimum(part * each + each, rows)
+    for start in tl.range(part * each, end, STEP, num_stages=STAGES):
+        row = (start + tl.arange(0, STEP)).to(tl.int64)[:, None]
+        inside = (row < rows) & (place < DIM)[None, :]
+        left = tl.load(x + row * DIM + place[None, :], mask=inside, other=0.0)
+        inside = (row < rows) & (column < COLUMNS)[None, :]
+        right = tl.load(dy + row * COLUMNS + column[None, :], mask=inside, other=0.0)
+        a_high, a_low = _split(tl.trans(left))
+        b_high, b_low = _split(right)
+        total += _dot(a_high, a_low, b_high, b_low)
+    at = (part.to(tl.int64) * COLUMNS + column[:, None]) * DIM + place[None, :]
+    inside = (column < COLUMNS)[:, None] & (place < DIM)[None, :]
+    tl.store(parts + at, tl.trans(total), mask=inside)
