@@ -143,7 +143,6 @@ def test_a_router_multiplies_as_exactly_as_float32(scale, any_tokens):
             found.append([y.detach().double(), *(leaf.grad.double() for leaf in leaves)])
         errors.append([relative_error(*pair) for pair in zip(*found, strict=True)])
     for ours, exact in zip(*errors, strict=True):
-        print(ours, exact)
         assert ours < max(3 * exact, 3e-7), errors
 
 
@@ -209,6 +208,91 @@ def test_weights_are_cast_and_their_gradients_back():
         weight.grad = None
         lower.backward(cotangent, retain_graph=True)
         assert weight.grad.dtype == torch.float32 and torch.equal(weight.grad, cotangent.float())
+
+
+@needs_hopper
+@pytest.mark.parametrize("sizes", [[3, 0, 70, 1], [0, 0, 5], [130]])
+@pytest.mark.parametrize(("width", "out"), [(16, 24), (136, 160)])
+def test_the_gradient_of_experts_weights_is_float32(sizes, width, out):
+    """Also behind the last expert, where rows may hold anything."""
+    ends = torch.tensor(sizes, device=DEVICE).cumsum(0).int()
+    rows = torch.randn(sum(sizes) + 7, width, device=DEVICE).bfloat16()
+    cotangent = torch.randn(len(rows), out, device=DEVICE).bfloat16()
+    rows[ends[-1] :] = float("nan")
+    weight = torch.randn(len(sizes), out, width, device=DEVICE, requires_grad=True)
+    rows.requires_grad_()
+    assert kernels._widens(rows, weight)
+    matrices = kernels.cast(weight, torch.bfloat16)
+    y = kernels.multiply(rows, matrices, weight, ends)
+    y.backward(cotangent.index_fill(0, torch.arange(ends[-1], len(rows), device=DEVICE), torch.nan))
+    pieces, gradients = [], []
+    starts = [0, *ends.tolist()]
+    for expert, matrix in enumerate(matrices.detach().double()):
+        part = slice(starts[expert], starts[expert + 1])
+        pieces.append(rows.detach()[part].double() @ matrix.T)
+        gradients.append(cotangent[part].double().T @ rows.detach()[part].double())
+    used = slice(0, starts[-1])
+    back = torch.cat([
+        cotangent[starts[e] : starts[e + 1]].double() @ matrix
+        for e, matrix in enumerate(matrices.detach().double())
+    ])  # fmt: skip
+    assert relative_error(y[used].double(), torch.cat(pieces)) < 1e-2
+    assert relative_error(rows.grad[used].double(), back) < 1e-2
+    assert weight.grad.dtype == torch.float32
+    assert relative_error(weight.grad.double(), torch.stack(gradients)) < 1e-6
+
+
+@needs_hopper
+def test_who_makes_the_gradient_of_experts_weights_is_chosen_by_facts():
+    weight = torch.randn(2, 8, 16, device=DEVICE, requires_grad=True)
+    rows = torch.zeros(4, 16, device=DEVICE, dtype=torch.bfloat16)
+    assert kernels._widens(rows, weight)
+    assert not kernels._widens(rows.float(), weight)
+    assert not kernels._widens(rows, weight.detach())
+    assert not kernels._widens(rows, weight.bfloat16())
+    assert not kernels._widens(rows.expand(kernels.MAX_ROWS, 4, 16).reshape(-1, 16), weight)
+    with torch.no_grad():
+        assert not kernels._widens(rows, weight)
+
+
+@needs_hopper
+def test_a_whole_mixture_in_mixed_precision(monkeypatch, any_tokens):
+    """Experts whose weights' gradients are float32 products, against plain PyTorch."""
+    mixture = MixtureOfExperts(16, 8, experts=5, router="AttentionRouter").to(DEVICE)
+    x, context = torch.randn(1, 40, 16, device=DEVICE), make_context(1, 40, device=DEVICE)[0]
+    runs, cotangent, made = [], torch.randn_like(x), []
+    original = kernels._experts_gradient
+    monkeypatch.setattr(
+        kernels, "_experts_gradient", lambda *given: made.append(1) or original(*given)
+    )
+    for by_kernels in (True, False):
+        if not by_kernels:
+            for module in (kernels, moe, balance):
+                monkeypatch.setattr(module, "fused", lambda *given: False)
+        mixture.zero_grad()
+        leaf = x.clone().requires_grad_()
+        with torch.autocast(DEVICE, torch.bfloat16):
+            y, _ = mixture(leaf, context)
+        y.backward(cotangent)
+        runs.append([y.detach(), leaf.grad, *(p.grad.clone() for p in mixture.parameters())])
+    assert len(made) == 2, "gate_up and down"
+    for got, want in zip(*runs, strict=True):
+        assert got.dtype == want.dtype and relative_error(got, want) < 2e-2
+
+
+@pytest.mark.skipif(not GPU or not HOPPER, reason="real sizes need a Hopper GPU")
+@pytest.mark.parametrize(("experts", "out", "width"), [(32, 4096, 1024), (64, 512, 1024)])
+def test_the_gradient_of_experts_weights_at_real_sizes(experts, out, width):
+    sizes = torch.rand(experts).square()
+    ends = (sizes.cumsum(0) / sizes.sum() * 32_768).int().to(DEVICE)
+    grad = torch.randn(32_768, out, device=DEVICE, dtype=torch.bfloat16)
+    rows = torch.randn(32_768, width, device=DEVICE, dtype=torch.bfloat16)
+    found, start = kernels._experts_gradient(grad, rows, ends), 0
+    for expert, end in enumerate(ends.tolist()):
+        want = grad[start:end].double().T @ rows[start:end].double()
+        assert relative_error(found[expert].double(), want) < 1e-5
+        start = end
+    assert torch.equal(found, kernels._experts_gradient(grad, rows, ends))
 
 
 @pytest.mark.parametrize(("tokens", "n", "k"), [(70, 8, 2), (3, 5, 3), (40, 64, 8), (1, 1, 1)])

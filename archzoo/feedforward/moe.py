@@ -17,7 +17,15 @@ from archzoo.block import Aux, Context, FeedForward, Router, closing
 from archzoo.feedforward.balance import Balance, within_capacity
 from archzoo.feedforward.dense import GatedFeedForward
 from archzoo.feedforward.routers import _TopKRouter
-from archzoo.kernels.experts import cast, collect_rows, fused, make_dispatch, spread_rows, swiglu
+from archzoo.kernels.experts import (
+    cast,
+    collect_rows,
+    fused,
+    make_dispatch,
+    multiply,
+    spread_rows,
+    swiglu,
+)
 from archzoo.parts import Part, build, describe
 
 RouterFactory = Callable[[int, int, int], Router]
@@ -167,11 +175,10 @@ class Experts(nn.Module):
         results = [F.linear(swiglu(F.linear(x, a)), b) for x, a, b in pieces if len(x) or none]
         return torch.cat([*results, rows.new_zeros(rest, rows.shape[1])])
 
-    @staticmethod
-    def grouped(rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
+    def grouped(self, rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
         """Rows (assignments, dim) sorted by expert, to the same; those behind are not computed."""
-        hidden = swiglu(F.grouped_mm(rows, gate_up.mT, offs=ends))
-        return F.grouped_mm(hidden, down.mT, offs=ends)
+        hidden = swiglu(multiply(rows, gate_up, self.gate_up.weight, ends))
+        return multiply(hidden, down, self.down.weight, ends)
 
     @torch.no_grad()
     def similarity(self) -> Tensor:

@@ -25,6 +25,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_WIDTH = 8192  # of a row, which one program holds
 MAX_EXPERTS = 128  # of an attention router, whose scores among themselves one program holds
 MAX_COLUMNS = 3 * MAX_EXPERTS  # of a router's product
+MAX_ROWS = 2048  # of an expert on average, for our product to make the gradient of its weights
 MIN_TOKENS = 1024  # of a router's product, else it is a few launches and no work
 
 
@@ -38,6 +39,11 @@ def fused(x: Tensor, width: int = 1) -> bool:
         return torch.version.hip is None  # never run there
     # Triton's interpreter, for tests.
     return x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _hopper(x: Tensor) -> bool:
+    """Whether x lies on the kind of GPU that our products were written for."""
+    return torch.cuda.get_device_capability(x.device) == (9, 0)
 
 
 def _power_of_2(n: int) -> int:
@@ -277,6 +283,67 @@ class _Cast(torch.autograd.Function):
         return wide
 
 
+def multiply(rows: Tensor, matrices: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Each expert's rows by its matrix: (assignments, in) to (assignments, out).
+
+    With many experts of few rows each, the gradient of their weights is more to write than to
+    compute: our product then writes float32 at once, where a bfloat16 one has to be cast.
+
+    Args:
+        rows: Sorted by expert; those behind the last expert's are not computed.
+        matrices: (experts, out, in), what `cast` made of `weight` in the rows' dtype.
+        weight: (experts, out, in), which gets the gradient.
+        ends: (experts,) int32, where each expert's rows end.
+    """
+    if _widens(rows, weight):
+        y: Tensor = _Multiply.apply(rows, matrices.detach(), weight, ends)
+        return y
+    return F.grouped_mm(rows, matrices.mT, offs=ends)
+
+
+def _widens(rows: Tensor, weight: Tensor) -> bool:
+    """By facts: bfloat16 rows, float32 weights that learn, on a GPU of the measured kind."""
+    if rows.dtype != torch.bfloat16 or weight.dtype != torch.float32 or not fused(rows):
+        return False
+    if not (weight.requires_grad and torch.is_grad_enabled()):
+        return False
+    return len(rows) <= MAX_ROWS * len(weight) and (not rows.is_cuda or _hopper(rows))
+
+
+class _Multiply(torch.autograd.Function):
+    """Grouped products, but for the gradient of the weights."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, matrices: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, matrices, ends)
+        return F.grouped_mm(rows, matrices.mT, offs=ends)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+        rows, matrices, ends = ctx.saved_tensors
+        grad = grad.contiguous()
+        d_rows = d_weight = None
+        if ctx.needs_input_grad[0]:
+            d_rows = F.grouped_mm(grad, matrices, offs=ends)
+        if ctx.needs_input_grad[2]:
+            d_weight = _experts_gradient(grad, rows.contiguous(), ends)
+        return d_rows, None, d_weight, None
+
+
+def _experts_gradient(grad: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
+    """(experts, out, in) float32."""
+    out, width = grad.shape[1], rows.shape[1]
+    d_weight = grad.new_empty((len(ends), out, width), dtype=torch.float32)
+    _launch(
+        "experts_gradient_kernel", (-(-out // 128) * -(-width // 128), len(ends)),
+        grad, rows, ends, d_weight,
+        OUT=out, IN=width, OUT_BLOCK=128, IN_BLOCK=128, STEP=64, STAGES=3,
+        UPCAST=not grad.is_cuda, num_warps=8,
+    )  # fmt: skip
+    return d_weight
+
+
 # ---------------------------------------------------------------------------- SwiGLU
 
 
@@ -345,7 +412,7 @@ def _splits(x: Tensor, weight: Tensor) -> bool:
         return False
     if len(x) < MIN_TOKENS or not 0 < weight.shape[0] <= MAX_COLUMNS or weight.shape[1] > MAX_WIDTH:
         return False
-    return not x.is_cuda or torch.cuda.get_device_capability(x.device) == (9, 0)
+    return not x.is_cuda or _hopper(x)
 
 
 def _padded(columns: int) -> int:

@@ -1,8 +1,8 @@
 """The Triton side of `archzoo.kernels.experts`: imported only once a kernel is to run.
 
 A program takes one token's row (`spread`, `collect`), a part of a row (`swiglu`), the scores of
-some tokens (`attend`), or a tile of a router's product; none waits for another, and every sum has a
-fixed order.
+some tokens (`attend`), or a tile of a product (a router's, or the gradient of experts' weights);
+none waits for another, and every sum has a fixed order.
 """
 
 # Kernels' parameters are Triton's values, which have no Python types.
@@ -45,6 +45,38 @@ def widen_kernel(x, y, size, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
     tl.store(y + place, tl.load(x + place, mask=inside).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def experts_gradient_kernel(
+    dy, x, ends, d_weight,
+    OUT: tl.constexpr, IN: tl.constexpr, OUT_BLOCK: tl.constexpr, IN_BLOCK: tl.constexpr,
+    STEP: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """d_weight[e] = dy^T x (out, in) over the rows of expert e.
+
+    The interpreter multiplies bfloat16 wrongly: UPCAST there.
+    """
+    tile = tl.program_id(0)  # those of one expert follow each other, and find its rows in cache
+    expert = tl.program_id(1)
+    wide: tl.constexpr = (IN + IN_BLOCK - 1) // IN_BLOCK
+    out = (tile // wide) * OUT_BLOCK + tl.arange(0, OUT_BLOCK)
+    place = (tile % wide) * IN_BLOCK + tl.arange(0, IN_BLOCK)
+    first = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    last = tl.load(ends + expert)
+    total = tl.zeros((OUT_BLOCK, IN_BLOCK), tl.float32)
+    for start in tl.range(first, last, STEP, num_stages=STAGES):
+        row = (start + tl.arange(0, STEP)).to(tl.int64)[:, None]
+        inside = (row < last) & (out < OUT)[None, :]
+        left = tl.load(dy + row * OUT + out[None, :], mask=inside, other=0.0)
+        inside = (row < last) & (place < IN)[None, :]
+        right = tl.load(x + row * IN + place[None, :], mask=inside, other=0.0)
+        if UPCAST:
+            left = left.to(tl.float32)
+            right = right.to(tl.float32)
+        total = tl.dot(tl.trans(left), right, total)
+    at = (expert.to(tl.int64) * OUT + out[:, None]) * IN + place[None, :]
+    tl.store(d_weight + at, total, mask=(out < OUT)[:, None] & (place < IN)[None, :])
 
 
 @triton.jit
