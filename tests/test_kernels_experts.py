@@ -3,6 +3,9 @@
 Without a GPU they run through Triton's interpreter.
 """
 
+import functools
+import math
+
 import pytest
 import torch
 from kernel_device import DEVICE, GPU, define_kernels
@@ -302,9 +305,47 @@ def test_the_largest(tokens, n, k):
     assert torch.equal(values, x.topk(k).values) and torch.equal(indices, x.topk(k).indices)
 
 
+@pytest.mark.parametrize("sigmoid", [False, True])
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("tokens", "n", "k"), [(70, 8, 2), (3, 5, 5), (40, 64, 8), (1, 1, 1)])
+def test_a_choice(tokens, n, k, biased, renormalise, sigmoid):
+    logits = min(n, 4) * torch.randn(tokens, n, device=DEVICE)
+    bias = torch.randn(n, device=DEVICE) if biased else None
+    options = {"sigmoid": sigmoid, "renormalise": renormalise}
+    chosen = []
+
+    def decide(used, _, logits):
+        weights, indices, probabilities = kernels.choose(logits, k, bias, **options)
+        chosen.append(indices)
+        found = {"weights": weights, "probabilities": probabilities}
+        return torch.cat([found[name] for name in used], dim=1)
+
+    for used in (["weights"], ["probabilities"], ["weights", "probabilities"]):
+        if renormalise and k == 1 and used == ["weights"]:
+            continue  # always 1, without a gradient
+        compare(functools.partial(decide, used), logits, allowed=1e-5)
+    assert all(torch.equal(indices, chosen[0]) for indices in chosen)
+
+
+def test_a_choice_keeps_weights_that_underflow():
+    """Of experts whose probabilities do not differ from 0."""
+    logits = torch.full((2, 6), -200.0, device=DEVICE)
+    logits[:, 4], logits[:, 2], logits[:, 1] = 0.0, -120.0, -121.0
+    bias = torch.tensor([-9.0, 0, 0, -9, -9, -9], device=DEVICE)
+    weights, indices, _ = kernels.choose(logits, 2, bias, sigmoid=False, renormalise=True)
+    assert indices.sort().values.tolist() == [[1, 2]] * 2
+    assert weights.sort().values[0].tolist() == pytest.approx(
+        [1 / (1 + math.e), 1 / (1 + 1 / math.e)]
+    )
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter refuses rows of nan alone")
 def test_the_largest_of_nan_does_not_point_outside():
-    _, indices = kernels.largest(torch.full((40, 8), float("nan"), device=DEVICE), 2)
+    x = torch.full((40, 8), float("nan"), device=DEVICE)
+    _, indices = kernels.largest(x, 2)
+    assert (indices >= 0).all() and (indices < 8).all()
+    _, indices, _ = kernels.choose(x, 2, None, sigmoid=False, renormalise=True)
     assert (indices >= 0).all() and (indices < 8).all()
 
 

@@ -27,7 +27,7 @@ from archzoo.block import (
     at_least_float32,
     without_autocast,
 )
-from archzoo.kernels.experts import attend_experts, largest, project
+from archzoo.kernels.experts import attend_experts, choose, project
 
 # Added to the variance: finite gradients where all logits of a token are equal.
 VARIANCE_EPS = 1e-6
@@ -121,20 +121,13 @@ class _TopKRouter(KeepsFloat32, Router):
             projected, again = project(x, self.projection.weight.to(x.dtype))
             raw = self.logits(projected)
             logits = raw if self.logit_norm is None else normalise_logits(raw, self.logit_norm)
-            if self.score == "softmax":
-                scores = probabilities = logits.softmax(dim=-1)
-            else:
-                scores = logits.sigmoid()
-                probabilities = scores / scores.sum(dim=-1, keepdim=True)
-            # Both scores rise with the logits, which cannot underflow to a tie.
-            order = scores + self.expert_bias.to(x.dtype) if self.bias_rate else logits
-            indices = largest(order, self.top_k)[1]
-            if self.renormalise and self.score == "softmax":
-                weights = logits.gather(-1, indices).softmax(dim=-1)
-            else:
-                weights = scores.gather(-1, indices)
-                if self.renormalise:
-                    weights = weights / weights.sum(dim=-1, keepdim=True)
+            weights, indices, probabilities = choose(
+                logits,
+                self.top_k,
+                self.expert_bias if self.bias_rate else None,
+                sigmoid=self.score == "sigmoid",
+                renormalise=self.renormalise,
+            )
         return Routing(weights, indices, probabilities, raw, again if x.dtype == given else None)
 
     def after_step(self, assignments: Tensor) -> None:

@@ -445,7 +445,7 @@ class _Project(torch.autograd.Function):
         read = x.contiguous()
         ctx.save_for_backward(read, high_t, low_t)
         ctx.columns = columns
-        return _multiply(read, high, low, None), x.view_as(x)
+        return _product(read, high, low, None, _column_block(columns)), x.view_as(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -458,23 +458,23 @@ class _Project(torch.autograd.Function):
         grad = grad.contiguous()
         d_x = d_weight = None
         if ctx.needs_input_grad[0]:
-            d_x = _multiply(grad, high_t, low_t, again)
+            d_x = _product(grad, high_t, low_t, again, 64)
         if ctx.needs_input_grad[1]:
             d_weight = _weight_gradient(x, grad)
         return d_x, d_weight
 
 
-def _multiply(a: Tensor, high: Tensor, low: Tensor, extra: Tensor | None) -> Tensor:
-    """``a (high + low)^T + extra``."""
+def _product(a: Tensor, high: Tensor, low: Tensor, extra: Tensor | None, block: int) -> Tensor:
+    """``a (high + low)^T + extra``, so many columns a program."""
     rows, inner = a.shape
     columns, padded = high.shape
     y = a.new_empty(rows, columns)
-    block, each = _column_block(columns), 128
+    each = 128
     _launch(
         "product_kernel", (-(-columns // block), -(-rows // each)), a, high, low,
         a if extra is None else extra.contiguous(), y, rows,
         INNER=inner, PADDED=padded, COLUMNS=columns, ADD=extra is not None,
-        ROWS=each, BLOCK=block, STEP=32, STAGES=3, num_warps=8,
+        ROWS=each, BLOCK=block, STEP=32, STAGES=3 if inner > 256 else 2, num_warps=8,
     )  # fmt: skip
     return y
 
@@ -509,13 +509,99 @@ def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     tokens, n = x.shape
     values = x.new_empty(tokens, k)
     indices = x.new_empty((tokens, k), dtype=torch.int64)
-    block = _power_of_2(n)
-    each = max(2048 // block, 1)
-    _launch(
-        "largest_kernel", (-(-tokens // each),), x, values, indices, tokens, n,
-        K=k, TOKENS=each, BLOCK=block, num_warps=4,
-    )  # fmt: skip
+    each, options = _row_options(n)
+    _launch("largest_kernel", (-(-tokens // each),), x, values, indices, tokens, n, K=k, **options)
     return values, indices
+
+
+def choose(
+    logits: Tensor, k: int, bias: Tensor | None, *, sigmoid: bool, renormalise: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A router's decision by its logits z (tokens, n): what `archzoo.feedforward.routers` says.
+
+    ``s = softmax(z)`` or ``sigmoid(z)``; chosen are the k largest of s + b; their weights are s, or
+    s over the sum of the chosen's s; the probabilities are s over the sum of all.
+
+    Args:
+        logits: z.
+        k: How many are chosen.
+        bias: b, (n,), for the choice alone; None: none.
+        sigmoid: Scores by a sigmoid, not by a softmax.
+        renormalise: Weights sum to 1.
+
+    Returns:
+        weights (tokens, k), indices (tokens, k) int64, probabilities (tokens, n).
+    """
+    if fused(logits) and logits.dtype == torch.float32 and logits.shape[1] <= MAX_EXPERTS:
+        weights, indices, probabilities = _Choose.apply(logits, bias, k, sigmoid, renormalise)
+        return weights, indices, probabilities
+    if sigmoid:
+        scores = logits.sigmoid()
+        probabilities = scores / scores.sum(dim=-1, keepdim=True)
+    else:
+        scores = probabilities = logits.softmax(dim=-1)
+    # Both scores rise with the logits, which cannot underflow to a tie.
+    order = logits if bias is None else scores + bias.to(scores.dtype)
+    indices = largest(order, k)[1]
+    if renormalise and not sigmoid:
+        return logits.gather(-1, indices).softmax(dim=-1), indices, probabilities
+    weights = scores.gather(-1, indices)
+    if renormalise:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return weights, indices, probabilities
+
+
+class _Choose(torch.autograd.Function):
+    """In one kernel each way, instead of a dozen that take longer to launch than to run."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, bias: Tensor | None, k: int, sigmoid: bool, renormalise: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        logits = logits.contiguous()
+        tokens, n = logits.shape
+        weights, probabilities = logits.new_empty(tokens, k), torch.empty_like(logits)
+        indices = logits.new_empty((tokens, k), dtype=torch.int64)
+        ctx.options = {"K": k, "SIGMOID": sigmoid, "RENORMALISE": renormalise}
+        each, options = _row_options(n)
+        _launch(
+            "choose_kernel", (-(-tokens // each),), logits, logits if bias is None else bias,
+            weights, indices, probabilities, tokens, n,
+            BIASED=bias is not None, **ctx.options, **options,
+        )  # fmt: skip
+        ctx.save_for_backward(logits, indices)
+        ctx.mark_non_differentiable(indices)
+        return weights, indices, probabilities
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, d_weights: Tensor | None, _: None, d_probabilities: Tensor | None
+    ) -> tuple[Tensor | None, None, None, None, None]:
+        logits, indices = ctx.saved_tensors
+        if d_weights is None and d_probabilities is None:
+            return None, None, None, None, None
+        tokens, n = logits.shape
+        d_logits = torch.empty_like(logits)
+        each, options = _row_options(n)
+        _launch(
+            "choose_backward_kernel", (-(-tokens // each),), logits, indices,
+            logits if d_weights is None else d_weights.contiguous(),
+            logits if d_probabilities is None else d_probabilities.contiguous(),
+            d_logits, tokens, n,
+            WEIGHTS=d_weights is not None, PROBABILITIES=d_probabilities is not None,
+            **ctx.options, **options,
+        )  # fmt: skip
+        return d_logits, None, None, None, None
+
+
+@functools.cache
+def _row_options(n: int) -> tuple[int, dict[str, int]]:
+    """Tokens of a program that holds rows of n numbers, and how it is compiled."""
+    block = _power_of_2(n)
+    tokens = max(2048 // block, 1)
+    return tokens, {"TOKENS": tokens, "BLOCK": block, "num_warps": 4}
 
 
 def attend_experts(projected: Tensor) -> Tensor:

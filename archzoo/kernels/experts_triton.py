@@ -184,6 +184,115 @@ def largest_kernel(
 
 
 @triton.jit
+def _gate(logits, inside, chosen, SIGMOID: tl.constexpr, RENORMALISE: tl.constexpr):
+    """Scores, probabilities, and the weight of each expert if it is chosen; 0 where not `inside`.
+
+    A softmax over the chosen alone keeps its weights where the others' underflow.
+    """
+    if SIGMOID:
+        scores = tl.where(inside, tl.sigmoid(logits), 0.0)
+        probabilities = scores / tl.sum(scores, axis=1)[:, None]
+        weights = scores
+    else:
+        kept = tl.where(inside, logits, float("-inf"))
+        scores = tl.exp(kept - tl.max(kept, axis=1)[:, None])
+        scores = scores / tl.sum(scores, axis=1)[:, None]
+        probabilities = scores
+        weights = scores
+        if RENORMALISE:
+            kept = tl.where(chosen, logits, float("-inf"))
+            weights = tl.exp(kept - tl.max(kept, axis=1)[:, None])
+    weights = tl.where(chosen, weights, 0.0)
+    if RENORMALISE:
+        weights = weights / tl.sum(weights, axis=1)[:, None]
+    return scores, probabilities, weights
+
+
+@triton.jit
+def choose_kernel(
+    logits, bias, weights, indices, probabilities, tokens, n,
+    K: tl.constexpr, SIGMOID: tl.constexpr, RENORMALISE: tl.constexpr, BIASED: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A router's decision: the K largest, their weights, and all probabilities."""
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    column = tl.arange(0, BLOCK)
+    there = (column < n)[None, :]
+    inside = (token < tokens)[:, None] & there
+    at = token[:, None] * n + column[None, :]
+    value = tl.load(logits + at, mask=inside, other=0.0)
+    order = value
+    if BIASED:  # added to the scores; without one, logits are in the same order and never tie
+        if SIGMOID:
+            order = tl.sigmoid(value)
+        else:
+            order = tl.where(there, value, float("-inf"))
+            order = tl.exp(order - tl.max(order, axis=1)[:, None])
+            order = order / tl.sum(order, axis=1)[:, None]
+        order += tl.load(bias + column, mask=column < n, other=0.0)[None, :]
+    order = tl.where(there, order, float("-inf"))
+    place = tl.full((TOKENS, BLOCK), K, tl.int32)  # among the chosen
+    for j in tl.static_range(K):
+        # Where numbers are nan nothing is largest; what is returned must still be a place.
+        found = tl.minimum(tl.argmax(order, axis=1), n - 1)
+        tl.store(indices + token * K + j, found.to(tl.int64), mask=token < tokens)
+        here = column[None, :] == found[:, None]
+        place = tl.where(here, j, place)
+        order = tl.where(here, float("-inf"), order)
+    _, share, weight = _gate(value, there, place < K, SIGMOID, RENORMALISE)
+    tl.store(probabilities + at, share, mask=inside)
+    for j in tl.static_range(K):
+        mine = tl.sum(tl.where(place == j, weight, 0.0), axis=1)
+        tl.store(weights + token * K + j, mine, mask=token < tokens)
+
+
+@triton.jit
+def choose_backward_kernel(
+    logits, indices, d_weights, d_probabilities, d_logits, tokens, n,
+    K: tl.constexpr, SIGMOID: tl.constexpr, RENORMALISE: tl.constexpr,
+    WEIGHTS: tl.constexpr, PROBABILITIES: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of y = a / sum a: da = (dy - sum dy y) / sum a; of y = softmax z: dz = y (dy - sum dy y)."""
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    column = tl.arange(0, BLOCK)
+    there = (column < n)[None, :]
+    inside = (token < tokens)[:, None] & there
+    at = token[:, None] * n + column[None, :]
+    value = tl.load(logits + at, mask=inside, other=0.0)
+    chosen = tl.zeros((TOKENS, BLOCK), tl.int32)
+    of_weights = tl.zeros((TOKENS, BLOCK), tl.float32)
+    for j in tl.static_range(K):
+        found = tl.load(indices + token * K + j, mask=token < tokens, other=0)
+        here = column[None, :] == found[:, None]
+        chosen = tl.where(here, 1, chosen)
+        if WEIGHTS:
+            gradient = tl.load(d_weights + token * K + j, mask=token < tokens, other=0.0)
+            of_weights += tl.where(here, gradient[:, None], 0.0)
+    scores, share, weight = _gate(value, there, chosen > 0, SIGMOID, RENORMALISE)
+    of_share = tl.zeros((TOKENS, BLOCK), tl.float32)
+    if PROBABILITIES:
+        of_share = tl.load(d_probabilities + at, mask=inside, other=0.0)
+    if RENORMALISE:
+        of_weights -= tl.sum(of_weights * weight, axis=1)[:, None]
+    if SIGMOID:
+        of_share -= tl.sum(of_share * share, axis=1)[:, None]
+        result = of_share / tl.sum(scores, axis=1)[:, None]
+        if RENORMALISE:
+            kept = tl.where(chosen > 0, scores, 0.0)
+            of_weights = tl.where(chosen > 0, of_weights, 0.0) / tl.sum(kept, axis=1)[:, None]
+        result = (result + of_weights) * scores * (1.0 - scores)
+    else:
+        result = tl.zeros((TOKENS, BLOCK), tl.float32)
+        if RENORMALISE:
+            result = of_weights * weight
+        else:
+            of_share += of_weights
+        result += share * (of_share - tl.sum(of_share * share, axis=1)[:, None])
+    tl.store(d_logits + at, result, mask=inside)
+
+
+@triton.jit
 def summarise_kernel(
     assignments, mean, loss, seen, slope, experts, total, room, log_experts,
     KIND: tl.constexpr, BLOCK: tl.constexpr,
@@ -290,7 +399,7 @@ def split_kernel(
     weight, high, low, high_t, low_t,
     COLUMNS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """weight (columns, dim) in two; and transposed, (dim, padded), with zeros behind."""
+    """The weight (columns, dim) in two; and transposed, (dim, padded), with zeros behind."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = (column < COLUMNS) & (place < DIM)
@@ -310,7 +419,7 @@ def product_kernel(
     INNER: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr, ADD: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y = a (high + low)^T + extra; a is (rows, inner), high and low are (columns, padded)."""
+    """Product and sum: y = a (high + low)^T + extra; a is (rows, inner), high and low are (columns, padded)."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = (row < rows)[:, None]
