@@ -117,6 +117,34 @@ def test_ranks_go_on_where_they_ended(directory, strategy):
             assert torch.allclose(end["state_dict"][name], value, rtol=0, atol=1e-5), name
 
 
+DROP = ["--model.dropout=0.3", "--model.schedule=constant", "--model.warmup_steps=1"]
+
+
+def test_ranks_drop_out_by_numbers_of_their_own(directory):
+    """And one process goes on from them: by the first one's."""
+    together("two", *DDP, *DROP, "--trainer.max_steps=2")
+    random = read_safely("runs/two/last.ckpt")["training"]["random"]
+    masks = []
+    for state in (random["cpu"], random["others"][0]["cpu"]):
+        torch.set_rng_state(state)
+        masks.append(torch.nn.functional.dropout(torch.ones(1000), 0.5) > 0)
+    assert 350 < (masks[0] != masks[1]).sum() < 650
+    assert main(["fit", "--config", "run.yaml", *DROP, "--ckpt_path", "runs/two/last.ckpt"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [DDP, FSDP2], ids=["ddp", "fsdp2"])
+def test_ranks_go_on_dropping_out_as_if_they_had_not_ended(directory, strategy):
+    together("whole", *strategy, *DROP)
+    together("half", *strategy, *DROP, "--trainer.max_steps=2")
+    together("rest", *strategy, *DROP, "--ckpt_path=runs/half/last.ckpt")
+    whole, rest = (
+        read_safely(f"runs/{name}/last.ckpt")["state_dict"] for name in ("whole", "rest")
+    )
+    for name, value in whole.items():
+        assert torch.equal(value, rest[name]), name
+
+
 @pytest.mark.slow
 def test_sharded_is_whole(directory):
     """FSDP2, block by block; three experts do not share out evenly over two ranks."""

@@ -419,7 +419,7 @@ def product_kernel(
     INNER: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr, ADD: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Product and sum: y = a (high + low)^T + extra; a is (rows, inner), high and low are (columns, padded)."""
+    """As y = a (high + low)^T + extra: a is (rows, inner), high and low (columns, padded)."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = (row < rows)[:, None]

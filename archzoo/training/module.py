@@ -630,8 +630,17 @@ class LanguageModel(lightning.LightningModule):
         checkpoint["training"] = {
             "totals": dict(self._totals),
             "carried": dict(self._carried),
-            "random": random_state(),
+            "random": self._random_states(),
         }
+
+    def _random_states(self) -> dict[str, Any]:
+        """`random_state` of the first rank, and a list of those of the others."""
+        mine = random_state()
+        if self.trainer.world_size == 1:
+            return mine
+        states: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(states, mine)
+        return states[0] | {"others": states[1:]}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse what is not this model, and take up the rest of the run's state."""
@@ -658,9 +667,16 @@ class LanguageModel(lightning.LightningModule):
 
     def on_train_start(self) -> None:
         self._totals = {name: value.to(self.device) for name, value in self._totals.items()}
-        if self._random is not None:  # last of all, so that nothing draws in between
-            set_random_state(self._random)
+        rank = self.global_rank
+        # Last of all, so that nothing draws in between.
+        if self._random is not None:
+            states = [self._random, *self._random.get("others", ())]
+            set_random_state(states[rank if rank < len(states) else 0])
+            if rank >= len(states):  # the run had fewer ranks
+                fork_random(rank)
             self._random = None
+        elif rank:
+            fork_random(rank)
         self._clock = time.perf_counter()
 
 
@@ -683,6 +699,14 @@ def set_random_state(state: dict[str, Any]) -> None:
     cuda = state.get("cuda", [])
     if torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([entry.cpu() for entry in cuda])
+
+
+def fork_random(rank: int) -> None:
+    """Let a rank draw numbers of its own: a function of the first rank's to come, and of `rank`.
+
+    All ranks come here with equal generators, having made equal weights.
+    """
+    torch.manual_seed(int(torch.randint(2**62, ())) + rank)
 
 
 def peak_memory(device: torch.device) -> int:
