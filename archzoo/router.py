@@ -31,6 +31,16 @@ COLUMNS = {
     "similarity": "similarity",
     "coefficient": "coefficient",
 }
+BY_LAYER = {  # a panel each
+    "gate": ("max1_max2", "max2_max3"),
+    "load, and how alike experts are": (
+        "max_violation",
+        "entropy",
+        "unused",
+        "drop_rate",
+        "similarity",
+    ),
+}
 OVER_TIME = ("coefficient", "drop_rate", "max1_max2", "similarity")
 
 
@@ -59,7 +69,7 @@ def examine(decoder: Decoder, batches: Iterable[dict[str, Tensor]]) -> list[Laye
 
     Args:
         decoder: With at least one mixture.
-        batches: Each with tokens (batch, time) and maybe documents and examples.
+        batches: Each with tokens (batch, time) and maybe documents, examples and positions.
 
     Raises:
         ValueError: There is no mixture of experts, or no batch.
@@ -82,6 +92,7 @@ def examine(decoder: Decoder, batches: Iterable[dict[str, Tensor]]) -> list[Laye
                 batch["tokens"],
                 documents=batch.get("documents"),
                 examples=batch.get("examples"),
+                positions=batch.get("positions"),
             )
             for layer in mixtures:
                 new = aux[f"sum/assignments/{layer}"]
@@ -160,7 +171,7 @@ def _table(layers: list[Layer]) -> Table:
         ends = (min(layer.shares), max(layer.shares), layer.even)
         cells = [f"{layer.values.get(name, math.nan):.4g}" for name in shown]
         shares = (f"{share:.1%}" for share in ends)
-        table.add_row(str(layer.number), *shares, f"{layer.shared} x 100%", *cells)
+        table.add_row(str(layer.number), *shares, f"{layer.shared} x 100%" if layer.shared else "none", *cells)
     return table
 
 
@@ -183,37 +194,44 @@ def _history(path: Path) -> dict[str, dict[int, list[tuple[int, float]]]]:
 def _draw(
     layers: list[Layer], history: dict[str, dict[int, list[tuple[int, float]]]], path: Path
 ) -> None:
-    """Shares of tokens by layer and expert, gate ratios by layer, and what changed over time."""
+    """Shares of tokens by layer and expert, how even and sharp by layer, and what changed."""
     plt = pyplot()
 
     over_time = [name for name in OVER_TIME if name in history]
-    figure, panels = plt.subplots(
-        1, 2 + len(over_time), figsize=(4.6 * (2 + len(over_time)), 3.8), squeeze=False
-    )
-    load, ratios, *times = panels[0]
+    count = len(BY_LAYER) + 1 + len(over_time)
+    rows = -(-count // 4)
+    across = -(-count // rows)
+    figure, grid = plt.subplots(rows, across, figsize=(4.6 * across, 3.8 * rows), squeeze=False)
+    load, *panels = grid.flat
+    for panel in panels[count - 1 :]:
+        panel.axis("off")
     numbers = [layer.number for layer in layers]
     # Every block has the same feed-forward, so the rows are of one length.
     shares = [layer.shares + [1.0] * layer.shared for layer in layers]
     image = load.imshow(shares, aspect="auto", vmin=0, cmap="viridis")
     load.set(
         title=f"share of tokens (even: {layers[0].even:.1%})",
-        xlabel="expert, shared ones last",
+        xlabel="expert, shared ones last" if layers[0].shared else "expert",
         ylabel="layer",
     )
     load.set_yticks(range(len(numbers)), [str(number) for number in numbers])
     load.set_xticks(range(0, len(shares[0]), -(-len(shares[0]) // 16)))
     figure.colorbar(image, ax=load)
-    for name in ("max1_max2", "max2_max3", "max_violation", "entropy"):
-        ratios.plot(
-            numbers, [s.values.get(name, math.nan) for s in layers], "o-", label=COLUMNS[name]
-        )
-    ratios.set(title="by layer", xlabel="layer")
-    ratios.set_xticks(numbers)
-    ratios.legend()
-    for panel, name in zip(times, over_time, strict=True):
-        for layer, line in history[name].items():
-            panel.plot(*zip(*line, strict=True), label=f"layer {layer}")
-        panel.set(title=COLUMNS[name], xlabel="step")
+    for panel, (title, names) in zip(panels, BY_LAYER.items(), strict=False):
+        for name in names:
+            values = [layer.values.get(name, math.nan) for layer in layers]
+            panel.plot(numbers, values, "o-", label=COLUMNS[name])
+        panel.set(title=title, xlabel="layer")
+        panel.set_xticks(numbers[:: -(-len(numbers) // 16)])
+        panel.legend(fontsize=7)
+    for panel, name in zip(panels[len(BY_LAYER) :], over_time, strict=False):
+        lines = history[name]
+        for place, (layer, line) in enumerate(lines.items()):
+            colour = plt.get_cmap("viridis")(0.9 * place / max(len(lines) - 1, 1))
+            named = len(lines) <= 8 or place in (0, len(lines) - 1)  # between them by colour
+            label = f"layer {layer}" if named else None
+            panel.plot(*zip(*line, strict=True), color=colour, label=label)
+        panel.set(title=f"{COLUMNS[name]} over time", xlabel="step")
         panel.legend(fontsize=7)
     figure.tight_layout()
     save(figure, path)

@@ -72,7 +72,8 @@ def _refuse_other_sums(mixture: MixtureOfExperts, dim: int) -> None:
     if off > 1e-5:
         raise ValueError(
             f"the weights of the chosen experts are off a sum of 1 by up to {off:.2g}, so the "
-            "first logits would not be the dense model's: set the router's renormalise to true"
+            "first logits would not be the dense model's: set the router's renormalise to true "
+            "(archzoo upcycle ... --router_args.renormalise true)"
         )
 
 
@@ -82,6 +83,7 @@ def upcycle_command(
     experts: int = 8,
     top_k: int = 2,
     router: str = "LinearRouter",
+    router_args: dict[str, Any] | None = None,
     init_args: dict[str, Any] | None = None,
     seed: int = 0,
 ) -> None:
@@ -93,6 +95,7 @@ def upcycle_command(
         experts: Copies of each feed-forward.
         top_k: Experts a token is sent to.
         router: LinearRouter or AttentionRouter.
+        router_args: Its options: --router_args.logit_norm 1.
         init_args: Further arguments of MixtureOfExperts: --init_args.balance squared_mean.
         seed: Of the routers' weights.
 
@@ -104,7 +107,8 @@ def upcycle_command(
     from archzoo.zoo import active_parameters
 
     found = load(checkpoint)
-    arguments = {"experts": experts, "top_k": top_k, "router": router} | (init_args or {})
+    spec = {"class_path": router, "init_args": router_args or {}}
+    arguments = {"experts": experts, "top_k": top_k, "router": spec} | (init_args or {})
     sparse = upcycle(found.model, seed=seed, **arguments)
     save_pretrained(output, sparse, found.tokenizer, found.task)
     print(

@@ -107,6 +107,15 @@ def test_the_command_writes_a_model_that_can_be_read(tmp_path, capsys):
     assert sparse.config["feed_forward"]["init_args"]["balance"] == "squared_mean"
     tokens = torch.randint(64, (2, 20))
     assert relative_error(sparse(tokens).logits, dense.eval()(tokens).logits) < 1e-5
+    options = ["--router", "AttentionRouter", "--router_args.logit_norm", "0.5"]
+    assert main([*arguments, "--top_k", "1", *options, "--router_args.renormalise", "true"]) == 0
+    sparse, _ = archzoo.from_pretrained(tmp_path / "sparse")
+    router = sparse.blocks[0].feed_forward.router
+    assert type(router).__name__ == "AttentionRouter"
+    assert router.logit_norm == 0.5 and router.renormalise and router.top_k == 1
+    capsys.readouterr()
+    assert main([*arguments, "--top_k", "1"]) == 1
+    assert "--router_args.renormalise true" in capsys.readouterr().err
     assert main([*arguments, "--init_args.shared_experts", "1"]) == 1
     assert "leave them out" in capsys.readouterr().err
 
