@@ -353,6 +353,15 @@ def test_mistakes_in_commands(here, capsys, arguments, expected):
         ("--model.mixer Retenton", ["model.mixer", "'Retenton'", "Retention"]),
         ("--model.mixer Attention --model.mixer.kv_head 1", ["'kv_head'", "kv_heads"]),
         ("--model.mixer Attention --model.mixer.value_factor 1", ["value_factor", "Retention has"]),
+        (
+            "--model.feed_forward MixtureOfExperts --model.feed_forward.router.logit_norm 1",
+            ["'logit_norm'", "LinearRouter and AttentionRouter have", "name the class, too"],
+        ),
+        (
+            "--model.feed_forward MixtureOfExperts --model.feed_forward.router LinearRouter "
+            "--model.feed_forward.router.top_k 3",
+            ["router has no option 'top_k'"],
+        ),
         ("--model.feed_forward GatedFeedForwrd", ["'GatedFeedForwrd'", "GatedFeedForward"]),
         ("--model.rotary RotaryEmbeding", ["'RotaryEmbeding'", "RotaryEmbedding"]),
         ("--model.pattern [Retention,Atention]", ["'Atention'", "Attention"]),

@@ -82,14 +82,17 @@ def _subclasses(base: type) -> Iterator[type]:
 
 def _no_option(key: str, name: str, classes: dict[str, type]) -> str:
     """Which class is meant cannot be read off the message, so all that fit are looked at."""
-    sizes = ("dim", "heads", "width")  # which the decoder gives
+    sizes = ["dim", "heads", "width"]  # which the decoder gives
+    if key.endswith("router"):
+        sizes += ["experts", "top_k"]  # which the mixture gives
     owners = {
         title: [n for n in inspect.signature(c).parameters if n not in sizes]
         for title, c in classes.items()
     }
     having = [title for title, names in owners.items() if name in names]
-    if having:
-        return f"the class chosen for {key} has no option {name!r}; {', '.join(having)} has"
+    if having:  # maybe none is chosen, and the default is meant
+        who = having[0] + " has" if len(having) == 1 else " and ".join(having) + " have"
+        return f"the class chosen for {key} has no option {name!r}; {who}: name the class, too"
     known = sorted({n for names in owners.values() for n in names} - {"args", "kwargs"})
     return f"{key} has no option {name!r}; nearest: {nearest(name, known)}"
 
