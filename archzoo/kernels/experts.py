@@ -402,7 +402,7 @@ def project(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     if _splits(x, weight):
         projected, again = _Project.apply(x, weight)
-        return projected, again
+        return projected, again if x.requires_grad else x
     return F.linear(x, weight), x
 
 
