@@ -999,6 +999,10 @@ def router_interface(subject: Subject) -> str:
             wide = interface.at_least_float32(dtype)
             if name != "indices" and value.dtype != wide:
                 raise Violation(f"{name} is {value.dtype} for {dtype} tokens, must be {wide}")
+        if routing.x is not None and not (
+            routing.x.dtype == dtype and torch.equal(routing.x, x.flatten(0, 1))
+        ):
+            raise Violation("x must be what the router was given, or None")
         if routing.indices.dtype != torch.int64:
             raise Violation(f"indices are {routing.indices.dtype}, must be int64")
         if not ((routing.indices >= 0) & (routing.indices < experts)).all():

@@ -170,8 +170,9 @@ def _table(layers: list[Layer]) -> Table:
     for layer in layers:
         ends = (min(layer.shares), max(layer.shares), layer.even)
         cells = [f"{layer.values.get(name, math.nan):.4g}" for name in shown]
-        shares = (f"{share:.1%}" for share in ends)
-        table.add_row(str(layer.number), *shares, f"{layer.shared} x 100%" if layer.shared else "none", *cells)
+        shares = [f"{share:.1%}" for share in ends]
+        shares.append(f"{layer.shared} x 100%" if layer.shared else "none")
+        table.add_row(str(layer.number), *shares, *cells)
     return table
 
 

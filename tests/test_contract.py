@@ -508,14 +508,19 @@ class TopTwo(Router):
 
 class RoutesInHalf(TopTwo):
     def forward(self, x, context):
-        weights, indices, probabilities, logits = super().forward(x, context)
-        return Routing(weights.to(x.dtype), indices, probabilities, logits)
+        routing = super().forward(x, context)
+        return routing._replace(weights=routing.weights.to(x.dtype))
+
+
+class HandsOutAnotherX(TopTwo):
+    def forward(self, x, context):
+        return super().forward(x, context)._replace(x=2 * x.flatten(0, 1))
 
 
 class RoutesTwiceToOne(TopTwo):
     def forward(self, x, context):
-        weights, indices, probabilities, logits = super().forward(x, context)
-        return Routing(weights, indices[:, :1].expand(-1, 2), probabilities, logits)
+        routing = super().forward(x, context)
+        return routing._replace(indices=routing.indices[:, :1].expand(-1, 2))
 
 
 @pytest.mark.parametrize(
@@ -531,6 +536,7 @@ class RoutesTwiceToOne(TopTwo):
         (RoundsWherePositionsAreFar, "casts", "65,535"),
         (RotatesTogetherOtherwise, "interface", "by `both`"),
         (BiasesByIndex, "interface", "a piece against the whole"),
+        (HandsOutAnotherX, "interface", "x must be what the router was given"),
         (RoutesInHalf, "interface", "weights is torch.bfloat16"),
         (RoutesTwiceToOne, "interface", "twice"),
     ],
