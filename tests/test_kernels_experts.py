@@ -146,7 +146,7 @@ def test_a_router_multiplies_as_exactly_as_float32(scale, any_tokens):
             found.append([y.detach().double(), *(leaf.grad.double() for leaf in leaves)])
         errors.append([relative_error(*pair) for pair in zip(*found, strict=True)])
     for ours, exact in zip(*errors, strict=True):
-        assert ours < max(3 * exact, 3e-7), errors
+        assert ours < max(3 * exact, 5e-7), errors
 
 
 @needs_hopper
