@@ -339,6 +339,13 @@ def test_a_wrapped_abacus_is_told_too():
     assert archzoo.Decoder(**net.config).embedding.embedding.coverage == 9
 
 
+def test_a_wrapper_around_plain_words_needs_nothing():
+    net = archzoo.create_model("transformer_micro", vocab_size=14, embedding="RandomisedPositions")
+    before = json.dumps(net.config)
+    bind_digits(net, TOKENIZER, 4, training=True)
+    assert json.dumps(net.config) == before
+
+
 def test_words_and_rows_start_large_unless_the_head_is_tied_to_them():
     for std, tied, want in ((1.0, False, 1.0), (0.5, False, 0.5), (None, True, 0.02)):
         net = archzoo.create_model(

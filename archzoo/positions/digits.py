@@ -233,7 +233,8 @@ def bind_digits(
     embedding: Any = decoder.embedding
     spec: dict[str, Any] = decoder.config["embedding"]  # type: ignore[index, assignment]
     while hasattr(embedding, "embedding"):  # a wrapper around another embedding
-        embedding, spec = embedding.embedding, spec["init_args"]["embedding"]
+        # Nothing is said of one that is there by default, which is a plain one.
+        embedding, spec = embedding.embedding, spec["init_args"].get("embedding", {})
     if isinstance(embedding, DigitEmbedding):
         changed = embedding.bind(
             tokenizer, longest_run, training=training, operators=operators, coupling=coupling
