@@ -112,8 +112,8 @@ class DigitEmbedding(RowEmbedding):
         kinds[list(self.digit_tokens or ())] = DIGIT
         self.kinds = kinds.to(self.kinds.device)
 
-    def kinds_of(self, tokens: Tensor) -> Tensor:
-        """DIGIT, OPERATOR or 0 for each token, int8 of their shape."""
+    def known_kinds(self) -> Tensor:
+        """DIGIT, OPERATOR or 0 for each token of the vocabulary, int8."""
         name = type(self).__name__
         if self.digit_tokens is None:
             raise ValueError(
@@ -122,7 +122,7 @@ class DigitEmbedding(RowEmbedding):
             )
         if self.operators and self.operator_tokens is None:
             raise ValueError(f"operator_tokens is not set: {name} needs those of +, = and the like")
-        return self.kinds[tokens]
+        return self.kinds
 
     # ------------------------------------------------------------------------ what a task knows
 
