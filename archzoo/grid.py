@@ -408,9 +408,12 @@ def _draw(
 ) -> None:
     plt = pyplot()
     from matplotlib.patches import Rectangle
+    from matplotlib.ticker import MaxNLocator
 
     size = np.arange(1, digits + 1)
-    coverage = coverage_of(decoder)
+    # Hinted numbers have letters between their digits, so that every run of digits is one.
+    coverage = None if exercise.hints else coverage_of(decoder)
+    part, first_part = exercise.answer_parts
     figure, panels = plt.subplots(2, 2, figsize=(11, 9.4), layout="constrained")
     (cells, line), (places, chains) = panels
 
@@ -473,15 +476,16 @@ def _draw(
         extent=(-0.5, len(indices) + 0.5, 0.5, longest + 0.5),
     )
     places.axhline(max(exercise.extent) + 0.5, color="red")
-    if coverage is not None and coverage < len(indices):
+    if coverage is not None and coverage < len(indices) and part == "digit":
         places.axvline(coverage - 0.5, color="orange")
     places.set(
-        title="digit by digit, the right ones before it given",
-        xlabel="digit of the answer, the units 0",
+        title=f"{part} by {part}, the right ones before it given",
+        xlabel=f"{part} of the answer, {first_part} 0",
         ylabel="both of this size",
     )
-    step = max(len(indices) // 8, 1)
-    ticks = range(0, len(indices) - step // 2, step)
+    steps = MaxNLocator(8, integer=True).tick_values(0, len(indices))
+    # The last place is the stop token's, and wants room for its name.
+    ticks = [int(tick) for tick in steps if 0 <= tick <= 0.93 * len(indices)]
     places.set_xticks([*ticks, len(indices)], [*map(str, ticks), "stop"])
     figure.colorbar(shown, ax=places)
 
