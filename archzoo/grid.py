@@ -30,7 +30,7 @@ from torch import Tensor
 from archzoo.block import Router
 from archzoo.decoder import Decoder
 from archzoo.figures import pyplot, save
-from archzoo.positions.digits import DigitEmbedding
+from archzoo.positions.digits import digit_embedding
 
 if TYPE_CHECKING:
     from archzoo.tasks.problems import Exercise, Problems
@@ -359,10 +359,8 @@ def _bar(total: int, done: int) -> Iterator[Callable[[int], None]]:
 
 def coverage_of(decoder: Decoder) -> int | None:
     """The longest run of digits that training can have covered; None: no embedding says it."""
-    embedding: Any = decoder.embedding
-    while hasattr(embedding, "embedding"):  # a wrapper around another embedding
-        embedding = embedding.embedding
-    return embedding.coverage if isinstance(embedding, DigitEmbedding) else None
+    embedding = digit_embedding(decoder)
+    return None if embedding is None else embedding.coverage
 
 
 def _mean(journal: Journal, sizes: list[tuple[int, int]]) -> float:

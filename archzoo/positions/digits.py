@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, Literal, Protocol
 
 import torch
@@ -200,11 +202,28 @@ class DigitEmbedding(RowEmbedding):
         )
         return False
 
+    def watch_text(self, rows: Sequence[Sequence[int]]) -> None:
+        """Check the coverage of texts, lists of tokens on the host, unless it was warned of."""
+        digits = frozenset(self.digit_tokens or ())
+        runs = [
+            len(list(run)) for row in rows for is_, run in groupby(row, digits.__contains__) if is_
+        ]
+        if not self._warned:
+            self._warned = not self.check_coverage(max(runs, default=0))
+
     def watch(self, runs: Tensor) -> None:
         """Check the coverage once, in evaluation, where looking at the numbers costs nothing."""
         at_hand = runs.device.type == "cpu" and not torch.compiler.is_compiling()
         if not self.training and not self._warned and at_hand:
             self._warned = not self.check_coverage(int(runs.max()))
+
+
+def digit_embedding(decoder: nn.Module) -> DigitEmbedding | None:
+    """The embedding of a decoder that counts digits, inside of a wrapper or alone; None: none."""
+    embedding: Any = decoder.embedding
+    while hasattr(embedding, "embedding"):
+        embedding = embedding.embedding
+    return embedding if isinstance(embedding, DigitEmbedding) else None
 
 
 def bind_digits(

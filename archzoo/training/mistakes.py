@@ -89,7 +89,9 @@ def _no_option(key: str, name: str, classes: dict[str, type]) -> str:
     }
     having = [title for title, names in owners.items() if name in names]
     if having:
-        return f"the class chosen for {key} has no option {name!r}; {', '.join(having)} has"
+        # The command line knows nothing of a preset's own classes.
+        more = ": name it, even where the preset has it" if key.startswith("model.") else ""
+        return f"the class chosen for {key} has no option {name!r}; {', '.join(having)} has{more}"
     known = sorted({n for names in owners.values() for n in names} - {"args", "kwargs"})
     return f"{key} has no option {name!r}; nearest: {nearest(name, known)}"
 
