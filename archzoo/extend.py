@@ -202,6 +202,8 @@ def extend_command(
     tail = trained // 2 if tail is None else tail
     if windows < 1:
         raise ValueError(f"windows={windows} must be at least 1")
+    if lengths[0] < 1:
+        raise ValueError(f"lengths={lengths} must be at least 1 token each")
     if not 1 <= tail <= lengths[0]:
         raise ValueError(f"tail={tail} must lie in 1 .. {lengths[0]}, the shortest length")
     tokens, labels = windows_of(found, lengths[-1], windows)
@@ -258,6 +260,7 @@ def table(readings: list[Reading]) -> Table:
 def draw(readings: list[Reading], trained: int, tail: int, path: Path) -> None:
     """Perplexity against length, of the window and of its tail."""
     plt = pyplot()
+    from matplotlib.ticker import MaxNLocator
 
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for panel, field, title in (
@@ -276,10 +279,13 @@ def draw(readings: list[Reading], trained: int, tail: int, path: Path) -> None:
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("perplexity")
     values = [value for r in readings for value in (r.window, r.tail)]
-    ticks = [2**k for k in range(24) if min(values) / 2 <= 2**k <= max(values) * 2]
-    panels[0].set_yticks(ticks, [str(tick) for tick in ticks])
+    low, high = min(values) / 1.2, max(values) * 1.2
+    ticks: list[float] = [2.0**k for k in range(24) if low <= 2**k <= high]
+    if len(ticks) < 4:
+        ticks = [tick for tick in MaxNLocator(8).tick_values(low, high) if low <= tick <= high]
+    panels[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     panels[0].set_yticks([], minor=True)
-    panels[0].set_ylim(min(values) / 1.2, max(values) * 1.2)
+    panels[0].set_ylim(low, high)
     panels[1].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from archzoo.block import FORMS, State, nbytes
 from archzoo.decoder import Decoder
+from archzoo.positions.digits import digit_embedding
 
 if TYPE_CHECKING:
     from archzoo.tasks.tokenizers import Tokenizer
@@ -210,6 +211,8 @@ def generate(
     rows = encode(prompts, tokenizer, model.vocab_size)
     if stop_token is None and tokenizer is not None:
         stop_token = tokenizer.stop_token
+    if (counting := digit_embedding(model)) is not None:
+        counting.watch_text(rows)  # here, where no device needs to be asked
     sampler = Sampler(len(rows), temperature, top_k, top_p, seed)
     writers = [_Writer(row, prompt, tokenizer, on_token) for row, prompt in enumerate(rows)]
 

@@ -27,9 +27,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
+from archzoo.block import Router
 from archzoo.decoder import Decoder
 from archzoo.figures import pyplot, save
-from archzoo.positions.digits import DigitEmbedding
+from archzoo.positions.digits import digit_embedding
 
 if TYPE_CHECKING:
     from archzoo.tasks.problems import Exercise, Problems
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 COLUMNS = ("kind", "first", "second", "part", "problems", "right", "run")
 AT_ONCE = {"cpu": 2**14, "cuda": 2**17}  # tokens in a pass
 NOWHERE = -2  # the place of what is no digit of an answer, and not the stop token
-AHEAD = 4  # passes whose problems are made while the device works
+AHEAD = 8  # passes whose problems are made while the device works, each by a thread
 
 
 class Key(NamedTuple):
@@ -83,6 +84,9 @@ class Examiner:
         self.decoder, self.exercise, self.tokens = decoder.eval(), exercise, tokens
         self.device = decoder.head.weight.device
         self.precision = precision
+        # A line's padding comes last, where no token sees it; only routers, which count tokens,
+        # must know of it. All others are spared a mask, and a bias for each row.
+        self.marks_padding = any(isinstance(part, Router) for part in decoder.modules())
 
     def write(self, problems: Problems) -> dict[str, Tensor]:
         """A batch in the model's tokens, and `places`: the digit of the answer that a label is."""
@@ -92,14 +96,15 @@ class Examiner:
         positions = lines.positions[:, 1:]
         places = np.where(asked & (positions > 1), positions - 2, NOWHERE)
         places[np.arange(asked.shape[1]) == lines.lengths[:, None] - 2] = -1
-        padding = np.arange(asked.shape[1]) >= lines.lengths[:, None]
         batch = {
             "tokens": tokens[:, :-1],
             "labels": tokens[:, 1:],
             "asked": asked,
             "places": places,
-            "documents": -padding.astype(np.int64),
         }
+        if self.marks_padding:
+            padding = np.arange(asked.shape[1]) >= lines.lengths[:, None]
+            batch["documents"] = -padding.astype(np.int64)
         if self.exercise.coupling is not None:
             batch["positions"] = lines.positions[:, :-1]
         return {
@@ -113,7 +118,9 @@ class Examiner:
         given = {name: batch[name].to(self.device, non_blocking=True) for name in names}
         with self._casting():
             x, _, _ = self.decoder.hidden(
-                given["tokens"], documents=given["documents"], positions=given.get("positions")
+                given["tokens"],
+                documents=given.get("documents"),
+                positions=given.get("positions"),
             )
             predicted = self.decoder.head(x).argmax(-1)
         return predicted == given["labels"]
@@ -352,10 +359,8 @@ def _bar(total: int, done: int) -> Iterator[Callable[[int], None]]:
 
 def coverage_of(decoder: Decoder) -> int | None:
     """The longest run of digits that training can have covered; None: no embedding says it."""
-    embedding: Any = decoder.embedding
-    while hasattr(embedding, "embedding"):  # a wrapper around another embedding
-        embedding = embedding.embedding
-    return embedding.coverage if isinstance(embedding, DigitEmbedding) else None
+    embedding = digit_embedding(decoder)
+    return None if embedding is None else embedding.coverage
 
 
 def _mean(journal: Journal, sizes: list[tuple[int, int]]) -> float:
@@ -401,9 +406,12 @@ def _draw(
 ) -> None:
     plt = pyplot()
     from matplotlib.patches import Rectangle
+    from matplotlib.ticker import MaxNLocator
 
     size = np.arange(1, digits + 1)
-    coverage = coverage_of(decoder)
+    # Hinted numbers have letters between their digits, so that every run of digits is one.
+    coverage = None if exercise.hints else coverage_of(decoder)
+    part, first_part = exercise.answer_parts
     figure, panels = plt.subplots(2, 2, figsize=(11, 9.4), layout="constrained")
     (cells, line), (places, chains) = panels
 
@@ -466,13 +474,16 @@ def _draw(
         extent=(-0.5, len(indices) + 0.5, 0.5, longest + 0.5),
     )
     places.axhline(max(exercise.extent) + 0.5, color="red")
+    if coverage is not None and coverage < len(indices) and part == "digit":
+        places.axvline(coverage - 0.5, color="orange")
     places.set(
-        title="digit by digit, the right ones before it given",
-        xlabel="digit of the answer, the units 0",
+        title=f"{part} by {part}, the right ones before it given",
+        xlabel=f"{part} of the answer, {first_part} 0",
         ylabel="both of this size",
     )
-    step = max(len(indices) // 8, 1)
-    ticks = range(0, len(indices) - step // 2, step)
+    steps = MaxNLocator(8, integer=True).tick_values(0, len(indices))
+    # The last place is the stop token's, and wants room for its name.
+    ticks = [int(tick) for tick in steps if 0 <= tick <= 0.93 * len(indices)]
     places.set_xticks([*ticks, len(indices)], [*map(str, ticks), "stop"])
     figure.colorbar(shown, ax=places)
 

@@ -6,12 +6,16 @@
 Each run is a directory of `archzoo fit` on a task with operands of so many digits. Problems are
 held out, both operands have n digits, and an answer counts where every token of it is the most
 likely one (teacher-forced, which for greedy decoding is the same). A row a run goes into results/,
-and the figure beside it: the grey span is what was trained, a dotted line how far positions reach.
+and the figure beside it: a line an arm, with the spread of its seeds; the grey span is what was
+trained, a dotted line how far positions reach.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import re
+import statistics
 import time
 import warnings
 from pathlib import Path
@@ -24,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from archzoo.checkpoint import Pretrained, load
+from archzoo.figures import pyplot, save
 from archzoo.grid import AT_ONCE, Examiner, Key, coverage_of, examine
 from archzoo.tasks.stream import build
 
@@ -102,29 +107,81 @@ def show(rows: list[dict[str, Any]], lengths: list[int]) -> None:
     table = Table(box=None, header_style="bold", title="exact match, %", title_justify="left")
     for heading in ("run", "inside", "beyond", *map(str, shown)):
         table.add_column(heading, justify="left" if heading == "run" else "right")
-    for row in rows:
-        values = [row["inside"], row["beyond"], *(row[f"digits_{n}"] for n in shown)]
-        table.add_row(
-            row["run"], *(f"{100 * value:.0f}" if value != "" else "" for value in values)
-        )
+    columns = ["inside", "beyond", *(f"digits_{n}" for n in shown)]
+    for name, runs in arms_of(rows).items():
+        found = [(row["run"], [row[column] for column in columns]) for row in runs]
+        if len(runs) > 1:
+            entries = zip(*(values for _, values in found), strict=True)
+            means = ["" if "" in entry else statistics.fmean(entry) for entry in entries]
+            found.append((f"{name}, mean", means))
+        for title, values in found:
+            table.add_row(title, *("" if v == "" else f"{100 * v:.0f}" for v in values))
     Console(width=200).print(table)
 
 
+def arms_of(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Runs that differ in their seed alone, by the name of their arm.
+
+    Run names end in the seed, as benchmarks/claims.py gives them. Runs that reach less far come
+    first, else the order stays.
+    """
+    arms: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["coverage"] or 0):
+        arm = re.sub(r"_\d+$", "", row["run"])
+        arms.setdefault((arm, row["coverage"], row["parameters"]), []).append(row)
+    names = [arm for arm, *_ in arms]
+    # Where a number at the end was none of a seed, the whole name stays.
+    return {
+        key[0] if names.count(key[0]) == 1 and len(runs) > 1 else runs[0]["run"]: runs
+        for key, runs in arms.items()
+    }
+
+
+def reach(row: dict[str, Any], lengths: list[int]) -> int:
+    """The longest sums of which a run gets one in ten right; 0: none."""
+    return max((n for n in lengths if row[f"digits_{n}"] >= 0.1), default=0)
+
+
 def draw(rows: list[dict[str, Any]], lengths: list[int], path: Path) -> None:
-    """A line a run; what was trained is grey, and how far positions reach is dotted."""
-    import matplotlib
+    """A line an arm, from the least to the largest of its seeds; what was trained is grey.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panel = plt.subplots(figsize=(9, 4.5))
+    How far positions reach is dotted, and where that differs from arm to arm a second panel holds
+    it against how far sums are right.
+    """
+    plt = pyplot()
+    arms = arms_of(rows)
+    bounds = {name: runs[0]["coverage"] for name, runs in arms.items()}
+    law = len(set(bounds.values()) - {""}) > 2
+    figure, panels = plt.subplots(
+        1, 2, figsize=(14, 4.8), width_ratios=(2, 1), layout="constrained"
+    ) if law else plt.subplots(figsize=(9, 4.8), layout="constrained")  # fmt: skip
+    panel = panels[0] if law else panels
     panel.axvspan(0.5, rows[0]["trained_digits"] + 0.5, color="0.92")
-    for row in rows:
-        values = [row[f"digits_{n}"] for n in lengths]
-        (line,) = panel.plot(lengths, values, label=row["run"], marker=".", linewidth=1.2)
-        if row["coverage"] and row["coverage"] - 1 < lengths[-1]:
-            # An answer may have one digit more than the operands.
-            panel.axvline(row["coverage"] - 0.5, color=line.get_color(), linestyle=":")
+    # Arms that reach further and further are shades, others are told apart by colour and dashes.
+    shades = plt.get_cmap("plasma")(np.linspace(0, 0.88, len(arms)))
+    dotted: set[float] = set()
+    for number, (name, runs) in enumerate(arms.items()):
+        values = np.array([[row[f"digits_{n}"] for n in lengths] for row in runs])
+        color = shades[number] if law else f"C{number % 10}"
+        style = "-" if law or number < 10 else "--"
+        seeds = f", {len(runs)} seeds" if len(runs) > 1 else ""
+        panel.plot(
+            lengths, values.mean(axis=0), style, color=color, marker=".", linewidth=1.2,
+            label=name + seeds,
+        )  # fmt: skip
+        if len(runs) > 1:
+            panel.fill_between(
+                lengths, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15
+            )
+        # An answer may have one digit more than the operands.
+        bound = bounds[name] - 1 if bounds[name] else math.inf
+        if bound < lengths[-1]:
+            shared = bound in dotted  # of several arms at one place, none has its colour
+            panel.axvline(bound + 0.5, color="0.4" if shared else color, linestyle=":")
+            dotted.add(bound)
+        if law and bounds[name]:
+            reached = [reach(row, lengths) for row in runs]
+            panels[1].plot([bound] * len(runs), reached, "o", color=color)
     panel.set(
         xlabel="digits of both operands (grey: trained; dotted: as far as positions reach)",
         ylabel="exact match",
@@ -133,9 +190,19 @@ def draw(rows: list[dict[str, Any]], lengths: list[int], path: Path) -> None:
     )
     panel.xaxis.get_major_locator().set_params(integer=True)
     panel.legend(fontsize=7, loc="upper right")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    if law:
+        ends = (0, max(bound - 1 for bound in bounds.values() if bound) + 1)
+        panels[1].plot(ends, ends, "k:", label="the law: no run above this line")
+        panels[1].axhspan(0, rows[0]["trained_digits"], color="0.92")
+        panels[1].set(
+            xlabel="digits as far as positions reach",
+            ylabel="longest sums of which one in ten is right",
+            xlim=ends,
+            ylim=ends,
+            aspect="equal",
+        )
+        panels[1].legend(fontsize=7, loc="upper left")
+    save(figure, path)
     print(f"drew {path}")
 
 

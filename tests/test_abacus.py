@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import archzoo
 from archzoo.block import init_place, make_context
 from archzoo.checkpoint import from_pretrained, save_pretrained
+from archzoo.generation import generate
 from archzoo.positions.abacus import AbacusEmbedding
 from archzoo.positions.digits import bind_digits
 from archzoo.positions.draws import SHIFTS, integers, random_bits, uniform
@@ -272,6 +273,18 @@ def test_a_run_too_long_for_the_table_reads_its_last_row_and_warns_once():
         rows(part, tokens)
 
 
+def test_generation_warns_by_the_length_of_its_prompts(monkeypatch):
+    """Whatever device the model is on: its numbers are not asked for."""
+    net = model(max_shift=2, longest_run=3, digit_tokens=list(range(10)))
+    monkeypatch.setattr(AbacusEmbedding, "watch", lambda self, runs: None)
+    texts = ["1+2=", "12345+12345="]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(net, texts, max_tokens=1, tokenizer=TOKENIZER)
+    with pytest.warns(UserWarning, match="6 digits lies beyond the 5"):
+        generate(net, [*texts, "123456+1="], max_tokens=1, tokenizer=TOKENIZER)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -337,6 +350,13 @@ def test_a_wrapped_abacus_is_told_too():
     assert net.embedding.embedding.digit_tokens == tuple(range(10))
     assert net.config["embedding"]["init_args"]["embedding"]["init_args"]["longest_run"] == 4
     assert archzoo.Decoder(**net.config).embedding.embedding.coverage == 9
+
+
+def test_a_wrapper_around_plain_words_needs_nothing():
+    net = archzoo.create_model("transformer_micro", vocab_size=14, embedding="RandomisedPositions")
+    before = json.dumps(net.config)
+    bind_digits(net, TOKENIZER, 4, training=True)
+    assert json.dumps(net.config) == before
 
 
 def test_words_and_rows_start_large_unless_the_head_is_tied_to_them():

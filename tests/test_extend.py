@@ -115,6 +115,7 @@ def test_the_command_writes_a_table_and_a_figure(checkpoint, capsys):
         (["--rotary.faktor", "4"], "nearest: --rotary.factor"),
         (["--tail", "17"], "tail=17 must lie in 1 .. 16"),
         (["--lengths", "[1000]"], "shorter than one window of 1000 tokens"),
+        (["--lengths", "[0,16]"], "lengths=[0, 16] must be at least 1 token each"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(checkpoint, capsys, arguments, words):

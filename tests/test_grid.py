@@ -15,7 +15,9 @@ from archzoo.checkpoint import save_pretrained
 from archzoo.cli import main
 from archzoo.generation import generate
 from archzoo.grid import Examiner, Journal, Key, examine, grid_command
+from archzoo.positions.digits import bind_digits
 from archzoo.tasks import Addition, Mixed, Multiplication, Sorting, Subtraction, digits
+from archzoo.tasks.problems import together
 
 
 class Errs(nn.Module):
@@ -31,8 +33,9 @@ class Errs(nn.Module):
         self.head.weight.data = torch.eye(task.vocab_size)
 
     def hidden(self, tokens, documents=None, positions=None):
+        assert documents is None  # it has no router
         following = torch.roll(tokens, -1, dims=1)
-        padding = torch.roll(documents, -1, dims=1) < 0
+        padding = following == self.task.tokenizer.pad_token
         padding[:, -1] = True
         following[padding] = self.task.stop_token
         following = (following + self.errs(tokens)) % self.task.vocab_size
@@ -144,6 +147,36 @@ def test_a_pass_says_what_greedy_generation_does():
         assert found[key] == (len(lines), sum(right))
         total += sum(right)
     assert total > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("transformer_micro", {"bias": "FIRE"}),
+        ("retnet_micro", {}),
+        ("yuan_micro", {}),
+        ("abacus_micro", {}),
+        ("transformer_micro", {"embedding": "RandomisedPositions"}),
+    ],
+    ids=lambda entry: entry if isinstance(entry, str) else "-".join(entry),
+)
+def test_a_pass_gives_what_lines_give_alone(name, arguments):
+    """Padding is marked where there are routers and left out where not; it changes nothing."""
+    task = Addition(digits=3)
+    torch.manual_seed(0)
+    net = archzoo.create_model(name, vocab_size=task.vocab_size, init_std=0.3, **arguments)
+    bind_digits(net, task.tokenizer, task.longest_run, training=True)
+    net = net.double().eval()
+    examiner = Examiner(net, task, np.arange(task.vocab_size))
+    problems = together([task.cell(i, j, 5) for i, j in ((1, 2), (3, 3), (2, 6))])
+    batch = examiner.write(problems)
+    assert ("documents" in batch) == name.startswith("yuan")
+    right = examiner.answer(batch)
+    for row, length in enumerate(task.lines(problems).lengths.tolist()):
+        tokens, labels = (batch[key][row, : length - 1] for key in ("tokens", "labels"))
+        with torch.no_grad():
+            alone = net(tokens[None]).logits[0].argmax(-1) == labels
+        assert torch.equal(right[row, : length - 1], alone)
 
 
 # ---------------------------------------------------------------------------- the table

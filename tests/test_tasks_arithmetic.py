@@ -500,7 +500,8 @@ def test_what_cannot_be_mixed_is_said(arguments, message):
 
 def test_what_cannot_be_made_is_said():
     with pytest.raises(ValueError, match="none of the few problems is held out"):
-        BitwiseOr().rows("test")
+        BitwiseOr(held_out=20).prepare()
+    BitwiseOr().prepare()
     with pytest.raises(ValueError, match="keys for 51 numbers, not for 52"):
         Sorting(numbers=52)
     with pytest.raises(ValueError, match="numbers 0 is not positive"):

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from archzoo.block import Context, State
+from archzoo.kernels import digits as kernels
 from archzoo.positions.digits import DIGIT, DigitEmbedding, count_digits
-from archzoo.positions.draws import SHIFTS, examples_of, integers, random_bits
+from archzoo.positions.draws import SHIFTS, examples_of, integers, key_of, random_bits
 
 
 class AbacusEmbedding(DigitEmbedding):
@@ -134,7 +135,22 @@ class AbacusEmbedding(DigitEmbedding):
 
     def positions(self, tokens: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
         """The row of each token, (batch, time) int64, and the state after them."""
-        kinds = self.kinds_of(tokens)
+        kinds = self.known_kinds()
+        shifted = self.training and self.max_shift > 0
+        examples = examples_of(context, "max_shift=0") if shifted else None
+        if state is None and kernels.available(tokens):  # in training: one launch instead of forty
+            rows = kernels.shifted_rows(
+                tokens,
+                kinds,
+                context,
+                coupled=self.coupled,
+                last=self.rows - 1,
+                key=key_of(self.seed, SHIFTS),
+                bound=self.max_shift + 1,
+                examples=examples,
+            )
+            return rows, None
+        kinds = kinds[tokens]
         rows = count_digits(kinds == DIGIT, context, None if state is None else state["run"])
         if state is not None:
             state = {"run": rows[:, -1].clone()}  # a view would keep all counts alive
@@ -143,8 +159,8 @@ class AbacusEmbedding(DigitEmbedding):
             rows = rows + (kinds > 0)
         if context.packed:
             rows = rows * context.valid
-        if self.training and self.max_shift:
-            bits = random_bits(self.seed, SHIFTS, examples_of(context, "max_shift=0"))
+        if examples is not None:
+            bits = random_bits(self.seed, SHIFTS, examples)
             rows = torch.where(rows > 0, rows + integers(bits, self.max_shift + 1), rows)
         return rows.clamp(max=self.rows - 1), state
 

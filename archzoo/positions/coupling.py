@@ -177,7 +177,7 @@ class PositionCoupling(DigitEmbedding):
 
     def prompt_positions(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """`coupled_positions` of prompts."""
-        self.kinds_of(tokens)  # refuses what is not set
+        self.known_kinds()  # refuses what is not set
         if self.prompt is None:
             raise ValueError(
                 "prompt is not set: say whether numbers are written reversed or plain, or train "

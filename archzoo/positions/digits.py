@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, Literal, Protocol
 
 import torch
@@ -112,8 +114,8 @@ class DigitEmbedding(RowEmbedding):
         kinds[list(self.digit_tokens or ())] = DIGIT
         self.kinds = kinds.to(self.kinds.device)
 
-    def kinds_of(self, tokens: Tensor) -> Tensor:
-        """DIGIT, OPERATOR or 0 for each token, int8 of their shape."""
+    def known_kinds(self) -> Tensor:
+        """DIGIT, OPERATOR or 0 for each token of the vocabulary, int8."""
         name = type(self).__name__
         if self.digit_tokens is None:
             raise ValueError(
@@ -122,7 +124,7 @@ class DigitEmbedding(RowEmbedding):
             )
         if self.operators and self.operator_tokens is None:
             raise ValueError(f"operator_tokens is not set: {name} needs those of +, = and the like")
-        return self.kinds[tokens]
+        return self.kinds
 
     # ------------------------------------------------------------------------ what a task knows
 
@@ -200,11 +202,28 @@ class DigitEmbedding(RowEmbedding):
         )
         return False
 
+    def watch_text(self, rows: Sequence[Sequence[int]]) -> None:
+        """Check the coverage of texts, lists of tokens on the host, unless it was warned of."""
+        digits = frozenset(self.digit_tokens or ())
+        runs = [
+            len(list(run)) for row in rows for is_, run in groupby(row, digits.__contains__) if is_
+        ]
+        if not self._warned:
+            self._warned = not self.check_coverage(max(runs, default=0))
+
     def watch(self, runs: Tensor) -> None:
         """Check the coverage once, in evaluation, where looking at the numbers costs nothing."""
         at_hand = runs.device.type == "cpu" and not torch.compiler.is_compiling()
         if not self.training and not self._warned and at_hand:
             self._warned = not self.check_coverage(int(runs.max()))
+
+
+def digit_embedding(decoder: nn.Module) -> DigitEmbedding | None:
+    """The embedding of a decoder that counts digits, inside of a wrapper or alone; None: none."""
+    embedding: Any = decoder.embedding
+    while hasattr(embedding, "embedding"):
+        embedding = embedding.embedding
+    return embedding if isinstance(embedding, DigitEmbedding) else None
 
 
 def bind_digits(
@@ -233,7 +252,8 @@ def bind_digits(
     embedding: Any = decoder.embedding
     spec: dict[str, Any] = decoder.config["embedding"]  # type: ignore[index, assignment]
     while hasattr(embedding, "embedding"):  # a wrapper around another embedding
-        embedding, spec = embedding.embedding, spec["init_args"]["embedding"]
+        # Nothing is said of one that is there by default, which is a plain one.
+        embedding, spec = embedding.embedding, spec["init_args"].get("embedding", {})
     if isinstance(embedding, DigitEmbedding):
         changed = embedding.bind(
             tokenizer, longest_run, training=training, operators=operators, coupling=coupling

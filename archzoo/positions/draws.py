@@ -43,6 +43,12 @@ def _mix_integer(bits: int) -> int:
     return bits ^ (bits >> 31)
 
 
+def key_of(seed: int, stream: int) -> int:
+    """What stands for (seed, stream) in `random_bits`: an int64."""
+    key = _mix_integer((seed * 2 + 1) * _GOLDEN & _MASK)
+    return _signed(_mix_integer((key + stream) & _MASK))
+
+
 def random_bits(seed: int, stream: int, numbers: Tensor, draws: int | Tensor = 0) -> Tensor:
     """Draw k of the generator that belongs to (seed, stream, number): SplitMix64 by counter.
 
@@ -57,9 +63,7 @@ def random_bits(seed: int, stream: int, numbers: Tensor, draws: int | Tensor = 0
     Returns:
         int64 of the numbers' shape, 64 random bits each.
     """
-    key = _mix_integer((seed * 2 + 1) * _GOLDEN & _MASK)
-    key = _mix_integer((key + stream) & _MASK)
-    origins = _mix(numbers * _signed(_GOLDEN) + _signed(key))
+    origins = _mix(numbers * _signed(_GOLDEN) + key_of(seed, stream))
     if isinstance(draws, int):
         return _mix(origins + _signed((draws + 1) * _GOLDEN))
     return _mix(origins + (draws + 1) * _signed(_GOLDEN))

@@ -51,7 +51,7 @@ class RowEmbedding(Embedding):
         words = self.weight
         if tokens.numel() > len(words) * self.rows:
             pairs = self.norm(words[:, None] + self.table.weight).flatten(0, 1)
-            return F.embedding(tokens * self.rows + rows, pairs)
+            return F.embedding(torch.add(rows, tokens, alpha=self.rows), pairs)
         normed: Tensor = self.norm(
             F.embedding(tokens, words) + F.embedding(rows, self.table.weight)
         )

@@ -378,15 +378,23 @@ class BitwiseOr(TwoNumbers):
         token       1    0    |    0    0    0    =    1    0    0 stop
         label       .    .    .    .    .    .    1    0    0 stop    .
 
-    There are few such problems, min(i, j) of lengths i and j (twice as many where i = j), so a
-    smaller `held_out`, such as 4, gives more to test on. A one in the first place is never held
-    out: every pair of lengths has something to train on.
+    There are few such problems, min(i, j) of lengths i and j (twice as many where i = j), so one
+    in 4 is held out, where it is one in 20 elsewhere. A one in the first place is never held out:
+    every pair of lengths has something to train on.
 
     Source: McLeish et al., arXiv 2405.17399.
+
+    Args:
+        digits: places of the longer vector.
+        held_out: as for the other operations, and so are all others.
+        **arguments: the same.
     """
 
     operators = "|="
     vectors = True
+
+    def __init__(self, digits: int = 3, *, held_out: int = 4, **arguments: Any) -> None:
+        super().__init__(digits, held_out=held_out, **arguments)
 
     def draws(self, extent: tuple[int, int]) -> int:
         return 1 + self.hints

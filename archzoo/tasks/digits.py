@@ -90,8 +90,23 @@ def below(bits: Bits, bounds: int | Integers) -> NDArray[np.uint32]:
     Half of the bits times the bound, shifted: uniform to bound / 2^32. The first halves make the
     first `draws` rows; bounds is one for all, or (2 * draws, 1) or (2 * draws, examples).
     """
-    halves = np.concatenate([bits >> np.uint64(32), bits & np.uint64(0xFFFFFFFF)])
-    return ((halves * np.asarray(bounds, np.uint64)) >> np.uint64(32)).astype(np.uint32)
+    draws = len(bits)
+    result = np.empty((2 * draws, bits.shape[1]), np.uint32)
+    bounds = np.broadcast_to(np.asarray(bounds, np.uint64), result.shape)
+    for rows, half in ((slice(draws), high(bits)), (slice(draws, None), low(bits))):
+        half *= bounds[rows]
+        result[rows] = high(half)
+    return result
+
+
+def high(bits: Bits) -> Bits:
+    """The first half of 64 bits."""
+    return bits >> np.uint64(32)
+
+
+def low(bits: Bits) -> Bits:
+    """The other half."""
+    return bits & np.uint64(0xFFFFFFFF)
 
 
 def from_bits(bits: Bits, lengths: Integers) -> Digits:
@@ -104,12 +119,17 @@ def from_bits(bits: Bits, lengths: Integers) -> Digits:
     Returns:
         (numbers, digits, examples).
     """
-    shape = (len(lengths), -1, lengths.shape[1])
-    digits = below(bits, 10).astype(np.uint8).reshape(shape)
-    first = 1 + below(bits, 9).astype(np.uint8).reshape(shape)
-    places = np.arange(digits.shape[1])[:, None]
-    last = lengths[:, None] - 1
-    return np.where(places < last, digits, np.where(places == last, first, np.uint8(0)))
+    numbers, examples = lengths.shape
+    digits = below(bits, 10).astype(np.uint8).reshape(numbers, -1, examples)
+    digits *= np.arange(digits.shape[1])[:, None] < lengths[:, None]
+    # The most significant digit is made of the same half of a draw again, now without 0.
+    number, example = np.nonzero(lengths)
+    last = lengths[number, example] - 1
+    second, draw = np.divmod(number * digits.shape[1] + last, len(bits))
+    drawn = bits[draw, example]
+    half = np.where(second, low(drawn), high(drawn))
+    digits[number, last, example] = 1 + high(half * np.uint64(9))
+    return digits
 
 
 # ---------------------------------------------------------------------------- hashes
@@ -118,10 +138,10 @@ def from_bits(bits: Bits, lengths: Integers) -> Digits:
 def words(number: Digits) -> list[Bits]:
     """Sixteen digits in each word of 64 bits, (examples,), the least significant word first."""
     count = -(-len(number) // 16)
-    padded = np.zeros((count * 16, number.shape[1]), np.uint64)
-    padded[: len(number)] = number
-    shifts = np.arange(0, 64, 4, dtype=np.uint64)[:, None]
-    return list((padded.reshape(count, 16, -1) << shifts).sum(axis=1))
+    pairs = np.zeros((number.shape[1], 8 * count), np.uint8)  # of digits, one in each half byte
+    pairs[:, : -(-len(number) // 2)] = number[::2].T
+    pairs[:, : len(number) // 2] |= number[1::2].T << np.uint8(4)
+    return list(np.ascontiguousarray(pairs.view("<u8").T, np.uint64))
 
 
 def hash_of(number: Digits) -> Bits:

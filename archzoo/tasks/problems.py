@@ -104,6 +104,7 @@ class Exercise(Task):
     metrics = ("token_accuracy", "exact_match")
     tokenizer: CharacterTokenizer
     axes: ClassVar[tuple[str, str]]  # what the two parts of a size are
+    answer_parts: ClassVar[tuple[str, str]] = ("digit", "the units")  # and which of them is 0
     has_keys: ClassVar[bool] = False  # whether lines hold letters without hints
     carries: ClassVar[bool] = False  # whether `chained` gives problems
 
@@ -190,7 +191,9 @@ class Exercise(Task):
     # Batches.
 
     def prepare(self) -> None:
-        pass  # there is nothing to read or to learn
+        # There is nothing to read or to learn; but that nothing is held out is said at once, and
+        # not at the first validation.
+        self._held_out_problems("validation")
 
     def rows(self, split: str) -> int:
         if split == "train":

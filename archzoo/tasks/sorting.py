@@ -50,6 +50,7 @@ class Sorting(Exercise):
 
     operators = ":,="
     axes = ("numbers", "digits of the longest")
+    answer_parts = ("key", "the first")
     has_keys = True
 
     def __init__(

@@ -1,0 +1,71 @@
+"""The rows that digits read, in one kernel: see `archzoo.positions.abacus`, whose plain form it is.
+
+Plainly they take some forty small operations on whole numbers, half of them the hash that draws a
+shift. On a GPU each is as long as its launch, and together they were 2 to 4 % of a training step.
+
+Importing this module needs neither Triton nor a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from archzoo.block import Context
+
+_TRITON_FOUND = importlib.util.find_spec("triton") is not None
+
+
+def available(tokens: Tensor) -> bool:
+    """Whether the kernel runs where the tokens lie; compilers fuse the plain form themselves."""
+    if not _TRITON_FOUND or torch.compiler.is_compiling() or not tokens.numel():
+        return False
+    if tokens.is_cuda:
+        return torch.version.hip is None  # never run there
+    # Triton's interpreter, for tests.
+    return tokens.device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def shifted_rows(
+    tokens: Tensor,
+    kinds: Tensor,
+    context: Context,
+    *,
+    coupled: bool,
+    last: int,
+    key: int,
+    bound: int,
+    examples: Tensor | None,
+) -> Tensor:
+    """The row of each token of a text that begins here.
+
+    Args:
+        tokens: (batch, time) int64.
+        kinds: (vocab_size,) int8, what each token is: 2 a digit, 1 an operator, 0 anything else.
+        context: Of the same tokens.
+        coupled: Operators on row 1, digits from row 2 on.
+        last: The last row; those beyond read it.
+        key: Of the shifts, as `archzoo.positions.draws.key_of` makes it.
+        bound: Shifts are drawn from 0 .. bound - 1.
+        examples: (batch, time) int64, by which they are drawn. None: nothing is shifted.
+
+    Returns:
+        (batch, time) int64.
+    """
+    from archzoo.kernels import digits_triton
+
+    batch, time = tokens.shape
+    numbers = tokens if examples is None else examples
+    rows = torch.empty((batch, time), dtype=torch.int64, device=tokens.device)
+    with torch.cuda.device_of(tokens):
+        digits_triton.rows_kernel[(batch,)](
+            tokens, kinds, context.valid, context.starts, numbers, rows,
+            time, *tokens.stride(), *context.valid.stride(), *context.starts.stride(),
+            *numbers.stride(), key, bound, last,
+            COUPLED=coupled, SHIFTED=examples is not None,
+            BLOCK=min(max(1 << (time - 1).bit_length(), 32), 256), num_warps=1,
+        )  # fmt: skip
+    return rows
