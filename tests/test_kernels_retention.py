@@ -33,6 +33,7 @@ def nothing_prepared():
     """Some tests change the plan, which what is prepared was made by."""
     yield
     launch.work.cache_clear()
+    plans.find_plan.cache_clear()
 
 
 def reference(q, k, v, log_decay, state=None, positions=None, starts=None, valid=None, scale=True):
@@ -244,6 +245,14 @@ def test_what_is_prepared_serves_other_tensors():
     assert launch.work.cache_info().hits > 0
 
 
+def test_normalisers_follow_decays_that_are_written_over():
+    """They are kept from call to call: not beyond a change of the decays in place."""
+    decays = slopes(2)
+    for first in (0, 3, 3):
+        decays.copy_(slopes(2, first))
+        check(*case(1, 40, 2, 16, 16, torch.float32), decays)
+
+
 @pytest.mark.parametrize("packed_rows", [False, True])
 def test_mixer_by_kernels_is_the_plain_mixer(monkeypatch, packed_rows):
     """Retention with the kernels and without: outputs, states, gradients and a step after.
@@ -261,6 +270,7 @@ def test_mixer_by_kernels_is_the_plain_mixer(monkeypatch, packed_rows):
     generator = torch.Generator().manual_seed(4)
     x, d_y = (torch.randn(batch, time, dim, generator=generator).to(DEVICE) for _ in range(2))
     memory = random_state(batch, heads, dim // heads, 2 * dim // heads)
+    d_last = torch.randn(memory.shape, generator=generator).to(DEVICE)
 
     def run(dtype):
         leaves = [x.clone().requires_grad_(), memory.clone().requires_grad_()]
@@ -272,7 +282,7 @@ def test_mixer_by_kernels_is_the_plain_mixer(monkeypatch, packed_rows):
             y = y * valid
             last = state["memory"]
             grads = torch.autograd.grad(
-                (y, last), (*leaves, *mixer.parameters()), (d_y.to(y.dtype), last.detach().sign())
+                (y, last), (*leaves, *mixer.parameters()), (d_y.to(y.dtype), d_last)
             )
             after, _ = make_context(batch, 1, place=place, device=DEVICE)
             with torch.no_grad():
@@ -466,18 +476,26 @@ def test_packed_and_padded_at_real_widths(dk, dv):
 @pytest.mark.parametrize(("dk", "dv"), [(128, 256), (256, 512)])
 @pytest.mark.parametrize(("batch", "time"), [(2, 300), (1, 4097)])
 def test_copying_apart_changes_nothing(monkeypatch, batch, time, dk, dv):
-    """The kernels of `retention_gluon`, which no interpreter runs, against their twins."""
+    """The kernels of `retention_gluon`, which no interpreter runs, against their twins.
+
+    By chunks of the same sizes: others round at other places.
+    """
     if not launch._has_apart(torch.device("cuda", torch.cuda.current_device())):
         pytest.skip("not a Hopper GPU, or a Triton without Gluon")
+    apart = plans._APART_PLANS[dk, dv]
+    chunk, *_ = plans._BFLOAT16_PLANS[dk, dv].sums
+    sums = (chunk, apart.sums[1]._replace(stages=3), apart.sums[2])
+    monkeypatch.setitem(plans._APART_PLANS, (dk, dv), apart._replace(sums=sums))
+    plans.find_plan.cache_clear()
     tensors = case(batch, time, 2, dk, dv, torch.bfloat16)
     state = random_state(batch, 2, dk, dv)
-    d_out = torch.randn_like(tensors[2])
+    d_out, d_last = torch.randn_like(tensors[2]), torch.randn_like(state)
 
     def run():
         leaves = [x.clone().requires_grad_() for x in (*tensors, state)]
         q, k, v, entering = leaves
         out, last = retention(q, k, v, slopes(2), entering)
-        return out, last, *torch.autograd.grad((out, last), leaves, (d_out, last.detach().sign()))
+        return out, last, *torch.autograd.grad((out, last), leaves, (d_out, d_last))
 
     mine = run()
     monkeypatch.setattr(launch, "_has_apart", lambda _: False)

@@ -25,7 +25,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_WIDTH = 8192  # of a row, which one program holds
 MAX_EXPERTS = 128  # of an attention router, whose scores among themselves one program holds
 MAX_COLUMNS = 3 * MAX_EXPERTS  # of a router's product
-MAX_ROWS = 2048  # of an expert on average, for our product to make the gradient of its weights
+MAX_ROWS = 1024  # of an expert on average, for our product to make the gradient of its weights
 MIN_TOKENS = 1024  # of a router's product, else it is a few launches and no work
 
 

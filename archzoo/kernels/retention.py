@@ -77,7 +77,7 @@ _library.define(
 )
 _library.define(
     "retention_backward(Tensor do, Tensor? d_final, Tensor q, Tensor k, Tensor v, "
-    "Tensor log_decay, Tensor? state, Tensor entering, Tensor normaliser, Tensor scores, "
+    "Tensor log_decay, Tensor? state, Tensor states, Tensor normaliser, Tensor scores, "
     "Tensor? positions, Tensor? documents, Tensor? ranges, bool scale, bool leave) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
@@ -89,7 +89,7 @@ def _operator(  # type: ignore[no-untyped-def]
     """The operator's tensors: output, last state, and what is kept; empty for what is absent."""
     facts = (log_decay, state, positions, documents, ranges)
     work, q, k, v = launch.find_work(q, k, v, *facts, scale, leave)
-    output = launch.forward(q, work, k, v, *facts)
+    output = launch.forward(q, work, k, v, *facts, True, False)
     empty = functools.partial(q.new_empty, (0,), dtype=torch.float32)
     dtypes = (v.dtype, torch.float32, torch.float32, torch.float32, q.dtype)
     return tuple(
@@ -98,13 +98,13 @@ def _operator(  # type: ignore[no-untyped-def]
 
 
 def _operator_backward(  # type: ignore[no-untyped-def]
-    do, d_final, q, k, v, log_decay, state, entering, normaliser, scores, positions, documents,
+    do, d_final, q, k, v, log_decay, state, states, normaliser, scores, positions, documents,
     ranges, scale, leave,
 ):  # fmt: skip
     facts = (log_decay, state, positions, documents, ranges)
     work, q, k, v = launch.find_work(q, k, v, *facts, scale, leave)
     *grads, d_state = launch.backward(
-        do, d_final, work, q, k, v, log_decay, state, entering, normaliser, scores, documents,
+        do, d_final, work, q, k, v, log_decay, state, states, normaliser, scores, documents,
         ranges,
     )  # fmt: skip
     return *grads, q.new_empty((0,), dtype=torch.float32) if d_state is None else d_state
@@ -122,21 +122,23 @@ def _forward_fake(  # type: ignore[no-untyped-def]
     batch, time, heads, dk = q.shape
     dv = v.shape[-1]
     whole = documents is None and ranges is None
-    sizes = launch.kept_sizes(batch, time, heads, dk, dv, q.dtype, q.device, whole)
+    states, states_dtype, scores = launch.kept_sizes(
+        batch, time, heads, dk, dv, q.dtype, q.device, whole
+    )
     float32 = functools.partial(q.new_empty, dtype=torch.float32)
     rows = heads if positions is None and ranges is None else batch * heads
     return (
         launch.room(v),
         float32((batch, heads, dk, dv) if leave else (0,)),
-        float32(sizes[0]),
+        q.new_empty(states, dtype=states_dtype),
         float32((rows if scale else 0, time)),
-        q.new_empty(sizes[1]),
+        q.new_empty(scores),
     )
 
 
 @torch.library.register_fake("archzoo::retention_backward", lib=_library)
 def _backward_fake(  # type: ignore[no-untyped-def]
-    do, d_final, q, k, v, log_decay, state, entering, normaliser, scores, positions, documents,
+    do, d_final, q, k, v, log_decay, state, states, normaliser, scores, positions, documents,
     ranges, scale, leave,
 ):  # fmt: skip
     batch, _, heads, dk = q.shape
@@ -158,9 +160,9 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _operator_gradients(ctx, do, d_final, *_):  # type: ignore[no-untyped-def]
     _refuse_second_derivative()
-    q, k, v, log_decay, state, *facts, entering, normaliser, scores = ctx.saved_tensors
+    q, k, v, log_decay, state, *facts, states, normaliser, scores = ctx.saved_tensors
     grad_q, grad_k, grad_v, d_state = torch.ops.archzoo.retention_backward(
-        torch.zeros_like(v) if do is None else do, d_final, q, k, v, log_decay, state, entering,
+        torch.zeros_like(v) if do is None else do, d_final, q, k, v, log_decay, state, states,
         normaliser, scores, *facts, *ctx.facts,
     )  # fmt: skip
     d_state = None if state is None else d_state.to(state.dtype)
@@ -208,7 +210,7 @@ def _run(*arguments: Any) -> tuple[Tensor, Tensor | None]:
     if torch.is_grad_enabled():
         o, final = _Eager.apply(q, k, v, state, work, log_decay, facts)
         return o, final
-    return launch.forward(q, work, k, v, log_decay, state, *facts)[:2]
+    return launch.forward(q, work, k, v, log_decay, state, *facts, False)[:2]
 
 
 def retention(

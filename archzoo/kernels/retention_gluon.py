@@ -219,15 +219,15 @@ def _multiply(
 
 
 @gluon.jit(
-    do_not_specialize=["segments", "heads", "chunks", "split", "normaliser_rows"],
+    do_not_specialize=["segments", "heads", "chunks", "split", "normaliser_rows", "pairs"],
     do_not_specialize_on_alignment=["log_decay_ptr"],
 )
 def stream_kernel(
     a_ptr, b_ptr, c_ptr, out_ptr, scores_ptr, log_decay_ptr, normaliser_ptr, documents_ptr,
-    ranges_ptr, entering_ptr, leaving_ptr,
+    ranges_ptr, entering_ptr, leaving_ptr, kept_ptr,
     a_batch, a_time, a_head, b_batch, b_time, b_head, c_batch, c_time, c_head,
     out_batch, out_time, out_head,
-    time, segment, segments, heads, chunks, split, stride_a, stride_c, normaliser_rows,
+    time, segment, segments, heads, chunks, split, stride_a, stride_c, normaliser_rows, pairs,
     A: gl.constexpr, C: gl.constexpr, BLOCK_A: gl.constexpr, CHUNK: gl.constexpr,
     REVERSE: gl.constexpr, SCALE: gl.constexpr, HAS_ENTERING: gl.constexpr,
     HAS_LEAVING: gl.constexpr, ADD: gl.constexpr, STAGES: gl.constexpr,

@@ -16,7 +16,12 @@ from torch import Tensor
 
 from archzoo.kernels.retention_plans import Cut, Pair, Plan, cut_segments, find_plan, power_of_2
 
-_GLUON_RUN_WITH = ("3.6.",)
+_RUN_WITH = ("3.6.",)  # Tritons whose inner parts are known
+
+
+@functools.lru_cache(maxsize=1)
+def _known_triton() -> bool:
+    return _triton().__version__.startswith(_RUN_WITH)
 
 
 @functools.lru_cache(maxsize=64)
@@ -26,11 +31,8 @@ def _has_apart(device: torch.device) -> bool:
     They are Hopper's, and written in Gluon, which renames its functions from one Triton to the
     next: only with those that they were run with. The others' kernels are `retention_triton`'s.
     """
-    return (
-        device.type == "cuda"
-        and torch.cuda.get_device_capability(device)[0] == 9
-        and _triton().__version__.startswith(_GLUON_RUN_WITH)
-    )
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return hopper and _known_triton()
 
 
 def _unit_last(tensor: Tensor) -> Tensor:
@@ -134,6 +136,7 @@ class Launch:
         self.constants, self.options = constants, options
         self.run: Callable[..., None] | None = None
         self.compiled: tuple[Any, ...] = ()
+        self.scratch = 0  # bytes
         names = kernel.arg_names[-len(constants) :]
         self.rest = (*numbers, *(constants[name] for name in names))
 
@@ -144,10 +147,26 @@ class Launch:
                 *tensors, *self.numbers, **self.constants, **self.options
             )
             if handle is not None:  # the interpreter compiles nothing
-                self.run = handle.run
-                self.compiled = (handle.function, handle.packed_metadata, None, None, None)
+                self._keep(handle)
+        elif self.scratch:
+            scratch = _allocate(self.scratch, 0, stream)
+            head, tail = self.compiled[:3], self.compiled[3:]
+            self.run(*self.grid, stream, *head, scratch, *tail, *tensors, *self.rest)
         else:
             self.run(*self.grid, stream, *self.compiled, *tensors, *self.rest)
+
+    def _keep(self, handle: Any) -> None:
+        """The compiled kernel; where Triton is known, round its launcher written in Python."""
+        launcher, hooks = handle.run, (handle.packed_metadata, None, None, None)
+        if not _known_triton() or launcher.profile_scratch_size:
+            self.run, self.compiled = launcher, (handle.function, *hooks)
+            return
+        programs = self.grid[0] * self.grid[1] * self.grid[2] * launcher.num_ctas
+        self.scratch = launcher.global_scratch_size * programs
+        scratch = () if self.scratch else (None,)
+        flags = launcher.launch_cooperative_grid, launcher.launch_pdl
+        self.run = launcher.launch
+        self.compiled = (handle.function, *flags, *scratch, None, *hooks)
 
 
 class Facts(NamedTuple):
@@ -334,6 +353,7 @@ def _prepare_map(
     transposed: bool,
     entering: bool,
     leaving: bool,
+    kept: bool = False,
 ) -> tuple[Launch, ...]:
     """out_i = sum_{j <= i} gamma^(i-j) (a_i . b_j) c_j, see `retention_triton`: its splits.
 
@@ -348,12 +368,13 @@ def _prepare_map(
         transposed: whether states are (columns, rows) of this map's.
         entering: whether states enter the segments.
         leaving: whether the last one is wanted.
+        kept: whether that before every second chunk is.
     """
     width, columns = widths
     cut = pair.reverse if reverse else pair.forward
     kernel, constants, options = _form(facts, cut, "stream_kernel")
     if not cut.apart:
-        constants["HAS_SCORES"] = pair.scores
+        constants |= {"HAS_SCORES": pair.scores, "HAS_KEPT": kept}
     stride_a, stride_c = (1, width) if transposed else (columns, 1)
     return tuple(
         Launch(
@@ -361,7 +382,7 @@ def _prepare_map(
             (-(-columns // cut.tile), facts.rows, segments),
             (*strides[0], *strides[1], *strides[2], *_contiguous(columns, facts),
              facts.time, segment, segments, facts.heads, -(-facts.time // pair.chunk), split,
-             stride_a, stride_c, max(facts.normaliser_rows, 1)),
+             stride_a, stride_c, max(facts.normaliser_rows, 1), _pairs(facts.time, pair.chunk)),
             {"A": width, "C": columns, "BLOCK_A": cut.block, "CHUNK": pair.chunk,
              "REVERSE": reverse, "HAS_ENTERING": entering, "HAS_LEAVING": leaving,
              "ADD": split > 0, **constants},
@@ -380,16 +401,17 @@ def _prepare_together(
     entering: bool,
     leaving: bool,
 ) -> Launch:
-    """The launch of dk and dv in one walk, where a program holds the whole state."""
+    """The launch of all gradients in one walk, where a program holds the whole state."""
     from archzoo.kernels import retention_triton as kernels
 
     assert plan.together is not None
     chunk, cut = plan.together
-    results = _contiguous(facts.dk, facts), _contiguous(facts.dv, facts)
+    key, value = _contiguous(facts.dk, facts), _contiguous(facts.dv, facts)
+    strides = sum((*facts.strides, do, key, key, value), ())
     return Launch(
-        kernels.reverse_kernel,
+        kernels.backward_kernel,
         (facts.rows, segments, 1),
-        (*sum((*facts.strides, do, *results), ()), facts.time, segment, segments, facts.heads,
+        (*strides, facts.time, segment, segments, facts.heads, _pairs(facts.time, chunk),
          max(facts.normaliser_rows, 1)),
         {"K": facts.dk, "V": facts.dv, "BLOCK_K": cut.block, "BLOCK_V": cut.tile,
          "CHUNK": chunk, "HAS_ENTERING": entering, "HAS_LEAVING": leaving,
@@ -419,8 +441,8 @@ def kept_sizes(
     dtype: torch.dtype,
     device: torch.device,
     whole: bool,
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of what a forward keeps: states entering segments and scores, (0,) where none.
+) -> tuple[tuple[int, ...], torch.dtype, tuple[int, ...]]:
+    """What a forward keeps: shape and dtype of the states, shape of the scores; (0,) where none.
 
     `whole`: rows hold no padding and one document.
     """
@@ -428,7 +450,14 @@ def kept_sizes(
     _, segments = cut_segments(plan, batch * heads, time, dk)
     chunk = plan.by_key.chunk
     scores = (batch * heads * -(-time // chunk) * chunk, chunk) if plan.by_key.scores else (0,)
-    return (batch, heads, segments, dk, dv) if segments > 1 else (0,), scores
+    if plan.together is not None:
+        return (batch, heads, _pairs(time, chunk), dv, dk), dtype, scores
+    return (batch, heads, segments, dk, dv) if segments > 1 else (0,), torch.float32, scores
+
+
+def _pairs(time: int, chunk: int) -> int:
+    """Pairs of chunks: so many states `backward_kernel` reads."""
+    return -(-time // (2 * chunk))
 
 
 def _scores_shape(facts: Facts, pair: Pair) -> tuple[int, ...]:
@@ -452,22 +481,58 @@ class Work:
         self.backward = functools.lru_cache(maxsize=16)(self._prepare_backward)
         q, k, v = facts.strides
         self.table = facts.normaliser_rows, facts.time
+        self.table_kept: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
         self.normaliser = Launch(
             kernels.normaliser_kernel,
             (-(-facts.time // 512), facts.normaliser_rows, 1),
             (facts.time, facts.heads),
             {"BLOCK": 512, "HAS_POSITIONS": facts.positions, **facts.constants("HAS_RANGES")},
         )
+        self.kept = None
+        if self.plan.together is not None:
+            chunk, _ = self.plan.together
+            self.kept = batch, heads, _pairs(facts.time, chunk), facts.dv, dk
         self.segments = None
         if self.many:
             self.segments = _prepare_segments(
                 facts, self.plan, *self.cut, (k, v), False, facts.state, facts.leave
             )
         self.scores = _prepare_scores(facts, self.plan.by_key, dk, q, k)
-        self.of_o = _prepare_map(
-            facts, self.plan.by_key, *self.cut, (dk, facts.dv), (q, k, v), False, False,
-            self.many or facts.state, facts.leave and not self.many,
+        of_o = functools.partial(
+            _prepare_map, facts, self.plan.by_key, *self.cut, (dk, facts.dv), (q, k, v), False,
+            False, self.many or facts.state, facts.leave and not self.many,
         )  # fmt: skip
+        self.of_o = functools.lru_cache(maxsize=2)(of_o)
+
+    def normalisers(
+        self,
+        stream: int | None,
+        log_decay: Tensor,
+        positions: Tensor | None,
+        ranges: Tensor | None,
+        reuse: bool,
+    ) -> Tensor:
+        """The table of normalisers; of a call before, where that counted likewise and may be.
+
+        It is of the decays alone where rows are counted from 0. A graph being captured gets its
+        own: it lives longer than what is kept here.
+        """
+        reuse = reuse and positions is None and ranges is None
+        reuse = reuse and not (log_decay.is_cuda and torch.cuda.is_current_stream_capturing())
+        key = None
+        if reuse and not log_decay.is_inference():
+            key = stream, log_decay.data_ptr(), log_decay._version
+            if self.table_kept is not None and self.table_kept[0] == key:
+                return self.table_kept[2]
+        table = self.float32(self.table)
+        if self.facts.scale:
+            self.normaliser(
+                stream, table, log_decay, table if positions is None else positions,
+                table if ranges is None else ranges,
+            )  # fmt: skip
+        if key is not None:  # with the decays, so that no other tensor comes to lie there
+            self.table_kept = key, log_decay, table
+        return table
 
     def _prepare_backward(self, do: tuple[int, ...], arriving: bool) -> Backward:
         """The backward's launches; `arriving`: the last state has a gradient."""
@@ -485,6 +550,7 @@ class Work:
         together = None
         of_v: tuple[Launch, ...] = ()
         of_k: tuple[Launch, ...] = ()
+        of_q: tuple[Launch, ...] = ()
         if plan.together is not None:
             together = _prepare_together(facts, plan, *self.cut, do, arrives, leaves)
         else:
@@ -494,9 +560,10 @@ class Work:
             of_k = prepare(
                 plan.by_value, *self.cut, (dv, dk), (v, do, q), True, True, arrives, False
             )
-        of_q = prepare(
-            plan.by_value, *self.cut, (dv, dk), (do, v, k), False, True, many or facts.state, False
-        )
+            entering = many or facts.state
+            of_q = prepare(
+                plan.by_value, *self.cut, (dv, dk), (do, v, k), False, True, entering, False
+            )
         scores = _prepare_scores(facts, plan.by_value, dv, do, v)
         return Backward(segments, scores, together, of_v, of_k, of_q)
 
@@ -570,12 +637,14 @@ def _run_map(
     pointers: tuple[Tensor, Tensor, Tensor],
     entering: Tensor | None,
     leaving: Tensor | None,
+    kept: Tensor | None = None,
 ) -> None:
     for launch in launches:
         launch(
             stream, *abc, out, out if scores is None else scores, log_decay, *pointers,
             pointers[0] if entering is None else entering,
             pointers[0] if leaving is None else leaving,
+            out if kept is None else kept,
         )  # fmt: skip
 
 
@@ -601,23 +670,22 @@ def forward(
     positions: Tensor | None,
     documents: Tensor | None,
     ranges: Tensor | None,
+    keep: bool = True,
+    reuse: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
-    """Output and last state; and, to keep: states entering segments, normalisers, scores.
+    """Output and last state; and, for a backward to come (keep): states, normalisers, scores.
 
-    What there is no use for is None; without `scale` the normalisers are empty.
+    The states are those entering segments, float32, or those that `backward_kernel` reads. What
+    there is no use for is None; without `scale` the normalisers are empty. `reuse`: they may be
+    those of a call before, which nobody else may write to.
     """
     stream = _stream_of(q)
-    normaliser = work.float32(work.table)
+    normaliser = work.normalisers(stream, log_decay, positions, ranges, reuse)
     pointers = _pointers(normaliser, documents, ranges)
-    if work.facts.scale:
-        work.normaliser(
-            stream, normaliser, log_decay, normaliser if positions is None else positions,
-            pointers[2],
-        )  # fmt: skip
     source = _state_like(state)
-    entering = final = leaving = scores = None
+    states = final = leaving = scores = kept = None
     if work.segments is not None:
-        source, final = entering, _ = _run_segments(
+        source, final = states, _ = _run_segments(
             work, work.segments, stream, (k, v), source, log_decay, pointers
         )
     elif work.facts.leave:
@@ -626,8 +694,11 @@ def forward(
         scores = q.new_empty(_scores_shape(work.facts, work.plan.by_key))
         work.scores(stream, q, k, scores, log_decay, *pointers)
     o = room(v, work.facts.ranges)
-    _run_map(work.of_o, (q, k, v), o, scores, stream, log_decay, pointers, source, leaving)
-    return o, final, entering, normaliser, scores
+    if keep and work.kept is not None:
+        states = kept = q.new_empty(work.kept)
+    launches = work.of_o(kept is not None)
+    _run_map(launches, (q, k, v), o, scores, stream, log_decay, pointers, source, leaving, kept)
+    return o, final, states, normaliser, scores
 
 
 @_on_its_device
@@ -640,7 +711,7 @@ def backward(
     v: Tensor,
     log_decay: Tensor,
     state: Tensor | None,
-    entering: Tensor | None,
+    states: Tensor | None,
     normaliser: Tensor,
     scores: Tensor | None,
     documents: Tensor | None,
@@ -654,17 +725,22 @@ def backward(
     source, arriving = _state_like(state), _state_like(d_final)
     leaving = d_state = None
     if launches.segments is not None:
-        source = entering
+        source = states
         arriving, d_state = _run_segments(
             work, launches.segments, stream, (q, do), arriving, log_decay, pointers
         )
     elif state is not None:
         leaving = d_state = work.float32(work.state)
-    grad_q, grad_k, grad_v = (room(x, work.facts.ranges) for x in (q, k, v))
+    alike = q.shape == v.shape and _padded(q.shape[-1], q.dtype) == q.shape[-1]
+    if alike and not work.facts.ranges:
+        grad_q, grad_k, grad_v = q.new_empty((3, *q.shape))  # once: it is the host that waits
+    else:
+        grad_q, grad_k, grad_v = (room(x, work.facts.ranges) for x in (q, k, v))
     run = functools.partial(_run_map, stream=stream, log_decay=log_decay, pointers=pointers)
     if launches.together is not None:
+        assert states is not None
         launches.together(
-            stream, q, k, v, do, grad_k, grad_v, log_decay, *pointers,
+            stream, q, k, v, do, grad_q, grad_k, grad_v, states, log_decay, *pointers,
             normaliser if arriving is None else arriving,
             normaliser if leaving is None else leaving,
         )  # fmt: skip

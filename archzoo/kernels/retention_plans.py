@@ -36,7 +36,8 @@ class Plan(NamedTuple):
     by_key: Pair  # o and dv: a and b are as wide as k
     by_value: Pair  # dq and dk: a and b are as wide as v
     sums: tuple[int, Cut, int]  # of segments: tokens a loop step, cut, pieces to a segment
-    together: tuple[int, Cut] | None = None  # dk and dv in one walk: tokens a loop step, cut
+    # dq, dk and dv in one walk, two chunks a loop step: tokens a chunk, which is o's too, and cut
+    together: tuple[int, Cut] | None = None
 
 
 # Measured on an H200, see docs/kernels.md. Keys: the widths (dk, dv) up to which a row holds.
@@ -44,7 +45,7 @@ _BFLOAT16_PLANS: dict[tuple[int, int], Plan] = {
     (64, 64): Plan(
         *(Pair(64, False, Cut(64, 64, 4, 3), Cut(64, 64, 4, 3)),) * 2,
         sums=(64, Cut(64, 64, 4, 4), 1),
-        together=(64, Cut(64, 64, 4, 3)),
+        together=(64, Cut(64, 64, 4, 2)),
     ),
     (128, 128): Plan(
         *(Pair(64, False, Cut(128, 128, 8, 3), Cut(128, 128, 8, 3)),) * 2,

@@ -188,20 +188,20 @@ def _document_before(
 
 
 @triton.jit(
-    do_not_specialize=["segments", "heads", "chunks", "split", "normaliser_rows"],
+    do_not_specialize=["segments", "heads", "chunks", "split", "normaliser_rows", "pairs"],
     do_not_specialize_on_alignment=["log_decay_ptr"],
 )
 def stream_kernel(
     a_ptr, b_ptr, c_ptr, out_ptr, scores_ptr, log_decay_ptr, normaliser_ptr, documents_ptr,
-    ranges_ptr, entering_ptr, leaving_ptr,
+    ranges_ptr, entering_ptr, leaving_ptr, kept_ptr,
     a_batch, a_time, a_head, b_batch, b_time, b_head, c_batch, c_time, c_head,
     out_batch, out_time, out_head,
-    time, segment, segments, heads, chunks, split, stride_a, stride_c, normaliser_rows,
+    time, segment, segments, heads, chunks, split, stride_a, stride_c, normaliser_rows, pairs,
     A: tl.constexpr, C: tl.constexpr, BLOCK_A: tl.constexpr, TILE: tl.constexpr,
     CHUNK: tl.constexpr, REVERSE: tl.constexpr, SCALE: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, HAS_RANGES: tl.constexpr,
     HAS_ENTERING: tl.constexpr, HAS_LEAVING: tl.constexpr, HAS_SCORES: tl.constexpr,
-    ADD: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_KEPT: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """out_i = sum_{j <= i} gamma^(i-j) (a_i . b_j) c_j for a tile of columns and a segment.
 
@@ -219,6 +219,7 @@ def stream_kernel(
     (ADD) adds its share to what the first one, which also holds the chunk's own part, has stored.
     stride_a, stride_c: strides of the state's rows and columns in `entering`, one state per
     segment, and `leaving`, one per head; dq and dk read states of (dk, dv) transposed.
+    HAS_KEPT: the state before every second chunk goes to `kept`, for `backward_kernel`.
     """
     tile = tl.program_id(0)
     row = tl.program_id(1)
@@ -313,7 +314,16 @@ def stream_kernel(
                 arrive *= normaliser
 
         # The past, through the state; the chunk itself, through its weights.
-        out = _dot(state.to(dtype), tl.trans(a), None, PRECISION, UPCAST) * arrive[None, :]
+        past = state.to(dtype)
+        if HAS_KEPT:  # noqa: SIM102, a constant, and what a program asks as it runs
+            if chunk_start % (2 * CHUNK) == 0:
+                tl.store(
+                    kept_ptr + (row_wide * pairs + chunk_start // (2 * CHUNK)) * A * C
+                    + columns[:, None] * A + rows[None, :],
+                    past,
+                    mask=state_inside,
+                )  # fmt: skip
+        out = _dot(past, tl.trans(a), None, PRECISION, UPCAST) * arrive[None, :]
         if ADD:
             stored = out_desc.load([row_time, tile * TILE])
         else:
@@ -347,30 +357,31 @@ def stream_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["segments", "heads", "normaliser_rows"],
+    do_not_specialize=["segments", "heads", "pairs", "normaliser_rows"],
     do_not_specialize_on_alignment=["log_decay_ptr"],
 )
-def reverse_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, log_decay_ptr, normaliser_ptr, documents_ptr,
-    ranges_ptr, entering_ptr, leaving_ptr,
+def backward_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr, dk_ptr, dv_ptr, kept_ptr, log_decay_ptr, normaliser_ptr,
+    documents_ptr, ranges_ptr, entering_ptr, leaving_ptr,
     q_batch, q_time, q_head, k_batch, k_time, k_head, v_batch, v_time, v_head,
-    do_batch, do_time, do_head, dk_batch, dk_time, dk_head, dv_batch, dv_time, dv_head,
-    time, segment, segments, heads, normaliser_rows,
+    do_batch, do_time, do_head, dq_batch, dq_time, dq_head, dk_batch, dk_time, dk_head,
+    dv_batch, dv_time, dv_head,
+    time, segment, segments, heads, pairs, normaliser_rows,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     CHUNK: tl.constexpr, SCALE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
     HAS_RANGES: tl.constexpr, HAS_ENTERING: tl.constexpr, HAS_LEAVING: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Two maps in one walk backward in time, dk and dv: one program holds the whole state.
+    """All three gradients in one walk backward in time, where one program holds the whole state.
 
-    Both maps read q, k, v and do and carry the same state D = sum gamma^. r q^T do, (K, V), so
-    that together they move six tensors where `stream_kernel` twice moves eight:
+        dq_n = r_n gamma^(i+1) do_n S^T + r_n sum_{m <= n} gamma^(n-m) (do_n . v_m) k_m
+        dk_m = gamma^(N-1-m) v_m D^T    + sum_{n >= m} gamma^(n-m) r_n (v_m . do_n) q_n
+        dv_m = gamma^(N-1-m) k_m D      + sum_{n >= m} gamma^(n-m) r_n (k_m . q_n) do_n
 
-        dv_m = gamma^(N-1-m) k_m D   + sum_{n >= m} gamma^(n-m) r_n (k_m . q_n) do_n
-        dk_m = gamma^(N-1-m) v_m D^T + sum_{n >= m} gamma^(n-m) r_n (v_m . do_n) q_n
-
-    Each product's left factor is a row a token, and D goes through shared memory once a chunk,
-    where it serves as the right factor both ways.
+    They read the same four tensors, and dq shares a chunk's weights with dk. D, the gradient of
+    the state, is carried along. S runs the other way, so the forward kept it, in q's dtype as it
+    entered the products there, before every second chunk: with the chunk that follows, which this
+    walk meets next and the cache then holds, it makes the one between.
     """
     row = tl.program_id(0)
     piece = tl.program_id(1)
@@ -388,6 +399,7 @@ def reverse_kernel(
     k_desc = _slices(k_ptr, batch, head, k_batch, k_time, k_head, time, K, CHUNK, BLOCK_K)
     v_desc = _slices(v_ptr, batch, head, v_batch, v_time, v_head, time, V, CHUNK, BLOCK_V)
     do_desc = _slices(do_ptr, batch, head, do_batch, do_time, do_head, time, V, CHUNK, BLOCK_V)
+    dq_desc = _slices(dq_ptr, batch, head, dq_batch, dq_time, dq_head, time, K, CHUNK, BLOCK_K)
     dk_desc = _slices(dk_ptr, batch, head, dk_batch, dk_time, dk_head, time, K, CHUNK, BLOCK_K)
     dv_desc = _slices(dv_ptr, batch, head, dv_batch, dv_time, dv_head, time, V, CHUNK, BLOCK_V)
 
@@ -405,60 +417,93 @@ def reverse_kernel(
         )
     else:
         state = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
+    kept_row = kept_ptr + row_wide * pairs * K * V + columns[:, None] * K + rows[None, :]
+    kept_inside = (columns < V)[:, None] & (rows < K)[None, :]
     # gamma^(n-m) at [m, n], 0 where n < m.
     gap = index[None, :] - index[:, None]
     decay = tl.where(gap >= 0, _power(log2_decay, gap), 0.0)
-    before = _document_before(documents_row, first, length, start, stop, True, HAS_DOCUMENTS)
+    after = _document_before(documents_row, first, length, start, stop, True, HAS_DOCUMENTS)
 
     walk = tl.cdiv(stop - start, CHUNK)
     for walked in range(walk):
         chunk_start = start + (walk - 1 - walked) * CHUNK
         size = tl.minimum(CHUNK, stop - chunk_start)
         row_time = first + chunk_start
-        q = q_desc.load([row_time, 0])
-        k = k_desc.load([row_time, 0])
+        pair = chunk_start // (2 * CHUNK)
+        pair_start = pair * (2 * CHUNK)
+        second = chunk_start > pair_start
+        past = tl.load(kept_row + pair.to(tl.int64) * K * V, mask=kept_inside, other=0.0)
+        k_before = k_desc.load([first + pair_start, 0])
+        v_before = v_desc.load([first + pair_start, 0])
         v = v_desc.load([row_time, 0])
         do = do_desc.load([row_time, 0])
+        k = k_desc.load([row_time, 0])
+        q = q_desc.load([row_time, 0])
         if HAS_RANGES:
             # Padding after the row's end may hold anything, NaN too.
-            live = index < size
-            q = tl.where(live[:, None], q, 0.0)
-            do = tl.where(live[:, None], do, 0.0)
-        document, document_last = _chunk_documents(
-            documents_row, row_time, size, before, CHUNK, True, HAS_DOCUMENTS
-        )
-        rank = _rank(index, size, True)
-        arrive = _power(log2_decay, rank)
-        leave = _power(log2_decay, size - rank)
+            live = (index < size)[:, None]
+            q, k = tl.where(live, q, 0.0), tl.where(live, k, 0.0)
+            v, do = tl.where(live, v, 0.0), tl.where(live, do, 0.0)
+            live_before = (index < tl.minimum(CHUNK, stop - pair_start))[:, None]
+            k_before = tl.where(live_before, k_before, 0.0)
+            v_before = tl.where(live_before, v_before, 0.0)
         keep = tl.exp2(size.to(tl.float32) * log2_decay)
-        if HAS_DOCUMENTS:
-            arrive = tl.where(document == before, arrive, 0.0)
-            leave = tl.where(document == document_last, leave, 0.0)
-            keep = tl.where(document_last == before, keep, 0.0)
-            before = document_last
+        of_past = _power(log2_decay, index + 1)
+        leave = of_past
+        of_future = _power(log2_decay, size - 1 - index)
+        # Of S before the pair, and of the pair's first chunk, in S before the second.
+        hold = tl.where(second, tl.exp2(CHUNK * log2_decay), 1.0)
+        remember = tl.where(second, _power(log2_decay, CHUNK - 1 - index), 0.0)
         weights = decay
+        if HAS_DOCUMENTS:
+            document, _ = _chunk_documents(
+                documents_row, row_time, size, after, CHUNK, True, HAS_DOCUMENTS
+            )
+            opens = tl.load(documents_row + row_time)
+            entered = _document_before(documents_row, first, length, pair_start, stop, False, True)
+            before = _document_before(documents_row, first, length, chunk_start, stop, False, True)
+            document_before, _ = _chunk_documents(
+                documents_row, first + pair_start, tl.minimum(CHUNK, stop - pair_start), 0, CHUNK,
+                False, HAS_DOCUMENTS,
+            )  # fmt: skip
+            of_past = tl.where(document == before, of_past, 0.0)
+            of_future = tl.where(document == after, of_future, 0.0)
+            leave = tl.where(document == opens, leave, 0.0)
+            keep = tl.where(opens == after, keep, 0.0)
+            hold = tl.where(entered == before, hold, 0.0)
+            remember = tl.where(document_before == before, remember, 0.0)
+            weights = tl.where(document[:, None] == document[None, :], weights, 0.0)
+            after = opens
         if SCALE:
             normaliser = _chunk_normaliser(normaliser_row, row_time, size, CHUNK, SCALE)
+            of_past *= normaliser
             leave *= normaliser
             weights = weights * normaliser[None, :]
-        if HAS_DOCUMENTS:
-            weights = tl.where(document[:, None] == document[None, :], weights, 0.0)
 
-        passed = state.to(dtype)
-        grad_v = _dot(k, passed, None, PRECISION, UPCAST) * arrive[:, None]
-        of_keys = _dot(k, tl.trans(q), None, PRECISION, UPCAST) * weights
-        grad_v = _dot(of_keys.to(dtype), do, grad_v, PRECISION, UPCAST)
-        grad_k = _dot(v, tl.trans(passed), None, PRECISION, UPCAST) * arrive[:, None]
-        of_values = _dot(v, tl.trans(do), None, PRECISION, UPCAST) * weights
-        grad_k = _dot(of_values.to(dtype), q, grad_k, PRECISION, UPCAST)
+        remembered = (v_before.to(tl.float32) * remember[:, None]).to(dtype)
+        past = _dot(
+            tl.trans(remembered), k_before, past.to(tl.float32) * hold, PRECISION, UPCAST
+        ).to(dtype)  # fmt: skip
+        of_values = (_dot(v, tl.trans(do), None, PRECISION, UPCAST) * weights).to(dtype)
+        grad_q = _dot(do, past, None, PRECISION, UPCAST) * of_past[:, None]
+        grad_q = _dot(tl.trans(of_values), k, grad_q, PRECISION, UPCAST)
         if HAS_RANGES:
-            grad_k = tl.where(live[:, None], grad_k, 0.0)
-            grad_v = tl.where(live[:, None], grad_v, 0.0)
-        dv_desc.store([row_time, 0], grad_v.to(dtype))
+            grad_q = tl.where(live, grad_q, 0.0)
+        dq_desc.store([row_time, 0], grad_q.to(dtype))
+        future = state.to(dtype)
+        grad_k = _dot(v, tl.trans(future), None, PRECISION, UPCAST) * of_future[:, None]
+        grad_k = _dot(of_values, q, grad_k, PRECISION, UPCAST)
+        if HAS_RANGES:
+            grad_k = tl.where(live, grad_k, 0.0)
         dk_desc.store([row_time, 0], grad_k.to(dtype))
-
-        scaled = (tl.trans(q).to(tl.float32) * leave[None, :]).to(dtype)
-        state = _dot(scaled, do, state * keep, PRECISION, UPCAST)
+        of_keys = (_dot(k, tl.trans(q), None, PRECISION, UPCAST) * weights).to(dtype)
+        grad_v = _dot(k, future, None, PRECISION, UPCAST) * of_future[:, None]
+        grad_v = _dot(of_keys, do, grad_v, PRECISION, UPCAST)
+        if HAS_RANGES:
+            grad_v = tl.where(live, grad_v, 0.0)
+        dv_desc.store([row_time, 0], grad_v.to(dtype))
+        scaled = (do.to(tl.float32) * leave[:, None]).to(dtype)
+        state = _dot(tl.trans(q), scaled, state * keep, PRECISION, UPCAST)
 
     if HAS_LEAVING:
         tl.store(leaving_ptr + row_wide * K * V + state_offset, state, mask=state_inside)
