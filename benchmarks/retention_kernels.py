@@ -192,12 +192,18 @@ def floors(tokens: int, heads: int, dk: int, dv: int, rates: tuple[float, float]
 
 
 def compare_sequences(
-    arguments: argparse.Namespace, stamp: dict[str, str], rates: tuple[float, float]
-) -> list[dict[str, Any]]:
+    arguments: argparse.Namespace,
+    stamp: dict[str, str],
+    rates: tuple[float, float],
+    rows: list[dict[str, Any]],
+    write: Callable[[list[dict[str, Any]]], None],
+) -> None:
+    """Adds rows to `rows` and writes them after every line: a peer may tune itself for minutes."""
     peers, missing = find_peers()
     for name, reason in missing.items():
         print(f"skipped {name}: {reason}")
-    rows = []
+    if arguments.contenders:
+        peers = {name: call for name, call in peers.items() if name in arguments.contenders}
     for (heads, dk, dv), times in SHAPES:
         errors = {}
         usable = dict(peers)
@@ -244,8 +250,8 @@ def compare_sequences(
                         }
                     )  # fmt: skip
             report(rows, heads, dk, dv, time)
+            write(rows)
             del q, k, v, do, narrow, narrow_do
-    return rows
 
 
 def make_call(
@@ -443,6 +449,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=32768, help="batch times length")
     parser.add_argument("--times", type=int, nargs="*", help="only these lengths")
+    parser.add_argument("--contenders", nargs="*", help="only these, archzoo among them")
     parser.add_argument("--rounds", type=int, default=5, help="turns each contender takes")
     parser.add_argument("--output", type=Path, help="folder for the CSV and the figure")
     parser.add_argument("--machine", help="name in the file names; default: the GPU's")
@@ -463,18 +470,22 @@ def main() -> None:
     rates = ceilings()
     print(f"{stamp['machine']}: copies {rates[0] / 1e12:.2f} TB/s, multiplies "
           f"{rates[1] / 1e12:.0f} TFLOP/s in bfloat16")  # fmt: skip
-    rows = [] if arguments.no_step else compare_steps(stamp, rates)
-    rows += compare_sequences(arguments, stamp, rates)
-    if arguments.output:
+    machine = arguments.machine or stamp["machine"].replace(" ", "-").lower()
+    name = f"{machine}-torch{torch.__version__.split('+')[0]}-bf16-retention-kernels"
+
+    def write(rows: list[dict[str, Any]]) -> None:
+        if not arguments.output:
+            return
         arguments.output.mkdir(parents=True, exist_ok=True)
-        machine = arguments.machine or stamp["machine"].replace(" ", "-").lower()
-        name = f"{machine}-torch{torch.__version__.split('+')[0]}-bf16-retention-kernels"
-        path = arguments.output / f"{name}.csv"
-        with path.open("w", newline="") as file:
+        with (arguments.output / f"{name}.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
-        print(f"wrote {path}")
+
+    rows = [] if arguments.no_step else compare_steps(stamp, rates)
+    compare_sequences(arguments, stamp, rates, rows, write)
+    if arguments.output:
+        print(f"wrote {arguments.output / name}.csv")
         draw(rows, arguments.output / f"{name}.png")
     print(table(rows))
 

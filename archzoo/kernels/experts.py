@@ -428,7 +428,7 @@ def _column_block(columns: int) -> int:
 
 
 class _Project(torch.autograd.Function):
-    """The product in one kernel, and each of its gradients in one."""
+    """The product in one kernel, and the gradient of x in one."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -460,7 +460,7 @@ class _Project(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_x = _product(grad, high_t, low_t, again, 64)
         if ctx.needs_input_grad[1]:
-            d_weight = _weight_gradient(x, grad)
+            d_weight = grad.t() @ x  # few columns and many rows: no kernel of ours was faster
         return d_x, d_weight
 
 
@@ -477,23 +477,6 @@ def _product(a: Tensor, high: Tensor, low: Tensor, extra: Tensor | None, block: 
         ROWS=each, BLOCK=block, STEP=32, STAGES=3 if inner > 256 else 2, num_warps=8,
     )  # fmt: skip
     return y
-
-
-def _weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
-    """``grad^T x``, of pieces of the rows at once, whose sums are added in order."""
-    rows, dim = x.shape
-    columns = grad.shape[1]
-    block, width, step = _column_block(columns), 128, 32
-    tiles = (-(-dim // width), -(-columns // block))
-    pieces = max(min(128 // (tiles[0] * tiles[1]), rows // (4 * step)), 1)
-    each = -(-rows // (pieces * step)) * step
-    pieces = -(-rows // each)
-    parts = x.new_empty(pieces, columns, dim)
-    _launch(
-        "weight_gradient_kernel", (*tiles, pieces), x, grad, parts, rows, each,
-        DIM=dim, COLUMNS=columns, WIDTH=width, BLOCK=block, STEP=step, STAGES=3, num_warps=8,
-    )  # fmt: skip
-    return parts[0] if pieces == 1 else parts.sum(dim=0)
 
 
 def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:

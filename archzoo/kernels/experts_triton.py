@@ -439,29 +439,3 @@ def product_kernel(
     if ADD:
         total += tl.load(extra + at, mask=inside, other=0.0)
     tl.store(y + at, total, mask=inside)
-
-
-@triton.jit
-def weight_gradient_kernel(
-    x, dy, parts, rows, each,
-    DIM: tl.constexpr, COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """parts[s] = dy^T x (columns, dim) over the s-th `each` rows of dy and x."""
-    place = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    part = tl.program_id(2)
-    total = tl.zeros((WIDTH, BLOCK), tl.float32)
-    end = tl.minimum(part * each + each, rows)
-    for start in tl.range(part * each, end, STEP, num_stages=STAGES):
-        row = (start + tl.arange(0, STEP)).to(tl.int64)[:, None]
-        inside = (row < rows) & (place < DIM)[None, :]
-        left = tl.load(x + row * DIM + place[None, :], mask=inside, other=0.0)
-        inside = (row < rows) & (column < COLUMNS)[None, :]
-        right = tl.load(dy + row * COLUMNS + column[None, :], mask=inside, other=0.0)
-        a_high, a_low = _split(tl.trans(left))
-        b_high, b_low = _split(right)
-        total += _dot(a_high, a_low, b_high, b_low)
-    at = (part.to(tl.int64) * COLUMNS + column[:, None]) * DIM + place[None, :]
-    inside = (column < COLUMNS)[:, None] & (place < DIM)[None, :]
-    tl.store(parts + at, tl.trans(total), mask=inside)
