@@ -731,11 +731,7 @@ def backward(
         )
     elif state is not None:
         leaving = d_state = work.float32(work.state)
-    alike = q.shape == v.shape and _padded(q.shape[-1], q.dtype) == q.shape[-1]
-    if alike and not work.facts.ranges:
-        grad_q, grad_k, grad_v = q.new_empty((3, *q.shape))  # once: it is the host that waits
-    else:
-        grad_q, grad_k, grad_v = (room(x, work.facts.ranges) for x in (q, k, v))
+    grad_q, grad_k, grad_v = (room(x, work.facts.ranges) for x in (q, k, v))
     run = functools.partial(_run_map, stream=stream, log_decay=log_decay, pointers=pointers)
     if launches.together is not None:
         assert states is not None
