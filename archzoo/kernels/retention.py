@@ -229,7 +229,9 @@ def retention(
 
         S_n = gamma S_(n-1) + k_n^T v_n,   o_n = q_n S_n / sqrt(s_n),   s_n = sum_{j<=n} gamma^j
 
-    Memory: the backward keeps q, k, v and at most one state per 512 tokens and head.
+    Memory: the backward keeps q, k, v and, beside them, at most one float32 state per 512 tokens
+    and head; for heads up to 64 wide one state in q's dtype per 128 tokens, an eighth of q, k, v
+    and o; for wide ones the chunks' own weights, 32 or 64 numbers a token and head.
     Deterministic, and never waits for the device.
 
     Args:
