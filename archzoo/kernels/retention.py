@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from archzoo.kernels import retention_launch as launch
+from archzoo.kernels.launching import room
 
 __all__ = ["available", "retention", "retention_step", "unavailable"]
 
@@ -128,7 +129,7 @@ def _forward_fake(  # type: ignore[no-untyped-def]
     float32 = functools.partial(q.new_empty, dtype=torch.float32)
     rows = heads if positions is None and ranges is None else batch * heads
     return (
-        launch.room(v),
+        room(v),
         float32((batch, heads, dk, dv) if leave else (0,)),
         q.new_empty(states, dtype=states_dtype),
         float32((rows if scale else 0, time)),
@@ -143,7 +144,7 @@ def _backward_fake(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     batch, _, heads, dk = q.shape
     shape = (0,) if state is None else (batch, heads, dk, v.shape[-1])
-    return *map(launch.room, (q, k, v)), q.new_empty(shape, dtype=torch.float32)
+    return *map(room, (q, k, v)), q.new_empty(shape, dtype=torch.float32)
 
 
 def _refuse_second_derivative() -> None:

@@ -8,20 +8,21 @@ strides and flags, is planned once (`retention_plans`) and its launches are kept
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from archzoo.kernels.launching import (
+    Launch,
+    aligned,
+    known_triton,
+    on_its_device,
+    padded_width,
+    room,
+    stream_of,
+)
 from archzoo.kernels.retention_plans import Cut, Pair, Plan, cut_segments, find_plan, power_of_2
-
-_RUN_WITH = ("3.6.",)  # Tritons whose inner parts are known
-
-
-@functools.lru_cache(maxsize=1)
-def _known_triton() -> bool:
-    return _triton().__version__.startswith(_RUN_WITH)
 
 
 @functools.lru_cache(maxsize=64)
@@ -32,38 +33,11 @@ def _has_apart(device: torch.device) -> bool:
     next: only with those that they were run with. The others' kernels are `retention_triton`'s.
     """
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    return hopper and _known_triton()
+    return hopper and known_triton()
 
 
 def _unit_last(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-@functools.lru_cache(maxsize=1024)
-def _strides_fit(strides: tuple[tuple[int, ...], ...], itemsize: int) -> bool:
-    """Whether the copy engine takes these strides: unit last, every other of 16 bytes."""
-    size = 16 // itemsize
-    return all(
-        unit == 1 and all(stride > 0 and stride % size == 0 for stride in others)
-        for *others, unit in strides
-    )
-
-
-def aligned(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """(batch, time, heads, width) each as the copy engine wants it, copied where it is not so."""
-    pointers = 0
-    for tensor in tensors:
-        pointers |= tensor.data_ptr()
-    itemsize = tensors[0].element_size()
-    if pointers % 16 == 0 and _strides_fit(tuple(x.stride() for x in tensors), itemsize):
-        return tensors
-    if len(tensors) > 1:
-        return tuple(aligned(x)[0] for x in tensors)
-    (tensor,) = tensors
-    *shape, width = tensor.shape
-    copy = tensor.new_empty((*shape, _padded(width, tensor.dtype)))
-    copy[..., :width] = tensor
-    return (copy[..., :width],)
 
 
 def _state_like(tensor: Tensor | None) -> Tensor | None:
@@ -72,101 +46,6 @@ def _state_like(tensor: Tensor | None) -> Tensor | None:
         return None
     tensor = tensor.float().contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
-def _allocate(size: int, _alignment: int, _stream: int | None) -> Tensor:
-    """Scratch memory in which a launch's programs put their descriptors."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")
-
-
-@functools.lru_cache(maxsize=1)
-def _triton() -> Any:
-    import triton
-
-    return triton
-
-
-def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs a launcher where its first tensor lies, with scratch memory for its kernels."""
-
-    @functools.wraps(function)
-    def launch(first: Tensor, *arguments: Any) -> Any:
-        if not first.is_cuda:
-            return function(first, *arguments)
-        _triton().set_allocator(_allocate)
-        if first.get_device() == torch.cuda.current_device():
-            return function(first, *arguments)
-        with torch.cuda.device(first.device):
-            return function(first, *arguments)
-
-    return launch
-
-
-def _stream_of(tensor: Tensor) -> int | None:
-    """The stream to launch on, None where the interpreter runs."""
-    if not tensor.is_cuda:
-        return None
-    return _triton().runtime.driver.active.get_current_stream(tensor.get_device())
-
-
-class Launch:
-    """A kernel whose grid, numbers and constants are settled: a call hands over tensors alone.
-
-    Triton finds the compiled kernel anew at every launch, from the type, value and alignment of
-    each argument, which takes longer than most of these kernels run. Here it does so once. So an
-    instance must see the same dtypes and alignments at every call.
-
-    Args:
-        kernel: with parameters in the order pointers, numbers, constants.
-        grid: programs.
-        numbers: strides and sizes, in the kernel's order.
-        constants: compile-time parameters by name.
-        options: `num_warps` and `num_stages`.
-    """
-
-    def __init__(
-        self,
-        kernel: Any,
-        grid: tuple[int, int, int],
-        numbers: tuple[int, ...],
-        constants: dict[str, Any],
-        **options: int,
-    ) -> None:
-        self.kernel, self.grid, self.numbers = kernel, grid, numbers
-        self.constants, self.options = constants, options
-        self.run: Callable[..., None] | None = None
-        self.compiled: tuple[Any, ...] = ()
-        self.scratch = 0  # bytes
-        names = kernel.arg_names[-len(constants) :]
-        self.rest = (*numbers, *(constants[name] for name in names))
-
-    def __call__(self, stream: int | None, *tensors: Tensor) -> None:
-        """Launch on a stream with these pointers."""
-        if self.run is None:
-            handle = self.kernel[self.grid](
-                *tensors, *self.numbers, **self.constants, **self.options
-            )
-            if handle is not None:  # the interpreter compiles nothing
-                self._keep(handle)
-        elif self.scratch:
-            scratch = _allocate(self.scratch, 0, stream)
-            head, tail = self.compiled[:3], self.compiled[3:]
-            self.run(*self.grid, stream, *head, scratch, *tail, *tensors, *self.rest)
-        else:
-            self.run(*self.grid, stream, *self.compiled, *tensors, *self.rest)
-
-    def _keep(self, handle: Any) -> None:
-        """The compiled kernel; where Triton is known, round its launcher written in Python."""
-        launcher, hooks = handle.run, (handle.packed_metadata, None, None, None)
-        if not _known_triton() or launcher.profile_scratch_size:
-            self.run, self.compiled = launcher, (handle.function, *hooks)
-            return
-        programs = self.grid[0] * self.grid[1] * self.grid[2] * launcher.num_ctas
-        self.scratch = launcher.global_scratch_size * programs
-        scratch = () if self.scratch else (None,)
-        flags = launcher.launch_cooperative_grid, launcher.launch_pdl
-        self.run = launcher.launch
-        self.compiled = (handle.function, *flags, *scratch, None, *hooks)
 
 
 class Facts(NamedTuple):
@@ -224,15 +103,9 @@ class Facts(NamedTuple):
         return {name: every[name] for name in names} if names else every
 
 
-def _padded(width: int, dtype: torch.dtype) -> int:
-    """The width of a result's rows in memory: of 16 bytes, for the copy engine."""
-    size = 16 // dtype.itemsize
-    return -(-width // size) * size
-
-
 def _contiguous(width: int, facts: Facts) -> tuple[int, int, int]:
     """Strides of a result, see `room`."""
-    padded = _padded(width, facts.dtype)
+    padded = padded_width(width, facts.dtype)
     return facts.time * facts.heads * padded, facts.heads * padded, padded
 
 
@@ -418,18 +291,6 @@ def _prepare_together(
          **facts.constants()},
         num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
-
-
-def room(like: Tensor, padded: bool = False) -> Tensor:
-    """Memory for a result, (batch, time, heads, width), aligned for the copy engine.
-
-    Zeros where there is padding: tokens before a row's first are written by nobody.
-    """
-    make = like.new_zeros if padded else like.new_empty
-    shape = like.shape
-    width = shape[-1]
-    wide = _padded(width, like.dtype)
-    return make(shape) if wide == width else make((*shape[:-1], wide))[..., :width]
 
 
 def kept_sizes(
@@ -659,7 +520,7 @@ def _pointers(
     )
 
 
-@_on_its_device
+@on_its_device
 def forward(
     q: Tensor,
     work: Work,
@@ -679,7 +540,7 @@ def forward(
     there is no use for is None; without `scale` the normalisers are empty. `reuse`: they may be
     those of a call before, which nobody else may write to.
     """
-    stream = _stream_of(q)
+    stream = stream_of(q)
     normaliser = work.normalisers(stream, log_decay, positions, ranges, reuse)
     pointers = _pointers(normaliser, documents, ranges)
     source = _state_like(state)
@@ -701,7 +562,7 @@ def forward(
     return o, final, states, normaliser, scores
 
 
-@_on_its_device
+@on_its_device
 def backward(
     do: Tensor,
     d_final: Tensor | None,
@@ -720,7 +581,7 @@ def backward(
     """dq, dk, dv and the gradient of the entering state (None without one)."""
     (do,) = aligned(do)
     launches = work.backward(do.stride(), d_final is not None)
-    stream = _stream_of(q)
+    stream = stream_of(q)
     pointers = _pointers(normaliser, documents, ranges)
     source, arriving = _state_like(state), _state_like(d_final)
     leaving = d_state = None
@@ -788,7 +649,7 @@ def _prepare_step(
     )  # fmt: skip
 
 
-@_on_its_device
+@on_its_device
 def step(
     q: Tensor,
     k: Tensor,
@@ -816,5 +677,5 @@ def step(
     positions, starts, valid = (
         state if x is None else x.view(torch.uint8) if x.dtype == torch.bool else x for x in facts
     )
-    launch(_stream_of(q), q, k, v, o, state, log_decay, positions, starts, valid)
+    launch(stream_of(q), q, k, v, o, state, log_decay, positions, starts, valid)
     return o
