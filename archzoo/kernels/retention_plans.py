@@ -36,7 +36,7 @@ class Plan(NamedTuple):
     by_key: Pair  # o and dv: a and b are as wide as k
     by_value: Pair  # dq and dk: a and b are as wide as v
     sums: tuple[int, Cut, int]  # of segments: tokens a loop step, cut, pieces to a segment
-    # dq, dk and dv in one walk, two chunks a loop step: tokens a chunk, which is o's too, and cut
+    # dq, dk and dv in one walk: tokens a loop step, as many as o's map takes, and cut
     together: tuple[int, Cut] | None = None
 
 
