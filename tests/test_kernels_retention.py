@@ -245,6 +245,13 @@ def test_what_is_prepared_serves_other_tensors():
     assert launch.work.cache_info().hits > 0
 
 
+def test_trains_after_a_look_in_inference_mode():
+    tensors, decays = case(1, 40, 2, 16, 16, torch.float32), slopes(2)
+    with torch.inference_mode():
+        retention(*tensors, decays)
+    check(*tensors, decays)
+
+
 def test_normalisers_follow_decays_that_are_written_over():
     """They are kept from call to call: not beyond a change of the decays in place."""
     decays = slopes(2)

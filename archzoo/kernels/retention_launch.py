@@ -381,7 +381,8 @@ class Work:
         reuse = reuse and positions is None and ranges is None
         reuse = reuse and not (log_decay.is_cuda and torch.cuda.is_current_stream_capturing())
         key = None
-        if reuse and not log_decay.is_inference():
+        # What is made in inference mode cannot be saved for a backward to come.
+        if reuse and not (torch.is_inference_mode_enabled() or log_decay.is_inference()):
             key = stream, log_decay.data_ptr(), log_decay._version
             if self.table_kept is not None and self.table_kept[0] == key:
                 return self.table_kept[2]
