@@ -121,6 +121,13 @@ class Segments(NamedTuple):
 
 def _form(facts: Facts, cut: Cut, name: str) -> tuple[Any, dict[str, Any], dict[str, int]]:
     """The kernel of this name that a cut asks for, constants that it needs, and options."""
+    if cut.apart and name == "backward_kernel":
+        from archzoo.kernels import retention_gluon_backward
+
+        # The copying warp and three multiplying groups share out 128 registers a thread.
+        options = {"num_warps": 4, "maxnreg": 128}
+        constants = facts.constants("SCALE") | {"STAGES": cut.stages}
+        return retention_gluon_backward.backward_kernel, constants, options
     if cut.apart:
         from archzoo.kernels import retention_gluon
 
@@ -134,7 +141,11 @@ def _form(facts: Facts, cut: Cut, name: str) -> tuple[Any, dict[str, Any], dict[
         return getattr(retention_gluon, name), constants, options
     from archzoo.kernels import retention_triton
 
-    constants = facts.constants() | {"TILE": cut.tile}
+    constants = facts.constants()
+    if name == "backward_kernel":
+        constants |= {"K": facts.dk, "V": facts.dv, "BLOCK_K": cut.block, "BLOCK_V": cut.tile}
+    else:
+        constants |= {"TILE": cut.tile}
     options = {"num_warps": cut.warps, "num_stages": cut.stages}
     return getattr(retention_triton, name), constants, options
 
@@ -275,21 +286,18 @@ def _prepare_together(
     leaving: bool,
 ) -> Launch:
     """The launch of all gradients in one walk, where a program holds the whole state."""
-    from archzoo.kernels import retention_triton as kernels
-
     assert plan.together is not None
     chunk, cut = plan.together
+    kernel, constants, options = _form(facts, cut, "backward_kernel")
     key, value = _contiguous(facts.dk, facts), _contiguous(facts.dv, facts)
     strides = sum((*facts.strides, do, key, key, value), ())
     return Launch(
-        kernels.backward_kernel,
+        kernel,
         (facts.rows, segments, 1),
         (*strides, facts.time, segment, segments, facts.heads, _pairs(facts.time, chunk),
          max(facts.normaliser_rows, 1)),
-        {"K": facts.dk, "V": facts.dv, "BLOCK_K": cut.block, "BLOCK_V": cut.tile,
-         "CHUNK": chunk, "HAS_ENTERING": entering, "HAS_LEAVING": leaving,
-         **facts.constants()},
-        num_warps=cut.warps, num_stages=cut.stages,
+        {"CHUNK": chunk, "HAS_ENTERING": entering, "HAS_LEAVING": leaving, **constants},
+        **options,
     )  # fmt: skip
 
 
@@ -398,14 +406,16 @@ class Work:
 
     def _prepare_backward(self, do: tuple[int, ...], arriving: bool) -> Backward:
         """The backward's launches; `arriving`: the last state has a gradient."""
-        facts, plan, many = self.facts, self.plan, self.many
+        facts, plan = self.facts, self.plan
+        cut = cut_segments(plan, facts.rows, facts.time, facts.dk, backward=True)
+        many = cut[1] > 1
         do = do[:3]
         q, k, v = facts.strides
         dk, dv = facts.dk, facts.dv
         segments = None
         if many:
             segments = _prepare_segments(
-                facts, plan, *self.cut, (q, do), True, arriving, facts.state
+                facts, plan, *cut, (q, do), True, arriving, facts.state
             )
         prepare = functools.partial(_prepare_map, facts)
         arrives, leaves = many or arriving, facts.state and not many
@@ -414,17 +424,17 @@ class Work:
         of_k: tuple[Launch, ...] = ()
         of_q: tuple[Launch, ...] = ()
         if plan.together is not None:
-            together = _prepare_together(facts, plan, *self.cut, do, arrives, leaves)
+            together = _prepare_together(facts, plan, *cut, do, arrives, leaves)
         else:
             of_v = prepare(
-                plan.by_key, *self.cut, (dk, dv), (k, q, do), True, False, arrives, leaves
+                plan.by_key, *cut, (dk, dv), (k, q, do), True, False, arrives, leaves
             )
             of_k = prepare(
-                plan.by_value, *self.cut, (dv, dk), (v, do, q), True, True, arrives, False
+                plan.by_value, *cut, (dv, dk), (v, do, q), True, True, arrives, False
             )
             entering = many or facts.state
             of_q = prepare(
-                plan.by_value, *self.cut, (dv, dk), (do, v, k), False, True, entering, False
+                plan.by_value, *cut, (dv, dk), (do, v, k), False, True, entering, False
             )
         scores = _prepare_scores(facts, plan.by_value, dv, do, v)
         return Backward(segments, scores, together, of_v, of_k, of_q)

@@ -64,6 +64,7 @@ _BFLOAT16_PLANS: dict[tuple[int, int], Plan] = {
 # The same where copying and multiplying can be kept apart, for whole rows of one document; by exact
 # widths.
 _APART_PLANS: dict[tuple[int, int], Plan] = {
+    (64, 64): _BFLOAT16_PLANS[64, 64]._replace(together=(64, Cut(64, 64, 12, 5, True))),
     (128, 256): Plan(
         Pair(64, True, *(Cut(128, 128, 8, 3, True),) * 2),
         Pair(32, True, *(Cut(256, 128, 8, 4, True),) * 2),
@@ -119,9 +120,16 @@ def find_plan(dk: int, dv: int, dtype: torch.dtype, apart: bool = False) -> Plan
     )
 
 
-def cut_segments(plan: Plan, rows: int, time: int, dk: int) -> tuple[int, int]:
-    """Cuts time so that every map fills the chip: (tokens a segment, segments)."""
+def cut_segments(
+    plan: Plan, rows: int, time: int, dk: int, backward: bool = False
+) -> tuple[int, int]:
+    """Cuts time so that every map fills the chip: (tokens a segment, segments).
+
+    A backward in one walk has segments of its own, since it reads no state of the forward's.
+    """
     cut = plan.by_value.forward
+    if backward and plan.together is not None:
+        _, cut = plan.together
     programs = rows * -(-dk // cut.tile)
     fill = _FILL if cut.warps > 4 else 2 * _FILL
     wanted = max(min(fill // programs, time // _SEGMENT_LEAST), 1)
