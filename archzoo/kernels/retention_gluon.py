@@ -2,14 +2,15 @@
 
 `stream_kernel` computes what its namesake in `retention_triton` does, and takes the same
 parameters. There all warps of a program load, multiply, scale and store in step, and wait for each
-other nine times a chunk, so that the matrix unit works four tenths of the time. Here three parts
-run side by side and meet at barriers in shared memory:
+other nine times a chunk, so that the matrix unit works four tenths of the time. Here three groups
+of four warps run side by side and meet at barriers in shared memory:
 
-- one warp issues the copies, up to STAGES chunks ahead;
-- two groups of four warps each hold 64 columns of the state, (BLOCK_A, 64), in registers, and walk
-  over time at their own pace, so that one multiplies while the other scales and converts.
+- one issues the copies, some chunks ahead, and makes the chunks' own weights, one chunk ahead;
+- two each hold 64 columns of the state, (BLOCK_A, 64), in registers, and walk over time at their
+  own pace, so that one multiplies while the other scales and converts.
 
-Both read the same a, b and chunk's own weights. The state is held as tiles of 64 rows, for each
+Both read the same a, b and weights. Where `a` is wider than BLOCK_A, each split makes the weights of
+its own columns: they add up, as the shares of the state do. The state is held as tiles of 64 rows, for each
 the copy engine's widest swizzled box of a and b.
 
 Gluon is Triton's lower level, and has no interpreter: `retention_triton`'s kernel, which the
@@ -26,6 +27,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    mma_v2,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -52,48 +54,100 @@ def _power(log2_decay, exponent):
 
 
 @gluon.jit
-def _copy_in(
-    a_desc, b_desc, c_desc, scores_desc, out_desc, a_room, b_room, c_room, scores_room, out_room,
-    full, empty, start, stop, split, tile,
-    CHUNK: gl.constexpr, BLOCK_A: gl.constexpr, REVERSE: gl.constexpr, ADD: gl.constexpr,
-    STAGES: gl.constexpr,
+def _weigh(
+    a_room, b_room, weights_room, stage, slot, normaliser_row, log2_decay, begin, size,
+    CHUNK: gl.constexpr, TILES: gl.constexpr, REVERSE: gl.constexpr, SCALE: gl.constexpr,
 ):  # fmt: skip
-    """The copying warp."""
+    """A chunk's own weights gamma^(i-j) (a_i . b_j), normalised, at [j, i]; 0 where j > i."""
+    # The wide matrix instruction has 64 rows; 32 tokens take the narrow one.
+    layout: gl.constexpr = (
+        gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
+        if CHUNK == 64
+        else gl.NVMMADistributedLayout([2, 0], [2, 2], [16, 8])
+    )
+    weights = gl.zeros([CHUNK, CHUNK], gl.float32, layout)
+    for i in gl.static_range(TILES):
+        b = b_room.index(stage * TILES + i)
+        a = a_room.index(stage * TILES + i).permute((1, 0))
+        if CHUNK == 64:
+            weights = warpgroup_mma(b, a, weights, is_async=True)
+        else:
+            left = b.load(gl.DotOperandLayout(0, layout, 2))
+            right = a.load(gl.DotOperandLayout(1, layout, 2))
+            weights = mma_v2(left, right, weights)
+    rows = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout))
+    columns = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, layout))
+    if REVERSE:
+        gap = rows[:, None] - columns[None, :]
+    else:
+        gap = columns[None, :] - rows[:, None]
+    decay = gl.where(gap >= 0, _power(log2_decay, gap), 0.0)
+    if SCALE:
+        token = rows if REVERSE else columns
+        normaliser = gl.load(normaliser_row + begin + token, mask=token < size, other=0.0)
+        decay *= normaliser[:, None] if REVERSE else normaliser[None, :]
+    if CHUNK == 64:
+        weights = warpgroup_mma_wait(0, deps=(weights,))
+    weights_room.index(slot).store((weights * decay).to(gl.bfloat16))
+    fence_async_shared()
+    gl.thread_barrier()
+
+
+@gluon.jit
+def _copy_and_weigh(
+    a_desc, b_desc, c_desc, out_desc, a_room, b_room, c_room, stored_room, weights_room,
+    full, empty, weighed, normaliser_row, log2_decay, start, stop, split, tile,
+    CHUNK: gl.constexpr, BLOCK_A: gl.constexpr, REVERSE: gl.constexpr, SCALE: gl.constexpr,
+    ADD: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The copying group, which between copies makes the chunks' own weights.
+
+    Nothing before a chunk leads to its weights, so they are ready when the others come to it: it
+    weighs a chunk while they multiply the one before, and STAGES - 2 more are on their way.
+    """
     TILES: gl.constexpr = BLOCK_A // WIDE
-    BYTES: gl.constexpr = 2 * CHUNK * (2 * BLOCK_A + 2 * WIDE + (2 * WIDE if ADD else CHUNK))
+    BYTES: gl.constexpr = 2 * CHUNK * (2 * BLOCK_A + (4 * WIDE if ADD else 2 * WIDE))
+    LEAD: gl.constexpr = STAGES - 2
     walk = gl.cdiv(stop - start, CHUNK)
-    for walked in range(walk):
-        begin, _ = _chunk(walked, walk, start, stop, CHUNK, REVERSE)
-        stage = walked % STAGES
-        mbarrier.wait(empty.index(stage), (walked // STAGES & 1) ^ 1)
-        ready = full.index(stage)
-        mbarrier.expect(ready, BYTES)
-        for i in gl.static_range(TILES):
-            at = split * BLOCK_A + i * WIDE
-            tma.async_copy_global_to_shared(
-                a_desc, [begin, at], ready, a_room.index(stage * TILES + i)
-            )
-        for i in gl.static_range(2):
-            at = (2 * tile + i) * WIDE
-            tma.async_copy_global_to_shared(c_desc, [begin, at], ready, c_room.index(2 * stage + i))
-            if ADD:
+    for step in range(walk + LEAD):
+        stage = step % STAGES
+        # The chunk that was there is done with, and so are its weights: two are kept.
+        mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+        if step < walk:
+            begin, _ = _chunk(step, walk, start, stop, CHUNK, REVERSE)
+            ready = full.index(stage)
+            mbarrier.expect(ready, BYTES)
+            for i in gl.static_range(TILES):
+                at = split * BLOCK_A + i * WIDE
                 tma.async_copy_global_to_shared(
-                    out_desc, [begin, at], ready, scores_room.index(2 * stage + i)
+                    a_desc, [begin, at], ready, a_room.index(stage * TILES + i)
                 )
-        if not ADD:
-            tma.async_copy_global_to_shared(
-                scores_desc, [begin, 0], ready, scores_room.index(stage)
-            )
-        for i in gl.static_range(TILES):
-            at = split * BLOCK_A + i * WIDE
-            tma.async_copy_global_to_shared(
-                b_desc, [begin, at], ready, b_room.index(stage * TILES + i)
-            )
+                tma.async_copy_global_to_shared(
+                    b_desc, [begin, at], ready, b_room.index(stage * TILES + i)
+                )
+            for i in gl.static_range(2):
+                at = (2 * tile + i) * WIDE
+                tma.async_copy_global_to_shared(
+                    c_desc, [begin, at], ready, c_room.index(2 * stage + i)
+                )
+                if ADD:
+                    tma.async_copy_global_to_shared(
+                        out_desc, [begin, at], ready, stored_room.index(2 * stage + i)
+                    )
+        walked = step - LEAD
+        if walked >= 0:
+            begin, size = _chunk(walked, walk, start, stop, CHUNK, REVERSE)
+            mbarrier.wait(full.index(walked % STAGES), walked // STAGES & 1)
+            _weigh(
+                a_room, b_room, weights_room, walked % STAGES, walked % 2, normaliser_row,
+                log2_decay, begin, size, CHUNK, TILES, REVERSE, SCALE,
+            )  # fmt: skip
+            mbarrier.arrive(weighed.index(walked % 2), count=1)
 
 
 @gluon.jit
 def _multiply(
-    out_desc, a_room, b_room, c_room, scores_room, out_room, full, empty,
+    out_desc, a_room, b_room, c_room, stored_room, weights_room, out_room, full, empty, weighed,
     entering_ptr, leaving_ptr, normaliser_row, log2_decay, start, stop, split, tile,
     stride_a, stride_c,
     HALF: gl.constexpr, CHUNK: gl.constexpr, BLOCK_A: gl.constexpr, REVERSE: gl.constexpr,
@@ -151,49 +205,43 @@ def _multiply(
         stage = walked % STAGES
         mbarrier.wait(full.index(stage), walked // STAGES & 1)
 
-        # The past, through the state.
+        # The past, through the state: two of its tiles at a time, whose copies take registers.
         out = gl.zeros([WIDE, CHUNK], gl.float32, out_layout)
         a = stage * TILES
         left0 = gl.convert_layout(state0.to(gl.bfloat16), left)
-        out = warpgroup_mma(left0, a_room.index(a).permute((1, 0)), out, is_async=True)
         left1 = gl.convert_layout(state1.to(gl.bfloat16), left)
+        out = warpgroup_mma(
+            left0, a_room.index(a).permute((1, 0)), out, use_acc=False, is_async=True
+        )
         out = warpgroup_mma(left1, a_room.index(a + 1).permute((1, 0)), out, is_async=True)
-        if TILES > 2:
-            left2 = gl.convert_layout(state2.to(gl.bfloat16), left)
-            out = warpgroup_mma(left2, a_room.index(a + 2).permute((1, 0)), out, is_async=True)
-            left3 = gl.convert_layout(state3.to(gl.bfloat16), left)
-            out = warpgroup_mma(left3, a_room.index(a + 3).permute((1, 0)), out, is_async=True)
         # Meanwhile what needs no matrix unit.
         c = c_room.index(2 * stage + HALF).permute((1, 0))
         scaled = (c.load(out_layout).to(gl.float32) * leave[None, :]).to(gl.bfloat16)
         scaled = gl.convert_layout(scaled, left)
         state0 *= keep
         state1 *= keep
+        out, left0, left1 = warpgroup_mma_wait(0, deps=(out, left0, left1))
         if TILES > 2:
+            left2 = gl.convert_layout(state2.to(gl.bfloat16), left)
+            left3 = gl.convert_layout(state3.to(gl.bfloat16), left)
+            out = warpgroup_mma(left2, a_room.index(a + 2).permute((1, 0)), out, is_async=True)
+            out = warpgroup_mma(left3, a_room.index(a + 3).permute((1, 0)), out, is_async=True)
             state2 *= keep
             state3 *= keep
-            out, left0, left1, left2, left3 = warpgroup_mma_wait(
-                0, deps=(out, left0, left1, left2, left3)
-            )
-        else:
-            out, left0, left1 = warpgroup_mma_wait(0, deps=(out, left0, left1))
+            out, left2, left3 = warpgroup_mma_wait(0, deps=(out, left2, left3))
         out *= arrive[None, :]
         # The chunk itself, through its weights; and the state after it.
         if ADD:
-            stored = scores_room.index(2 * stage + HALF).permute((1, 0)).load(out_layout)
+            stored = stored_room.index(2 * stage + HALF).permute((1, 0)).load(out_layout)
             out += stored.to(gl.float32)
-        else:
-            weights = scores_room.index(stage)
-            if not REVERSE:
-                weights = weights.permute((1, 0))
-            out = warpgroup_mma(c, weights, out, is_async=True)
+        mbarrier.wait(weighed.index(walked % 2), walked // 2 & 1)
+        out = warpgroup_mma(c, weights_room.index(walked % 2), out, is_async=True)
         state0 = warpgroup_mma(scaled, b_room.index(a), state0, is_async=True)
         state1 = warpgroup_mma(scaled, b_room.index(a + 1), state1, is_async=True)
         if TILES > 2:
             state2 = warpgroup_mma(scaled, b_room.index(a + 2), state2, is_async=True)
             state3 = warpgroup_mma(scaled, b_room.index(a + 3), state3, is_async=True)
-        if not ADD:
-            out = warpgroup_mma_wait(TILES, deps=(out,))
+        out = warpgroup_mma_wait(TILES, deps=(out,))
         tma.store_wait(0)
         gl.thread_barrier()
         mine.permute((1, 0)).store(out.to(gl.bfloat16))
@@ -231,6 +279,7 @@ def stream_kernel(
     A: gl.constexpr, C: gl.constexpr, BLOCK_A: gl.constexpr, CHUNK: gl.constexpr,
     REVERSE: gl.constexpr, SCALE: gl.constexpr, HAS_ENTERING: gl.constexpr,
     HAS_LEAVING: gl.constexpr, ADD: gl.constexpr, STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """out_i = sum_{j <= i} gamma^(i-j) (a_i . b_j) c_j for 128 columns and a segment.
 
@@ -266,45 +315,44 @@ def stream_kernel(
         out_ptr + batch * out_batch + head * out_head,
         [time, C], [out_time, 1], [CHUNK, WIDE], box,
     )  # fmt: skip
-    scores_desc = tma.make_tensor_descriptor(
-        scores_ptr + row_wide * chunks * (CHUNK * CHUNK),
-        [chunks * CHUNK, CHUNK], [CHUNK, 1], [CHUNK, CHUNK], square,
-    )  # fmt: skip
     a_room = gl.allocate_shared_memory(gl.bfloat16, [STAGES * TILES, CHUNK, WIDE], box)
     b_room = gl.allocate_shared_memory(gl.bfloat16, [STAGES * TILES, CHUNK, WIDE], box)
     c_room = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, CHUNK, WIDE], box)
-    if ADD:  # what is stored already comes in the place of the weights
-        scores_room = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, CHUNK, WIDE], box)
-    else:
-        scores_room = gl.allocate_shared_memory(gl.bfloat16, [STAGES, CHUNK, CHUNK], square)
+    weights_room = gl.allocate_shared_memory(gl.bfloat16, [2, CHUNK, CHUNK], square)
+    stored_room = weights_room
+    if ADD:
+        stored_room = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, CHUNK, WIDE], box)
     out_room = gl.allocate_shared_memory(gl.bfloat16, [2, CHUNK, WIDE], box)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    weighed = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(weighed.index(i), count=1)
     fence_async_shared()
 
     gl.warp_specialize(
         [
-            (_copy_in, (
-                a_desc, b_desc, c_desc, scores_desc, out_desc, a_room, b_room, c_room, scores_room,
-                out_room, full, empty, start, stop, split, tile, CHUNK, BLOCK_A, REVERSE, ADD,
-                STAGES,
+            (_copy_and_weigh, (
+                a_desc, b_desc, c_desc, out_desc, a_room, b_room, c_room, stored_room,
+                weights_room, full, empty, weighed, normaliser_row, log2_decay, start, stop, split,
+                tile, CHUNK, BLOCK_A, REVERSE, SCALE, ADD, STAGES,
             )),
             (_multiply, (
-                out_desc, a_room, b_room, c_room, scores_room, out_room, full, empty, entering,
-                leaving, normaliser_row, log2_decay, start, stop, split, tile, stride_a, stride_c,
+                out_desc, a_room, b_room, c_room, stored_room, weights_room, out_room, full, empty,
+                weighed, entering, leaving, normaliser_row, log2_decay, start, stop, split, tile, stride_a, stride_c,
                 0, CHUNK, BLOCK_A, REVERSE, SCALE, HAS_ENTERING, HAS_LEAVING, ADD, STAGES,
             )),
             (_multiply, (
-                out_desc, a_room, b_room, c_room, scores_room, out_room, full, empty, entering,
-                leaving, normaliser_row, log2_decay, start, stop, split, tile, stride_a, stride_c,
+                out_desc, a_room, b_room, c_room, stored_room, weights_room, out_room, full, empty,
+                weighed, entering, leaving, normaliser_row, log2_decay, start, stop, split, tile, stride_a, stride_c,
                 1, CHUNK, BLOCK_A, REVERSE, SCALE, HAS_ENTERING, HAS_LEAVING, ADD, STAGES,
             )),
         ],
         [4, 4],
-        [240, 240],
+        [REGISTERS, REGISTERS],
     )  # fmt: skip
 
 

@@ -137,6 +137,9 @@ def _form(facts: Facts, cut: Cut, name: str) -> tuple[Any, dict[str, Any], dict[
         constants = facts.constants("SCALE") | {"STAGES": cut.stages}
         if name == "segment_sums_kernel":
             constants["REGISTERS"] = 104 if two else 240
+        else:
+            # What a chunk of 64 leaves over goes to the group that makes its weights.
+            constants["REGISTERS"] = 200 if cut.block == 128 else 216
         options = {"num_warps": 4, "maxnreg": 80 if two else 168}
         return getattr(retention_gluon, name), constants, options
     from archzoo.kernels import retention_triton

@@ -66,12 +66,13 @@ _BFLOAT16_PLANS: dict[tuple[int, int], Plan] = {
 _APART_PLANS: dict[tuple[int, int], Plan] = {
     (64, 64): _BFLOAT16_PLANS[64, 64]._replace(together=(64, Cut(64, 64, 12, 5, True))),
     (128, 256): Plan(
-        Pair(64, True, *(Cut(128, 128, 8, 3, True),) * 2),
-        Pair(32, True, *(Cut(256, 128, 8, 4, True),) * 2),
+        Pair(64, False, *(Cut(128, 128, 8, 4, True),) * 2),
+        Pair(32, False, *(Cut(256, 128, 8, 5, True),) * 2),
         sums=(32, Cut(128, 128, 8, 6, True), 1),
     ),
     (256, 512): Plan(
-        *(Pair(32, True, *(Cut(256, 128, 8, 4, True),) * 2),) * 2,
+        Pair(32, False, *(Cut(256, 128, 8, 5, True),) * 2),
+        Pair(32, False, *(Cut(256, 128, 8, 4, True),) * 2),
         sums=(64, Cut(256, 128, 8, 4, True), 1),
     ),
 }
