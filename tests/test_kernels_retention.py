@@ -14,6 +14,7 @@ from archzoo.block import make_context
 from archzoo.kernels import retention as kernels
 from archzoo.kernels import retention_launch as launch
 from archzoo.kernels import retention_plans as plans
+from archzoo.kernels.launching import on_its_device, stream_of
 from archzoo.kernels.retention import available, retention, retention_step, unavailable
 from archzoo.mixers.retention import Retention
 
@@ -119,7 +120,7 @@ def small_plan(monkeypatch, scores=True, together=False):
     cut = plans.Cut(16, 16, 4, 1)
     whole = (16, plans.Cut(16, 32, 4, 1)) if together else None
     pair = plans.Pair(16, scores, cut, cut)
-    plan = plans.Plan(pair, pair, sums=(16, cut, 2), together=whole)
+    plan = plans.Plan(pair, pair, sums=(16, cut), together=whole)
     monkeypatch.setattr(launch, "find_plan", lambda *_: plan)
     monkeypatch.setattr(plans, "_SEGMENT_LEAST", 32)
     monkeypatch.setattr(plans, "_SEGMENT_MULTIPLE", 32)
@@ -163,6 +164,81 @@ def test_segments_and_splits(monkeypatch, form, dtype):
     q, k, v = case(1, 70, 1, dk, dv, dtype)
     # Three splits round their sums to bfloat16 twice more than any plan in use does.
     check(q, k, v, slopes(1), random_state(1, 1, dk, dv), 2 * TOLERANCE[dtype])
+
+
+# The small plan's form, times of 2 to 6 segments of which the last is short, and widths; on a GPU
+# the real plans as well.
+JOINED = [("scores", (70, 150), 24, 40), ("together", (100, 260), 16, 16)]
+if GPU:
+    JOINED += [("", (1500, 2100), *widths) for widths in WIDTHS]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("form", "times", "dk", "dv"), JOINED)
+def test_maps_join_segments_as_the_kernel_ahead_of_them(monkeypatch, form, times, dk, dv, dtype):
+    """Bit for bit: whole rows, no state, so that each program joins the sums that it needs."""
+    if form:
+        small_plan(monkeypatch, form == "scores", form == "together")
+        monkeypatch.setattr(plans, "_SEGMENT_MULTIPLE", 16)
+
+    def run(tensors):
+        launch.work.cache_clear()
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        out, _ = retention(*leaves, slopes(1))
+        return out, *torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    for time in times:
+        tensors = case(1, time, 1, dk, dv, dtype)
+        mine = run(tensors)
+        work, *_ = launch.find_work(*tensors, slopes(1), *(None,) * 4, True, False)
+        assert work.joined and time % work.cut[0]
+        with monkeypatch.context() as patch:
+            patch.setattr(launch, "joins_in_maps", lambda *_: False)
+            theirs = run(tensors)
+        assert all(map(torch.equal, mine, theirs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("last", [False, True])
+def test_sums_of_segments(monkeypatch, last, dtype):
+    """The first level in both directions; `last`: of the segment walked last as well."""
+    small_plan(monkeypatch)
+    monkeypatch.setattr(plans, "_SEGMENT_MULTIPLE", 16)
+    time, heads, dk, dv = 150, 2, 24, 40
+    q, k, v = case(1, time, heads, dk, dv, dtype)
+    do = case(1, time, heads, dk, dv, dtype, seed=1)[2]
+    state = random_state(1, heads, dk, dv) if last else None
+    decay = slopes(heads)
+    work, *_ = launch.find_work(q, k, v, decay, state, None, None, None, True, last)
+    segment, segments = work.cut
+    assert 2 < segments < time / segment + 1 and time % segment
+
+    @on_its_device
+    def run(q):
+        stream = stream_of(q)
+        normaliser = work.normalisers(stream, decay, None, None, False)
+        rooms = []
+        backward = work.backward(do.stride(), False).segments
+        for level, (b, c) in ((work.segments, (k, v)), (backward, (q, do))):
+            rooms.append(torch.full(level.room, torch.nan, device=DEVICE))
+            level.sum(stream, b, c, rooms[-1], decay, *(normaliser,) * 3)
+        return *rooms, normaliser
+
+    forward, backward, normaliser = run(q)
+    for piece in range(segments):
+        start, stop = piece * segment, min(piece * segment + segment, time)
+        t = torch.arange(start, stop, device=DEVICE)
+        for sums, b, c, distance, scale, there in (
+            (forward, k, v, stop - 1 - t, None, last or piece + 1 < segments),
+            (backward, q, do, t - start + 1, normaliser[:, start:stop], last or piece > 0),
+        ):
+            weight = torch.exp(decay[:, None] * distance)
+            if scale is not None:
+                weight = weight * scale
+            b, c = b[0, start:stop].double(), c[0, start:stop].double()
+            want = torch.einsum("ht,thb,thc->hbc", weight.double(), b, c)
+            mine = sums[0, :, piece]
+            assert error(mine, want) < TOLERANCE[dtype] if there else mine.isnan().all()
 
 
 @pytest.mark.parametrize("plan", ["usual", "small", "together"])
@@ -492,8 +568,8 @@ def test_copying_apart_changes_nothing(monkeypatch, batch, time, dk, dv):
     if not launch._has_apart(torch.device("cuda", torch.cuda.current_device())):
         pytest.skip("not a Hopper GPU, or a Triton without Gluon")
     apart = plans._APART_PLANS[dk, dv]
-    chunk, *_ = plans._BFLOAT16_PLANS[dk, dv].sums
-    sums = (chunk, apart.sums[1]._replace(stages=3), apart.sums[2])
+    chunk, _ = plans._BFLOAT16_PLANS[dk, dv].sums
+    sums = (chunk, apart.sums[1]._replace(stages=3))
     monkeypatch.setitem(plans._APART_PLANS, (dk, dv), apart._replace(sums=sums))
     plans.find_plan.cache_clear()
     tensors = case(batch, time, 2, dk, dv, torch.bfloat16)

@@ -22,7 +22,15 @@ from archzoo.kernels.launching import (
     room,
     stream_of,
 )
-from archzoo.kernels.retention_plans import Cut, Pair, Plan, cut_segments, find_plan, power_of_2
+from archzoo.kernels.retention_plans import (
+    Cut,
+    Pair,
+    Plan,
+    cut_segments,
+    find_plan,
+    joins_in_maps,
+    power_of_2,
+)
 
 
 @functools.lru_cache(maxsize=64)
@@ -110,12 +118,11 @@ def _contiguous(width: int, facts: Facts) -> tuple[int, int, int]:
 
 
 class Segments(NamedTuple):
-    """The two levels: sums of pieces and their joining; the room that they take."""
+    """The two levels: sums of segments and their joining, None where the maps join them."""
 
     sum: Launch
-    join: Launch
-    sums: tuple[int, ...]
-    entering: tuple[int, ...]
+    join: Launch | None
+    room: tuple[int, ...]  # of the sums, and of the states that enter
     leave: bool
 
 
@@ -148,48 +155,41 @@ def _prepare_segments(
     reverse: bool,
     initial: bool,
     leave: bool,
+    joined: bool,
 ) -> Segments:
     """The two-level pass over (k, v), or over (q, do) backward in time.
 
-    `strides` are theirs; `initial`: a state enters; `leave`: the last one is wanted.
+    `strides` are theirs; `initial`: a state enters; `leave`: the last one is wanted; `joined`: by
+    the maps.
     """
     from archzoo.kernels import retention_triton as kernels
 
-    chunk, cut, parts = plan.sums
-    piece = segment // parts
-    pieces = -(-facts.time // piece)
-    # Nothing follows the segment walked last, so its sum counts only towards the last state.
-    first, stop = 0, pieces
-    if not leave:
-        first, stop = (parts, pieces) if reverse else (0, (segments - 1) * parts)
+    chunk, cut = plan.sums
     tiles = -(-facts.dk // cut.block) * -(-facts.dv // cut.tile)
     kernel, constants, options = _form(facts, cut, "segment_sums_kernel")
     sums = Launch(
         kernel,
-        (tiles, facts.rows, stop - first),
-        (*strides[0], *strides[1], facts.time, piece, pieces, facts.heads,
-         max(facts.normaliser_rows, 1), first),
+        # Nothing follows the segment walked last, so its sum counts only towards the last state.
+        (tiles, facts.rows, segments if leave else segments - 1),
+        (*strides[0], *strides[1], facts.time, segment, segments, facts.heads,
+         max(facts.normaliser_rows, 1)),
         {"B": facts.dk, "C": facts.dv, "BLOCK_B": cut.block, "CHUNK": chunk, "REVERSE": reverse,
-         **constants},
+         "WALKED_LAST": leave, **constants},
         **options,
     )  # fmt: skip
+    batch, _, heads, dk = facts.shape
+    room = batch, heads, segments, dk, facts.dv
+    if joined:
+        return Segments(sums, None, room, leave)
     elements = facts.dk * facts.dv
     join = Launch(
         kernels.join_kernel,
         (-(-elements // 1024), facts.rows, 1),
-        (facts.time, piece, segments, pieces, facts.heads, elements),
-        {"BLOCK": 1024, "REVERSE": reverse, "PER_SEGMENT": parts,
-         "HAS_INITIAL": initial, "HAS_FINAL": leave,
+        (facts.time, segment, segments, facts.heads, elements),
+        {"BLOCK": 1024, "REVERSE": reverse, "HAS_INITIAL": initial, "HAS_FINAL": leave,
          **facts.constants("HAS_DOCUMENTS", "HAS_RANGES")},
     )  # fmt: skip
-    batch, _, heads, dk = facts.shape
-    return Segments(
-        sums,
-        join,
-        (facts.rows, pieces, dk, facts.dv),
-        (batch, heads, segments, dk, facts.dv),
-        leave,
-    )
+    return Segments(sums, join, room, leave)
 
 
 def _prepare_scores(
@@ -225,6 +225,7 @@ def _prepare_map(
     reverse: bool,
     transposed: bool,
     entering: bool,
+    joined: bool,
     leaving: bool,
     kept: bool = False,
 ) -> tuple[Launch, ...]:
@@ -240,6 +241,7 @@ def _prepare_map(
         reverse: whether it walks backward in time.
         transposed: whether states are (columns, rows) of this map's.
         entering: whether states enter the segments.
+        joined: whether it joins them itself, of sums.
         leaving: whether the last one is wanted.
         kept: whether that before every second chunk is.
     """
@@ -257,7 +259,7 @@ def _prepare_map(
              facts.time, segment, segments, facts.heads, -(-facts.time // pair.chunk), split,
              stride_a, stride_c, max(facts.normaliser_rows, 1), _pairs(facts.time, pair.chunk)),
             {"A": width, "C": columns, "BLOCK_A": cut.block, "CHUNK": pair.chunk,
-             "REVERSE": reverse, "HAS_ENTERING": entering, "HAS_LEAVING": leaving,
+             "REVERSE": reverse, "HAS_ENTERING": entering, "JOIN": joined, "HAS_LEAVING": leaving,
              "ADD": split > 0, **constants},
             **options,
         )
@@ -272,6 +274,7 @@ def _prepare_together(
     segments: int,
     do: tuple[int, ...],
     entering: bool,
+    joined: bool,
     leaving: bool,
 ) -> Launch:
     """The launch of all gradients in one walk, where a program holds the whole state."""
@@ -287,7 +290,7 @@ def _prepare_together(
         (*strides, facts.time, segment, segments, facts.heads, _pairs(facts.time, chunk),
          max(facts.normaliser_rows, 1)),
         {"K": facts.dk, "V": facts.dv, "BLOCK_K": cut.block, "BLOCK_V": cut.tile,
-         "CHUNK": chunk, "HAS_ENTERING": entering, "HAS_LEAVING": leaving,
+         "CHUNK": chunk, "HAS_ENTERING": entering, "JOIN": joined, "HAS_LEAVING": leaving,
          **facts.constants()},
         num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
@@ -336,6 +339,10 @@ class Work:
         self.facts, self.plan = facts, facts.plan()
         self.cut = cut_segments(self.plan, facts.rows, facts.time, facts.dk)
         self.many = self.cut[1] > 1
+        # Where rows are whole and all begin and end with nothing, the maps join segments.
+        whole = not (facts.documents or facts.ranges or facts.state)
+        self.may_join = whole and joins_in_maps(self.plan, self.cut[1])
+        self.joined = self.may_join and not facts.leave
         batch, _, heads, dk = facts.shape
         self.state = batch, heads, dk, facts.dv
         self.float32 = functools.partial(torch.empty, dtype=torch.float32, device=facts.device)
@@ -356,12 +363,12 @@ class Work:
         self.segments = None
         if self.many:
             self.segments = _prepare_segments(
-                facts, self.plan, *self.cut, (k, v), False, facts.state, facts.leave
+                facts, self.plan, *self.cut, (k, v), False, facts.state, facts.leave, self.joined
             )
         self.scores = _prepare_scores(facts, self.plan.by_key, dk, q, k)
         of_o = functools.partial(
             _prepare_map, facts, self.plan.by_key, *self.cut, (dk, facts.dv), (q, k, v), False,
-            False, self.many or facts.state, facts.leave and not self.many,
+            False, self.many or facts.state, self.joined, facts.leave and not self.many,
         )  # fmt: skip
         self.of_o = functools.lru_cache(maxsize=2)(of_o)
 
@@ -402,10 +409,11 @@ class Work:
         do = do[:3]
         q, k, v = facts.strides
         dk, dv = facts.dk, facts.dv
+        joined = self.may_join and not arriving
         segments = None
         if many:
             segments = _prepare_segments(
-                facts, plan, *self.cut, (q, do), True, arriving, facts.state
+                facts, plan, *self.cut, (q, do), True, arriving, facts.state, joined
             )
         prepare = functools.partial(_prepare_map, facts)
         arrives, leaves = many or arriving, facts.state and not many
@@ -414,18 +422,21 @@ class Work:
         of_k: tuple[Launch, ...] = ()
         of_q: tuple[Launch, ...] = ()
         if plan.together is not None:
-            together = _prepare_together(facts, plan, *self.cut, do, arrives, leaves)
+            together = _prepare_together(facts, plan, *self.cut, do, arrives, joined, leaves)
         else:
             of_v = prepare(
-                plan.by_key, *self.cut, (dk, dv), (k, q, do), True, False, arrives, leaves
-            )
+                plan.by_key, *self.cut, (dk, dv), (k, q, do), True, False, arrives, joined,
+                leaves,
+            )  # fmt: skip
             of_k = prepare(
-                plan.by_value, *self.cut, (dv, dk), (v, do, q), True, True, arrives, False
-            )
+                plan.by_value, *self.cut, (dv, dk), (v, do, q), True, True, arrives, joined,
+                False,
+            )  # fmt: skip
             entering = many or facts.state
             of_q = prepare(
-                plan.by_value, *self.cut, (dv, dk), (do, v, k), False, True, entering, False
-            )
+                plan.by_value, *self.cut, (dv, dk), (do, v, k), False, True, entering,
+                self.joined, False,
+            )  # fmt: skip
         scores = _prepare_scores(facts, plan.by_value, dv, do, v)
         return Backward(segments, scores, together, of_v, of_k, of_q)
 
@@ -478,10 +489,16 @@ def _run_segments(
     log_decay: Tensor,
     pointers: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor, Tensor | None]:
-    """The two-level pass: the state that enters each segment, and the last one if wanted."""
-    sums, entering = work.float32(segments.sums), work.float32(segments.entering)
-    final = work.float32(work.state) if segments.leave else None
+    """The two-level pass: the state that enters each segment, and the last one if wanted.
+
+    Where the maps join segments, what each adds stands for the states that enter.
+    """
+    sums = work.float32(segments.room)
     segments.sum(stream, *tensors, sums, log_decay, *pointers)
+    if segments.join is None:
+        return sums, None
+    entering = work.float32(segments.room)
+    final = work.float32(work.state) if segments.leave else None
     segments.join(
         stream, sums, entering, sums if initial is None else initial,
         sums if final is None else final, log_decay, *pointers[1:],
@@ -537,7 +554,8 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
     """Output and last state; and, for a backward to come (keep): states, normalisers, scores.
 
-    The states are those entering segments, float32, or those that `backward_kernel` reads. What
+    The states are those entering segments, float32, or what they are joined of, or those that
+    `backward_kernel` reads. What
     there is no use for is None; without `scale` the normalisers are empty. `reuse`: they may be
     those of a call before, which nobody else may write to.
     """
