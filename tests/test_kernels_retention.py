@@ -11,10 +11,11 @@ import torch
 from kernel_device import DEVICE, GPU, define_kernels
 
 from archzoo.block import make_context
+from archzoo.kernels import launching
 from archzoo.kernels import retention as kernels
 from archzoo.kernels import retention_launch as launch
 from archzoo.kernels import retention_plans as plans
-from archzoo.kernels.launching import on_its_device, stream_of
+from archzoo.kernels.launching import Launch, on_its_device, stream_of
 from archzoo.kernels.retention import available, retention, retention_step, unavailable
 from archzoo.mixers.retention import Retention
 
@@ -338,6 +339,45 @@ def test_normalisers_follow_decays_that_are_written_over():
         check(*case(1, 40, 2, 16, 16, torch.float32), decays)
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_what_a_launch_hands_over(monkeypatch, known):
+    """First to Triton, something else in the place of what is absent; then to what it compiled."""
+    seen = []
+
+    class Launcher:
+        num_ctas, global_scratch_size, profile_scratch_size = 1, 6, 0
+        launch_cooperative_grid = launch_pdl = False
+
+        def __call__(self, *arguments):
+            seen.append(arguments)
+
+        launch = __call__
+
+    class Kernel:
+        arg_names = ("x_ptr", "absent_ptr", "size", "BLOCK")
+        function, packed_metadata = "function", "metadata"
+        run = Launcher()
+
+        def __getitem__(self, grid):
+            return lambda *pointers, **rest: seen.append((grid, *pointers, rest)) or self
+
+    monkeypatch.setattr(launching, "known_triton", lambda: known)
+    launch = Launch(Kernel(), (2, 3, 1), (7,), {"BLOCK": 16}, num_warps=4)
+    x = torch.zeros(4, dtype=torch.bfloat16)
+    launch("stream", x, None)
+    launch("stream", x, None)
+    first, second = seen
+    assert first == ((2, 3, 1), x, x, 7, {"BLOCK": 16, "num_warps": 4})
+    if known:
+        head, scratch, tail = second[:7], second[7], second[8:]
+        assert head == (2, 3, 1, "stream", "function", False, False)
+        assert scratch.nbytes == 2 * 3 * 6
+        assert tail == (None, "metadata", None, None, None, x, None, 7, 16)
+    else:
+        hooks = "metadata", None, None, None
+        assert second == (2, 3, 1, "stream", "function", *hooks, x, x, 7, 16)
+
+
 @pytest.mark.parametrize("packed_rows", [False, True])
 def test_mixer_by_kernels_is_the_plain_mixer(monkeypatch, packed_rows):
     """Retention with the kernels and without: outputs, states, gradients and a step after.
@@ -405,6 +445,7 @@ def test_deterministic_and_every_output_written(monkeypatch):
         return poisoned
 
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
     launch.work.cache_clear()
     runs = []
