@@ -11,9 +11,11 @@ import torch
 from kernel_device import DEVICE, GPU, define_kernels
 
 from archzoo.block import make_context
+from archzoo.kernels import launching
 from archzoo.kernels import retention as kernels
 from archzoo.kernels import retention_launch as launch
 from archzoo.kernels import retention_plans as plans
+from archzoo.kernels.launching import Launch, on_its_device, stream_of
 from archzoo.kernels.retention import available, retention, retention_step, unavailable
 from archzoo.mixers.retention import Retention
 
@@ -119,7 +121,7 @@ def small_plan(monkeypatch, scores=True, together=False):
     cut = plans.Cut(16, 16, 4, 1)
     whole = (16, plans.Cut(16, 32, 4, 1)) if together else None
     pair = plans.Pair(16, scores, cut, cut)
-    plan = plans.Plan(pair, pair, sums=(16, cut, 2), together=whole)
+    plan = plans.Plan(pair, pair, sums=(16, cut), together=whole)
     monkeypatch.setattr(launch, "find_plan", lambda *_: plan)
     monkeypatch.setattr(plans, "_SEGMENT_LEAST", 32)
     monkeypatch.setattr(plans, "_SEGMENT_MULTIPLE", 32)
@@ -163,6 +165,98 @@ def test_segments_and_splits(monkeypatch, form, dtype):
     q, k, v = case(1, 70, 1, dk, dv, dtype)
     # Three splits round their sums to bfloat16 twice more than any plan in use does.
     check(q, k, v, slopes(1), random_state(1, 1, dk, dv), 2 * TOLERANCE[dtype])
+
+
+# The small plan's form, times of 2 to 6 segments of which the last is short, and widths; on a GPU
+# the real plans as well.
+JOINED = [("scores", (70, 150), 24, 40), ("together", (100, 260), 16, 16)]
+if GPU:
+    JOINED += [("", (1500, 2100), *widths) for widths in WIDTHS]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("form", "times", "dk", "dv"), JOINED)
+def test_maps_join_segments_as_the_kernel_ahead_of_them(monkeypatch, form, times, dk, dv, dtype):
+    """Bit for bit: whole rows, no state, so that each program joins the sums that it needs.
+
+    Of several sums to a segment too, to rounding.
+    """
+    if form:
+        small_plan(monkeypatch, form == "scores", form == "together")
+        monkeypatch.setattr(plans, "_SEGMENT_MULTIPLE", 16)
+
+    def run(tensors, sums):
+        launch.work.cache_clear()
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        with monkeypatch.context() as patch:
+            patch.setattr(launch, "joined_sums", lambda *_: sums)
+            out, _ = retention(*leaves, slopes(1))
+            return out, *torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    for time in times:
+        tensors = case(1, time, 1, dk, dv, dtype)
+        work, *_ = launch.find_work(*tensors, slopes(1), *(None,) * 4, True, False)
+        assert work.joined and time % work.cut[0]
+        theirs = run(tensors, 0)
+        assert all(map(torch.equal, run(tensors, 1), theirs))
+        multiple = plans._SEGMENT_MULTIPLE
+        several = [n for n in (2, 3) if work.cut[0] % (n * multiple) == 0]
+        for sums in several if work.plan.together else ():
+            for a, b in zip(run(tensors, sums), theirs, strict=True):
+                assert error(a, b) < (1e-6 if dtype == torch.float32 else 3e-3)
+
+
+def test_sums_to_a_segment():
+    """So many as fill the chip, none where nothing is joined; pieces hold whole chunks."""
+    narrow = plans.find_plan(64, 64, torch.bfloat16, True)
+    assert plans.joined_sums(narrow, 64, 4096, 2) == 4
+    assert plans.joined_sums(narrow, 64, 2048, 4) == 1
+    assert plans.joined_sums(narrow, 1, 768, 3) == 3
+    assert plans.joined_sums(narrow, 1, 2048, 1) == plans.joined_sums(narrow, 1, 512, 64) == 0
+    assert plans.joined_sums(plans.find_plan(128, 256, torch.bfloat16), 1, 512, 4) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("last", [False, True])
+def test_sums_of_segments(monkeypatch, last, dtype):
+    """The first level in both directions; `last`: of the segment walked last as well."""
+    small_plan(monkeypatch)
+    monkeypatch.setattr(plans, "_SEGMENT_MULTIPLE", 16)
+    time, heads, dk, dv = 150, 2, 24, 40
+    q, k, v = case(1, time, heads, dk, dv, dtype)
+    do = case(1, time, heads, dk, dv, dtype, seed=1)[2]
+    state = random_state(1, heads, dk, dv) if last else None
+    decay = slopes(heads)
+    work, *_ = launch.find_work(q, k, v, decay, state, None, None, None, True, last)
+    segment, segments = work.cut
+    assert 2 < segments < time / segment + 1 and time % segment
+
+    @on_its_device
+    def run(q):
+        stream = stream_of(q)
+        normaliser = work.normalisers(stream, decay, None, None, False)
+        rooms = []
+        backward = work.backward(do.stride(), False).segments
+        for level, (b, c) in ((work.segments, (k, v)), (backward, (q, do))):
+            rooms.append(torch.full(level.room, torch.nan, device=DEVICE))
+            level.sum(stream, b, c, rooms[-1], decay, *(normaliser,) * 3)
+        return *rooms, normaliser
+
+    forward, backward, normaliser = run(q)
+    for piece in range(segments):
+        start, stop = piece * segment, min(piece * segment + segment, time)
+        t = torch.arange(start, stop, device=DEVICE)
+        for sums, b, c, distance, scale, there in (
+            (forward, k, v, stop - 1 - t, None, last or piece + 1 < segments),
+            (backward, q, do, t - start + 1, normaliser[:, start:stop], last or piece > 0),
+        ):
+            weight = torch.exp(decay[:, None] * distance)
+            if scale is not None:
+                weight = weight * scale
+            b, c = b[0, start:stop].double(), c[0, start:stop].double()
+            want = torch.einsum("ht,thb,thc->hbc", weight.double(), b, c)
+            mine = sums[0, :, piece]
+            assert error(mine, want) < TOLERANCE[dtype] if there else mine.isnan().all()
 
 
 @pytest.mark.parametrize("plan", ["usual", "small", "together"])
@@ -262,6 +356,45 @@ def test_normalisers_follow_decays_that_are_written_over():
         check(*case(1, 40, 2, 16, 16, torch.float32), decays)
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_what_a_launch_hands_over(monkeypatch, known):
+    """First to Triton, something else in the place of what is absent; then to what it compiled."""
+    seen = []
+
+    class Launcher:
+        num_ctas, global_scratch_size, profile_scratch_size = 1, 6, 0
+        launch_cooperative_grid = launch_pdl = False
+
+        def __call__(self, *arguments):
+            seen.append(arguments)
+
+        launch = __call__
+
+    class Kernel:
+        arg_names = ("x_ptr", "absent_ptr", "size", "BLOCK")
+        function, packed_metadata = "function", "metadata"
+        run = Launcher()
+
+        def __getitem__(self, grid):
+            return lambda *pointers, **rest: seen.append((grid, *pointers, rest)) or self
+
+    monkeypatch.setattr(launching, "known_triton", lambda: known)
+    launch = Launch(Kernel(), (2, 3, 1), (7,), {"BLOCK": 16}, num_warps=4)
+    x = torch.zeros(4, dtype=torch.bfloat16)
+    launch("stream", x, None)
+    launch("stream", x, None)
+    first, second = seen
+    assert first == ((2, 3, 1), x, x, 7, {"BLOCK": 16, "num_warps": 4})
+    if known:
+        head, scratch, tail = second[:7], second[7], second[8:]
+        assert head == (2, 3, 1, "stream", "function", False, False)
+        assert scratch.nbytes == 2 * 3 * 6
+        assert tail == (None, "metadata", None, None, None, x, None, 7, 16)
+    else:
+        hooks = "metadata", None, None, None
+        assert second == (2, 3, 1, "stream", "function", *hooks, x, x, 7, 16)
+
+
 @pytest.mark.parametrize("packed_rows", [False, True])
 def test_mixer_by_kernels_is_the_plain_mixer(monkeypatch, packed_rows):
     """Retention with the kernels and without: outputs, states, gradients and a step after.
@@ -329,6 +462,7 @@ def test_deterministic_and_every_output_written(monkeypatch):
         return poisoned
 
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
     launch.work.cache_clear()
     runs = []
@@ -482,19 +616,21 @@ def test_packed_and_padded_at_real_widths(dk, dv):
 
 
 @pytest.mark.skipif(not GPU, reason="copying and multiplying apart needs a Hopper GPU")
-@pytest.mark.parametrize(("dk", "dv"), [(128, 256), (256, 512)])
+@pytest.mark.parametrize(("dk", "dv"), [(64, 64), (128, 256), (256, 512)])
 @pytest.mark.parametrize(("batch", "time"), [(2, 300), (1, 4097)])
 def test_copying_apart_changes_nothing(monkeypatch, batch, time, dk, dv):
-    """The kernels of `retention_gluon`, which no interpreter runs, against their twins.
+    """The Gluon kernels, which no interpreter runs, against their twins.
 
-    By chunks of the same sizes: others round at other places.
+    By chunks of the same sizes: others round at other places. So does dq of 64 x 64, which is
+    normalised after its last product, and the chunks' weights of 256 x 512, made in two halves.
     """
     if not launch._has_apart(torch.device("cuda", torch.cuda.current_device())):
         pytest.skip("not a Hopper GPU, or a Triton without Gluon")
     apart = plans._APART_PLANS[dk, dv]
-    chunk, *_ = plans._BFLOAT16_PLANS[dk, dv].sums
-    sums = (chunk, apart.sums[1]._replace(stages=3), apart.sums[2])
-    monkeypatch.setitem(plans._APART_PLANS, (dk, dv), apart._replace(sums=sums))
+    chunk, _ = plans._BFLOAT16_PLANS[dk, dv].sums
+    if apart.sums[1].apart:
+        sums = (chunk, apart.sums[1]._replace(stages=3))
+        monkeypatch.setitem(plans._APART_PLANS, (dk, dv), apart._replace(sums=sums))
     plans.find_plan.cache_clear()
     tensors = case(batch, time, 2, dk, dv, torch.bfloat16)
     state = random_state(batch, 2, dk, dv)
@@ -510,7 +646,7 @@ def test_copying_apart_changes_nothing(monkeypatch, batch, time, dk, dv):
     monkeypatch.setattr(launch, "_has_apart", lambda _: False)
     launch.work.cache_clear()
     for a, b in zip(mine, run(), strict=True):
-        assert error(a, b) < 2e-3
+        assert error(a, b) < 4e-3
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

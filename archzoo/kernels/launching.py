@@ -47,7 +47,7 @@ def room(like: Tensor, padded: bool = False) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1024)
-def _strides_fit(strides: tuple[tuple[int, ...], ...], itemsize: int) -> bool:
+def strides_fit(strides: tuple[tuple[int, ...], ...], itemsize: int) -> bool:
     """Whether the copy engine takes these strides: unit last, every other of 16 bytes."""
     size = 16 // itemsize
     return all(
@@ -56,21 +56,14 @@ def _strides_fit(strides: tuple[tuple[int, ...], ...], itemsize: int) -> bool:
     )
 
 
-def aligned(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """(batch, time, heads, width) each as the copy engine wants it, copied where it is not so."""
-    pointers = 0
-    for tensor in tensors:
-        pointers |= tensor.data_ptr()
-    itemsize = tensors[0].element_size()
-    if pointers % 16 == 0 and _strides_fit(tuple(x.stride() for x in tensors), itemsize):
-        return tensors
-    if len(tensors) > 1:
-        return tuple(aligned(x)[0] for x in tensors)
-    (tensor,) = tensors
+def aligned(tensor: Tensor) -> Tensor:
+    """(batch, time, heads, width) as the copy engine wants it, copied where it is not so."""
+    if tensor.data_ptr() % 16 == 0 and strides_fit((tensor.stride(),), tensor.element_size()):
+        return tensor
     *shape, width = tensor.shape
     copy = tensor.new_empty((*shape, padded_width(width, tensor.dtype)))
     copy[..., :width] = tensor
-    return (copy[..., :width],)
+    return copy[..., :width]
 
 
 def _allocate(size: int, _alignment: int, _stream: int | None) -> Tensor:
@@ -79,14 +72,11 @@ def _allocate(size: int, _alignment: int, _stream: int | None) -> Tensor:
 
 
 def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs a launcher where its first tensor lies, with scratch memory for its kernels."""
+    """Runs a launcher where its first tensor lies."""
 
     @functools.wraps(function)
     def launch(first: Tensor, *arguments: Any) -> Any:
-        if not first.is_cuda:
-            return function(first, *arguments)
-        _triton().set_allocator(_allocate)
-        if first.get_device() == torch.cuda.current_device():
+        if not first.is_cuda or first.get_device() == torch.cuda.current_device():
             return function(first, *arguments)
         with torch.cuda.device(first.device):
             return function(first, *arguments)
@@ -94,11 +84,16 @@ def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
     return launch
 
 
+@functools.lru_cache(maxsize=1)
+def _find_stream() -> Any:
+    return _triton().runtime.driver.active.get_current_stream
+
+
 def stream_of(tensor: Tensor) -> int | None:
     """The stream to launch on, None where the interpreter runs."""
     if not tensor.is_cuda:
         return None
-    return _triton().runtime.driver.active.get_current_stream(tensor.get_device())
+    return _find_stream()(tensor.get_device())
 
 
 class Launch:
@@ -127,35 +122,47 @@ class Launch:
         self.kernel, self.grid, self.numbers = kernel, grid, numbers
         self.constants, self.options = constants, options
         self.run: Callable[..., None] | None = None
+        self.launcher: Callable[..., None] | None = None
         self.compiled: tuple[Any, ...] = ()
-        self.scratch = 0  # bytes
+        self.hooks: tuple[Any, ...] = ()
+        self.scratch = 0  # numbers of the first tensor's dtype
         names = kernel.arg_names[-len(constants) :]
         self.rest = (*numbers, *(constants[name] for name in names))
 
-    def __call__(self, stream: int | None, *tensors: Tensor) -> None:
-        """Launch on a stream with these pointers."""
+    def __call__(self, stream: int | None, *tensors: Tensor | None) -> None:
+        """Launch on a stream with these pointers; None for what the kernel never reads."""
         if self.run is None:
-            handle = self.kernel[self.grid](
-                *tensors, *self.numbers, **self.constants, **self.options
-            )
-            if handle is not None:  # the interpreter compiles nothing
-                self._keep(handle)
-        elif self.scratch:
-            scratch = _allocate(self.scratch, 0, stream)
-            head, tail = self.compiled[:3], self.compiled[3:]
-            self.run(*self.grid, stream, *head, scratch, *tail, *tensors, *self.rest)
-        else:
-            self.run(*self.grid, stream, *self.compiled, *tensors, *self.rest)
+            self._by_triton(stream, *tensors)
+            return
+        scratch = None
+        if self.scratch:
+            # Like the first tensor, the cheapest way to name a device and a dtype.
+            scratch = tensors[0].new_empty(self.scratch)  # type: ignore[union-attr]
+        self.run(*self.grid, stream, *self.compiled, scratch, *self.hooks, *tensors, *self.rest)
 
-    def _keep(self, handle: Any) -> None:
+    def _by_triton(self, stream: int | None, *tensors: Tensor | None) -> None:
+        """The first launch, and every one where Triton's inner parts are not known."""
+        first = tensors[0]
+        assert first is not None
+        # Triton compiles for what is given, so something has to stand in for what is absent.
+        given = [first if tensor is None else tensor for tensor in tensors]
+        if first.is_cuda:
+            _triton().set_allocator(_allocate)  # of this thread
+        if self.launcher is not None:
+            self.launcher(*self.grid, stream, *self.compiled, *given, *self.rest)
+            return
+        handle = self.kernel[self.grid](*given, *self.numbers, **self.constants, **self.options)
+        if handle is not None:  # the interpreter compiles nothing
+            self._keep(handle, first.element_size())
+
+    def _keep(self, handle: Any, itemsize: int) -> None:
         """The compiled kernel; where Triton is known, round its launcher written in Python."""
         launcher, hooks = handle.run, (handle.packed_metadata, None, None, None)
         if not known_triton() or launcher.profile_scratch_size:
-            self.run, self.compiled = launcher, (handle.function, *hooks)
+            self.launcher, self.compiled = launcher, (handle.function, *hooks)
             return
         programs = self.grid[0] * self.grid[1] * self.grid[2] * launcher.num_ctas
-        self.scratch = launcher.global_scratch_size * programs
-        scratch = () if self.scratch else (None,)
+        self.scratch = -(-launcher.global_scratch_size * programs // itemsize)
         flags = launcher.launch_cooperative_grid, launcher.launch_pdl
+        self.compiled, self.hooks = (handle.function, *flags), (None, *hooks)
         self.run = launcher.launch
-        self.compiled = (handle.function, *flags, *scratch, None, *hooks)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +46,7 @@ def unavailable(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None
     """
     if not _TRITON_FOUND:
         return "triton is not installed"
-    if q.device.type != "cuda" and not (_interpreting() and q.device.type == "cpu"):
+    if not q.is_cuda and not (_interpreting() and q.device.type == "cpu"):
         return f"the kernels need a CUDA device, the tensors are on {q.device.type}"
     if torch.version.hip is not None:
         return "the kernels were never run on ROCm"
@@ -179,39 +178,28 @@ class _Eager(torch.autograd.Function):
     """The operator without the dispatcher, whose way into Python costs more than the launches."""
 
     @staticmethod
-    def forward(ctx, q, k, v, state, work, log_decay, facts):  # type: ignore[no-untyped-def]
-        o, final, *kept = launch.forward(q, work, k, v, log_decay, state, *facts)
+    def forward(ctx, q, k, v, state, work, facts):  # type: ignore[no-untyped-def]
+        o, final, *kept = launch.forward(q, work, k, v, *facts)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, state, *kept)
-        ctx.work, ctx.facts = work, (log_decay, *facts)
+        log_decay, _, _, documents, ranges = facts
+        ctx.work, ctx.facts = work, (log_decay, documents, ranges)
         return o, final
 
     @staticmethod
     def backward(ctx, do, d_final):  # type: ignore[no-untyped-def]
         _refuse_second_derivative()
-        q, k, v, state, *kept = ctx.saved_tensors
-        log_decay, _, documents, ranges = ctx.facts
+        q, k, v, state, states, normaliser, scores = ctx.saved_tensors
+        log_decay, documents, ranges = ctx.facts
         if do is None:
             do = torch.zeros_like(v)
         grad_q, grad_k, grad_v, d_state = launch.backward(
-            do, d_final, ctx.work, q, k, v, log_decay, state, *kept, documents, ranges
-        )
+            do, d_final, ctx.work, q, k, v, log_decay, state, states, normaliser, scores,
+            documents, ranges,
+        )  # fmt: skip
         if d_state is not None:
             d_state = d_state.to(state.dtype)
-        return grad_q, grad_k, grad_v, d_state, None, None, None
-
-
-def _run(*arguments: Any) -> tuple[Tensor, Tensor | None]:
-    """Output and last state of the operator's arguments, by the shortest way there is."""
-    if torch.compiler.is_compiling() or type(arguments[0]) is not Tensor:  # fake ones, say
-        o, final, *_ = torch.ops.archzoo.retention(*arguments)
-        return o, final
-    work, q, k, v = launch.find_work(*arguments)
-    _, _, _, log_decay, state, *facts, _, _ = arguments
-    if torch.is_grad_enabled():
-        o, final = _Eager.apply(q, k, v, state, work, log_decay, facts)
-        return o, final
-    return launch.forward(q, work, k, v, log_decay, state, *facts, False)[:2]
+        return grad_q, grad_k, grad_v, d_state, None, None
 
 
 def retention(
@@ -275,8 +263,15 @@ def retention(
     if starts is not None:
         # Equal numbers, equal documents; 0 is the document that the entering state belongs to.
         documents = starts.cumsum(1, dtype=torch.int32)
-    o, final = _run(q, k, v, log_decay.detach(), state, positions, documents, ranges, scale, leave)
-    return o, final if leave else None
+    facts = log_decay, state, positions, documents, ranges
+    if torch.compiler.is_compiling() or type(q) is not Tensor:  # fake ones, say
+        o, final, *_ = torch.ops.archzoo.retention(q, k, v, *facts, scale, leave)
+        return o, final if leave else None
+    work, q, k, v = launch.find_work(q, k, v, *facts, scale, leave)
+    if torch.is_grad_enabled():
+        return _Eager.apply(q, k, v, state, work, facts)
+    o, final, *_ = launch.forward(q, work, k, v, *facts, False)
+    return o, final
 
 
 def retention_step(

@@ -9,9 +9,9 @@ of four warps run side by side and meet at barriers in shared memory:
 - two each hold 64 columns of the state, (BLOCK_A, 64), in registers, and walk over time at their
   own pace, so that one multiplies while the other scales and converts.
 
-Both read the same a, b and weights. Where `a` is wider than BLOCK_A, each split makes the weights of
-its own columns: they add up, as the shares of the state do. The state is held as tiles of 64 rows, for each
-the copy engine's widest swizzled box of a and b.
+Both read the same a, b and weights. Where `a` is wider than BLOCK_A, each split makes the weights
+of its own columns: they add up, as the shares of the state do. The state is held as tiles of 64
+rows, for each the copy engine's widest swizzled box of a and b.
 
 Gluon is Triton's lower level, and has no interpreter: `retention_triton`'s kernel, which the
 ordinary tests run, is this one's twin, and tests on a GPU hold both to the same reference.
@@ -148,11 +148,11 @@ def _copy_and_weigh(
 @gluon.jit
 def _multiply(
     out_desc, a_room, b_room, c_room, stored_room, weights_room, out_room, full, empty, weighed,
-    entering_ptr, leaving_ptr, normaliser_row, log2_decay, start, stop, split, tile,
-    stride_a, stride_c,
-    HALF: gl.constexpr, CHUNK: gl.constexpr, BLOCK_A: gl.constexpr, REVERSE: gl.constexpr,
-    SCALE: gl.constexpr, HAS_ENTERING: gl.constexpr, HAS_LEAVING: gl.constexpr,
-    ADD: gl.constexpr, STAGES: gl.constexpr,
+    entering_ptr, leaving_ptr, normaliser_row, log2_decay, segment, walked_before, start, stop,
+    split, tile, stride_a, stride_c,
+    HALF: gl.constexpr, CHUNK: gl.constexpr, BLOCK_A: gl.constexpr, SIZE: gl.constexpr,
+    REVERSE: gl.constexpr, SCALE: gl.constexpr, HAS_ENTERING: gl.constexpr, JOIN: gl.constexpr,
+    HAS_LEAVING: gl.constexpr, ADD: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One of the two multiplying groups: columns [64 HALF, 64 HALF + 64) of the program's tile."""
     TILES: gl.constexpr = BLOCK_A // WIDE
@@ -175,6 +175,17 @@ def _multiply(
         if TILES > 2:
             state2 = gl.zeros([WIDE, WIDE], gl.float32, state_layout)
             state3 = gl.zeros([WIDE, WIDE], gl.float32, state_layout)
+    if JOIN:
+        # What the segments walked before add, see `retention_triton._join`.
+        keep = gl.exp2(segment.to(gl.float32) * log2_decay)
+        for walked in range(walked_before):
+            far = walked_before - walked
+            sums = entering_ptr + (far if REVERSE else -far) * SIZE
+            state0 = state0 * keep + gl.load(sums + offset)
+            state1 = state1 * keep + gl.load(sums + offset + WIDE * stride_a)
+            if TILES > 2:
+                state2 = state2 * keep + gl.load(sums + offset + 2 * WIDE * stride_a)
+                state3 = state3 * keep + gl.load(sums + offset + 3 * WIDE * stride_a)
     index = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, out_layout))
     walk = gl.cdiv(stop - start, CHUNK)
     begin, size = _chunk(0, walk, start, stop, CHUNK, REVERSE)
@@ -278,7 +289,7 @@ def stream_kernel(
     time, segment, segments, heads, chunks, split, stride_a, stride_c, normaliser_rows, pairs,
     A: gl.constexpr, C: gl.constexpr, BLOCK_A: gl.constexpr, CHUNK: gl.constexpr,
     REVERSE: gl.constexpr, SCALE: gl.constexpr, HAS_ENTERING: gl.constexpr,
-    HAS_LEAVING: gl.constexpr, ADD: gl.constexpr, STAGES: gl.constexpr,
+    JOIN: gl.constexpr, HAS_LEAVING: gl.constexpr, ADD: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """out_i = sum_{j <= i} gamma^(i-j) (a_i . b_j) c_j for 128 columns and a segment.
@@ -298,6 +309,7 @@ def stream_kernel(
     normaliser_row = normaliser_ptr + (row % normaliser_rows).to(gl.int64) * time
     entering = entering_ptr + (row_wide * segments + piece) * A * C
     leaving = leaving_ptr + row_wide * A * C
+    walked_before = segments - 1 - piece if REVERSE else piece
 
     TILES: gl.constexpr = BLOCK_A // WIDE
     box: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -342,13 +354,15 @@ def stream_kernel(
             )),
             (_multiply, (
                 out_desc, a_room, b_room, c_room, stored_room, weights_room, out_room, full, empty,
-                weighed, entering, leaving, normaliser_row, log2_decay, start, stop, split, tile, stride_a, stride_c,
-                0, CHUNK, BLOCK_A, REVERSE, SCALE, HAS_ENTERING, HAS_LEAVING, ADD, STAGES,
+                weighed, entering, leaving, normaliser_row, log2_decay, segment, walked_before,
+                start, stop, split, tile, stride_a, stride_c, 0, CHUNK, BLOCK_A, A * C, REVERSE,
+                SCALE, HAS_ENTERING and not JOIN, JOIN, HAS_LEAVING, ADD, STAGES,
             )),
             (_multiply, (
                 out_desc, a_room, b_room, c_room, stored_room, weights_room, out_room, full, empty,
-                weighed, entering, leaving, normaliser_row, log2_decay, start, stop, split, tile, stride_a, stride_c,
-                1, CHUNK, BLOCK_A, REVERSE, SCALE, HAS_ENTERING, HAS_LEAVING, ADD, STAGES,
+                weighed, entering, leaving, normaliser_row, log2_decay, segment, walked_before,
+                start, stop, split, tile, stride_a, stride_c, 1, CHUNK, BLOCK_A, A * C, REVERSE,
+                SCALE, HAS_ENTERING and not JOIN, JOIN, HAS_LEAVING, ADD, STAGES,
             )),
         ],
         [4, 4],
@@ -365,7 +379,7 @@ def _copy_summands(
     TILES: gl.constexpr = BLOCK_B // WIDE
     walk = gl.cdiv(stop - start, CHUNK)
     for walked in range(walk):
-        begin, _ = _chunk(walked, walk, start, stop, CHUNK, REVERSE)
+        begin, _ = _chunk(walked, walk, start, stop, CHUNK, not REVERSE)
         stage = walked % STAGES
         mbarrier.wait(empty.index(stage), (walked // STAGES & 1) ^ 1)
         ready = full.index(stage)
@@ -388,7 +402,6 @@ def _add_up(
 ):  # fmt: skip
     """One multiplying group of the first level, as in `_multiply`."""
     TILES: gl.constexpr = BLOCK_B // WIDE
-    SHIFT: gl.constexpr = 0 if REVERSE else 1
     state_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, state_layout, 2)
     chunk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
@@ -400,27 +413,21 @@ def _add_up(
         state3 = gl.zeros([WIDE, WIDE], gl.float32, state_layout)
     walk = gl.cdiv(stop - start, CHUNK)
     for walked in range(walk):
-        begin, size = _chunk(walked, walk, start, stop, CHUNK, REVERSE)
+        begin, size = _chunk(walked, walk, start, stop, CHUNK, not REVERSE)
         if REVERSE:
-            rank = size - 1 - index
+            leave = _power(log2_decay, begin - start + 1 + index)
         else:
-            rank = index
-        leave = _power(log2_decay, size - SHIFT - rank)
+            leave = _power(log2_decay, stop - 1 - begin - index)
         if REVERSE and SCALE:
             leave *= gl.load(normaliser_row + begin + index, mask=index < size, other=0.0)
-        keep = gl.exp2(size.to(gl.float32) * log2_decay)
         stage = walked % STAGES
         mbarrier.wait(full.index(stage), walked // STAGES & 1)
         c = c_room.index(2 * stage + HALF).permute((1, 0)).load(chunk_layout)
         scaled = gl.convert_layout((c.to(gl.float32) * leave[None, :]).to(gl.bfloat16), left)
-        state0 *= keep
-        state1 *= keep
         b = stage * TILES
         state0 = warpgroup_mma(scaled, b_room.index(b), state0, is_async=True)
         state1 = warpgroup_mma(scaled, b_room.index(b + 1), state1, is_async=True)
         if TILES > 2:
-            state2 *= keep
-            state3 *= keep
             state2 = warpgroup_mma(scaled, b_room.index(b + 2), state2, is_async=True)
             state3 = warpgroup_mma(scaled, b_room.index(b + 3), state3, is_async=True)
             state0, state1, state2, state3, scaled = warpgroup_mma_wait(
@@ -442,25 +449,25 @@ def _add_up(
 
 
 @gluon.jit(
-    do_not_specialize=["segments", "heads", "normaliser_rows", "piece_first"],
+    do_not_specialize=["segments", "heads", "normaliser_rows"],
     do_not_specialize_on_alignment=["log_decay_ptr"],
 )
 def segment_sums_kernel(
     b_ptr, c_ptr, sums_ptr, log_decay_ptr, normaliser_ptr, documents_ptr, ranges_ptr,
     b_batch, b_time, b_head, c_batch, c_time, c_head,
-    time, segment, segments, heads, normaliser_rows, piece_first,
+    time, segment, segments, heads, normaliser_rows,
     B: gl.constexpr, C: gl.constexpr, BLOCK_B: gl.constexpr, CHUNK: gl.constexpr,
-    REVERSE: gl.constexpr, SCALE: gl.constexpr, STAGES: gl.constexpr,
+    REVERSE: gl.constexpr, SKIP: gl.constexpr, SCALE: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """First level: what each piece of time alone adds to (BLOCK_B, 128) of the state.
+    """First level: what each segment alone adds to (BLOCK_B, 128) of the state.
 
     See `retention_triton.segment_sums_kernel`, and for what is taken `stream_kernel`.
     """
     COLUMNS: gl.constexpr = C // (2 * WIDE)
     tile = gl.program_id(0)
     row = gl.program_id(1)
-    piece = gl.program_id(2) + piece_first
+    piece = gl.program_id(2) + SKIP
     batch = (row // heads).to(gl.int64)
     head = (row % heads).to(gl.int64)
     log2_decay = gl.maximum(gl.load(log_decay_ptr + head).to(gl.float32), -1.0e4) * LOG2_E

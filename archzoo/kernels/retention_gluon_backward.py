@@ -217,8 +217,8 @@ def _keys(
 @gluon.jit
 def _values(
     dv_desc, q_room, k_room, do_room, state_room, out_room, full, empty, given, taken,
-    entering_ptr, leaving_ptr, normaliser_row, log2_decay, start, stop,
-    CHUNK: gl.constexpr, SCALE: gl.constexpr, HAS_ENTERING: gl.constexpr,
+    entering_ptr, leaving_ptr, normaliser_row, log2_decay, segment, pieces_before, start, stop,
+    CHUNK: gl.constexpr, SCALE: gl.constexpr, HAS_ENTERING: gl.constexpr, JOIN: gl.constexpr,
     HAS_LEAVING: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The group of dv, rows m and columns of the weights n; it carries D^T, (dv, dk)."""
@@ -235,6 +235,12 @@ def _values(
         state = gl.load(entering_ptr + offset)
     else:
         state = gl.zeros([WIDE, WIDE], gl.float32, layout)
+    if JOIN:
+        # What the segments walked before add, see `retention_triton._join`.
+        keep = gl.exp2((segment // JOIN).to(gl.float32) * log2_decay)
+        for walked in range(pieces_before):
+            sums = entering_ptr + (pieces_before - walked) * (WIDE * WIDE)
+            state = state * keep + gl.load(sums + offset)
     walk = 2 * gl.cdiv(stop - start, 2 * CHUNK)
     for walked in range(walk):
         begin, size = _walk(walked, walk, start, stop, CHUNK)
@@ -284,7 +290,7 @@ def backward_kernel(
     do_batch, do_time, do_head, dq_batch, dq_time, dq_head, dk_batch, dk_time, dk_head,
     dv_batch, dv_time, dv_head,
     time, segment, segments, heads, pairs, normaliser_rows,
-    CHUNK: gl.constexpr, SCALE: gl.constexpr, HAS_ENTERING: gl.constexpr,
+    CHUNK: gl.constexpr, SCALE: gl.constexpr, HAS_ENTERING: gl.constexpr, JOIN: gl.constexpr,
     HAS_LEAVING: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dq, dk and dv of a segment; see `retention_triton.backward_kernel`.
@@ -301,7 +307,11 @@ def backward_kernel(
     start = piece * segment
     stop = gl.minimum(start + segment, time)
     normaliser_row = normaliser_ptr + (program % normaliser_rows).to(gl.int64) * time
-    entering = entering_ptr + (program_wide * segments + piece) * WIDE * WIDE
+    # A state a segment; where they are joined here, JOIN sums, of which its last is meant.
+    PIECES: gl.constexpr = JOIN if JOIN else 1
+    own = (program_wide * segments + piece) * PIECES + PIECES - 1
+    entering = entering_ptr + own * WIDE * WIDE
+    pieces_before = (segments - 1 - piece) * PIECES
     leaving = leaving_ptr + program_wide * WIDE * WIDE
 
     box: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -371,8 +381,9 @@ def backward_kernel(
             )),
             (_values, (
                 dv_desc, q_room, k_room, do_room, state_room, out_room.index(2), full, empty,
-                given, taken, entering, leaving, normaliser_row, log2_decay, start, stop, CHUNK,
-                SCALE, HAS_ENTERING, HAS_LEAVING, STAGES,
+                given, taken, entering, leaving, normaliser_row, log2_decay, segment,
+                pieces_before, start, stop, CHUNK, SCALE, HAS_ENTERING and not JOIN, JOIN,
+                HAS_LEAVING, STAGES,
             )),
         ],
         [4, 4, 4],

@@ -35,7 +35,7 @@ class Plan(NamedTuple):
 
     by_key: Pair  # o and dv: a and b are as wide as k
     by_value: Pair  # dq and dk: a and b are as wide as v
-    sums: tuple[int, Cut, int]  # of segments: tokens a loop step, cut, pieces to a segment
+    sums: tuple[int, Cut]  # of segments: tokens a loop step, cut
     # dq, dk and dv in one walk: tokens a loop step, as many as o's map takes, and cut
     together: tuple[int, Cut] | None = None
 
@@ -44,21 +44,21 @@ class Plan(NamedTuple):
 _BFLOAT16_PLANS: dict[tuple[int, int], Plan] = {
     (64, 64): Plan(
         *(Pair(64, False, Cut(64, 64, 4, 3), Cut(64, 64, 4, 3)),) * 2,
-        sums=(64, Cut(64, 64, 4, 4), 1),
+        sums=(64, Cut(64, 64, 4, 4)),
         together=(64, Cut(64, 64, 4, 2)),
     ),
     (128, 128): Plan(
         *(Pair(64, False, Cut(128, 128, 8, 3), Cut(128, 128, 8, 3)),) * 2,
-        sums=(64, Cut(128, 128, 8, 3), 1),
+        sums=(64, Cut(128, 128, 8, 3)),
     ),
     (128, 256): Plan(
         Pair(64, True, Cut(128, 128, 8, 3), Cut(128, 128, 8, 3)),
         Pair(32, True, Cut(256, 128, 8, 3), Cut(256, 128, 8, 3)),
-        sums=(64, Cut(128, 128, 8, 3), 1),
+        sums=(64, Cut(128, 128, 8, 3)),
     ),
     (256, 512): Plan(
         *(Pair(32, True, Cut(256, 128, 8, 3), Cut(256, 128, 8, 3)),) * 2,
-        sums=(64, Cut(128, 128, 8, 3), 1),
+        sums=(64, Cut(128, 128, 8, 3)),
     ),
 }
 # The same where copying and multiplying can be kept apart, for whole rows of one document; by exact
@@ -68,19 +68,27 @@ _APART_PLANS: dict[tuple[int, int], Plan] = {
     (128, 256): Plan(
         Pair(64, False, *(Cut(128, 128, 8, 4, True),) * 2),
         Pair(32, False, *(Cut(256, 128, 8, 5, True),) * 2),
-        sums=(32, Cut(128, 128, 8, 6, True), 1),
+        sums=(32, Cut(128, 128, 8, 6, True)),
     ),
     (256, 512): Plan(
         Pair(32, False, *(Cut(256, 128, 8, 5, True),) * 2),
         Pair(32, False, *(Cut(256, 128, 8, 4, True),) * 2),
-        sums=(64, Cut(256, 128, 8, 4, True), 1),
+        sums=(64, Cut(256, 128, 8, 4, True)),
     ),
 }
 # Segments are cut until the programs of dq and dk number this many: about one for each of the
 # 132 multiprocessors of an H100 or H200, twice that where the heads are narrow.
 _FILL = 128
 _SEGMENT_LEAST = 512
-_SEGMENT_MULTIPLE = 256  # of every chunk and piece, so that they divide a segment
+_SEGMENT_MULTIPLE = 256  # of every chunk, so that they divide a segment
+# Up to so many segments every program of a map joins the sums of those before its own, instead of
+# a kernel ahead of the maps. That kernel is a launch, some 6 us, and moves 2 s - 1 states of each
+# of the (batch, head) rows, s segments; joining, a program reads (s - 1) / 2 tiles on average
+# where it had read one. Rows times s times the state are 4, 8, 17 and 34 MB at 64 x 64 to
+# 256 x 512, as the chip is filled, so at 3 TB/s from the second-level cache the two cost the same
+# at 15 segments where one map reads a state, as at 64 x 64, and at 5 to 7 where two do. The last
+# program's sums lie in s - 1 places and are read one after the other, so less is taken.
+_JOINED_ONCE, _JOINED_TWICE = 8, 4
 
 
 def power_of_2(number: int) -> int:
@@ -97,7 +105,7 @@ def find_plan(dk: int, dv: int, dtype: torch.dtype, apart: bool = False) -> Plan
     if dtype == torch.float32:
         # Exact float32 has no matrix unit: small tiles, so that the products fit in registers.
         cut = Cut(64, 32, 4, 1)
-        plan = Plan(*(Pair(32, wide_k > 64 or wide_v > 64, cut, cut),) * 2, sums=(32, cut, 1))
+        plan = Plan(*(Pair(32, wide_k > 64 or wide_v > 64, cut, cut),) * 2, sums=(32, cut))
     else:
         plan = next(
             plan
@@ -116,7 +124,7 @@ def find_plan(dk: int, dv: int, dtype: torch.dtype, apart: bool = False) -> Plan
         value._replace(
             forward=fit(value.forward, wide_v, wide_k), reverse=fit(value.reverse, wide_v, wide_k)
         ),
-        (sums[0], fit(sums[1], wide_k, wide_v), sums[2]),
+        (sums[0], fit(sums[1], wide_k, wide_v)),
         together and (together[0], fit(together[1], wide_k, wide_v)),
     )
 
@@ -139,3 +147,21 @@ def cut_segments(
     segment = -(-time // wanted)
     segment = -(-segment // _SEGMENT_MULTIPLE) * _SEGMENT_MULTIPLE
     return segment, -(-time // segment)
+
+
+def joined_sums(plan: Plan, rows: int, segment: int, segments: int) -> int:
+    """Sums to a segment that every program of a map joins itself; 0 where it joins none.
+
+    More than one where whole segments would leave the chip idle; but one where the backward reads
+    what the forward's maps joined.
+    """
+    if not 1 < segments <= (_JOINED_TWICE if plan.together is None else _JOINED_ONCE):
+        return 0
+    if plan.together is None:
+        return 1
+    _, cut = plan.sums
+    fill = _FILL if cut.warps > 4 else 2 * _FILL
+    pieces = max(fill // (rows * (segments - 1)), 1)
+    while segment % (pieces * _SEGMENT_MULTIPLE):
+        pieces -= 1
+    return pieces

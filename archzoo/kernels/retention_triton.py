@@ -16,8 +16,8 @@ map, fed with other tensors and run in one of the two directions of time:
 chunks and holds its tile of the state in registers from the first chunk to the last: a chunk's
 state never goes through memory. Only where there are fewer (batch, head, tile) triples than the
 chip can run at once is time cut into segments; `segment_sums_kernel` then adds up each segment by
-itself and `join_kernel` combines the sums by powers of gamma, which are known because gamma is
-one constant per head.
+itself, and the maps (`_join`), or `join_kernel` ahead of them, combine the sums by powers of gamma,
+which are known because gamma is one constant per head.
 
 Each program describes its head's (time, width) slices to Hopper's copy engine, which then reads
 tiles without address arithmetic; past the end of time it fills with zeros, so a ragged last chunk
@@ -187,6 +187,27 @@ def _document_before(
     return before
 
 
+@triton.jit
+def _join(
+    sums_ptr, offset, inside, row, piece, segment, segments, size, log2_decay,
+    REVERSE: tl.constexpr, JOIN: tl.constexpr,
+):  # fmt: skip
+    """The state that enters a segment, of the sums of those walked before: see `join_kernel`.
+
+    JOIN: the sums that make up a segment; the arithmetic is that of `join_kernel`, so with one the
+    bits are. Only the last in time may be of less than the others, or of nothing: forward it is
+    before none, in reverse its power multiplies a zero.
+    """
+    keep = tl.exp2((segment // JOIN).to(tl.float32) * log2_decay)
+    state = tl.zeros(offset.shape, tl.float32)
+    last = segments * JOIN - 1
+    for walked in range((segments - 1 - piece if REVERSE else piece) * JOIN):
+        before = last - walked if REVERSE else walked
+        sums = sums_ptr + (row.to(tl.int64) * (last + 1) + before) * size
+        state = state * keep + tl.load(sums + offset, mask=inside, other=0.0)
+    return state
+
+
 @triton.jit(
     do_not_specialize=["segments", "heads", "chunks", "split", "normaliser_rows", "pairs"],
     do_not_specialize_on_alignment=["log_decay_ptr"],
@@ -200,8 +221,9 @@ def stream_kernel(
     A: tl.constexpr, C: tl.constexpr, BLOCK_A: tl.constexpr, TILE: tl.constexpr,
     CHUNK: tl.constexpr, REVERSE: tl.constexpr, SCALE: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, HAS_RANGES: tl.constexpr,
-    HAS_ENTERING: tl.constexpr, HAS_LEAVING: tl.constexpr, HAS_SCORES: tl.constexpr,
-    HAS_KEPT: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_ENTERING: tl.constexpr, JOIN: tl.constexpr, HAS_LEAVING: tl.constexpr,
+    HAS_SCORES: tl.constexpr, HAS_KEPT: tl.constexpr, ADD: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """out_i = sum_{j <= i} gamma^(i-j) (a_i . b_j) c_j for a tile of columns and a segment.
 
@@ -218,7 +240,8 @@ def stream_kernel(
     `split` selects BLOCK_A of a's and b's columns, that is, of the state's rows; a later split
     (ADD) adds its share to what the first one, which also holds the chunk's own part, has stored.
     stride_a, stride_c: strides of the state's rows and columns in `entering`, one state per
-    segment, and `leaving`, one per head; dq and dk read states of (dk, dv) transposed.
+    segment, and `leaving`, one per head; dq and dk read states of (dk, dv) transposed. JOIN:
+    `entering` holds what each segment alone adds, and every program joins what it needs.
     HAS_KEPT: the state before every second chunk goes to `kept`, for `backward_kernel`.
     """
     tile = tl.program_id(0)
@@ -254,7 +277,12 @@ def stream_kernel(
     columns = tile * TILE + tl.arange(0, TILE)
     state_offset = columns[:, None] * stride_c + rows[None, :] * stride_a
     state_inside = (columns < C)[:, None] & (rows < A)[None, :]
-    if HAS_ENTERING:
+    if JOIN:
+        state = _join(
+            entering_ptr, state_offset, state_inside, row, piece, segment, segments, A * C,
+            log2_decay, REVERSE, JOIN,
+        )  # fmt: skip
+    elif HAS_ENTERING:
         state = tl.load(
             entering_ptr + (row_wide * segments + piece) * A * C + state_offset,
             mask=state_inside,
@@ -369,8 +397,8 @@ def backward_kernel(
     time, segment, segments, heads, pairs, normaliser_rows,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     CHUNK: tl.constexpr, SCALE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
-    HAS_RANGES: tl.constexpr, HAS_ENTERING: tl.constexpr, HAS_LEAVING: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_RANGES: tl.constexpr, HAS_ENTERING: tl.constexpr, JOIN: tl.constexpr,
+    HAS_LEAVING: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """All three gradients in one walk backward in time, where one program holds the whole state.
 
@@ -409,7 +437,12 @@ def backward_kernel(
     columns = tl.arange(0, BLOCK_V)
     state_offset = rows[:, None] * V + columns[None, :]
     state_inside = (rows < K)[:, None] & (columns < V)[None, :]
-    if HAS_ENTERING:
+    if JOIN:
+        state = _join(
+            entering_ptr, state_offset, state_inside, row, piece, segment, segments, K * V,
+            log2_decay, True, JOIN,
+        )  # fmt: skip
+    elif HAS_ENTERING:
         state = tl.load(
             entering_ptr + (row_wide * segments + piece) * K * V + state_offset,
             mask=state_inside,
@@ -569,26 +602,28 @@ def scores_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["segments", "heads", "normaliser_rows", "piece_first"],
+    do_not_specialize=["segments", "heads", "normaliser_rows"],
     do_not_specialize_on_alignment=["log_decay_ptr"],
 )
 def segment_sums_kernel(
     b_ptr, c_ptr, sums_ptr, log_decay_ptr, normaliser_ptr, documents_ptr, ranges_ptr,
     b_batch, b_time, b_head, c_batch, c_time, c_head,
-    time, segment, segments, heads, normaliser_rows, piece_first,
+    time, segment, segments, heads, normaliser_rows,
     B: tl.constexpr, C: tl.constexpr, BLOCK_B: tl.constexpr, TILE: tl.constexpr,
-    CHUNK: tl.constexpr, REVERSE: tl.constexpr, SCALE: tl.constexpr,
+    CHUNK: tl.constexpr, REVERSE: tl.constexpr, SKIP: tl.constexpr, SCALE: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, HAS_RANGES: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """First level: what each piece of time alone adds to the state, sum_j gamma^(L-1-j) b_j^T c_j.
+    """First level: what each segment alone adds to the state, sum_j gamma^(L-1-j) b_j^T c_j.
 
-    With REVERSE (b, c are q, do): sum_j gamma^(L-j) r_j b_j^T c_j, see `stream_kernel`.
+    With REVERSE (b, c are q, do): sum_j gamma^(L-j) r_j b_j^T c_j, see `stream_kernel`. The sum is
+    taken against the direction of j: what it reads last, the map that follows reads first, and the
+    cache still holds it. SKIP: the first so many are left out.
     """
     TILES: tl.constexpr = (C + TILE - 1) // TILE
     tile = tl.program_id(0)
     row = tl.program_id(1)
-    piece = tl.program_id(2) + piece_first
+    piece = tl.program_id(2) + SKIP
     batch = row // heads
     head = row % heads
     log_decay = _load_log_decay(log_decay_ptr, head)
@@ -596,7 +631,6 @@ def segment_sums_kernel(
     first, length = _row_range(ranges_ptr, batch, time, HAS_RANGES)
     start = piece * segment
     stop = tl.minimum(start + segment, length)
-    SHIFT: tl.constexpr = 0 if REVERSE else 1
     index = tl.arange(0, CHUNK)
     b_desc = _slices(b_ptr, batch, head, b_batch, b_time, b_head, time, B, CHUNK, BLOCK_B)
     c_desc = _slices(c_ptr, batch, head, c_batch, c_time, c_head, time, C, CHUNK, TILE)
@@ -612,9 +646,11 @@ def segment_sums_kernel(
     chunks = tl.cdiv(stop - start, CHUNK)
     for walked in range(chunks):
         if REVERSE:
-            chunk_start = start + (chunks - 1 - walked) * CHUNK
-        else:
             chunk_start = start + walked * CHUNK
+            leave = _power(log2_decay, chunk_start - start + 1 + index)
+        else:
+            chunk_start = start + (chunks - 1 - walked) * CHUNK
+            leave = _power(log2_decay, stop - 1 - chunk_start - index)
         size = tl.minimum(CHUNK, stop - chunk_start)
         row_time = first + chunk_start
         b = b_desc.load([row_time, row_column])
@@ -623,7 +659,6 @@ def segment_sums_kernel(
             live = index < size
             b = tl.where(live[:, None], b, 0.0)
             c = tl.where(live[:, None], c, 0.0)
-        leave = _power(log2_decay, size - SHIFT - _rank(index, size, REVERSE))
         if REVERSE and SCALE:
             leave *= _chunk_normaliser(normaliser_row, row_time, size, CHUNK, SCALE)
         if HAS_DOCUMENTS:
@@ -632,7 +667,7 @@ def segment_sums_kernel(
             )
             leave = tl.where(document == last, leave, 0.0)
         c = (tl.trans(c).to(tl.float32) * leave[None, :]).to(c_ptr.dtype.element_ty)
-        state = _dot(c, b, state * tl.exp2(size.to(tl.float32) * log2_decay), PRECISION, UPCAST)
+        state = _dot(c, b, state, PRECISION, UPCAST)
     rows = row_column + tl.arange(0, BLOCK_B)
     columns = column + tl.arange(0, TILE)
     tl.store(
@@ -644,19 +679,18 @@ def segment_sums_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["segments", "pieces", "heads"],
+    do_not_specialize=["segments", "heads"],
     do_not_specialize_on_alignment=["log_decay_ptr"],
 )
 def join_kernel(
     sums_ptr, entering_ptr, initial_ptr, final_ptr, log_decay_ptr, documents_ptr, ranges_ptr,
-    time, piece_size, segments, pieces, heads, size,
-    BLOCK: tl.constexpr, REVERSE: tl.constexpr, PER_SEGMENT: tl.constexpr,
-    HAS_DOCUMENTS: tl.constexpr, HAS_RANGES: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    HAS_FINAL: tl.constexpr,
+    time, segment, segments, heads, size,
+    BLOCK: tl.constexpr, REVERSE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+    HAS_RANGES: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
 ):  # fmt: skip
-    """Second level: from sums of pieces, PER_SEGMENT to a segment, the states entering segments.
+    """Second level: from what segments add, the states entering them.
 
-    E_first = initial; E_next = gamma^L E + sums; final = the E after the piece walked last.
+    E_first = initial; E_next = gamma^L E + sums; final = the E after the segment walked last.
     """
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = element < size
@@ -672,25 +706,18 @@ def join_kernel(
         state = tl.zeros((BLOCK,), tl.float32)
     before = _document_before(documents, first, length, 0, length, REVERSE, HAS_DOCUMENTS)
     for walked in range(segments):
-        whole = segments - 1 - walked if REVERSE else walked
-        tl.store(entering_ptr + (row_wide * segments + whole) * size + element, state, mask=inside)
-        if (walked + 1 < segments) | HAS_FINAL:
-            for part in range(PER_SEGMENT):
-                piece = whole * PER_SEGMENT + (PER_SEGMENT - 1 - part if REVERSE else part)
-                start = piece * piece_size
-                stop = tl.minimum(start + piece_size, length)
-                if stop > start:
-                    sums = tl.load(
-                        sums_ptr + (row_wide * pieces + piece) * size + element,
-                        mask=inside,
-                        other=0.0,
-                    )
-                    keep = tl.exp2((stop - start).to(tl.float32) * log2_decay)
-                    if HAS_DOCUMENTS:
-                        last = tl.load(documents + first + (start if REVERSE else stop - 1))
-                        keep = tl.where(last == before, keep, 0.0)
-                        before = last
-                    state = state * keep + sums
+        piece = segments - 1 - walked if REVERSE else walked
+        at = (row_wide * segments + piece) * size + element
+        tl.store(entering_ptr + at, state, mask=inside)
+        start = piece * segment
+        stop = tl.minimum(start + segment, length)
+        if ((walked + 1 < segments) | HAS_FINAL) & (stop > start):
+            keep = tl.exp2((stop - start).to(tl.float32) * log2_decay)
+            if HAS_DOCUMENTS:
+                last = tl.load(documents + first + (start if REVERSE else stop - 1))
+                keep = tl.where(last == before, keep, 0.0)
+                before = last
+            state = state * keep + tl.load(sums_ptr + at, mask=inside, other=0.0)
     if HAS_FINAL:
         tl.store(final_ptr + row_wide * size + element, state, mask=inside)
 
