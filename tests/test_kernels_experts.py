@@ -94,6 +94,16 @@ def test_swiglu(dtype, width):
     compare(lambda _, x: kernels.swiglu(x), x, allowed=TOLERANCE[dtype])
 
 
+def test_a_kept_launch_takes_tensors_that_start_anywhere():
+    """Compiled for tensors that start at 16 bytes, it must not be handed another."""
+    room = torch.randn(5 * 32 + 1, device=DEVICE)
+    for start in (0, 0, 1, 1, 0):
+        x = room[start : start + 5 * 32].view(5, 32)
+        gate, up = x.chunk(2, dim=1)
+        want = torch.nn.functional.silu(gate) * up
+        assert relative_error(kernels.swiglu(x), want) < 1e-6, start
+
+
 @pytest.mark.parametrize(("tokens", "experts"), [(70, 8), (3, 5), (2, 64), (1, 1)])
 def test_attention_among_experts(tokens, experts):
     projected = 2 * torch.randn(tokens, 3 * experts, device=DEVICE)

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from archzoo.kernels.launching import Launch, stream_of
+
 _TRITON_FOUND = importlib.util.find_spec("triton") is not None
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_WIDTH = 8192  # of a row, which one program holds
@@ -55,18 +57,58 @@ def _warps(block: int) -> int:
     return min(max(block // 256, 1), 16)
 
 
-def _launch(
-    kernel: str, grid: tuple[int, ...], first: Tensor, *arguments: Any, **options: Any
-) -> None:
-    """Run a kernel where its first tensor lies, with so many programs."""
+@functools.lru_cache(maxsize=2048)
+def _ready(
+    kernel: str,
+    grid: tuple[int, ...],
+    numbers: tuple[float, ...],
+    constants: tuple[tuple[str, Any], ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> Launch:
+    """A launch of a kernel, kept: of all that it depends on but where its tensors lie."""
     from archzoo.kernels import experts_triton
 
-    run = getattr(experts_triton, kernel)[grid]
-    if first.is_cuda and first.device.index != torch.cuda.current_device():
+    named = dict(constants)
+    warps = named.pop("num_warps")
+    columns, rows = (*grid, 1)[:2]
+    return Launch(
+        getattr(experts_triton, kernel), (columns, rows, 1), numbers, named, num_warps=warps
+    )
+
+
+def _launch(
+    kernel: str, grid: tuple[int, ...], tensors: tuple[Tensor, ...], *numbers: float, **options: Any
+) -> None:
+    """Run a kernel where its first tensor lies, with so many programs.
+
+    Its parameters are tensors, numbers, and constants by name. Triton takes longer to find the
+    compiled kernel than most of these run, so each is looked for once (`Launch`); a tensor that
+    does not start at 16 bytes, as torch's own all do, goes the long way.
+    """
+    first = tensors[0]
+    ready = _ready(
+        kernel, grid, numbers, tuple(options.items()), tuple([x.dtype for x in tensors]),
+        first.device,
+    )  # fmt: skip
+    if not first.is_cuda:
+        ready(None, *tensors)
+        return
+    places = 0
+    for tensor in tensors:
+        places |= tensor.data_ptr()
+    if first.get_device() != torch.cuda.current_device():
         with torch.cuda.device(first.device):
-            run(first, *arguments, **options)
+            _run(ready, places % 16 == 0, tensors)
     else:
-        run(first, *arguments, **options)
+        _run(ready, places % 16 == 0, tensors)
+
+
+def _run(ready: Launch, aligned: bool, tensors: tuple[Tensor, ...]) -> None:
+    if aligned:
+        ready(stream_of(tensors[0]), *tensors)
+    else:
+        ready.kernel[ready.grid](*tensors, *ready.numbers, **ready.constants, **ready.options)
 
 
 # ---------------------------------------------------------------------------- moving rows
@@ -120,7 +162,7 @@ def _dispatch(keys: Tensor, experts: int, dropped: bool) -> tuple[Tensor, Tensor
     inverse = torch.empty_like(keys)
     ends = keys.new_empty(experts, dtype=torch.int32)
     _launch(
-        "dispatch_kernel", (experts + dropped,), keys, inverse, ends, len(keys), experts,
+        "dispatch_kernel", (experts + dropped,), (keys, inverse, ends), len(keys), experts,
         BLOCK=4096, num_warps=8,
     )  # fmt: skip
     return inverse, ends
@@ -196,7 +238,7 @@ class _Spread(torch.autograd.Function):
         rows = x.new_empty((tokens * k, width), dtype=dtype)
         block = _power_of_2(width)
         _launch(
-            "spread_kernel", (tokens,), x, inverse, ends[-1:], rows, width,
+            "spread_kernel", (tokens,), (x, inverse, ends, rows), len(ends), width,
             K=k, BLOCK=block, num_warps=_warps(block),
         )  # fmt: skip
         return rows
@@ -225,8 +267,9 @@ class _Collect(torch.autograd.Function):
         tokens, k = weights.shape
         block = _power_of_2(rows.shape[1])
         _launch(
-            "collect_backward_kernel", (tokens,), grad.contiguous(), rows, weights, inverse,
-            ends[-1:], d_rows, d_weights, rows.shape[1],
+            "collect_backward_kernel", (tokens,),
+            (grad.contiguous(), rows, weights, inverse, ends, d_rows, d_weights),
+            len(ends), rows.shape[1],
             K=k, BLOCK=block, num_warps=_warps(block),
         )  # fmt: skip
         return d_rows, d_weights, None, None
@@ -241,8 +284,8 @@ def _collect(
     y = rows.new_empty((tokens, width), dtype=dtype)
     block = _power_of_2(width)
     _launch(
-        "collect_kernel", (tokens,), rows, rows if weights is None else weights, inverse,
-        ends[-1:], y, width,
+        "collect_kernel", (tokens,), (rows, rows if weights is None else weights, inverse, ends, y),
+        len(ends), width,
         K=k, WEIGHTED=weights is not None, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return y
@@ -277,7 +320,7 @@ class _Cast(torch.autograd.Function):
             return grad.float()
         wide = torch.empty_like(grad, dtype=torch.float32)
         _launch(
-            "widen_kernel", (-(-grad.numel() // 4096),), grad, wide, grad.numel(),
+            "widen_kernel", (-(-grad.numel() // 4096),), (grad, wide), grad.numel(),
             BLOCK=4096, num_warps=8,
         )  # fmt: skip
         return wide
@@ -337,7 +380,7 @@ def _experts_gradient(grad: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
     d_weight = grad.new_empty((len(ends), out, width), dtype=torch.float32)
     _launch(
         "experts_gradient_kernel", (-(-out // 128) * -(-width // 128), len(ends)),
-        grad, rows, ends, d_weight,
+        (grad, rows, ends, d_weight),
         OUT=out, IN=width, OUT_BLOCK=128, IN_BLOCK=128, STEP=64, STAGES=3,
         UPCAST=not grad.is_cuda, num_warps=8,
     )  # fmt: skip
@@ -367,7 +410,7 @@ class _SwiGLU(torch.autograd.Function):
         y = x.new_empty(rows, width)
         block = min(_power_of_2(width), 1024)
         _launch(
-            "swiglu_kernel", (rows, -(-width // block)), x, y, width,
+            "swiglu_kernel", (rows, -(-width // block)), (x, y), width,
             BLOCK=block, num_warps=_warps(block),
         )  # fmt: skip
         return y
@@ -380,8 +423,8 @@ class _SwiGLU(torch.autograd.Function):
         d_x = torch.empty_like(x)
         block = min(_power_of_2(width), 1024)
         _launch(
-            "swiglu_backward_kernel", (rows, -(-width // block)), x, grad.contiguous(), d_x, width,
-            BLOCK=block, num_warps=_warps(block),
+            "swiglu_backward_kernel", (rows, -(-width // block)), (x, grad.contiguous(), d_x),
+            width, BLOCK=block, num_warps=_warps(block),
         )  # fmt: skip
         return d_x
 
@@ -438,8 +481,8 @@ class _Project(torch.autograd.Function):
         high, low = weight.new_empty(2, columns, dim).unbind()
         high_t, low_t = weight.new_empty(2, dim, padded).unbind()
         _launch(
-            "split_kernel", (-(-padded // 32), -(-dim // 32)), weight.contiguous(),
-            high, low, high_t, low_t,
+            "split_kernel", (-(-padded // 32), -(-dim // 32)),
+            (weight.contiguous(), high, low, high_t, low_t),
             COLUMNS=columns, DIM=dim, PADDED=padded, BLOCK=32, num_warps=4,
         )  # fmt: skip
         read = x.contiguous()
@@ -471,8 +514,8 @@ def _product(a: Tensor, high: Tensor, low: Tensor, extra: Tensor | None, block: 
     y = a.new_empty(rows, columns)
     each = 128
     _launch(
-        "product_kernel", (-(-columns // block), -(-rows // each)), a, high, low,
-        a if extra is None else extra.contiguous(), y, rows,
+        "product_kernel", (-(-columns // block), -(-rows // each)),
+        (a, high, low, a if extra is None else extra.contiguous(), y), rows,
         INNER=inner, PADDED=padded, COLUMNS=columns, ADD=extra is not None,
         ROWS=each, BLOCK=block, STEP=32, STAGES=3 if inner > 256 else 2, num_warps=8,
     )  # fmt: skip
@@ -493,7 +536,8 @@ def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values = x.new_empty(tokens, k)
     indices = x.new_empty((tokens, k), dtype=torch.int64)
     each, options = _row_options(n)
-    _launch("largest_kernel", (-(-tokens // each),), x, values, indices, tokens, n, K=k, **options)
+    grid = (-(-tokens // each),)
+    _launch("largest_kernel", grid, (x, values, indices), tokens, n, K=k, **options)
     return values, indices
 
 
@@ -549,8 +593,8 @@ class _Choose(torch.autograd.Function):
         ctx.options = {"K": k, "SIGMOID": sigmoid, "RENORMALISE": renormalise}
         each, options = _row_options(n)
         _launch(
-            "choose_kernel", (-(-tokens // each),), logits, logits if bias is None else bias,
-            weights, indices, probabilities, tokens, n,
+            "choose_kernel", (-(-tokens // each),),
+            (logits, logits if bias is None else bias, weights, indices, probabilities), tokens, n,
             BIASED=bias is not None, **ctx.options, **options,
         )  # fmt: skip
         ctx.save_for_backward(logits, indices)
@@ -569,10 +613,14 @@ class _Choose(torch.autograd.Function):
         d_logits = torch.empty_like(logits)
         each, options = _row_options(n)
         _launch(
-            "choose_backward_kernel", (-(-tokens // each),), logits, indices,
-            logits if d_weights is None else d_weights.contiguous(),
-            logits if d_probabilities is None else d_probabilities.contiguous(),
-            d_logits, tokens, n,
+            "choose_backward_kernel", (-(-tokens // each),),
+            (
+                logits, indices,
+                logits if d_weights is None else d_weights.contiguous(),
+                logits if d_probabilities is None else d_probabilities.contiguous(),
+                d_logits,
+            ),
+            tokens, n,
             WEIGHTS=d_weights is not None, PROBABILITIES=d_probabilities is not None,
             **ctx.options, **options,
         )  # fmt: skip
@@ -620,7 +668,7 @@ class _Attend(torch.autograd.Function):
         tokens, experts = projected.shape[0], projected.shape[1] // 3
         z = projected.new_empty(tokens, experts)
         each, options = _attend_options(experts)
-        _launch("attend_kernel", (-(-tokens // each),), projected, z, tokens, experts, **options)
+        _launch("attend_kernel", (-(-tokens // each),), (projected, z), tokens, experts, **options)
         return z
 
     @staticmethod
@@ -631,9 +679,8 @@ class _Attend(torch.autograd.Function):
         d_projected = torch.empty_like(projected)
         each, options = _attend_options(experts)
         _launch(
-            "attend_backward_kernel", (-(-tokens // each),), projected, grad.contiguous(),
-            d_projected, tokens, experts,
-            **options,
+            "attend_backward_kernel", (-(-tokens // each),),
+            (projected, grad.contiguous(), d_projected), tokens, experts, **options,
         )  # fmt: skip
         return d_projected
 
@@ -676,8 +723,9 @@ class _Summarise(torch.autograd.Function):
             assignments.new_empty(shape, dtype=torch.float32) for shape in ((), (4,), (experts,))
         )
         _launch(
-            "summarise_kernel", (1,), assignments, slope if mean is None else mean, loss, seen,
-            slope, experts, float(max(total, 1)), room, math.log(max(experts, 2)),
+            "summarise_kernel", (1,),
+            (assignments, slope if mean is None else mean, loss, seen, slope),
+            experts, float(max(total, 1)), room, math.log(max(experts, 2)),
             KIND=kind, BLOCK=_power_of_2(experts), num_warps=1,
         )  # fmt: skip
         ctx.save_for_backward(slope)

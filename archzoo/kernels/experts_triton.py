@@ -80,12 +80,12 @@ def experts_gradient_kernel(
 
 
 @triton.jit
-def spread_kernel(x, inverse, end, rows, width, K: tl.constexpr, BLOCK: tl.constexpr):
-    """rows[inverse[t, j]] = x[t]; rows from `end` on are left alone."""
+def spread_kernel(x, inverse, ends, rows, experts, width, K: tl.constexpr, BLOCK: tl.constexpr):
+    """rows[inverse[t, j]] = x[t]; rows behind the last expert's are left alone."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
-    computed = tl.load(end)
+    computed = tl.load(ends + experts - 1)
     value = tl.load(x + token * width + column, mask=inside)
     for j in tl.static_range(K):
         row = tl.load(inverse + token * K + j)
@@ -95,14 +95,14 @@ def spread_kernel(x, inverse, end, rows, width, K: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def collect_kernel(
-    rows, weights, inverse, end, y, width,
+    rows, weights, inverse, ends, y, experts, width,
     K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y[t] = sum_j w[t, j] rows[inverse[t, j]]; rows from `end` on add nothing."""
+    """y[t] = sum_j w[t, j] rows[inverse[t, j]]; rows behind the last expert's add nothing."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
-    computed = tl.load(end)
+    computed = tl.load(ends + experts - 1)
     total = tl.zeros((BLOCK,), tl.float32)
     for j in tl.static_range(K):
         row = tl.load(inverse + token * K + j)
@@ -116,14 +116,14 @@ def collect_kernel(
 
 @triton.jit
 def collect_backward_kernel(
-    dy, rows, weights, inverse, end, d_rows, d_weights, width,
+    dy, rows, weights, inverse, ends, d_rows, d_weights, experts, width,
     K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """d_rows[inverse[t, j]] = w[t, j] dy[t] and d_w[t, j] = dy[t] . rows[inverse[t, j]]."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
-    computed = tl.load(end)
+    computed = tl.load(ends + experts - 1)
     gradient = tl.load(dy + token * width + column, mask=inside, other=0.0).to(tl.float32)
     for j in tl.static_range(K):
         row = tl.load(inverse + token * K + j)
