@@ -104,7 +104,9 @@ def test_a_kept_launch_takes_tensors_that_start_anywhere():
         assert relative_error(kernels.swiglu(x), want) < 1e-6, start
 
 
-@pytest.mark.parametrize(("tokens", "experts"), [(70, 8), (3, 5), (2, 64), (1, 1)])
+@pytest.mark.parametrize(
+    ("tokens", "experts"), [(70, 8), (3, 5), (9, 32), (3, 64), (2, 100), (1, 1), (130, 2)]
+)
 def test_attention_among_experts(tokens, experts):
     projected = 2 * torch.randn(tokens, 3 * experts, device=DEVICE)
     compare(lambda _, projected: kernels.attend_experts(projected), projected, allowed=1e-5)

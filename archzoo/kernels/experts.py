@@ -652,10 +652,13 @@ def attend_experts(projected: Tensor) -> Tensor:
 
 @functools.cache
 def _attend_options(experts: int) -> tuple[int, dict[str, int]]:
-    """Tokens of a program, and how it is compiled: some 4,096 scores at once."""
+    """Tokens of a program, and how it is compiled: a thread holds one expert of a token.
+
+    Of 128 experts one in four threads' worth of scores: with all of them it runs out of registers.
+    """
     block = _power_of_2(experts)
-    tokens = max(4096 // block**2, 1)
-    return tokens, {"TOKENS": tokens, "BLOCK": block, "num_warps": 4 if block < 128 else 8}
+    tokens, warps = max(128 // block, 1), 4 if block < 128 else 16
+    return tokens, {"EXPERTS": experts, "TOKENS": tokens, "BLOCK": block, "num_warps": warps}
 
 
 class _Attend(torch.autograd.Function):
@@ -668,7 +671,7 @@ class _Attend(torch.autograd.Function):
         tokens, experts = projected.shape[0], projected.shape[1] // 3
         z = projected.new_empty(tokens, experts)
         each, options = _attend_options(experts)
-        _launch("attend_kernel", (-(-tokens // each),), (projected, z), tokens, experts, **options)
+        _launch("attend_kernel", (-(-tokens // each),), (projected, z), tokens, **options)
         return z
 
     @staticmethod
@@ -680,7 +683,7 @@ class _Attend(torch.autograd.Function):
         each, options = _attend_options(experts)
         _launch(
             "attend_backward_kernel", (-(-tokens // each),),
-            (projected, grad.contiguous(), d_projected), tokens, experts, **options,
+            (projected, grad.contiguous(), d_projected), tokens, **options,
         )  # fmt: skip
         return d_projected
 

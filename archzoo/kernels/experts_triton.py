@@ -322,53 +322,84 @@ def summarise_kernel(
     tl.store(seen + 3, over.to(tl.float32) / total)
 
 
+# A thread holds one expert of a token and all that it is multiplied by, along the first axis: sums
+# over these are additions of its own, where a sum along the last axis passes every score through
+# five exchanges between threads. The backward pass needs both sums, and makes the scores twice.
+
+
 @triton.jit
-def _scores(projected, tokens, experts, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
-    """Pointers to q, which of them are there, q, k, v (TOKENS, BLOCK), and the softmax."""
+def _attending(projected, tokens, EXPERTS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+    """Where q stands, which of it is there, q, k, v, log2(e) q, and its product with k at most.
+
+    (TOKENS, BLOCK) all. A product with k_j is largest where k_j is, or smallest where q_i < 0.
+    """
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     expert = tl.arange(0, BLOCK)
-    inside = (token < tokens)[:, None] & (expert < experts)[None, :]
-    at = token[:, None] * 3 * experts + expert[None, :]
+    there = (expert < EXPERTS)[None, :]
+    inside = (token < tokens)[:, None] & there
+    at = token[:, None] * 3 * EXPERTS + expert[None, :]
     q = tl.load(projected + at, mask=inside, other=0.0)
-    k = tl.load(projected + at + experts, mask=inside, other=0.0)
-    v = tl.load(projected + at + 2 * experts, mask=inside, other=0.0)
-    logits = q[:, :, None] * k[:, None, :]
-    logits = tl.where((expert < experts)[None, None, :], logits, float("-inf"))
-    scores = tl.exp(logits - tl.max(logits, axis=2)[:, :, None])
-    return at, inside, q, k, v, scores / tl.sum(scores, axis=2)[:, :, None]
+    k = tl.load(projected + at + EXPERTS, mask=inside, other=0.0)
+    v = tl.load(projected + at + 2 * EXPERTS, mask=inside, other=0.0)
+    highest = tl.max(tl.where(there, k, float("-inf")), axis=1)[:, None]
+    lowest = tl.min(tl.where(there, k, float("inf")), axis=1)[:, None]
+    q_log2 = q * 1.4426950408889634  # scores are powers of 2
+    return at, inside, q, k, v, q_log2, q_log2 * tl.where(q < 0.0, lowest, highest)
 
 
 @triton.jit
-def attend_kernel(projected, z, tokens, experts, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+def _along(x):
+    """(TOKENS, BLOCK) for the first axis and the tokens of a tile."""
+    return tl.trans(x)[:, :, None]
+
+
+@triton.jit
+def _sums(q_log2, k, v, top, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+    """exp(q_i k_j - max) as (BLOCK of j, TOKENS, BLOCK of i), its sum over j, and with v."""
+    scores = tl.exp2(q_log2[None, :, :] * _along(k) - top[None, :, :])
+    if EXPERTS < BLOCK:
+        scores = tl.where((tl.arange(0, BLOCK) < EXPERTS)[:, None, None], scores, 0.0)
+    return scores, tl.sum(scores, axis=0), tl.sum(scores * _along(v), axis=0)
+
+
+@triton.jit
+def attend_kernel(
+    projected, z, tokens, EXPERTS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """z_i = sum_j A_ij v_j with A = softmax_j(q_i k_j)."""
-    _, inside, _, _, v, scores = _scores(projected, tokens, experts, TOKENS, BLOCK)
-    value = tl.sum(scores * v[:, None, :], axis=2)
+    _, inside, _, k, v, q_log2, top = _attending(projected, tokens, EXPERTS, TOKENS, BLOCK)
+    _, total, mixed = _sums(q_log2, k, v, top, EXPERTS, BLOCK)
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    at = token[:, None] * experts + tl.arange(0, BLOCK)[None, :]
-    tl.store(z + at, value, mask=inside)
+    at = token[:, None] * EXPERTS + tl.arange(0, BLOCK)[None, :]
+    tl.store(z + at, mixed / total, mask=inside)
 
 
 @triton.jit
 def attend_backward_kernel(
-    projected, dz, d_projected, tokens, experts, TOKENS: tl.constexpr, BLOCK: tl.constexpr
-):
+    projected, dz, d_projected, tokens,
+    EXPERTS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """With D_ij = A_ij dz_i (v_j - z_i): dq_i = sum_j D_ij k_j, dk_j = sum_i D_ij q_i.
 
     And dv_j = sum_i A_ij dz_i.
     """
-    at, inside, q, k, v, scores = _scores(projected, tokens, experts, TOKENS, BLOCK)
+    at, inside, q, k, v, q_log2, top = _attending(projected, tokens, EXPERTS, TOKENS, BLOCK)
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    place = token[:, None] * experts + tl.arange(0, BLOCK)[None, :]
+    place = token[:, None] * EXPERTS + tl.arange(0, BLOCK)[None, :]
     gradient = tl.load(dz + place, mask=inside, other=0.0)
-    z = tl.sum(scores * v[:, None, :], axis=2)
-    weighted = scores * gradient[:, :, None]
-    d_logits = weighted * (v[:, None, :] - z[:, :, None])
-    d_q = tl.sum(d_logits * k[:, None, :], axis=2)
-    d_k = tl.sum(d_logits * q[:, :, None], axis=1)
-    d_v = tl.sum(weighted, axis=1)
+    scores, total, mixed = _sums(q_log2, k, v, top, EXPERTS, BLOCK)
+    z = mixed / total
+    share = gradient / total  # dz_i A_ij is a score by this; 0 where there is no expert i
+    centred = _along(v) - z[None, :, :]
+    d_q = share * tl.sum(scores * centred * _along(k), axis=0)
     tl.store(d_projected + at, d_q, mask=inside)
-    tl.store(d_projected + at + experts, d_k, mask=inside)
-    tl.store(d_projected + at + 2 * experts, d_v, mask=inside)
+    # The scores again, the tile the other way round: (BLOCK of i, TOKENS, BLOCK of j).
+    scores = tl.exp2(_along(q_log2) * k[None, :, :] - _along(top))
+    d_v = tl.sum(scores * _along(share), axis=0)
+    centred = v[None, :, :] - _along(z)
+    d_k = tl.sum(scores * centred * _along(share * q), axis=0)
+    tl.store(d_projected + at + EXPERTS, d_k, mask=inside)
+    tl.store(d_projected + at + 2 * EXPERTS, d_v, mask=inside)
 
 
 # A float32 number is the sum of two that the matrix unit takes: tf32 keeps 11 of 24 bits. Of their
