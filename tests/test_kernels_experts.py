@@ -206,11 +206,15 @@ def test_a_router_multiplies_at_real_sizes(columns):
     assert max(errors) < 1e-6, errors
 
 
-def test_rows_of_many_assignments():
-    """More than a program takes at once."""
-    indices = torch.randint(7, (5000, 1), device=DEVICE)
+@pytest.mark.parametrize(("tokens", "experts"), [(5000, 7), (2048, 3), (4097, 400)])
+@pytest.mark.parametrize("drops", [False, True])
+def test_rows_of_many_assignments(tokens, experts, drops):
+    """More than a program takes at once, and more counts than one reads at once."""
+    indices = torch.randint(experts, (tokens, 1), device=DEVICE)
+    kept = torch.rand(tokens, 1, device=DEVICE) < 0.8 if drops else None
     plain, dispatch = (
-        kernels.make_dispatch(indices, 7, kernels=by_kernels) for by_kernels in (False, True)
+        kernels.make_dispatch(indices, experts, kept, kernels=by_kernels)
+        for by_kernels in (False, True)
     )
     assert torch.equal(plain.inverse, dispatch.inverse) and torch.equal(plain.ends, dispatch.ends)
 

@@ -27,6 +27,8 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_WIDTH = 8192  # of a row, which one program holds
 MAX_EXPERTS = 128  # of an attention router, whose scores among themselves one program holds
 MAX_COLUMNS = 3 * MAX_EXPERTS  # of a router's product
+KEYS = 2048  # assignments that one program counts or places
+MAX_BALANCED = 1024  # experts whose load is summarised by kernels
 MAX_ROWS = 1024  # of an expert on average, for our product to make the gradient of its weights
 MIN_TOKENS = 1024  # of a router's product, else it is a few launches and no work
 
@@ -158,12 +160,17 @@ def make_dispatch(
 
 
 def _dispatch(keys: Tensor, experts: int, dropped: bool) -> tuple[Tensor, Tensor]:
-    """Inverse and ends by counting, in one kernel where a sort takes ten."""
+    """Inverse and ends by counting, in two kernels where a sort takes ten."""
     inverse = torch.empty_like(keys)
     ends = keys.new_empty(experts, dtype=torch.int32)
+    bins, blocks = experts + dropped, -(-len(keys) // KEYS)
+    counts = ends
+    if blocks > 1:
+        counts = ends.new_empty(bins * blocks)
+        _launch("count_kernel", (bins, blocks), (keys, counts), len(keys), BLOCK=KEYS, num_warps=4)
     _launch(
-        "dispatch_kernel", (experts + dropped,), (keys, inverse, ends), len(keys), experts,
-        BLOCK=4096, num_warps=8,
+        "place_kernel", (bins, blocks), (keys, counts, inverse, ends), len(keys), experts,
+        COUNTED=blocks > 1, BLOCK=KEYS, TABLE=1024, num_warps=4,
     )  # fmt: skip
     return inverse, ends
 

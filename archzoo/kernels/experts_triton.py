@@ -15,28 +15,45 @@ import triton.language as tl
 
 
 @triton.jit
-def dispatch_kernel(keys, inverse, ends, assignments, experts, BLOCK: tl.constexpr):
-    """The rows of one expert's assignments: counted behind those of the experts before it.
+def count_kernel(keys, counts, assignments, BLOCK: tl.constexpr):
+    """counts[expert, block]: how many keys of a block are an expert's."""
+    expert = tl.program_id(0)
+    block = tl.program_id(1)
+    place = block * BLOCK + tl.arange(0, BLOCK)
+    key = tl.load(keys + place, mask=place < assignments, other=-1)
+    found = tl.sum((key == expert).to(tl.int32))
+    tl.store(counts + expert * tl.num_programs(1) + block, found)
 
-    Key `experts` is that of dropped assignments, which come last and end nowhere.
+
+@triton.jit
+def place_kernel(
+    keys, counts, inverse, ends, assignments, experts,
+    COUNTED: tl.constexpr, BLOCK: tl.constexpr, TABLE: tl.constexpr,
+):  # fmt: skip
+    """The rows of one expert's assignments in one block of keys.
+
+    Before them stand all that the table of counts holds before this expert's block. Where one block
+    takes all keys there is no table: COUNTED is off. Key `experts` is that of dropped assignments,
+    which come last and end nowhere.
     """
     expert = tl.program_id(0)
-    offset = tl.arange(0, BLOCK)
-    before = tl.zeros((BLOCK,), tl.int32)
-    mine = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, assignments, BLOCK):
-        place = start + offset
-        key = tl.load(keys + place, mask=place < assignments, other=experts + 1)
-        before += (key < expert).to(tl.int32)
-        mine += (key == expert).to(tl.int32)
-    row = tl.sum(before)
-    tl.store(ends + expert, row + tl.sum(mine), mask=expert < experts)
-    for start in range(0, assignments, BLOCK):
-        place = start + offset
-        key = tl.load(keys + place, mask=place < assignments, other=experts + 1)
-        here = (key == expert).to(tl.int32)
-        tl.store(inverse + place, (row + tl.cumsum(here) - 1).to(tl.int64), mask=key == expert)
-        row += tl.sum(here)
+    block = tl.program_id(1)
+    blocks = tl.num_programs(1)
+    place = block * BLOCK + tl.arange(0, BLOCK)
+    key = tl.load(keys + place, mask=place < assignments, other=experts + 1)
+    if COUNTED:
+        before = tl.zeros((TABLE,), tl.int32)
+        slot = expert * blocks + block
+        for start in range(0, slot, TABLE):
+            at = start + tl.arange(0, TABLE)
+            before += tl.load(counts + at, mask=at < slot, other=0)
+        row = tl.sum(before)
+    else:
+        row = tl.sum((key < expert).to(tl.int32))
+    here = (key == expert).to(tl.int32)
+    tl.store(inverse + place, (row + tl.cumsum(here) - 1).to(tl.int64), mask=key == expert)
+    last = (expert < experts) & (block == blocks - 1)
+    tl.store(ends + expert, row + tl.sum(here), mask=last)
 
 
 @triton.jit
