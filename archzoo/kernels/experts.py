@@ -638,7 +638,7 @@ class _Choose(torch.autograd.Function):
 def _row_options(n: int) -> tuple[int, dict[str, int]]:
     """Tokens of a program that holds rows of n numbers, and how it is compiled."""
     block = _power_of_2(n)
-    tokens = max(2048 // block, 1)
+    tokens = max(512 // block, 1)
     return tokens, {"TOKENS": tokens, "BLOCK": block, "num_warps": 4}
 
 
