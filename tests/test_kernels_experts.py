@@ -10,11 +10,10 @@ import pytest
 import torch
 from kernel_device import DEVICE, GPU, define_kernels
 
-from archzoo.block import make_context
+from archzoo.block import Routing, make_context
 from archzoo.contract import relative_error
 from archzoo.feedforward import balance, moe
 from archzoo.feedforward.balance import Balance
-from archzoo.feedforward.balance import capacity as balance_capacity
 from archzoo.feedforward.moe import MixtureOfExperts
 from archzoo.kernels import experts as kernels
 
@@ -366,36 +365,61 @@ def test_the_largest_of_nan_does_not_point_outside():
 
 
 @pytest.mark.parametrize("kind", ["none", "switch", "squared_mean"])
-@pytest.mark.parametrize("counts", [[7, 0, 3, 10, 0], [4] * 8, [5]])
-def test_load(kind, counts):
-    """A mixture's balance by the kernel, and by the formulas."""
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "k"), [(1500, 5, 2), (70, 8, 7), (9, 40, 3), (130, 2, 1), (3, 1, 1)]
+)
+def test_load(kind, adaptive, tokens, experts, k, monkeypatch):
+    """A mixture's balance by kernels, and by the formulas."""
+    if kind == "none" and adaptive:
+        return
     part = Balance(
-        len(counts),
+        experts,
         kind=kind,
-        coefficient=1.0,
-        adaptive=False,
+        coefficient=0.3,
+        adaptive=adaptive,
         z_coefficient=0.0,
         capacity_factor=1.25,
-    )
-    assignments = torch.tensor(counts, device=DEVICE)
-    total = sum(counts)
-    mean = None if kind == "none" else torch.rand(len(counts), device=DEVICE, requires_grad=True)
-    room = balance_capacity(total, len(counts), 1.25)
-    loss, seen = kernels.summarise_load(assignments, mean, kind, total, room)
-    double = None if mean is None else mean.detach().double().requires_grad_()
-    share = balance.shares(assignments)
-    wanted, expected = part._loss(double, share), balance.load_metrics(share)
-    expected["drop_rate"] = balance.virtual_drop_rate(assignments, 1.25)
-    assert seen.keys() == expected.keys()
-    for name, value in expected.items():
-        assert seen[name].item() == pytest.approx(value.item(), abs=1e-6), name
-    if mean is None:
-        assert loss is wanted is None
-        return
-    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5, abs=1e-7)
-    (3 * loss).backward()
-    (3 * wanted).backward()
-    assert relative_error(mean.grad.double(), double.grad) < 1e-6
+    ).to(DEVICE)
+    logits = 3 * torch.randn(tokens, experts, device=DEVICE) + torch.randn(experts, device=DEVICE)
+    context = make_context(1, tokens, device=DEVICE)[0]
+    found = []
+    for by_kernels in (True, False):
+        leaf = logits.clone() if by_kernels else logits.double()
+        leaf.requires_grad_()
+        weights, indices, probabilities = kernels.choose(
+            leaf, k, None, sigmoid=False, renormalise=True
+        )
+        if not by_kernels:
+            monkeypatch.setattr(balance, "fused", lambda *given: False)
+        aux = part(Routing(weights, indices, probabilities, leaf), context)
+        gradient = None
+        if adaptive:
+            part.alpha.fill_(0.7)  # as a step would: the backward pass must not see it
+        if kind != "none":
+            (3 * aux["loss/balance"]).backward()
+            gradient = leaf.grad.double()
+            if adaptive:
+                part.alpha.fill_(0.3)
+        found.append((aux, gradient))
+    (ours, gradient), (plain, wanted) = found
+    assert ours.keys() == plain.keys()
+    for name, value in plain.items():
+        assert ours[name].dtype == (value.float() if value.is_floating_point() else value).dtype
+        assert relative_error(ours[name].double(), value.double()) < 1e-5, name
+    assert kind == "none" or experts == 1 or relative_error(gradient, wanted) < 1e-5
+
+
+def test_load_is_summed_in_the_same_order_every_time():
+    logits = torch.randn(3000, 6, device=DEVICE)
+    runs = []
+    for _ in range(2):
+        probabilities = logits.softmax(dim=1).requires_grad_()
+        indices = kernels.largest(logits, 2)[1]
+        _, loss, seen = kernels.summarise_load(probabilities, indices, "switch", 0.01, 1200)
+        loss.backward()
+        runs.append([loss.detach(), probabilities.grad, *seen.values()])
+    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize("drop", ["none", "position"])

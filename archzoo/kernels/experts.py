@@ -618,16 +618,22 @@ class _Choose(torch.autograd.Function):
             return None, None, None, None, None
         tokens, n = logits.shape
         d_logits = torch.empty_like(logits)
+        stride = 0
+        if d_probabilities is not None:
+            # The balancing loss has one gradient for all tokens, a row that is expanded.
+            if d_probabilities.stride(1) != 1 or d_probabilities.stride(0) not in (0, n):
+                d_probabilities = d_probabilities.contiguous()
+            stride = d_probabilities.stride(0)
         each, options = _row_options(n)
         _launch(
             "choose_backward_kernel", (-(-tokens // each),),
             (
                 logits, indices,
                 logits if d_weights is None else d_weights.contiguous(),
-                logits if d_probabilities is None else d_probabilities.contiguous(),
+                logits if d_probabilities is None else d_probabilities,
                 d_logits,
             ),
-            tokens, n,
+            tokens, n, stride,
             WEIGHTS=d_weights is not None, PROBABILITIES=d_probabilities is not None,
             **ctx.options, **options,
         )  # fmt: skip
@@ -701,49 +707,82 @@ LOSSES = {"none": 0, "switch": 1, "squared_mean": 2}
 
 
 def summarise_load(
-    assignments: Tensor, mean: Tensor | None, kind: str, total: int, room: int
-) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """What `archzoo.feedforward.balance` computes of counts and means, in one kernel instead of 20.
+    probabilities: Tensor, indices: Tensor, kind: str, coefficient: float | Tensor, room: int
+) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    """What `archzoo.feedforward.balance` makes of a routing, in two kernels instead of 30.
 
     Args:
-        assignments: c, (experts,) int64.
-        mean: P, (experts,) float32; None where kind is "none".
+        probabilities: (tokens, experts) float32.
+        indices: (tokens, k) int64, the chosen experts.
         kind: Of the loss: "none", "switch" or "squared_mean".
-        total: The assignments' sum.
+        coefficient: Of the loss; a scalar float32 tensor is read now, not in the backward pass.
         room: The capacity.
 
     Returns:
-        The loss, with a gradient to `mean`, or None; and max_violation, entropy, unused and the
-        virtual drop_rate.
+        The assignments, (experts,) int64. The loss by its coefficient, a scalar with a gradient to
+        the probabilities, or None where kind is "none". And scalars: max_violation, entropy,
+        unused, the virtual drop_rate; max1_max2 and max2_max3 as far as there are experts; and
+        balance, the loss alone, where there is one.
     """
-    loss, seen = _Summarise.apply(assignments, mean, LOSSES[kind], total, room)
-    names = ("max_violation", "entropy", "unused", "drop_rate")
-    return None if mean is None else loss, dict(zip(names, seen.unbind(), strict=True))
+    assignments, loss, seen = _Summarise.apply(
+        probabilities, indices, LOSSES[kind], coefficient, room
+    )
+    names = ("max_violation", "entropy", "unused", "drop_rate", "balance", "max1_max2", "max2_max3")
+    found = dict(zip(names, seen.unbind(), strict=False))
+    if kind == "none":
+        del found["balance"]
+        return assignments, None, found
+    return assignments, loss, found
 
 
 class _Summarise(torch.autograd.Function):
-    """The loss's gradient is made with it: (experts,) numbers."""
+    """The loss's gradient is made with it: a row of (experts,) numbers, the same for all tokens."""
 
     @staticmethod
     def forward(
-        ctx: Any, assignments: Tensor, mean: Tensor | None, kind: int, total: int, room: int
-    ) -> tuple[Tensor, Tensor]:
-        experts = len(assignments)
-        loss, seen, slope = (
-            assignments.new_empty(shape, dtype=torch.float32) for shape in ((), (4,), (experts,))
-        )
+        ctx: Any,
+        probabilities: Tensor,
+        indices: Tensor,
+        kind: int,
+        coefficient: float | Tensor,
+        room: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        probabilities, indices = probabilities.contiguous(), indices.contiguous()
+        (tokens, n), k = probabilities.shape, indices.shape[1]
+        block, ratios = _power_of_2(n), min(n - 1, 2)
+        each = max(2048 // block, 1)
+        programs = -(-tokens // each)
+        counts = indices.new_empty(programs * n, dtype=torch.int32)
+        sums = probabilities.new_empty(programs * (n + ratios))
+        assignments = indices.new_empty(n)
+        loss, seen, slope = (probabilities.new_empty(shape) for shape in ((), 5 + ratios, n))
         _launch(
-            "summarise_kernel", (1,),
-            (assignments, slope if mean is None else mean, loss, seen, slope),
-            experts, float(max(total, 1)), room, math.log(max(experts, 2)),
-            KIND=kind, BLOCK=_power_of_2(experts), num_warps=1,
+            "survey_kernel", (programs,), (probabilities, indices, counts, sums), tokens,
+            N=n, K=k, RATIOS=ratios, TOKENS=each, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+        alpha, constant = sums, 0.0
+        if isinstance(coefficient, Tensor):
+            alpha = coefficient
+        else:
+            constant = float(coefficient)
+        _launch(
+            "summarise_kernel", (1,), (counts, sums, alpha, assignments, loss, seen, slope),
+            programs, tokens, float(tokens * k), room, math.log(max(n, 2)), constant,
+            N=n, RATIOS=ratios, KIND=kind, ADAPTIVE=alpha is not sums,
+            STEP=max(8192 // block, 1), BLOCK=block, num_warps=8,
         )  # fmt: skip
         ctx.save_for_backward(slope)
-        ctx.mark_non_differentiable(seen)
-        return loss, seen
+        ctx.tokens = tokens
+        ctx.mark_non_differentiable(assignments, seen)
+        return assignments, loss, seen
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[None, Tensor, None, None, None]:
+    def backward(
+        ctx: Any, _: None, grad: Tensor | None, __: None
+    ) -> tuple[Tensor | None, None, None, None, None]:
+        if grad is None:
+            return None, None, None, None, None
         (slope,) = ctx.saved_tensors
-        return None, grad * slope, None, None, None
+        return (grad * slope).expand(ctx.tokens, -1), None, None, None, None

@@ -265,12 +265,15 @@ def choose_kernel(
 
 @triton.jit
 def choose_backward_kernel(
-    logits, indices, d_weights, d_probabilities, d_logits, tokens, n,
+    logits, indices, d_weights, d_probabilities, d_logits, tokens, n, stride,
     K: tl.constexpr, SIGMOID: tl.constexpr, RENORMALISE: tl.constexpr,
     WEIGHTS: tl.constexpr, PROBABILITIES: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of y = a / sum a: da = (dy - sum dy y) / sum a; of y = softmax z: dz = y (dy - sum dy y)."""
+    """Of y = a / sum a: da = (dy - sum dy y) / sum a; of y = softmax z: dz = y (dy - sum dy y).
+
+    Rows of d_probabilities stand `stride` apart: 0 where all tokens have the same.
+    """
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     column = tl.arange(0, BLOCK)
     there = (column < n)[None, :]
@@ -289,7 +292,8 @@ def choose_backward_kernel(
     scores, share, weight = _gate(value, there, chosen > 0, SIGMOID, RENORMALISE)
     of_share = tl.zeros((TOKENS, BLOCK), tl.float32)
     if PROBABILITIES:
-        of_share = tl.load(d_probabilities + at, mask=inside, other=0.0)
+        place = d_probabilities + token[:, None] * stride + column[None, :]
+        of_share = tl.load(place, mask=inside, other=0.0)
     if RENORMALISE:
         of_weights -= tl.sum(of_weights * weight, axis=1)[:, None]
     if SIGMOID:
@@ -310,33 +314,94 @@ def choose_backward_kernel(
 
 
 @triton.jit
-def summarise_kernel(
-    assignments, mean, loss, seen, slope, experts, total, room, log_experts,
-    KIND: tl.constexpr, BLOCK: tl.constexpr,
+def survey_kernel(
+    probabilities, indices, counts, sums, tokens,
+    N: tl.constexpr, K: tl.constexpr, RATIOS: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The balancing loss with its slope, and [max violation, entropy, unused, drop rate]."""
+    """Of some tokens: counts (N) of assignments; sums of probabilities (N), of ratios (RATIOS).
+
+    Ratios are those of a token's largest probabilities, each to the next.
+    """
+    program = tl.program_id(0)
+    token = program.to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    column = tl.arange(0, BLOCK)
+    there = token < tokens
+    inside = there[:, None] & (column < N)[None, :]
+    row = tl.load(probabilities + token[:, None] * N + column[None, :], mask=inside, other=0.0)
+    chosen = tl.zeros((TOKENS, BLOCK), tl.int32)
+    for j in range(K):
+        found = tl.load(indices + token * K + j, mask=there, other=-1)
+        chosen += (column[None, :] == found[:, None]).to(tl.int32)
+    tl.store(counts + program * N + column, tl.sum(chosen, axis=0), mask=column < N)
+    place = sums + program * (N + RATIOS)
+    tl.store(place + column, tl.sum(row, axis=0), mask=column < N)
+    if RATIOS > 0:
+        rest = tl.where(inside, row, -1.0)
+        above = tl.max(rest, axis=1)
+        for j in tl.static_range(RATIOS):
+            first = tl.argmax(rest, axis=1)
+            rest = tl.where(column[None, :] == first[:, None], -1.0, rest)
+            largest = tl.max(rest, axis=1)
+            # A ratio beyond 1e7 says no more, and would swamp the mean.
+            ratio = tl.where(there, above / tl.maximum(largest, 1e-7), 0.0)
+            tl.store(place + N + j, tl.sum(ratio))
+            above = largest
+
+
+@triton.jit
+def summarise_kernel(
+    counts, sums, alpha, assignments, loss, seen, slope,
+    programs, tokens, total, room, log_experts, coefficient,
+    N: tl.constexpr, RATIOS: tl.constexpr, KIND: tl.constexpr, ADAPTIVE: tl.constexpr,
+    STEP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The balancing loss and its slope, both by the coefficient, and what is looked at.
+
+    That is [max violation, entropy, unused, drop rate, loss alone, ratios].
+    """
     expert = tl.arange(0, BLOCK)
-    inside = expert < experts
-    count = tl.load(assignments + expert, mask=inside, other=0)
+    inside = expert < N
+    taken = tl.zeros((STEP, BLOCK), tl.int32)
+    added = tl.zeros((STEP, BLOCK), tl.float32)
+    ratios = tl.zeros((STEP, 2), tl.float32)
+    of_ratio = tl.arange(0, 2)
+    for start in range(0, programs, STEP):
+        program = (start + tl.arange(0, STEP))[:, None]
+        here = (program < programs) & inside[None, :]
+        taken += tl.load(counts + program * N + expert[None, :], mask=here, other=0)
+        place = program * (N + RATIOS)
+        added += tl.load(sums + place + expert[None, :], mask=here, other=0.0)
+        if RATIOS > 0:
+            here = (program < programs) & (of_ratio < RATIOS)[None, :]
+            ratios += tl.load(sums + place + N + of_ratio[None, :], mask=here, other=0.0)
+    count = tl.sum(taken, axis=0)
+    tl.store(assignments + expert, count.to(tl.int64), mask=inside)
     share = count.to(tl.float32) / total
     if KIND > 0:
-        probability = tl.load(mean + expert, mask=inside, other=0.0)
+        probability = tl.sum(added, axis=0) / tokens
         if KIND == 1:  # n sum f P
-            value = tl.sum(share * probability) * experts
-            change = share * experts
+            value = tl.sum(share * probability) * N
+            change = share * N
         else:  # sum (P - 1/n)^2
-            centred = tl.where(inside, probability - 1.0 / experts, 0.0)
+            centred = tl.where(inside, probability - 1.0 / N, 0.0)
             value = tl.sum(centred * centred)
             change = 2.0 * centred
-        tl.store(loss, value)
-        tl.store(slope + expert, change, mask=inside)
-    tl.store(seen, tl.max(share) * experts - 1.0)
+        if ADAPTIVE:
+            coefficient = tl.load(alpha)
+        tl.store(loss, coefficient * value)
+        tl.store(slope + expert, coefficient * change / tokens, mask=inside)
+        tl.store(seen + 4, value)
+    tl.store(seen, tl.max(share) * N - 1.0)
     entropy = -tl.sum(tl.where(share > 0.0, share * tl.log(tl.maximum(share, 1e-30)), 0.0))
     tl.store(seen + 1, entropy / log_experts)
     unused = tl.sum((inside & (count == 0)).to(tl.float32))
-    tl.store(seen + 2, unused / experts)
-    over = tl.sum(tl.maximum(count - room, 0))
+    tl.store(seen + 2, unused / N)
+    over = tl.sum(tl.where(inside, tl.maximum(count - room, 0), 0))
     tl.store(seen + 3, over.to(tl.float32) / total)
+    if RATIOS > 0:
+        mean = tl.sum(ratios, axis=0) / tokens
+        tl.store(seen + 5 + of_ratio, mean, mask=of_ratio < RATIOS)
 
 
 # A thread holds one expert of a token and all that it is multiplied by, along the first axis: sums
