@@ -552,3 +552,59 @@ def product_kernel(
     if ADD:
         total += tl.load(extra + at, mask=inside, other=0.0)
     tl.store(y + at, total, mask=inside)
+
+
+# The gradient of W sums over tokens, and the matrix unit wants tf32 numbers along that sum, where a
+# tile of x or of the gradient has them across: it would have to be turned around first. bfloat16
+# numbers it takes either way, so here a float32 number is the sum of three. Of their nine products
+# the three smallest are below float32's own rounding and left out.
+
+
+@triton.jit
+def _thirds(x):
+    """Three bfloat16 numbers whose sum is x; of nan the last is nan."""
+    high = ((x.to(tl.int32, bitcast=True) + 0x8000) & -65536).to(tl.float32, bitcast=True)
+    rest = x - high
+    middle = ((rest.to(tl.int32, bitcast=True) + 0x8000) & -65536).to(tl.float32, bitcast=True)
+    low = rest - middle
+    return high.to(tl.bfloat16), middle.to(tl.bfloat16), low.to(tl.bfloat16)
+
+
+@triton.jit
+def _across(x, y, total, UPCAST: tl.constexpr):
+    """As x^T y + total; the interpreter multiplies bfloat16 wrongly: UPCAST there."""
+    if UPCAST:
+        x = x.to(tl.float32)
+        y = y.to(tl.float32)
+    return tl.dot(tl.trans(x), y, total)
+
+
+@triton.jit
+def router_gradient_kernel(
+    grad, x, parts, rows, share,
+    COLUMNS: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+    STEP: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """parts[i] = grad^T x (columns, dim) over `share` tokens, of which i is the number."""
+    place = tl.program_id(0) * DIM_BLOCK + tl.arange(0, DIM_BLOCK)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    part = tl.program_id(2)
+    total = tl.zeros((DIM_BLOCK, BLOCK), tl.float32)
+    for start in tl.range(part * share, (part + 1) * share, STEP, num_stages=STAGES):
+        row = (start + tl.arange(0, STEP)).to(tl.int64)[:, None]
+        inside = (row < rows) & (place < DIM)[None, :]
+        left = tl.load(x + row * DIM + place[None, :], mask=inside, other=0.0)
+        inside = (row < rows) & (column < COLUMNS)[None, :]
+        right = tl.load(grad + row * COLUMNS + column[None, :], mask=inside, other=0.0)
+        x_high, x_middle, x_low = _thirds(left)
+        g_high, g_middle, g_low = _thirds(right)
+        sums = tl.zeros((DIM_BLOCK, BLOCK), tl.float32)
+        sums = _across(x_low, g_high, sums, UPCAST)
+        sums = _across(x_high, g_low, sums, UPCAST)
+        sums = _across(x_middle, g_middle, sums, UPCAST)
+        sums = _across(x_middle, g_high, sums, UPCAST)
+        sums = _across(x_high, g_middle, sums, UPCAST)
+        total += _across(x_high, g_high, sums, UPCAST)
+    at = (part * COLUMNS + column[None, :]).to(tl.int64) * DIM + place[:, None]
+    inside = (place < DIM)[:, None] & (column < COLUMNS)[None, :]
+    tl.store(parts + at, total, mask=inside)
