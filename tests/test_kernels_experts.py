@@ -10,11 +10,10 @@ import pytest
 import torch
 from kernel_device import DEVICE, GPU, define_kernels
 
-from archzoo.block import make_context
+from archzoo.block import Routing, make_context
 from archzoo.contract import relative_error
 from archzoo.feedforward import balance, moe
 from archzoo.feedforward.balance import Balance
-from archzoo.feedforward.balance import capacity as balance_capacity
 from archzoo.feedforward.moe import MixtureOfExperts
 from archzoo.kernels import experts as kernels
 
@@ -94,7 +93,19 @@ def test_swiglu(dtype, width):
     compare(lambda _, x: kernels.swiglu(x), x, allowed=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize(("tokens", "experts"), [(70, 8), (3, 5), (2, 64), (1, 1)])
+def test_a_kept_launch_takes_tensors_that_start_anywhere():
+    """Compiled for tensors that start at 16 bytes, it must not be handed another."""
+    room = torch.randn(5 * 32 + 1, device=DEVICE)
+    for start in (0, 0, 1, 1, 0):
+        x = room[start : start + 5 * 32].view(5, 32)
+        gate, up = x.chunk(2, dim=1)
+        want = torch.nn.functional.silu(gate) * up
+        assert relative_error(kernels.swiglu(x), want) < 1e-6, start
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts"), [(70, 8), (3, 5), (9, 32), (3, 64), (2, 100), (1, 1), (130, 2)]
+)
 def test_attention_among_experts(tokens, experts):
     projected = 2 * torch.randn(tokens, 3 * experts, device=DEVICE)
     compare(lambda _, projected: kernels.attend_experts(projected), projected, allowed=1e-5)
@@ -131,10 +142,11 @@ def test_a_router_multiplies(tokens, dim, columns, again, any_tokens):
 
 @needs_hopper
 @pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
-def test_a_router_multiplies_as_exactly_as_float32(scale, any_tokens):
+@pytest.mark.parametrize("columns", [24, kernels.MIN_COLUMNS])
+def test_a_router_multiplies_as_exactly_as_float32(scale, columns, any_tokens):
     """Numbers of tf32's 11 bits would be off by 1e-4."""
-    x, weight = torch.randn(150, 512, device=DEVICE) + 1, torch.randn(24, 512, device=DEVICE)
-    cotangent = torch.randn(150, 24, device=DEVICE) * scale
+    x, weight = torch.randn(700, 512, device=DEVICE) + 1, torch.randn(columns, 512, device=DEVICE)
+    cotangent = torch.randn(700, columns, device=DEVICE) * scale
     errors = []
     for function in (kernels.project, lambda x, w: (torch.nn.functional.linear(x, w), x)):
         found = []
@@ -150,9 +162,10 @@ def test_a_router_multiplies_as_exactly_as_float32(scale, any_tokens):
 
 
 @needs_hopper
-def test_a_router_multiplies_deterministically_and_keeps_nan(any_tokens):
+@pytest.mark.parametrize("columns", [6, kernels.MIN_COLUMNS + 6])
+def test_a_router_multiplies_deterministically_and_keeps_nan(columns, any_tokens):
     x = torch.randn(700, 64, device=DEVICE)
-    weight = torch.randn(6, 64, device=DEVICE)
+    weight = torch.randn(columns, 64, device=DEVICE)
     x[5, 3] = float("nan")
     x[6, 3] = float("inf")
     runs = []
@@ -164,7 +177,9 @@ def test_a_router_multiplies_deterministically_and_keeps_nan(any_tokens):
     assert torch.equal(runs[0][0].nan_to_num(), runs[1][0].nan_to_num())
     assert torch.equal(runs[0][1].nan_to_num(), runs[1][1].nan_to_num())
     bad = ~runs[0][0].isfinite()
-    assert bad[5:7].all() and bad.sum() == 12
+    assert bad[5:7].all() and bad.sum() == 2 * columns
+    # Rows whose product is not wanted have a gradient of 0, and 0 times nan is nan.
+    assert runs[0][1][:, 3].isnan().all() and runs[0][1].isnan().sum() == columns
 
 
 @needs_hopper
@@ -194,11 +209,17 @@ def test_a_router_multiplies_at_real_sizes(columns):
     assert max(errors) < 1e-6, errors
 
 
-def test_rows_of_many_assignments():
-    """More than a program takes at once."""
-    indices = torch.randint(7, (5000, 1), device=DEVICE)
+@pytest.mark.parametrize(
+    ("tokens", "experts", "drops"),
+    [(5000, 7, False), (5000, 7, True), (2048, 3, True), (4097, 350, False)],
+)
+def test_rows_of_many_assignments(tokens, experts, drops):
+    """More than a program takes at once, and more counts than one reads at once."""
+    indices = torch.randint(experts, (tokens, 1), device=DEVICE)
+    kept = torch.rand(tokens, 1, device=DEVICE) < 0.8 if drops else None
     plain, dispatch = (
-        kernels.make_dispatch(indices, 7, kernels=by_kernels) for by_kernels in (False, True)
+        kernels.make_dispatch(indices, experts, kept, kernels=by_kernels)
+        for by_kernels in (False, True)
     )
     assert torch.equal(plain.inverse, dispatch.inverse) and torch.equal(plain.ends, dispatch.ends)
 
@@ -350,36 +371,61 @@ def test_the_largest_of_nan_does_not_point_outside():
 
 
 @pytest.mark.parametrize("kind", ["none", "switch", "squared_mean"])
-@pytest.mark.parametrize("counts", [[7, 0, 3, 10, 0], [4] * 8, [5]])
-def test_load(kind, counts):
-    """A mixture's balance by the kernel, and by the formulas."""
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "k"), [(1500, 5, 2), (70, 8, 7), (9, 40, 3), (130, 2, 1), (3, 1, 1)]
+)
+def test_load(kind, adaptive, tokens, experts, k, monkeypatch):
+    """A mixture's balance by kernels, and by the formulas."""
+    if kind == "none" and adaptive:
+        return
     part = Balance(
-        len(counts),
+        experts,
         kind=kind,
-        coefficient=1.0,
-        adaptive=False,
+        coefficient=0.3,
+        adaptive=adaptive,
         z_coefficient=0.0,
         capacity_factor=1.25,
-    )
-    assignments = torch.tensor(counts, device=DEVICE)
-    total = sum(counts)
-    mean = None if kind == "none" else torch.rand(len(counts), device=DEVICE, requires_grad=True)
-    room = balance_capacity(total, len(counts), 1.25)
-    loss, seen = kernels.summarise_load(assignments, mean, kind, total, room)
-    double = None if mean is None else mean.detach().double().requires_grad_()
-    share = balance.shares(assignments)
-    wanted, expected = part._loss(double, share), balance.load_metrics(share)
-    expected["drop_rate"] = balance.virtual_drop_rate(assignments, 1.25)
-    assert seen.keys() == expected.keys()
-    for name, value in expected.items():
-        assert seen[name].item() == pytest.approx(value.item(), abs=1e-6), name
-    if mean is None:
-        assert loss is wanted is None
-        return
-    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5, abs=1e-7)
-    (3 * loss).backward()
-    (3 * wanted).backward()
-    assert relative_error(mean.grad.double(), double.grad) < 1e-6
+    ).to(DEVICE)
+    logits = 3 * torch.randn(tokens, experts, device=DEVICE) + torch.randn(experts, device=DEVICE)
+    context = make_context(1, tokens, device=DEVICE)[0]
+    found = []
+    for by_kernels in (True, False):
+        leaf = logits.clone() if by_kernels else logits.double()
+        leaf.requires_grad_()
+        weights, indices, probabilities = kernels.choose(
+            leaf, k, None, sigmoid=False, renormalise=True
+        )
+        if not by_kernels:
+            monkeypatch.setattr(balance, "fused", lambda *given: False)
+        aux = part(Routing(weights, indices, probabilities, leaf), context)
+        gradient = None
+        if adaptive:
+            part.alpha.fill_(0.7)  # as a step would: the backward pass must not see it
+        if kind != "none":
+            (3 * aux["loss/balance"]).backward()
+            gradient = leaf.grad.double()
+            if adaptive:
+                part.alpha.fill_(0.3)
+        found.append((aux, gradient))
+    (ours, gradient), (plain, wanted) = found
+    assert ours.keys() == plain.keys()
+    for name, value in plain.items():
+        assert ours[name].dtype == (value.float() if value.is_floating_point() else value).dtype
+        assert relative_error(ours[name].double(), value.double()) < 1e-5, name
+    assert kind == "none" or experts == 1 or relative_error(gradient, wanted) < 1e-5
+
+
+def test_load_is_summed_in_the_same_order_every_time():
+    logits = torch.randn(3000, 6, device=DEVICE)
+    runs = []
+    for _ in range(2):
+        probabilities = logits.softmax(dim=1).requires_grad_()
+        indices = kernels.largest(logits, 2)[1]
+        _, loss, seen = kernels.summarise_load(probabilities, indices, "switch", 0.01, 1200)
+        loss.backward()
+        runs.append([loss.detach(), probabilities.grad, *seen.values()])
+    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize("drop", ["none", "position"])

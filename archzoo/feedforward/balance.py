@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from archzoo.block import Aux, Context, KeepsFloat32, Routing
-from archzoo.kernels.experts import fused, largest, summarise_load
+from archzoo.kernels.experts import MAX_BALANCED, fused, largest, summarise_load
 
 # Skywork-MoE, arXiv 2406.06563, on adaptive auxiliary loss coefficients.
 GAIN = 0.2  # xi: the coefficient that a drop rate of 1 would call for
@@ -51,6 +52,11 @@ def mean_over_tokens(values: Tensor, valid: Tensor | None = None) -> Tensor:
     return torch.tensordot(share, values, dims=1)
 
 
+@lru_cache(maxsize=256)
+def _room_of_each(experts: int, factor: float) -> Fraction:
+    return Fraction(str(factor)) / experts
+
+
 def capacity(assignments: Tensor | int, experts: int, factor: float) -> Tensor | int:
     """ceil(factor * assignments / experts): tokens that each expert has room for.
 
@@ -61,7 +67,7 @@ def capacity(assignments: Tensor | int, experts: int, factor: float) -> Tensor |
         experts: How many there are.
         factor: The capacity factor; 1 is room for an even load.
     """
-    share = Fraction(str(factor)) / experts
+    share = _room_of_each(experts, factor)
     return -((-assignments * share.numerator) // share.denominator)
 
 
@@ -276,25 +282,11 @@ class Balance(KeepsFloat32):
             kept: (tokens, k) bool, what was not dropped; None: nothing was.
         """
         valid = context.valid.flatten() if context.packed else None
-        assignments = count_assignments(routing.indices, self.experts, valid)
-        total = routing.indices.numel() if valid is None else assignments.sum()
-        mean = None
-        if self.kind != "none" and self.over == "rank":
-            mean = mean_over_tokens(routing.probabilities, valid)
-        kind = self.kind if mean is not None else "none"
-        if isinstance(total, int) and fused(routing.probabilities):
-            room = int(capacity(total, self.experts, self.capacity_factor))
-            loss, seen = summarise_load(assignments, mean, kind, total, room)
-        else:
-            share = shares(assignments, total)
-            loss, seen = self._loss(mean, share), load_metrics(share)
-            seen["drop_rate"] = virtual_drop_rate(assignments, self.capacity_factor, total)
+        assignments, total, aux, seen = self._load(routing, valid)
         if self.over == "ranks":
             aux = self._pools(routing, assignments, valid)
-        else:
-            z = z_loss(routing.raw_logits, valid) if self.z_coefficient else None
-            aux = self._losses(loss, z)
-        seen |= gate_ratios(routing.probabilities.detach(), valid)
+        elif self.z_coefficient:
+            aux["loss/z"] = self.z_coefficient * z_loss(routing.raw_logits, valid)
         dropped = None
         if kept is not None:
             dropped = total - kept.sum()
@@ -304,6 +296,35 @@ class Balance(KeepsFloat32):
         if dropped is not None:
             aux["sum/dropped"] = dropped
         return aux
+
+    def _load(
+        self, routing: Routing, valid: Tensor | None
+    ) -> tuple[Tensor, Tensor | int, Aux, Aux]:
+        """The assignments, their sum, the balancing loss with its kin, and what one looks at."""
+        kind = self.kind if self.over == "rank" else "none"
+        probabilities, indices = routing.probabilities, routing.indices
+        by_kernels = fused(probabilities) and probabilities.dtype == torch.float32
+        if valid is None and by_kernels and self.experts <= MAX_BALANCED:
+            total = indices.numel()
+            room = int(capacity(total, self.experts, self.capacity_factor))
+            coefficient = self.alpha if self.adaptive else self.largest
+            assignments, loss, seen = summarise_load(
+                probabilities, indices, kind, coefficient, room
+            )
+            aux: Aux = {}
+            if loss is not None:
+                aux["loss/balance"] = loss
+                if self.adaptive:
+                    aux["metric/coefficient"] = self.alpha.clone()
+            return assignments, total, aux, seen
+        assignments = count_assignments(indices, self.experts, valid)
+        every: Tensor | int = indices.numel() if valid is None else assignments.sum()
+        mean = None if kind == "none" else mean_over_tokens(probabilities, valid)
+        share = shares(assignments, every)
+        seen = load_metrics(share)
+        seen["drop_rate"] = virtual_drop_rate(assignments, self.capacity_factor, every)
+        seen |= gate_ratios(probabilities.detach(), valid)
+        return assignments, every, self._losses(self._loss(mean, share), None), seen
 
     def _loss(self, mean: Tensor | None, share: Tensor) -> Tensor | None:
         if mean is None:

@@ -20,12 +20,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from archzoo.kernels.launching import Launch, stream_of
+
 _TRITON_FOUND = importlib.util.find_spec("triton") is not None
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_WIDTH = 8192  # of a row, which one program holds
 MAX_EXPERTS = 128  # of an attention router, whose scores among themselves one program holds
 MAX_COLUMNS = 3 * MAX_EXPERTS  # of a router's product
+KEYS = 2048  # assignments that one program counts or places
+MAX_BALANCED = 1024  # experts whose load is summarised by kernels
 MAX_ROWS = 1024  # of an expert on average, for our product to make the gradient of its weights
+MIN_COLUMNS = 64  # of a router's product, for ours to make the gradient of its weight
 MIN_TOKENS = 1024  # of a router's product, else it is a few launches and no work
 
 
@@ -55,18 +60,56 @@ def _warps(block: int) -> int:
     return min(max(block // 256, 1), 16)
 
 
-def _launch(
-    kernel: str, grid: tuple[int, ...], first: Tensor, *arguments: Any, **options: Any
-) -> None:
-    """Run a kernel where its first tensor lies, with so many programs."""
+@functools.lru_cache(maxsize=2048)
+def _ready(
+    kernel: str,
+    grid: tuple[int, ...],
+    numbers: tuple[float, ...],
+    constants: tuple[tuple[str, Any], ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> Launch:
+    """A launch of a kernel, kept: of all that it depends on but where its tensors lie."""
     from archzoo.kernels import experts_triton
 
-    run = getattr(experts_triton, kernel)[grid]
-    if first.is_cuda and first.device.index != torch.cuda.current_device():
+    named = dict(constants)
+    warps = named.pop("num_warps")
+    x, y, z = (*grid, 1, 1)[:3]
+    return Launch(getattr(experts_triton, kernel), (x, y, z), numbers, named, num_warps=warps)
+
+
+def _launch(
+    kernel: str, grid: tuple[int, ...], tensors: tuple[Tensor, ...], *numbers: float, **options: Any
+) -> None:
+    """Run a kernel where its first tensor lies, with so many programs.
+
+    Its parameters are tensors, numbers, and constants by name. Triton takes longer to find the
+    compiled kernel than most of these run, so each is looked for once (`Launch`); a tensor that
+    does not start at 16 bytes, as torch's own all do, goes the long way.
+    """
+    first = tensors[0]
+    ready = _ready(
+        kernel, grid, numbers, tuple(options.items()), tuple([x.dtype for x in tensors]),
+        first.device,
+    )  # fmt: skip
+    if not first.is_cuda:
+        ready(None, *tensors)
+        return
+    places = 0
+    for tensor in tensors:
+        places |= tensor.data_ptr()
+    if first.get_device() != torch.cuda.current_device():
         with torch.cuda.device(first.device):
-            run(first, *arguments, **options)
+            _run(ready, places % 16 == 0, tensors)
     else:
-        run(first, *arguments, **options)
+        _run(ready, places % 16 == 0, tensors)
+
+
+def _run(ready: Launch, aligned: bool, tensors: tuple[Tensor, ...]) -> None:
+    if aligned:
+        ready(stream_of(tensors[0]), *tensors)
+    else:
+        ready.kernel[ready.grid](*tensors, *ready.numbers, **ready.constants, **ready.options)
 
 
 # ---------------------------------------------------------------------------- moving rows
@@ -116,12 +159,17 @@ def make_dispatch(
 
 
 def _dispatch(keys: Tensor, experts: int, dropped: bool) -> tuple[Tensor, Tensor]:
-    """Inverse and ends by counting, in one kernel where a sort takes ten."""
+    """Inverse and ends by counting, in two kernels where a sort takes ten."""
     inverse = torch.empty_like(keys)
     ends = keys.new_empty(experts, dtype=torch.int32)
+    bins, blocks = experts + dropped, -(-len(keys) // KEYS)
+    counts = ends
+    if blocks > 1:
+        counts = ends.new_empty(bins * blocks)
+        _launch("count_kernel", (bins, blocks), (keys, counts), len(keys), BLOCK=KEYS, num_warps=4)
     _launch(
-        "dispatch_kernel", (experts + dropped,), keys, inverse, ends, len(keys), experts,
-        BLOCK=4096, num_warps=8,
+        "place_kernel", (bins, blocks), (keys, counts, inverse, ends), len(keys), experts,
+        COUNTED=blocks > 1, BLOCK=KEYS, TABLE=1024, num_warps=4,
     )  # fmt: skip
     return inverse, ends
 
@@ -196,7 +244,7 @@ class _Spread(torch.autograd.Function):
         rows = x.new_empty((tokens * k, width), dtype=dtype)
         block = _power_of_2(width)
         _launch(
-            "spread_kernel", (tokens,), x, inverse, ends[-1:], rows, width,
+            "spread_kernel", (tokens,), (x, inverse, ends, rows), len(ends), width,
             K=k, BLOCK=block, num_warps=_warps(block),
         )  # fmt: skip
         return rows
@@ -225,8 +273,9 @@ class _Collect(torch.autograd.Function):
         tokens, k = weights.shape
         block = _power_of_2(rows.shape[1])
         _launch(
-            "collect_backward_kernel", (tokens,), grad.contiguous(), rows, weights, inverse,
-            ends[-1:], d_rows, d_weights, rows.shape[1],
+            "collect_backward_kernel", (tokens,),
+            (grad.contiguous(), rows, weights, inverse, ends, d_rows, d_weights),
+            len(ends), rows.shape[1],
             K=k, BLOCK=block, num_warps=_warps(block),
         )  # fmt: skip
         return d_rows, d_weights, None, None
@@ -241,8 +290,8 @@ def _collect(
     y = rows.new_empty((tokens, width), dtype=dtype)
     block = _power_of_2(width)
     _launch(
-        "collect_kernel", (tokens,), rows, rows if weights is None else weights, inverse,
-        ends[-1:], y, width,
+        "collect_kernel", (tokens,), (rows, rows if weights is None else weights, inverse, ends, y),
+        len(ends), width,
         K=k, WEIGHTED=weights is not None, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return y
@@ -277,7 +326,7 @@ class _Cast(torch.autograd.Function):
             return grad.float()
         wide = torch.empty_like(grad, dtype=torch.float32)
         _launch(
-            "widen_kernel", (-(-grad.numel() // 4096),), grad, wide, grad.numel(),
+            "widen_kernel", (-(-grad.numel() // 4096),), (grad, wide), grad.numel(),
             BLOCK=4096, num_warps=8,
         )  # fmt: skip
         return wide
@@ -337,7 +386,7 @@ def _experts_gradient(grad: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
     d_weight = grad.new_empty((len(ends), out, width), dtype=torch.float32)
     _launch(
         "experts_gradient_kernel", (-(-out // 128) * -(-width // 128), len(ends)),
-        grad, rows, ends, d_weight,
+        (grad, rows, ends, d_weight),
         OUT=out, IN=width, OUT_BLOCK=128, IN_BLOCK=128, STEP=64, STAGES=3,
         UPCAST=not grad.is_cuda, num_warps=8,
     )  # fmt: skip
@@ -367,7 +416,7 @@ class _SwiGLU(torch.autograd.Function):
         y = x.new_empty(rows, width)
         block = min(_power_of_2(width), 1024)
         _launch(
-            "swiglu_kernel", (rows, -(-width // block)), x, y, width,
+            "swiglu_kernel", (rows, -(-width // block)), (x, y), width,
             BLOCK=block, num_warps=_warps(block),
         )  # fmt: skip
         return y
@@ -380,8 +429,8 @@ class _SwiGLU(torch.autograd.Function):
         d_x = torch.empty_like(x)
         block = min(_power_of_2(width), 1024)
         _launch(
-            "swiglu_backward_kernel", (rows, -(-width // block)), x, grad.contiguous(), d_x, width,
-            BLOCK=block, num_warps=_warps(block),
+            "swiglu_backward_kernel", (rows, -(-width // block)), (x, grad.contiguous(), d_x),
+            width, BLOCK=block, num_warps=_warps(block),
         )  # fmt: skip
         return d_x
 
@@ -438,8 +487,8 @@ class _Project(torch.autograd.Function):
         high, low = weight.new_empty(2, columns, dim).unbind()
         high_t, low_t = weight.new_empty(2, dim, padded).unbind()
         _launch(
-            "split_kernel", (-(-padded // 32), -(-dim // 32)), weight.contiguous(),
-            high, low, high_t, low_t,
+            "split_kernel", (-(-padded // 32), -(-dim // 32)),
+            (weight.contiguous(), high, low, high_t, low_t),
             COLUMNS=columns, DIM=dim, PADDED=padded, BLOCK=32, num_warps=4,
         )  # fmt: skip
         read = x.contiguous()
@@ -460,7 +509,7 @@ class _Project(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_x = _product(grad, high_t, low_t, again, 64)
         if ctx.needs_input_grad[1]:
-            d_weight = grad.t() @ x  # few columns and many rows: no kernel of ours was faster
+            d_weight = _router_gradient(grad, x)
         return d_x, d_weight
 
 
@@ -471,12 +520,32 @@ def _product(a: Tensor, high: Tensor, low: Tensor, extra: Tensor | None, block: 
     y = a.new_empty(rows, columns)
     each = 128
     _launch(
-        "product_kernel", (-(-columns // block), -(-rows // each)), a, high, low,
-        a if extra is None else extra.contiguous(), y, rows,
+        "product_kernel", (-(-columns // block), -(-rows // each)),
+        (a, high, low, a if extra is None else extra.contiguous(), y), rows,
         INNER=inner, PADDED=padded, COLUMNS=columns, ADD=extra is not None,
         ROWS=each, BLOCK=block, STEP=32, STAGES=3 if inner > 256 else 2, num_warps=8,
     )  # fmt: skip
     return y
+
+
+def _router_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """``grad^T x``, (columns, dim): by ourselves where there are columns enough to fill a tile."""
+    (rows, columns), dim = grad.shape, x.shape[1]
+    if columns < MIN_COLUMNS:
+        return grad.t() @ x
+    block = 64
+    tiles = -(-dim // block) * -(-columns // block)
+    # Programs of all tiles for four a processor, some 500; steps of 32 tokens are never cut.
+    parts = max(min(512 // tiles, rows // 256), 1)
+    share = -(-rows // (32 * parts)) * 32
+    found = x.new_empty(parts, columns, dim)
+    _launch(
+        "router_gradient_kernel", (-(-dim // block), -(-columns // block), parts),
+        (grad, x, found), rows, share,
+        COLUMNS=columns, DIM=dim, DIM_BLOCK=block, BLOCK=block, STEP=32, STAGES=2,
+        UPCAST=not grad.is_cuda, num_warps=4,
+    )  # fmt: skip
+    return found.sum(dim=0) if parts > 1 else found[0]
 
 
 def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -493,7 +562,8 @@ def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values = x.new_empty(tokens, k)
     indices = x.new_empty((tokens, k), dtype=torch.int64)
     each, options = _row_options(n)
-    _launch("largest_kernel", (-(-tokens // each),), x, values, indices, tokens, n, K=k, **options)
+    grid = (-(-tokens // each),)
+    _launch("largest_kernel", grid, (x, values, indices), tokens, n, K=k, **options)
     return values, indices
 
 
@@ -549,8 +619,8 @@ class _Choose(torch.autograd.Function):
         ctx.options = {"K": k, "SIGMOID": sigmoid, "RENORMALISE": renormalise}
         each, options = _row_options(n)
         _launch(
-            "choose_kernel", (-(-tokens // each),), logits, logits if bias is None else bias,
-            weights, indices, probabilities, tokens, n,
+            "choose_kernel", (-(-tokens // each),),
+            (logits, logits if bias is None else bias, weights, indices, probabilities), tokens, n,
             BIASED=bias is not None, **ctx.options, **options,
         )  # fmt: skip
         ctx.save_for_backward(logits, indices)
@@ -567,12 +637,22 @@ class _Choose(torch.autograd.Function):
             return None, None, None, None, None
         tokens, n = logits.shape
         d_logits = torch.empty_like(logits)
+        stride = 0
+        if d_probabilities is not None:
+            # The balancing loss has one gradient for all tokens, a row that is expanded.
+            if d_probabilities.stride(1) != 1 or d_probabilities.stride(0) not in (0, n):
+                d_probabilities = d_probabilities.contiguous()
+            stride = d_probabilities.stride(0)
         each, options = _row_options(n)
         _launch(
-            "choose_backward_kernel", (-(-tokens // each),), logits, indices,
-            logits if d_weights is None else d_weights.contiguous(),
-            logits if d_probabilities is None else d_probabilities.contiguous(),
-            d_logits, tokens, n,
+            "choose_backward_kernel", (-(-tokens // each),),
+            (
+                logits, indices,
+                logits if d_weights is None else d_weights.contiguous(),
+                logits if d_probabilities is None else d_probabilities,
+                d_logits,
+            ),
+            tokens, n, stride,
             WEIGHTS=d_weights is not None, PROBABILITIES=d_probabilities is not None,
             **ctx.options, **options,
         )  # fmt: skip
@@ -583,7 +663,7 @@ class _Choose(torch.autograd.Function):
 def _row_options(n: int) -> tuple[int, dict[str, int]]:
     """Tokens of a program that holds rows of n numbers, and how it is compiled."""
     block = _power_of_2(n)
-    tokens = max(2048 // block, 1)
+    tokens = max(512 // block, 1)
     return tokens, {"TOKENS": tokens, "BLOCK": block, "num_warps": 4}
 
 
@@ -604,10 +684,13 @@ def attend_experts(projected: Tensor) -> Tensor:
 
 @functools.cache
 def _attend_options(experts: int) -> tuple[int, dict[str, int]]:
-    """Tokens of a program, and how it is compiled: some 4,096 scores at once."""
+    """Tokens of a program, and how it is compiled: a thread holds one expert of a token.
+
+    Of 128 experts one in four threads' worth of scores: with all of them it runs out of registers.
+    """
     block = _power_of_2(experts)
-    tokens = max(4096 // block**2, 1)
-    return tokens, {"TOKENS": tokens, "BLOCK": block, "num_warps": 4 if block < 128 else 8}
+    tokens, warps = max(128 // block, 1), 4 if block < 128 else 16
+    return tokens, {"EXPERTS": experts, "TOKENS": tokens, "BLOCK": block, "num_warps": warps}
 
 
 class _Attend(torch.autograd.Function):
@@ -620,7 +703,7 @@ class _Attend(torch.autograd.Function):
         tokens, experts = projected.shape[0], projected.shape[1] // 3
         z = projected.new_empty(tokens, experts)
         each, options = _attend_options(experts)
-        _launch("attend_kernel", (-(-tokens // each),), projected, z, tokens, experts, **options)
+        _launch("attend_kernel", (-(-tokens // each),), (projected, z), tokens, **options)
         return z
 
     @staticmethod
@@ -631,9 +714,8 @@ class _Attend(torch.autograd.Function):
         d_projected = torch.empty_like(projected)
         each, options = _attend_options(experts)
         _launch(
-            "attend_backward_kernel", (-(-tokens // each),), projected, grad.contiguous(),
-            d_projected, tokens, experts,
-            **options,
+            "attend_backward_kernel", (-(-tokens // each),),
+            (projected, grad.contiguous(), d_projected), tokens, **options,
         )  # fmt: skip
         return d_projected
 
@@ -644,48 +726,82 @@ LOSSES = {"none": 0, "switch": 1, "squared_mean": 2}
 
 
 def summarise_load(
-    assignments: Tensor, mean: Tensor | None, kind: str, total: int, room: int
-) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """What `archzoo.feedforward.balance` computes of counts and means, in one kernel instead of 20.
+    probabilities: Tensor, indices: Tensor, kind: str, coefficient: float | Tensor, room: int
+) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    """What `archzoo.feedforward.balance` makes of a routing, in two kernels instead of 30.
 
     Args:
-        assignments: c, (experts,) int64.
-        mean: P, (experts,) float32; None where kind is "none".
+        probabilities: (tokens, experts) float32.
+        indices: (tokens, k) int64, the chosen experts.
         kind: Of the loss: "none", "switch" or "squared_mean".
-        total: The assignments' sum.
+        coefficient: Of the loss; a scalar float32 tensor is read now, not in the backward pass.
         room: The capacity.
 
     Returns:
-        The loss, with a gradient to `mean`, or None; and max_violation, entropy, unused and the
-        virtual drop_rate.
+        The assignments, (experts,) int64. The loss by its coefficient, a scalar with a gradient to
+        the probabilities, or None where kind is "none". And scalars: max_violation, entropy,
+        unused, the virtual drop_rate; max1_max2 and max2_max3 as far as there are experts; and
+        balance, the loss alone, where there is one.
     """
-    loss, seen = _Summarise.apply(assignments, mean, LOSSES[kind], total, room)
-    names = ("max_violation", "entropy", "unused", "drop_rate")
-    return None if mean is None else loss, dict(zip(names, seen.unbind(), strict=True))
+    assignments, loss, seen = _Summarise.apply(
+        probabilities, indices, LOSSES[kind], coefficient, room
+    )
+    names = ("max_violation", "entropy", "unused", "drop_rate", "balance", "max1_max2", "max2_max3")
+    found = dict(zip(names, seen.unbind(), strict=False))
+    if kind == "none":
+        del found["balance"]
+        return assignments, None, found
+    return assignments, loss, found
 
 
 class _Summarise(torch.autograd.Function):
-    """The loss's gradient is made with it: (experts,) numbers."""
+    """The loss's gradient is made with it: a row of (experts,) numbers, the same for all tokens."""
 
     @staticmethod
     def forward(
-        ctx: Any, assignments: Tensor, mean: Tensor | None, kind: int, total: int, room: int
-    ) -> tuple[Tensor, Tensor]:
-        experts = len(assignments)
-        loss, seen, slope = (
-            assignments.new_empty(shape, dtype=torch.float32) for shape in ((), (4,), (experts,))
-        )
+        ctx: Any,
+        probabilities: Tensor,
+        indices: Tensor,
+        kind: int,
+        coefficient: float | Tensor,
+        room: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        probabilities, indices = probabilities.contiguous(), indices.contiguous()
+        (tokens, n), k = probabilities.shape, indices.shape[1]
+        block, ratios = _power_of_2(n), min(n - 1, 2)
+        each = max(2048 // block, 1)
+        programs = -(-tokens // each)
+        counts = indices.new_empty(programs * n, dtype=torch.int32)
+        sums = probabilities.new_empty(programs * (n + ratios))
+        assignments = indices.new_empty(n)
+        loss, seen, slope = (probabilities.new_empty(shape) for shape in ((), 5 + ratios, n))
         _launch(
-            "summarise_kernel", (1,), assignments, slope if mean is None else mean, loss, seen,
-            slope, experts, float(max(total, 1)), room, math.log(max(experts, 2)),
-            KIND=kind, BLOCK=_power_of_2(experts), num_warps=1,
+            "survey_kernel", (programs,), (probabilities, indices, counts, sums), tokens,
+            N=n, K=k, RATIOS=ratios, TOKENS=each, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+        alpha, constant = sums, 0.0
+        if isinstance(coefficient, Tensor):
+            alpha = coefficient
+        else:
+            constant = float(coefficient)
+        _launch(
+            "summarise_kernel", (1,), (counts, sums, alpha, assignments, loss, seen, slope),
+            programs, tokens, float(tokens * k), room, math.log(max(n, 2)), constant,
+            N=n, RATIOS=ratios, KIND=kind, ADAPTIVE=alpha is not sums,
+            STEP=max(8192 // block, 1), BLOCK=block, num_warps=8,
         )  # fmt: skip
         ctx.save_for_backward(slope)
-        ctx.mark_non_differentiable(seen)
-        return loss, seen
+        ctx.tokens = tokens
+        ctx.mark_non_differentiable(assignments, seen)
+        return assignments, loss, seen
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[None, Tensor, None, None, None]:
+    def backward(
+        ctx: Any, _: None, grad: Tensor | None, __: None
+    ) -> tuple[Tensor | None, None, None, None, None]:
+        if grad is None:
+            return None, None, None, None, None
         (slope,) = ctx.saved_tensors
-        return None, grad * slope, None, None, None
+        return (grad * slope).expand(ctx.tokens, -1), None, None, None, None

@@ -15,28 +15,45 @@ import triton.language as tl
 
 
 @triton.jit
-def dispatch_kernel(keys, inverse, ends, assignments, experts, BLOCK: tl.constexpr):
-    """The rows of one expert's assignments: counted behind those of the experts before it.
+def count_kernel(keys, counts, assignments, BLOCK: tl.constexpr):
+    """counts[expert, block]: how many keys of a block are an expert's."""
+    expert = tl.program_id(0)
+    block = tl.program_id(1)
+    place = block * BLOCK + tl.arange(0, BLOCK)
+    key = tl.load(keys + place, mask=place < assignments, other=-1)
+    found = tl.sum((key == expert).to(tl.int32))
+    tl.store(counts + expert * tl.num_programs(1) + block, found)
 
-    Key `experts` is that of dropped assignments, which come last and end nowhere.
+
+@triton.jit
+def place_kernel(
+    keys, counts, inverse, ends, assignments, experts,
+    COUNTED: tl.constexpr, BLOCK: tl.constexpr, TABLE: tl.constexpr,
+):  # fmt: skip
+    """The rows of one expert's assignments in one block of keys.
+
+    Before them stand all that the table of counts holds before this expert's block. Where one block
+    takes all keys there is no table: COUNTED is off. Key `experts` is that of dropped assignments,
+    which come last and end nowhere.
     """
     expert = tl.program_id(0)
-    offset = tl.arange(0, BLOCK)
-    before = tl.zeros((BLOCK,), tl.int32)
-    mine = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, assignments, BLOCK):
-        place = start + offset
-        key = tl.load(keys + place, mask=place < assignments, other=experts + 1)
-        before += (key < expert).to(tl.int32)
-        mine += (key == expert).to(tl.int32)
-    row = tl.sum(before)
-    tl.store(ends + expert, row + tl.sum(mine), mask=expert < experts)
-    for start in range(0, assignments, BLOCK):
-        place = start + offset
-        key = tl.load(keys + place, mask=place < assignments, other=experts + 1)
-        here = (key == expert).to(tl.int32)
-        tl.store(inverse + place, (row + tl.cumsum(here) - 1).to(tl.int64), mask=key == expert)
-        row += tl.sum(here)
+    block = tl.program_id(1)
+    blocks = tl.num_programs(1)
+    place = block * BLOCK + tl.arange(0, BLOCK)
+    key = tl.load(keys + place, mask=place < assignments, other=experts + 1)
+    if COUNTED:
+        before = tl.zeros((TABLE,), tl.int32)
+        slot = expert * blocks + block
+        for start in range(0, slot, TABLE):
+            at = start + tl.arange(0, TABLE)
+            before += tl.load(counts + at, mask=at < slot, other=0)
+        row = tl.sum(before)
+    else:
+        row = tl.sum((key < expert).to(tl.int32))
+    here = (key == expert).to(tl.int32)
+    tl.store(inverse + place, (row + tl.cumsum(here) - 1).to(tl.int64), mask=key == expert)
+    last = (expert < experts) & (block == blocks - 1)
+    tl.store(ends + expert, row + tl.sum(here), mask=last)
 
 
 @triton.jit
@@ -80,12 +97,12 @@ def experts_gradient_kernel(
 
 
 @triton.jit
-def spread_kernel(x, inverse, end, rows, width, K: tl.constexpr, BLOCK: tl.constexpr):
-    """rows[inverse[t, j]] = x[t]; rows from `end` on are left alone."""
+def spread_kernel(x, inverse, ends, rows, experts, width, K: tl.constexpr, BLOCK: tl.constexpr):
+    """rows[inverse[t, j]] = x[t]; rows behind the last expert's are left alone."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
-    computed = tl.load(end)
+    computed = tl.load(ends + experts - 1)
     value = tl.load(x + token * width + column, mask=inside)
     for j in tl.static_range(K):
         row = tl.load(inverse + token * K + j)
@@ -95,14 +112,14 @@ def spread_kernel(x, inverse, end, rows, width, K: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def collect_kernel(
-    rows, weights, inverse, end, y, width,
+    rows, weights, inverse, ends, y, experts, width,
     K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y[t] = sum_j w[t, j] rows[inverse[t, j]]; rows from `end` on add nothing."""
+    """y[t] = sum_j w[t, j] rows[inverse[t, j]]; rows behind the last expert's add nothing."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
-    computed = tl.load(end)
+    computed = tl.load(ends + experts - 1)
     total = tl.zeros((BLOCK,), tl.float32)
     for j in tl.static_range(K):
         row = tl.load(inverse + token * K + j)
@@ -116,14 +133,14 @@ def collect_kernel(
 
 @triton.jit
 def collect_backward_kernel(
-    dy, rows, weights, inverse, end, d_rows, d_weights, width,
+    dy, rows, weights, inverse, ends, d_rows, d_weights, experts, width,
     K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """d_rows[inverse[t, j]] = w[t, j] dy[t] and d_w[t, j] = dy[t] . rows[inverse[t, j]]."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
-    computed = tl.load(end)
+    computed = tl.load(ends + experts - 1)
     gradient = tl.load(dy + token * width + column, mask=inside, other=0.0).to(tl.float32)
     for j in tl.static_range(K):
         row = tl.load(inverse + token * K + j)
@@ -248,12 +265,15 @@ def choose_kernel(
 
 @triton.jit
 def choose_backward_kernel(
-    logits, indices, d_weights, d_probabilities, d_logits, tokens, n,
+    logits, indices, d_weights, d_probabilities, d_logits, tokens, n, stride,
     K: tl.constexpr, SIGMOID: tl.constexpr, RENORMALISE: tl.constexpr,
     WEIGHTS: tl.constexpr, PROBABILITIES: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of y = a / sum a: da = (dy - sum dy y) / sum a; of y = softmax z: dz = y (dy - sum dy y)."""
+    """Of y = a / sum a: da = (dy - sum dy y) / sum a; of y = softmax z: dz = y (dy - sum dy y).
+
+    Rows of d_probabilities stand `stride` apart: 0 where all tokens have the same.
+    """
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     column = tl.arange(0, BLOCK)
     there = (column < n)[None, :]
@@ -272,7 +292,8 @@ def choose_backward_kernel(
     scores, share, weight = _gate(value, there, chosen > 0, SIGMOID, RENORMALISE)
     of_share = tl.zeros((TOKENS, BLOCK), tl.float32)
     if PROBABILITIES:
-        of_share = tl.load(d_probabilities + at, mask=inside, other=0.0)
+        place = d_probabilities + token[:, None] * stride + column[None, :]
+        of_share = tl.load(place, mask=inside, other=0.0)
     if RENORMALISE:
         of_weights -= tl.sum(of_weights * weight, axis=1)[:, None]
     if SIGMOID:
@@ -293,82 +314,174 @@ def choose_backward_kernel(
 
 
 @triton.jit
-def summarise_kernel(
-    assignments, mean, loss, seen, slope, experts, total, room, log_experts,
-    KIND: tl.constexpr, BLOCK: tl.constexpr,
+def survey_kernel(
+    probabilities, indices, counts, sums, tokens,
+    N: tl.constexpr, K: tl.constexpr, RATIOS: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The balancing loss with its slope, and [max violation, entropy, unused, drop rate]."""
+    """Of some tokens: counts (N) of assignments; sums of probabilities (N), of ratios (RATIOS).
+
+    Ratios are those of a token's largest probabilities, each to the next.
+    """
+    program = tl.program_id(0)
+    token = program.to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    column = tl.arange(0, BLOCK)
+    there = token < tokens
+    inside = there[:, None] & (column < N)[None, :]
+    row = tl.load(probabilities + token[:, None] * N + column[None, :], mask=inside, other=0.0)
+    chosen = tl.zeros((TOKENS, BLOCK), tl.int32)
+    for j in range(K):
+        found = tl.load(indices + token * K + j, mask=there, other=-1)
+        chosen += (column[None, :] == found[:, None]).to(tl.int32)
+    tl.store(counts + program * N + column, tl.sum(chosen, axis=0), mask=column < N)
+    place = sums + program * (N + RATIOS)
+    tl.store(place + column, tl.sum(row, axis=0), mask=column < N)
+    if RATIOS > 0:
+        rest = tl.where(inside, row, -1.0)
+        above = tl.max(rest, axis=1)
+        for j in tl.static_range(RATIOS):
+            first = tl.argmax(rest, axis=1)
+            rest = tl.where(column[None, :] == first[:, None], -1.0, rest)
+            largest = tl.max(rest, axis=1)
+            # A ratio beyond 1e7 says no more, and would swamp the mean.
+            ratio = tl.where(there, above / tl.maximum(largest, 1e-7), 0.0)
+            tl.store(place + N + j, tl.sum(ratio))
+            above = largest
+
+
+@triton.jit
+def summarise_kernel(
+    counts, sums, alpha, assignments, loss, seen, slope,
+    programs, tokens, total, room, log_experts, coefficient,
+    N: tl.constexpr, RATIOS: tl.constexpr, KIND: tl.constexpr, ADAPTIVE: tl.constexpr,
+    STEP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The balancing loss and its slope, both by the coefficient, and what is looked at.
+
+    That is [max violation, entropy, unused, drop rate, loss alone, ratios].
+    """
     expert = tl.arange(0, BLOCK)
-    inside = expert < experts
-    count = tl.load(assignments + expert, mask=inside, other=0)
+    inside = expert < N
+    taken = tl.zeros((STEP, BLOCK), tl.int32)
+    added = tl.zeros((STEP, BLOCK), tl.float32)
+    ratios = tl.zeros((STEP, 2), tl.float32)
+    of_ratio = tl.arange(0, 2)
+    for start in range(0, programs, STEP):
+        program = (start + tl.arange(0, STEP))[:, None]
+        here = (program < programs) & inside[None, :]
+        taken += tl.load(counts + program * N + expert[None, :], mask=here, other=0)
+        place = program * (N + RATIOS)
+        added += tl.load(sums + place + expert[None, :], mask=here, other=0.0)
+        if RATIOS > 0:
+            here = (program < programs) & (of_ratio < RATIOS)[None, :]
+            ratios += tl.load(sums + place + N + of_ratio[None, :], mask=here, other=0.0)
+    count = tl.sum(taken, axis=0)
+    tl.store(assignments + expert, count.to(tl.int64), mask=inside)
     share = count.to(tl.float32) / total
     if KIND > 0:
-        probability = tl.load(mean + expert, mask=inside, other=0.0)
+        probability = tl.sum(added, axis=0) / tokens
         if KIND == 1:  # n sum f P
-            value = tl.sum(share * probability) * experts
-            change = share * experts
+            value = tl.sum(share * probability) * N
+            change = share * N
         else:  # sum (P - 1/n)^2
-            centred = tl.where(inside, probability - 1.0 / experts, 0.0)
+            centred = tl.where(inside, probability - 1.0 / N, 0.0)
             value = tl.sum(centred * centred)
             change = 2.0 * centred
-        tl.store(loss, value)
-        tl.store(slope + expert, change, mask=inside)
-    tl.store(seen, tl.max(share) * experts - 1.0)
+        if ADAPTIVE:
+            coefficient = tl.load(alpha)
+        tl.store(loss, coefficient * value)
+        tl.store(slope + expert, coefficient * change / tokens, mask=inside)
+        tl.store(seen + 4, value)
+    tl.store(seen, tl.max(share) * N - 1.0)
     entropy = -tl.sum(tl.where(share > 0.0, share * tl.log(tl.maximum(share, 1e-30)), 0.0))
     tl.store(seen + 1, entropy / log_experts)
     unused = tl.sum((inside & (count == 0)).to(tl.float32))
-    tl.store(seen + 2, unused / experts)
-    over = tl.sum(tl.maximum(count - room, 0))
+    tl.store(seen + 2, unused / N)
+    over = tl.sum(tl.where(inside, tl.maximum(count - room, 0), 0))
     tl.store(seen + 3, over.to(tl.float32) / total)
+    if RATIOS > 0:
+        mean = tl.sum(ratios, axis=0) / tokens
+        tl.store(seen + 5 + of_ratio, mean, mask=of_ratio < RATIOS)
+
+
+# A thread holds one expert of a token and all that it is multiplied by, along the first axis: sums
+# over these are additions of its own, where a sum along the last axis passes every score through
+# five exchanges between threads. The backward pass needs both sums, and makes the scores twice.
 
 
 @triton.jit
-def _scores(projected, tokens, experts, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
-    """Pointers to q, which of them are there, q, k, v (TOKENS, BLOCK), and the softmax."""
+def _attending(projected, tokens, EXPERTS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+    """Where q stands, which of it is there, q, k, v, log2(e) q, and its product with k at most.
+
+    (TOKENS, BLOCK) all. A product with k_j is largest where k_j is, or smallest where q_i < 0.
+    """
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     expert = tl.arange(0, BLOCK)
-    inside = (token < tokens)[:, None] & (expert < experts)[None, :]
-    at = token[:, None] * 3 * experts + expert[None, :]
+    there = (expert < EXPERTS)[None, :]
+    inside = (token < tokens)[:, None] & there
+    at = token[:, None] * 3 * EXPERTS + expert[None, :]
     q = tl.load(projected + at, mask=inside, other=0.0)
-    k = tl.load(projected + at + experts, mask=inside, other=0.0)
-    v = tl.load(projected + at + 2 * experts, mask=inside, other=0.0)
-    logits = q[:, :, None] * k[:, None, :]
-    logits = tl.where((expert < experts)[None, None, :], logits, float("-inf"))
-    scores = tl.exp(logits - tl.max(logits, axis=2)[:, :, None])
-    return at, inside, q, k, v, scores / tl.sum(scores, axis=2)[:, :, None]
+    k = tl.load(projected + at + EXPERTS, mask=inside, other=0.0)
+    v = tl.load(projected + at + 2 * EXPERTS, mask=inside, other=0.0)
+    highest = tl.max(tl.where(there, k, float("-inf")), axis=1)[:, None]
+    lowest = tl.min(tl.where(there, k, float("inf")), axis=1)[:, None]
+    q_log2 = q * 1.4426950408889634  # scores are powers of 2
+    return at, inside, q, k, v, q_log2, q_log2 * tl.where(q < 0.0, lowest, highest)
 
 
 @triton.jit
-def attend_kernel(projected, z, tokens, experts, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+def _along(x):
+    """(TOKENS, BLOCK) for the first axis and the tokens of a tile."""
+    return tl.trans(x)[:, :, None]
+
+
+@triton.jit
+def _sums(q_log2, k, v, top, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+    """exp(q_i k_j - max) as (BLOCK of j, TOKENS, BLOCK of i), its sum over j, and with v."""
+    scores = tl.exp2(q_log2[None, :, :] * _along(k) - top[None, :, :])
+    if EXPERTS < BLOCK:
+        scores = tl.where((tl.arange(0, BLOCK) < EXPERTS)[:, None, None], scores, 0.0)
+    return scores, tl.sum(scores, axis=0), tl.sum(scores * _along(v), axis=0)
+
+
+@triton.jit
+def attend_kernel(
+    projected, z, tokens, EXPERTS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """z_i = sum_j A_ij v_j with A = softmax_j(q_i k_j)."""
-    _, inside, _, _, v, scores = _scores(projected, tokens, experts, TOKENS, BLOCK)
-    value = tl.sum(scores * v[:, None, :], axis=2)
+    _, inside, _, k, v, q_log2, top = _attending(projected, tokens, EXPERTS, TOKENS, BLOCK)
+    _, total, mixed = _sums(q_log2, k, v, top, EXPERTS, BLOCK)
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    at = token[:, None] * experts + tl.arange(0, BLOCK)[None, :]
-    tl.store(z + at, value, mask=inside)
+    at = token[:, None] * EXPERTS + tl.arange(0, BLOCK)[None, :]
+    tl.store(z + at, mixed / total, mask=inside)
 
 
 @triton.jit
 def attend_backward_kernel(
-    projected, dz, d_projected, tokens, experts, TOKENS: tl.constexpr, BLOCK: tl.constexpr
-):
+    projected, dz, d_projected, tokens,
+    EXPERTS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """With D_ij = A_ij dz_i (v_j - z_i): dq_i = sum_j D_ij k_j, dk_j = sum_i D_ij q_i.
 
     And dv_j = sum_i A_ij dz_i.
     """
-    at, inside, q, k, v, scores = _scores(projected, tokens, experts, TOKENS, BLOCK)
+    at, inside, q, k, v, q_log2, top = _attending(projected, tokens, EXPERTS, TOKENS, BLOCK)
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    place = token[:, None] * experts + tl.arange(0, BLOCK)[None, :]
+    place = token[:, None] * EXPERTS + tl.arange(0, BLOCK)[None, :]
     gradient = tl.load(dz + place, mask=inside, other=0.0)
-    z = tl.sum(scores * v[:, None, :], axis=2)
-    weighted = scores * gradient[:, :, None]
-    d_logits = weighted * (v[:, None, :] - z[:, :, None])
-    d_q = tl.sum(d_logits * k[:, None, :], axis=2)
-    d_k = tl.sum(d_logits * q[:, :, None], axis=1)
-    d_v = tl.sum(weighted, axis=1)
+    scores, total, mixed = _sums(q_log2, k, v, top, EXPERTS, BLOCK)
+    z = mixed / total
+    share = gradient / total  # dz_i A_ij is a score by this; 0 where there is no expert i
+    centred = _along(v) - z[None, :, :]
+    d_q = share * tl.sum(scores * centred * _along(k), axis=0)
     tl.store(d_projected + at, d_q, mask=inside)
-    tl.store(d_projected + at + experts, d_k, mask=inside)
-    tl.store(d_projected + at + 2 * experts, d_v, mask=inside)
+    # The scores again, the tile the other way round: (BLOCK of i, TOKENS, BLOCK of j).
+    scores = tl.exp2(_along(q_log2) * k[None, :, :] - _along(top))
+    d_v = tl.sum(scores * _along(share), axis=0)
+    centred = v[None, :, :] - _along(z)
+    d_k = tl.sum(scores * centred * _along(share * q), axis=0)
+    tl.store(d_projected + at + EXPERTS, d_k, mask=inside)
+    tl.store(d_projected + at + 2 * EXPERTS, d_v, mask=inside)
 
 
 # A float32 number is the sum of two that the matrix unit takes: tf32 keeps 11 of 24 bits. Of their
@@ -439,3 +552,59 @@ def product_kernel(
     if ADD:
         total += tl.load(extra + at, mask=inside, other=0.0)
     tl.store(y + at, total, mask=inside)
+
+
+# The gradient of W sums over tokens, and the matrix unit wants tf32 numbers along that sum, where a
+# tile of x or of the gradient has them across: it would have to be turned around first. bfloat16
+# numbers it takes either way, so here a float32 number is the sum of three. Of their nine products
+# the three smallest are below float32's own rounding and left out.
+
+
+@triton.jit
+def _thirds(x):
+    """Three bfloat16 numbers whose sum is x; of nan the last is nan."""
+    high = ((x.to(tl.int32, bitcast=True) + 0x8000) & -65536).to(tl.float32, bitcast=True)
+    rest = x - high
+    middle = ((rest.to(tl.int32, bitcast=True) + 0x8000) & -65536).to(tl.float32, bitcast=True)
+    low = rest - middle
+    return high.to(tl.bfloat16), middle.to(tl.bfloat16), low.to(tl.bfloat16)
+
+
+@triton.jit
+def _across(x, y, total, UPCAST: tl.constexpr):
+    """As x^T y + total; the interpreter multiplies bfloat16 wrongly: UPCAST there."""
+    if UPCAST:
+        x = x.to(tl.float32)
+        y = y.to(tl.float32)
+    return tl.dot(tl.trans(x), y, total)
+
+
+@triton.jit
+def router_gradient_kernel(
+    grad, x, parts, rows, share,
+    COLUMNS: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+    STEP: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """parts[i] = grad^T x (columns, dim) over `share` tokens, of which i is the number."""
+    place = tl.program_id(0) * DIM_BLOCK + tl.arange(0, DIM_BLOCK)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    part = tl.program_id(2)
+    total = tl.zeros((DIM_BLOCK, BLOCK), tl.float32)
+    for start in tl.range(part * share, (part + 1) * share, STEP, num_stages=STAGES):
+        row = (start + tl.arange(0, STEP)).to(tl.int64)[:, None]
+        inside = (row < rows) & (place < DIM)[None, :]
+        left = tl.load(x + row * DIM + place[None, :], mask=inside, other=0.0)
+        inside = (row < rows) & (column < COLUMNS)[None, :]
+        right = tl.load(grad + row * COLUMNS + column[None, :], mask=inside, other=0.0)
+        x_high, x_middle, x_low = _thirds(left)
+        g_high, g_middle, g_low = _thirds(right)
+        sums = tl.zeros((DIM_BLOCK, BLOCK), tl.float32)
+        sums = _across(x_low, g_high, sums, UPCAST)
+        sums = _across(x_high, g_low, sums, UPCAST)
+        sums = _across(x_middle, g_middle, sums, UPCAST)
+        sums = _across(x_middle, g_high, sums, UPCAST)
+        sums = _across(x_high, g_middle, sums, UPCAST)
+        total += _across(x_high, g_high, sums, UPCAST)
+    at = (part * COLUMNS + column[None, :]).to(tl.int64) * DIM + place[:, None]
+    inside = (place < DIM)[:, None] & (column < COLUMNS)[None, :]
+    tl.store(parts + at, total, mask=inside)

@@ -115,7 +115,7 @@ class Launch:
         self,
         kernel: Any,
         grid: tuple[int, int, int],
-        numbers: tuple[int, ...],
+        numbers: tuple[float, ...],
         constants: dict[str, Any],
         **options: int,
     ) -> None:
