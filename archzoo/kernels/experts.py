@@ -30,7 +30,6 @@ MAX_COLUMNS = 3 * MAX_EXPERTS  # of a router's product
 KEYS = 2048  # assignments that one program counts or places
 MAX_BALANCED = 1024  # experts whose load is summarised by kernels
 MAX_ROWS = 1024  # of an expert on average, for our product to make the gradient of its weights
-MIN_COLUMNS = 64  # of a router's product, for ours to make the gradient of its weight
 MIN_TOKENS = 1024  # of a router's product, else it is a few launches and no work
 
 
@@ -74,8 +73,10 @@ def _ready(
 
     named = dict(constants)
     warps = named.pop("num_warps")
-    x, y, z = (*grid, 1, 1)[:3]
-    return Launch(getattr(experts_triton, kernel), (x, y, z), numbers, named, num_warps=warps)
+    columns, rows = (*grid, 1)[:2]
+    return Launch(
+        getattr(experts_triton, kernel), (columns, rows, 1), numbers, named, num_warps=warps
+    )
 
 
 def _launch(
@@ -509,7 +510,7 @@ class _Project(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_x = _product(grad, high_t, low_t, again, 64)
         if ctx.needs_input_grad[1]:
-            d_weight = _router_gradient(grad, x)
+            d_weight = grad.t() @ x  # few columns and many rows: no kernel of ours was faster
         return d_x, d_weight
 
 
@@ -526,26 +527,6 @@ def _product(a: Tensor, high: Tensor, low: Tensor, extra: Tensor | None, block: 
         ROWS=each, BLOCK=block, STEP=32, STAGES=3 if inner > 256 else 2, num_warps=8,
     )  # fmt: skip
     return y
-
-
-def _router_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """``grad^T x``, (columns, dim): by ourselves where there are columns enough to fill a tile."""
-    (rows, columns), dim = grad.shape, x.shape[1]
-    if columns < MIN_COLUMNS:
-        return grad.t() @ x
-    block = 64
-    tiles = -(-dim // block) * -(-columns // block)
-    # Programs of all tiles for four a processor, some 500; steps of 32 tokens are never cut.
-    parts = max(min(512 // tiles, rows // 256), 1)
-    share = -(-rows // (32 * parts)) * 32
-    found = x.new_empty(parts, columns, dim)
-    _launch(
-        "router_gradient_kernel", (-(-dim // block), -(-columns // block), parts),
-        (grad, x, found), rows, share,
-        COLUMNS=columns, DIM=dim, DIM_BLOCK=block, BLOCK=block, STEP=32, STAGES=2,
-        UPCAST=not grad.is_cuda, num_warps=4,
-    )  # fmt: skip
-    return found.sum(dim=0) if parts > 1 else found[0]
 
 
 def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
