@@ -205,6 +205,8 @@ def compare_sequences(
     if arguments.contenders:
         peers = {name: call for name, call in peers.items() if name in arguments.contenders}
     for (heads, dk, dv), times in SHAPES:
+        if arguments.shapes and f"{heads}x{dk}x{dv}" not in arguments.shapes:
+            continue
         errors = {}
         usable = dict(peers)
         for name, call in peers.items():
@@ -448,6 +450,7 @@ def commit() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=32768, help="batch times length")
+    parser.add_argument("--shapes", nargs="*", help="only these, such as 16x64x64")
     parser.add_argument("--times", type=int, nargs="*", help="only these lengths")
     parser.add_argument("--contenders", nargs="*", help="only these, archzoo among them")
     parser.add_argument("--rounds", type=int, default=5, help="turns each contender takes")

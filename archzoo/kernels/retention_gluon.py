@@ -148,11 +148,11 @@ def _copy_and_weigh(
 @gluon.jit
 def _multiply(
     out_desc, a_room, b_room, c_room, stored_room, weights_room, out_room, full, empty, weighed,
-    entering_ptr, leaving_ptr, normaliser_row, log2_decay, segment, walked_before, start, stop,
-    split, tile, stride_a, stride_c,
-    HALF: gl.constexpr, CHUNK: gl.constexpr, BLOCK_A: gl.constexpr, SIZE: gl.constexpr,
-    REVERSE: gl.constexpr, SCALE: gl.constexpr, HAS_ENTERING: gl.constexpr, JOIN: gl.constexpr,
-    HAS_LEAVING: gl.constexpr, ADD: gl.constexpr, STAGES: gl.constexpr,
+    entering_ptr, leaving_ptr, normaliser_row, log2_decay, start, stop, split, tile,
+    stride_a, stride_c,
+    HALF: gl.constexpr, CHUNK: gl.constexpr, BLOCK_A: gl.constexpr, REVERSE: gl.constexpr,
+    SCALE: gl.constexpr, HAS_ENTERING: gl.constexpr, HAS_LEAVING: gl.constexpr,
+    ADD: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One of the two multiplying groups: columns [64 HALF, 64 HALF + 64) of the program's tile."""
     TILES: gl.constexpr = BLOCK_A // WIDE
@@ -175,17 +175,6 @@ def _multiply(
         if TILES > 2:
             state2 = gl.zeros([WIDE, WIDE], gl.float32, state_layout)
             state3 = gl.zeros([WIDE, WIDE], gl.float32, state_layout)
-    if JOIN:
-        # What the segments walked before add, see `retention_triton._join`.
-        keep = gl.exp2(segment.to(gl.float32) * log2_decay)
-        for walked in range(walked_before):
-            far = walked_before - walked
-            sums = entering_ptr + (far if REVERSE else -far) * SIZE
-            state0 = state0 * keep + gl.load(sums + offset)
-            state1 = state1 * keep + gl.load(sums + offset + WIDE * stride_a)
-            if TILES > 2:
-                state2 = state2 * keep + gl.load(sums + offset + 2 * WIDE * stride_a)
-                state3 = state3 * keep + gl.load(sums + offset + 3 * WIDE * stride_a)
     index = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, out_layout))
     walk = gl.cdiv(stop - start, CHUNK)
     begin, size = _chunk(0, walk, start, stop, CHUNK, REVERSE)
@@ -289,7 +278,7 @@ def stream_kernel(
     time, segment, segments, heads, chunks, split, stride_a, stride_c, normaliser_rows, pairs,
     A: gl.constexpr, C: gl.constexpr, BLOCK_A: gl.constexpr, CHUNK: gl.constexpr,
     REVERSE: gl.constexpr, SCALE: gl.constexpr, HAS_ENTERING: gl.constexpr,
-    JOIN: gl.constexpr, HAS_LEAVING: gl.constexpr, ADD: gl.constexpr, STAGES: gl.constexpr,
+    HAS_LEAVING: gl.constexpr, ADD: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """out_i = sum_{j <= i} gamma^(i-j) (a_i . b_j) c_j for 128 columns and a segment.
@@ -309,7 +298,6 @@ def stream_kernel(
     normaliser_row = normaliser_ptr + (row % normaliser_rows).to(gl.int64) * time
     entering = entering_ptr + (row_wide * segments + piece) * A * C
     leaving = leaving_ptr + row_wide * A * C
-    walked_before = segments - 1 - piece if REVERSE else piece
 
     TILES: gl.constexpr = BLOCK_A // WIDE
     box: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -354,15 +342,15 @@ def stream_kernel(
             )),
             (_multiply, (
                 out_desc, a_room, b_room, c_room, stored_room, weights_room, out_room, full, empty,
-                weighed, entering, leaving, normaliser_row, log2_decay, segment, walked_before,
-                start, stop, split, tile, stride_a, stride_c, 0, CHUNK, BLOCK_A, A * C, REVERSE,
-                SCALE, HAS_ENTERING and not JOIN, JOIN, HAS_LEAVING, ADD, STAGES,
+                weighed, entering, leaving, normaliser_row, log2_decay, start, stop, split, tile,
+                stride_a, stride_c, 0, CHUNK, BLOCK_A, REVERSE, SCALE, HAS_ENTERING,
+                HAS_LEAVING, ADD, STAGES,
             )),
             (_multiply, (
                 out_desc, a_room, b_room, c_room, stored_room, weights_room, out_room, full, empty,
-                weighed, entering, leaving, normaliser_row, log2_decay, segment, walked_before,
-                start, stop, split, tile, stride_a, stride_c, 1, CHUNK, BLOCK_A, A * C, REVERSE,
-                SCALE, HAS_ENTERING and not JOIN, JOIN, HAS_LEAVING, ADD, STAGES,
+                weighed, entering, leaving, normaliser_row, log2_decay, start, stop, split, tile,
+                stride_a, stride_c, 1, CHUNK, BLOCK_A, REVERSE, SCALE, HAS_ENTERING,
+                HAS_LEAVING, ADD, STAGES,
             )),
         ],
         [4, 4],

@@ -251,8 +251,8 @@ def _prepare_map(
     reverse: bool,
     transposed: bool,
     entering: bool,
-    joined: int,
     leaving: bool,
+    joined: int = 0,
     kept: bool = False,
 ) -> tuple[Launch, ...]:
     """out_i = sum_{j <= i} gamma^(i-j) (a_i . b_j) c_j, see `retention_triton`: its splits.
@@ -267,15 +267,15 @@ def _prepare_map(
         reverse: whether it walks backward in time.
         transposed: whether states are (columns, rows) of this map's.
         entering: whether states enter the segments.
-        joined: how many sums make up a segment, where it joins them itself; else 0.
         leaving: whether the last one is wanted.
+        joined: how many sums make up a segment, where it joins them itself; else 0.
         kept: whether that before every second chunk is.
     """
     width, columns = widths
     cut = pair.reverse if reverse else pair.forward
     kernel, constants, options = _form(facts, cut, "stream_kernel")
     if not cut.apart:
-        constants |= {"HAS_SCORES": pair.scores, "HAS_KEPT": kept}
+        constants |= {"HAS_SCORES": pair.scores, "HAS_KEPT": kept, "JOIN": joined}
     stride_a, stride_c = (1, width) if transposed else (columns, 1)
     return tuple(
         Launch(
@@ -285,7 +285,7 @@ def _prepare_map(
              facts.time, segment, segments, facts.heads, -(-facts.time // pair.chunk), split,
              stride_a, stride_c, max(facts.normaliser_rows, 1), _pairs(facts.time, pair.chunk)),
             {"A": width, "C": columns, "BLOCK_A": cut.block, "CHUNK": pair.chunk,
-             "REVERSE": reverse, "HAS_ENTERING": entering, "JOIN": joined, "HAS_LEAVING": leaving,
+             "REVERSE": reverse, "HAS_ENTERING": entering, "HAS_LEAVING": leaving,
              "ADD": split > 0, **constants},
             **options,
         )
@@ -393,7 +393,7 @@ class Work:
         self.scores = _prepare_scores(facts, self.plan.by_key, dk, q, k)
         of_o = functools.partial(
             _prepare_map, facts, self.plan.by_key, *self.cut, (dk, facts.dv), (q, k, v), False,
-            False, self.many or facts.state, self.joined, facts.leave and not self.many,
+            False, self.many or facts.state, facts.leave and not self.many, self.joined,
         )  # fmt: skip
         self.of_o = functools.lru_cache(maxsize=2)(of_o)
 
@@ -456,19 +456,10 @@ class Work:
         if plan.together is not None:
             together = _prepare_together(facts, plan, *cut, do, arrives, joined, leaves)
         else:
-            of_v = prepare(
-                plan.by_key, *cut, (dk, dv), (k, q, do), True, False, arrives, joined,
-                leaves,
-            )  # fmt: skip
-            of_k = prepare(
-                plan.by_value, *cut, (dv, dk), (v, do, q), True, True, arrives, joined,
-                False,
-            )  # fmt: skip
+            of_v = prepare(plan.by_key, *cut, (dk, dv), (k, q, do), True, False, arrives, leaves)
+            of_k = prepare(plan.by_value, *cut, (dv, dk), (v, do, q), True, True, arrives, False)
             entering = many or facts.state
-            of_q = prepare(
-                plan.by_value, *cut, (dv, dk), (do, v, k), False, True, entering,
-                self.joined, False,
-            )  # fmt: skip
+            of_q = prepare(plan.by_value, *cut, (dv, dk), (do, v, k), False, True, entering, False)
         scores = _prepare_scores(facts, plan.by_value, dv, do, v)
         return Backward(segments, scores, together, of_v, of_k, of_q)
 
@@ -558,8 +549,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
     """Output and last state; and, for a backward to come (keep): states, normalisers, scores.
 
-    The states are those entering segments, float32, or what they are joined of, or those that
-    `backward_kernel` reads. What
+    The states are those entering segments, float32, or those that `backward_kernel` reads. What
     there is no use for is None; without `scale` the normalisers are empty. `reuse`: they may be
     those of a call before, which nobody else may write to.
     """

@@ -81,14 +81,11 @@ _APART_PLANS: dict[tuple[int, int], Plan] = {
 _FILL = 128
 _SEGMENT_LEAST = 512
 _SEGMENT_MULTIPLE = 256  # of every chunk, so that they divide a segment
-# Up to so many segments every program of a map joins the sums of those before its own, instead of
-# a kernel ahead of the maps. That kernel is a launch, some 6 us, and moves 2 s - 1 states of each
-# of the (batch, head) rows, s segments; joining, a program reads (s - 1) / 2 tiles on average
-# where it had read one. Rows times s times the state are 4, 8, 17 and 34 MB at 64 x 64 to
-# 256 x 512, as the chip is filled, so at 3 TB/s from the second-level cache the two cost the same
-# at 15 segments where one map reads a state, as at 64 x 64, and at 5 to 7 where two do. The last
-# program's sums lie in s - 1 places and are read one after the other, so less is taken.
-_JOINED_ONCE, _JOINED_TWICE = 8, 4
+# Up to so many segments the maps of narrow heads join the sums themselves, instead of a kernel
+# ahead of them. That kernel is a launch, some 6 us, and moves 2 s - 1 states of each of the (batch,
+# head) rows, s segments; joining, a program reads (s - 1) / 2 states on average where it had read
+# one. Of wide heads four maps would, 128 KB at a time: 30 us lost at 8 x 128 x 256 with 4 segments.
+_JOINED = 8
 
 
 def power_of_2(number: int) -> int:
@@ -152,13 +149,10 @@ def cut_segments(
 def joined_sums(plan: Plan, rows: int, segment: int, segments: int) -> int:
     """Sums to a segment that every program of a map joins itself; 0 where it joins none.
 
-    More than one where whole segments would leave the chip idle; but one where the backward reads
-    what the forward's maps joined.
+    More than one where whole segments would leave the chip idle.
     """
-    if not 1 < segments <= (_JOINED_TWICE if plan.together is None else _JOINED_ONCE):
+    if plan.together is None or not 1 < segments <= _JOINED:
         return 0
-    if plan.together is None:
-        return 1
     _, cut = plan.sums
     fill = _FILL if cut.warps > 4 else 2 * _FILL
     pieces = max(fill // (rows * (segments - 1)), 1)
