@@ -22,6 +22,7 @@ import torch
 import yaml
 from lightning.fabric.utilities import rank_zero_only
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins import Precision
 
 from archzoo import parts
 from archzoo.checkpoint import load, read_safely
@@ -241,9 +242,8 @@ class CommandLine(LightningCLI):
         table = "metrics.csv" if fitting else f"{self.subcommand}.csv"
         config["logger"] = [MetricsFile(self.directory / table), *_as_list(config.get("logger"))]
         config["plugins"] = [CheckpointFiles(), *_as_list(config.get("plugins"))]
-        if config.get("precision") is None and config.get("accelerator") in ("auto", "gpu", "cuda"):
-            bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
-            config["precision"] = "bf16-mixed" if bf16 else None
+        if config.get("precision") is None:
+            config["precision"] = _usual_precision(config)
         return super()._instantiate_trainer(config, callbacks)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -296,6 +296,16 @@ class CommandLine(LightningCLI):
 
 
 # ---------------------------------------------------------------------------- small helpers
+
+
+def _usual_precision(config: dict[str, Any]) -> str | None:
+    """bf16-mixed on a GPU that has it, unless a plugin says how numbers are kept."""
+    if config.get("accelerator") not in ("auto", "gpu", "cuda"):
+        return None
+    if any(isinstance(plugin, Precision) for plugin in _as_list(config.get("plugins"))):
+        return None
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
+    return "bf16-mixed" if bf16 else None
 
 
 def _settings(parser: Any) -> list[str]:
