@@ -72,7 +72,7 @@ def main() -> None:
             for family in ("transformer", "retnet"):
                 name = f"{family}_{arguments.size}"
                 rows.append(measure(name, time, compiled, arguments.steps))
-    harness.write_rows("bfloat16-training", rows, on_gpu=True)
+                harness.write_rows("bfloat16-training", rows, on_gpu=True)  # as far as it came
 
 
 if __name__ == "__main__":

@@ -132,4 +132,3 @@ def write_rows(
         writer.writerows(rows)
     print(f"wrote {path.relative_to(ROOT)}")
     return path
-    return path
