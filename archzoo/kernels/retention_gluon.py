@@ -54,6 +54,17 @@ def _power(log2_decay, exponent):
 
 
 @gluon.jit
+def _slices(
+    pointer, batch, head, stride_batch, stride_time, stride_head, time, WIDTH: gl.constexpr,
+    ROWS: gl.constexpr,
+):  # fmt: skip
+    """Descriptor of one head of (batch, time, heads, WIDTH), read in boxes (ROWS, 64), swizzled."""
+    box: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    base = pointer + batch * stride_batch + head * stride_head
+    return tma.make_tensor_descriptor(base, [time, WIDTH], [stride_time, 1], [ROWS, WIDE], box)
+
+
+@gluon.jit
 def _weigh(
     a_room, b_room, weights_room, stage, slot, normaliser_row, log2_decay, begin, size,
     CHUNK: gl.constexpr, TILES: gl.constexpr, REVERSE: gl.constexpr, SCALE: gl.constexpr,
@@ -302,19 +313,10 @@ def stream_kernel(
     TILES: gl.constexpr = BLOCK_A // WIDE
     box: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     square: gl.constexpr = gl.NVMMASharedLayout(2 * CHUNK, 16, 2)
-    a_desc = tma.make_tensor_descriptor(
-        a_ptr + batch * a_batch + head * a_head, [time, A], [a_time, 1], [CHUNK, WIDE], box
-    )
-    b_desc = tma.make_tensor_descriptor(
-        b_ptr + batch * b_batch + head * b_head, [time, A], [b_time, 1], [CHUNK, WIDE], box
-    )
-    c_desc = tma.make_tensor_descriptor(
-        c_ptr + batch * c_batch + head * c_head, [time, C], [c_time, 1], [CHUNK, WIDE], box
-    )
-    out_desc = tma.make_tensor_descriptor(
-        out_ptr + batch * out_batch + head * out_head,
-        [time, C], [out_time, 1], [CHUNK, WIDE], box,
-    )  # fmt: skip
+    a_desc = _slices(a_ptr, batch, head, a_batch, a_time, a_head, time, A, CHUNK)
+    b_desc = _slices(b_ptr, batch, head, b_batch, b_time, b_head, time, A, CHUNK)
+    c_desc = _slices(c_ptr, batch, head, c_batch, c_time, c_head, time, C, CHUNK)
+    out_desc = _slices(out_ptr, batch, head, out_batch, out_time, out_head, time, C, CHUNK)
     a_room = gl.allocate_shared_memory(gl.bfloat16, [STAGES * TILES, CHUNK, WIDE], box)
     b_room = gl.allocate_shared_memory(gl.bfloat16, [STAGES * TILES, CHUNK, WIDE], box)
     c_room = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, CHUNK, WIDE], box)
@@ -468,12 +470,8 @@ def segment_sums_kernel(
 
     TILES: gl.constexpr = BLOCK_B // WIDE
     box: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    b_desc = tma.make_tensor_descriptor(
-        b_ptr + batch * b_batch + head * b_head, [time, B], [b_time, 1], [CHUNK, WIDE], box
-    )
-    c_desc = tma.make_tensor_descriptor(
-        c_ptr + batch * c_batch + head * c_head, [time, C], [c_time, 1], [CHUNK, WIDE], box
-    )
+    b_desc = _slices(b_ptr, batch, head, b_batch, b_time, b_head, time, B, CHUNK)
+    c_desc = _slices(c_ptr, batch, head, c_batch, c_time, c_head, time, C, CHUNK)
     b_room = gl.allocate_shared_memory(gl.bfloat16, [STAGES * TILES, CHUNK, WIDE], box)
     c_room = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, CHUNK, WIDE], box)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

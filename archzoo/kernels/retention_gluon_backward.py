@@ -39,7 +39,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from archzoo.kernels.retention_gluon import LOG2_E, WIDE, _power
+from archzoo.kernels.retention_gluon import LOG2_E, WIDE, _power, _slices
 
 
 @gluon.jit
@@ -315,28 +315,13 @@ def backward_kernel(
     leaving = leaving_ptr + program_wide * WIDE * WIDE
 
     box: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    shape: gl.constexpr = [CHUNK, WIDE]
-    q_desc = tma.make_tensor_descriptor(
-        q_ptr + batch * q_batch + head * q_head, [time, WIDE], [q_time, 1], shape, box
-    )
-    k_desc = tma.make_tensor_descriptor(
-        k_ptr + batch * k_batch + head * k_head, [time, WIDE], [k_time, 1], shape, box
-    )
-    v_desc = tma.make_tensor_descriptor(
-        v_ptr + batch * v_batch + head * v_head, [time, WIDE], [v_time, 1], shape, box
-    )
-    do_desc = tma.make_tensor_descriptor(
-        do_ptr + batch * do_batch + head * do_head, [time, WIDE], [do_time, 1], shape, box
-    )
-    dq_desc = tma.make_tensor_descriptor(
-        dq_ptr + batch * dq_batch + head * dq_head, [time, WIDE], [dq_time, 1], shape, box
-    )
-    dk_desc = tma.make_tensor_descriptor(
-        dk_ptr + batch * dk_batch + head * dk_head, [time, WIDE], [dk_time, 1], shape, box
-    )
-    dv_desc = tma.make_tensor_descriptor(
-        dv_ptr + batch * dv_batch + head * dv_head, [time, WIDE], [dv_time, 1], shape, box
-    )
+    q_desc = _slices(q_ptr, batch, head, q_batch, q_time, q_head, time, WIDE, CHUNK)
+    k_desc = _slices(k_ptr, batch, head, k_batch, k_time, k_head, time, WIDE, CHUNK)
+    v_desc = _slices(v_ptr, batch, head, v_batch, v_time, v_head, time, WIDE, CHUNK)
+    do_desc = _slices(do_ptr, batch, head, do_batch, do_time, do_head, time, WIDE, CHUNK)
+    dq_desc = _slices(dq_ptr, batch, head, dq_batch, dq_time, dq_head, time, WIDE, CHUNK)
+    dk_desc = _slices(dk_ptr, batch, head, dk_batch, dk_time, dk_head, time, WIDE, CHUNK)
+    dv_desc = _slices(dv_ptr, batch, head, dv_batch, dv_time, dv_head, time, WIDE, CHUNK)
     kept_desc = tma.make_tensor_descriptor(
         kept_ptr + program_wide * pairs * WIDE * WIDE,
         [pairs * WIDE, WIDE], [WIDE, 1], [WIDE, WIDE], box,
