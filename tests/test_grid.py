@@ -124,10 +124,12 @@ def test_a_pass_says_what_greedy_generation_does():
     net = archzoo.create_model("transformer_micro", vocab_size=task.vocab_size)
     optimizer = torch.optim.AdamW(net.parameters(), lr=5e-3)
     loader = task.train_dataloader()
-    for step in range(80):  # half trained: some answers right, some wrong
+    for step in range(1000):  # until half trained: some answers right, some wrong
         batch = loader.batch(step)
         logits = net(batch["tokens"], documents=batch["documents"]).logits
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+        if loss < 0.7:
+            break
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -135,7 +137,7 @@ def test_a_pass_says_what_greedy_generation_does():
     examiner = Examiner(net, task, np.arange(task.vocab_size))
     keys = [Key("cell", i, j) for i in (1, 2) for j in (1, 2)]
     [found] = examine(examiner, keys, 60, 10**6)
-    total = 0
+    total = problems = 0
     for key in keys:
         lines = task.text(task.cell(key.first, key.second, 60))
         prompts = [task.tokenizer.encode(line.partition("=")[0] + "=") for line in lines]
@@ -145,8 +147,8 @@ def test_a_pass_says_what_greedy_generation_does():
             for tokens, line in zip(written, lines, strict=True)
         ]
         assert found[key] == (len(lines), sum(right))
-        total += sum(right)
-    assert total > 0
+        total, problems = total + sum(right), problems + len(lines)
+    assert 0 < total < problems
 
 
 @pytest.mark.parametrize(
