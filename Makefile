@@ -19,6 +19,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q
 TORCH := $(shell grep '^torch==' constraints.txt)
+# With a GPU torch brings its own; without one it interprets the kernels for their tests.
+TRITON := triton==3.9.0
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile
 
 # Where Python may not write bytecode, every import of torch takes seconds longer.
@@ -72,6 +74,9 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 	  echo "No NVIDIA GPU here: $(TORCH)+cpu"; \
 	  $(PIP) --no-deps "$(TORCH)+cpu" || { echo "pip's package index has no CPU build of torch:" \
 	    "add TORCH_INDEX=https://download.pytorch.org/whl/cpu to the make command" >&2; exit 1; }; \
+	fi
+	@if [ "$$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1; then \
+	  $(PIP) --no-deps "$(TRITON)" || echo "no $(TRITON) here: the kernels' tests will be skipped"; \
 	fi
 	$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@

@@ -7,6 +7,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 import hypothesis
+import kernel_device  # noqa: F401, before anything else imports Triton
 import pytest
 import torch
 

@@ -1,4 +1,8 @@
-"""Where the kernels' tests run: on a GPU, or without one through Triton's interpreter."""
+"""Where the kernels' tests run: on a GPU, or without one through Triton's interpreter.
+
+`conftest` imports this before any test module: Triton decides when it is first imported whether it
+will be interpreted, and torch's compiler imports it too.
+"""
 
 import importlib
 import importlib.util
@@ -9,19 +13,25 @@ import torch
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
+INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def _import_interpreted(module: str) -> None:
+    """The variable goes again at once: other tests on the CPU shall not find kernels available."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        importlib.import_module(module)
+    finally:
+        del os.environ["TRITON_INTERPRET"]
+
+
+if INSTALLED and not GPU:
+    _import_interpreted("triton.language")
 
 
 def define_kernels(module: str) -> None:
     """Import a module of kernels for `DEVICE`, or skip the tests of the file that asks."""
-    if importlib.util.find_spec("triton") is None:
+    if not INSTALLED:
         pytest.skip("triton is not installed", allow_module_level=True)
-    if GPU:
-        return
-    # Triton decides when a kernel is defined whether it will be interpreted. The variable goes
-    # again at once: other tests on the CPU shall not find the kernels available.
-    os.environ["TRITON_INTERPRET"] = "1"
-    importlib.import_module(module)
-    del os.environ["TRITON_INTERPRET"]
-    language = importlib.import_module("triton.language")
-    if type(language.zeros).__name__ != "InterpretedFunction":
-        pytest.skip("triton was imported before, for a GPU", allow_module_level=True)
+    if not GPU:
+        _import_interpreted(module)
