@@ -6,6 +6,8 @@ Relative error is ||out - reference|| / ||reference||.
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from kernel_device import DEVICE, GPU, define_kernels
@@ -200,6 +202,36 @@ def test_maps_join_segments_as_the_kernel_ahead_of_them(monkeypatch, small, dtyp
             if work.cut[0] % (sums * plans._SEGMENT_MULTIPLE) == 0:
                 for a, b in zip(run(tensors, sums), theirs, strict=True):
                     assert error(a, b) < (1e-6 if dtype == torch.float32 else 3e-3)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(("heads", "dk", "dv"), [(16, 64, 64), (8, 128, 256), (4, 256, 512)])
+def test_launches_hand_over_what_their_kernels_take(monkeypatch, apart, heads, dk, dv):
+    """Of real plans, Gluon's kernels too: by number and name, since no interpreter runs those."""
+    made = []
+
+    def note(kernel, _grid, numbers, constants, **_options):
+        names = kernel.arg_names
+        pointers = [name for name in names if name.endswith("_ptr")]
+        assert names[: len(pointers)] == pointers
+        assert set(names[-len(constants) :]) == set(constants)
+        assert len(pointers) + len(numbers) + len(constants) == len(names)
+        made.append(kernel)
+
+    monkeypatch.setattr(launch, "Launch", note)
+    monkeypatch.setattr(launch, "_has_apart", lambda _: apart)
+    for batch, time in ((16, 2048), (4, 8192), (1, 32768)):
+        strides = [(time * heads * width, heads * width, width, 1) for width in (dk, dk, dv)]
+        for state, leave, arriving in itertools.product((False, True), repeat=3):
+            facts = launch.Facts(
+                (batch, time, heads, dk), dv, tuple(strides), torch.bfloat16,
+                torch.device("cuda"), torch.float32, state, False, False, False, True, leave,
+            )  # fmt: skip
+            work = launch.Work(facts)
+            work.of_o(False)
+            work.of_o(True)
+            work.backward(strides[2], arriving)
+    assert any("gluon" in kernel.fn.__module__ for kernel in made) == apart
 
 
 def test_sums_to_a_segment():
