@@ -284,6 +284,7 @@ def grid_command(
         ValueError: It was not trained on problems, or a number is out of its range.
     """
     from archzoo.checkpoint import CONFIG, load
+    from archzoo.tasks.problems import Exercise
     from archzoo.tasks.stream import build
 
     path = Path(checkpoint)
@@ -299,7 +300,7 @@ def grid_command(
         precision = "bfloat16" if half else "float32"
     found = load(path, device)
     exercise = build(found.task).exercise if found.task else None
-    if exercise is None or found.tokenizer is None:
+    if not isinstance(exercise, Exercise) or found.tokenizer is None:
         raise ValueError(f"{path} was not trained on problems, such as those of Addition")
     examiner = Examiner(found.model, exercise, exercise.tokens_of(found.tokenizer), precision)
     digits = digits or 2 * max(exercise.extent)

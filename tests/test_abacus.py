@@ -19,7 +19,7 @@ from archzoo.generation import generate
 from archzoo.positions.abacus import AbacusEmbedding
 from archzoo.positions.digits import bind_digits
 from archzoo.positions.draws import SHIFTS, integers, random_bits, uniform
-from archzoo.tasks import stream
+from archzoo.tasks import draws
 from archzoo.tasks.arithmetic import Addition, exact_match
 from archzoo.tasks.tokenizers import CharacterTokenizer
 from archzoo.training.module import LanguageModel
@@ -174,7 +174,7 @@ def test_draws_are_those_of_the_data():
     numbers = torch.tensor([0, 1, 2, 77, 2**40, 2**62 + 1])
     for seed in (0, 3, -5, 2**70):
         for stream_number in (0, SHIFTS):
-            want = stream.random_bits(seed, stream_number, numbers.numpy(), 4)
+            want = draws.random_bits(seed, stream_number, numbers.numpy(), 4)
             for draw in range(4):
                 got = random_bits(seed, stream_number, numbers, draw)
                 assert np.array_equal(got.numpy().view(np.uint64), want[draw])

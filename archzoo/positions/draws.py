@@ -3,7 +3,7 @@
 What a position method draws in training must not depend on batch size, packing, the rank that
 computes a row, or the point where a run was resumed, and must be the same where a block is
 recomputed or compiled. A generator that moves on gives none of this; a hash of the example number
-gives all. It is the generator of `archzoo.tasks.stream.random_bits`, bit for bit, in torch.
+gives all. It is the generator of `archzoo.tasks.draws.random_bits`, bit for bit, in torch.
 """
 
 from __future__ import annotations

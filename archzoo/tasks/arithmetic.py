@@ -35,8 +35,9 @@ from archzoo.tasks.digits import (
     subtract,
     to_integers,
 )
+from archzoo.tasks.draws import Bits, Integers, mix, random_bits
 from archzoo.tasks.problems import LETTERS, STREAMS, Columns, Exercise, Problems
-from archzoo.tasks.stream import IGNORED, Bits, Integers, mix, random_bits
+from archzoo.tasks.stream import IGNORED
 
 _LISTED = 6  # digits of both operands together up to which all problems are listed
 

@@ -11,8 +11,9 @@ import torch
 
 from archzoo.tasks import tokenizers
 from archzoo.tasks.digits import Flags
+from archzoo.tasks.draws import Integers, random_bits
 from archzoo.tasks.problems import Exercise
-from archzoo.tasks.stream import IGNORED, Batch, Integers, Loader, build, random_bits
+from archzoo.tasks.stream import IGNORED, Batch, Loader, build
 from archzoo.tasks.text import Corpus, Text
 from archzoo.tasks.tokenizers import Tokenizer
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from archzoo.tasks.digits import Digits, Flags, below
-from archzoo.tasks.stream import IGNORED, Batch, Bits, Integers, Loader, Task, mix, random_bits
+from archzoo.tasks.draws import Bits, Integers, mix, random_bits
+from archzoo.tasks.stream import IGNORED, Batch, Loader, Task
 from archzoo.tasks.tokenizers import CharacterTokenizer, Tokenizer
 
 BLOCK = 2048  # training examples made at once, at least

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from archzoo.tasks.digits import below, from_bits, from_integers, hash_of, length, words
+from archzoo.tasks.draws import Bits, Integers
 from archzoo.tasks.problems import LETTERS, Columns, Exercise, Problems
-from archzoo.tasks.stream import Bits, Integers
 
 
 class Sorting(Exercise):

@@ -12,65 +12,20 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import lightning
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from archzoo.tasks.draws import Integers
 from archzoo.tasks.tokenizers import Tokenizer
 
-if TYPE_CHECKING:
-    from archzoo.tasks.problems import Exercise
-
 Batch = dict[str, Tensor]
-Integers = NDArray[np.int64]
-Bits = NDArray[np.uint64]
 
 AHEAD = 2  # batches that wait for a GPU
 IGNORED = -100  # the label of a position without a target, as in torch.nn.functional.cross_entropy
-
-# ---------------------------------------------------------------------------- random numbers
-
-_GOLDEN = 0x9E3779B97F4A7C15
-_MASK = 0xFFFFFFFFFFFFFFFF
-
-
-def mix(bits: Bits) -> Bits:
-    """Scrambles 64-bit integers one by one, a bijection with mix(0) = 0 (SplitMix64's finaliser).
-
-    Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
-    """
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return bits ^ (bits >> np.uint64(31))
-
-
-def random_bits(seed: int, stream: int, numbers: Integers, draws: int, start: int = 0) -> Bits:
-    """Draws `start` to `start + draws` of the generators that belong to (seed, stream, number).
-
-    Every number has a SplitMix64 generator of its own, which is counter-based: draw k is
-    mix(origin + k * golden ratio), whatever was drawn before. The values depend on the arguments
-    alone, not on a library's version.
-
-    Args:
-        seed: any integer.
-        stream: keeps uses of one seed apart.
-        numbers: (examples,) int64.
-        draws: how many values per number.
-        start: the first draw's index.
-
-    Returns:
-        (draws, examples) uint64.
-    """
-    key = mix(np.array([(seed * 2 + 1) * _GOLDEN & _MASK], np.uint64))
-    key = mix(key + np.uint64(stream))
-    origins = mix(key + numbers.astype(np.uint64) * np.uint64(_GOLDEN))
-    counters = np.arange(start + 1, start + draws + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
-    return mix(origins + counters[:, None])
-
 
 # ---------------------------------------------------------------------------- loaders
 
@@ -226,7 +181,7 @@ class Task(lightning.LightningDataModule):
             of a problem, "reversed" or "plain"; None: it gives no positions.
         beyond: what every validation asks as well, each with a loader (`beyond_loader`) and an
             exact match of its own: lengths that no training example has, or names.
-        exercise: what makes the problems that it asks, None where it asks none.
+        exercise: the task, an `Exercise`, that makes the problems it asks; None: it asks none.
         arguments: what the task was made with, plain data.
     """
 
@@ -238,7 +193,7 @@ class Task(lightning.LightningDataModule):
     operators: str = "+="
     coupling: Literal["reversed", "plain"] | None = None
     beyond: tuple[int | str, ...] = ()
-    exercise: Exercise | None = None
+    exercise: Task | None = None
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()

@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from archzoo.tasks import tokenizers
-from archzoo.tasks.stream import IGNORED, Batch, Integers, Task, random_bits
+from archzoo.tasks.draws import Integers, random_bits
+from archzoo.tasks.stream import IGNORED, Batch, Task
 from archzoo.tasks.tokenizers import Tokenizer
 
 PIECE = 1 << 16  # bytes encoded at once: enough for speed, little beside a model
