@@ -35,8 +35,8 @@ from archzoo.tasks.digits import (
     subtract,
     to_integers,
 )
-from archzoo.tasks.draws import Bits, Integers, mix, random_bits
-from archzoo.tasks.problems import LETTERS, STREAMS, Columns, Exercise, Problems
+from archzoo.tasks.draws import Bits, Integers, mix
+from archzoo.tasks.problems import LETTERS, Columns, Exercise, Problems, are_held_out, shuffled
 from archzoo.tasks.stream import IGNORED
 
 _LISTED = 6  # digits of both operands together up to which all problems are listed
@@ -261,9 +261,8 @@ def _listed(first: int, second: int, held_out: int, ordered: bool) -> Integers:
     """All held-out problems of two lengths, shuffled: (2, problems), the operands as integers."""
     a, b = (np.arange(10 ** (length - 1), 10**length) for length in (first, second))
     hashes = [hash_of(from_integers(a, first))[:, None], hash_of(from_integers(b, second))]
-    found = np.stack(np.nonzero(mix(_join(*hashes, ordered=ordered)) % np.uint64(held_out) == 0))
-    bits = random_bits(0, STREAMS["shuffle"], np.arange(found.shape[1]), 1)[0]
-    return found[:, np.argsort(bits, kind="stable")] + np.array([[a[0]], [b[0]]])
+    found = np.stack(np.nonzero(are_held_out(_join(*hashes, ordered=ordered), held_out)))
+    return found[:, shuffled(found.shape[1])] + np.array([[a[0]], [b[0]]])
 
 
 def _columns(least: int) -> list[list[tuple[int, int]]]:

@@ -316,7 +316,7 @@ class Exercise(Task):
 
     def is_held_out(self, problems: Problems) -> Flags:
         """Which of the problems are never trained on, (examples,)."""
-        return mix(self.hashes(problems)) % np.uint64(self.held_out) == 0
+        return are_held_out(self.hashes(problems), self.held_out)
 
     # Lines.
 
@@ -333,17 +333,17 @@ class Exercise(Task):
         parts = self._parts(problems)
         shapes = [(problems.examples, part.symbols.shape[1]) for part in parts]
 
-        def together(entries: list[Any]) -> Any:
+        def side_by_side(entries: list[Any]) -> Any:
             pairs = zip(entries, shapes, strict=True)
             return np.concatenate([np.broadcast_to(*pair) for pair in pairs], axis=1)
 
         # Row by row, `place` holds as many columns as `present`, in the same order.
-        present = together([part.present for part in parts])
+        present = side_by_side([part.present for part in parts])
         lengths = np.count_nonzero(present, axis=1)
         columns = np.arange(int(lengths.max(initial=1)) if width is None else width + 1)
         place = columns < lengths[:, None]
         tokens = np.full(place.shape, self.pad, np.uint8)
-        tokens[place] = together([part.symbols for part in parts])[present]
+        tokens[place] = side_by_side([part.symbols for part in parts])[present]
         asked_from = sum(
             shape[1] for part, shape in zip(parts, shapes, strict=True) if not part.asked
         )
@@ -351,7 +351,7 @@ class Exercise(Task):
         ids = None
         if positions:
             ids = np.zeros(place.shape, np.int64)
-            ids[place] = together([part.positions for part in parts])[present]
+            ids[place] = side_by_side([part.positions for part in parts])[present]
         return Lines(tokens, lengths, place & (columns >= begin[:, None]), ids)
 
     def text(self, problems: Problems) -> list[str]:
@@ -393,13 +393,15 @@ class Exercise(Task):
             places, digits = places[::-1], digits[::-1]
         symbols, present, positions = digits.T, places < lengths[:, None], places + 2
         if self.hints:
-            hints = (self.first_letter + (letters[:, None] + places) % len(LETTERS)).astype(
-                np.uint8
-            )
+            hints = self.letters_from(letters, places)
             symbols = np.stack([hints, symbols], axis=2).reshape(len(symbols), -1)
             present, positions = np.repeat(present, 2, axis=1), np.repeat(positions, 2)
             positions[::2] = 0
         return Columns(symbols, present, positions, asked)
+
+    def letters_from(self, letters: Integers, places: Integers) -> Digits:
+        """Tokens of the letters so many places after the first: (examples,), (columns,) -> both."""
+        return (self.first_letter + (letters[:, None] + places) % len(LETTERS)).astype(np.uint8)
 
     # Inside.
 
@@ -453,8 +455,7 @@ class Exercise(Task):
     def _chosen(self, problems: Problems) -> Problems:
         """Those that are held out, shuffled."""
         found = problems.take(np.flatnonzero(self.is_held_out(problems)))
-        bits = random_bits(0, STREAMS["shuffle"], np.arange(found.examples), 1)[0]
-        return found.take(np.argsort(bits, kind="stable"))
+        return found.take(shuffled(found.examples))
 
     def _held_out_problems(self, split: str) -> Problems:
         """All problems of "validation" or "test", spread over the sizes in turn."""
@@ -485,6 +486,17 @@ class Exercise(Task):
                     _put(problems, rows, here.take(order))
             self._evaluation[split], self._sizes[split] = problems, sizes
         return self._evaluation[split]
+
+
+def are_held_out(hashes: Bits, held_out: int) -> Flags:
+    """The split: which problems, by their hashes, are never trained on; one in `held_out`."""
+    return mix(hashes) % np.uint64(held_out) == 0
+
+
+def shuffled(count: int) -> Integers:
+    """The order in which all held-out problems of a size stand, (count,)."""
+    bits = random_bits(0, STREAMS["shuffle"], np.arange(count), 1)[0]
+    return np.argsort(bits, kind="stable")
 
 
 def together(parts: list[Problems]) -> Problems:

@@ -131,9 +131,7 @@ class Sorting(Exercise):
         operands, lengths, letters = problems
         numbers, digits, count = operands.shape
         there = lengths.T > 0  # (examples, numbers)
-        keys = (self.first_letter + (letters[:, None] + np.arange(numbers)) % len(LETTERS)).astype(
-            np.uint8
-        )
+        keys = self.letters_from(letters, np.arange(numbers))
         written = self.number(  # every number as an example of its own, example by example
             operands.transpose(1, 2, 0).reshape(digits, -1),
             lengths.T.reshape(-1),
