@@ -14,6 +14,7 @@ from torch import nn
 import archzoo
 from archzoo import contract
 from archzoo.block import Bias, Context, FeedForward, Mixer, Rotary, Router, Routing
+from archzoo.contract.measure import expect_true_gradient
 from archzoo.mixers.attention import Attention
 from archzoo.mixers.retention import Retention
 from archzoo.parts import SLOTS, list_parts
@@ -628,9 +629,9 @@ def test_a_slope_must_hold_for_any_scale():
     subject = contract.Subject(archzoo.PlainFeedForward, {"activation": "gelu"})
     part = subject.make()
     x = subject.draw(2, 6, subject.dim)
-    contract._true_gradient(lambda x: 1e6 * part(x, None)[0], part, x, subject)
+    expect_true_gradient(lambda x: 1e6 * part(x, None)[0], part, x, subject)
     with pytest.raises(contract.Violation):
-        contract._true_gradient(
+        expect_true_gradient(
             lambda x: WrongBackward.apply(1e-6 * part(x, None)[0]), part, x, subject
         )
     assert math.isinf(contract.relative_error(torch.tensor([math.nan]), torch.ones(1)))

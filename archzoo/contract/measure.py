@@ -1,0 +1,150 @@
+"""How rules are measured: what raises `Violation` where two values differ, and by how much."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from archzoo import block as interface
+from archzoo.block import Context, State
+from archzoo.contract.subject import Subject
+
+#: Relative RMS up to which two ways to compute the same thing agree: one part, a whole model,
+#: and gradients.
+VALUES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+MODEL_VALUES = {torch.float64: 1e-12, torch.float32: 1e-4}
+GRADIENTS = {torch.float64: 1e-10, torch.float32: 1e-4}
+
+
+class Violation(Exception):
+    """A rule is broken; the message says which, and by how much."""
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """``|got - want| / |want|``: relative RMS; infinite where a value is not finite."""
+    got, want = got.detach().double(), want.detach().double()
+    if got.shape != want.shape or not got.isfinite().all():
+        return float("inf")
+    scale = want.norm().item()
+    return (got - want).norm().item() / (scale if scale else 1.0)
+
+
+def expect_same(got: Tensor, want: Tensor, tolerance: float, what: str) -> float:
+    """The error, or a `Violation` that names what differs."""
+    if got.shape != want.shape:
+        raise Violation(f"{what}: shape {tuple(got.shape)} instead of {tuple(want.shape)}")
+    if not got.isfinite().all():
+        raise Violation(f"{what}: NaN or infinite values")
+    error = relative_error(got, want)
+    if not error <= tolerance:
+        raise Violation(f"{what}: relative RMS error {error:.1e}, allowed {tolerance:.0e}")
+    return error
+
+
+def expect_zero(gradient: Tensor | None, what: str) -> None:
+    """A `Violation` unless a gradient is exactly zero (None: no path at all)."""
+    if gradient is not None and gradient.abs().max() != 0:
+        raise Violation(f"{what}: gradient {gradient.abs().max():.1e}, must be exactly 0")
+
+
+def context_of(
+    x: Tensor, documents: Tensor | None = None, place: Any = None
+) -> tuple[Context, Any]:
+    """The context of x (batch, time, ...) after `place`, and the place that follows."""
+    return interface.make_context(
+        x.shape[0], x.shape[1], documents=documents, place=place, device=x.device
+    )
+
+
+def leaves_of(state: State) -> Iterator[Any]:
+    """The tensors, ints and whatever else a state holds."""
+    if isinstance(state, dict):
+        state = list(state.values())
+    if isinstance(state, list | tuple):
+        for entry in state:
+            yield from leaves_of(entry)
+    else:
+        yield state
+
+
+def tensors_of(state: State) -> list[Tensor]:
+    """The tensors a state holds."""
+    return [leaf for leaf in leaves_of(state) if isinstance(leaf, Tensor)]
+
+
+def gradients_of(scalar: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of a scalar by some tensors; zeros where no path leads."""
+    found = torch.autograd.grad(scalar, wanted, allow_unused=True)
+    return [
+        torch.zeros_like(tensor) if gradient is None else gradient
+        for tensor, gradient in zip(wanted, found, strict=True)
+    ]
+
+
+def expect_true_gradient(
+    function: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, subject: Subject
+) -> float:
+    """Hold autograd to a finite difference, along one random direction of x and all weights."""
+    x = x.clone().requires_grad_()
+    wanted = [x, *(p for p in module.parameters() if p.requires_grad)]
+    y = function(x)
+    weights = subject.draw(*y.shape)
+    slopes = gradients_of((y * weights).sum(), wanted)
+    directions = [subject.draw(*tensor.shape) for tensor in wanted]
+    along = sum(float((slope * d).sum()) for slope, d in zip(slopes, directions, strict=True))
+    step, ends = 1e-6, []
+    with torch.no_grad():
+        for sign in (1, -2):  # to one side, then twice as far back to the other
+            for tensor, direction in zip(wanted, directions, strict=True):
+                tensor.add_(direction, alpha=sign * step)
+            ends.append(float((function(x) * weights).sum()))
+        for tensor, direction in zip(wanted, directions, strict=True):
+            tensor.add_(direction, alpha=step)
+    measured = (ends[0] - ends[1]) / (2 * step)
+    # Along a random direction the slope is about as large as the whole gradient is long.
+    scale = sum(float(slope.square().sum()) for slope in slopes) ** 0.5 or 1.0
+    error = abs(along - measured) / scale
+    if not error <= 1e-5:
+        raise Violation(
+            f"autograd gives the slope {along:.6g} along a random direction, a finite difference "
+            f"{measured:.6g}: the backward pass must be the derivative of the forward pass"
+        )
+    return error
+
+
+def expect_buffers_survive(module: nn.Module) -> None:
+    """No number that a cast would round may live in a buffer (or a frozen parameter)."""
+    kept = dict(module.named_buffers())
+    kept |= {name: p for name, p in module.named_parameters() if not p.requires_grad}
+    before = {name: tensor.detach().clone() for name, tensor in kept.items()}
+    rounded = copy.deepcopy(module).bfloat16()
+    after = dict(rounded.named_buffers()) | dict(rounded.named_parameters())
+    for name, tensor in before.items():
+        if not torch.equal(after[name].to(tensor.dtype), tensor):
+            raise Violation(
+                f"the buffer {name!r} changes under .bfloat16(): positions, decays and counters "
+                "must not live in a float buffer (build them per call with block.constant), or "
+                "must be listed in KeepsFloat32.float32_names"
+            )
+
+
+def reloaded(module: nn.Module, fresh: nn.Module) -> nn.Module:
+    """Save a module's weights, and load them into another that had different ones."""
+    with torch.no_grad():
+        for parameter in fresh.parameters():
+            parameter.add_(1.0)
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    return fresh
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

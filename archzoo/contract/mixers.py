@@ -1,0 +1,500 @@
+"""What is checked of mixers: forms, hand-offs, documents, states, gradients, casts, devices."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from archzoo import block as interface
+from archzoo.block import FORMS, Mixer, State
+from archzoo.contract.measure import (
+    GRADIENTS,
+    VALUES,
+    Violation,
+    context_of,
+    expect_buffers_survive,
+    expect_same,
+    expect_true_gradient,
+    expect_zero,
+    first_line,
+    gradients_of,
+    leaves_of,
+    reloaded,
+    tensors_of,
+)
+from archzoo.contract.subject import BATCH, LONGEST, Subject
+
+
+class Stand(NamedTuple):
+    """Where a text stopped: the part's state, and the place of its rows."""
+
+    state: State
+    place: Any
+
+    def map(self, function: Callable[[State], State]) -> Stand:
+        return Stand(function(self.state), function(self.place))
+
+
+def _start(mixer: Mixer, x: Tensor, capacity: int | None = None) -> Stand:
+    batch = x.shape[0]
+    state = mixer.init_state(batch, capacity=capacity, device=x.device, dtype=x.dtype)
+    return Stand(state, interface.init_place(batch, x.device))
+
+
+def _walk(
+    mixer: Mixer,
+    x: Tensor,
+    plan: Sequence[tuple[int, str | None]],
+    stand: Stand | None = None,
+    documents: Tensor | None = None,
+) -> tuple[Tensor, Stand]:
+    """Run x (batch, time, dim) in pieces of (length, form), handing the state on."""
+    state, place = stand or _start(mixer, x)
+    outputs, begin = [], 0
+    for length, form in plan:
+        end = begin + length
+        piece = None if documents is None else documents[:, begin:end]
+        context, place = context_of(x[:, begin:end], piece, place)
+        y, state = mixer(x[:, begin:end], state, context, form)
+        outputs.append(y)
+        begin = end
+    return torch.cat(outputs, dim=1), Stand(state, place)
+
+
+def _whole(
+    mixer: Mixer, x: Tensor, form: str | None = "recurrent", documents: Tensor | None = None
+) -> Tensor:
+    """X at once, from an empty state that is not kept."""
+    y: Tensor = mixer(x, None, context_of(x, documents)[0], form)[0]
+    return y
+
+
+# ---------------------------------------------------------------------------- the checks
+
+
+def mixer_interface(subject: Subject) -> str:
+    """Shapes, dtypes, state None for None, a state of tensors and ints with the batch first."""
+    mixer = subject.make(torch.float32)
+    x = subject.draw(BATCH, 7, subject.dim, dtype=torch.float32)
+    context, _ = context_of(x)
+    with torch.no_grad():
+        for form in (*FORMS, None):
+            y, state = mixer(x, None, context, form)
+            if y.shape != x.shape or y.dtype != x.dtype:
+                raise Violation(
+                    f"form {form}: {tuple(y.shape)} {y.dtype} from {tuple(x.shape)} {x.dtype}: "
+                    "y has the shape and dtype of x"
+                )
+            if state is not None:
+                raise Violation(
+                    f"form {form}: state None must come back as None: training "
+                    "keeps nothing it does not need"
+                )
+            y, state = mixer(x, _start(mixer, x).state, context, form)
+            if state is None:
+                raise Violation(f"form {form}: a state goes in, so a state must come back")
+            for leaf in leaves_of(state):
+                if isinstance(leaf, Tensor):
+                    if leaf.dim() == 0 or leaf.shape[0] != BATCH:
+                        raise Violation(
+                            f"form {form}: a state's tensor has shape {tuple(leaf.shape)} at "
+                            f"batch {BATCH}: the batch is axis 0 of every tensor"
+                        )
+                elif leaf is not None and not isinstance(leaf, int):
+                    raise Violation(
+                        f"form {form}: the state holds a {type(leaf).__name__}: only tensors, "
+                        "ints, dicts and lists can be forked, reordered and saved"
+                    )
+    for form in FORMS:
+        ran: list[str] = []
+        spied = copy.copy(mixer)
+        for name in FORMS:
+            run = functools.partial(_spy, ran, name, getattr(mixer, name))
+            object.__setattr__(spied, name, run)
+        with torch.no_grad():
+            spied(x, None, context, form)
+        if ran[:1] != [form]:
+            raise Violation(f"form {form!r} was asked for, {ran[0] if ran else 'none'!r} was run")
+    try:
+        mixer(x, None, context, "sideways")
+    except ValueError:
+        return "y as x; None for None; a plain state, batch first; the form asked for is run"
+    raise Violation("an unknown form must raise ValueError")
+
+
+def _spy(ran: list[str], name: str, run: Callable[..., Any], *arguments: Any) -> Any:
+    ran.append(name)
+    return run(*arguments)
+
+
+def mixer_forms(subject: Subject) -> str:
+    """Parallel, chunkwise, recurrent and the form chosen are one function."""
+    worst: dict[torch.dtype, float] = {}
+    for dtype in (torch.float64, torch.float32):
+        mixer = subject.make(dtype)
+        for time in subject.lengths():
+            x = subject.draw(BATCH, time, subject.dim, dtype=dtype)
+            with torch.no_grad():
+                want = _whole(mixer, x)
+                for form in ("parallel", "chunkwise", None):
+                    what = f"form {form} against recurrent, {time} tokens, {dtype}"
+                    error = expect_same(_whole(mixer, x, form), want, VALUES[dtype], what)
+                    worst[dtype] = max(worst.get(dtype, 0.0), error)
+    return ", ".join(f"{str(d).removeprefix('torch.')} {error:.0e}" for d, error in worst.items())
+
+
+def mixer_handoffs(subject: Subject) -> str:
+    """A text cut anywhere, each piece in any form, gives what it gives whole."""
+    mixer = subject.make()
+    worst, pieces = 0.0, 0
+    for time, gradients, roomy in (
+        (subject.random.randint(200, LONGEST), False, False),
+        (subject.random.randint(20, 90), False, True),
+        (subject.random.randint(20, 60), True, False),
+    ):
+        x = subject.draw(BATCH, time, subject.dim)
+        with torch.no_grad():
+            want = _whole(mixer, x)
+        for _ in range(3):
+            plan = subject.plan(time)
+            with torch.set_grad_enabled(gradients):
+                start = _start(mixer, x, capacity=time if roomy else None)
+                got, _ = _walk(mixer, x, plan, start)
+            what = f"pieces {plan} against the whole: the state must carry all of the past"
+            worst = max(worst, expect_same(got, want, VALUES[torch.float64], what))
+            pieces += len(plan)
+    return f"{pieces} pieces, float64 {worst:.0e}"
+
+
+def mixer_causal(subject: Subject) -> str:
+    """Token t sees nothing after t: no gradient at all, and no change when the future changes."""
+    mixer = subject.make()
+    time = 12
+    t = subject.random.randint(2, time - 3)
+    for form in FORMS:
+        x = subject.draw(2, time, subject.dim).requires_grad_()
+        y = _whole(mixer, x, form)
+        (gradient,) = gradients_of(y[:, : t + 1].square().sum(), [x])
+        expect_zero(gradient[:, t + 1 :], f"{form}: outputs to {t} see tokens after {t}")
+        other = x.detach().clone()
+        other[:, t + 1 :] = subject.draw(2, time - t - 1, subject.dim)
+        with torch.no_grad():
+            changed = _whole(mixer, other, form)
+        what = f"{form}: outputs to {t} change with the tokens after {t}, which they must not see"
+        expect_same(changed[:, : t + 1], y[:, : t + 1], VALUES[torch.float64], what)
+    return "gradient to the future exactly 0, in every form"
+
+
+def mixer_documents(subject: Subject) -> str:
+    """Padding and packing give each document what it gives alone, in every form and hand-off."""
+    mixer = subject.make()
+    sizes = (5, 1, 17, 9)
+    texts = [subject.draw(1, size + 4, subject.dim) for size in sizes]
+    garbage = functools.partial(subject.draw, 1)
+
+    def row(*entries: int | str) -> tuple[Tensor, Tensor]:
+        """A row of 40 tokens: texts by number, and padding of garbage that fills it up."""
+        missing = 40 - sum(sizes[entry] for entry in entries if isinstance(entry, int))
+        share = missing // max(sum(isinstance(entry, str) for entry in entries), 1)
+        vectors, documents = [], []
+        for entry in entries:
+            if isinstance(entry, int):
+                vectors.append(texts[entry][:, : sizes[entry]])
+                documents += [entry] * sizes[entry]
+            else:
+                size = missing - share if entry == "rest" else share
+                vectors.append(10 * garbage(size, subject.dim))
+                documents += [-1] * size
+        return torch.cat(vectors, dim=1), torch.tensor([documents])
+
+    rows = {
+        "left padding": row("pad", 2),
+        "right padding": row(3, "pad"),
+        "packing": row("pad", 0, 1, 2, 3, "rest"),
+    }
+    x = torch.cat([vectors for vectors, _ in rows.values()])
+    documents = torch.cat([numbers for _, numbers in rows.values()])
+    last = [2, 3, 3]  # the document each row stops in, which goes on below
+    tail = torch.cat([texts[n][:, sizes[n] : sizes[n] + 4] for n in last])
+    worst = 0.0
+    with torch.no_grad():
+        alone = [_whole(mixer, text) for text in texts]
+        cut = subject.random.randint(12, 28)  # inside every row's text or padding
+        ways: list[tuple[str, list[tuple[int, str | None]]]] = [
+            (str(form), [(40, form)]) for form in (*FORMS, None)
+        ]
+        ways += [
+            (f"{a} then {b}", [(cut, a), (40 - cut, b)]) for a in FORMS for b in FORMS if a != b
+        ]
+        for name, plan in ways:
+            y, stand = _walk(mixer, x, plan, documents=documents)
+            outputs = [("from a state", y)]
+            if len(plan) == 1:
+                outputs.append(("without one", _whole(mixer, x, plan[0][1], documents)))
+            for how, got in outputs:
+                for index, kind in enumerate(rows):
+                    for number in documents[index].unique().tolist():
+                        if number < 0:
+                            continue
+                        here = got[index, documents[index] == number]
+                        want = alone[number][0, : sizes[number]]
+                        what = (
+                            f"{kind}, {name}, {how}: a document of {sizes[number]} tokens must "
+                            "get what it gets alone"
+                        )
+                        worst = max(worst, expect_same(here, want, VALUES[torch.float64], what))
+            behind = F.pad(tail, (0, 0, 3, 0), value=9.0)  # the next piece may be padded, too
+            numbers = F.pad(torch.tensor(last)[:, None].expand(-1, 4), (3, 0), value=-1)
+            y, _ = _walk(mixer, behind, [(5, plan[-1][1]), (2, "recurrent")], stand, numbers)
+            y = y[:, 3:]
+            for index, kind in enumerate(rows):
+                want = alone[last[index]][0, sizes[last[index]] :]
+                what = (
+                    f"{kind}, {name}: a document that goes on in the next piece must find its "
+                    "state as it left it; padding neither adds nor decays"
+                )
+                worst = max(worst, expect_same(y[index], want, VALUES[torch.float64], what))
+    for form in FORMS:
+        leaf = x.clone().requires_grad_()
+        y = _whole(mixer, leaf, form, documents)
+        (gradient,) = gradients_of(y[2, documents[2] == 2].square().sum(), [leaf])
+        expect_zero(gradient[2, documents[2] != 2], f"{form}: a document sees another, or padding")
+    return f"left, right, packed and going on, float64 {worst:.0e}; sealed from each other"
+
+
+def mixer_batch(subject: Subject) -> str:
+    """A row of a batch gives what it gives alone."""
+    mixer = subject.make()
+    x = subject.draw(BATCH, 20, subject.dim).requires_grad_()
+    worst = 0.0
+    for form in FORMS:
+        y = _whole(mixer, x, form)
+        (gradient,) = gradients_of(y[0].square().sum(), [x])
+        expect_zero(gradient[1:], f"{form}: row 0 sees other rows")
+        for row in range(BATCH):
+            with torch.no_grad():
+                alone = _whole(mixer, x[row : row + 1], form)
+            what = f"{form}: row {row} alone against in a batch of {BATCH}"
+            worst = max(worst, expect_same(alone, y[row : row + 1], VALUES[torch.float64], what))
+    return f"float64 {worst:.0e}; gradient to other rows exactly 0"
+
+
+def _owns_its_tensors(mixer: Mixer, x: Tensor) -> None:
+    """A state may not be a small view of something large."""
+    for form in FORMS:
+        with torch.no_grad():
+            _, stand = _walk(mixer, x, [(x.shape[1], form)])
+        for tensor in tensors_of(stand.state):
+            held, own = tensor.untyped_storage().nbytes(), tensor.numel() * tensor.element_size()
+            if held > 2 * own:
+                raise Violation(
+                    f"after {form} a tensor of the state, {own} bytes, is a view of {held}: it "
+                    "keeps them all alive, and is saved with them; hand back a copy"
+                )
+
+
+def mixer_state(subject: Subject) -> str:
+    """A state can be forked, reordered, saved, moved and cut off, and goes on as if nothing was."""
+    mixer = subject.make()
+    time, more = 11, 6
+    x = subject.draw(BATCH, time + more, subject.dim)
+    rest = x[:, time:]
+    _owns_its_tensors(mixer, subject.draw(1, LONGEST, subject.dim))
+    rows = torch.tensor([2, 0, 0, 1, 2])  # more rows than before, and other than heads
+
+    def save(state: State) -> State:
+        file = io.BytesIO()
+        torch.save(state, file)
+        file.seek(0)
+        return torch.load(file, weights_only=True)
+
+    worst = 0.0
+    for first, then in (("recurrent", "recurrent"), ("chunkwise", "parallel")):
+        plan = [(2, then), (more - 2, "recurrent")]
+        with torch.no_grad():
+            _, stand = _walk(mixer, x[:, :time], [(time, first)])
+            ways = {
+                "forked": stand.map(interface.fork),
+                "saved and loaded": stand.map(save),
+                "moved": stand.map(lambda state: interface.to(interface.fork(state), "cpu")),
+            }
+            reordered = stand.map(lambda state: interface.reorder(state, rows))
+            want = _whole(mixer, x)[:, time:]
+            _walk(mixer, rest, plan, stand)  # consumes the state; its copies must not notice
+            for name, copied in ways.items():
+                got, _ = _walk(mixer, rest, plan, copied)
+                what = f"a state {name} after {first}: goes on as the one it was made from"
+                worst = max(worst, expect_same(got, want, VALUES[torch.float64], what))
+            got, _ = _walk(mixer, rest[rows], plan, reordered)
+            what = f"rows of a state reordered after {first}: every tensor has the batch first"
+            worst = max(worst, expect_same(got, want[rows], VALUES[torch.float64], what))
+        past = x[:, :time].clone().requires_grad_()
+        _, stand = _walk(mixer, past, [(time, first)])
+        cut, _ = _walk(mixer, rest, plan, stand.map(interface.detach))
+        what = "a detached state goes on as the whole does"
+        worst = max(worst, expect_same(cut, want, VALUES[torch.float64], what))
+        expect_zero(gradients_of(cut.sum(), [past])[0], "a detached state lets a gradient through")
+    return f"fork, reorder, save, move, detach: float64 {worst:.0e}"
+
+
+def mixer_gradients(subject: Subject) -> str:
+    """Every form has the gradients of the recurrent one, through an incoming state too."""
+    found: dict[torch.dtype, float] = {}
+    for dtype in (torch.float64, torch.float32):
+        mixer = subject.make(dtype)
+        time = subject.random.randint(12, 40)
+        x = subject.draw(2, time, subject.dim, dtype=dtype).requires_grad_()
+        weights = subject.draw(2, time, subject.dim, dtype=dtype)
+        named = {name: p for name, p in mixer.named_parameters() if p.requires_grad}
+        wanted = {"x": x} | named
+        scalar = (_whole(mixer, x) * weights).sum()
+        want = dict(zip(wanted, gradients_of(scalar, list(wanted.values())), strict=True))
+        for name in named:
+            if not want[name].abs().max():
+                raise Violation(f"the parameter {name!r} gets no gradient: training leaves it be")
+        cut = subject.random.randint(1, time - 1)
+        plans = [[(time, form)] for form in ("parallel", "chunkwise")]
+        plans += [[(cut, a), (time - cut, b)] for a in FORMS for b in FORMS]
+        for plan in plans:
+            y = _whole(mixer, x, plan[0][1]) if len(plan) == 1 else _walk(mixer, x, plan)[0]
+            got = gradients_of((y * weights).sum(), list(wanted.values()))
+            for name, gradient in zip(wanted, got, strict=True):
+                what = f"{dtype} gradient of {name}, pieces {plan}, against the recurrent form's"
+                error = expect_same(gradient, want[name], GRADIENTS[dtype], what)
+                found[dtype] = max(found.get(dtype, 0.0), error)
+    mixer = subject.make()
+    expect_true_gradient(
+        lambda x: _whole(mixer, x), mixer, subject.draw(2, 6, subject.dim), subject
+    )
+    return ", ".join(f"{str(d).removeprefix('torch.')} {error:.0e}" for d, error in found.items())
+
+
+def mixer_casts(subject: Subject) -> str:
+    """Half precision rounds weights and activations, never positions, decays or sums over time."""
+    module: Mixer = subject.make(torch.float32)
+    expect_buffers_survive(module)
+    worst = 0.0
+    for dtype in (torch.bfloat16, torch.float16):
+        half = subject.make(torch.float32).to(dtype)
+        full = copy.deepcopy(half).float()  # the same rounded weights, computed in float32
+        x = subject.draw(2, LONGEST, subject.dim, dtype=dtype)
+        with torch.no_grad():
+            want = _whole(full, x.float(), "parallel")
+            for form in (*FORMS, None):
+                what = f"{form} in {dtype} against float32 with the same weights"
+                got = _whole(half, x, form)
+                if got.dtype != dtype:
+                    raise Violation(f"{form} in {dtype} gives {got.dtype}: y has the dtype of x")
+                worst = max(worst, expect_same(got, want, VALUES[dtype], what))
+        _sums_are_wide(half, x[:, :64], f"after .to({dtype})")
+    x = subject.draw(2, 64, subject.dim, dtype=torch.float32)
+    with torch.no_grad():
+        want = _whole(module, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        _sums_are_wide(module, x, "under bfloat16 autocast")
+        for form in FORMS:
+            with torch.no_grad():
+                got = _whole(module, x, form)
+            what = f"{form} under bfloat16 autocast against without"
+            worst = max(worst, expect_same(got, want, VALUES[torch.bfloat16], what))
+    return f"bfloat16, float16 and autocast {worst:.0e}; sums over time stay float32"
+
+
+def _sums_are_wide(mixer: Mixer, x: Tensor, when: str) -> None:
+    """Sums over time must be float32 at least.
+
+    A tensor of the state is such a sum if its shape stays as tokens come (a cache grows) and it
+    still depends on the first of them (a window has forgotten it).
+    """
+    x = x.clone().requires_grad_()
+    for form in FORMS:
+        _, stand = _walk(mixer, x[:, :32], [(32, form)])
+        shapes = [tensor.shape for tensor in tensors_of(stand.state)]
+        _, stand = _walk(mixer, x[:, 32:], [(x.shape[1] - 32, form)], stand)
+        for tensor, shape in zip(tensors_of(stand.state), shapes, strict=False):
+            if not tensor.requires_grad or tensor.shape != shape:
+                continue
+            (gradient,) = gradients_of(tensor.sum(), [x])
+            if gradient[:, 0].abs().max() and tensor.dtype in (torch.bfloat16, torch.float16):
+                raise Violation(
+                    f"{form} {when}: a tensor of the state {tuple(shape)} sums over time in "
+                    f"{tensor.dtype}: such sums are at least float32"
+                )
+
+
+def mixer_heads(subject: Subject) -> str:
+    """At 32 heads all is as at 4."""
+    sizes = {"dim": 32 * (subject.dim // subject.sizes["heads"]), "heads": 32}
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        mixer = subject.make(dtype, **sizes)
+        x = subject.draw(2, 70, sizes["dim"], dtype=dtype)
+        with torch.no_grad():
+            want = _whole(mixer, x)
+            for form in ("parallel", "chunkwise"):
+                what = f"{form} against recurrent at 32 heads, {dtype}"
+                found.append(expect_same(_whole(mixer, x, form), want, VALUES[dtype], what))
+    return f"forms agree to {max(found):.0e}"
+
+
+def mixer_repeats(subject: Subject) -> str:
+    """The same seed and input give the same bits: nothing hidden, nothing random, no mode."""
+    mixer, twin = subject.make(), subject.make()
+    x, other = subject.draw(BATCH, 30, subject.dim), subject.draw(2, 9, subject.dim)
+    with torch.no_grad():
+        for form in (*FORMS, None):
+            mixer.train()
+            first = _whole(mixer, x, form)
+            _whole(mixer, other, form)
+            if not torch.equal(_whole(mixer, x, form), first):
+                raise Violation(f"{form}: a second call gives other numbers: a module hides state")
+            if not torch.equal(_whole(twin, x, form), first):
+                raise Violation(f"{form}: a twin of the same seed gives other numbers")
+            if not torch.equal(_whole(mixer.eval(), x, form), first):
+                raise Violation(
+                    f"{form}: eval() gives other numbers than train(): forms are chosen by facts, "
+                    "and dropout belongs to the decoder"
+                )
+    return "bit for bit, in train() and eval()"
+
+
+def mixer_save(subject: Subject) -> str:
+    """Weights saved and loaded into a fresh instance give the same bits."""
+    mixer = subject.make()
+    fresh = cast(Mixer, reloaded(mixer, subject.make()))
+    x = subject.draw(2, 20, subject.dim)
+    with torch.no_grad():
+        if not torch.equal(_whole(fresh, x, None), _whole(mixer, x, None)):
+            raise Violation(
+                "a fresh instance with the saved weights gives other numbers: some of what "
+                "decides the output is in neither the weights nor the arguments"
+            )
+    return "bit for bit"
+
+
+def mixer_devices(subject: Subject) -> str:
+    """Runs where its input lives: on the meta device a tensor made elsewhere or a read shows."""
+    with torch.device("meta"):
+        mixer = subject.part(*subject.sizes.values(), **subject.arguments)
+    x = torch.empty(2, 9, subject.dim, device="meta")
+    numbers = torch.tensor([[-1] * 2 + [0] * 3 + [1] * 4] * 2, device="meta")
+    for form in FORMS:
+        for documents in (None, numbers):
+            try:
+                with torch.no_grad():
+                    y, _ = _walk(mixer, x, [(4, form), (5, form)], documents=documents)
+            except (RuntimeError, NotImplementedError) as error:
+                raise Violation(
+                    f"{form} on the meta device: {first_line(error)}: tensors are made on the "
+                    "device of x, and no step asks the device for a number"
+                ) from None
+            if y.device.type != "meta":
+                raise Violation(f"{form}: y is on {y.device}, x on {x.device}")
+    return "built and run on the meta device"
