@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from archzoo import block as interface
-from archzoo.contract.measure import MODEL_VALUES, VALUES, expect_same, gradients_of
-from archzoo.contract.subject import Subject
+from archzoo.contract.measure import MODEL_VALUES, VALUES, by_dtype, expect_same, gradients_of
+from archzoo.contract.subject import SIZES, Subject
 from archzoo.decoder import Decoder
 
 
@@ -15,7 +15,7 @@ def decoder_with(subject: Subject, dtype: torch.dtype = torch.float64) -> Decode
 
     The part is put into a finished decoder, since a class made in a function has no import path.
     """
-    sizes = {"dim": 32, "heads": 4, "vocab_size": 29, "width": 48} | subject.sizes
+    sizes = SIZES["mixer"] | SIZES["feed_forward"] | SIZES["embedding"] | subject.sizes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(subject.seed)
         decoder = Decoder(depth=2, init_std=0.2, **sizes)
@@ -76,4 +76,4 @@ def mixer_model(subject: Subject) -> str:
                         what = f"logits {form} {how} against recurrent, {dtype}"
                         error = expect_same(got[valid], want[valid], MODEL_VALUES[dtype], what)
                         found[dtype] = max(found.get(dtype, 0.0), error)
-    return ", ".join(f"{str(d).removeprefix('torch.')} {error:.0e}" for d, error in found.items())
+    return by_dtype(found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from archzoo import block as interface
 from archzoo.block import Context, State
 from archzoo.contract.subject import Subject
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 #: Relative RMS up to which two ways to compute the same thing agree: one part, a whole model,
 #: and gradients.
@@ -133,16 +135,26 @@ def expect_buffers_survive(module: nn.Module) -> None:
             )
 
 
-def reloaded(module: nn.Module, fresh: nn.Module) -> nn.Module:
+def saved_and_loaded(data: Any) -> Any:
+    """What comes back from a file, loaded without running code."""
+    file = io.BytesIO()
+    torch.save(data, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def reloaded(module: nn.Module, fresh: AnyModule) -> AnyModule:
     """Save a module's weights, and load them into another that had different ones."""
     with torch.no_grad():
         for parameter in fresh.parameters():
             parameter.add_(1.0)
-    file = io.BytesIO()
-    torch.save(module.state_dict(), file)
-    file.seek(0)
-    fresh.load_state_dict(torch.load(file, weights_only=True))
+    fresh.load_state_dict(saved_and_loaded(module.state_dict()))
     return fresh
+
+
+def by_dtype(errors: dict[torch.dtype, float]) -> str:
+    """The error of each dtype, for a report."""
+    return ", ".join(f"{str(d).removeprefix('torch.')} {error:.0e}" for d, error in errors.items())
 
 
 def first_line(error: BaseException) -> str:

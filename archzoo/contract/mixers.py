@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import io
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from archzoo.contract.measure import (
     GRADIENTS,
     VALUES,
     Violation,
+    by_dtype,
     context_of,
     expect_buffers_survive,
     expect_same,
@@ -27,6 +27,7 @@ from archzoo.contract.measure import (
     gradients_of,
     leaves_of,
     reloaded,
+    saved_and_loaded,
     tensors_of,
 )
 from archzoo.contract.subject import BATCH, LONGEST, Subject
@@ -147,7 +148,7 @@ def mixer_forms(subject: Subject) -> str:
                     what = f"form {form} against recurrent, {time} tokens, {dtype}"
                     error = expect_same(_whole(mixer, x, form), want, VALUES[dtype], what)
                     worst[dtype] = max(worst.get(dtype, 0.0), error)
-    return ", ".join(f"{str(d).removeprefix('torch.')} {error:.0e}" for d, error in worst.items())
+    return by_dtype(worst)
 
 
 def mixer_handoffs(subject: Subject) -> str:
@@ -309,12 +310,6 @@ def mixer_state(subject: Subject) -> str:
     _owns_its_tensors(mixer, subject.draw(1, LONGEST, subject.dim))
     rows = torch.tensor([2, 0, 0, 1, 2])  # more rows than before, and other than heads
 
-    def save(state: State) -> State:
-        file = io.BytesIO()
-        torch.save(state, file)
-        file.seek(0)
-        return torch.load(file, weights_only=True)
-
     worst = 0.0
     for first, then in (("recurrent", "recurrent"), ("chunkwise", "parallel")):
         plan = [(2, then), (more - 2, "recurrent")]
@@ -322,7 +317,7 @@ def mixer_state(subject: Subject) -> str:
             _, stand = _walk(mixer, x[:, :time], [(time, first)])
             ways = {
                 "forked": stand.map(interface.fork),
-                "saved and loaded": stand.map(save),
+                "saved and loaded": stand.map(saved_and_loaded),
                 "moved": stand.map(lambda state: interface.to(interface.fork(state), "cpu")),
             }
             reordered = stand.map(lambda state: interface.reorder(state, rows))
@@ -373,7 +368,7 @@ def mixer_gradients(subject: Subject) -> str:
     expect_true_gradient(
         lambda x: _whole(mixer, x), mixer, subject.draw(2, 6, subject.dim), subject
     )
-    return ", ".join(f"{str(d).removeprefix('torch.')} {error:.0e}" for d, error in found.items())
+    return by_dtype(found)
 
 
 def mixer_casts(subject: Subject) -> str:
@@ -468,7 +463,7 @@ def mixer_repeats(subject: Subject) -> str:
 def mixer_save(subject: Subject) -> str:
     """Weights saved and loaded into a fresh instance give the same bits."""
     mixer = subject.make()
-    fresh = cast(Mixer, reloaded(mixer, subject.make()))
+    fresh = reloaded(mixer, subject.make())
     x = subject.draw(2, 20, subject.dim)
     with torch.no_grad():
         if not torch.equal(_whole(fresh, x, None), _whole(mixer, x, None)):
