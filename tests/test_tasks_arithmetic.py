@@ -86,10 +86,23 @@ def test_digit_arrays_calculate_as_python_does(size, other, seed):
     assert digits.to_integers(digits.multiply(first, narrow)) == [a * b for a, b in pairs]
 
 
+def longest_carry(a, b):
+    """The longest chain of carries in a + b, (examples,): 0 where no column exceeds 9.
+
+    A chain is a column whose digits sum to 10 or more and the columns after it that sum to 9, each
+    of which passes the carry on.
+    """
+    chain, longest = np.zeros((2, a.shape[1]), np.int64)
+    for column in a + b:
+        chain = np.where(column > 9, 1, np.where(column == 9, chain + (chain > 0), 0))
+        longest = np.maximum(longest, chain)
+    return longest
+
+
 def test_the_longest_carry_of_sums_done_by_hand():
     pairs = [(12, 34), (15, 5), (95, 5), (999, 1), (5995, 15), (1999, 8001), (50505, 50505)]
     a, b = (digits.from_integers(numbers, 6) for numbers in zip(*pairs, strict=True))
-    assert digits.longest_carry(a, b).tolist() == [0, 1, 2, 3, 2, 4, 1]
+    assert longest_carry(a, b).tolist() == [0, 1, 2, 3, 2, 4, 1]
 
 
 # ---------------------------------------------------------------------------- lines
@@ -376,7 +389,7 @@ def test_chains_are_as_long_as_asked(size):
     task = Addition()
     for chain in range(size + 1):
         problems = task.chained(size, chain, 30)
-        assert (digits.longest_carry(*problems.operands) == chain).all()
+        assert (longest_carry(*problems.operands) == chain).all()
         assert (problems.lengths == size).all() and (problems.operands[:, size - 1] > 0).all()
         assert task.is_held_out(problems).all()
     with pytest.raises(ValueError, match="carry through 13 columns"):

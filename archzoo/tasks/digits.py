@@ -68,19 +68,6 @@ def length(number: Digits) -> Integers:
     return np.where(present.any(axis=0), len(number) - present[::-1].argmax(axis=0), 1)
 
 
-def longest_carry(a: Digits, b: Digits) -> Integers:
-    """The longest chain of carries in a + b, (examples,): 0 where no column exceeds 9.
-
-    A chain is a column whose digits sum to 10 or more and the columns after it that sum to 9, each
-    of which passes the carry on.
-    """
-    chain, longest = np.zeros((2, a.shape[1]), np.int64)
-    for column in a + b:
-        chain = np.where(column > 9, 1, np.where(column == 9, chain + (chain > 0), 0))
-        longest = np.maximum(longest, chain)
-    return longest
-
-
 # ---------------------------------------------------------------------------- random numbers
 
 
