@@ -159,10 +159,11 @@ class Launch:
         """The compiled kernel; where Triton is known, round its launcher written in Python."""
         launcher, hooks = handle.run, (handle.packed_metadata, None, None, None)
         if not known_triton() or launcher.profile_scratch_size:
-            self.launcher, self.compiled = launcher, (handle.function, *hooks)
+            self.compiled = handle.function, *hooks
+            self.launcher = launcher  # last: other threads launch by it once it is there
             return
         programs = self.grid[0] * self.grid[1] * self.grid[2] * launcher.num_ctas
         self.scratch = -(-launcher.global_scratch_size * programs // itemsize)
         flags = launcher.launch_cooperative_grid, launcher.launch_pdl
         self.compiled, self.hooks = (handle.function, *flags), (None, *hooks)
-        self.run = launcher.launch
+        self.run = launcher.launch  # last, as above
