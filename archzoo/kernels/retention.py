@@ -27,6 +27,7 @@ __all__ = ["available", "retention", "retention_step", "unavailable"]
 
 MAX_KEY_WIDTH = 256
 MAX_VALUE_WIDTH = 512
+MAX_ROWS = 2**16 - 1  # batch times heads, an axis of the grid
 _TRITON_FOUND = importlib.util.find_spec("triton") is not None
 
 
@@ -59,6 +60,11 @@ def unavailable(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None
             f"the kernels take dk up to {MAX_KEY_WIDTH} and dv up to {MAX_VALUE_WIDTH}, "
             f"not {q.shape[-1]} and {v.shape[-1]}"
         )
+    batch, heads = v.shape[0], v.shape[-2]
+    if batch * heads > MAX_ROWS:
+        return f"the kernels take {MAX_ROWS} rows of batch times heads, not {batch} x {heads}"
+    if not v.numel():
+        return "there are no tokens"
     if log_decay is not None and log_decay.requires_grad and torch.is_grad_enabled():
         return "the kernels give no gradient to the decay"
     return None
@@ -243,7 +249,7 @@ def retention(
 
     Raises:
         RuntimeError: the kernels cannot take these tensors; the message says why.
-        ValueError: packed documents without positions.
+        ValueError: packed documents without positions, or tensors of other shapes.
     """
     reason = unavailable(q, k, v, log_decay)
     if reason is not None:
@@ -251,10 +257,13 @@ def retention(
     if starts is not None and positions is None and scale:
         raise ValueError("packed documents (starts) need positions within the document")
     leave = state is not None if return_state is None else return_state
+    log_decay = log_decay.contiguous()  # every second one of more heads', say, or one for all
     documents = ranges = None
     if positions is not None:
         positions = positions.to(torch.int32).contiguous()
     if valid is not None:
+        if valid.shape != q.shape[:2]:
+            raise ValueError(f"valid has shape {tuple(valid.shape)}, beside q of {tuple(q.shape)}")
         last = valid.shape[1] - valid.flip(1).to(torch.uint8).argmax(1)
         first = valid.to(torch.uint8).argmax(1)
         ranges = torch.stack((first, torch.where(valid.any(1), last, first)), 1).to(torch.int32)
