@@ -14,26 +14,18 @@ Importing this module needs neither Triton nor a GPU: both are looked for at the
 from __future__ import annotations
 
 import functools
-import importlib.util
-import os
 
 import torch
 from torch import Tensor
 
 from archzoo.kernels import retention_launch as launch
-from archzoo.kernels.launching import room
+from archzoo.kernels.launching import TRITON_FOUND, interpreting, room
 
 __all__ = ["available", "retention", "retention_step", "unavailable"]
 
 MAX_KEY_WIDTH = 256
 MAX_VALUE_WIDTH = 512
 MAX_ROWS = 2**16 - 1  # batch times heads, an axis of the grid
-_TRITON_FOUND = importlib.util.find_spec("triton") is not None
-
-
-def _interpreting() -> bool:
-    """True where Triton's kernels run on the CPU through its interpreter."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def unavailable(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None) -> str | None:
@@ -45,9 +37,9 @@ def unavailable(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None
         v: values, (batch, time, heads, dv).
         log_decay: log gamma, (heads,); one that wants a gradient is refused.
     """
-    if not _TRITON_FOUND:
+    if not TRITON_FOUND:
         return "triton is not installed"
-    if not q.is_cuda and not (_interpreting() and q.device.type == "cpu"):
+    if not q.is_cuda and not (interpreting() and q.device.type == "cpu"):
         return f"the kernels need a CUDA device, the tensors are on {q.device.type}"
     if torch.version.hip is not None:
         return "the kernels were never run on ROCm"

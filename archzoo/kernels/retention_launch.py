@@ -59,7 +59,7 @@ def _state_like(tensor: Tensor | None) -> Tensor | None:
 
 
 class Facts(NamedTuple):
-    """All that the work depends on but what its tensors hold: the key of what is prepared."""
+    """All that the work depends on but what its tensors hold."""
 
     shape: tuple[int, int, int, int]  # batch, time, heads, dk
     dv: int
