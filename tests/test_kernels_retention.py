@@ -207,7 +207,12 @@ def test_maps_join_segments_as_the_kernel_ahead_of_them(monkeypatch, small, dtyp
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize(("heads", "dk", "dv"), [(16, 64, 64), (8, 128, 256), (4, 256, 512)])
 def test_launches_hand_over_what_their_kernels_take(monkeypatch, apart, heads, dk, dv):
-    """Of real plans, Gluon's kernels too: by number and name, since no interpreter runs those."""
+    """Of real plans, Gluon's kernels too, which no interpreter runs: by number and name.
+
+    Those take pointers and numbers in the order of their twins, which other tests run.
+    """
+    from archzoo.kernels import retention_triton as twins
+
     made = []
 
     def note(kernel, _grid, numbers, constants, **_options):
@@ -216,6 +221,8 @@ def test_launches_hand_over_what_their_kernels_take(monkeypatch, apart, heads, d
         assert names[: len(pointers)] == pointers
         assert set(names[-len(constants) :]) == set(constants)
         assert len(pointers) + len(numbers) + len(constants) == len(names)
+        given = len(pointers) + len(numbers)
+        assert names[:given] == getattr(twins, kernel.fn.__name__).arg_names[:given]
         made.append(kernel)
 
     monkeypatch.setattr(launch, "Launch", note)
@@ -692,7 +699,8 @@ def test_packed_and_padded_at_real_widths(dk, dv):
 @pytest.mark.skipif(not GPU, reason="copying and multiplying apart needs a Hopper GPU")
 @pytest.mark.parametrize(("dk", "dv"), [(64, 64), (128, 256), (256, 512)])
 @pytest.mark.parametrize(("batch", "time"), [(2, 300), (1, 4097)])
-def test_copying_apart_changes_nothing(monkeypatch, batch, time, dk, dv):
+@pytest.mark.parametrize("scale", [True, False])
+def test_copying_apart_changes_nothing(monkeypatch, scale, batch, time, dk, dv):
     """The Gluon kernels, which no interpreter runs, against their twins.
 
     By chunks of the same sizes: others round at other places. So does dq of 64 x 64, which is
@@ -713,7 +721,7 @@ def test_copying_apart_changes_nothing(monkeypatch, batch, time, dk, dv):
     def run():
         leaves = [x.clone().requires_grad_() for x in (*tensors, state)]
         q, k, v, entering = leaves
-        out, last = retention(q, k, v, slopes(2), entering)
+        out, last = retention(q, k, v, slopes(2), entering, scale=scale)
         return out, last, *torch.autograd.grad((out, last), leaves, (d_out, d_last))
 
     mine = run()
