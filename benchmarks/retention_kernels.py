@@ -272,6 +272,8 @@ def make_call(
 def report(rows: list[dict[str, Any]], heads: int, dk: int, dv: int, time: int) -> None:
     """One line a way of launching: forward / forward + backward, and the ratios."""
     here = [r for r in rows if (r["heads"], r["dk"], r["dv"], r["time"]) == (heads, dk, dv, time)]
+    if not here:  # there was no memory for either pass
+        return
     for way in ("eager", "graph"):
         found = {
             (r["contender"], r["pass"]): float(r["milliseconds"])
@@ -310,7 +312,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     head.append("over the floor")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     whole = [r for r in rows if r["pass"] != "step"]
-    for shape in dict.fromkeys((r["heads"], r["dk"], r["dv"], r["time"]) for r in whole):
+    both_passes = [r for r in whole if r["pass"] == "forward+backward"]
+    for shape in dict.fromkeys((r["heads"], r["dk"], r["dv"], r["time"]) for r in both_passes):
         here = [r for r in whole if (r["heads"], r["dk"], r["dv"], r["time"]) == shape]
         cells = [" x ".join(map(str, shape[:3])), f"{int(shape[3]):,}"]
         for way in ("eager", "graph"):

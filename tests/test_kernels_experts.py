@@ -318,6 +318,7 @@ def test_the_gradient_of_experts_weights_at_real_sizes(experts, out, width):
 @pytest.mark.parametrize(("tokens", "n", "k"), [(70, 8, 2), (3, 5, 3), (40, 64, 8), (1, 1, 1)])
 def test_the_largest(tokens, n, k):
     x = torch.randn(tokens, n, device=DEVICE)
+    assert kernels.fused(x), "else topk would be compared with itself"
     values, indices = kernels.largest(x, k)
     assert torch.equal(values, x.topk(k).values) and torch.equal(indices, x.topk(k).indices)
 
@@ -394,6 +395,7 @@ def test_load(kind, adaptive, tokens, experts, k, monkeypatch):
         )
         if not by_kernels:
             monkeypatch.setattr(balance, "fused", lambda *given: False)
+        assert balance.fused(probabilities) == by_kernels
         aux = part(Routing(weights, indices, probabilities, leaf), context)
         gradient = None
         if adaptive:

@@ -1,4 +1,4 @@
-"""The kernels' module without Triton, and without a GPU."""
+"""The kernels' modules without Triton, and without a GPU."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import importlib.util
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from archzoo.kernels.retention import available, unavailable
 
 
-def test_import_leaves_triton_alone():
-    code = "import sys, archzoo.kernels.retention; sys.exit('triton' in sys.modules)"
+@pytest.mark.parametrize("module", ["retention", "experts", "digits"])
+def test_import_leaves_triton_alone(module):
+    code = f"import sys, archzoo.kernels.{module}; sys.exit('triton' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

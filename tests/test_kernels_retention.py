@@ -207,7 +207,12 @@ def test_maps_join_segments_as_the_kernel_ahead_of_them(monkeypatch, small, dtyp
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize(("heads", "dk", "dv"), [(16, 64, 64), (8, 128, 256), (4, 256, 512)])
 def test_launches_hand_over_what_their_kernels_take(monkeypatch, apart, heads, dk, dv):
-    """Of real plans, Gluon's kernels too: by number and name, since no interpreter runs those."""
+    """Of real plans, Gluon's kernels too, which no interpreter runs: by number and name.
+
+    Those take pointers and numbers in the order of their twins, which other tests run.
+    """
+    from archzoo.kernels import retention_triton as twins
+
     made = []
 
     def note(kernel, _grid, numbers, constants, **_options):
@@ -216,6 +221,8 @@ def test_launches_hand_over_what_their_kernels_take(monkeypatch, apart, heads, d
         assert names[: len(pointers)] == pointers
         assert set(names[-len(constants) :]) == set(constants)
         assert len(pointers) + len(numbers) + len(constants) == len(names)
+        given = len(pointers) + len(numbers)
+        assert names[:given] == getattr(twins, kernel.fn.__name__).arg_names[:given]
         made.append(kernel)
 
     monkeypatch.setattr(launch, "Launch", note)
@@ -365,6 +372,18 @@ def test_what_is_prepared_serves_other_tensors():
         q, k, v = (row[offset : offset + 70 * 2 * 16].view(1, 70, 2, 16) for row in room.to(DEVICE))
         check(q, k, v, decays[offset : offset + 2], random_state(1, 2, 16, 16))
     assert launch.work.cache_info().hits > 0
+
+
+def test_decays_may_lie_apart():
+    """Every second one of more heads', and one for all heads."""
+    for decay in (slopes(4)[::2], slopes(1).expand(2)):
+        q, k, v = case(1, 40, 2, 16, 16, torch.float32)
+        check(q, k, v, decay)
+        state = random_state(1, 2, 16, 16)
+        want, want_last = reference(q[:, :1], k[:, :1], v[:, :1], decay, state)
+        o, _ = retention_step(q[:, :1], k[:, :1], v[:, :1], decay, state)
+        assert error(o, want) < 1e-5
+        assert error(state, want_last) < 1e-5
 
 
 def test_trains_after_a_look_in_inference_mode():
@@ -542,6 +561,17 @@ def test_step_continues_a_prefill(dtype):
     assert error(state, want_last) < TOLERANCE[dtype]
 
 
+def test_a_prepared_step_is_of_its_dtypes():
+    q, k, v = case(1, 1, 2, 16, 16, torch.float32)
+    state = random_state(1, 2, 16, 16)
+    launch._prepare_step.cache_clear()
+    for tensors in ((q, k, v, state), (q, k.bfloat16(), v, state), (q, k, v, state.bfloat16())):
+        retention_step(*tensors[:3], slopes(2), tensors[3])
+    assert launch._prepare_step.cache_info().misses == 3
+    with pytest.raises(ValueError, match="unit last stride"):
+        retention_step(q, k, v, slopes(2), state.mT)
+
+
 def test_step_starts_and_padding():
     q, k, v = case(3, 1, 2, 16, 24, torch.float32)
     state = random_state(3, 2, 16, 24)
@@ -574,12 +604,35 @@ def test_says_why_it_cannot():
     assert "dtype" in unavailable(q, k, v.double())
     assert "float64" in unavailable(q.double(), k.double(), v.double())
     assert "decay" in unavailable(q, k, v, slopes(1).requires_grad_())
+    many = q[:, :1].expand(2**15, 1, 2, 16)
+    assert "65535" in unavailable(many, many, many)
+    assert available(*(x[:-1] for x in (many, many, many)))
+    for nothing in (q[:0], q[:, :0]):
+        assert "no tokens" in unavailable(nothing, nothing, nothing)
     wide = torch.zeros(1, 4, 1, 600, device=DEVICE)
     assert "512" in unavailable(q, k, wide)
     with pytest.raises(RuntimeError, match="no retention kernel"):
         retention(q, k, wide, slopes(1))
     with pytest.raises(ValueError, match="positions"):
         retention(q, k, v, slopes(1), starts=torch.zeros(1, 4, dtype=torch.bool))
+
+
+def test_refuses_shapes_that_do_not_belong_together():
+    """Kernels would read what lies beside them."""
+    q, k, v = case(2, 4, 3, 16, 16, torch.float32)
+    positions = torch.arange(4, device=DEVICE).expand(2, 4)
+    everywhere = torch.ones(2, 4, dtype=torch.bool, device=DEVICE)
+    right = {
+        "k": k, "v": v, "log_decay": slopes(3), "state": random_state(2, 3, 16, 16),
+        "positions": positions, "starts": everywhere, "valid": everywhere,
+    }  # fmt: skip
+    retention(q, **right)
+    for name in right:
+        wrong = right | {name: right[name][:1]}
+        if name == "starts":
+            wrong["valid"] = None  # which it would be spread over
+        with pytest.raises(ValueError, match=f"^{name} has shape"):
+            retention(q, **wrong)
 
 
 def parallel_reference(q, k, v, log_decay, d_out):
@@ -646,7 +699,8 @@ def test_packed_and_padded_at_real_widths(dk, dv):
 @pytest.mark.skipif(not GPU, reason="copying and multiplying apart needs a Hopper GPU")
 @pytest.mark.parametrize(("dk", "dv"), [(64, 64), (128, 256), (256, 512)])
 @pytest.mark.parametrize(("batch", "time"), [(2, 300), (1, 4097)])
-def test_copying_apart_changes_nothing(monkeypatch, batch, time, dk, dv):
+@pytest.mark.parametrize("scale", [True, False])
+def test_copying_apart_changes_nothing(monkeypatch, scale, batch, time, dk, dv):
     """The Gluon kernels, which no interpreter runs, against their twins.
 
     By chunks of the same sizes: others round at other places. So does dq of 64 x 64, which is
@@ -667,7 +721,7 @@ def test_copying_apart_changes_nothing(monkeypatch, batch, time, dk, dv):
     def run():
         leaves = [x.clone().requires_grad_() for x in (*tensors, state)]
         q, k, v, entering = leaves
-        out, last = retention(q, k, v, slopes(2), entering)
+        out, last = retention(q, k, v, slopes(2), entering, scale=scale)
         return out, last, *torch.autograd.grad((out, last), leaves, (d_out, d_last))
 
     mine = run()

@@ -8,25 +8,16 @@ Importing this module needs neither Triton nor a GPU.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import torch
 from torch import Tensor
 
 from archzoo.block import Context
-
-_TRITON_FOUND = importlib.util.find_spec("triton") is not None
+from archzoo.kernels.launching import run_beside
 
 
 def available(tokens: Tensor) -> bool:
     """Whether the kernel runs where the tokens lie; compilers fuse the plain form themselves."""
-    if not _TRITON_FOUND or torch.compiler.is_compiling() or not tokens.numel():
-        return False
-    if tokens.is_cuda:
-        return torch.version.hip is None  # never run there
-    # Triton's interpreter, for tests.
-    return tokens.device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return not torch.compiler.is_compiling() and tokens.numel() > 0 and run_beside(tokens)
 
 
 def shifted_rows(

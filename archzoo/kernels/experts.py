@@ -1,7 +1,7 @@
 """What lies around the experts' products, fused: moving rows, SwiGLU, an attention router's scores.
 
 A mixture of experts is two grouped matrix products and much moving of memory around them. Each
-function here moves every tensor once, forward and backward, in one Triton kernel, and is its plain
+function here moves every tensor once, forward and backward, in a kernel or two, and is its plain
 PyTorch twin wherever `fused` says no: on the CPU, in float64, and under `torch.compile`, which
 fuses the plain form by itself. Measurements: docs/experts.md.
 
@@ -11,18 +11,15 @@ Importing this module needs neither Triton nor a GPU.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
-import os
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from archzoo.kernels.launching import Launch, stream_of
+from archzoo.kernels.launching import Launch, run_beside, stream_of
 
-_TRITON_FOUND = importlib.util.find_spec("triton") is not None
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_WIDTH = 8192  # of a row, which one program holds
 MAX_EXPERTS = 128  # of an attention router, whose scores among themselves one program holds
@@ -35,14 +32,9 @@ MIN_TOKENS = 1024  # of a router's product, else it is a few launches and no wor
 
 def fused(x: Tensor, width: int = 1) -> bool:
     """Whether the kernels run on tensors such as x, with rows of `width`."""
-    if not _TRITON_FOUND or x.dtype not in _DTYPES or width > MAX_WIDTH or not x.numel():
+    if x.dtype not in _DTYPES or width > MAX_WIDTH or not x.numel():
         return False
-    if torch.compiler.is_compiling():
-        return False
-    if x.is_cuda:
-        return torch.version.hip is None  # never run there
-    # Triton's interpreter, for tests.
-    return x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return not torch.compiler.is_compiling() and run_beside(x)
 
 
 def _hopper(x: Tensor) -> bool:
@@ -667,7 +659,7 @@ def attend_experts(projected: Tensor) -> Tensor:
 def _attend_options(experts: int) -> tuple[int, dict[str, int]]:
     """Tokens of a program, and how it is compiled: a thread holds one expert of a token.
 
-    Of 128 experts one in four threads' worth of scores: with all of them it runs out of registers.
+    Beyond 64 experts four threads share one: with all of its scores one runs out of registers.
     """
     block = _power_of_2(experts)
     tokens, warps = max(128 // block, 1), 4 if block < 128 else 16

@@ -1,4 +1,4 @@
-"""What any launch of a kernel needs from the host: memory as kernels want it, a ready handle.
+"""What kernels need from the host: whether they run, memory as they want it, a ready launch.
 
 Triton is imported at the first launch.
 """
@@ -6,13 +6,30 @@ Triton is imported at the first launch.
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+TRITON_FOUND = importlib.util.find_spec("triton") is not None
 _RUN_WITH = ("3.6.",)  # Tritons whose inner parts are known
+
+
+def interpreting() -> bool:
+    """Whether Triton's kernels run on the CPU through its interpreter, as in tests."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def run_beside(x: Tensor) -> bool:
+    """Whether kernels run where x lies."""
+    if not TRITON_FOUND:
+        return False
+    if x.is_cuda:
+        return torch.version.hip is None  # never run there
+    return x.device.type == "cpu" and interpreting()
 
 
 @functools.lru_cache(maxsize=1)
@@ -108,7 +125,7 @@ class Launch:
         grid: programs.
         numbers: strides and sizes, in the kernel's order.
         constants: compile-time parameters by name.
-        options: `num_warps` and `num_stages`.
+        options: how Triton compiles it, `num_warps` and the like.
     """
 
     def __init__(
@@ -159,10 +176,11 @@ class Launch:
         """The compiled kernel; where Triton is known, round its launcher written in Python."""
         launcher, hooks = handle.run, (handle.packed_metadata, None, None, None)
         if not known_triton() or launcher.profile_scratch_size:
-            self.launcher, self.compiled = launcher, (handle.function, *hooks)
+            self.compiled = handle.function, *hooks
+            self.launcher = launcher  # last: other threads launch by it once it is there
             return
         programs = self.grid[0] * self.grid[1] * self.grid[2] * launcher.num_ctas
         self.scratch = -(-launcher.global_scratch_size * programs // itemsize)
         flags = launcher.launch_cooperative_grid, launcher.launch_pdl
         self.compiled, self.hooks = (handle.function, *flags), (None, *hooks)
-        self.run = launcher.launch
+        self.run = launcher.launch  # last, as above

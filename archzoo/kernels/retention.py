@@ -14,25 +14,18 @@ Importing this module needs neither Triton nor a GPU: both are looked for at the
 from __future__ import annotations
 
 import functools
-import importlib.util
-import os
 
 import torch
 from torch import Tensor
 
 from archzoo.kernels import retention_launch as launch
-from archzoo.kernels.launching import room
+from archzoo.kernels.launching import TRITON_FOUND, interpreting, room
 
 __all__ = ["available", "retention", "retention_step", "unavailable"]
 
 MAX_KEY_WIDTH = 256
 MAX_VALUE_WIDTH = 512
-_TRITON_FOUND = importlib.util.find_spec("triton") is not None
-
-
-def _interpreting() -> bool:
-    """True where Triton's kernels run on the CPU through its interpreter."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+MAX_ROWS = 2**16 - 1  # batch times heads, an axis of the grid
 
 
 def unavailable(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None) -> str | None:
@@ -44,9 +37,9 @@ def unavailable(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None
         v: values, (batch, time, heads, dv).
         log_decay: log gamma, (heads,); one that wants a gradient is refused.
     """
-    if not _TRITON_FOUND:
+    if not TRITON_FOUND:
         return "triton is not installed"
-    if not q.is_cuda and not (_interpreting() and q.device.type == "cpu"):
+    if not q.is_cuda and not (interpreting() and q.device.type == "cpu"):
         return f"the kernels need a CUDA device, the tensors are on {q.device.type}"
     if torch.version.hip is not None:
         return "the kernels were never run on ROCm"
@@ -59,6 +52,11 @@ def unavailable(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None
             f"the kernels take dk up to {MAX_KEY_WIDTH} and dv up to {MAX_VALUE_WIDTH}, "
             f"not {q.shape[-1]} and {v.shape[-1]}"
         )
+    batch, heads = v.shape[0], v.shape[-2]
+    if batch * heads > MAX_ROWS:
+        return f"the kernels take {MAX_ROWS} rows of batch times heads, not {batch} x {heads}"
+    if not v.numel():
+        return "there are no tokens"
     if log_decay is not None and log_decay.requires_grad and torch.is_grad_enabled():
         return "the kernels give no gradient to the decay"
     return None
@@ -243,7 +241,7 @@ def retention(
 
     Raises:
         RuntimeError: the kernels cannot take these tensors; the message says why.
-        ValueError: packed documents without positions.
+        ValueError: packed documents without positions, or tensors of other shapes.
     """
     reason = unavailable(q, k, v, log_decay)
     if reason is not None:
@@ -251,10 +249,13 @@ def retention(
     if starts is not None and positions is None and scale:
         raise ValueError("packed documents (starts) need positions within the document")
     leave = state is not None if return_state is None else return_state
+    log_decay = log_decay.contiguous()  # every second one of more heads', say, or one for all
     documents = ranges = None
     if positions is not None:
         positions = positions.to(torch.int32).contiguous()
     if valid is not None:
+        if valid.shape != q.shape[:2]:
+            raise ValueError(f"valid has shape {tuple(valid.shape)}, beside q of {tuple(q.shape)}")
         last = valid.shape[1] - valid.flip(1).to(torch.uint8).argmax(1)
         first = valid.to(torch.uint8).argmax(1)
         ranges = torch.stack((first, torch.where(valid.any(1), last, first)), 1).to(torch.int32)

@@ -54,6 +54,12 @@ def _power(log2_decay, exponent):
 
 
 @gluon.jit
+def _log2_decay(log_decay_ptr, head):
+    """log2 gamma of one head, finite: see `retention_triton._load_log_decay`."""
+    return gl.maximum(gl.load(log_decay_ptr + head).to(gl.float32), -1.0e4) * LOG2_E
+
+
+@gluon.jit
 def _slices(
     pointer, batch, head, stride_batch, stride_time, stride_head, time, WIDTH: gl.constexpr,
     ROWS: gl.constexpr,
@@ -303,7 +309,7 @@ def stream_kernel(
     row_wide = row.to(gl.int64)
     batch = (row // heads).to(gl.int64)
     head = (row % heads).to(gl.int64)
-    log2_decay = gl.maximum(gl.load(log_decay_ptr + head).to(gl.float32), -1.0e4) * LOG2_E
+    log2_decay = _log2_decay(log_decay_ptr, head)
     start = piece * segment
     stop = gl.minimum(start + segment, time)
     normaliser_row = normaliser_ptr + (row % normaliser_rows).to(gl.int64) * time
@@ -460,7 +466,7 @@ def segment_sums_kernel(
     piece = gl.program_id(2) + SKIP
     batch = (row // heads).to(gl.int64)
     head = (row % heads).to(gl.int64)
-    log2_decay = gl.maximum(gl.load(log_decay_ptr + head).to(gl.float32), -1.0e4) * LOG2_E
+    log2_decay = _log2_decay(log_decay_ptr, head)
     start = piece * segment
     stop = gl.minimum(start + segment, time)
     row_column = (tile // COLUMNS) * BLOCK_B

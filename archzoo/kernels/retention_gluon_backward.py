@@ -39,7 +39,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from archzoo.kernels.retention_gluon import LOG2_E, WIDE, _power, _slices
+from archzoo.kernels.retention_gluon import WIDE, _log2_decay, _power, _slices
 
 
 @gluon.jit
@@ -303,7 +303,7 @@ def backward_kernel(
     program_wide = program.to(gl.int64)
     batch = (program // heads).to(gl.int64)
     head = (program % heads).to(gl.int64)
-    log2_decay = gl.maximum(gl.load(log_decay_ptr + head).to(gl.float32), -1.0e4) * LOG2_E
+    log2_decay = _log2_decay(log_decay_ptr, head)
     start = piece * segment
     stop = gl.minimum(start + segment, time)
     normaliser_row = normaliser_ptr + (program % normaliser_rows).to(gl.int64) * time

@@ -59,7 +59,7 @@ def _state_like(tensor: Tensor | None) -> Tensor | None:
 
 
 class Facts(NamedTuple):
-    """All that the work depends on but what its tensors hold: the key of what is prepared."""
+    """All that the work depends on but what its tensors hold."""
 
     shape: tuple[int, int, int, int]  # batch, time, heads, dk
     dv: int
@@ -419,8 +419,9 @@ class Work:
         # What is made in inference mode cannot be saved for a backward to come.
         if reuse and not (torch.is_inference_mode_enabled() or log_decay.is_inference()):
             key = stream, log_decay.data_ptr(), log_decay._version
-            if self.table_kept is not None and self.table_kept[0] == key:
-                return self.table_kept[2]
+            kept = self.table_kept  # once: another thread may put its own there
+            if kept is not None and kept[0] == key:
+                return kept[2]
         table = self.float32(self.table)
         if self.facts.scale:
             self.normaliser(stream, table, log_decay, positions, ranges)
@@ -475,11 +476,51 @@ class Backward(NamedTuple):
     of_q: tuple[Launch, ...]
 
 
+Shape = tuple[int, ...]
+
+
 @functools.lru_cache(maxsize=256)
-def work(*facts: Any) -> Work | None:
-    """The work of these `Facts`, kept; None where the copy engine does not take the strides."""
-    found = Facts(*facts)
-    return Work(found) if strides_fit(found.strides, found.dtype.itemsize) else None
+def work(
+    q: Shape,
+    k: Shape,
+    v: Shape,
+    log_decay: Shape,
+    state: Shape | None,
+    positions: Shape | None,
+    documents: Shape | None,
+    strides: tuple[Shape, ...],
+    dtype: torch.dtype,
+    decay_dtype: torch.dtype,
+    device: torch.device,
+    ranges: bool,
+    scale: bool,
+    leave: bool,
+) -> Work | None:
+    """The work of tensors of these shapes, kept; None where the copy engine takes no such strides.
+
+    `strides` and `dtype` are those of q, k and v.
+
+    Raises:
+        ValueError: shapes that do not belong together; the kernels would read what lies beside.
+    """
+    batch, time, heads, dk = q
+    for name, shape, wanted in (
+        ("k", k, q),
+        ("v", v, (batch, time, heads, v[-1])),
+        ("log_decay", log_decay, (heads,)),
+        ("state", state, (batch, heads, dk, v[-1])),
+        ("positions", positions, (batch, time)),
+        ("starts", documents, (batch, time)),
+    ):
+        if shape not in (None, wanted):
+            raise ValueError(f"{name} has shape {tuple(shape)}, beside q of {tuple(q)}")
+    if not strides_fit(strides, dtype.itemsize):
+        return None
+    facts = Facts(
+        (batch, time, heads, dk), v[-1], strides, dtype, device, decay_dtype, state is not None,
+        positions is not None, documents is not None, ranges, scale, leave,
+    )  # fmt: skip
+    return Work(facts)
 
 
 def find_work(
@@ -495,16 +536,22 @@ def find_work(
     leave: bool,
 ) -> tuple[Work, Tensor, Tensor, Tensor]:
     """The work, and q, k, v as the copy engine wants them."""
-    rest = (
-        q.dtype, q.device, log_decay.dtype, state is not None, positions is not None,
-        documents is not None, ranges is not None, scale, leave,
-    )  # fmt: skip
+    shapes = (
+        q.shape,
+        k.shape,
+        v.shape,
+        log_decay.shape,
+        None if state is None else state.shape,
+        None if positions is None else positions.shape,
+        None if documents is None else documents.shape,
+    )
+    rest = q.dtype, log_decay.dtype, q.device, ranges is not None, scale, leave
     found = None
     if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 == 0:
-        found = work(q.shape, v.shape[-1], (q.stride(), k.stride(), v.stride()), *rest)
+        found = work(*shapes, (q.stride(), k.stride(), v.stride()), *rest)
     if found is None:
         q, k, v = aligned(q), aligned(k), aligned(v)
-        found = work(q.shape, v.shape[-1], (q.stride(), k.stride(), v.stride()), *rest)
+        found = work(*shapes, (q.stride(), k.stride(), v.stride()), *rest)
         assert found is not None
     return found, q, k, v
 
@@ -649,7 +696,7 @@ def _prepare_step(
     from archzoo.kernels import retention_triton as kernels
 
     batch, heads, dk, dv = shape
-    _, _, _, positions, starts, valid = dtypes
+    positions, starts, valid, *_ = dtypes
     tile, warps = _step_cut(batch * heads, dk, dv)
     return Launch(
         kernels.step_kernel,
@@ -675,7 +722,9 @@ def step(
     scale: bool,
 ) -> Tensor:
     """One token, see `archzoo.kernels.retention.retention_step`."""
-    q, k, v = _unit_last(q), _unit_last(k), _unit_last(v)
+    if state.stride(-1) != 1:  # a copy would not be updated in place
+        raise ValueError(f"the state needs a unit last stride, it has {state.stride()}")
+    q, k, v, log_decay = _unit_last(q), _unit_last(k), _unit_last(v), log_decay.contiguous()
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     facts = (positions, starts, valid)
     strides = (
@@ -683,7 +732,10 @@ def step(
         *(0 if x is None else x.stride(0) for x in facts),
         *state.stride()[:3],
     )
-    dtypes = (q.dtype, v.dtype, log_decay.dtype, *(x if x is None else x.dtype for x in facts))
+    dtypes = (
+        *(x if x is None else x.dtype for x in facts),
+        q.dtype, k.dtype, v.dtype, log_decay.dtype, state.dtype,
+    )  # fmt: skip
     aligned = state.data_ptr() % 16 == 0
     launch = _prepare_step(tuple(state.shape), strides, dtypes, q.device, aligned, scale)
     positions, starts, valid = (

@@ -12,7 +12,7 @@ import torch
 
 
 class Cut(NamedTuple):
-    """How one of the four maps is cut into programs."""
+    """How a map, the sums of segments, or the backward in one walk is cut into programs."""
 
     block: int  # rows of the state that a program holds: columns of a and b
     tile: int  # columns of the state that it holds: columns of c and of the result

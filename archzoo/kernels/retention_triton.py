@@ -21,7 +21,8 @@ which are known because gamma is one constant per head.
 
 Each program describes its head's (time, width) slices to Hopper's copy engine, which then reads
 tiles without address arithmetic; past the end of time it fills with zeros, so a ragged last chunk
-needs no mask. (Descriptors made by the host cost some 50 us each at every launch.)
+needs no mask. (Descriptors made by the host would go through Triton's argument handling, which kept
+launches leave out.)
 
 The derivation, the floors and the measurements are in docs/kernels.md.
 """
