@@ -162,6 +162,17 @@ def from_pretrained(
     return found.model, found.tokenizer
 
 
+def _check_device(device: torch.device | str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a build without CUDA
+        reason = str(error).strip().partition("\n")[0]
+        usable = "cpu or cuda" if torch.cuda.is_available() else "cpu"
+        raise ValueError(
+            f"device={str(device)!r} cannot be used here, take {usable}: {reason}"
+        ) from None
+
+
 def load(path: str | os.PathLike[str], device: torch.device | str | None = None) -> Pretrained:
     """`from_pretrained`, with the task beside the model."""
     path = Path(path)
@@ -169,6 +180,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str | None = None)
         path = path.parent
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
+    _check_device(device or "cpu")
     found = _read_directory(path) if path.is_dir() else _read_lightning(path)
     _check_vocabulary(found.model, found.tokenizer, str(path))
     return found._replace(model=found.model.to(device or "cpu").eval())

@@ -56,6 +56,9 @@ COMMANDS = {
 # What a person can do something about, and so needs no traceback.
 MISTAKES = (ValueError, OSError, ArithmeticError)
 
+# What commands import first, and so what is missing where the environment was not entered.
+DEPENDENCIES = ("torch", "lightning", "docstring_parser", "jsonargparse", "rich")
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line; its exit status.
@@ -66,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     Args:
         arguments: What follows the program's name; None: `sys.argv`.
     """
-    name, *rest = sys.argv[1:] if arguments is None else arguments or [""]
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     if not rest and name in ("", "-h", "--help"):
         print(usage())
         return 0 if name else 2
@@ -79,6 +82,17 @@ def main(arguments: list[str] | None = None) -> int:
         return dispatch(name, rest)
     except MISTAKES as error:
         return complain(error)
+    except ModuleNotFoundError as error:
+        if error.name is None:  # raised by hand, by a library that says what it asks for
+            return complain(error)
+        if error.name not in DEPENDENCIES or os.environ.get("ARCHZOO_DEBUG"):
+            raise
+        return complain(
+            ImportError(
+                f"{error.name} is not installed for {sys.executable}; where make has set up .venv, "
+                "`source .venv/bin/activate` enters it"
+            )
+        )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -107,7 +121,8 @@ def call(function: Callable[..., Any], program: str, arguments: list[str]) -> in
     """Call a function with what a command line gives for its parameters.
 
     Parameters without a default are positional, and so are those that Python says are; a list
-    takes all arguments that follow. Booleans are switches: the name alone means true.
+    takes all arguments that follow. Booleans are switches: the name alone means true, and true or
+    false may follow.
     """
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     import docstring_parser
@@ -122,6 +137,10 @@ def call(function: Callable[..., Any], program: str, arguments: list[str]) -> in
             if unknown:
                 options = [o[2:] for a in self._actions for o in a.option_strings if o[:2] == "--"]
                 text = f"there is no option --{unknown}; nearest: --{nearest(unknown, options)}"
+            elif "Does not validate against" in text:
+                from archzoo.training.mistakes import explain
+
+                text = explain(text, ())
             raise ValueError(f"{text} (see {self.prog} --help)")
 
     parser = Parser(prog=program)
@@ -144,10 +163,20 @@ def call(function: Callable[..., Any], program: str, arguments: list[str]) -> in
         parser.add_argument(name, help=help_of.get(name, ""), **settings)
     parser.add_function_arguments(function, skip=set(positional))
     switches = {f"--{name}" for name, p in parameters.items() if p.annotation is bool}
-    arguments = [f"{a}=true" if a in switches else a for a in arguments]
-    given = parser.instantiate_classes(parser.parse_args(arguments)).as_dict()
+    given = parser.instantiate_classes(parser.parse_args(_set(switches, arguments))).as_dict()
     first = [given.pop(name) for name in positional]
     return int(function(*first, **given) or 0)
+
+
+def _set(switches: set[str], arguments: list[str]) -> list[str]:
+    """The arguments with every switch's value behind an equals sign; without one it is true."""
+    found: list[str] = []
+    for argument in arguments:
+        if argument in ("true", "false") and found and found[-1] in switches:
+            found[-1] += f"={argument}"
+        else:
+            found.append(argument)
+    return [f"{a}=true" if a in switches else a for a in found]
 
 
 def usage() -> str:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from archzoo.figures import pyplot, save
+from archzoo.parts import nearest
 
 OUT_OF_DISTRIBUTION = "validation/exact_match/ood"
 
@@ -41,9 +42,11 @@ def read(run: Path, metric: str) -> Curve:
         raise FileNotFoundError(f"{run} holds no metrics.csv: give the directory of a run")
     with log.open(newline="") as file:
         rows = list(csv.DictReader(file))
+    names = sorted({name for row in rows for name, value in row.items() if "/" in name and value})
     rows = [row for row in rows if row.get(metric)]
     if not rows:
-        raise ValueError(f"{log} has no {metric}: name another --metric")
+        close = f"; nearest: {nearest(metric, names)}" if names else ""
+        raise ValueError(f"{log} has no {metric}: name another --metric{close}")
     return Curve(run.name, [int(row["step"]) for row in rows], [float(row[metric]) for row in rows])
 
 

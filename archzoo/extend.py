@@ -176,7 +176,7 @@ def extend_command(
     Args:
         checkpoint: A run's directory, a .ckpt file, or a directory of archzoo.save_pretrained.
         rotary: Which scaling.
-        lengths: Tokens to read. None: 1, 2, 4 and 8 times the trained length.
+        lengths: Tokens to read, such as [256, 1024]. None: 1, 2, 4 and 8 times the trained length.
         windows: Of the validation text, each as long as the longest length; all lengths end where
             they end.
         tail: Tokens at the end of a window whose perplexity is given beside the whole window's.

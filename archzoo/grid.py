@@ -294,11 +294,11 @@ def grid_command(
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    found = load(path, device)
     kind = torch.device(device).type
     if precision == "auto":
         half = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bfloat16" if half else "float32"
-    found = load(path, device)
     exercise = build(found.task).exercise if found.task else None
     if not isinstance(exercise, Exercise) or found.tokenizer is None:
         raise ValueError(f"{path} was not trained on problems, such as those of Addition")

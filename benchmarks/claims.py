@@ -220,6 +220,11 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=Path, default=Path("runs/claims"), help="[runs/claims]")
     given = parser.parse_args(own)
+    missing = [str(config) for config in given.configs if not config.is_file()]
+    if missing:
+        raise SystemExit(f"error: there is no configuration {', '.join(missing)}")
+    if given.at_once < 1:
+        raise SystemExit(f"error: at_once={given.at_once} must be at least 1")
     runs = plan(given.configs, given.arms, given.seeds)
     if not runs:
         raise SystemExit(f"error: none of the files has an arm named {', '.join(given.arms)}")

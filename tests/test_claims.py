@@ -45,6 +45,18 @@ def test_runs_of_a_seed_come_together(claims, tmp_path):
     assert [run.name for run in claims.plan([tmp_path / "a.yaml"], ["none"], [1])] == ["a_none_1"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["none.yaml"], "no configuration none.yaml"), (["a.yaml", "--at_once", "0"], "at_once=0")],
+)
+def test_mistakes_are_one_line(claims, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text(CONFIG)
+    monkeypatch.setattr(sys, "argv", ["claims.py", *arguments])
+    with pytest.raises(SystemExit, match=words):
+        claims.main()
+
+
 def test_a_row_says_what_the_log_says(claims, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a.yaml").write_text(CONFIG)

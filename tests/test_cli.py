@@ -354,6 +354,8 @@ def test_help_of_commands_comes_from_the_code(capsys):
         (["list", "rte*"], ["'rte*'", "retnet_tiny"]),
         (["check", "no_module.Mixer"], ["no_module"]),
         (["generate", "none.ckpt", "1+1="], ["none.ckpt"]),
+        (["fit", "micro.yaml"], ["'micro.yaml' stands alone", "--config micro.yaml"]),
+        (["extend", "none", "--lengths", "64"], ["lengths: '64' is not list", "[64]"]),
     ],
 )
 def test_mistakes_in_commands(here, capsys, arguments, expected):
@@ -385,6 +387,14 @@ def test_mistakes_in_commands(here, capsys, arguments, expected):
         ("--model.norm batch", ["model.norm", "'batch'", "'rms', 'layer'"]),
         ("--model.bias NoBias --model.mixer Retention", ["model.bias"]),
         ("--model.learning_rate 0", ["learning_rate"]),
+        ("--model.learning_rate fast", ["model.learning_rate: 'fast' is not float"]),
+        ("--trainer.accelerator tpu", ["torch_xla"]),
+        (
+            "--trainer.accelerator cuda --trainer.devices 99",
+            ["accelerator=cuda, trainer.devices=99", "'auto' takes what there is"],
+        ),
+        ("--trainer.devices -3", ["devices=-3", "'auto' takes what there is"]),
+        ("--trainer.fast_dev_run -1", ["fast_dev_run"]),
         ("--data Adition", ["data", "'Adition'", "Addition"]),
         ("--data.digit 4", ["'digit'", "digits"]),
         ("--data.digits 0", ["digits 0"]),
@@ -424,6 +434,30 @@ def test_mistakes_in_settings(here, capsys, monkeypatch, arguments, expected):
 def test_mistakes_in_a_configuration(here, capsys, key, content, expected):
     (here / "micro.yaml").write_text(yaml.safe_dump(yaml.safe_load(MICRO) | {key: content}))
     fails(capsys, ["fit", "--config", "micro.yaml"], *expected)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "tpu"])
+@pytest.mark.parametrize("command", [["generate", "{}", "1+1="], ["grid", "{}"]])
+def test_a_device_that_is_not_there(trained, capsys, command, device):
+    arguments = [part.format("runs/micro/last.ckpt") for part in command]
+    fails(capsys, [*arguments, "--device", device], f"device='{device}'", "take cpu")
+
+
+def test_no_arguments_at_all(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["archzoo"])
+    assert main() == 2
+    assert capsys.readouterr().out.strip() == usage()
+
+
+def test_a_switch_takes_true_and_false(capsys):
+    for value, table in (([], True), (["true"], True), (["false"], False)):
+        assert main(["list", "--markdown", *value]) == 0
+        assert capsys.readouterr().out.startswith("| model") == table
+
+
+def test_outside_of_the_environment(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "docstring_parser", None)
+    fails(capsys, ["list"], "docstring_parser is not installed", "source .venv/bin/activate")
 
 
 def test_a_mistake_moves_no_run_away(here, capsys):

@@ -637,6 +637,55 @@ def test_a_slope_must_hold_for_any_scale():
     assert math.isinf(contract.relative_error(torch.tensor([math.nan]), torch.ones(1)))
 
 
+class NeedsMore(RunningMean):
+    def __init__(self, dim, heads, decay):
+        super().__init__(dim, heads)
+
+
+class ReturnsATensor(FeedForward):
+    def __init__(self, dim, width):
+        super().__init__()
+
+    def forward(self, x, context):
+        return x
+
+
+class DoublesItsWidth(ReturnsATensor):
+    def forward(self, x, context):
+        return torch.cat([x, x], -1), {}
+
+
+class ReturnsNoState(RunningMean):
+    def step(self, x, state, context):
+        return super().step(x, state, context)[0], None
+
+
+class StepsToATensor(RunningMean):
+    def step(self, x, state, context):
+        return super().step(x, state, context)[0]
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        (ReturnsATensor, "forward returns a Tensor: it must return y and a dict"),
+        (DoublesItsWidth, "y has the shape and dtype of x"),
+        (ReturnsNoState, "step returns y and None: it must return y and the state"),
+        (StepsToATensor, "step returns a Tensor: it must return y and the state"),
+    ],
+)
+def test_what_a_part_must_return_is_said(part, words):
+    finding = contract.run_check(part, "interface")
+    assert not finding.passed and words in finding.detail
+
+
+def test_a_class_that_cannot_be_built_is_one_finding():
+    (finding,) = contract.examine(NeedsMore)
+    assert not finding.passed
+    assert "argument: 'decay'" in finding.detail
+    assert "the decoder calls NeedsMore(dim, heads)" in finding.detail
+
+
 def test_feed_forward_base_class_names_what_is_missing():
     class Empty(FeedForward):
         def __init__(self, dim, width):

@@ -165,19 +165,29 @@ def run_check(part: Any, name: str, *, seed: int = 0, **arguments: Any) -> Findi
     except Violation as violation:
         return Finding(name, False, str(violation))
     except Exception as error:  # a stranger's class may raise anything, and that is a finding
-        frame = error.__traceback__
-        while frame and frame.tb_next:
-            frame = frame.tb_next
-        code = frame.tb_frame.f_code if frame else None
-        where = (
-            f" in {os.path.basename(code.co_filename)}:{frame.tb_lineno}" if code and frame else ""
-        )
-        return Finding(name, False, f"raised {type(error).__name__}{where}: {first_line(error)}")
+        return Finding(name, False, _raised(error))
+
+
+def _raised(error: Exception) -> str:
+    frame = error.__traceback__
+    while frame and frame.tb_next:
+        frame = frame.tb_next
+    code = frame.tb_frame.f_code if frame else None
+    where = f" in {os.path.basename(code.co_filename)}:{frame.tb_lineno}" if code and frame else ""
+    return f"raised {type(error).__name__}{where}: {first_line(error)}"
 
 
 def examine(part: Any, *, seed: int = 0, **arguments: Any) -> Report:
     """All checks of a part, in order; nothing is printed or raised."""
     subject = Subject(part, arguments, seed)
+    try:
+        subject.make()
+    except Exception as error:  # no rule can be asked, so it is said once
+        detail = _raised(error)
+        if isinstance(error, TypeError):
+            call = f"{subject.part.__name__}({', '.join(SIZES[subject.slot])})"
+            detail += f": the decoder calls {call}, and gives all else by name (init_args)"
+        return Report(str(subject), [Finding("interface", False, detail)])
     names = CHECKS[subject.slot]
     return Report(str(subject), [run_check(part, n, seed=seed, **arguments) for n in names])
 

@@ -26,9 +26,18 @@ def feed_forward_interface(subject: Subject) -> str:
     """Y has the shape and dtype of x; aux is a dict of tensors with known prefixes."""
     part = subject.make(torch.float32)
     x = subject.draw(BATCH, 7, subject.dim, dtype=torch.float32)
-    y, aux = part(x, context_of(x)[0])
+    given = part(x, context_of(x)[0])
+    if not (isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], dict)):
+        raise Violation(
+            f"forward returns a {type(given).__name__}: it must return y and a dict, {{}} where "
+            "there is nothing to say"
+        )
+    y, aux = given
     if y.shape != x.shape or y.dtype != x.dtype:
-        raise Violation(f"{tuple(y.shape)} {y.dtype} from {tuple(x.shape)} {x.dtype}")
+        raise Violation(
+            f"{tuple(y.shape)} {y.dtype} from {tuple(x.shape)} {x.dtype}: y has the shape and "
+            "dtype of x"
+        )
     for name, value in aux.items():
         if name.split("/")[0] not in ("loss", "metric", "sum", "pool") or "/" not in name:
             raise Violation(f"aux entry {name!r}: names begin with loss/, metric/, sum/ or pool/")

@@ -86,6 +86,10 @@ def mixer_interface(subject: Subject) -> str:
     x = subject.draw(BATCH, 7, subject.dim, dtype=torch.float32)
     context, _ = context_of(x)
     with torch.no_grad():
+        given = mixer.step(x[:, :1], _start(mixer, x).state, context.piece(0, 1))
+        if not (isinstance(given, tuple) and len(given) == 2 and given[1] is not None):
+            what = "y and None" if isinstance(given, tuple) else f"a {type(given).__name__}"
+            raise Violation(f"step returns {what}: it must return y and the state after the token")
         for form in (*FORMS, None):
             y, state = mixer(x, None, context, form)
             if y.shape != x.shape or y.dtype != x.dtype:

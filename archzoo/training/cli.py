@@ -10,6 +10,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -21,6 +22,7 @@ os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's
 import torch
 import yaml
 from lightning.fabric.utilities import rank_zero_only
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins import Precision
 
@@ -34,6 +36,7 @@ from archzoo.training.module import LanguageModel, tokenizer_files
 
 BESIDE = "the run's directory"  # stands for it until its name is known
 COMMANDS = ("fit", "validate", "test", "predict")
+HARDWARE = ("accelerator", "devices")  # of the trainer's settings
 
 
 def run(command: str, arguments: list[str]) -> int:
@@ -54,6 +57,8 @@ def run(command: str, arguments: list[str]) -> int:
         if "Does not validate against" in str(error):  # jsonargparse, around what a class said
             raise ValueError(explain(str(error), ())) from error
         raise
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
     return 0
 
 
@@ -244,7 +249,14 @@ class CommandLine(LightningCLI):
         config["plugins"] = [CheckpointFiles(), *_as_list(config.get("plugins"))]
         if config.get("precision") is None:
             config["precision"] = _usual_precision(config)
-        return super()._instantiate_trainer(config, callbacks)
+        try:
+            return super()._instantiate_trainer(config, callbacks)
+        except (MisconfigurationException, TypeError) as error:
+            if not re.search("device|gpu|accelerator", str(error), re.IGNORECASE):
+                raise
+            # Lightning names the setting or the reason, never both.
+            given = ", ".join(f"trainer.{name}={config.get(name)}" for name in HARDWARE)
+            raise ValueError(f"{given}: {error} 'auto' takes what there is") from error
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         arguments = super()._prepare_subcommand_kwargs(subcommand)

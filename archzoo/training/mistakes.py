@@ -31,6 +31,11 @@ def explain(message: str, options: Iterable[str]) -> str:
     found = re.search(r"(?:nrecognized arguments: --|does not accept option ')([\w.]+)", text)
     if found:
         return f"there is no setting {found[1]!r}; nearest: {nearest(found[1], settings)}"
+    found = re.search(r"nrecognized arguments: ([^-\s]\S*)", text)
+    if found:
+        name = found[1]
+        hint = f"--config {name}" if name.endswith((".yaml", ".yml")) else "--NAME VALUE"
+        return f"{name!r} stands alone: settings are given as {hint}"
     found = re.search(r"arguments are required: (\w+)\.data", text)
     if found:
         other = "" if found[1] == "fit" else "--ckpt_path CHECKPOINT or "
@@ -49,6 +54,10 @@ def explain(message: str, options: Iterable[str]) -> str:
     if found and classes:
         return f"{key}: there is no {found[1]!r}; nearest: {nearest(found[1], list(classes))}"
 
+    found = re.fullmatch(r"(Expected an? <class '\w+'>)\. Got value: (.*)", text)
+    if found and key:
+        return f"{key}: {found[2]!r} is not {_plain(found[1])}"
+
     # "... Errors: - what each type had against it - ... Given value type: ... Given value: ..."
     _, listed, errors = text.partition("Errors: - ")
     if not listed:
@@ -58,7 +67,8 @@ def explain(message: str, options: Iterable[str]) -> str:
     value = value.partition("Given value: ")[2]
     expected = [_plain(reason) for reason in reasons if reason.startswith("Expected")]
     if len(expected) == len(reasons):
-        return f"{key}: {value!r} is not {' or '.join(expected)}"
+        hint = f"; a list is written [{value}]" if "list" in expected else ""
+        return f"{key}: {value!r} is not {' or '.join(expected)}{hint}"
     text = "; ".join(reason for reason in reasons if not reason.startswith("Expected"))
     return f"{key}: {text}" if key else text
 
