@@ -460,6 +460,11 @@ def test_outside_of_the_environment(capsys, monkeypatch):
     fails(capsys, ["list"], "docstring_parser is not installed", "source .venv/bin/activate")
 
 
+def test_an_arm_of_a_file_that_is_no_yaml(here, capsys):
+    (here / "tab.yaml").write_text("\tmodel: 1\n")
+    fails(capsys, ["fit", "--config", "tab.yaml", "--arm", "a"], "tab.yaml is no YAML", "line 1")
+
+
 def test_a_mistake_moves_no_run_away(here, capsys):
     fit()
     fails(capsys, ["fit", "--config", "micro.yaml", "--model.learning_rate", "0"])

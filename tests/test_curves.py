@@ -48,6 +48,7 @@ def test_lower_is_better_where_it_is_said(runs, capsys):
 
 def test_what_is_missing_is_named(runs, tmp_path, capsys):
     assert main(["curves", runs[0], "--metric", "validation/nothing"]) == 1
-    assert "has no validation/nothing" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "has no validation/nothing" in said and "; nearest: validation/" in said
     assert main(["curves", str(tmp_path)]) == 1
     assert "holds no metrics.csv" in capsys.readouterr().err

@@ -357,7 +357,10 @@ def _with_arm(arguments: list[str]) -> list[str]:
     config = _option(arguments, "--config")
     if not config or not Path(config).is_file():
         raise ValueError(f"--arm {arm} needs --config FILE: an arm is one of a file's `arms`")
-    content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    try:
+        content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{config} is no YAML: {error}") from None
     arms = content.get("arms") if isinstance(content, dict) else None
     if not arms or arm not in arms:
         names = ", ".join(arms) if arms else "none"
