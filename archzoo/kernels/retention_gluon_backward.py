@@ -41,6 +41,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from archzoo.kernels.retention_gluon import WIDE, _log2_decay, _power, _slices
 
+# How a group's four warps hold 64 x 64 numbers: as products give them, and as a left factor.
+TILE: gl.constexpr = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+LEFT: gl.constexpr = gl.constexpr(gl.DotOperandLayout(0, TILE.value, 2))
+
 
 @gluon.jit
 def _walk(walked, walk, start, stop, CHUNK: gl.constexpr):
@@ -108,16 +112,14 @@ def _queries(
     CHUNK: gl.constexpr, SCALE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The group of dq: rows are n, columns of the weights m."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
-    left: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
-    row = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout))
-    column = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, layout))
+    row = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, TILE))
+    column = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, TILE))
     gap = row[:, None] - column[None, :]
     decay = gl.where(gap >= 0, _power(log2_decay, gap), 0.0)
     arrive = _power(log2_decay, row + 1)
     remember = _power(log2_decay, CHUNK - 1 - column)
     across = gl.exp2(CHUNK * log2_decay)
-    zeros = gl.zeros([CHUNK, CHUNK], gl.float32, layout)
+    zeros = gl.zeros([CHUNK, CHUNK], gl.float32, TILE)
     pairs = gl.cdiv(stop - start, 2 * CHUNK)
     for pair in range(pairs):
         begin, size = _walk(2 * pair, 2 * pairs, start, stop, CHUNK)
@@ -143,12 +145,12 @@ def _queries(
             do, v_room.index(first).permute((1, 0)), zeros, use_acc=False, is_async=True
         )
         own = warpgroup_mma_wait(2, deps=(own,))
-        weights = gl.convert_layout((own * decay).to(gl.bfloat16), left)
+        weights = gl.convert_layout((own * decay).to(gl.bfloat16), LEFT)
         out, other = warpgroup_mma_wait(0, deps=(out, other))
         out *= (arrive * across)[:, None]
         out = warpgroup_mma(weights, k_room.index(second), out, is_async=True)
         other = other * arrive[:, None] * remember[None, :]
-        others = gl.convert_layout(other.to(gl.bfloat16), left)
+        others = gl.convert_layout(other.to(gl.bfloat16), LEFT)
         out = warpgroup_mma(others, k_room.index(first), out, is_async=True)
         out, weights, others = warpgroup_mma_wait(0, deps=(out, weights, others))
         gl.thread_barrier()
@@ -162,7 +164,7 @@ def _queries(
         )
         out = warpgroup_mma(do, kept, zeros, use_acc=False, is_async=True)
         own = warpgroup_mma_wait(1, deps=(own,))
-        weights = gl.convert_layout((own * decay).to(gl.bfloat16), left)
+        weights = gl.convert_layout((own * decay).to(gl.bfloat16), LEFT)
         out = warpgroup_mma_wait(0, deps=(out,))
         out *= arrive[:, None]
         out = warpgroup_mma(weights, k_room.index(first), out, is_async=True)
@@ -181,13 +183,11 @@ def _keys(
     CHUNK: gl.constexpr, SCALE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The group of dk: rows are m, columns of the weights n."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
-    left: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
-    row = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout))
-    column = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, layout))
+    row = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, TILE))
+    column = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, TILE))
     gap = column[None, :] - row[:, None]
     decay = gl.where(gap >= 0, _power(log2_decay, gap), 0.0)
-    zeros = gl.zeros([CHUNK, CHUNK], gl.float32, layout)
+    zeros = gl.zeros([CHUNK, CHUNK], gl.float32, TILE)
     walk = 2 * gl.cdiv(stop - start, 2 * CHUNK)
     for walked in range(walk):
         begin, size = _walk(walked, walk, start, stop, CHUNK)
@@ -202,7 +202,7 @@ def _keys(
         out = warpgroup_mma(v, state_room.index(slot), zeros, use_acc=False, is_async=True)
         own = warpgroup_mma_wait(1, deps=(own,))
         own = own * decay * normaliser[None, :]
-        weights = gl.convert_layout(own.to(gl.bfloat16), left)
+        weights = gl.convert_layout(own.to(gl.bfloat16), LEFT)
         out = warpgroup_mma_wait(0, deps=(out,))
         out *= _power(log2_decay, size - 1 - row)[:, None]
         out = warpgroup_mma(weights, q_room.index(stage), out, is_async=True)
@@ -222,21 +222,19 @@ def _values(
     HAS_LEAVING: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The group of dv, rows m and columns of the weights n; it carries D^T, (dv, dk)."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
-    left: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
-    row = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout))
-    column = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, layout))
+    row = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, TILE))
+    column = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, TILE))
     gap = column[None, :] - row[:, None]
     decay = gl.where(gap >= 0, _power(log2_decay, gap), 0.0)
     leave = _power(log2_decay, column + 1)
-    zeros = gl.zeros([CHUNK, CHUNK], gl.float32, layout)
+    zeros = gl.zeros([CHUNK, CHUNK], gl.float32, TILE)
     offset = row[:, None] + column[None, :] * WIDE
     if HAS_ENTERING:
         state = gl.load(entering_ptr + offset)
     else:
-        state = gl.zeros([WIDE, WIDE], gl.float32, layout)
+        state = gl.zeros([WIDE, WIDE], gl.float32, TILE)
     if JOIN:
-        # What the segments walked before add, see `retention_triton._join`.
+        # What the segments walked before add, see `retention_triton._entering_state`.
         keep = gl.exp2((segment // JOIN).to(gl.float32) * log2_decay)
         for walked in range(pieces_before):
             sums = entering_ptr + (pieces_before - walked) * (WIDE * WIDE)
@@ -259,14 +257,14 @@ def _values(
         )
         own = warpgroup_mma_wait(1, deps=(own,))
         own = own * decay * normaliser[None, :]
-        weights = gl.convert_layout(own.to(gl.bfloat16), left)
+        weights = gl.convert_layout(own.to(gl.bfloat16), LEFT)
         out = warpgroup_mma_wait(0, deps=(out,))
         out *= _power(log2_decay, size - 1 - row)[:, None]
         out = warpgroup_mma(weights, do_room.index(stage), out, is_async=True)
         # Meanwhile D before the chunk.
-        do = do_room.index(stage).permute((1, 0)).load(layout)
+        do = do_room.index(stage).permute((1, 0)).load(TILE)
         scaled = (do.to(gl.float32) * (leave * normaliser)[None, :]).to(gl.bfloat16)
-        scaled = gl.convert_layout(scaled, left)
+        scaled = gl.convert_layout(scaled, LEFT)
         state *= gl.exp2(size.to(gl.float32) * log2_decay)
         state = warpgroup_mma(scaled, q, state, is_async=True)
         out, state, weights, scaled = warpgroup_mma_wait(0, deps=(out, state, weights, scaled))

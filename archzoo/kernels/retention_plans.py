@@ -126,6 +126,11 @@ def find_plan(dk: int, dv: int, dtype: torch.dtype, apart: bool = False) -> Plan
     )
 
 
+def _fill(cut: Cut) -> int:
+    """Programs that fill the chip: two fit on a multiprocessor where they are of four warps."""
+    return _FILL if cut.warps > 4 else 2 * _FILL
+
+
 def cut_segments(
     plan: Plan, rows: int, time: int, dk: int, backward: bool = False
 ) -> tuple[int, int]:
@@ -137,8 +142,7 @@ def cut_segments(
     if backward and plan.together is not None:
         _, cut = plan.together
     programs = rows * -(-dk // cut.tile)
-    fill = _FILL if cut.warps > 4 else 2 * _FILL
-    wanted = max(min(fill // programs, time // _SEGMENT_LEAST), 1)
+    wanted = max(min(_fill(cut) // programs, time // _SEGMENT_LEAST), 1)
     if wanted == 1:
         return max(time, 1), 1
     segment = -(-time // wanted)
@@ -154,8 +158,7 @@ def joined_sums(plan: Plan, rows: int, segment: int, segments: int) -> int:
     if plan.together is None or not 1 < segments <= _JOINED:
         return 0
     _, cut = plan.sums
-    fill = _FILL if cut.warps > 4 else 2 * _FILL
-    pieces = max(fill // (rows * (segments - 1)), 1)
+    pieces = max(_fill(cut) // (rows * (segments - 1)), 1)
     while segment % (pieces * _SEGMENT_MULTIPLE):
         pieces -= 1
     return pieces

@@ -16,8 +16,8 @@ map, fed with other tensors and run in one of the two directions of time:
 chunks and holds its tile of the state in registers from the first chunk to the last: a chunk's
 state never goes through memory. Only where there are fewer (batch, head, tile) triples than the
 chip can run at once is time cut into segments; `segment_sums_kernel` then adds up each segment by
-itself, and the maps (`_join`), or `join_kernel` ahead of them, combine the sums by powers of gamma,
-which are known because gamma is one constant per head.
+itself, and the maps (`_entering_state`), or `join_kernel` ahead of them, combine the sums by powers
+of gamma, which are known because gamma is one constant per head.
 
 Each program describes its head's (time, width) slices to Hopper's copy engine, which then reads
 tiles without address arithmetic; past the end of time it fills with zeros, so a ragged last chunk
@@ -189,23 +189,28 @@ def _document_before(
 
 
 @triton.jit
-def _join(
-    sums_ptr, offset, inside, row, piece, segment, segments, size, log2_decay,
-    REVERSE: tl.constexpr, JOIN: tl.constexpr,
+def _entering_state(
+    entering_ptr, offset, inside, row, piece, segment, segments, size, log2_decay,
+    REVERSE: tl.constexpr, HAS_ENTERING: tl.constexpr, JOIN: tl.constexpr,
 ):  # fmt: skip
-    """The state that enters a segment, of the sums of those walked before: see `join_kernel`.
+    """The state that enters a segment: none, one that is given, or joined of sums of segments.
 
-    JOIN: the sums that make up a segment; the arithmetic is that of `join_kernel`, so with one the
-    bits are. Only the last in time may be of less than the others, or of nothing: forward it is
-    before none, in reverse its power multiplies a zero.
+    With JOIN, the sums that make up a segment, `entering` holds these, and those walked before are
+    joined as by `join_kernel`: the arithmetic is the same, so with one sum the bits are. Only the
+    last in time may be of less than the others, or of nothing: forward it is before none, in
+    reverse its power multiplies a zero.
     """
-    keep = tl.exp2((segment // JOIN).to(tl.float32) * log2_decay)
     state = tl.zeros(offset.shape, tl.float32)
-    last = segments * JOIN - 1
-    for walked in range((segments - 1 - piece if REVERSE else piece) * JOIN):
-        before = last - walked if REVERSE else walked
-        sums = sums_ptr + (row.to(tl.int64) * (last + 1) + before) * size
-        state = state * keep + tl.load(sums + offset, mask=inside, other=0.0)
+    if HAS_ENTERING and not JOIN:
+        given = entering_ptr + (row.to(tl.int64) * segments + piece) * size
+        state = tl.load(given + offset, mask=inside, other=0.0)
+    if JOIN:
+        keep = tl.exp2((segment // JOIN).to(tl.float32) * log2_decay)
+        last = segments * JOIN - 1
+        for walked in range((segments - 1 - piece if REVERSE else piece) * JOIN):
+            before = last - walked if REVERSE else walked
+            sums = entering_ptr + (row.to(tl.int64) * (last + 1) + before) * size
+            state = state * keep + tl.load(sums + offset, mask=inside, other=0.0)
     return state
 
 
@@ -278,19 +283,10 @@ def stream_kernel(
     columns = tile * TILE + tl.arange(0, TILE)
     state_offset = columns[:, None] * stride_c + rows[None, :] * stride_a
     state_inside = (columns < C)[:, None] & (rows < A)[None, :]
-    if JOIN:
-        state = _join(
-            entering_ptr, state_offset, state_inside, row, piece, segment, segments, A * C,
-            log2_decay, REVERSE, JOIN,
-        )  # fmt: skip
-    elif HAS_ENTERING:
-        state = tl.load(
-            entering_ptr + (row_wide * segments + piece) * A * C + state_offset,
-            mask=state_inside,
-            other=0.0,
-        )
-    else:
-        state = tl.zeros((TILE, BLOCK_A), tl.float32)
+    state = _entering_state(
+        entering_ptr, state_offset, state_inside, row, piece, segment, segments, A * C, log2_decay,
+        REVERSE, HAS_ENTERING, JOIN,
+    )  # fmt: skip
     if not HAS_SCORES and not ADD:
         # gamma^(i-j) at [j, i], 0 where j > i: the same for all chunks, so it stays in registers.
         if REVERSE:
@@ -438,19 +434,10 @@ def backward_kernel(
     columns = tl.arange(0, BLOCK_V)
     state_offset = rows[:, None] * V + columns[None, :]
     state_inside = (rows < K)[:, None] & (columns < V)[None, :]
-    if JOIN:
-        state = _join(
-            entering_ptr, state_offset, state_inside, row, piece, segment, segments, K * V,
-            log2_decay, True, JOIN,
-        )  # fmt: skip
-    elif HAS_ENTERING:
-        state = tl.load(
-            entering_ptr + (row_wide * segments + piece) * K * V + state_offset,
-            mask=state_inside,
-            other=0.0,
-        )
-    else:
-        state = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
+    state = _entering_state(
+        entering_ptr, state_offset, state_inside, row, piece, segment, segments, K * V, log2_decay,
+        True, HAS_ENTERING, JOIN,
+    )  # fmt: skip
     kept_row = kept_ptr + row_wide * pairs * K * V + columns[:, None] * K + rows[None, :]
     kept_inside = (columns < V)[:, None] & (rows < K)[None, :]
     # gamma^(n-m) at [m, n], 0 where n < m.
