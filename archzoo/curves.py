@@ -42,12 +42,12 @@ def read(run: Path, metric: str) -> Curve:
         raise FileNotFoundError(f"{run} holds no metrics.csv: give the directory of a run")
     with log.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    names = sorted({name for row in rows for name, value in row.items() if "/" in name and value})
-    rows = [row for row in rows if row.get(metric)]
-    if not rows:
+    seen = [row for row in rows if row.get(metric)]
+    if not seen:
+        names = sorted({name for row in rows for name, text in row.items() if "/" in name and text})
         close = f"; nearest: {nearest(metric, names)}" if names else ""
         raise ValueError(f"{log} has no {metric}: name another --metric{close}")
-    return Curve(run.name, [int(row["step"]) for row in rows], [float(row[metric]) for row in rows])
+    return Curve(run.name, [int(row["step"]) for row in seen], [float(row[metric]) for row in seen])
 
 
 def curves_command(
