@@ -241,6 +241,15 @@ def test_launches_hand_over_what_their_kernels_take(monkeypatch, apart, heads, d
     assert any("gluon" in kernel.fn.__module__ for kernel in made) == apart
 
 
+def test_segments_walked_through():
+    """By one program of o or dv, where those have more tiles than dq and dk."""
+    for dk, dv in ((128, 256), (256, 512)):
+        wide = plans.find_plan(dk, dv, torch.bfloat16, True)
+        assert [plans.walked_through(wide, n, dk, dv) for n in (1, 2, 3, 16)] == [1, 2, 1, 2]
+        assert plans.walked_through(plans.find_plan(dk, dv, torch.bfloat16), 2, dk, dv) == 1
+    assert plans.walked_through(plans.find_plan(64, 64, torch.bfloat16, True), 2, 64, 64) == 1
+
+
 def test_sums_to_a_segment():
     """So many as fill the chip, none where nothing is joined; pieces hold whole chunks."""
     narrow = plans.find_plan(64, 64, torch.bfloat16, True)
@@ -698,11 +707,13 @@ def test_packed_and_padded_at_real_widths(dk, dv):
 
 @pytest.mark.skipif(not GPU, reason="copying and multiplying apart needs a Hopper GPU")
 @pytest.mark.parametrize(("dk", "dv"), [(64, 64), (128, 256), (256, 512)])
-@pytest.mark.parametrize(("batch", "time"), [(2, 300), (1, 4097)])
+@pytest.mark.parametrize(("batch", "time"), [(2, 300), (1, 2048), (1, 4097)])
 @pytest.mark.parametrize("scale", [True, False])
-def test_copying_apart_changes_nothing(monkeypatch, scale, batch, time, dk, dv):
+@pytest.mark.parametrize("carried", [True, False])
+def test_copying_apart_changes_nothing(monkeypatch, carried, scale, batch, time, dk, dv):
     """The Gluon kernels, which no interpreter runs, against their twins.
 
+    A state that is carried has every segment summed; without one a program walks several.
     By chunks of the same sizes: others round at other places. So does dq of 64 x 64, which is
     normalised after its last product, and the chunks' weights of 256 x 512, made in two halves.
     """
@@ -719,7 +730,11 @@ def test_copying_apart_changes_nothing(monkeypatch, scale, batch, time, dk, dv):
     d_out, d_last = torch.randn_like(tensors[2]), torch.randn_like(state)
 
     def run():
-        leaves = [x.clone().requires_grad_() for x in (*tensors, state)]
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        if not carried:
+            out, _ = retention(*leaves, slopes(2), scale=scale)
+            return out, *torch.autograd.grad(out, leaves, d_out)
+        leaves.append(state.clone().requires_grad_())
         q, k, v, entering = leaves
         out, last = retention(q, k, v, slopes(2), entering, scale=scale)
         return out, last, *torch.autograd.grad((out, last), leaves, (d_out, d_last))

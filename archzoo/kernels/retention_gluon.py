@@ -166,12 +166,15 @@ def _copy_and_weigh(
 def _multiply(
     out_desc, a_room, b_room, c_room, stored_room, weights_room, out_room, full, empty, weighed,
     entering_ptr, leaving_ptr, normaliser_row, log2_decay, start, stop, split, tile,
-    stride_a, stride_c,
+    stride_a, stride_c, inner_ptr, segment,
     HALF: gl.constexpr, CHUNK: gl.constexpr, BLOCK_A: gl.constexpr, REVERSE: gl.constexpr,
     SCALE: gl.constexpr, HAS_ENTERING: gl.constexpr, HAS_LEAVING: gl.constexpr,
-    ADD: gl.constexpr, STAGES: gl.constexpr,
+    ADD: gl.constexpr, STAGES: gl.constexpr, EACH: gl.constexpr, SIZE: gl.constexpr,
 ):  # fmt: skip
-    """One of the two multiplying groups: columns [64 HALF, 64 HALF + 64) of the program's tile."""
+    """One of the two multiplying groups: columns [64 HALF, 64 HALF + 64) of the program's tile.
+
+    With EACH > 1 states that enter its later segments go to `inner_ptr`, SIZE apart.
+    """
     TILES: gl.constexpr = BLOCK_A // WIDE
     SHIFT: gl.constexpr = 0 if REVERSE else 1
     state_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 16])
@@ -274,6 +277,16 @@ def _multiply(
         fence_async_shared()
         gl.thread_barrier()
         mbarrier.arrive(empty.index(stage), count=1)
+        if EACH > 1:
+            # Tokens from the program's first to where the state stands now.
+            passed = begin - start if REVERSE else begin - start + CHUNK
+            if (passed % segment == 0) & (passed > 0) & (passed < stop - start):
+                inner = inner_ptr + (passed // segment - (1 if REVERSE else 0)) * SIZE + offset
+                gl.store(inner, state0)
+                gl.store(inner + WIDE * stride_a, state1)
+                if TILES > 2:
+                    gl.store(inner + 2 * WIDE * stride_a, state2)
+                    gl.store(inner + 3 * WIDE * stride_a, state3)
     if HAS_LEAVING:
         gl.store(leaving_ptr + offset, state0)
         gl.store(leaving_ptr + offset + WIDE * stride_a, state1)
@@ -296,12 +309,13 @@ def stream_kernel(
     A: gl.constexpr, C: gl.constexpr, BLOCK_A: gl.constexpr, CHUNK: gl.constexpr,
     REVERSE: gl.constexpr, SCALE: gl.constexpr, HAS_ENTERING: gl.constexpr,
     HAS_LEAVING: gl.constexpr, ADD: gl.constexpr, STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    REGISTERS: gl.constexpr, EACH: gl.constexpr,
 ):  # fmt: skip
-    """out_i = sum_{j <= i} gamma^(i-j) (a_i . b_j) c_j for 128 columns and a segment.
+    """out_i = sum_{j <= i} gamma^(i-j) (a_i . b_j) c_j for 128 columns and EACH segments.
 
     See `retention_triton.stream_kernel`. Rows are whole, of one document, bfloat16; A is a
-    multiple of BLOCK_A, which is 128 or 256, and C of 128.
+    multiple of BLOCK_A, which is 128 or 256, and C of 128. The state that enters the first of
+    EACH segments is read; those that enter the others are written there, for the maps to come.
     """
     tile = gl.program_id(0)
     row = gl.program_id(1)
@@ -310,10 +324,13 @@ def stream_kernel(
     batch = (row // heads).to(gl.int64)
     head = (row % heads).to(gl.int64)
     log2_decay = _log2_decay(log_decay_ptr, head)
-    start = piece * segment
-    stop = gl.minimum(start + segment, time)
+    start = piece * EACH * segment
+    stop = gl.minimum(start + EACH * segment, time)
     normaliser_row = normaliser_ptr + (row % normaliser_rows).to(gl.int64) * time
-    entering = entering_ptr + (row_wide * segments + piece) * A * C
+    inner = entering_ptr + (row_wide * segments + piece * EACH) * A * C
+    entering = inner
+    if REVERSE:
+        entering += (EACH - 1) * A * C
     leaving = leaving_ptr + row_wide * A * C
 
     TILES: gl.constexpr = BLOCK_A // WIDE
@@ -351,14 +368,14 @@ def stream_kernel(
             (_multiply, (
                 out_desc, a_room, b_room, c_room, stored_room, weights_room, out_room, full, empty,
                 weighed, entering, leaving, normaliser_row, log2_decay, start, stop, split, tile,
-                stride_a, stride_c, 0, CHUNK, BLOCK_A, REVERSE, SCALE, HAS_ENTERING,
-                HAS_LEAVING, ADD, STAGES,
+                stride_a, stride_c, inner, segment, 0, CHUNK, BLOCK_A, REVERSE, SCALE,
+                HAS_ENTERING, HAS_LEAVING, ADD, STAGES, EACH, A * C,
             )),
             (_multiply, (
                 out_desc, a_room, b_room, c_room, stored_room, weights_room, out_room, full, empty,
                 weighed, entering, leaving, normaliser_row, log2_decay, start, stop, split, tile,
-                stride_a, stride_c, 1, CHUNK, BLOCK_A, REVERSE, SCALE, HAS_ENTERING,
-                HAS_LEAVING, ADD, STAGES,
+                stride_a, stride_c, inner, segment, 1, CHUNK, BLOCK_A, REVERSE, SCALE,
+                HAS_ENTERING, HAS_LEAVING, ADD, STAGES, EACH, A * C,
             )),
         ],
         [4, 4],

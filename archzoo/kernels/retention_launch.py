@@ -32,6 +32,7 @@ from archzoo.kernels.retention_plans import (
     find_plan,
     joined_sums,
     power_of_2,
+    walked_through,
 )
 
 
@@ -129,9 +130,9 @@ def _contiguous(width: int, facts: Facts) -> tuple[int, int, int]:
 
 
 class Segments(NamedTuple):
-    """The two levels: sums of segments and their joining, None where the maps join them."""
+    """The two levels: sums, None where no map needs one, and joining, None where the maps join."""
 
-    sum: Launch
+    sum: Launch | None
     join: Launch | None
     room: tuple[int, ...]  # of the sums, and of the states that enter
     leave: bool
@@ -181,11 +182,13 @@ def _prepare_segments(
     initial: bool,
     leave: bool,
     joined: int,
+    each: int,
 ) -> Segments:
     """The two-level pass over (k, v), or over (q, do) backward in time.
 
     `strides` are theirs; `initial`: a state enters; `leave`: the last one is wanted; `joined`: how
-    many sums to a segment the maps join, 0 where `join_kernel` does.
+    many sums to a segment the maps join, 0 where `join_kernel` does; `each`: segments that a
+    program of the map that follows walks.
     """
     from archzoo.kernels import retention_triton as kernels
 
@@ -193,14 +196,17 @@ def _prepare_segments(
     pieces = max(joined, 1)
     tiles = -(-facts.dk // cut.block) * -(-facts.dv // cut.tile)
     kernel, constants, options = _form(facts, cut, "segment_sums_kernel")
-    sums = Launch(
+    # The program that walks the last segments needs no sum of theirs: they count only towards the
+    # last state.
+    through = 0 if leave else each
+    summed = (segments - through) * pieces
+    sums = None if summed == 0 else Launch(
         kernel,
-        # Nothing follows the segment walked last, so its sum counts only towards the last state.
-        (tiles, facts.rows, (segments if leave else segments - 1) * pieces),
+        (tiles, facts.rows, summed),
         (*strides[0], *strides[1], facts.time, segment // pieces, segments * pieces, facts.heads,
          max(facts.normaliser_rows, 1)),
         {"B": facts.dk, "C": facts.dv, "BLOCK_B": cut.block, "CHUNK": chunk, "REVERSE": reverse,
-         "SKIP": 0 if leave or not reverse else pieces, **constants},
+         "SKIP": through * pieces if reverse else 0, **constants},
         **options,
     )  # fmt: skip
     batch, _, heads, dk = facts.shape
@@ -213,7 +219,7 @@ def _prepare_segments(
         (-(-elements // 1024), facts.rows, 1),
         (facts.time, segment, segments, facts.heads, elements),
         {"BLOCK": 1024, "REVERSE": reverse, "HAS_INITIAL": initial, "HAS_FINAL": leave,
-         **facts.constants("HAS_DOCUMENTS", "HAS_RANGES")},
+         "THROUGH": through, **facts.constants("HAS_DOCUMENTS", "HAS_RANGES")},
     )  # fmt: skip
     return Segments(sums, join, room, leave)
 
@@ -254,6 +260,7 @@ def _prepare_map(
     leaving: bool,
     joined: int = 0,
     kept: bool = False,
+    each: int = 1,
 ) -> tuple[Launch, ...]:
     """out_i = sum_{j <= i} gamma^(i-j) (a_i . b_j) c_j, see `retention_triton`: its splits.
 
@@ -270,17 +277,20 @@ def _prepare_map(
         leaving: whether the last one is wanted.
         joined: how many sums make up a segment, where it joins them itself; else 0.
         kept: whether that before every second chunk is.
+        each: segments that a program walks, one after the other.
     """
     width, columns = widths
     cut = pair.reverse if reverse else pair.forward
     kernel, constants, options = _form(facts, cut, "stream_kernel")
-    if not cut.apart:
+    if cut.apart:
+        constants |= {"EACH": each}
+    else:
         constants |= {"HAS_SCORES": pair.scores, "HAS_KEPT": kept, "JOIN": joined}
     stride_a, stride_c = (1, width) if transposed else (columns, 1)
     return tuple(
         Launch(
             kernel,
-            (-(-columns // cut.tile), facts.rows, segments),
+            (-(-columns // cut.tile), facts.rows, segments // each),
             (*strides[0], *strides[1], *strides[2], *_contiguous(columns, facts),
              facts.time, segment, segments, facts.heads, -(-facts.time // pair.chunk), split,
              stride_a, stride_c, max(facts.normaliser_rows, 1), _pairs(facts.time, pair.chunk)),
@@ -368,6 +378,7 @@ class Work:
         # Where rows are whole and all begin and end with nothing, the maps join segments.
         self.whole = not (facts.documents or facts.ranges or facts.state)
         self.joined = 0 if facts.leave else self._joined(*self.cut)
+        self.each = walked_through(self.plan, self.cut[1], facts.dk, facts.dv)
         batch, _, heads, dk = facts.shape
         self.state = batch, heads, dk, facts.dv
         self.float32 = functools.partial(torch.empty, dtype=torch.float32, device=facts.device)
@@ -388,14 +399,16 @@ class Work:
         self.segments = None
         if self.many:
             self.segments = _prepare_segments(
-                facts, self.plan, *self.cut, (k, v), False, facts.state, facts.leave, self.joined
-            )
+                facts, self.plan, *self.cut, (k, v), False, facts.state, facts.leave, self.joined,
+                self.each,
+            )  # fmt: skip
         self.scores = _prepare_scores(facts, self.plan.by_key, dk, q, k)
         of_o = functools.partial(
             _prepare_map, facts, self.plan.by_key, *self.cut, (dk, facts.dv), (q, k, v), False,
             False, self.many or facts.state, facts.leave and not self.many, self.joined,
+            each=self.each,
         )  # fmt: skip
-        self.of_o = functools.lru_cache(maxsize=2)(of_o)
+        self.of_o = functools.lru_cache(maxsize=2)(lambda kept: of_o(kept=kept))
 
     def _joined(self, segment: int, segments: int) -> int:
         return joined_sums(self.plan, self.facts.rows, segment, segments) if self.whole else 0
@@ -446,7 +459,7 @@ class Work:
         segments = None
         if many:
             segments = _prepare_segments(
-                facts, plan, *cut, (q, do), True, arriving, facts.state, joined
+                facts, plan, *cut, (q, do), True, arriving, facts.state, joined, self.each
             )
         prepare = functools.partial(_prepare_map, facts)
         arrives, leaves = many or arriving, facts.state and not many
@@ -457,7 +470,8 @@ class Work:
         if plan.together is not None:
             together = _prepare_together(facts, plan, *cut, do, arrives, joined, leaves)
         else:
-            of_v = prepare(plan.by_key, *cut, (dk, dv), (k, q, do), True, False, arrives, leaves)
+            of_v = prepare(plan.by_key, *cut, (dk, dv), (k, q, do), True, False, arrives, leaves,
+                           each=self.each)  # fmt: skip
             of_k = prepare(plan.by_value, *cut, (dv, dk), (v, do, q), True, True, arrives, False)
             entering = many or facts.state
             of_q = prepare(plan.by_value, *cut, (dv, dk), (do, v, k), False, True, entering, False)
@@ -570,7 +584,8 @@ def _run_segments(
     Where the maps join segments, what each adds stands for the states that enter.
     """
     sums = work.float32(segments.room)
-    segments.sum(stream, b, c, sums, *facts)
+    if segments.sum is not None:
+        segments.sum(stream, b, c, sums, *facts)
     if segments.join is None:
         return sums, None
     entering = work.float32(segments.room)

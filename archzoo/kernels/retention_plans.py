@@ -150,6 +150,20 @@ def cut_segments(
     return segment, -(-time // segment)
 
 
+def walked_through(plan: Plan, segments: int, dk: int, dv: int) -> int:
+    """Segments that a program of o or dv walks, one after the other.
+
+    Those maps have more tiles than dq and dk where values are wider than keys, and fill the chip
+    with fewer segments. The first level leaves out what is walked last: half, not a quarter, of
+    four segments.
+    """
+    key, value = plan.by_key.forward, plan.by_value.forward
+    if not key.apart:
+        return 1
+    each = max(-(-dv // key.tile) // -(-dk // value.tile), 1)
+    return each if segments % each == 0 else 1
+
+
 def joined_sums(plan: Plan, rows: int, segment: int, segments: int) -> int:
     """Sums to a segment that every program of a map joins itself; 0 where it joins none.
 

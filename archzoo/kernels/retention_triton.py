@@ -675,10 +675,12 @@ def join_kernel(
     time, segment, segments, heads, size,
     BLOCK: tl.constexpr, REVERSE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
     HAS_RANGES: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
+    THROUGH: tl.constexpr,
 ):  # fmt: skip
     """Second level: from what segments add, the states entering them.
 
-    E_first = initial; E_next = gamma^L E + sums; final = the E after the segment walked last.
+    E_first = initial; E_next = gamma^L E + sums; final = the E after the segment walked last. Of
+    the last THROUGH segments nothing is summed: one program walks them, from the first one's state.
     """
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = element < size
@@ -693,13 +695,13 @@ def join_kernel(
     else:
         state = tl.zeros((BLOCK,), tl.float32)
     before = _document_before(documents, first, length, 0, length, REVERSE, HAS_DOCUMENTS)
-    for walked in range(segments):
+    for walked in range(segments + 1 - THROUGH if THROUGH else segments):
         piece = segments - 1 - walked if REVERSE else walked
         at = (row_wide * segments + piece) * size + element
         tl.store(entering_ptr + at, state, mask=inside)
         start = piece * segment
         stop = tl.minimum(start + segment, length)
-        if ((walked + 1 < segments) | HAS_FINAL) & (stop > start):
+        if (walked < segments - THROUGH) & (stop > start):
             keep = tl.exp2((stop - start).to(tl.float32) * log2_decay)
             if HAS_DOCUMENTS:
                 last = tl.load(documents + first + (start if REVERSE else stop - 1))
