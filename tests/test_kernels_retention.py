@@ -251,6 +251,32 @@ def test_segments_walked_through():
     assert plans.walked_through(plans.find_plan(64, 64, torch.bfloat16, True), 2, 64, 64) == 1
 
 
+@pytest.mark.parametrize("leave", [True, False])
+@pytest.mark.parametrize("reverse", [True, False])
+def test_states_that_enter_walks(monkeypatch, reverse, leave):
+    """The same, however many segments a program walks; those between are left to its map."""
+    small_plan(monkeypatch, scores=False)
+    q, k, v = case(2, 128, 2, 16, 16, torch.float32)
+    work, *_ = launch.find_work(q, k, v, slopes(2), *(None,) * 4, True, leave)
+    monkeypatch.setattr(work, "float32", lambda shape: torch.full(shape, torch.nan, device=DEVICE))
+    table = torch.rand(work.table, device=DEVICE)
+    found = {}
+    for each in (1, 2, 4):
+        segments = launch._prepare_segments(
+            work.facts, work.plan, *work.cut, (k.stride()[:3], v.stride()[:3]), reverse, False,
+            leave, 0, each,
+        )  # fmt: skip
+        facts = slopes(2), table, None, None
+        states, final = launch._run_segments(work, segments, launch.stream_of(q), k, v, None, facts)
+        first = range(each - 1 if reverse else 0, 4, each)
+        assert (segments.sum is None) == (each == 4 and not leave)
+        assert states.isfinite().any((0, 1, 3, 4)).nonzero().flatten().tolist() == list(first)
+        found[each] = states[:, :, first], final
+    for each, (states, final) in found.items():
+        assert torch.equal(states, found[1][0][:, :, each - 1 if reverse else 0 :: each])
+        assert final is None if not leave else torch.equal(final, found[1][1])
+
+
 def test_sums_to_a_segment():
     """So many as fill the chip, none where nothing is joined; pieces hold whole chunks."""
     narrow = plans.find_plan(64, 64, torch.bfloat16, True)

@@ -196,17 +196,16 @@ def _prepare_segments(
     pieces = max(joined, 1)
     tiles = -(-facts.dk // cut.block) * -(-facts.dv // cut.tile)
     kernel, constants, options = _form(facts, cut, "segment_sums_kernel")
-    # The program that walks the last segments needs no sum of theirs: they count only towards the
-    # last state.
-    through = 0 if leave else each
-    summed = (segments - through) * pieces
+    # What one program walks last needs no sum: that counts only towards the last state.
+    left_out = 0 if leave else each * pieces
+    summed = segments * pieces - left_out
     sums = None if summed == 0 else Launch(
         kernel,
         (tiles, facts.rows, summed),
         (*strides[0], *strides[1], facts.time, segment // pieces, segments * pieces, facts.heads,
          max(facts.normaliser_rows, 1)),
         {"B": facts.dk, "C": facts.dv, "BLOCK_B": cut.block, "CHUNK": chunk, "REVERSE": reverse,
-         "SKIP": through * pieces if reverse else 0, **constants},
+         "SKIP": left_out if reverse else 0, **constants},
         **options,
     )  # fmt: skip
     batch, _, heads, dk = facts.shape
@@ -219,7 +218,7 @@ def _prepare_segments(
         (-(-elements // 1024), facts.rows, 1),
         (facts.time, segment, segments, facts.heads, elements),
         {"BLOCK": 1024, "REVERSE": reverse, "HAS_INITIAL": initial, "HAS_FINAL": leave,
-         "THROUGH": through, **facts.constants("HAS_DOCUMENTS", "HAS_RANGES")},
+         "EACH": each, **facts.constants("HAS_DOCUMENTS", "HAS_RANGES")},
     )  # fmt: skip
     return Segments(sums, join, room, leave)
 
@@ -259,8 +258,8 @@ def _prepare_map(
     entering: bool,
     leaving: bool,
     joined: int = 0,
-    kept: bool = False,
     each: int = 1,
+    kept: bool = False,
 ) -> tuple[Launch, ...]:
     """out_i = sum_{j <= i} gamma^(i-j) (a_i . b_j) c_j, see `retention_triton`: its splits.
 
@@ -276,8 +275,8 @@ def _prepare_map(
         entering: whether states enter the segments.
         leaving: whether the last one is wanted.
         joined: how many sums make up a segment, where it joins them itself; else 0.
-        kept: whether that before every second chunk is.
         each: segments that a program walks, one after the other.
+        kept: whether that before every second chunk is.
     """
     width, columns = widths
     cut = pair.reverse if reverse else pair.forward
@@ -406,9 +405,9 @@ class Work:
         of_o = functools.partial(
             _prepare_map, facts, self.plan.by_key, *self.cut, (dk, facts.dv), (q, k, v), False,
             False, self.many or facts.state, facts.leave and not self.many, self.joined,
-            each=self.each,
+            self.each,
         )  # fmt: skip
-        self.of_o = functools.lru_cache(maxsize=2)(lambda kept: of_o(kept=kept))
+        self.of_o = functools.lru_cache(maxsize=2)(of_o)
 
     def _joined(self, segment: int, segments: int) -> int:
         return joined_sums(self.plan, self.facts.rows, segment, segments) if self.whole else 0

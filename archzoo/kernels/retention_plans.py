@@ -116,16 +116,16 @@ def find_plan(dk: int, dv: int, dtype: torch.dtype, apart: bool = False) -> Plan
     def fit(cut: Cut, rows: int, columns: int) -> Cut:
         return cut._replace(block=min(cut.block, rows), tile=min(cut.tile, columns))
 
-    key, value, sums, together, _ = plan
-    return Plan(
-        key._replace(
+    key, value, sums, together, *_ = plan
+    return plan._replace(
+        by_key=key._replace(
             forward=fit(key.forward, wide_k, wide_v), reverse=fit(key.reverse, wide_k, wide_v)
         ),
-        value._replace(
+        by_value=value._replace(
             forward=fit(value.forward, wide_v, wide_k), reverse=fit(value.reverse, wide_v, wide_k)
         ),
-        (sums[0], fit(sums[1], wide_k, wide_v)),
-        together and (together[0], fit(together[1], wide_k, wide_v)),
+        sums=(sums[0], fit(sums[1], wide_k, wide_v)),
+        together=together and (together[0], fit(together[1], wide_k, wide_v)),
     )
 
 

@@ -675,12 +675,13 @@ def join_kernel(
     time, segment, segments, heads, size,
     BLOCK: tl.constexpr, REVERSE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
     HAS_RANGES: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
-    THROUGH: tl.constexpr,
+    EACH: tl.constexpr,
 ):  # fmt: skip
     """Second level: from what segments add, the states entering them.
 
-    E_first = initial; E_next = gamma^L E + sums; final = the E after the segment walked last. Of
-    the last THROUGH segments nothing is summed: one program walks them, from the first one's state.
+    E_first = initial; E_next = gamma^L E + sums; final = the E after the segment walked last. A
+    program of the map that follows walks EACH segments and writes the states that enter all but
+    the first of them; of those walked last there is no sum unless the final state is wanted.
     """
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = element < size
@@ -695,13 +696,15 @@ def join_kernel(
     else:
         state = tl.zeros((BLOCK,), tl.float32)
     before = _document_before(documents, first, length, 0, length, REVERSE, HAS_DOCUMENTS)
-    for walked in range(segments + 1 - THROUGH if THROUGH else segments):
+    summed = segments if HAS_FINAL else segments - EACH
+    for walked in range(segments):
         piece = segments - 1 - walked if REVERSE else walked
         at = (row_wide * segments + piece) * size + element
-        tl.store(entering_ptr + at, state, mask=inside)
+        if walked % EACH == 0:
+            tl.store(entering_ptr + at, state, mask=inside)
         start = piece * segment
         stop = tl.minimum(start + segment, length)
-        if (walked < segments - THROUGH) & (stop > start):
+        if (walked < summed) & (stop > start):
             keep = tl.exp2((stop - start).to(tl.float32) * log2_decay)
             if HAS_DOCUMENTS:
                 last = tl.load(documents + first + (start if REVERSE else stop - 1))
