@@ -25,7 +25,7 @@ from archzoo.block import make_context
 from archzoo.feedforward import balance, moe
 from archzoo.feedforward.dense import GatedFeedForward
 from archzoo.feedforward.moe import MixtureOfExperts
-from archzoo.kernels import experts as kernels
+from archzoo.kernels import experts, routers
 
 
 class Case(NamedTuple):
@@ -81,7 +81,8 @@ def without_kernels(run: Callable[[], None]) -> Callable[[], None]:
 
     def run_plain() -> None:
         with (
-            patch.object(kernels, "fused", lambda *given: False),
+            patch.object(experts, "fused", lambda *given: False),
+            patch.object(routers, "fused", lambda *given: False),
             patch.object(moe, "fused", lambda *given: False),
             patch.object(balance, "fused", lambda *given: False),
         ):

@@ -1,4 +1,4 @@
-"""The kernels around the experts' products against their plain twins in float64.
+"""The kernels around the experts' products, and routers', against their plain twins in float64.
 
 Without a GPU they run through Triton's interpreter.
 """
@@ -16,8 +16,10 @@ from archzoo.feedforward import balance, moe
 from archzoo.feedforward.balance import Balance
 from archzoo.feedforward.moe import MixtureOfExperts
 from archzoo.kernels import experts as kernels
+from archzoo.kernels import mixture_launch, routers
 
 define_kernels("archzoo.kernels.experts_triton")
+define_kernels("archzoo.kernels.routers_triton")
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
@@ -39,7 +41,7 @@ def compare(function, *inputs, allowed, used=None):
         leaves = [leaf.requires_grad_() for leaf in leaves]
         y = function(not wide, *leaves)
         if cotangent is None:
-            assert kernels.fused(y), "else the twin would be compared with itself"
+            assert mixture_launch.fused(y), "else the twin would be compared with itself"
             cotangent = torch.randn_like(y)
         picked = slice(None) if used is None else used
         if used is not None:  # rows that are never read may hold anything
@@ -108,13 +110,13 @@ def test_a_kept_launch_takes_tensors_that_start_anywhere():
 )
 def test_attention_among_experts(tokens, experts):
     projected = 2 * torch.randn(tokens, 3 * experts, device=DEVICE)
-    compare(lambda _, projected: kernels.attend_experts(projected), projected, allowed=1e-5)
+    compare(lambda _, projected: routers.attend_experts(projected), projected, allowed=1e-5)
 
 
 @pytest.fixture
 def any_tokens(monkeypatch):
     """The router's product by kernels for few tokens, too."""
-    monkeypatch.setattr(kernels, "MIN_TOKENS", 1)
+    monkeypatch.setattr(routers, "MIN_TOKENS", 1)
 
 
 HOPPER = not GPU or torch.cuda.get_device_capability() == (9, 0)
@@ -132,8 +134,8 @@ def test_a_router_multiplies(tokens, dim, columns, again, any_tokens):
     x, weight = torch.randn(tokens, dim, device=DEVICE), torch.randn(columns, dim, device=DEVICE)
 
     def both(way, x, weight):
-        assert kernels._splits(x, weight) == way
-        projected, passed = kernels.project(x, weight)
+        assert routers._splits(x, weight) == way
+        projected, passed = routers.project(x, weight)
         assert torch.equal(passed, x)
         return torch.cat([projected, 3 * passed], dim=1) if again else projected
 
@@ -147,12 +149,12 @@ def test_a_router_multiplies_as_exactly_as_float32(scale, any_tokens):
     x, weight = torch.randn(150, 512, device=DEVICE) + 1, torch.randn(24, 512, device=DEVICE)
     cotangent = torch.randn(150, 24, device=DEVICE) * scale
     errors = []
-    for function in (kernels.project, lambda x, w: (torch.nn.functional.linear(x, w), x)):
+    for function in (routers.project, lambda x, w: (torch.nn.functional.linear(x, w), x)):
         found = []
         for dtype in (torch.float32, torch.float64):
             leaves = [x.clone().to(dtype), weight.clone().to(dtype)]
             leaves = [leaf.requires_grad_() for leaf in leaves]
-            y = (function if dtype == torch.float32 else kernels.project)(*leaves)[0]
+            y = (function if dtype == torch.float32 else routers.project)(*leaves)[0]
             y.backward(cotangent.to(dtype))
             found.append([y.detach().double(), *(leaf.grad.double() for leaf in leaves)])
         errors.append([relative_error(*pair) for pair in zip(*found, strict=True)])
@@ -169,7 +171,7 @@ def test_a_router_multiplies_deterministically_and_keeps_nan(any_tokens):
     runs = []
     for _ in range(2):
         leaf = weight.clone().requires_grad_()
-        y, _ = kernels.project(x, leaf)
+        y, _ = routers.project(x, leaf)
         y[8:].sum().backward()
         runs.append((y.detach(), leaf.grad))
     assert torch.equal(runs[0][0].nan_to_num(), runs[1][0].nan_to_num())
@@ -181,11 +183,11 @@ def test_a_router_multiplies_deterministically_and_keeps_nan(any_tokens):
 @needs_hopper
 def test_a_router_on_few_tokens_multiplies_plainly():
     weight = torch.randn(8, 16, device=DEVICE)
-    few, many = torch.zeros(2, kernels.MIN_TOKENS, 16, device=DEVICE)
-    assert kernels._splits(many, weight)
-    assert not kernels._splits(few[:-1], weight)
-    assert not kernels._splits(many.bfloat16(), weight.bfloat16())
-    assert not kernels._splits(many, torch.randn(kernels.MAX_COLUMNS + 1, 16, device=DEVICE))
+    few, many = torch.zeros(2, routers.MIN_TOKENS, 16, device=DEVICE)
+    assert routers._splits(many, weight)
+    assert not routers._splits(few[:-1], weight)
+    assert not routers._splits(many.bfloat16(), weight.bfloat16())
+    assert not routers._splits(many, torch.randn(routers.MAX_COLUMNS + 1, 16, device=DEVICE))
 
 
 @pytest.mark.skipif(not GPU or not HOPPER, reason="real sizes need a Hopper GPU")
@@ -194,7 +196,7 @@ def test_a_router_multiplies_at_real_sizes(columns):
     x, weight = torch.randn(16_384, 1024, device=DEVICE), torch.randn(columns, 1024, device=DEVICE)
     x, weight = x.requires_grad_(), weight.requires_grad_()
     cotangents = torch.randn(16_384, columns, device=DEVICE), torch.randn_like(x)
-    y, again = kernels.project(x, weight)
+    y, again = routers.project(x, weight)
     torch.autograd.backward([y, again], list(cotangents))
     wide, plain = weight.detach().double(), x.detach().double()
     errors = [
@@ -287,7 +289,7 @@ def test_a_whole_mixture_in_mixed_precision(monkeypatch, any_tokens):
     )
     for by_kernels in (True, False):
         if not by_kernels:
-            for module in (kernels, moe, balance):
+            for module in (kernels, routers, moe, balance):
                 monkeypatch.setattr(module, "fused", lambda *given: False)
         mixture.zero_grad()
         leaf = x.clone().requires_grad_()
@@ -318,8 +320,8 @@ def test_the_gradient_of_experts_weights_at_real_sizes(experts, out, width):
 @pytest.mark.parametrize(("tokens", "n", "k"), [(70, 8, 2), (3, 5, 3), (40, 64, 8), (1, 1, 1)])
 def test_the_largest(tokens, n, k):
     x = torch.randn(tokens, n, device=DEVICE)
-    assert kernels.fused(x), "else topk would be compared with itself"
-    values, indices = kernels.largest(x, k)
+    assert mixture_launch.fused(x), "else topk would be compared with itself"
+    values, indices = routers.largest(x, k)
     assert torch.equal(values, x.topk(k).values) and torch.equal(indices, x.topk(k).indices)
 
 
@@ -334,7 +336,7 @@ def test_a_choice(tokens, n, k, biased, renormalise, sigmoid):
     chosen = []
 
     def decide(used, _, logits):
-        weights, indices, probabilities = kernels.choose(logits, k, bias, **options)
+        weights, indices, probabilities = routers.choose(logits, k, bias, **options)
         chosen.append(indices)
         found = {"weights": weights, "probabilities": probabilities}
         return torch.cat([found[name] for name in used], dim=1)
@@ -351,7 +353,7 @@ def test_a_choice_keeps_weights_that_underflow():
     logits = torch.full((2, 6), -200.0, device=DEVICE)
     logits[:, 4], logits[:, 2], logits[:, 1] = 0.0, -120.0, -121.0
     bias = torch.tensor([-9.0, 0, 0, -9, -9, -9], device=DEVICE)
-    weights, indices, _ = kernels.choose(logits, 2, bias, sigmoid=False, renormalise=True)
+    weights, indices, _ = routers.choose(logits, 2, bias, sigmoid=False, renormalise=True)
     assert indices.sort().values.tolist() == [[1, 2]] * 2
     assert weights.sort().values[0].tolist() == pytest.approx(
         [1 / (1 + math.e), 1 / (1 + 1 / math.e)]
@@ -361,9 +363,9 @@ def test_a_choice_keeps_weights_that_underflow():
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter refuses rows of nan alone")
 def test_the_largest_of_nan_does_not_point_outside():
     x = torch.full((40, 8), float("nan"), device=DEVICE)
-    _, indices = kernels.largest(x, 2)
+    _, indices = routers.largest(x, 2)
     assert (indices >= 0).all() and (indices < 8).all()
-    _, indices, _ = kernels.choose(x, 2, None, sigmoid=False, renormalise=True)
+    _, indices, _ = routers.choose(x, 2, None, sigmoid=False, renormalise=True)
     assert (indices >= 0).all() and (indices < 8).all()
 
 
@@ -390,7 +392,7 @@ def test_load(kind, adaptive, tokens, experts, k, monkeypatch):
     for by_kernels in (True, False):
         leaf = logits.clone() if by_kernels else logits.double()
         leaf.requires_grad_()
-        weights, indices, probabilities = kernels.choose(
+        weights, indices, probabilities = routers.choose(
             leaf, k, None, sigmoid=False, renormalise=True
         )
         if not by_kernels:
@@ -419,8 +421,8 @@ def test_load_is_summed_in_the_same_order_every_time():
     runs = []
     for _ in range(2):
         probabilities = logits.softmax(dim=1).requires_grad_()
-        indices = kernels.largest(logits, 2)[1]
-        _, loss, seen = kernels.summarise_load(probabilities, indices, "switch", 0.01, 1200)
+        indices = routers.largest(logits, 2)[1]
+        _, loss, seen = routers.summarise_load(probabilities, indices, "switch", 0.01, 1200)
         loss.backward()
         runs.append([loss.detach(), probabilities.grad, *seen.values()])
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
@@ -436,7 +438,7 @@ def test_a_whole_mixture(drop, router, monkeypatch, any_tokens):
     runs, cotangent = [], torch.randn_like(x)
     for by_kernels in (True, False):
         if not by_kernels:
-            for module in (kernels, moe, balance):
+            for module in (kernels, routers, moe, balance):
                 monkeypatch.setattr(module, "fused", lambda *given: False)
         mixture.zero_grad()
         leaf = x.clone().requires_grad_()
@@ -450,5 +452,5 @@ def test_a_whole_mixture(drop, router, monkeypatch, any_tokens):
 
 
 def test_no_token_needs_no_kernel():
-    assert not kernels.fused(torch.empty(0, 4, device=DEVICE))
-    assert not kernels.fused(torch.empty(2, 4, device=DEVICE, dtype=torch.float64))
+    assert not mixture_launch.fused(torch.empty(0, 4, device=DEVICE))
+    assert not mixture_launch.fused(torch.empty(2, 4, device=DEVICE, dtype=torch.float64))

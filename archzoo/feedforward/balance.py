@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from archzoo.block import Aux, Context, KeepsFloat32, Routing
-from archzoo.kernels.experts import MAX_BALANCED, fused, largest, summarise_load
+from archzoo.kernels.mixture_launch import fused
+from archzoo.kernels.routers import MAX_BALANCED, largest, summarise_load
 
 # Skywork-MoE, arXiv 2406.06563, on adaptive auxiliary loss coefficients.
 GAIN = 0.2  # xi: the coefficient that a drop rate of 1 would call for

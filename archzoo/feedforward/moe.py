@@ -20,12 +20,12 @@ from archzoo.feedforward.routers import _TopKRouter
 from archzoo.kernels.experts import (
     cast,
     collect_rows,
-    fused,
     make_dispatch,
     multiply,
     spread_rows,
     swiglu,
 )
+from archzoo.kernels.mixture_launch import fused
 from archzoo.parts import Part, build, describe
 
 RouterFactory = Callable[[int, int, int], Router]

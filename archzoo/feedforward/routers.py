@@ -27,7 +27,7 @@ from archzoo.block import (
     at_least_float32,
     without_autocast,
 )
-from archzoo.kernels.experts import attend_experts, choose, project
+from archzoo.kernels.routers import attend_experts, choose, project
 
 # Added to the variance: finite gradients where all logits of a token are equal.
 VARIANCE_EPS = 1e-6
