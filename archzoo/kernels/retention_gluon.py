@@ -169,11 +169,11 @@ def _multiply(
     stride_a, stride_c, inner_ptr, segment,
     HALF: gl.constexpr, CHUNK: gl.constexpr, BLOCK_A: gl.constexpr, REVERSE: gl.constexpr,
     SCALE: gl.constexpr, HAS_ENTERING: gl.constexpr, HAS_LEAVING: gl.constexpr,
-    ADD: gl.constexpr, STAGES: gl.constexpr, EACH: gl.constexpr, SIZE: gl.constexpr,
+    ADD: gl.constexpr, STAGES: gl.constexpr, EACH: gl.constexpr, A: gl.constexpr,
 ):  # fmt: skip
     """One of the two multiplying groups: columns [64 HALF, 64 HALF + 64) of the program's tile.
 
-    With EACH > 1 states that enter its later segments go to `inner_ptr`, SIZE apart.
+    With EACH > 1 states that enter its later segments go to `inner_ptr`, A rows apart.
     """
     TILES: gl.constexpr = BLOCK_A // WIDE
     SHIFT: gl.constexpr = 0 if REVERSE else 1
@@ -281,7 +281,10 @@ def _multiply(
             # Tokens from the program's first to where the state stands now.
             passed = begin - start if REVERSE else begin - start + CHUNK
             if (passed % segment == 0) & (passed > 0) & (passed < stop - start):
-                inner = inner_ptr + (passed // segment - (1 if REVERSE else 0)) * SIZE + offset
+                # The state's number goes into its rows: addresses made here, at each use, where
+                # an offset of the first state's would hold its registers through the walk.
+                inner_rows = rows + (passed // segment - (1 if REVERSE else 0)) * A
+                inner = inner_ptr + columns[:, None] * stride_c + inner_rows[None, :] * stride_a
                 gl.store(inner, state0)
                 gl.store(inner + WIDE * stride_a, state1)
                 if TILES > 2:
@@ -369,13 +372,13 @@ def stream_kernel(
                 out_desc, a_room, b_room, c_room, stored_room, weights_room, out_room, full, empty,
                 weighed, entering, leaving, normaliser_row, log2_decay, start, stop, split, tile,
                 stride_a, stride_c, inner, segment, 0, CHUNK, BLOCK_A, REVERSE, SCALE,
-                HAS_ENTERING, HAS_LEAVING, ADD, STAGES, EACH, A * C,
+                HAS_ENTERING, HAS_LEAVING, ADD, STAGES, EACH, A,
             )),
             (_multiply, (
                 out_desc, a_room, b_room, c_room, stored_room, weights_room, out_room, full, empty,
                 weighed, entering, leaving, normaliser_row, log2_decay, start, stop, split, tile,
                 stride_a, stride_c, inner, segment, 1, CHUNK, BLOCK_A, REVERSE, SCALE,
-                HAS_ENTERING, HAS_LEAVING, ADD, STAGES, EACH, A * C,
+                HAS_ENTERING, HAS_LEAVING, ADD, STAGES, EACH, A,
             )),
         ],
         [4, 4],

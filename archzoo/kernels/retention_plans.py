@@ -38,7 +38,6 @@ class Plan(NamedTuple):
     sums: tuple[int, Cut]  # of segments: tokens a loop step, cut
     # dq, dk and dv in one walk: tokens a loop step, as many as o's map takes, and cut
     together: tuple[int, Cut] | None = None
-    through: int = 1  # segments up to which a program of o or dv walks several, one after the other
 
 
 # Measured on an H200, see docs/kernels.md. Keys: the widths (dk, dv) up to which a row holds.
@@ -70,13 +69,11 @@ _APART_PLANS: dict[tuple[int, int], Plan] = {
         Pair(64, False, *(Cut(128, 128, 8, 4, True),) * 2),
         Pair(32, False, *(Cut(256, 128, 8, 5, True),) * 2),
         sums=(32, Cut(128, 128, 8, 6, True)),
-        through=4,
     ),
     (256, 512): Plan(
         Pair(32, False, *(Cut(256, 128, 8, 5, True),) * 2),
         Pair(32, False, *(Cut(256, 128, 8, 4, True),) * 2),
         sums=(64, Cut(256, 128, 8, 4, True)),
-        through=16,
     ),
 }
 # Segments are cut until the programs of dq and dk number this many: about one for each of the
@@ -116,7 +113,7 @@ def find_plan(dk: int, dv: int, dtype: torch.dtype, apart: bool = False) -> Plan
     def fit(cut: Cut, rows: int, columns: int) -> Cut:
         return cut._replace(block=min(cut.block, rows), tile=min(cut.tile, columns))
 
-    key, value, sums, together, *_ = plan
+    key, value, sums, together = plan
     return plan._replace(
         by_key=key._replace(
             forward=fit(key.forward, wide_k, wide_v), reverse=fit(key.reverse, wide_k, wide_v)
@@ -160,7 +157,7 @@ def walked_through(plan: Plan, segments: int, dk: int, dv: int) -> int:
     with fewer segments. The first level leaves out what is walked last: half, not a quarter, of
     four segments.
     """
-    if segments > plan.through:
+    if not plan.by_key.forward.apart:
         return 1
     each = max(-(-dv // plan.by_key.forward.tile) // -(-dk // plan.by_value.forward.tile), 1)
     return each if segments % each == 0 else 1
