@@ -447,7 +447,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("forward + backward, ms\n(32,768 tokens, graph replay)")
-    panels[-1].legend(fontsize=8, loc="upper left")
+    drawn = [panel for panel in panels if panel.lines]
+    if drawn:
+        drawn[-1].legend(fontsize=8, loc="upper left")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     print(f"drew {path}")
@@ -496,7 +498,7 @@ def main() -> None:
     name = f"{machine}-torch{torch.__version__.split('+')[0]}-bf16-retention-kernels"
 
     def write(rows: list[dict[str, Any]]) -> None:
-        if not arguments.output:
+        if not (arguments.output and rows):
             return
         arguments.output.mkdir(parents=True, exist_ok=True)
         with (arguments.output / f"{name}.csv").open("w", newline="") as file:
@@ -505,6 +507,7 @@ def main() -> None:
             writer.writerows(rows)
 
     rows = [] if arguments.no_step else compare_steps(stamp, rates)
+    write(rows)
     compare_sequences(arguments, stamp, rates, rows, write)
     if arguments.output:
         print(f"wrote {arguments.output / name}.csv")
