@@ -447,9 +447,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("forward + backward, ms\n(32,768 tokens, graph replay)")
-    drawn = [panel for panel in panels if panel.lines]
-    if drawn:
-        drawn[-1].legend(fontsize=8, loc="upper left")
+    [*_, last] = (panel for panel in panels if panel.lines)
+    last.legend(fontsize=8, loc="upper left")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     print(f"drew {path}")
@@ -511,8 +510,10 @@ def main() -> None:
     compare_sequences(arguments, stamp, rates, rows, write)
     if arguments.output:
         print(f"wrote {arguments.output / name}.csv")
-        draw(rows, arguments.output / f"{name}.png")
-    print(table(rows))
+    if any(row["pass"] != "step" for row in rows):
+        if arguments.output:
+            draw(rows, arguments.output / f"{name}.png")
+        print(table(rows))
 
 
 if __name__ == "__main__":

@@ -245,7 +245,7 @@ def test_segments_walked_through():
     """By one program of o or dv, where those have more tiles than dq and dk."""
     for dk, dv in ((128, 256), (256, 512)):
         wide = plans.find_plan(dk, dv, torch.bfloat16, True)
-        assert [plans.walked_through(wide, n, dk, dv) for n in (1, 2, 3, 16)] == [1, 2, 1, 2]
+        assert [plans.walked_through(wide, n, dk, dv) for n in (1, 2, 3, 4, 16)] == [1, 2, 1, 2, 2]
         assert plans.walked_through(plans.find_plan(dk, dv, torch.bfloat16), 2, dk, dv) == 1
     assert plans.walked_through(plans.find_plan(64, 64, torch.bfloat16, True), 2, 64, 64) == 1
 

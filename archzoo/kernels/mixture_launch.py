@@ -66,11 +66,11 @@ def launch(
     *numbers: float,
     **options: Any,
 ) -> None:
-    """Run a kernel of this module where its first tensor lies, with so many programs.
+    """Run the kernel of this name, in that module, where its first tensor lies.
 
-    Its parameters are tensors, numbers, and constants by name. Triton takes longer to find the
-    compiled kernel than most of these run, so each is looked for once (`Launch`); a tensor that
-    does not start at 16 bytes, as torch's own all do, goes the long way.
+    `grid` counts its programs; its parameters are tensors, numbers, and constants by name. Triton
+    takes longer to find the compiled kernel than most of these run, so each is looked for once
+    (`Launch`); a tensor that does not start at 16 bytes, as torch's own all do, goes the long way.
     """
     first = tensors[0]
     ready = _ready(
