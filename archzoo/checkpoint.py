@@ -80,7 +80,7 @@ def save_pretrained(
         directory: It is made where it is missing.
         model: To write, in its own dtypes.
         tokenizer: To write, or None.
-        task: What the model was trained on, as `Task.config` gives it, or None.
+        task: What the model was trained on, as `Task.config` gives it. None: `Decoder.task`.
 
     Raises:
         ValueError: A part that could not be found again, or a tokenizer of more tokens than the
@@ -97,7 +97,7 @@ def save_pretrained(
         "archzoo": archzoo.__version__,
         "decoder": model.config,
         "tokenizer": next(iter(files), None),
-        "task": task,
+        "task": model.task if task is None else task,
     }
     files[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     tensors, shared = _tensors(model)
@@ -183,6 +183,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str | None = None)
     _check_device(device or "cpu")
     found = _read_directory(path) if path.is_dir() else _read_lightning(path)
     _check_vocabulary(found.model, found.tokenizer, str(path))
+    found.model.task = found.task
     return found._replace(model=found.model.to(device or "cpu").eval())
 
 

@@ -70,7 +70,13 @@ class Decoder(nn.Module):
             [1].
         injection: Add the embedding again: "layer", before every block; "loop", before every run
             of the stack; or "none" ["none"].
+
+    Attributes:
+        task: What it was trained on, as `Task.config` gives it, or None. It is saved with the
+            model, and says how numbers are written in the text that the model is asked in.
     """
+
+    task: dict[str, Any] | None = None
 
     def __init__(
         self,

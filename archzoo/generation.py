@@ -8,7 +8,6 @@ which ``check`` proves while it writes.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -19,6 +18,7 @@ from torch import Tensor
 from archzoo.block import FORMS, State, nbytes
 from archzoo.decoder import Decoder
 from archzoo.positions.digits import digit_embedding
+from archzoo.tasks.writing import PLAIN, Writing, writing_of
 
 if TYPE_CHECKING:
     from archzoo.tasks.tokenizers import Tokenizer
@@ -40,7 +40,8 @@ class Generation(NamedTuple):
 
     Attributes:
         tokens: The new tokens of each row, without the stop token.
-        texts: The same as text, what follows the prompt; None without a tokenizer.
+        texts: The same as text, what follows the prompt, its numbers as people write them; None
+            without a tokenizer.
         stopped: Whether each row ended by the stop token, and not for lack of room.
         milliseconds_per_token: Wall time of a step, which gives every row a token; the first
             token, which comes with the prompt's pass, is left out. 0 where no other came.
@@ -182,6 +183,10 @@ def generate(
 ) -> Generation:
     """Continue prompts, which may differ in length: each gets what it would get alone.
 
+    Text is a person's: where the model's task writes numbers otherwise (`Decoder.task`), such as
+    least significant digit first, prompts are put as the task writes them and answers are put
+    back. Tokens are the task's own.
+
     Args:
         model: Any decoder. It works in evaluation mode, and is left in the mode it was in.
         prompts: One text or several (with a tokenizer), or tokens: of one prompt or of several.
@@ -208,13 +213,16 @@ def generate(
         raise ValueError(f"form {form!r} is none of {', '.join(FORMS)}")
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens} must be at least 1")
-    rows = encode(prompts, tokenizer, model.vocab_size)
+    writing = writing_of(model.task)
+    rows = encode(prompts, tokenizer, model.vocab_size, writing)
     if stop_token is None and tokenizer is not None:
         stop_token = tokenizer.stop_token
     if (counting := digit_embedding(model)) is not None:
         counting.watch_text(rows)  # here, where no device needs to be asked
     sampler = Sampler(len(rows), temperature, top_k, top_p, seed)
-    writers = [_Writer(row, prompt, tokenizer, on_token) for row, prompt in enumerate(rows)]
+    writers = [
+        _Writer(row, prompt, tokenizer, on_token, writing) for row, prompt in enumerate(rows)
+    ]
 
     training = model.training
     model.eval()
@@ -259,8 +267,19 @@ def generate(
     )
 
 
-def encode(prompts: Prompts, tokenizer: Tokenizer | None, vocab_size: int) -> list[list[int]]:
+def encode(
+    prompts: Prompts,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    writing: Writing = PLAIN,
+) -> list[list[int]]:
     """Prompts of any kind as tokens, a list for each; see `generate`.
+
+    Args:
+        prompts: As `generate` takes them.
+        tokenizer: Of the text.
+        vocab_size: Tokens the model knows.
+        writing: How the model's task writes the numbers of a text.
 
     Raises:
         ValueError: What `generate` says of prompts.
@@ -280,7 +299,7 @@ def encode(prompts: Prompts, tokenizer: Tokenizer | None, vocab_size: int) -> li
         if isinstance(prompt, str):
             if tokenizer is None:
                 raise ValueError("a prompt that is text needs a tokenizer; tokens need none")
-            prompt = tokenizer.encode(prompt)
+            prompt = tokenizer.encode(writing.write(_utf8(f"prompt {number}", prompt)))
         row = [int(token) for token in prompt]
         if not row:
             raise ValueError(f"prompt {number} is empty: a model needs a token to go on from")
@@ -291,6 +310,19 @@ def encode(prompts: Prompts, tokenizer: Tokenizer | None, vocab_size: int) -> li
             )
         rows.append(row)
     return rows
+
+
+def _utf8(name: str, text: str) -> str:
+    """A text, or one line where it came from bytes that are no UTF-8, as a shell may give them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        byte = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"U+{code:04X}"
+        raise ValueError(
+            f"{name} is not valid UTF-8, {byte} at position {error.start}: give it as UTF-8 text"
+        ) from None
+    return text
 
 
 def pad_left(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -388,13 +420,18 @@ class _Writer:
     """The new tokens of one row, and their text as it becomes certain."""
 
     def __init__(
-        self, row: int, prompt: list[int], tokenizer: Tokenizer | None, on_token: OnToken | None
+        self,
+        row: int,
+        prompt: list[int],
+        tokenizer: Tokenizer | None,
+        on_token: OnToken | None,
+        writing: Writing,
     ) -> None:
         self.row, self.on_token = row, on_token
         self.tokens: list[int] = []
         self.pieces: list[str] = []
         self.ended = self.stopped = False
-        self.decoder = None
+        self.decoder = self.reader = None
         if tokenizer is not None:
             from archzoo.tasks.tokenizers import StreamDecoder
 
@@ -403,6 +440,7 @@ class _Writer:
             # may begin in the prompt: the last of its tokens go first.
             for token in prompt[-16:]:
                 self.decoder.push(token)
+            self.reader = writing.reader(tokenizer.decode(prompt))
 
     @property
     def text(self) -> str:
@@ -416,12 +454,15 @@ class _Writer:
             self.end()
             return
         self.tokens.append(token)
-        self._tell(token, self.decoder.push(token) if self.decoder else "")
+        text = self.reader.push(self.decoder.push(token)) if self.decoder and self.reader else ""
+        self._tell(token, text)
 
     def end(self) -> None:
         if not self.ended:
-            self.ended = True
-            self._tell(None, self.decoder.finish() if self.decoder else "")
+            self.ended, text = True, ""
+            if self.decoder and self.reader:
+                text = self.reader.push(self.decoder.finish()) + self.reader.finish()
+            self._tell(None, text)
 
     def _tell(self, token: int | None, text: str) -> None:
         self.pieces.append(text)
@@ -473,31 +514,27 @@ def generate_command(
     from archzoo.checkpoint import load
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer, task = load(checkpoint, device)
+    model, tokenizer, _ = load(checkpoint, device)
     if tokenizer is None:
         raise ValueError(f"{checkpoint} holds no tokenizer, so it takes no text")
     stop_token = None
     if stop is not None:
-        tokens = tokenizer.encode(stop)
+        tokens = tokenizer.encode(_utf8("stop", stop))
         if len(tokens) != 1:
             raise ValueError(f"stop={stop!r} is {len(tokens)} tokens: it must be exactly one")
         stop_token = tokens[0]
-    turned, answers_turned = numbers_are_turned(task)
-    numbers = _Numbers() if answers_turned else None
     alone = len(prompt) == 1
 
     def show(row: int, token: int | None, text: str) -> None:
         if row == 0 and not shown:  # only now is it sure that the prompt can be read
             shown.append(prompt[0])
             print(prompt[0], end="")
-        if numbers is not None:
-            text = numbers.push(text) + (numbers.finish() if token is None else "")
         print(text, end="\n" if token is None else "", flush=True)
 
     shown: list[str] = []
     written = generate(
         model,
-        [turn_numbers(text) for text in prompt] if turned else prompt,
+        prompt,
         max_tokens=max_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -511,7 +548,7 @@ def generate_command(
     )
     if not alone:
         for begin, text in zip(prompt, written.texts or [], strict=True):
-            print(begin + (turn_numbers(text) if answers_turned else text))
+            print(begin + text)
     print(f"\n{report(model, written)}")
 
 
@@ -544,35 +581,3 @@ def state_growth(model: Decoder) -> float:
     with torch.device("meta"):  # sizes only: nothing is allocated
         short, long = (model.init_state(1, capacity=n, device="meta") for n in (1, 1025))
     return (nbytes(long) - nbytes(short)) / 1024
-
-
-def numbers_are_turned(task: dict[str, Any] | None) -> tuple[bool, bool]:
-    """Whether a task writes the numbers of problems, and those of answers, from the units on.
-
-    Its arguments ``reverse``, and ``reverse_answer`` where that is given.
-    """
-    given = task.get("init_args", {}) if task else {}
-    problems, answers = given.get("reverse"), given.get("reverse_answer")
-    return bool(problems), bool(problems if answers is None else answers)
-
-
-def turn_numbers(text: str) -> str:
-    """Every run of digits the other way round: ``12+345=`` to ``21+543=``."""
-    return re.sub("[0-9]+", lambda digits: digits[0][::-1], text)
-
-
-class _Numbers:
-    """`turn_numbers` for text in pieces: a number waits until its last digit is there."""
-
-    def __init__(self) -> None:
-        self.waiting = ""
-
-    def push(self, text: str) -> str:
-        text = self.waiting + text
-        certain = len(text.rstrip("0123456789"))
-        self.waiting = text[certain:]
-        return turn_numbers(text[:certain])
-
-    def finish(self) -> str:
-        rest, self.waiting = self.waiting, ""
-        return turn_numbers(rest)

@@ -58,6 +58,7 @@ def upcycle(dense: Decoder, *, seed: int = 0, **mixture: Any) -> Decoder:
         with torch.no_grad():
             new.experts.gate_up.weight.copy_(old.feed_forward.gate_up.weight)
             new.experts.down.weight.copy_(old.feed_forward.down.weight)
+    sparse.task = dense.task
     return sparse.train(dense.training)
 
 

@@ -21,10 +21,10 @@ from archzoo.generation import (
     generate_command,
     probabilities,
     state_growth,
-    turn_numbers,
 )
 from archzoo.mixers.retention import Retention
 from archzoo.tasks.tokenizers import CharacterTokenizer, Tokenizer, learn_bpe
+from archzoo.tasks.writing import Writing
 
 MODELS = ["retnet_micro", "transformer_micro", "hybrid"]
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [8], [9, 10, 11]]
@@ -395,12 +395,23 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+TURNED = Writing(reverse=True, reverse_answer=True)
+
+
+def written_by(model: Decoder, tokenizer: Tokenizer | None, prompt: str) -> str:
+    """What follows a prompt, both as the task writes them."""
+    assert tokenizer is not None
+    tokens = tokenizer.encode(prompt)
+    stop = tokenizer.stop_token
+    return tokenizer.decode(generate(model, tokens, max_tokens=12, stop_token=stop).tokens[0])
+
+
 def test_command(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, tokenizer = archzoo.from_pretrained(checkpoint)
-    [raw] = generate(model, "21+543=", max_tokens=12, tokenizer=tokenizer).texts or []
+    raw = written_by(model, tokenizer, "21+543=")
     generate_command(str(checkpoint), ["12+345="], max_tokens=12, check=True)
     text, _, report = capsys.readouterr().out.partition("\n\n")
-    assert text == "12+345=" + turn_numbers(raw)
+    assert text == "12+345=" + TURNED.read(raw, "21+543=")
     lines = report.splitlines()
     assert re.fullmatch(r"12 tokens, \d+\.\d\d ms per token, the prompt \d+\.\d ms", lines[0])
     state = model.init_state(1)
@@ -424,10 +435,10 @@ def test_command_stops_where_it_is_told(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, tokenizer = archzoo.from_pretrained(checkpoint)
-    [raw] = generate(model, "1+1=", max_tokens=12, tokenizer=tokenizer).texts or []
+    raw = written_by(model, tokenizer, "1+1=")
     generate_command(str(checkpoint), ["1+1="], max_tokens=12, stop=raw[3])
     line = capsys.readouterr().out.splitlines()[0]
-    assert line == "1+1=" + turn_numbers(raw.partition(raw[3])[0])
+    assert line == "1+1=" + TURNED.read(raw.partition(raw[3])[0], "1+1=")
     with pytest.raises(ValueError, match="stop='12' is 2 tokens: it must be exactly one"):
         generate_command(str(checkpoint), ["1+1="], stop="12")
 
@@ -439,16 +450,3 @@ def test_command_refuses_characters_that_are_not_known(
         generate_command(str(checkpoint), ["1x1="])
     assert "\n" not in str(error.value)
     assert capsys.readouterr().out == ""
-
-
-def test_numbers_are_turned_as_the_task_writes_them() -> None:
-    from archzoo.tasks.arithmetic import Addition
-
-    task = Addition(digits=4)
-    line = task.prompt(1234, 56) + task.answer(1234, 56)
-    assert turn_numbers("1234+56=1290") == line
-    turned = archzoo.generation.numbers_are_turned
-    assert turned(task.config()) == (True, True)
-    assert turned(Addition(reverse=False).config()) == (False, False)
-    assert turned(Addition(reverse=False, reverse_answer=True).config()) == (False, True)
-    assert turned(None) == (False, False)

@@ -569,7 +569,7 @@ def test_predictions_are_text(tmp_path):
     rows = [row for batch in trainer.predict(model, task) for row in batch]
     assert len(rows) == 6
     for row, (a, b) in zip(rows, task.pairs("test", 6), strict=True):
-        assert row["text"] == task.prompt(a, b) and row["asked"] == task.answer(a, b)
+        assert task.reverse and row["text"] == f"{a}+{b}=" and row["asked"] == f"{a + b}"
         assert isinstance(row["predicted"], str)
 
 

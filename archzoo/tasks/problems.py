@@ -16,9 +16,9 @@ from archzoo.tasks.digits import Digits, Flags, below
 from archzoo.tasks.draws import Bits, Integers, mix, random_bits
 from archzoo.tasks.stream import IGNORED, Batch, Loader, Task
 from archzoo.tasks.tokenizers import CharacterTokenizer, Tokenizer
+from archzoo.tasks.writing import LETTERS as LETTERS
 
 BLOCK = 2048  # training examples made at once, at least
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwyz"  # of hints and keys; x multiplies
 STREAMS = {"train": 0, "validation": 1, "test": 2, "shuffle": 3, "cell": 4, "chain": 5}
 
 

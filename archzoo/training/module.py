@@ -23,6 +23,7 @@ from archzoo.parts import find
 from archzoo.positions.digits import bind_digits
 from archzoo.registry import build_decoder, count_parameters, create_model, get_preset
 from archzoo.tasks.stream import Batch, Task
+from archzoo.tasks.writing import writing_of
 from archzoo.training.losses import IGNORED, score, total_loss
 from archzoo.training.optim import decay_groups, learning_rate_schedule
 from archzoo.training.progressive import passes
@@ -169,6 +170,8 @@ class LanguageModel(lightning.LightningModule):
             )
         if task is not None:
             task.prepare()
+            if stage == "fit" or self.net.task is None:  # what is asked says how it is written
+                self.net.task = task.config()
             if self._vocabulary not in (None, task.tokenizer.files()):
                 raise ValueError(
                     "the weights were trained with another vocabulary than this task's: give the "
@@ -576,7 +579,8 @@ class LanguageModel(lightning.LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, str]]:
         """Each row as text: what was read, what was asked for, and what was predicted for it.
 
-        Predictions are made with the right tokens before them (teacher forcing).
+        Predictions are made with the right tokens before them (teacher forcing). Numbers are
+        written as people do, whatever the task does.
         """
         task, labels = self.task, batch["labels"]
         if task is None:
@@ -585,16 +589,17 @@ class LanguageModel(lightning.LightningModule):
         predicted = score(x, self.net.head, labels).predicted.view_as(labels)
         asked = (labels != IGNORED).tolist()
         rows = []
+        decode, writing = task.tokenizer.decode, writing_of(task.config())
         for row, tokens in enumerate(batch["tokens"].tolist()):
             places = [place for place, is_asked in enumerate(asked[row]) if is_asked]
             if not places:
                 continue
-            decode = task.tokenizer.decode
+            text = decode(tokens[: places[0] + 1])
             rows.append(
                 {
-                    "text": decode(tokens[: places[0] + 1]),
-                    "asked": decode(labels[row, places].tolist()),
-                    "predicted": decode(predicted[row, places].tolist()),
+                    "text": writing.read(text),
+                    "asked": writing.read(decode(labels[row, places].tolist()), text),
+                    "predicted": writing.read(decode(predicted[row, places].tolist()), text),
                 }
             )
         return rows
@@ -660,6 +665,8 @@ class LanguageModel(lightning.LightningModule):
                 raise ValueError(
                     "the checkpoint was trained with another vocabulary than this task's"
                 )
+        if self.net.task is None:
+            self.net.task = checkpoint.get("task")
         self._loaded_step = checkpoint["global_step"]
         training = checkpoint["training"]
         self._totals, self._carried = dict(training["totals"]), dict(training["carried"])

@@ -1,0 +1,136 @@
+"""A model is asked as people write numbers, whatever its task does with them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import archzoo
+from archzoo.checkpoint import load
+from archzoo.generation import generate_command
+from archzoo.tasks import Addition, BitwiseOr, Mixed, Multiplication, Sorting, Subtraction
+from archzoo.tasks.writing import Writing, writing_of
+from archzoo.training.module import LanguageModel
+from archzoo.upcycle import upcycle
+
+ORDERS = [
+    {"reverse": reverse, "reverse_answer": answer}
+    for reverse in (True, False)
+    for answer in (None, True, False)
+]
+OPERATIONS = [(Addition, int.__add__), (Subtraction, int.__sub__), (Multiplication, int.__mul__)]
+
+
+@pytest.mark.parametrize("orders", ORDERS)
+@pytest.mark.parametrize("hints", [False, True])
+@pytest.mark.parametrize("zero_padded", [False, True])
+@pytest.mark.parametrize(("kind", "operation"), OPERATIONS)
+def test_prompts_and_answers_are_the_tasks(kind, operation, orders, hints, zero_padded):
+    task = kind(digits=4, hints=hints, zero_padded=zero_padded, **orders)
+    writing, sign = writing_of(task.config()), task.operators[0]
+    for a, b in [(17, 25), (5, 9876), (1234, 56), (10, 10), (8, 7)]:
+        prompt = task.prompt(a, b)
+        assert writing.write(f"{a}{sign}{b}=") == prompt
+        assert writing.write(prompt) == prompt or not hints  # typed as the task writes it
+        pieces = [*task.answer(a, b)]  # as they come from a model, token by token
+        reader = writing.reader(prompt)
+        answer = "".join(map(reader.push, pieces)) + reader.finish()
+        assert int(answer) == operation(a, b)
+        assert answer == writing.read(task.answer(a, b), prompt)
+        whole = writing.read(prompt + task.answer(a, b))
+        assert whole.endswith("=" + answer)
+
+
+def test_vectors_and_lists():
+    either = writing_of(BitwiseOr(digits=4).config())
+    assert either.write("0001|000=") == "1000|000="
+    assert either.read("1000", "1000|000=") == "0001"
+    lists = writing_of(Sorting(hints=True).config())
+    assert lists.write("C:12,D:7=") == "C:C2D1,D:C7="
+    assert lists.read("D,C", "C:C2D1,D:C7=") == "D,C"
+    assert writing_of(Sorting().config()).write("A:52,B:7=") == "A:25,B:7="
+
+
+def test_a_text_keeps_its_numbers_and_its_problems_do_not(tmp_path):
+    (tmp_path / "text.txt").write_text("In 1596 he was 32.\n" * 200)
+    task = Mixed(path=str(tmp_path / "text.txt"), context_length=64, cache_dir=str(tmp_path))
+    writing = writing_of(task.config())
+    assert writing.write("In 1596 he wrote\n17+25=") == "In 1596 he wrote\n71+52="
+    assert writing.read("24\nIn 1596 71+52=24\n", "71+52=") == "42\nIn 1596 17+25=42\n"
+    reader, text = writing.reader("In 15"), "96 he said 71+52=24\nand 12"
+    assert "".join(map(reader.push, text)) + reader.finish() == "96 he said 17+25=42\nand 12"
+
+
+@pytest.mark.parametrize("task", [None, {}, {"class_path": "a.B", "init_args": None}])
+def test_what_says_nothing_is_written_as_people_do(task):
+    assert writing_of(task) == Writing()
+    assert writing_of(task).write("17+25=") == "17+25="
+    assert writing_of(task).read("42") == "42"
+
+
+@pytest.fixture(scope="module")
+def adder():
+    """A model that adds two numbers of one digit by heart, and a run's checkpoint of it."""
+    import lightning
+
+    torch.manual_seed(0)
+    task = Addition(digits=1, batch_size=64, held_out=10**6, zero_padded=True)
+    module = LanguageModel("transformer_micro", learning_rate=1e-2, warmup_steps=10)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_steps=400, enable_checkpointing=False, limit_val_batches=0, **quiet
+    )
+    task.prepare = lambda: None  # nothing is held out, and nothing is validated
+    trainer.fit(module, task)
+    return module, trainer
+
+
+def test_every_way_of_asking_gives_the_sum(adder, tmp_path, capsys):
+    """With a carry: what is read the wrong way round cannot be right."""
+    module, trainer = adder
+    run, directory = tmp_path / "run.ckpt", tmp_path / "model"
+    trainer.save_checkpoint(run)
+
+    def ask(net, tokenizer, prompts):
+        texts = archzoo.generate(net, prompts, tokenizer=tokenizer, max_tokens=8).texts
+        heard = []
+        for prompt in prompts:
+            archzoo.generate(
+                net, prompt, tokenizer=tokenizer, max_tokens=8, on_token=lambda *c: heard.append(c)
+            )
+        assert "".join(text for _, _, text in heard) == "".join(texts)
+        return texts
+
+    sums = {"7+5=": "12", "9+4=": "13", "8+8=": "16"}
+    prompts, answers = list(sums), list(sums.values())
+    tokenizer = module.task.tokenizer
+    assert ask(module.net, tokenizer, prompts) == answers, "the model that was just trained"
+    net, tokenizer = archzoo.from_pretrained(run)
+    assert ask(net, tokenizer, prompts) == answers
+    archzoo.save_pretrained(directory, net, tokenizer)
+    assert load(directory).task == module.task.config()
+    assert ask(*archzoo.from_pretrained(directory), prompts) == answers
+    sparse = upcycle(net, experts=2)
+    archzoo.save_pretrained(tmp_path / "sparse", sparse, tokenizer)
+    assert ask(*archzoo.from_pretrained(tmp_path / "sparse"), prompts) == answers
+    again = LanguageModel.load_from_checkpoint(run, map_location="cpu", weights_only=True)
+    assert ask(again.net, tokenizer, prompts) == answers
+    for path in (run, directory):
+        generate_command(str(path), prompts, max_tokens=8, device="cpu")
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[:3] == [prompt + answer for prompt, answer in sums.items()]
+        generate_command(str(path), prompts[:1], max_tokens=8, device="cpu")
+        assert capsys.readouterr().out.startswith("7+5=12\n")
+    stop = tokenizer.stop_token  # tokens are the task's own
+    raw = archzoo.generate(net, tokenizer.encode("7+5="), stop_token=stop, max_tokens=8).tokens
+    assert tokenizer.decode(raw[0]) == "21"
+
+
+def test_a_prompt_that_is_not_utf8(tmp_path: Path) -> None:
+    net = archzoo.create_model("retnet_micro", vocab_size=14)
+    tokenizer = Addition().tokenizer
+    with pytest.raises(ValueError, match=r"prompt 1 is not valid UTF-8, byte 0xff at position 2"):
+        archzoo.generate(net, ["1+1=", "1+\udcff"], tokenizer=tokenizer, max_tokens=1)
+    archzoo.save_pretrained(tmp_path / "m", net, tokenizer)
+    with pytest.raises(ValueError, match="stop is not valid UTF-8"):
+        generate_command(str(tmp_path / "m"), ["1"], stop="\udcff")
