@@ -7,10 +7,12 @@ A decoder is an embedding, a stack of blocks, a norm and a head. A block is::
 
 and a part is swapped by naming another class for its slot. All parts share three ideas:
 
-* **Documents.** A row of a batch holds one or more documents, each a contiguous run; -1 marks
-  padding, which stands only at the ends of a row. Left padding and packing are the same thing
-  seen from here: a part must give each document what it would give it alone. `Context` carries
-  what a part needs to know of this, built once a call.
+* **Documents.** A row of a batch holds one or more documents, each a run of tokens with one
+  number; -1 marks padding, which stands only at the ends of a row. The runs decide, not the
+  numbers: a number that comes again after another begins another document, within a piece and
+  from piece to piece. Left padding and packing are the same thing seen from here: a part must
+  give each document what it would give it alone. `Context` carries what a part needs to know of
+  this, built once a call.
 * **State.** What a part carries from one call to the next: a dict or list of tensors with the
   batch on axis 0, and of plain ints that hold for all rows. It goes in and comes back; no module
   hides any of it. ``None`` in means "start empty and keep nothing", and ``None`` comes back. A
@@ -47,7 +49,8 @@ class Context(NamedTuple):
     """What a part may know of the tokens beside their vectors; every field is (batch, time).
 
     Attributes:
-        documents: int64, which document a token belongs to; -1 is padding.
+        documents: int64, which document of its row a token belongs to, counted from 0 over all
+            pieces, whatever numbers the caller gave; -1 is padding.
         positions: int64, counted from 0 within the document, or as the caller gives them.
         valid: bool, not padding.
         starts: bool, the first token of its document.
@@ -87,7 +90,13 @@ def init_place(
     `length` is the text's, where it is known; 0: the first piece's will be taken.
     """
     before = torch.full((batch_size,), -1, dtype=torch.int64, device=device)
-    return {"documents": before, "positions": before.clone(), "packed": False, "length": length}
+    return {
+        "documents": before,
+        "begun": torch.zeros_like(before),
+        "positions": before.clone(),
+        "packed": False,
+        "length": length,
+    }
 
 
 def make_context(
@@ -105,14 +114,15 @@ def make_context(
     Args:
         batch_size: Rows.
         time: Tokens in each row of this piece.
-        documents: (batch, time) ints, -1 for padding; None: each row goes on with the document
-            it is in (or is one whole document, where nothing came before).
+        documents: (batch, time) ints, -1 for padding; a token whose number is not that of the
+            token before it begins a document. None: each row goes on with the document it is in
+            (or is one whole document, where nothing came before).
         examples: (batch, time) ints of the task, or None.
         positions: (batch, time) ints, 0 or more, in the place of the counted ones; a piece
             without any counts on from the last. None: counted within the document.
-        place: Where the piece before this one ended: each row's last document and the position
-            of its last token, as `init_place` and this function return it. None: nothing came
-            before.
+        place: Where the piece before this one ended: the caller's number of each row's last
+            document, how many have begun, and the position of the last token, as `init_place`
+            and this function return it. None: nothing came before.
         device: Where the tensors live.
 
     Returns:
@@ -141,8 +151,14 @@ def make_context(
             counted = place["positions"].view(batch_size, 1) + 1
         positions = counted if positions is None else positions.long()
         context = Context(zero, positions, valid, counted == 0, examples, False, length)
-        after = {"documents": zero.select(1, 0), "positions": positions.select(1, -1)}
-        return context, after | {"packed": False, "length": length}
+        after = {
+            "documents": zero.select(1, 0),
+            "begun": constant((1,), device, torch.int64).expand(batch_size),
+            "positions": positions.select(1, -1),
+            "packed": False,
+            "length": length,
+        }
+        return context, after
 
     index = torch.arange(time, device=device)
     place = place or init_place(batch_size, device)
@@ -165,16 +181,19 @@ def make_context(
         went_on = place["positions"][:, None] + count
         positions = torch.where(last_start >= 0, within, went_on)
     positions = positions.long() * valid
+    begun = place["begun"][:, None] + starts.cumsum(dim=1)
     # The place after: the last token that is not padding; an all-padding piece moves nothing.
     last = last_valid[:, -1]
     seen, at = last >= 0, last.clamp(min=0)[:, None]
     place = {
         "documents": torch.where(seen, documents.gather(1, at)[:, 0], place["documents"]),
+        "begun": begun[:, -1].clone(),  # a view would keep all counts alive
         "positions": torch.where(seen, positions.gather(1, at)[:, 0], place["positions"]),
         "packed": True,
         "length": length,
     }
-    return Context(documents, positions, valid, starts, examples, True, length), place
+    runs = torch.where(valid, begun - 1, -1)
+    return Context(runs, positions, valid, starts, examples, True, length), place
 
 
 # ---------------------------------------------------------------------------- state

@@ -60,7 +60,7 @@ def test_padding_and_packing():
 def test_a_document_goes_on_where_none_is_named():
     _, place = make_context(2, 5, documents=rows([-1, -1, 3, 3, 3], [0, 0, 7, 7, -1]))
     context, place = make_context(2, 2, place=place)
-    assert context.documents.tolist() == [[3, 3], [7, 7]]
+    assert context.documents.tolist() == [[0, 0], [1, 1]]  # counted along the row
     assert context.positions.tolist() == [[3, 4], [2, 3]]
     assert not context.starts.any() and context.packed
 
@@ -79,6 +79,17 @@ def test_a_row_of_padding_moves_nothing():
     context, after = make_context(2, 2, documents=rows([-1, -1], [6, 8]), place=place)
     assert after["documents"].tolist() == [5, 8] and after["positions"].tolist() == [1, 0]
     assert context.starts.tolist() == [[False, False], [False, True]]
+
+
+def test_runs_decide_what_a_document_is_and_not_their_numbers():
+    """A number that comes again is another document, in one piece and in the next."""
+    context, place = make_context(1, 7, documents=rows([4, 4, 7, 4, 4, -1, 4]))
+    assert context.documents.tolist() == [[0, 0, 1, 2, 2, -1, 2]]
+    assert context.positions.tolist() == [[0, 1, 0, 0, 1, 0, 2]]
+    context, place = make_context(1, 4, documents=rows([0, 0, 4, 4]), place=place)
+    assert context.documents.tolist() == [[3, 3, 4, 4]]
+    context, _ = make_context(1, 2, place=place)
+    assert context.documents.tolist() == [[4, 4]] and not context.starts.any()
 
 
 def test_padding_alone_before_the_first_token():

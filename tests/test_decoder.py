@@ -378,6 +378,43 @@ def test_a_cache_within_its_capacity_is_written_in_place():
         assert state["blocks"][0]["keys"].shape[2] == 32, "doubled, not grown by one"
 
 
+BESIDE = {"class_path": "AbacusEmbedding", "init_args": {"digit_tokens": list(range(10, 40))}}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"mixer": "Attention"},
+        {"mixer": "Attention", "bias": "ALiBi"},
+        {"mixer": "FilteredAttention"},
+        {"mixer": "Retention"},
+        {"pattern": ["Retention", "FilteredAttention"], "embedding": BESIDE},
+    ],
+)
+@pytest.mark.parametrize("form", [*FORMS, None])
+@torch.no_grad()
+def test_a_document_is_a_run_whatever_its_number(parts, form):
+    """Numbered from 0 again in each piece, or twice in a row by the same number."""
+    torch.manual_seed(0)
+    model = archzoo.create_model("transformer_micro", init_std=0.3, **parts).double().eval()
+    tokens = torch.randint(64, (2, 14))
+    documents = torch.tensor(
+        [[0, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 0, 1, 0], [2, 2, 0, 0, 0, 2, 2, 2, 0, 0, 0, 0, 0, -1]]
+    )
+    ends = [[0, 3, 5, 7, 9, 12, 13, 14], [0, 2, 5, 8, 13]]  # of the runs
+    for cuts in ([14], [7, 7], [1, 6, 2, 5], [1] * 14):
+        state, pieces = model.init_state(2), []
+        for piece, numbers in zip(tokens.split(cuts, 1), documents.split(cuts, 1), strict=True):
+            output = model(piece, state, numbers, form=form)
+            state = output.state
+            pieces.append(output.logits)
+        got = torch.cat(pieces, 1)
+        for row, edges in enumerate(ends):
+            for begin, end in itertools.pairwise(edges):
+                alone = model(tokens[row : row + 1, begin:end], form=form).logits[0]
+                torch.testing.assert_close(got[row, begin:end], alone, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("shape", [(3,), (2, 0), (1, 2, 3)])
 def test_tokens_of_another_shape_are_refused(family, shape):
     with pytest.raises(ValueError, match="a decoder takes"):

@@ -97,12 +97,13 @@ def previous(x: Tensor, before: Tensor | None, context: Context) -> Tensor:
     if before is None:
         before = x.new_zeros((x.shape[0], x.shape[2]))
     before = before.to(x.dtype)[:, None]
-    shifted = torch.cat([before, x[:, :-1]], dim=1)
     if not context.packed:
-        return shifted
-    # Padding stands only at the ends of a piece: before its first token comes the last piece's.
-    follows = torch.cat([torch.ones_like(context.valid[:, :1]), context.valid[:, :-1]], dim=1)
-    shifted = torch.where(follows[..., None], shifted, before)
+        return torch.cat([before, x[:, :-1]], dim=1)
+    # Behind padding comes the last token before it, which may be that of the piece before: 0.
+    index = torch.arange(1, x.shape[1], device=x.device)
+    last = F.pad(torch.where(context.valid[:, :-1], index, 0).cummax(dim=1).values, (1, 0))
+    known = torch.cat([before, x], dim=1)
+    shifted = known.gather(1, last[..., None].expand(-1, -1, x.shape[2]))
     return shifted.masked_fill(context.starts[..., None], 0)
 
 
