@@ -57,8 +57,6 @@ class Context(NamedTuple):
         examples: int64 or None, the task's example numbers, when it gives them.
         packed: False says that no row holds padding or a second document, in this call or before
             it, so masks may be skipped. A plain bool: no device is asked.
-        length: Tokens of the text, for what must fix its numbers by that: the caller's capacity
-            where it gave one, else the first piece's; kept for all pieces after it.
     """
 
     documents: Tensor
@@ -67,7 +65,6 @@ class Context(NamedTuple):
     starts: Tensor
     examples: Tensor | None = None
     packed: bool = False
-    length: int = 0
 
     def piece(self, begin: int, end: int) -> Context:
         """The same for the tokens begin..end-1."""
@@ -78,24 +75,17 @@ class Context(NamedTuple):
             self.starts[:, begin:end],
             None if self.examples is None else self.examples[:, begin:end],
             self.packed,
-            self.length,
         )
 
 
-def init_place(
-    batch_size: int, device: torch.device | str | None = None, length: int = 0
-) -> dict[str, Any]:
-    """The place before the first token: no document yet (-1), position -1, nothing packed.
-
-    `length` is the text's, where it is known; 0: the first piece's will be taken.
-    """
+def init_place(batch_size: int, device: torch.device | str | None = None) -> dict[str, Any]:
+    """The place before the first token: no document yet (-1), position -1, nothing packed."""
     before = torch.full((batch_size,), -1, dtype=torch.int64, device=device)
     return {
         "documents": before,
         "begun": torch.zeros_like(before),
         "positions": before.clone(),
         "packed": False,
-        "length": length,
     }
 
 
@@ -138,7 +128,6 @@ def make_context(
                 f"{name} has shape {tuple(given.shape)}, the tokens {(batch_size, time)}: "
                 "give one number for every token"
             )
-    length = (place.get("length", 0) if place else 0) or time
     if documents is None and (place is None or not place["packed"]):
         # One document a row, and its number is 0: nothing to compute but positions.
         zero = constant((0,), device, torch.int64).expand(batch_size, time)
@@ -150,13 +139,12 @@ def make_context(
         else:
             counted = place["positions"].view(batch_size, 1) + 1
         positions = counted if positions is None else positions.long()
-        context = Context(zero, positions, valid, counted == 0, examples, False, length)
+        context = Context(zero, positions, valid, counted == 0, examples)
         after = {
             "documents": zero.select(1, 0),
             "begun": constant((1,), device, torch.int64).expand(batch_size),
             "positions": positions.select(1, -1),
             "packed": False,
-            "length": length,
         }
         return context, after
 
@@ -190,10 +178,9 @@ def make_context(
         "begun": begun[:, -1].clone(),  # a view would keep all counts alive
         "positions": torch.where(seen, positions.gather(1, at)[:, 0], place["positions"]),
         "packed": True,
-        "length": length,
     }
     runs = torch.where(valid, begun - 1, -1)
-    return Context(runs, positions, valid, starts, examples, True, length), place
+    return Context(runs, positions, valid, starts, examples, True), place
 
 
 # ---------------------------------------------------------------------------- state
@@ -395,6 +382,10 @@ class Embedding(nn.Module):
 
     weight: Tensor
 
+    #: True: in training it draws by the whole of a document, which therefore may not come in
+    #: pieces: the decoder refuses a state then.
+    trains_on_whole_documents = False
+
     def init_state(
         self,
         batch_size: int,
@@ -429,10 +420,6 @@ class Embedding(nn.Module):
 
 class Rotary(nn.Module):
     """A position method applied to queries and keys: ``__init__(self, head_dim, ...)``."""
-
-    def at_length(self, length: int) -> Rotary:
-        """The method for a text of so many tokens; most are the same for all."""
-        return self
 
     def forward(
         self, q: Tensor, k: Tensor, query_positions: Tensor, key_positions: Tensor

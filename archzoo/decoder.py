@@ -226,7 +226,7 @@ class Decoder(nn.Module):
             return part.init_state(batch_size, capacity=capacity, device=device, dtype=dtype)
 
         return {
-            "place": interface.init_place(batch_size, device, capacity or 0),
+            "place": interface.init_place(batch_size, device),
             "embedding": start(self.embedding),
             "blocks": [start(block.mixer) for _ in range(self.loops) for block in self.blocks],
         }
@@ -263,6 +263,11 @@ class Decoder(nn.Module):
         if state is not None and len(state["place"]["positions"]) != batch_size:
             rows = len(state["place"]["positions"])
             raise ValueError(f"the state holds {rows} rows, the tokens {batch_size}")
+        if state is not None and self.training and self.embedding.trains_on_whole_documents:
+            raise ValueError(
+                f"{type(self.embedding).__name__} draws positions for whole documents in training, "
+                "and each piece of a text would draw others: give no state, or call eval() first"
+            )
         context, place = interface.make_context(
             batch_size,
             time,

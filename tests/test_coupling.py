@@ -144,6 +144,19 @@ def test_a_start_is_the_documents_own_and_position_0_stays():
     assert packed.tolist() == [0, *alone[0].tolist(), 0, *alone[1].tolist()]
 
 
+@pytest.mark.parametrize("name", ["PositionCoupling", "RandomisedPositions"])
+def test_training_on_pieces_of_a_document_is_refused(name):
+    """Each piece would draw another shift, or other positions, and nothing would say so."""
+    arguments = {"digit_tokens": [3], "operator_tokens": [4], "prompt": "plain"}
+    embedding = {"class_path": name, "init_args": arguments if name == "PositionCoupling" else {}}
+    model = archzoo.create_model("transformer_micro", embedding=embedding).train()
+    tokens = torch.tensor([[3, 4, 3]])
+    model(tokens, examples=torch.zeros_like(tokens), positions=torch.tensor([[2, 1, 2]]))
+    with pytest.raises(ValueError, match=f"{name} draws positions for whole documents in training"):
+        model(tokens, model.init_state(1), examples=torch.zeros_like(tokens))
+    model.eval()(tokens, model.init_state(1))
+
+
 def test_numbers_beyond_the_table_warn_and_tables_too_small_are_refused():
     part = coupling().eval()
     assert part.coverage == 19

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import archzoo
-from archzoo.block import fork, reorder
+from archzoo.block import fork, make_context, reorder
 from archzoo.models.llama import llama_config, llama_weights
 from archzoo.positions.rotary import (
     RotaryEmbedding,
@@ -383,38 +383,73 @@ def in_pieces(model, tokens, sizes, capacity):
     return torch.cat(found, 1)
 
 
+def test_dynamic_scaling_rotates_each_position_by_the_base_of_the_length_so_far():
+    rotary = RotaryEmbedding(8, **DYNAMIC)
+    q = torch.randn(1, 30, 2, 8, dtype=torch.float64)
+    got, _ = rotary.both(torch.cat([q, q], 2), 2, torch.arange(30).expand(1, 30))
+    for at in (0, 6, 7, 8, 15, 29):
+        base = dynamic_ntk_base(10_000, 8, 2.0, at + 1, 8)
+        here = torch.tensor([[at]])
+        want, _ = RotaryEmbedding(8, base=base)(q[:, at : at + 1], q[:, :1], here, here)
+        torch.testing.assert_close(got[:, at : at + 1], want, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="needs at least 4"):
+        RotaryEmbedding(2, **DYNAMIC)
+
+
 @pytest.mark.parametrize("family", ["transformer", "retnet"])
 @torch.no_grad()
-def test_dynamic_scaling_takes_one_base_for_a_text_and_keeps_it(family):
+def test_under_dynamic_scaling_a_text_is_read_as_it_is_alone(family):
+    """Whatever lies beside it, however it is cut, and however long it may yet become."""
     model, tokens = dynamic(family), torch.randint(64, (2, 20))
     whole = model(tokens).logits
-    want = dynamic_ntk_base(10_000, 16, 2.0, 20, 8)
-    fixed = dynamic(family, rope_type="default", base=want)
-    assert torch.equal(fixed(tokens).logits, whole)
-    for sizes in ([1] * 20, [15, 1, 4]):
-        got = in_pieces(model, tokens, sizes, capacity=20)
-        torch.testing.assert_close(got, whole, rtol=1e-11, atol=1e-11)
-    # Where no capacity is given the first piece decides; no key is ever rotated by two bases.
-    prefill = dynamic(family, rope_type="default", base=dynamic_ntk_base(10_000, 16, 2.0, 12, 8))
-    got = in_pieces(model, tokens, [12, 1, 7], capacity=None)
-    torch.testing.assert_close(got, prefill(tokens).logits, rtol=1e-11, atol=1e-11)
-    assert (got - whole).abs().max() > 1e-4
-    # Up to the trained length nothing is scaled.
-    plain = dynamic(family, rope_type="default")
-    assert torch.equal(model(tokens[:, :8]).logits, plain(tokens[:, :8]).logits)
-    assert (model(tokens).logits - plain(tokens).logits).abs().max() > 1e-4
+    for sizes in ([1] * 20, [15, 1, 4], [12, 8]):
+        for capacity in (None, 20, 500):
+            got = in_pieces(model, tokens, sizes, capacity)
+            torch.testing.assert_close(got, whole, rtol=1e-11, atol=1e-11)
+    short = model(tokens[:1, :12]).logits
+    torch.testing.assert_close(short, whole[:1, :12], rtol=1e-11, atol=1e-11)
+    beside = torch.cat([torch.cat([tokens[:1, :8], tokens[:1, :12]], 1), tokens[1:]])
+    documents = torch.tensor([[-1] * 8 + [0] * 12, [0] * 20])
+    padded = model(beside, documents=documents).logits
+    torch.testing.assert_close(padded[:1, 8:], short, rtol=1e-11, atol=1e-11)
+    documents[0, :8] = 4
+    packed = model(beside, documents=documents).logits
+    torch.testing.assert_close(packed[:1, 8:], short, rtol=1e-11, atol=1e-11)
+    # Up to the trained length nothing is scaled, and beyond it something is.
+    plain = dynamic(family, rope_type="default")(tokens).logits
+    torch.testing.assert_close(whole[:, :8], plain[:, :8], rtol=1e-11, atol=1e-11)
+    assert (whole[:, 12:] - plain[:, 12:]).abs().max() > 1e-4
 
 
-def test_dynamic_scaling_survives_padding_and_what_is_done_to_states():
+@torch.no_grad()
+def test_under_dynamic_scaling_prompts_are_continued_as_alone():
+    model = dynamic()
+    prompts = [torch.randint(64, (size,)).tolist() for size in (3, 14, 7)]
+    alone = [archzoo.generate(model, prompt, max_tokens=9).tokens[0] for prompt in prompts]
+    assert archzoo.generate(model, prompts, max_tokens=9).tokens == alone
+    assert archzoo.generate(model, prompts, max_tokens=4).tokens == [row[:4] for row in alone]
+
+
+def test_dynamic_scaling_survives_what_is_done_to_states():
     model, tokens = dynamic(), torch.randint(64, (2, 20))
     documents = torch.tensor([[-1] * 3 + [0] * 17, [0] * 20])
     with torch.no_grad():
         whole = model(tokens, documents=documents).logits
-        state = model.init_state(2, capacity=20)
+        state = model.init_state(2)
         first = model(tokens[:, :9], state, documents=documents[:, :9])
         kept = reorder(fork(first.state), torch.tensor([1, 0]))
         rest = model(tokens[:, 9:].flip(0), kept, documents=documents[:, 9:].flip(0)).logits
     torch.testing.assert_close(rest.flip(0), whole[:, 9:], rtol=1e-11, atol=1e-11)
+
+
+def test_pairs_are_rotated_beside_values_of_odd_width():
+    """Queries and keys are a view of one projection, whose rows may have an odd length."""
+    mixer = archzoo.Retention(6, 3, value_factor=0.5, gate=False, chunk_size=2)
+    x = torch.randn(2, 5, 6)
+    context, _ = make_context(2, 5)
+    want, _ = mixer(x, None, context, "recurrent")
+    for form in ("parallel", "chunkwise"):
+        torch.testing.assert_close(mixer(x, None, context, form)[0], want)
 
 
 def test_scaling_keeps_what_was_set_and_knows_the_trained_length():

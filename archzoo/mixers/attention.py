@@ -98,7 +98,7 @@ class Attention(Mixer):
             state: The cache, or None.
             context: Of the same tokens.
         """
-        q, k = self.rotary.at_length(context.length).both(
+        q, k = self.rotary.both(
             split_heads(qk, self.heads + self.kv_heads), self.heads, context.positions
         )
         v = split_heads(v, self.kv_heads)

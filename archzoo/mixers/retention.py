@@ -406,8 +406,7 @@ class Retention(KeepsFloat32, Mixer):
 
     def rotated(self, qk: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Q and k (batch, time, heads, key_dim), rotated, of the two side by side."""
-        rotary = self.rotary.at_length(context.length)
-        return rotary.both(qk, self.heads, context.positions)
+        return self.rotary.both(qk, self.heads, context.positions)
 
     def widen(
         self, qk: Tensor, v: Tensor, context: Context, dtype: torch.dtype

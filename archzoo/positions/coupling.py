@@ -72,7 +72,8 @@ class PositionCoupling(DigitEmbedding):
     text goes on by counting, which is right for an answer whose units come first. In training
     every position but 0 is shifted by one k for all of an example, ``k ~ U{0 .. max_position -
     m}``, m the largest position of the example, a function of (seed, example number): whatever
-    its length, an example may reach the table's last row. In evaluation k = 0.
+    its length, an example may reach the table's last row. In evaluation k = 0. Since m is known
+    only with the whole example, training takes whole documents in a call.
 
     Source: Cho et al., Position Coupling, arXiv 2405.20671, sections 4 and 5; they start at 1 to
     max_position minus the answer's length, which is the same.
@@ -95,6 +96,8 @@ class PositionCoupling(DigitEmbedding):
     Raises:
         ValueError: Training on a task without coupled positions, or on numbers too long.
     """
+
+    trains_on_whole_documents = True  # the shift is drawn by the largest position of all
 
     contract_arguments: ClassVar[dict[str, Any]] = {
         "digit_tokens": list(range(3, 13)),

@@ -88,6 +88,7 @@ class RandomisedPositions(Embedding):
     """
 
     keeps_init = True  # the decoder finds the embedding inside
+    trains_on_whole_documents = True  # positions are drawn by how many tokens there are
 
     contract_arguments: ClassVar[dict[str, Any]] = {"longest": 700, "text_length": 320}
 

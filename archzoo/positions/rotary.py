@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -73,8 +72,7 @@ def dynamic_ntk_base(
     """Dynamic NTK at one length: `ntk_base` of ``factor * n / L - (factor - 1)``, n >= L.
 
     `factor` is not the ratio that can be reached: with 4, the slowest pair turns 5 times slower
-    at 2 L and 13 times at 4 L. One base must serve a whole text, cached keys included: take it at
-    the longest length to come and keep it.
+    at 2 L and 13 times at 4 L.
 
     Args:
         base: Of the trained model.
@@ -236,6 +234,8 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     else:
         wide = cast(x, torch.float64 if table.dtype == torch.complex128 else torch.float32)
         wide = wide.view(batch, time, heads, pairs, 2)
+        if wide.storage_offset() % 2 or any(stride % 2 for stride in wide.stride()[:-1]):
+            wide = wide.contiguous()  # beside values of odd width a pair is no complex number
         turned = torch.view_as_real(torch.view_as_complex(wide) * table)
     return cast(turned.view(batch, time, heads, channels), x.dtype)
 
@@ -276,7 +276,7 @@ class RotaryEmbedding(_Rotation):
     default  as trained
     linear   ``theta / factor``: positions divided by the factor
     ntk      ``base * factor^(D / (D - 2))`` for the base, D channels rotated: see `ntk_base`
-    dynamic  as ntk at the text's length n: by ``factor n / L - (factor - 1)``, see below
+    dynamic  as ntk at the length n so far: by ``factor n / L - (factor - 1)``, see below
     yarn     fast pairs as they are, slow ones divided, queries and keys ``0.1 ln s + 1`` longer
     llama3   as yarn, by wavelength, without the last
     ======== ==================================================================================
@@ -284,10 +284,11 @@ class RotaryEmbedding(_Rotation):
     All arguments but `base`, which is ``rope_theta`` there, go by Hugging Face's names. A trained
     model is scaled by `scale_rotary`, or by building it with another `rotary`: no weight changes.
 
-    dynamic takes its base from the length of the text as it is known at the start, and keeps it,
-    so that keys in a cache never mix two bases: the capacity given to `init_state` (as generation
-    does), or else the length of the first piece. Stepping through a text whose length was given
-    equals reading it whole; going on beyond the length that was known keeps the base.
+    dynamic takes the base of the length that a document has reached: the token at position t is
+    rotated with that of n = t + 1, and keeps it, as it does where Hugging Face's code reads a text
+    token by token with a cache. So a token's rotation is a function of its position alone: not of
+    how the text is cut, of what comes later, or of other texts in the batch. Where the length to
+    reach is known beforehand, ntk gives one base to all of it.
 
     Source: Su et al., RoFormer, arXiv 2104.09864; linear: Chen et al., arXiv 2306.15595; the
     others: see `ntk_base`, `yarn_frequencies` and `llama3_frequencies`.
@@ -373,6 +374,10 @@ class RotaryEmbedding(_Rotation):
             raise ValueError(f"rope_type={rope_type!r} is none of {known}")
         super().__init__(head_dim, frequencies, amplitude)
         self.base, self.rotary_dim = base, rotary_dim
+        if rope_type == "dynamic":
+            ntk_base(base, rotary_dim, factor)  # refuses too few channels
+            pairs = range(rotary_dim // 2)
+            self._slower = tuple(-2.0 * i / (rotary_dim - 2) for i in pairs)
         self._parameters_given: dict[str, Any] = {
             "rope_type": rope_type,
             "factor": factor,
@@ -386,14 +391,25 @@ class RotaryEmbedding(_Rotation):
             "high_freq_factor": high_freq_factor,
         }
 
-    def at_length(self, length: int) -> Rotary:
-        """Itself, or under dynamic scaling and beyond L the rotation with the base for a length."""
+    def _table(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
         given = self._parameters_given
-        original = given["original_max_position_embeddings"]
-        if given["rope_type"] != "dynamic" or length <= original:
-            return self
-        base = dynamic_ntk_base(self.base, self.rotary_dim, given["factor"], length, original)
-        return _rotation_of_base(self.head_dim, self.rotary_dim, base)
+        if given["rope_type"] != "dynamic":
+            return super()._table(positions, dtype)
+        dtype = at_least_float32(dtype)
+        factor, length = given["factor"], given["original_max_position_embeddings"]
+
+        def compute() -> Tensor:
+            rows = positions[:1] if positions.stride(0) == 0 else positions
+            theta = constant(self.frequencies, rows.device, torch.float64)
+            time = rows.view(*rows.shape, 1, 1)
+            # `dynamic_ntk_base` of each position: base^(-2i / D) gets ratio^(-2i / (D - 2)) more.
+            reached = (time + 1).clamp(min=length).to(torch.float64) / length
+            slower = constant(self._slower, rows.device, torch.float64)
+            angles = time * theta * (factor * reached - (factor - 1)) ** slower
+            return _polar(constant((1.0,), rows.device, torch.float64), angles, dtype)
+
+        key = ("dynamic", self.frequencies, factor, length, dtype)
+        return once_per_call(positions, key, compute)
 
     def rope_parameters(self) -> dict[str, Any]:
         """Hugging Face's ``config.rope_parameters`` for the same rotation.
@@ -410,12 +426,6 @@ class RotaryEmbedding(_Rotation):
         if given["partial_rotary_factor"] != 1:
             found["partial_rotary_factor"] = given["partial_rotary_factor"]
         return {name: value for name, value in found.items() if value is not None}
-
-
-@lru_cache(maxsize=64)
-def _rotation_of_base(head_dim: int, rotary_dim: int, base: float) -> _Rotation:
-    """One for all layers and steps of a text; it holds numbers alone."""
-    return _Rotation(head_dim, rotary_frequencies(rotary_dim, base))
 
 
 #: What each type reads, by Hugging Face's names, besides rope_theta and partial_rotary_factor.
