@@ -1,4 +1,4 @@
-"""What the campaigns with a stranger's files share: hostile values, and asking a command in-process.
+"""What the campaigns with files share: hostile values, and asking a command in-process.
 
 Every command has to end in success, or in exit status 1 with one line on stderr: no traceback, no
 code run, nothing read that was not named, within two seconds of processor time and 100 MB.
