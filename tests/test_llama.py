@@ -16,6 +16,7 @@ WEIGHTS = {
     name.removeprefix("state."): value for name, value in GOLDEN.items() if name[:6] == "state."
 }
 CONFIG = {
+    "model_type": "llama",
     "vocab_size": 61,
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -110,9 +111,71 @@ def test_interleave_moves_each_pair_together() -> None:
 def test_tied_weights() -> None:
     weights = {name: value for name, value in WEIGHTS.items() if name != "lm_head.weight"}
     model = Decoder(**llama_config(CONFIG | {"tie_word_embeddings": True}))
-    model.load_state_dict(llama_weights(weights, heads=4))
+    with pytest.raises(ValueError, match=r"'lm_head\.weight' is missing: .* give tied=True"):
+        llama_weights(weights, heads=4)  # an untied model would get another head in silence
+    model.load_state_dict(llama_weights(weights, heads=4, tied=True))
     assert model.head.weight is model.embedding.weight
     assert torch.equal(model.head.weight, WEIGHTS["model.embed_tokens.weight"])
+
+
+def test_fields_that_change_no_logit_are_known() -> None:
+    """As released: Llama 2, Llama 3.2 and what transformers 5 writes."""
+    llama_2 = {
+        "architectures": ["LlamaForCausalLM"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "max_position_embeddings": 4096,
+        "num_key_value_heads": 4,
+        "pretraining_tp": 1,
+        "rope_scaling": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "transformers_version": "4.31.0.dev0",
+        "use_cache": True,
+    }
+    llama_3 = {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "eos_token_id": [128001, 128008, 128009],
+        "head_dim": 8,
+        "mlp_bias": False,
+        "quantization_config": None,
+        "sliding_window": None,
+        "layer_types": ["full_attention", "full_attention"],
+    }
+    assert llama_config(CONFIG | llama_2)["context_length"] == 4096
+    llama_config(CONFIG | llama_2 | llama_3 | {"dtype": "bfloat16", "pad_token_id": None})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "granite"}, "model_type='granite': only 'llama'"),
+        ({"model_type": None}, "model_type=None"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures="),
+        ({"logits_scaling": 8.0}, "logits_scaling=8.0"),
+        ({"embedding_multiplier": 12.0}, "embedding_multiplier=12.0"),
+        ({"residual_multiplier": 0.22}, "residual_multiplier=0.22"),
+        ({"sliding_window": 4096}, "sliding_window=4096"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types="),
+        ({"quantization_config": {"bits": 4}}, "quantization_config="),
+        ({"auto_map": {"AutoModel": "modeling.Model"}}, "auto_map="),
+        ({"qk_layernorm": True}, "qk_layernorm=True"),
+        ({"vocab_size": None}, "has no vocab_size"),
+        ({"rope_parameters": {"rope_type": "default", "mrope_section": [1]}}, "mrope_section"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling has rope_type"),
+    ],
+)
+def test_every_field_is_known_or_refused_by_its_name(change: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        llama_config(CONFIG | change)
+
+
+def test_heads_that_do_not_fit_the_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match="heads=4 and kv_heads=2 do not fit q_proj"):
+        llama_weights(WEIGHTS, heads=4, kv_heads=2)
 
 
 def test_what_does_not_fit_is_refused() -> None:

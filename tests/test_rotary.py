@@ -252,6 +252,7 @@ LOGITS = [
 @pytest.mark.parametrize(("arguments", "logits"), LOGITS)
 def test_a_loaded_llama_scaled_gives_hugging_face_s_logits(arguments, logits):
     config = {
+        "model_type": "llama",
         "vocab_size": 61,
         "hidden_size": 32,
         "num_hidden_layers": 2,

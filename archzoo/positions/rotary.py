@@ -450,6 +450,12 @@ _HUGGING_FACE_NAMES: dict[str, tuple[str, ...]] = {
 }
 
 
+#: All that is read at all. Hugging Face's code reads as much: a type leaves out what is not its.
+_READ = frozenset(
+    ["rope_type", "type", "rope_theta", "partial_rotary_factor", "mscale", "mscale_all_dim"]
+).union(*_HUGGING_FACE_NAMES.values())
+
+
 def from_rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `RotaryEmbedding` for a Hugging Face model's `config.json`.
 
@@ -457,9 +463,17 @@ def from_rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     ``rope_type`` or ``type`` (transformers 4). Keys that a type does not use are left out.
 
     Raises:
-        ValueError: A type that cannot be had here, or a key that its type needs is missing.
+        ValueError: A type or a key that is not known here, or a key that its type needs is
+            missing.
     """
-    found = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    older, newer = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
+    for name in older.keys() & newer.keys():
+        if older[name] != newer[name]:
+            raise ValueError(
+                f"rope_scaling has {name}={older[name]!r}, and rope_parameters {newer[name]!r}: "
+                "give one of the two"
+            )
+    found = {**older, **newer}
     if any(isinstance(value, Mapping) for value in found.values()):
         raise ValueError(
             "rope_parameters differ from layer to layer: build one rotation for each pattern entry"
@@ -470,6 +484,11 @@ def from_rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     if kind not in _HUGGING_FACE_NAMES:
         known = ", ".join(_HUGGING_FACE_NAMES)
         raise ValueError(f"rope_type {kind!r} cannot be read: known are {known}")
+    for name in found:
+        if name not in _READ:
+            raise ValueError(
+                f"rope_parameters have {name}={found[name]!r}, which is not known here"
+            )
     arguments: dict[str, Any] = {"rope_type": kind}
     theta = found.get("rope_theta", config.get("rope_theta"))
     if theta is not None:
