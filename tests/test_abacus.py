@@ -385,7 +385,7 @@ def test_other_embeddings_are_left_alone_and_merged_digits_refused():
 
 def test_a_batch_of_sums_is_read_as_it_is_written():
     """Tokens, documents and example numbers as the task gives them."""
-    task = Addition(digits=4, batch_size=8)
+    task = Addition(digits=4, batch_size=8, vocabulary="own")
     batch = task.train_dataloader().batch(0)
     part = abacus(max_shift=9).train()
     context, _ = make_context(
@@ -425,7 +425,7 @@ def test_a_run_learns_from_its_task_resumes_to_the_bit_and_warns_beyond_its_reac
         "max_shift": 5,
         "rows": 32,
         "digit_tokens": list(range(10)),
-        "operator_tokens": [10, 11],
+        "operator_tokens": [20, 28],
         "longest_run": 3,
     }
     again, _ = from_pretrained(tmp_path / "6.ckpt")
@@ -460,7 +460,7 @@ def learn_to_add(steps):
     torch.manual_seed(0)
     net = archzoo.create_model("abacus_tiny").train()
     task = Addition(digits=3, batch_size=64)
-    bind_digits(net, TOKENIZER, task.longest_run, training=True)
+    bind_digits(net, task.tokenizer, task.longest_run, training=True)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)
     loader, losses = task.train_dataloader(), []
     for step in range(steps):

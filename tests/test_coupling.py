@@ -77,6 +77,7 @@ def test_the_task_gives_what_is_read_off_its_lines(prompt, zero_padded):
         reverse=prompt == "reversed",
         reverse_answer=True,
         zero_padded=zero_padded,
+        vocabulary="own",
     )
     assert task.coupling == prompt
     batch = task.train_dataloader().batch(0)

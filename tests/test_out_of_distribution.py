@@ -101,12 +101,12 @@ def test_of_checkpoints_that_are_equally_good_the_one_of_lower_loss_is_best(tmp_
 
 
 def test_the_logged_match_is_counted_length_by_length():
-    task = Addition(digits=2, ood_digits=[3, 6], ood_examples=70, batch_size=32)
+    task = Addition(digits=2, ood_digits=[3, 6], ood_examples=70, batch_size=32, vocabulary="own")
     model = KnowsSome("abacus_micro")
     trainer = lightning.Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False
     )
-    model.decoder = archzoo.create_model("abacus_micro")
+    model.decoder = archzoo.create_model("abacus_micro", vocab_size=task.vocab_size)
     model.decoder.head.weight.data = torch.eye(model.net.vocab_size, model.net.dim)
     trainer.validate(model, task, verbose=False)
     found = trainer.callback_metrics

@@ -39,7 +39,7 @@ ARCHITECTURE = {
 
 SIZES = {
     "micro": {
-        "vocab_size": 14,
+        "vocab_size": 96,
         "dim": 32,
         "depth": 2,
         "heads": 2,
@@ -52,7 +52,7 @@ SIZES = {
         "init_std": 0.1,
     },
     "tiny": {
-        "vocab_size": 14,
+        "vocab_size": 96,
         "dim": 64,
         "depth": 2,
         "heads": 4,
@@ -65,7 +65,7 @@ SIZES = {
         "init_std": 0.1,
     },
     "small": {
-        "vocab_size": 14,
+        "vocab_size": 96,
         "dim": 512,
         "depth": 6,
         "heads": 8,
@@ -76,7 +76,7 @@ SIZES = {
         "injection": "layer",
     },
     "base": {
-        "vocab_size": 14,
+        "vocab_size": 96,
         "dim": 1_024,
         "depth": 8,
         "heads": 16,

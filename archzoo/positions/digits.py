@@ -165,6 +165,14 @@ class DigitEmbedding(RowEmbedding):
                 raise ValueError(f"{name} needs each of {operators} to be one token of its own")
             changed["operator_tokens"] = [token for (token,) in signs]
             self.operator_tokens = self._checked("operator_tokens", changed["operator_tokens"])
+        elif self.operators and self.operator_tokens and training:
+            # A model that goes on with another task meets signs that the first one did not have.
+            signs = [tokenizer.encode(sign) for sign in operators]
+            new = [s[0] for s in signs if len(s) == 1 and s[0] not in self.operator_tokens]
+            if new:
+                changed["operator_tokens"] = [*self.operator_tokens[:-1], *new]
+                changed["operator_tokens"].append(self.operator_tokens[-1])
+                self.operator_tokens = self._checked("operator_tokens", changed["operator_tokens"])
         self._sort_tokens()
         if longest_run is not None and training:
             if self.longest_run is None or longest_run > self.longest_run:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from torch import Tensor
@@ -62,7 +62,7 @@ class TwoNumbers(Exercise):
     """An operation on two numbers, `a+b=c`; a class of it has a `sign` and says how to `solve`.
 
     Both operands' lengths are uniform on min_digits..digits, so every pair of lengths comes equally
-    often; then the digits are uniform, without leading zeros (nor the number 0).
+    often; then the digits are uniform, without leading zeros.
 
     Args:
         digits: digits of the longest operand.
@@ -85,6 +85,10 @@ class TwoNumbers(Exercise):
             `validation/exact_match/ood`, by which best.ckpt is then chosen).
         ood_examples: problems of each of those lengths.
         seed: chooses the training examples.
+        vocabulary: shared gives the signs and letters of all tasks of problems a token each, so
+            that a model that was trained on one can be adapted to another; own gives them only to
+            those that this task writes.
+        zero: whether a number of one digit may be 0.
 
     Raises:
         ValueError: an argument is out of range.
@@ -112,6 +116,8 @@ class TwoNumbers(Exercise):
         ood_digits: list[int] | None = None,
         ood_examples: int = 200,
         seed: int = 0,
+        vocabulary: Literal["shared", "own"] = "shared",
+        zero: bool = True,
     ) -> None:
         if not 1 <= min_digits <= digits:
             raise ValueError(f"min_digits {min_digits} is not between 1 and digits {digits}")
@@ -141,6 +147,8 @@ class TwoNumbers(Exercise):
             ood_digits=ood_digits,
             ood_examples=ood_examples,
             seed=seed,
+            vocabulary=vocabulary,
+            zero=zero,
         )
 
     # What an operation says.
@@ -173,7 +181,8 @@ class TwoNumbers(Exercise):
         # Half of each draw makes a digit of a, the other half the same digit of b.
         size = max(extent)
         letters = below(bits[size:], len(LETTERS))[0] if self.hints else np.zeros(sizes.shape[1])
-        return Problems(from_bits(bits[:size], sizes), sizes, letters.astype(np.int64))
+        operands = from_bits(bits[:size], sizes, zero=self.zero)
+        return Problems(operands, sizes, letters.astype(np.int64))
 
     def hashes(self, problems: Problems) -> Bits:
         return _join(*map(hash_of, problems.operands), ordered=self.ordered)
@@ -181,7 +190,7 @@ class TwoNumbers(Exercise):
     def listed(self, first: int, second: int) -> Problems | None:
         if first + second > _LISTED:
             return None
-        found = _listed(first, second, self.held_out, self.ordered)
+        found = _listed(first, second, self.held_out, self.ordered, self.zero)
         size = max(first, second)
         operands = np.stack([from_integers(numbers, size) for numbers in found])
         count = found.shape[1]
@@ -257,9 +266,10 @@ def _join(first: Bits, second: Bits, *, ordered: bool) -> Bits:
 
 
 @lru_cache(maxsize=64)
-def _listed(first: int, second: int, held_out: int, ordered: bool) -> Integers:
+def _listed(first: int, second: int, held_out: int, ordered: bool, zero: bool) -> Integers:
     """All held-out problems of two lengths, shuffled: (2, problems), the operands as integers."""
-    a, b = (np.arange(10 ** (length - 1), 10**length) for length in (first, second))
+    least = (0 if zero and length == 1 else 10 ** (length - 1) for length in (first, second))
+    a, b = (np.arange(low, 10**length) for low, length in zip(least, (first, second), strict=True))
     hashes = [hash_of(from_integers(a, first))[:, None], hash_of(from_integers(b, second))]
     found = np.stack(np.nonzero(are_held_out(_join(*hashes, ordered=ordered), held_out)))
     return found[:, shuffled(found.shape[1])] + np.array([[a[0]], [b[0]]])
@@ -282,11 +292,11 @@ class Addition(TwoNumbers):
 
     With `reverse`, all three numbers are written least significant digit first, the order in which
     one adds: 814 + 6 = 820 becomes `418+6=028`. Each digit is one token, and so are `+`, `=`, the
-    stop token after the answer and the pad token that fills rows up. 3 + 632 = 635 is trained as::
+    stop token after the answer and the pad token that fills rows up. 2 + 632 = 634 is trained as::
 
         position    0    1    2    3    4    5    6    7    8    9   10   11
-        token       3    +    2    3    6    =    5    3    6 stop  pad  pad
-        label       .    .    .    .    .    5    3    6 stop    .    .    .
+        token       2    +    2    3    6    =    4    3    6 stop  pad  pad
+        label       .    .    .    .    .    4    3    6 stop    .    .    .
 
     a + b and b + a are the same problem: both are held out, or neither.
     """

@@ -96,12 +96,13 @@ def low(bits: Bits) -> Bits:
     return bits & np.uint64(0xFFFFFFFF)
 
 
-def from_bits(bits: Bits, lengths: Integers) -> Digits:
-    """Uniform numbers of given lengths, without leading zeros (nor the number 0).
+def from_bits(bits: Bits, lengths: Integers, *, zero: bool = False) -> Digits:
+    """Uniform numbers of given lengths, without leading zeros.
 
     Args:
         bits: (draws, examples); half of a draw makes a digit.
         lengths: (numbers, examples), 0 for no number; numbers * digits = 2 * draws.
+        zero: whether a number of one digit may be 0.
 
     Returns:
         (numbers, digits, examples).
@@ -110,7 +111,7 @@ def from_bits(bits: Bits, lengths: Integers) -> Digits:
     digits = below(bits, 10).astype(np.uint8).reshape(numbers, -1, examples)
     digits *= np.arange(digits.shape[1])[:, None] < lengths[:, None]
     # The most significant digit is made of the same half of a draw again, now without 0.
-    number, example = np.nonzero(lengths)
+    number, example = np.nonzero(lengths > 1 if zero else lengths)
     last = lengths[number, example] - 1
     second, draw = np.divmod(number * digits.shape[1] + last, len(bits))
     drawn = bits[draw, example]

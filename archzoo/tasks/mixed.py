@@ -40,7 +40,9 @@ class Mixed(Text):
     Args:
         problems: the task that they come from, such as Addition.
         problem_arguments: of that task; its batch_size, steps_per_epoch, test_examples and seed
-            mean nothing here.
+            mean nothing here, and what is not named is as it was before there were `vocabulary`
+            (own) and `zero` (false). With vocabulary shared, a tokenizer of characters knows the
+            signs of all tasks.
         lines: problems in a window.
         path: as for Text, and so are all that follow.
         tokenizer: the same; digits and signs must be tokens of their own, as in all that are

@@ -19,6 +19,10 @@ from archzoo.tasks.tokenizers import CharacterTokenizer, Tokenizer
 from archzoo.tasks.writing import LETTERS as LETTERS
 
 BLOCK = 2048  # training examples made at once, at least
+SHARED = "0123456789" + "".join(
+    letter for letter in map(chr, range(ord("!"), ord("~") + 1)) if not letter.isdecimal()
+)  # what tasks write with that have a vocabulary in common: all that ASCII shows, digits first
+VOCABULARIES = ("shared", "own")
 STREAMS = {"train": 0, "validation": 1, "test": 2, "shuffle": 3, "cell": 4, "chain": 5}
 
 
@@ -104,6 +108,8 @@ class Exercise(Task):
 
     metrics = ("token_accuracy", "exact_match")
     tokenizer: CharacterTokenizer
+    # Before there was a common vocabulary every task had its own, and no number was 0.
+    added: ClassVar[dict[str, Any]] = {"vocabulary": "own", "zero": False}
     axes: ClassVar[tuple[str, str]]  # what the two parts of a size are
     answer_parts: ClassVar[tuple[str, str]] = ("digit", "the units")  # and which of them is 0
     has_keys: ClassVar[bool] = False  # whether lines hold letters without hints
@@ -135,11 +141,13 @@ class Exercise(Task):
         self.held_out: int = held_out
         self.steps_per_epoch: int = arguments["steps_per_epoch"]
         self.seed: int = arguments["seed"]
+        self.zero: bool = arguments["zero"]
         letters = LETTERS if self.hints or self.has_keys else ""
-        self.tokenizer = CharacterTokenizer("0123456789" + self.operators + letters, special=True)
+        self.written = "0123456789" + self.operators + letters
+        self.tokenizer = CharacterTokenizer(self._vocabulary(), special=True)
         self.stop: int = self.tokenizer.stop_token  # type: ignore[assignment]
         self.pad: int = self.tokenizer.pad_token  # type: ignore[assignment]
-        self.first_letter = 10 + len(self.operators)  # the token of the first one
+        self.letter_tokens = np.array(self.tokenizer.encode(letters), np.uint8)
         self.context_length = self.width(*self.extent) - 1  # the last token is only ever a label
         # Letters stand between the digits of hinted numbers.
         sizes = [self.extent, *zip(self.beyond, self.beyond, strict=True)]
@@ -148,6 +156,25 @@ class Exercise(Task):
         self._evaluation: dict[str, Problems] = {}
         self._sizes: dict[str, Integers] = {}
         self._block: tuple[tuple[int, bytes], Lines] | None = None  # the last one made
+
+    other_vocabulary = (
+        "own differs from task to task, so both must be trained with --data.vocabulary shared, or "
+        "both be the same task"
+    )
+
+    def _vocabulary(self) -> str:
+        """The characters that have tokens."""
+        vocabulary = self.arguments["vocabulary"]
+        if vocabulary not in VOCABULARIES:
+            raise ValueError(f"vocabulary {vocabulary!r} is not one of {', '.join(VOCABULARIES)}")
+        if vocabulary == "own":
+            return self.written
+        if missing := set(self.written) - set(SHARED):
+            raise ValueError(
+                f"the shared vocabulary has no {min(missing)!r}, only what ASCII shows: take "
+                "vocabulary own, or another sign"
+            )
+        return SHARED
 
     # What a class says.
 
@@ -264,17 +291,22 @@ class Exercise(Task):
         Raises:
             ValueError: a digit or a sign is not one token there.
         """
-        characters = self.tokenizer.characters
-        symbols = [tokenizer.encode(character) for character in characters]
+        symbols = {
+            token: tokenizer.encode(character)
+            for token, character in enumerate(self.tokenizer.characters)
+            if character in self.written
+        }
         stop = tokenizer.stop_token
-        symbols.append(tokenizer.encode("\n") if stop is None else [stop])
-        symbols.append(symbols[-1] if tokenizer.pad_token is None else [tokenizer.pad_token])
-        if any(len(tokens) != 1 for tokens in symbols):
+        symbols[self.stop] = tokenizer.encode("\n") if stop is None else [stop]
+        if any(len(tokens) != 1 for tokens in symbols.values()):
             raise ValueError(
-                f"the tokenizer does not write each of {characters!r} and the line end as one "
+                f"the tokenizer does not write each of {self.written!r} and the line end as one "
                 "token: take one of characters, bpe or unigram"
             )
-        return np.array(symbols)[:, 0]
+        pad = symbols[self.stop][0] if tokenizer.pad_token is None else tokenizer.pad_token
+        table = np.full(self.tokenizer.vocab_size, pad, np.int64)
+        table[list(symbols)] = [token for (token,) in symbols.values()]
+        return table
 
     # Problems.
 
@@ -401,7 +433,7 @@ class Exercise(Task):
 
     def letters_from(self, letters: Integers, places: Integers) -> Digits:
         """Tokens of the letters so many places after the first: (examples,), (columns,) -> both."""
-        return (self.first_letter + (letters[:, None] + places) % len(LETTERS)).astype(np.uint8)
+        return self.letter_tokens[(letters[:, None] + places) % len(LETTERS)]
 
     # Inside.
 
@@ -489,8 +521,11 @@ class Exercise(Task):
 
 
 def are_held_out(hashes: Bits, held_out: int) -> Flags:
-    """The split: which problems, by their hashes, are never trained on; one in `held_out`."""
-    return mix(hashes) % np.uint64(held_out) == 0
+    """The split: which problems, by their hashes, are never trained on; one in `held_out`.
+
+    The hash 0, that of zeros alone, would be held out by every number, and is by none.
+    """
+    return (mix(hashes) % np.uint64(held_out) == 0) & (hashes != 0)
 
 
 def shuffled(count: int) -> Integers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,10 +14,10 @@ from archzoo.tasks.problems import LETTERS, Columns, Exercise, Problems
 class Sorting(Exercise):
     """Numbers to sort, each with a key: `A:52,B:7,C:31=B,C,A`.
 
-    3 and 97, least significant digit first, are trained as::
+    2 and 7, least significant digit first, are trained as::
 
         position    0    1    2    3    4    5    6    7    8    9   10   11   12
-        token       c    :    3    ,    d    :    8    =    c    ,    d stop  pad
+        token       c    :    2    ,    d    :    7    =    c    ,    d stop  pad
         label       .    .    .    .    .    .    .    c    ,    d stop    .    .
 
     The answer names the keys by ascending value, ties in the order of the list. Keys run on
@@ -43,6 +43,8 @@ class Sorting(Exercise):
             digits; see `Addition`.
         ood_examples: problems of each of those sizes.
         seed: chooses the training examples.
+        vocabulary: as for two numbers.
+        zero: the same.
 
     Raises:
         ValueError: an argument is out of range.
@@ -67,6 +69,8 @@ class Sorting(Exercise):
         ood_digits: list[int] | None = None,
         ood_examples: int = 200,
         seed: int = 0,
+        vocabulary: Literal["shared", "own"] = "shared",
+        zero: bool = True,
     ) -> None:
         for name, value in (("numbers", numbers), ("digits", digits)):
             if value < 1:
@@ -86,6 +90,8 @@ class Sorting(Exercise):
             ood_digits=ood_digits,
             ood_examples=ood_examples,
             seed=seed,
+            vocabulary=vocabulary,
+            zero=zero,
         )
 
     def shape(self, extent: tuple[int, int]) -> tuple[int, int]:
@@ -110,7 +116,7 @@ class Sorting(Exercise):
         lengths = 1 + below(bits[1 : 1 + pairs], sizes[1]).astype(np.int64)
         lengths[: extent[0]][numbers >= sizes[0]] = 0
         lengths[extent[0] :] = 0
-        operands = from_bits(bits[1 + pairs :], lengths)
+        operands = from_bits(bits[1 + pairs :], lengths, zero=self.zero)
         letters = below(bits[:1], len(LETTERS))[0].astype(np.int64)
         return Problems(operands[: extent[0]], lengths[: extent[0]], letters)
 
@@ -122,7 +128,8 @@ class Sorting(Exercise):
     def listed(self, first: int, second: int) -> Problems | None:
         if first * second > 4:  # 9,999 lists
             return None
-        values = np.indices((10**second - 1,) * first).reshape(first, -1) + 1
+        least = 0 if self.zero else 1
+        values = np.indices((10**second - least,) * first).reshape(first, -1) + least
         operands = np.stack([from_integers(numbers, second) for numbers in values])
         lengths = np.stack([length(number) for number in operands])
         return self._chosen(Problems(operands, lengths, np.arange(values.shape[1]) % len(LETTERS)))

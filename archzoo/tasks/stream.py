@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import import_module
-from typing import Any, Literal
+from inspect import signature
+from typing import Any, ClassVar, Literal
 
 import lightning
 import numpy as np
@@ -183,6 +184,8 @@ class Task(lightning.LightningDataModule):
             exact match of its own: lengths that no training example has, or names.
         exercise: the task, an `Exercise`, that makes the problems it asks; None: it asks none.
         arguments: what the task was made with, plain data.
+        other_vocabulary: what to do where weights were trained with another vocabulary.
+        added: arguments that came later, and what each is for a checkpoint that does not name it.
     """
 
     metrics: tuple[str, ...] = ()
@@ -194,6 +197,8 @@ class Task(lightning.LightningDataModule):
     coupling: Literal["reversed", "plain"] | None = None
     beyond: tuple[int | str, ...] = ()
     exercise: Task | None = None
+    other_vocabulary = "give the task their tokenizer, which lies beside them"
+    added: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
@@ -285,7 +290,7 @@ def import_all() -> None:
 
 
 def build(config: dict[str, Any]) -> Task:
-    """Makes a task again from its `Task.config`.
+    """Makes a task again from its `Task.config`, which may be older than some arguments.
 
     Only classes of archzoo and classes that are already imported are made: a configuration may
     come from a stranger's checkpoint, and importing what it names would run the stranger's code.
@@ -293,14 +298,45 @@ def build(config: dict[str, Any]) -> Task:
     Raises:
         ValueError: `class_path` names no task that is known.
     """
-    import_all()
-    known = {_name(task): task for task in _tasks(Task)}
+    known = known_tasks()
     if config["class_path"] not in known:
         raise ValueError(
             f"unknown task {config['class_path']!r}: known are {', '.join(sorted(known))}; "
             "import the module of your own task first"
         )
-    return known[config["class_path"]](**config["init_args"])
+    return known[config["class_path"]](**arguments_of(config))
+
+
+def known_tasks() -> dict[str, type[Task]]:
+    """All tasks that are imported, by the names that configurations give them."""
+    import_all()
+    return {_name(task): task for task in _tasks(Task)}
+
+
+def arguments_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a `Task.config`, and what it means by those that came after it."""
+    task = known_tasks().get(config["class_path"], Task)
+    return task.added | config["init_args"]
+
+
+def since(config: Any) -> dict[str, Any]:
+    """What a configuration that a run wrote means by the arguments that came after it.
+
+    A run writes down every argument, so one that lacks only some of `Task.added` is older than
+    those; one that lacks others too was written by hand, and leaves them at their defaults.
+
+    Args:
+        config: `data` of a configuration file, anything at all.
+    """
+    if not isinstance(config, dict) or not isinstance(given := config.get("init_args"), dict):
+        return {}
+    known = known_tasks()
+    name = str(config.get("class_path"))
+    task = known.get(name) or known.get(f"archzoo.tasks.{name}")
+    if task is None:
+        return {}
+    missing = signature(task).parameters.keys() - given.keys() - {"arguments"}
+    return {name: task.added[name] for name in missing} if missing <= task.added.keys() else {}
 
 
 def _name(task: type[Task]) -> str:

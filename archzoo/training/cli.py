@@ -28,7 +28,7 @@ from lightning.pytorch.plugins import Precision
 
 from archzoo import parts
 from archzoo.checkpoint import load, read_safely
-from archzoo.tasks.stream import Task, build, import_all
+from archzoo.tasks.stream import Task, arguments_of, build, import_all, known_tasks, since
 from archzoo.training.callbacks import Checkpoints, ShowProgress
 from archzoo.training.files import CheckpointFiles, MetricsFile
 from archzoo.training.mistakes import explain
@@ -137,7 +137,7 @@ class CommandLine(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         command, *arguments = args
         self.run_name = _run_name(arguments)
-        arguments = _with_arm(arguments)
+        arguments = _with_arguments_since(_with_arm(arguments))
         path = _option(arguments, "--ckpt_path")
         logger = _option(arguments, "--trainer.logger")
         if logger == "TensorBoardLogger" and not _option(arguments, "--trainer.logger.save_dir"):
@@ -165,7 +165,7 @@ class CommandLine(LightningCLI):
         if not isinstance(model, dict) or not isinstance(task, dict):
             raise ValueError(f"{path} is no checkpoint of archzoo's training")
         build(task)  # refuses tasks that are not known, which parsing would import
-        arguments = self._with_tokenizer(task["init_args"], tokenizer_files(checkpoint))
+        arguments = self._with_tokenizer(arguments_of(task), tokenizer_files(checkpoint))
         data = {"class_path": task["class_path"], "init_args": arguments}
         return {"model": model, "data": data}
 
@@ -175,7 +175,7 @@ class CommandLine(LightningCLI):
         if found.task is None:
             raise ValueError(f"{weights} does not say what it was trained on: give --data")
         files = found.tokenizer.files() if found.tokenizer is not None else {}
-        arguments = self._with_tokenizer(found.task["init_args"], files)
+        arguments = self._with_tokenizer(arguments_of(found.task), files)
         return {"data": {"class_path": found.task["class_path"], "init_args": arguments}}
 
     def _with_tokenizer(self, arguments: dict[str, Any], files: dict[str, bytes]) -> dict[str, Any]:
@@ -215,6 +215,8 @@ class CommandLine(LightningCLI):
         if config.ckpt_path in ("last", "best"):
             path = self.directory / f"{config.ckpt_path}.ckpt"
             config.ckpt_path = str(path) if path.is_file() else _no_checkpoint(str(path))
+        if config.ckpt_path:
+            _mean_what_it_meant(config)
 
     def before_fit(self) -> None:
         if not self.config[self.subcommand].trainer.fast_dev_run:
@@ -370,6 +372,34 @@ def _with_arm(arguments: list[str]) -> list[str]:
         settings += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
     behind = next(n for n, argument in enumerate(arguments) if config in argument) + 1
     return [*arguments[:behind], *settings, *arguments[behind:]]
+
+
+def _with_arguments_since(arguments: list[str]) -> list[str]:
+    """The arguments with what a run's own config.yaml means by those that came after it."""
+    config = _option(arguments, "--config")
+    if not config or not Path(config).is_file():
+        return arguments
+    try:
+        content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return arguments  # parsing says so
+    settings = []
+    for name, value in since(content.get("data") if isinstance(content, dict) else None).items():
+        settings += [f"--data.{name}", json.dumps(value)]
+    behind = next(n for n, argument in enumerate(arguments) if config in argument) + 1
+    return [*arguments[:behind], *settings, *arguments[behind:]]
+
+
+def _mean_what_it_meant(config: Any) -> None:
+    """Arguments of the task that came after a checkpoint are what they were when it was made."""
+    task = known_tasks().get(f"archzoo.tasks.{str(config.data.class_path).rpartition('.')[2]}")
+    if task is None or not task.added:
+        return
+    stored = read_safely(config.ckpt_path).get("task")
+    given = stored.get("init_args") if isinstance(stored, dict) else None
+    for name, value in task.added.items():
+        if isinstance(given, dict) and name not in given:
+            config.data.init_args[name] = value
 
 
 def _no_checkpoint(path: str) -> NoReturn:

@@ -166,7 +166,8 @@ class LanguageModel(lightning.LightningModule):
         elif task is not None and task.vocab_size > self.decoder.vocab_size:
             raise ValueError(
                 f"the model knows {self.decoder.vocab_size} tokens and the task has "
-                f"{task.vocab_size}: this model was made for another vocabulary"
+                f"{task.vocab_size}: this model was made for another vocabulary; "
+                + task.other_vocabulary
             )
         if task is not None:
             task.prepare()
@@ -174,8 +175,8 @@ class LanguageModel(lightning.LightningModule):
                 self.net.task = task.config()
             if self._vocabulary not in (None, task.tokenizer.files()):
                 raise ValueError(
-                    "the weights were trained with another vocabulary than this task's: give the "
-                    "task their tokenizer, which lies beside them"
+                    "the weights were trained with another vocabulary than this task's: "
+                    + task.other_vocabulary
                 )
             bind_digits(
                 self.net,
