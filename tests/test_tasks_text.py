@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from archzoo.tasks import Text, build, draw
+from archzoo.tasks import Addition, Text, build, draw
 from archzoo.tasks.stream import IGNORED
 from archzoo.tasks.text import Corpus
 from archzoo.tasks.tokenizers import LibraryTokenizer, SentencePieceTokenizer
@@ -481,3 +481,21 @@ def test_a_given_tokenizer_that_does_not_know_the_text(text, tmp_path):
 )
 def test_bad_arguments_are_refused_at_once(text, arguments, error, message):
     refused(error, message, lambda: text(**arguments))
+
+
+def test_a_fingerprint_says_what_training_sees(text, tmp_path):
+    """Where a text lies and how many windows a batch has is no part of it; its content is."""
+    first = text(numbers(100)).fingerprint()
+    elsewhere = tmp_path / "elsewhere.txt"
+    elsewhere.write_text(numbers(100))
+    moved = text(path=elsewhere, batch_size=2, cache_dir=tmp_path / "other").fingerprint()
+    assert moved == first == json.loads(json.dumps(first))
+    changed = text(numbers(100).replace("00050", "00051")).fingerprint()
+    assert {name for name in first if changed[name] != first[name]} == {"text"}
+    for name, value in {"seed": 1, "context_length": 4, "validation_fraction": 0.2}.items():
+        other = text(numbers(100), **{name: value}).fingerprint()
+        assert {key for key in first if other[key] != first[key]} == {name}
+    lanes = [text(numbers(100), carry_state=True, batch_size=n).fingerprint() for n in (2, 4)]
+    assert lanes[0] != lanes[1]
+    sums = [Addition(**given).fingerprint() for given in ({}, {"test_examples": 3}, {"digits": 4})]
+    assert sums[0] == sums[1] != sums[2]

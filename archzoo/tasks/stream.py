@@ -151,6 +151,12 @@ def _pinned(batch: Batch) -> Batch:
 
 # ---------------------------------------------------------------------------- tasks
 
+# Arguments that do not decide which examples training sees, or not by their names.
+_NO_EXAMPLES = {
+    *("batch_size", "steps_per_epoch", "validation_examples", "test_examples"),
+    *("ood_digits", "ood_examples", "path", "cache_dir", "tokenizer", "vocab_size"),
+}
+
 
 class Task(lightning.LightningDataModule):
     """A data set with its tokenizer and the metrics that fit it.
@@ -250,6 +256,16 @@ class Task(lightning.LightningDataModule):
     def config(self) -> dict[str, Any]:
         """The class and its arguments, plain data from which `build` makes the task again."""
         return {"class_path": _name(type(self)), "init_args": dict(self.arguments)}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides which examples training sees and in which order, plain data by name.
+
+        A run that goes on with the same entries goes on in the same stream. How many examples
+        stand in a batch, how many are validated on and where files lie is no part of it.
+        """
+        self.prepare()
+        given = {name: self.arguments[name] for name in self.arguments.keys() - _NO_EXAMPLES}
+        return given | {"tokenizer": self.tokenizer.fingerprint()}
 
     def prepare_data(self) -> None:  # Lightning: on one process of each machine
         self.prepare()

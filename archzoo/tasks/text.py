@@ -112,7 +112,8 @@ class Text(Task):
         arguments = self.arguments
         corpus = Corpus(arguments["path"])
         given: Tokenizer | None = None
-        recipe = [_FORMAT, corpus.digest(), arguments["validation_fraction"]]
+        digest = corpus.digest()
+        recipe = [_FORMAT, digest, arguments["validation_fraction"]]
         if arguments["tokenizer"] in tokenizers.NAMES:
             recipe += [arguments["tokenizer"], arguments["vocab_size"]]
             recipe += [self.characters] if self.characters else []
@@ -132,7 +133,12 @@ class Text(Task):
         self._check_length(meta["train_tokens"], meta["validation_tokens"])
         self.tokenizer = Tokenizer.load(cache)
         self._meta = meta
+        self._digest = digest
         self._cache = cache
+
+    def fingerprint(self) -> dict[str, Any]:
+        lanes = {"batch_size": self.batch_size} if self.carry_state else {}
+        return super().fingerprint() | lanes | {"text": self._digest}
 
     def _encode(self, corpus: Corpus, given: Tokenizer | None, folder: Path) -> None:
         """Writes tokenizer, both parts of the text and their sizes into a folder."""
