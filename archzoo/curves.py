@@ -7,13 +7,15 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
-from archzoo.figures import pyplot, save
+from archzoo.figures import legend, pyplot, save
 from archzoo.parts import nearest
+from archzoo.tables import show
 
-OUT_OF_DISTRIBUTION = "validation/exact_match/ood"
+# What is compared where no metric is named: the first of these that every run has.
+USUAL = ("validation/exact_match/ood", "validation/exact_match", "validation/loss", "train/loss")
+LOWER = ("loss", "perplexity")  # ends of the names of what is better when lower
 
 
 class Curve(NamedTuple):
@@ -30,6 +32,25 @@ class Curve(NamedTuple):
     values: list[float]
 
 
+def read_log(run: Path) -> list[dict[str, str]]:
+    """The rows of a run's log.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    log = run / "metrics.csv"
+    if not log.is_file():
+        raise FileNotFoundError(f"{run} holds no metrics.csv: give the directory of a run")
+    with log.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def usual_metric(runs: list[Path]) -> str:
+    """The first of `USUAL` that every run has; the last one where there is none."""
+    named = [{name for row in read_log(run) for name, text in row.items() if text} for run in runs]
+    return next((metric for metric in USUAL if all(metric in names for names in named)), USUAL[-1])
+
+
 def read(run: Path, metric: str) -> Curve:
     """A run's metric from its log.
 
@@ -37,11 +58,7 @@ def read(run: Path, metric: str) -> Curve:
         FileNotFoundError: There is no log.
         ValueError: It has no such metric.
     """
-    log = run / "metrics.csv"
-    if not log.is_file():
-        raise FileNotFoundError(f"{run} holds no metrics.csv: give the directory of a run")
-    with log.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    log, rows = run / "metrics.csv", read_log(run)
     seen = [row for row in rows if row.get(metric)]
     if not seen:
         names = sorted({name for row in rows for name, text in row.items() if "/" in name and text})
@@ -53,7 +70,7 @@ def read(run: Path, metric: str) -> Curve:
 def curves_command(
     runs: list[str],
     /,
-    metric: str = OUT_OF_DISTRIBUTION,
+    metric: str | None = None,
     lower: bool = False,
     figure: str | None = None,
 ) -> None:
@@ -61,8 +78,9 @@ def curves_command(
 
     Args:
         runs: Directories of runs.
-        metric: A column of their metrics.csv.
-        lower: Lower is better, as for a loss.
+        metric: A column of their metrics.csv. None: the exact match beyond the trained lengths,
+            else that within them, else the validation loss, else the training loss.
+        lower: Lower is better, as it is anyway where a metric ends in loss or perplexity.
         figure: The picture that is drawn, such as curves.png: every run, and the mean of all from
             their least to their largest value. None: a table alone.
 
@@ -70,8 +88,10 @@ def curves_command(
         FileNotFoundError: A directory holds no run.
         ValueError: A run has no such metric.
     """
-    curves = [read(Path(run), metric) for run in runs]
-    Console(width=100).print(_table(curves, metric, lower))
+    paths = [Path(run) for run in runs]
+    metric = metric or usual_metric(paths)
+    curves = [read(path, metric) for path in paths]
+    show(_table(curves, metric, lower or metric.endswith(LOWER)))
     if figure is not None:
         _draw(curves, metric, Path(figure))
         print(f"drew {figure}")
@@ -104,7 +124,7 @@ def _table(curves: list[Curve], metric: str, lower: bool) -> Table:
 def _draw(curves: list[Curve], metric: str, path: Path) -> None:
     plt = pyplot()
 
-    figure, panel = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, panel = plt.subplots(figsize=(8.5, 4.2), layout="constrained")
     for curve in curves:
         panel.plot(curve.steps, curve.values, linewidth=1, alpha=0.7, label=curve.run)
     shared = sorted(set.intersection(*(set(curve.steps) for curve in curves)))
@@ -117,5 +137,5 @@ def _draw(curves: list[Curve], metric: str, path: Path) -> None:
             shared, [statistics.fmean(column) for column in columns], color="black", label="mean"
         )
     panel.set(xlabel="step", ylabel=metric)
-    panel.legend(fontsize=8)
+    legend(panel, beside=True)
     save(figure, path)

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
 from archzoo.block import at_least_float32
 from archzoo.decoder import Decoder
-from archzoo.figures import pyplot
+from archzoo.figures import legend, pyplot, save
 from archzoo.positions.rotary import RopeType, scale_rotary
+from archzoo.tables import show
 
 if TYPE_CHECKING:
     from archzoo.checkpoint import Pretrained
@@ -209,7 +209,7 @@ def extend_command(
     tokens, labels = windows_of(found, lengths[-1], windows)
     readings = compare(found.model, tokens, labels, lengths, tail, rotary)
     print(f"{len(tokens)} windows; trained on {trained} tokens; tail: the last {tail}")
-    Console(width=160).print(table(readings))
+    show(table(readings))
     place = Path(directory) if directory else (path if path.is_dir() else path.parent)
     place.mkdir(parents=True, exist_ok=True)
     with open(place / "extend.csv", "w", newline="") as file:
@@ -250,7 +250,7 @@ def table(readings: list[Reading]) -> Table:
     lengths = list(dict.fromkeys(reading.length for reading in readings))
     ratios = {reading.length: reading.ratio for reading in readings}
     for length in lengths:
-        made.add_column(f"{length} = {ratios[length]:g} x", justify="right", no_wrap=True)
+        made.add_column(f"{length} = {ratios[length]:g} x", justify="right")
     for name in dict.fromkeys(reading.scaling for reading in readings):
         cells = [f"{r.window:.4g} ({r.tail:.4g})" for r in readings if r.scaling == name]
         made.add_row(name, *cells)
@@ -262,7 +262,7 @@ def draw(readings: list[Reading], trained: int, tail: int, path: Path) -> None:
     plt = pyplot()
     from matplotlib.ticker import MaxNLocator
 
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
     for panel, field, title in (
         (panels[0], "window", "all tokens of a window"),
         (panels[1], "tail", f"the last {tail} tokens of a window"),
@@ -286,7 +286,5 @@ def draw(readings: list[Reading], trained: int, tail: int, path: Path) -> None:
     panels[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     panels[0].set_yticks([], minor=True)
     panels[0].set_ylim(low, high)
-    panels[1].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    legend(panels[1], beside=True)
+    save(figure, path)

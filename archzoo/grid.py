@@ -29,8 +29,9 @@ from torch import Tensor
 
 from archzoo.block import Router
 from archzoo.decoder import Decoder
-from archzoo.figures import pyplot, save
+from archzoo.figures import legend, pyplot, save
 from archzoo.positions.digits import digit_embedding
+from archzoo.tables import show
 
 if TYPE_CHECKING:
     from archzoo.tasks.problems import Exercise, Problems
@@ -316,7 +317,7 @@ def grid_command(
         tokens = at_once or AT_ONCE.get(kind, AT_ONCE["cpu"])
         for counts in examine(examiner, missing, problems, tokens, advance):
             journal.add(counts)
-    Console(width=100).print(_table(journal, exercise, digits, diagonal or 0))
+    show(_table(journal, exercise, digits, diagonal or 0))
     if (coverage := coverage_of(found.model)) is not None:
         print(f"training can have covered numbers of up to {coverage} digits")
     print(f"wrote {journal.path}")
@@ -413,7 +414,7 @@ def _draw(
     # Hinted numbers have letters between their digits, so that every run of digits is one.
     coverage = None if exercise.hints else coverage_of(decoder)
     part, first_part = exercise.answer_parts
-    figure, panels = plt.subplots(2, 2, figsize=(11, 9.4), layout="constrained")
+    figure, panels = plt.subplots(2, 2, figsize=(11, 10), layout="constrained")
     (cells, line), (places, chains) = panels
 
     rates = np.array([[journal.rate("cell", i, j) for j in size] for i in size])
@@ -432,17 +433,21 @@ def _draw(
             label="trained",
         )
     )
+    note = ""
     if coverage is not None:
         covered = np.array([[exercise.answer_size(i, j) <= coverage for j in size] for i in size])
-        if not covered.all():
+        if not covered.all() and covered.any():
             # Steps between the cells, not lines through their middles.
             fine = np.repeat(np.repeat(covered, 8, axis=0), 8, axis=1)
             edges = 0.5 + (np.arange(8 * digits) + 0.5) / 8
             cells.contour(edges, edges, fine, levels=[0.5], colors="orange", linewidths=2)
-        beyond = "" if not covered.all() else ", beyond this map"
-        cells.plot([], [], color="orange", linewidth=2, label=f"covered: {coverage} digits{beyond}")
-    cells.set(title="exact match", ylabel=exercise.axes[0], xlabel=exercise.axes[1])
-    cells.legend(loc="upper right", fontsize=8)
+            words = f"covered: answers of at most {coverage} digits"
+            cells.plot([], [], color="orange", linewidth=2, label=words)
+        else:
+            reach = "all" if covered.all() else "nothing"
+            note = f"\n(covered: {reach} of this map, answers of at most {coverage} digits)"
+    cells.set(title="exact match", ylabel=exercise.axes[0], xlabel=exercise.axes[1] + note)
+    legend(cells)
     figure.colorbar(shown, ax=cells)
 
     longest = max(digits, diagonal)
@@ -458,7 +463,7 @@ def _draw(
         if len(reached) < longest:
             line.axvline(len(reached) + 0.5, color="orange", label="covered")
     line.set(title="both of one size (95 % intervals)", ylim=(-0.03, 1.03), xlabel="size")
-    line.legend(fontsize=8)
+    legend(line)
 
     indices = sorted({key.part for key in journal.counts if key.kind == "place"} - {-1})
     image = np.full((longest, len(indices) + 1), np.nan)
@@ -495,7 +500,7 @@ def _draw(
         chains.set(
             title="by the longest carry", xlabel="columns carried through", ylim=(-0.03, 1.03)
         )
-        chains.legend(fontsize=8)
+        legend(chains)
     else:
         chains.set_axis_off()
     save(figure, path)

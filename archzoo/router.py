@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from archzoo.decoder import Decoder
 from archzoo.feedforward.balance import load_metrics, shares, virtual_drop_rate
 from archzoo.feedforward.moe import MixtureOfExperts
-from archzoo.figures import pyplot, save
+from archzoo.figures import legend, pyplot, save
+from archzoo.tables import show
 
 if TYPE_CHECKING:
     from archzoo.checkpoint import Pretrained
@@ -147,7 +147,7 @@ def router_command(
     if batches < 1:
         raise ValueError(f"batches={batches} must be at least 1")
     layers = examine(found.model, _validation_data(found, batches, device))
-    Console(width=160).print(_table(layers))
+    show(_table(layers))
     if figure is not None:
         _draw(layers, _history(path.parent / "metrics.csv"), Path(figure))
         print(f"drew {figure}")
@@ -166,7 +166,7 @@ def _table(layers: list[Layer]) -> Table:
     table = Table(box=None, header_style="bold")
     shown = [name for name in COLUMNS if any(name in layer.values for layer in layers)]
     for heading in ("layer", "least", "most", "even", "shared", *(COLUMNS[name] for name in shown)):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right")
     for layer in layers:
         ends = (min(layer.shares), max(layer.shares), layer.even)
         cells = [f"{layer.values.get(name, math.nan):.4g}" for name in shown]
@@ -202,7 +202,9 @@ def _draw(
     count = len(BY_LAYER) + 1 + len(over_time)
     rows = -(-count // 4)
     across = -(-count // rows)
-    figure, grid = plt.subplots(rows, across, figsize=(4.6 * across, 3.8 * rows), squeeze=False)
+    figure, grid = plt.subplots(
+        rows, across, figsize=(4.8 * across, 4.4 * rows), squeeze=False, layout="constrained"
+    )
     load, *panels = grid.flat
     for panel in panels[count - 1 :]:
         panel.axis("off")
@@ -224,7 +226,7 @@ def _draw(
             panel.plot(numbers, values, "o-", label=COLUMNS[name])
         panel.set(title=title, xlabel="layer")
         panel.set_xticks(numbers[:: -(-len(numbers) // 16)])
-        panel.legend(fontsize=7)
+        legend(panel)
     for panel, name in zip(panels[len(BY_LAYER) :], over_time, strict=False):
         lines = history[name]
         for place, (layer, line) in enumerate(lines.items()):
@@ -233,6 +235,5 @@ def _draw(
             label = f"layer {layer}" if named else None
             panel.plot(*zip(*line, strict=True), color=colour, label=label)
         panel.set(title=f"{COLUMNS[name]} over time", xlabel="step")
-        panel.legend(fontsize=7)
-    figure.tight_layout()
+        legend(panel)
     save(figure, path)

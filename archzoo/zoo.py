@@ -13,8 +13,8 @@ from archzoo.block import nbytes
 from archzoo.decoder import Decoder
 from archzoo.parts import nearest
 from archzoo.registry import build_decoder, get_preset, list_models
+from archzoo.tables import show
 
-WIDE = 200  # columns: a terminal wraps a long line better than a table wraps its cells
 HEADINGS = (
     "model",
     "mixer",
@@ -96,10 +96,10 @@ def list_command(pattern: str = "*", /, markdown: bool = False) -> None:
     table = Table(box=None, header_style="bold")
     for heading in HEADINGS:
         numeric = heading in ("parameters", "active") or heading.startswith("state")
-        table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
+        table.add_column(heading, justify="right" if numeric else "left")
     for row in rows:
         table.add_row(*row)
-    Console(width=WIDE).print(table)
+    show(table)
 
 
 def show_command(name: str) -> None:
@@ -111,7 +111,9 @@ def show_command(name: str) -> None:
     preset = get_preset(name)
     row = describe(name)
     print(preset.about.strip(), end="\n\n")
-    console = Console(width=WIDE, highlight=False)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 200  # a file has room for a long setting
     decoder = _on_meta(preset.arguments)
     settings = Table(box=None, show_header=False)
     for key, value in decoder.config.items():
@@ -127,7 +129,7 @@ def show_command(name: str) -> None:
     table.add_row("in all", "", f"{row.parameters:,}", "")
     if row.active < row.parameters:
         table.add_row("of which a token meets", "", f"{row.active:,}", "")
-    console.print(table)
+    show(table, console)
     console.print()
     console.print(
         f"state of one text: {_bytes(row.state_1k)} at 1k tokens, {_bytes(row.state_16k)} at 16k"

@@ -52,3 +52,17 @@ def test_what_is_missing_is_named(runs, tmp_path, capsys):
     assert "has no validation/nothing" in said and "; nearest: validation/" in said
     assert main(["curves", str(tmp_path)]) == 1
     assert "holds no metrics.csv" in capsys.readouterr().err
+
+
+def test_without_a_metric_the_first_that_all_have_is_taken(runs, tmp_path, capsys):
+    assert main(["curves", *runs]) == 0
+    assert METRIC in capsys.readouterr().out
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "metrics.csv").write_text("step,train/loss,validation/loss\n1,2.0,\n5,,1.5\n9,,1.75\n")
+    assert main(["curves", str(plain)]) == 0
+    said = capsys.readouterr().out
+    assert "validation/loss" in said
+    assert cells(said)["plain"] == ["1.5000", "5", "1.7500", "9"]  # lower is better of a loss
+    assert main(["curves", runs[0], str(plain)]) == 0
+    assert "train/loss" in capsys.readouterr().out

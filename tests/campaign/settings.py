@@ -167,8 +167,9 @@ def aliases(draw: random.Random, settings: dict[str, Any]) -> tuple[bytes, bool]
     """Lists of aliases of lists of aliases: a billion entries in a few lines."""
     depth, each = draw.choice([(9, 10), (30, 2), (3, 2)])
     lines = ["a0: &a0 [x, x]"]
-    for level in range(1, depth):
-        lines.append(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * each)}]")
+    lines += [
+        f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * each)}]" for level in range(1, depth)
+    ]
     where = draw.choice(["model:\n  mixer: *a{n}", "data: *a{n}", "trainer:\n  callbacks: *a{n}"])
     return "\n".join([*lines, where.format(n=depth - 1)]).encode(), True
 
