@@ -36,6 +36,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from archzoo.derivatives import transformed
+
 State = Any  # a pytree: dict | list of Tensor (batch first) | int | bool | None
 Aux = dict[str, Tensor]
 
@@ -138,7 +140,7 @@ def make_context(
                 counted = counted + (place["positions"][:, None] + 1)
         else:
             counted = place["positions"].view(batch_size, 1) + 1
-        positions = counted if positions is None else positions.long()
+        positions = of_this_call(counted if positions is None else _copied(positions))
         context = Context(zero, positions, valid, counted == 0, examples)
         after = {
             "documents": zero.select(1, 0),
@@ -168,7 +170,7 @@ def make_context(
         within = count - count.gather(1, last_start.clamp(min=0))
         went_on = place["positions"][:, None] + count
         positions = torch.where(last_start >= 0, within, went_on)
-    positions = positions.long() * valid
+    positions = of_this_call(positions.long() * valid)
     begun = place["begun"][:, None] + starts.cumsum(dim=1)
     # The place after: the last token that is not padding; an all-padding piece moves nothing.
     last = last_valid[:, -1]
@@ -535,7 +537,9 @@ def constant(
     Decays and frequencies live as Python floats and come through here, so that no cast of a
     model can touch them, as it would touch a buffer.
     """
-    if torch.compiler.is_compiling():
+    # What is made under a transform or a mode (fake tensors) is of its kind, and is not kept.
+    modes = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    if modes or transformed():
         return torch.tensor(values, dtype=dtype, device=device)
     return _constant(values, torch.get_default_device() if device is None else device, dtype)
 
@@ -559,17 +563,36 @@ Computed = TypeVar("Computed")
 def once_per_call(tensor: Tensor, key: Hashable, compute: Callable[[], Computed]) -> Computed:
     """What `compute` gives, computed once for all layers that see the same tensor.
 
-    The tensors of a `Context` are made anew in every call of a decoder and handed to all its
+    The positions of a `Context` are made anew in every call of a decoder and handed to all its
     layers, so what depends on them and on host-side numbers alone (rotation tables, decay masks)
-    is kept beside them while they live. `key` names the computation and its numbers. Nothing
-    that needs a gradient may go through here.
+    is kept beside them while they live. `key` names the computation, its numbers and whatever
+    other tensors it reads. Nothing that needs a gradient may go through here. Beside any other
+    tensor, which its owner may change in place, nothing is kept.
     """
-    if torch.compiler.is_compiling():  # the compiler finds common subexpressions itself
+    # The compiler finds common subexpressions itself; a transform's tensors end with it.
+    if torch.compiler.is_compiling() or transformed():
         return compute()
-    values = tensor.__dict__.setdefault("computed", {})  # on the tensor: gone when it is gone
-    if key not in values:
-        values[key] = compute()
-    return values[key]
+    kept = tensor.__dict__.get("computed")
+    if kept is None:
+        return compute()
+    key = (torch.is_inference_mode_enabled(), key)  # what is made there is of no use to gradients
+    if key not in kept:
+        kept[key] = compute()
+    return kept[key]
+
+
+def of_this_call(tensor: Tensor) -> Tensor:
+    """The tensor by another name, beside which `once_per_call` keeps things: a call's own."""
+    if not torch.compiler.is_compiling() and "computed" not in tensor.__dict__:
+        tensor = tensor.view_as(tensor)
+        tensor.computed = {}  # type: ignore[attr-defined]
+    return tensor
+
+
+def _copied(given: Tensor) -> Tensor:
+    """A caller's (batch, time) ints as int64 that the caller cannot change; one row stays one."""
+    rows = given[:1] if given.stride(0) == 0 else given
+    return rows.to(torch.int64, copy=True).expand(given.shape)
 
 
 def closing(linear: nn.Linear) -> nn.Linear:

@@ -278,6 +278,7 @@ class Decoder(nn.Module):
             device=tokens.device,
         )
         context = self.embedding.place(context)
+        context = context._replace(positions=interface.of_this_call(context.positions))
         keep = state is not None
         loops = self.loops - free_loops if loops is None else loops
         if loops < 1 or free_loops < 0 or (keep and free_loops + loops != self.loops):

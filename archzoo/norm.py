@@ -8,14 +8,15 @@ the tiny RetNet 12 % shorter. Everywhere else torch's own is called.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from archzoo.block import constant
+from archzoo.derivatives import differentiated_again, plain_gradients, transformed
 
 
 def _inverse_root_mean_square(x: Tensor, eps: float) -> Tensor:
@@ -25,30 +26,49 @@ def _inverse_root_mean_square(x: Tensor, eps: float) -> Tensor:
     return torch.addcmul(added, norm, norm, value=1 / x.shape[-1]).rsqrt_()
 
 
-class _RMSNorm(torch.autograd.Function):
-    """``y = w * h, h = x * r, r = 1 / sqrt(mean(x^2) + eps)``, over the last axis.
+def _plain(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """The norm of operations that have all derivatives, where x is 0, too: no root is taken there.
 
-    Backward, with gh = g * w: ``dx = r * (gh - h * mean(gh * h))``, ``dw = sum(g * h)``.
+    That is what torch composes; its own, on other devices, has a single derivative.
+    """
+    normed = x * (x.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    return normed if weight is None else normed * weight
+
+
+class _RMSNorm(torch.autograd.Function):
+    """``y = w * x * r, r = 1 / sqrt(mean(x^2) + eps)``, over the last axis.
+
+    Backward: ``dx = r * g * w - x * r^3 * mean(g * w * x)``, ``dw = sum(r * g * x)``, the two sums
+    by products of the matrix g * x with a vector.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         scale = _inverse_root_mean_square(x, eps)
+        ctx.save_for_backward(x, weight, scale)
+        ctx.eps = eps
         normed = x * scale
-        ctx.save_for_backward(normed, scale, weight)
-        return normed if weight is None else normed * weight
+        return normed if weight is None else normed.mul_(weight)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        normed, scale, weight = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        if differentiated_again():
+            compute = functools.partial(_plain, eps=ctx.eps)
+            return *plain_gradients(compute, (x, weight), (grad,)), None  # type: ignore[return-value]
+        along_x = grad * x
         grad_weight = None
-        if weight is not None:
+        if weight is None:
+            along = along_x.sum(dim=-1, keepdim=True)
+            grad_x = grad * scale
+        else:
+            along_x = along_x.reshape(-1, len(weight))
             if ctx.needs_input_grad[1]:
-                grad_weight = (grad * normed).flatten(0, -2).sum(0)
-            grad = grad * weight
-        along = (grad * normed).mean(dim=-1, keepdim=True)
-        return torch.addcmul(grad, normed, along, value=-1).mul_(scale), grad_weight, None
+                grad_weight = torch.mv(along_x.t(), scale.view(-1))
+            along = torch.mv(along_x, weight).view_as(scale)
+            grad_x = (grad * weight).mul_(scale)
+        grad_x.addcmul_(x, along.mul_(scale.pow(3)), value=-1 / x.shape[-1])
+        return grad_x, grad_weight, None
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
@@ -61,13 +81,16 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
         weight: (channels,), or None for all ones.
         eps: Added to the mean square.
     """
+    if transformed():
+        return _plain(x, weight, eps)
     composed = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    composed = composed and (weight is None or weight.dtype == x.dtype)
     if not composed or torch.compiler.is_compiling():
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     if torch.is_grad_enabled():
         return _RMSNorm.apply(x, weight, eps)
     normed = _inverse_root_mean_square(x, eps).mul(x)
-    return normed if weight is None else normed * weight
+    return normed if weight is None else normed.mul_(weight)
 
 
 class RMSNorm(nn.RMSNorm):

@@ -2,15 +2,18 @@
 
 import itertools
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+import archzoo
 from archzoo import block
-from archzoo.block import KeepsFloat32, Mixer, make_context, once_per_call
+from archzoo.block import KeepsFloat32, Mixer, make_context, of_this_call, once_per_call
 
 
 def rows(*lists):
@@ -197,13 +200,15 @@ def test_constants_are_no_inference_tensors():
 
 
 def test_once_per_call_forgets_with_the_tensor():
-    tensor, calls = torch.zeros(2), []
+    tensor, calls = of_this_call(torch.zeros(2)), []
     for _ in range(2):
         once_per_call(tensor, "a key", lambda: calls.append(1))
     assert len(calls) == 1
     once_per_call(tensor, "another key", lambda: calls.append(1))
-    once_per_call(torch.zeros(2), "a key", lambda: calls.append(1))
-    assert len(calls) == 3
+    for other in (of_this_call(tensor.clone()), of_this_call(torch.zeros(2)), torch.zeros(2)):
+        once_per_call(other, "a key", lambda: calls.append(1))
+    assert len(calls) == 5
+    assert of_this_call(tensor) is tensor
     kept = once_per_call(tensor, "a tensor", lambda: torch.zeros(1))
     assert once_per_call(tensor, "a tensor", lambda: torch.ones(1)) is kept
     gone = weakref.ref(kept)
@@ -267,3 +272,106 @@ def test_dropout_and_placement_of_a_block():
     dropped = block.Block(Same(), Double(), norms, dropout=0.999)
     assert torch.equal(dropped.eval()(x, None, context)[0], pre)
     assert not torch.equal(dropped.train()(x, None, context)[0], pre)
+
+
+# ---------------------------------------------------------------------------- what is kept
+
+
+@pytest.mark.parametrize("family", ["retnet", "transformer", "yuan"])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_positions_changed_in_place_are_read_again(family, mode):
+    """Tables were kept on the caller's own tensor: the next call's logits were up to 100 % off."""
+    net = archzoo.create_model(f"{family}_micro").double()
+    tokens = torch.randint(0, 16, (2, 6))
+    with mode():
+        counted = torch.arange(6).repeat(2, 1)
+        given = counted.clone()
+        first = net(tokens, positions=given).logits
+        given.mul_(9)
+        again = net(tokens, positions=given).logits
+        assert torch.equal(again, net(tokens, positions=counted * 9).logits)
+        assert not torch.equal(again, first)
+    # The same tensor in another mode: what was made in inference mode is of no use to gradients.
+    net(tokens, positions=given).logits.sum().backward()
+
+
+def test_a_state_does_not_hold_the_callers_positions():
+    net = archzoo.create_model("transformer_micro").double().eval()
+    tokens, following = torch.randint(0, 16, (2, 4)), torch.randint(0, 16, (2, 1))
+    found = []
+    for changed in (False, True):
+        given = torch.arange(4).repeat(2, 1) * 3
+        with torch.no_grad():
+            _, state, _ = net(tokens, net.init_state(2), positions=given)
+            given.mul_(1 + changed)
+            found.append(net(following, state).logits)
+    assert torch.equal(*found)
+
+
+def test_a_part_called_alone_reads_the_positions_it_is_given():
+    """A rotation of no decoder has no call after which its tables could be forgotten."""
+    rotary = archzoo.RotaryEmbedding(8)
+    q, positions = torch.randn(1, 3, 2, 8), torch.arange(3)[None].clone()
+    first, _ = rotary(q, q, positions, positions)
+    positions.add_(5).mul_(2)
+    again, _ = rotary(q, q, positions, positions)
+    assert not torch.equal(first, again)
+    assert torch.equal(again, rotary(q, q, positions.clone(), positions.clone())[0])
+
+
+def test_contexts_that_share_positions_keep_their_own_documents():
+    """Decays were kept beside the positions, whatever the documents."""
+    mixer = archzoo.Retention(16, 2).double()
+    x = torch.randn(1, 6, 16, dtype=torch.float64)
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    context, _ = make_context(1, 6, documents=documents)
+    other, _ = make_context(1, 6, documents=torch.tensor([[0, 0, 0, 0, 1, 1]]))
+    shared = other._replace(positions=context.positions)
+    alone = other._replace(positions=context.positions.clone())
+    mixer(x, None, context)
+    assert torch.equal(mixer(x, None, shared)[0], mixer(x, None, alone)[0])
+
+
+def test_a_context_serves_inference_and_gradients():
+    mixer = archzoo.Retention(16, 2)
+    x = torch.randn(1, 6, 16)
+    context, _ = make_context(1, 6)
+    with torch.inference_mode():
+        want, _ = mixer(x, None, context)
+    found, _ = mixer(x, None, context)
+    found.sum().backward()
+    assert torch.equal(found, want)
+
+
+def test_constants_of_a_transform_or_a_mode_end_with_it():
+    """They were kept: a fake tensor, or one of a transform that was over, served later calls."""
+    values, cpu = (0.1234, 0.5), torch.device("cpu")
+
+    def use(x):
+        return (block.constant(values, cpu, torch.float32) * x).sum()
+
+    x = torch.ones(2)
+    torch.func.grad(use)(x)
+    with FakeTensorMode() as mode:
+        assert isinstance(use(mode.from_tensor(x)), FakeTensor)
+    made = block.constant(values, cpu, torch.float32)
+    assert type(made) is torch.Tensor
+    assert not torch._C._functorch.is_functorch_wrapped_tensor(made)
+    with FakeTensorMode() as mode:  # and one that was kept before is none of a mode's
+        assert isinstance(use(mode.from_tensor(x)), FakeTensor)
+
+
+def test_threads_that_share_a_model_share_no_tables():
+    """Each call has its own: lengths, positions and modes of one are nothing to another."""
+    net = archzoo.create_model("retnet_micro").double().eval()
+    texts = [torch.randint(0, 16, (2, 5 + number)) for number in range(4)]
+
+    def read(number):
+        positions = torch.arange(texts[number].shape[1]).repeat(2, 1).add_(number)
+        with torch.inference_mode() if number % 2 else torch.no_grad():
+            return [net(texts[number], positions=positions.add_(1)).logits for _ in range(5)]
+
+    wanted = [read(number) for number in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for found, want in zip(pool.map(read, range(4)), wanted, strict=True):
+            assert all(torch.equal(*pair) for pair in zip(found, want, strict=True))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archzoo.block import Aux, Context, FeedForward, Router, closing
+from archzoo.derivatives import transformed
 from archzoo.feedforward.balance import Balance, within_capacity
 from archzoo.feedforward.dense import GatedFeedForward
 from archzoo.feedforward.routers import _TopKRouter
@@ -30,7 +31,7 @@ from archzoo.parts import Part, build, describe
 
 RouterFactory = Callable[[int, int, int], Router]
 
-BACKENDS = ("loop", "grouped", "gather")
+BACKENDS = ("loop", "grouped", "gather", "dense")
 # Weights that `gather` may copy. On a CPU 2^17 is about where a loop over the experts in use gets
 # faster; on an H200 grouped products are as fast from 2^26 on.
 COPIED = {"cpu": 2**17}
@@ -69,11 +70,13 @@ class ExpertLinear(nn.Linear):
 class Experts(nn.Module):
     """SwiGLU experts side by side: ``E_e(x) = (silu(x Wg_e) * (x Wu_e)) Wd_e``.
 
-    Three ways to compute the same thing:
+    Four ways to compute the same thing:
 
     * loop: one expert after the other. The reference: any dtype, any size.
     * grouped: `torch.nn.functional.grouped_mm`, all experts in one product.
     * gather: each assignment with a copy of its expert's weights; for a few tokens.
+    * dense: every expert for every token, the others at weight 0; no choice decides what is
+      computed, so that `torch.func.vmap` can run over it.
 
     Args:
         dim: Width of x.
@@ -98,6 +101,8 @@ class Experts(nn.Module):
             dtype: The products are computed in.
             device: Where.
         """
+        if transformed():
+            return "dense"
         copied = 3 * assignments * self.dim * self.width
         few = copied <= COPIED.get(device.type, COPIED_ELSEWHERE)
         if few and not torch.is_grad_enabled():
@@ -121,9 +126,9 @@ class Experts(nn.Module):
             x: (tokens, dim).
             weights: (tokens, k), float32 at least.
             indices: (tokens, k) int64.
-            backend: "loop", "grouped" or "gather"; None: `choose_backend`.
+            backend: "loop", "grouped", "gather" or "dense"; None: `choose_backend`.
             kept: (tokens, k) bool: what is not dropped; None: nothing is. A dropped assignment
-                adds nothing and, but for "gather", is not computed.
+                adds nothing and, but for "gather" and "dense", is not computed.
             matrices: What `matrices` gave for x; None: it is asked.
 
         Returns:
@@ -134,9 +139,11 @@ class Experts(nn.Module):
         backend = backend or self.choose_backend(indices.numel(), dtype, x.device)
         if backend not in BACKENDS:
             raise ValueError(f"backend {backend!r} is none of {', '.join(BACKENDS)}")
+        if backend in ("gather", "dense") and kept is not None:
+            weights = weights * kept
+        if backend == "dense":
+            return self.dense(x.to(dtype), weights, gate_up, down, indices).to(x.dtype)
         if backend == "gather":
-            if kept is not None:
-                weights = weights * kept
             y = self.gather(x.to(dtype), gate_up, down, indices)
             return (y * weights[:, :, None]).sum(dim=1).to(x.dtype)
         dispatch = make_dispatch(indices, self.experts, kept, kernels=fused(x, self.dim))
@@ -160,6 +167,15 @@ class Experts(nn.Module):
         hidden = torch.einsum("td,tkhd->tkh", x, gate_up[indices])
         hidden = swiglu(hidden.flatten(0, 1)).view(*indices.shape, down.shape[-1])
         return torch.einsum("tkh,tkdh->tkd", hidden, down[indices])
+
+    @staticmethod
+    def dense(x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor) -> Tensor:
+        """X (tokens, dim) to the weighted sum over experts, of the same shape."""
+        chosen = indices[:, :, None] == torch.arange(len(down), device=indices.device)
+        share = (weights[:, :, None] * chosen).sum(dim=1)  # (tokens, experts)
+        hidden = torch.einsum("td,ehd->eth", x, gate_up)
+        hidden = swiglu(hidden.flatten(0, 1)).view(len(down), len(x), down.shape[-1])
+        return torch.einsum("eth,edh,te->td", hidden, down, share.to(x.dtype))
 
     @staticmethod
     def loop(rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tensor:

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from archzoo.block import Context
+from archzoo.derivatives import transformed
 from archzoo.kernels.launching import run_beside
 
 
 def available(tokens: Tensor) -> bool:
     """Whether the kernel runs where the tokens lie; compilers fuse the plain form themselves."""
-    return not torch.compiler.is_compiling() and tokens.numel() > 0 and run_beside(tokens)
+    if torch.compiler.is_compiling() or transformed():
+        return False
+    return tokens.numel() > 0 and run_beside(tokens)
 
 
 def shifted_rows(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from archzoo.derivatives import transformed
 from archzoo.kernels.mixture_launch import fused, launch, on_hopper, power_of_2, warps_for
 
 KEYS = 2048  # assignments that one program counts or places
@@ -95,7 +96,7 @@ def spread_rows(x: Tensor, dispatch: Dispatch, k: int, dtype: torch.dtype) -> Te
     if dispatch.order is None:
         rows: Tensor = _Spread.apply(x, dispatch.inverse, dispatch.ends, k, dtype)
         return rows
-    rows = _Rearrange.apply(x.to(dtype), dispatch.order, dispatch.inverse, k)
+    rows = _rearrange(x.to(dtype), dispatch.order, dispatch.inverse, k)
     return _only_computed(rows, dispatch)
 
 
@@ -109,7 +110,7 @@ def collect_rows(rows: Tensor, weights: Tensor, dispatch: Dispatch) -> Tensor:
         return y
     tokens, k = weights.shape
     rows = _only_computed(rows, dispatch)
-    back: Tensor = _Rearrange.apply(rows, dispatch.inverse, dispatch.order, 1)
+    back = _rearrange(rows, dispatch.inverse, dispatch.order, 1)
     return (back.view(tokens, k, rows.shape[1]) * weights[:, :, None]).sum(dim=1)
 
 
@@ -119,6 +120,14 @@ def _only_computed(rows: Tensor, dispatch: Dispatch) -> Tensor:
         return rows
     place = torch.arange(len(rows), device=rows.device)
     return rows.masked_fill((place >= dispatch.ends[-1])[:, None], 0.0)
+
+
+def _rearrange(x: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
+    """`_Rearrange`, or by indexing, which transforms see through."""
+    if transformed():
+        return x[order // k if k > 1 else order]
+    rows: Tensor = _Rearrange.apply(x, order, inverse, k)
+    return rows
 
 
 class _Rearrange(torch.autograd.Function):

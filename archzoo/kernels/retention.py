@@ -18,6 +18,7 @@ import functools
 import torch
 from torch import Tensor
 
+from archzoo.derivatives import transformed
 from archzoo.kernels import retention_launch as launch
 from archzoo.kernels.launching import TRITON_FOUND, interpreting, room
 
@@ -43,6 +44,8 @@ def unavailable(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None
         return f"the kernels need a CUDA device, the tensors are on {q.device.type}"
     if torch.version.hip is not None:
         return "the kernels were never run on ROCm"
+    if transformed():
+        return "the kernels are opaque to transforms (torch.func, forward-mode differentiation)"
     if not q.dtype == k.dtype == v.dtype:
         return f"q, k and v have different dtypes: {q.dtype}, {k.dtype}, {v.dtype}"
     if q.dtype not in (torch.bfloat16, torch.float32):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
 
 from archzoo.block import (
     Bias,
@@ -19,6 +23,7 @@ from archzoo.block import (
     merge_heads,
     split_heads,
 )
+from archzoo.derivatives import differentiated_again, plain_gradients, transformed
 from archzoo.positions.rotary import RotaryEmbedding
 
 # On a CPU two plain products read a long cache faster than torch's fused attention does with one
@@ -118,9 +123,7 @@ class Attention(Mixer):
         if once and q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64):
             y = attend_once(q, k, v)
         else:
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.kv_heads != self.heads
-            )
+            y = attend_all(q, k, v, mask, causal)
         return self.output(merge_heads(y.transpose(1, 2))), state
 
     def mask(
@@ -149,6 +152,78 @@ class Attention(Mixer):
             return seen, False
         bias = self.bias(context.positions, key_positions).to(q.dtype)
         return bias.masked_fill(~seen, float("-inf")), False
+
+
+def attend_all(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Attention by torch's fastest kernel, or plainly where it has no derivative.
+
+    Args:
+        q: (batch, heads, queries, head_dim).
+        k: (batch, kv_heads, keys, head_dim), kv_heads dividing heads.
+        v: As k.
+        mask: Of `Attention.mask`, bool or float; None: none.
+        causal: Query i sees the keys up to i.
+
+    Returns:
+        (batch, heads, queries, head_dim).
+    """
+    if transformed():
+        return attend_plainly(q, k, v, mask, causal)
+    grouped = k.shape[1] != q.shape[1]
+    ours = q.device.type == "cpu" and torch.is_grad_enabled() and q.dtype == k.dtype == v.dtype
+    if ours and not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")):
+        # Whether torch would take its kernel, which has one derivative; the others have all.
+        choice = torch._fused_sdp_choice(q, k, v, mask, 0.0, causal, scale=None, enable_gqa=grouped)
+        if choice == SDPBackend.FLASH_ATTENTION.value:
+            fused: Tensor = _Attend.apply(q, k, v, mask, causal)
+            return fused
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+    )
+
+
+def attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """`attend_all` of operations that have all derivatives."""
+    queries, keys, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    q = rearrange(q * q.shape[-1] ** -0.5, "b (h g) q d -> b h g q d", g=group)
+    scores = rearrange(q @ k[:, :, None].mT, "b h g q k -> b (h g) q k")
+    if causal:
+        mask = torch.ones((queries, keys), dtype=torch.bool, device=q.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    elif mask is not None:
+        scores = scores + mask
+    shares = rearrange(scores.softmax(dim=-1), "b (h g) q k -> b h g q k", g=group)
+    return rearrange(shares @ v[:, :, None], "b h g q d -> b (h g) q d")
+
+
+class _Attend(torch.autograd.Function):
+    """Torch's kernel for CPUs, as `F.scaled_dot_product_attention` calls it, with a second one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
+    ) -> Tensor:
+        added = mask
+        if mask is not None and mask.dtype == torch.bool:
+            added = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+        y, kept = _FORWARD(q, k, v, 0.0, causal, attn_mask=added)
+        ctx.save_for_backward(q, k, v, added, y, kept)
+        ctx.causal = causal
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, y, kept = ctx.saved_tensors
+        if differentiated_again():
+            compute = functools.partial(attend_plainly, causal=ctx.causal)
+            return *plain_gradients(compute, (q, k, v, mask), (grad,)), None
+        grads = _BACKWARD(grad, q, k, v, y, kept, 0.0, ctx.causal, attn_mask=mask)
+        return *grads, None, None
+
+
+_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 def attend_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -189,7 +264,7 @@ def extend(
         room = state.get(name)
         if room is None:  # the first padding: everything before belongs to document 0
             room = new.new_zeros((new.shape[0], state["keys"].shape[2]))
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or transformed():
             after[name] = torch.cat([room.narrow(axis, 0, length), new.to(room.dtype)], dim=axis)
             continue
         if length + time > room.shape[axis]:

@@ -40,6 +40,7 @@ from archzoo.block import (
     split_heads,
     without_autocast,
 )
+from archzoo.derivatives import transformed
 from archzoo.kernels import retention as kernels
 from archzoo.norm import rms_norm
 from archzoo.positions.rotary import RetentionRotation
@@ -249,7 +250,8 @@ def _decays(
     if log_decay.requires_grad:
         return compute()
     # A fixed decay is one tensor for all layers, and so is its normaliser: they can be keys.
-    key = ("decays", log_decay, normaliser, scale, begin, chunk, chunks, states)
+    marks = (context.packed, context.valid, context.starts)
+    key = ("decays", log_decay, normaliser, *marks, scale, begin, chunk, chunks, states)
     return once_per_call(context.positions, key, compute)
 
 
@@ -520,7 +522,7 @@ class Retention(KeepsFloat32, Mixer):
             if context.packed:  # a new document forgets the past; padding lets nothing decay
                 keep, valid = ~context.starts[:, :, None, None], context.valid[:, :, None, None]
                 gamma = torch.where(valid, gamma * keep, 1.0)
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() or transformed():
                 memory = torch.addcmul(memory * gamma, k, v, value=self.head_dim**-0.5)
             else:
                 memory.mul_(gamma).addcmul_(k, v, value=self.head_dim**-0.5)

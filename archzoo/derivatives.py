@@ -1,0 +1,74 @@
+"""Second derivatives and function transforms: where fast forms give way to plain ones.
+
+A kernel, or an `autograd.Function` written for speed, knows one derivative of ordinary tensors. Its
+plain form is made of torch's own operations, and so has all of them and goes through `torch.func`
+(grad, vmap, jvp and what is built of them) and forward-mode differentiation. Two questions decide:
+
+* `transformed`, before a fast form runs: is there a transform under way? Then the plain form runs.
+* `differentiated_again`, in a fast form's backward: is a derivative of this derivative wanted? Then
+  `plain_gradients` makes the gradients of the plain form, which can be differentiated.
+
+`torch.autograd.function.once_differentiable` answers neither: it hands out constants where the
+gradient that arrives needs none, and `torch.autograd.grad` leaves its error out of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def transformed() -> bool:
+    """Whether a transform of `torch.func`, or forward-mode differentiation, is under way.
+
+    Neither depends on whether gradients are on. Compilers see through both by themselves.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    active: bool = torch._C._are_functorch_transforms_active()
+    return active or forward_ad._current_level >= 0
+
+
+def differentiated_again() -> bool:
+    """In a backward pass: whether it is to be differentiated (``create_graph=True``)."""
+    return torch.is_grad_enabled()
+
+
+def plain_gradients(
+    compute: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: tuple[Tensor | None, ...],
+    grads: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of ``compute(*inputs)``, to be differentiated again.
+
+    Args:
+        compute: The plain form.
+        inputs: What it takes; those without gradient get None.
+        grads: Of its outputs; None where nothing arrives.
+    """
+    with torch.enable_grad():
+        # Aliases: an input given twice gets the gradient of each place on its own.
+        given = [x.view_as(x) if x is not None and x.requires_grad else x for x in inputs]
+        made = compute(*given)
+        outputs = made if isinstance(made, tuple) else (made,)
+        pairs = [
+            (y, grad)
+            for y, grad in zip(outputs, grads, strict=True)
+            if grad is not None and y.requires_grad
+        ]
+        learn = [x for x in given if x is not None and x.requires_grad]
+        found = iter(
+            torch.autograd.grad(
+                [y for y, _ in pairs],
+                learn,
+                [grad for _, grad in pairs],
+                create_graph=True,
+                allow_unused=True,
+            )
+            if pairs
+            else [None] * len(learn)
+        )
+    return tuple(next(found) if x is not None and x.requires_grad else None for x in given)
