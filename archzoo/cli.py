@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from archzoo.training.ending import Ended
+
 
 class Command(NamedTuple):
     """A subcommand.
@@ -93,6 +95,9 @@ def main(arguments: list[str] | None = None) -> int:
                 "`source .venv/bin/activate` enters it"
             )
         )
+    except Ended as end:
+        print(end, file=sys.stderr)
+        return end.status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -110,9 +115,12 @@ def dispatch(name: str, arguments: list[str]) -> int:
     if not command.function:
         # Threads that wait by spinning slow small steps several times where cores are shared.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        from archzoo.training.cli import run
+        from archzoo.training.ending import SIGNALS
 
-        return run(name, arguments)
+        with SIGNALS:
+            from archzoo.training.cli import run
+
+            return run(name, arguments)
     module = importlib.import_module(f"archzoo.{command.module}")
     return call(getattr(module, command.function), f"archzoo {name}", arguments)
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from archzoo.tasks import Addition, Text
-from archzoo.training.callbacks import Checkpoints
+from archzoo.training.callbacks import Checkpoints, SaveAndEndOnSignal
+from archzoo.training.ending import Ended, Signals
 from archzoo.training.files import CheckpointFiles, MetricsFile
 from archzoo.training.module import LanguageModel
 
@@ -31,6 +32,62 @@ class KillAfter(lightning.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.fit_loop.epoch_loop.total_batch_idx >= self.batches:
             raise Killed
+
+
+class DuringValidation(lightning.Callback):
+    """Does something when so many validations have begun and one batch of the last is done."""
+
+    def __init__(self, number, act):
+        self.left, self.act = number, act
+
+    def on_validation_start(self, trainer, pl_module):
+        self.left -= 1
+
+    def on_validation_batch_end(self, *arguments):
+        if not self.left:
+            self.act()
+
+
+class DuringStep(lightning.Callback):
+    """Does something in the middle of a micro-batch."""
+
+    def __init__(self, number, act):
+        self.number, self.act = number, act
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        if trainer.fit_loop.epoch_loop.total_batch_idx == self.number:
+            self.act()
+
+
+class Weights(lightning.Callback):
+    """Lends the model other weights for a validation, as averages of weights do."""
+
+    def on_validation_epoch_start(self, trainer, pl_module):
+        for weight in pl_module.parameters():
+            weight.data.mul_(2)
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        for weight in pl_module.parameters():
+            weight.data.div_(2)
+
+
+class Counts(lightning.Callback):
+    """Has a state of its own that every validation changes, as early stopping has."""
+
+    count = 0
+
+    def on_validation_end(self, trainer, pl_module):
+        self.count += 1
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state_dict):
+        self.count = state_dict["count"]
+
+
+def kill():
+    raise Killed
 
 
 def losses(directory):
@@ -62,13 +119,13 @@ def stream(tmp_path):
     )
 
 
-def fit(directory, task, *, accumulate=1, every=4, kill=None, resume=False):
+def fit(directory, task, *callbacks, accumulate=1, every=4, kill=None, resume=False, **options):
     lightning.seed_everything(0)
     model = LanguageModel("retnet_micro", dropout=0.2, warmup_steps=4, learning_rate=1e-2)
     trainer = lightning.Trainer(
         accelerator="cpu",
         default_root_dir=directory,
-        max_steps=15,
+        max_steps=options.get("steps", 15),
         accumulate_grad_batches=accumulate,
         gradient_clip_val=1.0,
         log_every_n_steps=2,
@@ -79,14 +136,32 @@ def fit(directory, task, *, accumulate=1, every=4, kill=None, resume=False):
         enable_model_summary=False,
         logger=MetricsFile(directory / "metrics.csv"),
         plugins=[CheckpointFiles()],
-        callbacks=[Checkpoints(every_n_steps=every), *([KillAfter(kill)] if kill else [])],
+        callbacks=[
+            *callbacks,
+            Checkpoints(every_n_steps=every),
+            *([KillAfter(kill)] if kill else []),
+            *([SaveAndEndOnSignal(options["signals"])] if "signals" in options else []),
+        ],
     )
     path = directory / "last.ckpt"
     try:
         trainer.fit(model, task, ckpt_path=path if resume and path.exists() else None)
     except Killed:
-        assert kill
+        assert kill or callbacks
+    except Ended:
+        assert options["signals"].asked
     return model
+
+
+def assert_same(whole, pieces, expected, resumed):
+    assert losses(pieces) == losses(whole)
+    for name, weight in expected.net.state_dict().items():
+        assert torch.equal(weight, resumed.net.state_dict()[name]), name
+    best = [torch.load(directory / "best.ckpt") for directory in (whole, pieces)]
+    assert best[0]["global_step"] == best[1]["global_step"]
+    for name, weight in best[0]["state_dict"].items():
+        assert torch.equal(weight, best[1]["state_dict"][name]), name
+    assert not list(pieces.glob("*.partial"))
 
 
 @pytest.mark.parametrize(
@@ -115,6 +190,45 @@ def test_resumed_is_the_same_run(tmp_path, kind, accumulate, every, kills):
     assert len(losses(whole)) >= 7
     for name, weight in expected.net.state_dict().items():
         assert torch.equal(weight, resumed.net.state_dict()[name]), name
+
+
+# The validations of 14 steps are at 7 and 14, the last one after all that is to be trained.
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("asked", [False, True])
+def test_ended_in_a_validation(tmp_path, number, every, asked):
+    """The validation is done anew, be it all that is left, and is all there is of its step."""
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    expected = fit(whole, addition(), Weights(), Counts(), every=every, steps=14)
+    signals = Signals()
+    end = DuringValidation(number, lambda: setattr(signals, "asked", 15)) if asked else None
+    end = end or DuringValidation(number, kill)
+    fit(pieces, addition(), Weights(), Counts(), end, every=every, steps=14, signals=signals)
+    state = torch.load(pieces / "last.ckpt")
+    if asked or every == 1:
+        assert state["global_step"] == 7 * number  # though its validation had not ended
+    assert state["callbacks"].get("Counts", {"count": 0})["count"] == number - 1
+    counts = Counts()
+    resumed = fit(pieces, addition(), Weights(), counts, every=every, steps=14, resume=True)
+    assert_same(whole, pieces, expected, resumed)
+    assert counts.count == 2 and len(losses(whole)) == 7 + 2
+
+
+@pytest.mark.parametrize(("accumulate", "batch"), [(1, 0), (1, 6), (1, 10), (3, 20), (3, 22)])
+def test_ended_by_a_signal(tmp_path, accumulate, batch):
+    """Asked in the middle of a step: the step is finished, saved, and gone on from."""
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    options = {"accumulate": accumulate, "every": 100}
+    expected = fit(whole, addition(), **options)
+    signals = Signals()
+    end = DuringStep(batch, lambda: setattr(signals, "asked", 15))
+    fit(pieces, addition(), end, **options, signals=signals)
+    state = torch.load(pieces / "last.ckpt")
+    # An epoch of 10 batches ends an accumulation, too.
+    steps = {1: batch + 1, 3: 4 * (batch // 10) + batch % 10 // 3 + 1}[accumulate]
+    assert state["global_step"] == steps
+    resumed = fit(pieces, addition(), **options, resume=True)
+    assert_same(whole, pieces, expected, resumed)
 
 
 COMMAND = """

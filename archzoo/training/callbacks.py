@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from lightning.fabric.utilities import rank_zero_only
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from archzoo.training.ending import Ended, Signals
 from archzoo.training.files import MetricsFile
+from archzoo.training.loop import ResumingFitLoop
 from archzoo.training.module import LanguageModel
 
 OUT_OF_DISTRIBUTION = "validation/exact_match/ood"  # the mean over the lengths of `Task.beyond`
@@ -49,25 +53,43 @@ class Checkpoints(Checkpoint):
         self.reached: dict[str, dict[str, float]] = {}
         self.saved: int | None = None  # the step that last.ckpt holds, as far as this run knows
         self.directory = Path()
+        self._logs: list[MetricsFile] = []
+        self._rows: list[int] | None = None  # of each log, when the checkpoint was written
+        self._loop: ResumingFitLoop | None = None
+        self._before: dict[str, Any] = {}  # what callbacks knew before the validation that runs
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "reached": self.reached}
+        return {
+            "best": self.best,
+            "reached": self.reached,
+            "rows": [log.rows for log in self._logs],
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best, self.reached = state_dict["best"], state_dict.get("reached", {})
+        self._rows = state_dict.get("rows")
+        self._note_validated()
+
+    def _note_validated(self) -> None:
+        step = self.reached.get("last", {}).get("step")
+        if self._loop is not None:
+            self._loop.validated = None if step is None else int(step)
 
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
         self.directory = Path(trainer.default_root_dir)
+        self._logs = [logger for logger in trainer.loggers if isinstance(logger, MetricsFile)]
+        if stage == "fit":
+            self._loop = ResumingFitLoop.take_over(trainer)
 
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         self.saved = trainer.global_step or None
-        for logger in trainer.loggers:
-            if isinstance(logger, MetricsFile):
-                logger.begin(trainer.global_step)
+        rows = self._rows if self._rows and len(self._rows) == len(self._logs) else None
+        for number, log in enumerate(self._logs):
+            log.begin(trainer.global_step, rows[number] if rows else None)
 
     def on_train_batch_end(
         self,
@@ -79,12 +101,31 @@ class Checkpoints(Checkpoint):
     ) -> None:
         # During an accumulation the step stays the one that was saved.
         if trainer.global_step % self.every_n_steps == 0:
-            self._save_last(trainer, pl_module)
+            self.save_last(trainer, pl_module)
+
+    def on_validation_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        callbacks: list[lightning.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        self._before = copy.deepcopy(
+            {callback.state_key: callback.state_dict() for callback in callbacks}
+        )
+
+    def on_save_checkpoint(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        checkpoint: dict[str, Any],
+    ) -> None:
+        if getattr(pl_module, "cut_short", False):  # by `EndOnSignal`: this validation never was
+            checkpoint["callbacks"] = {name: state for name, state in self._before.items() if state}
 
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        if getattr(pl_module, "cut_short", False):
             return
         monitor, mode = self.monitor, self.mode
         if monitor is None:
@@ -108,26 +149,116 @@ class Checkpoints(Checkpoint):
         if better:
             self.best = value.item()
         self.reached = {"best": found if better else self.reached.get("best", found), "last": found}
-        self.saved = None  # write last.ckpt again: now it knows the best, and that this was done
-        self._save_last(trainer, pl_module)
-        if better:
+        self._note_validated()
+        if better:  # before last.ckpt, which says that it is there
+            self._check(pl_module)
             trainer.save_checkpoint(self.directory / "best.ckpt")
+        self.saved = None  # write last.ckpt again: now it knows the best, and that this was done
+        self.save_last(trainer, pl_module)
 
     def on_train_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        self._save_last(trainer, pl_module)
+        self.save_last(trainer, pl_module)
 
-    def _save_last(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def save_last(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write last.ckpt, unless it holds this step already."""
         # In the middle of an accumulation there are gradients, which no checkpoint holds.
         midway = trainer.fit_loop.epoch_loop._should_accumulate()
         if midway or trainer.global_step in (0, self.saved):
             return
+        self._check(pl_module)
+        trainer.save_checkpoint(self.directory / "last.ckpt")
+        self.saved = trainer.global_step
+
+    def _check(self, pl_module: lightning.LightningModule) -> None:
         if isinstance(pl_module, LanguageModel):
             pl_module.check_losses()
             pl_module.check_weights()
-        trainer.save_checkpoint(self.directory / "last.ckpt")
-        self.saved = trainer.global_step
+
+
+class EndOnSignal(lightning.Callback):
+    """Ends a run that a signal asks to end: after a whole step, with last.ckpt written.
+
+    A validation is broken off; a run that is resumed begins with it.
+
+    Args:
+        signals: Which notes what was asked for.
+    """
+
+    def __init__(self, signals: Signals) -> None:
+        self.signals = signals
+
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        self.signals.gentle = True
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if not trainer.fit_loop.epoch_loop._should_accumulate():
+            self._end_if_asked(trainer, pl_module)
+
+    def on_validation_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        loop = trainer.fit_loop.epoch_loop
+        # In the middle of an accumulation nothing can be saved: the step comes first.
+        if trainer.state.fn != "fit" or trainer.sanity_checking or loop._should_accumulate():
+            return
+        if self._asked(trainer) and not loop.val_loop.batch_progress.is_last_batch:
+            assert isinstance(pl_module, LanguageModel)
+            pl_module.cut_short = True
+            # Ends the loop, not the process: callbacks that lent the model other weights for the
+            # validation take them back.
+            raise StopIteration
+
+    def on_validation_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        midway = trainer.fit_loop.epoch_loop._should_accumulate()
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and not midway:
+            self._end_if_asked(trainer, pl_module)
+
+    def on_train_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        self.signals.gentle = False  # all is written
+        self._end_if_asked(trainer, pl_module)
+
+    def _asked(self, trainer: lightning.Trainer) -> int:
+        """The signal that any of the ranks was sent, 0 for none."""
+        asked = self.signals.asked or 0
+        if trainer.world_size == 1:
+            return asked
+        device = trainer.strategy.root_device
+        return int(trainer.strategy.reduce(torch.tensor(asked, device=device), reduce_op="max"))
+
+    def _end_if_asked(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        if not (asked := self._asked(trainer)):
+            return
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, Checkpoints):
+                callback.save_last(trainer, pl_module)
+        raise Ended(asked)
+
+
+class SaveAndEndOnSignal(EndOnSignal, Checkpoint):
+    """`EndOnSignal` among the callbacks that write checkpoints, which come after all others."""
 
 
 class ShowProgress(ProgressBar):
@@ -207,6 +338,8 @@ class ShowProgress(ProgressBar):
         assert isinstance(pl_module, LanguageModel)
         if trainer.state.fn != "fit":
             self.say(describe(pl_module.latest, "validation"))
+            return
+        if pl_module.cut_short:
             return
         seconds = time.perf_counter() - self._began
         shown = describe(pl_module.latest, "train", "validation")

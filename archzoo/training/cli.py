@@ -11,7 +11,9 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -25,11 +27,18 @@ from lightning.fabric.utilities import rank_zero_only
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins import Precision
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from archzoo import parts
 from archzoo.checkpoint import load, read_safely
 from archzoo.tasks.stream import Task, arguments_of, build, import_all, known_tasks, since
-from archzoo.training.callbacks import Checkpoints, ShowProgress
+from archzoo.training.callbacks import (
+    Checkpoints,
+    EndOnSignal,
+    SaveAndEndOnSignal,
+    ShowProgress,
+)
+from archzoo.training.ending import SIGNALS, Ended, say
 from archzoo.training.files import CheckpointFiles, MetricsFile
 from archzoo.training.mistakes import explain
 from archzoo.training.module import LanguageModel, tokenizer_files
@@ -53,6 +62,10 @@ def run(command: str, arguments: list[str]) -> int:
     warnings.filterwarnings("ignore", ".*returned a view tensor.*")
     try:
         _start(command, arguments)
+    except Ended as end:
+        if not end.explained:
+            say(f"{end}: nothing was written")
+        return end.status
     except ValueError as error:
         if "Does not validate against" in str(error):  # jsonargparse, around what a class said
             raise ValueError(explain(str(error), ())) from error
@@ -136,6 +149,7 @@ class CommandLine(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         command, *arguments = args
+        self._given = list(arguments)
         self.run_name = _run_name(arguments)
         arguments = _with_arguments_since(_with_arm(arguments))
         path = _option(arguments, "--ckpt_path")
@@ -245,6 +259,9 @@ class CommandLine(LightningCLI):
             callbacks = [c for c in callbacks if not isinstance(c, Checkpoints)]
         if config.get("enable_progress_bar") is not False:
             callbacks = [*callbacks, ShowProgress()]
+        if fitting:
+            saves = any(isinstance(callback, Checkpoints) for callback in callbacks)
+            callbacks = [*callbacks, (SaveAndEndOnSignal if saves else EndOnSignal)(SIGNALS)]
         config["default_root_dir"] = str(self.directory)
         table = "metrics.csv" if fitting else f"{self.subcommand}.csv"
         config["logger"] = [MetricsFile(self.directory / table), *_as_list(config.get("logger"))]
@@ -252,7 +269,11 @@ class CommandLine(LightningCLI):
         if config.get("precision") is None:
             config["precision"] = _usual_precision(config)
         try:
-            return super()._instantiate_trainer(config, callbacks)
+            trainer = super()._instantiate_trainer(config, callbacks)
+            # Lightning's own handlers end a run as if it had finished, and with several ranks they
+            # wait for each other inside of a handler.
+            trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+            return trainer
         except (MisconfigurationException, TypeError) as error:
             if not re.search("device|gpu|accelerator", str(error), re.IGNORECASE):
                 raise
@@ -269,6 +290,13 @@ class CommandLine(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
+        except Ended as end:
+            if subcommand == "fit":
+                self._say_how_to_go_on(end)
+            launcher = self.trainer.strategy.launcher
+            if self.trainer.global_rank and isinstance(launcher, _SubprocessScriptLauncher):
+                end.status = 0  # the process that started this one would take it for a failure
+            raise
         except FloatingPointError as error:
             last = self.directory / "last.ckpt"
             good = f"{last} is the last good checkpoint" if last.is_file() else "nothing was saved"
@@ -278,6 +306,19 @@ class CommandLine(LightningCLI):
             ) from None
         finally:
             self._tokenizer_directory.cleanup()
+
+    def _say_how_to_go_on(self, end: Ended) -> None:
+        """After a run was ended by a signal: what is saved, and the command that resumes it."""
+        last, step = self.directory / "last.ckpt", self.trainer.global_step
+        saving = any(isinstance(c, Checkpoints) for c in self.trainer.checkpoint_callbacks)
+        if not saving:
+            say(f"{end} at step {step}; nothing is saved under trainer.enable_checkpointing: false")
+        elif not last.is_file() or self.config[self.subcommand].trainer.fast_dev_run:
+            say(f"{end} before the first step was done; nothing was saved")
+        else:
+            say(f"{end}; {last} holds all up to step {step}. To go on:")
+            say("  " + _command_line("fit", _without(self._given, "--ckpt_path"), last))
+        end.explained = True
 
     def after_fit(self) -> None:
         self._say_where()
@@ -342,6 +383,29 @@ def _option(arguments: list[str], name: str) -> str | None:
             following = arguments[place + 1 : place + 2]
             return value if equals else (following[0] if following else None)
     return None
+
+
+def _without(arguments: list[str], name: str) -> list[str]:
+    """The arguments without an option and its value."""
+    kept, skipped = [], False
+    for argument in arguments:
+        if skipped or argument.startswith(f"{name}="):
+            skipped = False
+        elif argument == name:
+            skipped = True
+        else:
+            kept.append(argument)
+    return kept
+
+
+def _command_line(command: str, arguments: list[str], checkpoint: Path) -> str:
+    """The command that was typed, going on from a checkpoint."""
+    typed = sys.orig_argv
+    # Everything before the subcommand: `python train.py`, `python -m archzoo` or the script.
+    program = typed[: typed.index(command)] if command in typed[1:4] else ["archzoo"]
+    if len(program) == 2 and Path(program[1]).name == "archzoo":
+        program = ["archzoo"]  # the script that pip made, which names its Python
+    return shlex.join([*program, command, *arguments, "--ckpt_path", str(checkpoint)])
 
 
 def _run_name(arguments: list[str]) -> str | None:

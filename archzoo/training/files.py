@@ -70,6 +70,7 @@ class MetricsFile(Logger):
     def __init__(self, path: str | Path) -> None:
         super().__init__()
         self.path = Path(path)
+        self.rows = 0  # in the file, as far as this run wrote or read it
         self._columns: list[str] | None = None
         self._known: set[tuple[int, frozenset[str]]] = set()
         self._started = time.perf_counter()
@@ -91,17 +92,23 @@ class MetricsFile(Logger):
         pass  # config.yaml and the checkpoints hold them
 
     @rank_zero_only
-    def begin(self, step: int) -> None:
-        """Keep the rows up to a step: a run that begins there writes the later ones again."""
+    def begin(self, step: int, count: int | None = None) -> None:
+        """Keep the rows up to a step: a run that begins there writes the later ones again.
+
+        Args:
+            step: The last whose rows stay.
+            count: Rows there were when the checkpoint of this step was written: no more stay.
+                None, of a checkpoint that does not say: what comes again at this step is left out.
+        """
         if not self.path.exists():
             return
         rows, columns = self._read()
-        kept = [row for row in rows if int(row["step"]) <= step]
+        kept = [row for row in rows[:count] if int(row["step"]) <= step]
         if kept:
             self._started = time.perf_counter() - float(kept[-1]["seconds"] or 0)
         # What came after the checkpoint and before the next step, a validation in the middle of
         # an accumulation, comes again: the row is there already.
-        self._known = {_kind(row) for row in kept if int(row["step"]) == step}
+        self._known = {_kind(row) for row in kept if int(row["step"]) == step and count is None}
         self._write(kept, columns)
 
     @rank_zero_only
@@ -112,12 +119,14 @@ class MetricsFile(Logger):
         if _kind(row) in self._known:
             return
         if self._columns is None and self.path.exists():
-            self._columns = self._read()[1]
+            known, self._columns = self._read()
+            self.rows = len(known)
         columns = self._columns or []
         try:
             if set(row) <= set(columns):
                 with open(self.path, "a", newline="") as file:
                     csv.DictWriter(file, columns).writerow(row)
+                self.rows += 1
             else:
                 rows = self._read()[0] if self.path.exists() else []
                 self._write([*rows, row], [*columns, *(n for n in row if n not in columns)])
@@ -139,7 +148,7 @@ class MetricsFile(Logger):
             writer.writeheader()
             writer.writerows(rows)
         os.replace(partial, self.path)
-        self._columns = columns
+        self._columns, self.rows = columns, len(rows)
 
 
 def _kind(row: dict[str, Any]) -> tuple[int, frozenset[str]]:

@@ -112,6 +112,8 @@ class LanguageModel(lightning.LightningModule):
         self._clock = time.perf_counter()
         self._random: dict[str, Any] | None = None
         self._loaded_step: int | None = None
+        self.cut_short = False  # whether the validation that runs is broken off and counts nothing
+        self._random_before: dict[str, Any] | None = None  # that validation
         self._sharded = False
         self._vocabulary: dict[str, bytes] | None = None  # of the weights training starts from
         if weights is not None:
@@ -526,6 +528,8 @@ class LanguageModel(lightning.LightningModule):
         self._beyond = {length: MeanMetric().to(self.device) for length in lengths}
 
     def _end_evaluation(self, split: str) -> None:
+        if self.cut_short:
+            return
         loss = self.mean_loss.compute().item()
         values = {
             "loss": loss,
@@ -558,6 +562,7 @@ class LanguageModel(lightning.LightningModule):
 
     def on_validation_start(self) -> None:
         self._paused = time.perf_counter()
+        self._random_before = random_state()
 
     def on_validation_end(self) -> None:
         self._clock += time.perf_counter() - self._paused  # training's speed is training's
@@ -642,6 +647,8 @@ class LanguageModel(lightning.LightningModule):
     def _random_states(self) -> dict[str, Any]:
         """`random_state` of the first rank, and a list of those of the others."""
         mine = random_state()
+        if self.cut_short and self._random_before is not None:
+            mine = self._random_before
         if self.trainer.world_size == 1:
             return mine
         states: list[Any] = [None] * self.trainer.world_size
