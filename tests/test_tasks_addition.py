@@ -317,8 +317,8 @@ class SaveAlways(lightning.Callback):
         self.save(trainer, "exception")
 
 
-def fit(settings, model, callbacks=(), checkpoint=None, **task):
-    trainer = lightning.Trainer(
+def trainer_for(settings, callbacks=()):
+    return lightning.Trainer(
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
@@ -327,6 +327,10 @@ def fit(settings, model, callbacks=(), checkpoint=None, **task):
         callbacks=list(callbacks),
         **settings,
     )
+
+
+def fit(settings, model, callbacks=(), checkpoint=None, **task):
+    trainer = trainer_for(settings, callbacks)
     data = Addition(batch_size=4, steps_per_epoch=5, validation_examples=8, **task)
     # weights_only: the checkpoint is plain data, nothing in it needs to be trusted
     trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True)
@@ -384,6 +388,38 @@ def test_outside_a_trainer_the_loader_keeps_its_place():
     again = Addition(batch_size=2, steps_per_epoch=3).train_dataloader()
     again.load_state_dict(state)
     assert same(next(iter(again)), second)
+
+
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+def test_a_run_goes_on_with_another_batch_size_where_it_was(tmp_path):
+    """Example by example, through changes of the batch size in both directions."""
+    sizes, steps, path, seen = [4, 6, 3, 4], 0, None, []
+    for size in sizes:
+        steps += 3
+        model = Recorder()
+        trainer = trainer_for({"max_steps": steps})
+        data = Addition(batch_size=size, steps_per_epoch=5, validation_examples=8)
+        trainer.fit(model, data, ckpt_path=path, weights_only=True)
+        assert [len(rows) for rows in model.seen] == [size] * 3
+        seen += [number for rows in model.seen for number in rows]
+        path = tmp_path / f"{steps}.ckpt"
+        trainer.save_checkpoint(path)
+    assert seen == list(range(3 * sum(sizes)))
+
+
+def test_a_batch_that_begins_within_another_holds_the_same_examples():
+    task = Addition(batch_size=6)
+    whole = Addition(batch_size=66).train_dataloader().batch(0)
+    task.load_state_dict({"batches": 7, "examples": 28, "batch_size": 4})
+    loader = task.train_dataloader()
+    for number in (7, 8, 9):
+        rows = slice(28 + (number - 7) * 6, 34 + (number - 7) * 6)
+        expected = {name: entry[rows] for name, entry in whole.items()}
+        assert same(loader.batch(number), expected)
+        halves = [loader.batch(number, rank, 2) for rank in range(2)]
+        assert same({k: torch.cat([half[k] for half in halves]) for k in expected}, expected)
+    with pytest.warns(UserWarning, match=r"other examples .* digits is 3 and was 4"):
+        task.load_state_dict(Addition(digits=4).state_dict())
 
 
 # ---------------------------------------------------------------------------- around

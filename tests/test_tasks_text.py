@@ -499,3 +499,22 @@ def test_a_fingerprint_says_what_training_sees(text, tmp_path):
     assert lanes[0] != lanes[1]
     sums = [Addition(**given).fingerprint() for given in ({}, {"test_examples": 3}, {"digits": 4})]
     assert sums[0] == sums[1] != sums[2]
+
+
+def test_a_text_goes_on_with_another_batch_size(text):
+    """Every window once an epoch, whatever was changed in between; lanes cannot change."""
+    task = text(numbers(400), batch_size=3)
+    task.prepare()
+    windows = task.rows("train")
+    seen = [b["tokens"] for b, _ in zip(task.train_dataloader(), range(5), strict=False)]
+    task = text(numbers(400), batch_size=5)
+    task.load_state_dict({"batches": 5, "examples": 15, "batch_size": 3})
+    loader, number = task.train_dataloader(), 5
+    while sum(map(len, seen)) < windows:
+        seen.append(loader.batch(number)["tokens"])
+        number += 1
+    rows = {tuple(row) for row in torch.cat(seen)[:windows].tolist()}
+    assert len(rows) == windows
+    lanes = text(numbers(400), batch_size=5, carry_state=True)
+    with pytest.raises(ValueError, match="began with 3, so it goes on with 3"):
+        lanes.load_state_dict({"batches": 5, "examples": 15, "batch_size": 3})

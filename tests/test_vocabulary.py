@@ -108,24 +108,24 @@ def test_a_run_from_before_goes_on(here, capsys):
     checkpoint = torch.load(run / "last.ckpt", weights_only=True)
     for key in BEFORE:
         del config["data"]["init_args"][key], checkpoint["task"]["init_args"][key]
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    del checkpoint["Addition"]  # how many examples were used was not said, either
+    (here / "again.yaml").write_text(yaml.safe_dump(config))
     torch.save(checkpoint, run / "last.ckpt")
     path = str(run / "last.ckpt")
 
     assert main(["test", "--ckpt_path", path]) == 0
     assert main(["validate", "--config", "old.yaml", "--ckpt_path", path]) == 0
     assert main(["grid", path, "--digits", "3", "--problems", "4", "--device", "cpu"]) == 0
-    more = ["--trainer.max_steps", "4"]
-    for how in (
-        ["--config", "old.yaml", "--ckpt_path", "last"],
-        ["--config", str(run / "config.yaml"), "--name", "old", "--ckpt_path", path],
+    for used, steps, *how in (
+        (8 + 12, "4", "--config", "old.yaml", "--ckpt_path", "last", "--data.batch_size", "6"),
+        (20 + 8, "6", "--config", "again.yaml", "--name", "old", "--ckpt_path", path),
     ):
-        assert main(["fit", *how, *more]) == 0, capsys.readouterr().err
-        task = torch.load(path, weights_only=True)["task"]["init_args"]
+        assert main(["fit", *how, "--trainer.max_steps", steps]) == 0, capsys.readouterr().err
+        found = torch.load(path, weights_only=True)
+        task = found["task"]["init_args"]
         assert task | BEFORE == task
-        more = ["--trainer.max_steps", "6"]
+        assert found["Addition"]["examples"] == used
     # Its own config.yaml alone makes the same run again.
-    (run / "config.yaml").rename(here / "again.yaml")
     settings = ["--config", "again.yaml", "--name", "again"]
     assert main(["fit", *settings, "--trainer.max_steps", "2"]) == 0
     again = torch.load(here / "runs/again/last.ckpt", weights_only=True)

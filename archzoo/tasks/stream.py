@@ -8,6 +8,7 @@ has used.
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -120,7 +121,11 @@ class Loader:
             rows = min(rows, self.rows - number * self.batch_size)
         share = -(-rows // ranks)
         mine = np.arange(rank * share, (rank + 1) * share)
-        batch = self.make(number, np.minimum(mine, rows - 1))
+        mine_here = np.minimum(mine, rows - 1)
+        if self.training:
+            number, first = self.task.place_of(number)
+            mine_here = mine_here + first
+        batch = self.make(number, mine_here)
         if mine[-1] >= rows:
             batch["labels"][torch.from_numpy(mine >= rows)] = IGNORED
         return batch
@@ -212,6 +217,8 @@ class Task(lightning.LightningDataModule):
         if arguments["batch_size"] < 1:
             raise ValueError(f"batch_size {arguments['batch_size']} is not positive")
         self.batch_size: int = arguments["batch_size"]
+        # How many batches, and examples in them, had been used when a run took this batch size up.
+        self._used = (0, 0)
 
     # What a task writes.
 
@@ -265,7 +272,51 @@ class Task(lightning.LightningDataModule):
         """
         self.prepare()
         given = {name: self.arguments[name] for name in self.arguments.keys() - _NO_EXAMPLES}
-        return given | {"tokenizer": self.tokenizer.fingerprint()}
+        tokenizer = getattr(self, "tokenizer", None)
+        return given | ({"tokenizer": tokenizer.fingerprint()} if tokenizer else {})
+
+    # Going on.
+
+    def place_of(self, number: int) -> tuple[int, int]:
+        """The training batch and the row of it where batch `number` of a run begins.
+
+        They are `number` and 0, unless the run began with another batch size: it goes on with the
+        first example that it has not used.
+        """
+        batches, examples = self._used
+        if number < batches:  # as batches that a run overfits are, which are always the same
+            return number, 0
+        return divmod(examples + (number - batches) * self.batch_size, self.batch_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How much of the stream a run has used, and which stream that is; for its checkpoints."""
+        batches, examples = self._used
+        if self.trainer is not None:
+            done = self.trainer.fit_loop.epoch_loop.batch_progress.total.completed
+            batches, examples = done, examples + (done - batches) * self.batch_size
+        return {
+            "batches": batches,
+            "examples": examples,
+            "batch_size": self.batch_size,
+            "fingerprint": self.fingerprint(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on after what was used, and says where the stream is another one."""
+        if self.trainer is not None and self.trainer.state.fn != "fit":
+            return
+        self._used = state_dict["batches"], state_dict["examples"]
+        ours, theirs = self.fingerprint(), state_dict.get("fingerprint", {})
+        differ = [
+            f"{name} is {ours[name]!r} and was {theirs[name]!r}"
+            for name in sorted(ours.keys() & theirs.keys())
+            if ours[name] != theirs[name]
+        ]
+        if differ:
+            warnings.warn(
+                "the run goes on with other examples than it began with: " + "; ".join(differ),
+                stacklevel=2,
+            )
 
     def prepare_data(self) -> None:  # Lightning: on one process of each machine
         self.prepare()

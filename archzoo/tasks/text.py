@@ -138,7 +138,17 @@ class Text(Task):
 
     def fingerprint(self) -> dict[str, Any]:
         lanes = {"batch_size": self.batch_size} if self.carry_state else {}
-        return super().fingerprint() | lanes | {"text": self._digest}
+        return super().fingerprint() | lanes | {"text": self._digest[:16]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        began = state_dict["batch_size"]
+        fitting = self.trainer is None or self.trainer.state.fn == "fit"
+        if fitting and self.carry_state and began != self.batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size}: with carry_state a text is read in so many lanes, "
+                f"and this run began with {began}, so it goes on with {began}"
+            )
+        super().load_state_dict(state_dict)
 
     def _encode(self, corpus: Corpus, given: Tokenizer | None, folder: Path) -> None:
         """Writes tokenizer, both parts of the text and their sizes into a folder."""

@@ -675,10 +675,22 @@ class LanguageModel(lightning.LightningModule):
                 )
         if self.net.task is None:
             self.net.task = checkpoint.get("task")
+        if self.task is not None and type(self.task).__qualname__ not in checkpoint:
+            self._take_up_stream(checkpoint)
         self._loaded_step = checkpoint["global_step"]
         training = checkpoint["training"]
         self._totals, self._carried = dict(training["totals"]), dict(training["carried"])
         self._random = training["random"]
+
+    def _take_up_stream(self, checkpoint: dict[str, Any]) -> None:
+        """Tell the task what a run has used whose checkpoints did not say so themselves."""
+        task = checkpoint.get("task")
+        if self.task is None or not isinstance(task, dict):
+            return
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]
+        batches, batch_size = progress["completed"], task["init_args"]["batch_size"]
+        state = {"batches": batches, "examples": batches * batch_size, "batch_size": batch_size}
+        self.task.load_state_dict(state)
 
     def on_train_start(self) -> None:
         self._totals = {name: value.to(self.device) for name, value in self._totals.items()}
