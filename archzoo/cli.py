@@ -71,7 +71,17 @@ def main(arguments: list[str] | None = None) -> int:
     Args:
         arguments: What follows the program's name; None: `sys.argv`.
     """
-    name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        modules, given = split_imports(given)
+        if modules:
+            from archzoo.trust import import_for_user
+
+            for module in modules:
+                import_for_user(module)
+    except MISTAKES as error:
+        return complain(error)
+    name, *rest = given or [""]
     if not rest and name in ("", "-h", "--help"):
         print(usage())
         return 0 if name else 2
@@ -101,6 +111,23 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def split_imports(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The modules of every ``--import MODULE``, wherever it stands, and the other arguments."""
+    modules, others = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        option, equals, value = argument.partition("=")
+        if argument == "--":
+            others += [argument, *rest]
+        elif option != "--import":
+            others.append(argument)
+        elif module := value if equals else next(rest, ""):
+            modules.append(module)
+        else:
+            raise ValueError("--import needs a module's name: --import my_module")
+    return modules, others
 
 
 def dispatch(name: str, arguments: list[str]) -> int:
@@ -143,8 +170,8 @@ def call(function: Callable[..., Any], program: str, arguments: list[str]) -> in
             text = " ".join(message.split())
             unknown = text.partition("nrecognized arguments: --")[2].partition(" ")[0]
             if unknown:
-                options = [o[2:] for a in self._actions for o in a.option_strings if o[:2] == "--"]
-                text = f"there is no option --{unknown}; nearest: --{nearest(unknown, options)}"
+                options = [o for a in self._actions for o in a.option_strings if o[:2] == "--"]
+                text = f"there is no option --{unknown}; {nearest(f'--{unknown}', options)}"
             elif "Does not validate against" in text:
                 from archzoo.training.mistakes import explain
 
@@ -198,6 +225,10 @@ def usage() -> str:
             "Decoder-only language models that share one block interface and swap the rest.",
             "",
             *lines,
+            "",
+            "--import MODULE, before or after COMMAND, imports a module of yours first, from the",
+            "current directory too; then its mixers, tasks, presets and callbacks can be named.",
+            "Nothing else is imported because a setting, a file or a checkpoint names it.",
             "",
             "archzoo COMMAND --help says what a command takes.",
         ]

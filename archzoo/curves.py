@@ -62,7 +62,7 @@ def read(run: Path, metric: str) -> Curve:
     seen = [row for row in rows if row.get(metric)]
     if not seen:
         names = sorted({name for row in rows for name, text in row.items() if "/" in name and text})
-        close = f"; nearest: {nearest(metric, names)}" if names else ""
+        close = f"; {nearest(metric, names)}" if names else ""
         raise ValueError(f"{log} has no {metric}: name another --metric{close}")
     return Curve(run.name, [int(row["step"]) for row in seen], [float(row[metric]) for row in seen])
 

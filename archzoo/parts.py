@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from archzoo import block
+from archzoo.trust import find_class, load_installed
 
 SLOTS: dict[str, type[nn.Module]] = {
     "mixer": block.Mixer,
@@ -43,18 +44,31 @@ MODULES = (
     "archzoo.positions.rotary",
 )
 
+SHOWN = 12  # names that an error message lists at most
+
 Spec = dict[str, Any]
 Part = str | type | functools.partial[Any] | Spec | Callable[..., nn.Module]
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """'a, b or c', the known names most like a given one, for error messages."""
+    """'nearest: a, b or c', the known names most like a given one, for error messages.
+
+    Where none is like it: 'there are a, b, c', or the first of them if they are many.
+    """
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     if not close:
         lowered = {entry.lower(): entry for entry in known}
         close = [lowered[m] for m in difflib.get_close_matches(name.lower(), lowered, n=3)]
-    names = close or sorted(known)
-    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    if close:
+        return "nearest: " + " or ".join(
+            [", ".join(close[:-1]), close[-1]] if len(close) > 1 else close
+        )
+    names = sorted(known)
+    if not names:
+        return "there are none"
+    if len(names) <= SHOWN:
+        return f"there {'are' if len(names) > 1 else 'is'} {', '.join(names)}"
+    return f"there are {len(names)}: {', '.join(names[:3])} and others"
 
 
 def list_parts(slot: str) -> dict[str, type[nn.Module]]:
@@ -70,24 +84,25 @@ def list_parts(slot: str) -> dict[str, type[nn.Module]]:
 
 
 def find(slot: str, name: str) -> type[nn.Module]:
-    """The class that a name or import path stands for.
+    """The class that a name or import path stands for; nothing is imported to find it.
 
     Raises:
-        ValueError: No such part (the nearest names are given), or one that fits another slot.
+        ValueError: No such part (the nearest names are given), one that is not imported, or one
+            that fits another slot.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"{slot} {name!r} is not a class's name")
     known = list_parts(slot)
-    if name in known:
-        return known[name]
-    path, _, attribute = name.rpartition(".")
-    if path:
-        try:
-            found = getattr(importlib.import_module(path), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"{slot} {name!r} cannot be imported: {error}") from None
-        if inspect.isclass(found) and issubclass(found, SLOTS[slot]):
-            return found
-        raise ValueError(f"{slot} {name!r} is no {SLOTS[slot].__name__}")
-    raise ValueError(f"there is no {slot} {name!r}; nearest: {nearest(name, list(known))}")
+    own, _, attribute = name.rpartition(".")
+    if name in known or (own == "archzoo" and attribute in known):
+        return known[attribute]
+    if not own:
+        raise ValueError(f"there is no {slot} {name!r}; {nearest(name, list(known))}")
+    try:
+        load_installed()
+        return find_class(name, SLOTS[slot])
+    except ValueError as error:
+        raise ValueError(f"{slot} {error}") from None
 
 
 def describe(slot: str, part: Part) -> Spec:
@@ -106,16 +121,19 @@ def describe(slot: str, part: Part) -> Spec:
         unknown = set(part) - {"class_path", "init_args"}
         if unknown or "class_path" not in part:
             raise ValueError(f"{slot} {part!r} must hold class_path and may hold init_args")
-        named, arguments = part["class_path"], dict(part.get("init_args") or {})
+        named, given = part["class_path"], part.get("init_args") or {}
+        if not isinstance(given, dict):
+            raise ValueError(f"{slot} {part!r}: init_args must be a mapping of arguments by name")
+        arguments = dict(given)
     cls = find(slot, named) if isinstance(named, str) else named
     if not inspect.isclass(cls) or not issubclass(cls, SLOTS[slot]):
-        raise ValueError(f"{slot} {cls!r} is no {SLOTS[slot].__name__}: name a class that is")
+        raise ValueError(f"{slot} {cls!r} is not a {SLOTS[slot].__name__}: name a class that is")
     accepted = inspect.signature(cls).parameters
     for name in arguments:
         if name not in accepted:
             raise ValueError(
-                f"{cls.__name__} has no argument {name!r}; nearest: "
-                f"{nearest(name, [n for n in accepted if n not in ('dim', 'heads')] or ['(none)'])}"
+                f"{cls.__name__} has no argument {name!r}; "
+                f"{nearest(name, [n for n in accepted if n not in ('dim', 'heads')])}"
             )
     for name in SLOTS:  # an argument that goes by a slot's name holds a part: a mixture's router
         if arguments.get(name) is not None:

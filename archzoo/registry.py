@@ -10,6 +10,7 @@ import torch
 
 from archzoo.decoder import Decoder
 from archzoo.parts import nearest
+from archzoo.trust import load_installed
 
 FAMILIES = ("transformer", "retnet", "yuan", "skywork", "abacus")  # a module of archzoo.models each
 
@@ -31,6 +32,7 @@ class Preset(NamedTuple):
 
 
 _presets: dict[str, Preset] = {}
+_loaded = False  # whether the zoo's own presets are registered, or about to be
 
 
 def register_model(
@@ -47,19 +49,30 @@ def register_model(
     Raises:
         ValueError: The name is taken.
     """
+    _load()  # the zoo's own come first, and keep their names
     if name in _presets:
         raise ValueError(f"model {name!r} is registered already: take another name")
     _presets[name] = Preset(name, dict(arguments), paper, about)
 
 
 def _load() -> None:
+    global _loaded
+    if _loaded:
+        return
+    _loaded = True  # first: what is imported here calls `register_model`
     for family in FAMILIES:
         importlib.import_module(f"archzoo.models.{family}")
 
 
+def _load_all() -> None:
+    """The zoo's presets, and those of installed packages."""
+    _load()
+    load_installed()
+
+
 def list_models(pattern: str = "*") -> list[str]:
     """Names of presets that match a shell pattern, such as ``ret*``, in the order registered."""
-    _load()
+    _load_all()
     return [name for name in _presets if fnmatch.fnmatch(name, pattern)]
 
 
@@ -69,9 +82,13 @@ def get_preset(name: str) -> Preset:
     Raises:
         ValueError: There is none; the nearest names are given.
     """
-    _load()
+    if not isinstance(name, str):
+        raise ValueError(
+            f"{name!r} is not a model's name: give one of list_models(), such as 'retnet_tiny'"
+        )
+    _load_all()
     if name not in _presets:
-        raise ValueError(f"there is no model {name!r}; nearest: {nearest(name, list(_presets))}")
+        raise ValueError(f"there is no model {name!r}; {nearest(name, list(_presets))}")
     return _presets[name]
 
 
@@ -111,9 +128,7 @@ def build_decoder(arguments: dict[str, Any]) -> Decoder:
     known = list(Decoder.__init__.__annotations__)
     for argument in arguments:
         if argument not in known:
-            raise ValueError(
-                f"a decoder has no argument {argument!r}; nearest: {nearest(argument, known)}"
-            )
+            raise ValueError(f"a decoder has no argument {argument!r}; {nearest(argument, known)}")
     return Decoder(**arguments)
 
 

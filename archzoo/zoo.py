@@ -87,8 +87,8 @@ def list_command(pattern: str = "*", /, markdown: bool = False) -> None:
     """
     names = list_models(pattern)
     if not names:
-        known = list_models()
-        raise ValueError(f"no model is named {pattern!r}; nearest: {nearest(pattern, known)}")
+        near = nearest(pattern.rstrip("*"), list_models())
+        raise ValueError(f"no model is named {pattern!r}; {near}; archzoo list shows all")
     rows = [_cells(describe(name)) for name in names]
     if markdown:
         print(markdown_table(rows))

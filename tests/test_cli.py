@@ -263,7 +263,7 @@ def test_a_pattern_takes_the_place_of_the_mixer(here):
     assert main(["test", "--ckpt_path", "runs/micro/last.ckpt"]) == 0
 
 
-def test_a_strangers_part_goes_the_whole_way(here, monkeypatch):
+def test_a_strangers_part_goes_the_whole_way(here, monkeypatch, capsys):
     (here / "strange.py").write_text(
         "from archzoo.mixers.retention import Retention\n"
         "class Slow(Retention):\n"
@@ -271,7 +271,10 @@ def test_a_strangers_part_goes_the_whole_way(here, monkeypatch):
         "        super().__init__(dim, heads, decay=pace)\n"
     )
     monkeypatch.syspath_prepend(here)
-    assert fit("--model.mixer", "strange.Slow", "--model.mixer.pace", "0.5") == 0
+    swap = ["--model.mixer", "strange.Slow", "--model.mixer.pace", "0.5"]
+    fails(capsys, ["fit", "--config", "micro.yaml", *swap], "strange.Slow", "--import strange")
+    assert "strange" not in sys.modules
+    assert fit(*swap, "--import", "strange") == 0
     expected = {"class_path": "strange.Slow", "init_args": {"pace": 0.5}}
     assert stored()["hyper_parameters"]["mixer"] == expected
     assert main(["test", "--ckpt_path", "runs/micro/last.ckpt"]) == 0
@@ -351,7 +354,8 @@ def test_help_of_commands_comes_from_the_code(capsys):
         (["show", "retnet_tinny"], ["'retnet_tinny'", "retnet_tiny"]),
         (["show"], ["required: name"]),
         (["list", "--markdwn"], ["--markdwn", "--markdown"]),
-        (["list", "rte*"], ["'rte*'", "retnet_tiny"]),
+        (["list", "rte*"], ["'rte*'", "archzoo list"]),
+        (["list", "retnat*"], ["'retnat*'", "nearest: retnet_"]),
         (["check", "no_module.Mixer"], ["no_module"]),
         (["generate", "none.ckpt", "1+1="], ["none.ckpt"]),
         (["fit", "micro.yaml"], ["'micro.yaml' stands alone", "--config micro.yaml"]),

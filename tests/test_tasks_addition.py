@@ -455,7 +455,7 @@ def test_a_task_is_made_again_from_its_configuration():
 
 
 def test_a_stranger_s_class_is_not_imported():
-    with pytest.raises(ValueError, match=r"unknown task 'os\.system'"):
+    with pytest.raises(ValueError, match=r"unknown task: 'os\.system' is not a Task"):
         build({"class_path": "os.system", "init_args": {}})
 
 

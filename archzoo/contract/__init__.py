@@ -17,7 +17,6 @@ The table of all checks and what runs them stand here; beside them
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -229,8 +228,6 @@ def check_command(path: str, *, init_args: dict[str, Any] | None = None, seed: i
     Raises:
         ValueError: No such class, or one that is no part.
     """
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     report = examine(path, seed=seed, **(init_args or {}))
     report.show()
     return 0 if report.passed else 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import itertools
 import random
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from archzoo.block import FORMS
 from archzoo.parts import SLOTS, list_parts, nearest
+from archzoo.trust import import_for_user
 
 LONGEST = 300  # tokens in the longest text that a check makes
 BATCH = 3  # unlike the number of heads, so that an axis taken for another shows
@@ -116,16 +116,13 @@ def find_part(name: str) -> type[nn.Module]:
     path, _, attribute = name.rpartition(".")
     if not path:
         raise ValueError(
-            f"there is no part {name!r}; nearest: {nearest(name, list(own))}; "
+            f"there is no part {name!r}; {nearest(name, list(own))}; "
             "a class of your own goes by module.Class"
         )
-    try:
-        module = importlib.import_module(path)
-    except ImportError as error:
-        raise ValueError(f"{name!r} cannot be imported: {error}") from None
+    module = import_for_user(path)  # the user names it here: it is what is to be checked
     if not hasattr(module, attribute):
         classes = [key for key, value in vars(module).items() if inspect.isclass(value)]
-        close = f"; nearest: {nearest(attribute, classes)}" if classes else ""
+        close = f"; {nearest(attribute, classes)}" if classes else ""
         raise ValueError(f"{path} has no {attribute!r}{close}")
     found: type[nn.Module] = getattr(module, attribute)
     return found

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from archzoo.tasks.draws import Integers
 from archzoo.tasks.tokenizers import Tokenizer
+from archzoo.trust import check_arguments, find_class, load_installed
 
 Batch = dict[str, Tensor]
 
@@ -363,15 +364,33 @@ def build(config: dict[str, Any]) -> Task:
     come from a stranger's checkpoint, and importing what it names would run the stranger's code.
 
     Raises:
-        ValueError: `class_path` names no task that is known.
+        ValueError: `class_path` names no task that is known, or `init_args` do not suit it.
     """
+    task, arguments = find(config)
+    return task(**arguments)
+
+
+def find(config: Any) -> tuple[type[Task], dict[str, Any]]:
+    """The class that a `Task.config` names, and its arguments, whose names and types are checked.
+
+    Raises:
+        ValueError: As `build`.
+    """
+    if not isinstance(config, dict) or not isinstance(config.get("class_path"), str):
+        raise ValueError(f"task {config!r} must hold class_path, a name, and init_args, a mapping")
+    name, arguments = config["class_path"], config.get("init_args") or {}
+    if not isinstance(arguments, dict):
+        raise ValueError(f"task {name}: its init_args are {arguments!r}, not a mapping")
     known = known_tasks()
-    if config["class_path"] not in known:
-        raise ValueError(
-            f"unknown task {config['class_path']!r}: known are {', '.join(sorted(known))}; "
-            "import the module of your own task first"
-        )
-    return known[config["class_path"]](**arguments_of(config))
+    load_installed()
+    task = known.get(name) or known.get(f"archzoo.tasks.{name}")
+    if task is None:
+        try:
+            task = find_class(name, Task)
+        except ValueError as error:
+            raise ValueError(f"unknown task: {error}") from None
+    check_arguments(task, arguments, f"task {name}")
+    return task, task.added | arguments
 
 
 def known_tasks() -> dict[str, type[Task]]:
@@ -382,8 +401,7 @@ def known_tasks() -> dict[str, type[Task]]:
 
 def arguments_of(config: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a `Task.config`, and what it means by those that came after it."""
-    task = known_tasks().get(config["class_path"], Task)
-    return task.added | config["init_args"]
+    return find(config)[1]
 
 
 def since(config: Any) -> dict[str, Any]:

@@ -42,6 +42,8 @@ from archzoo.training.ending import SIGNALS, Ended, say
 from archzoo.training.files import CheckpointFiles, MetricsFile
 from archzoo.training.mistakes import explain
 from archzoo.training.module import LanguageModel, tokenizer_files
+from archzoo.training.settings import imported_only
+from archzoo.trust import load_installed
 
 BESIDE = "the run's directory"  # stands for it until its name is known
 COMMANDS = ("fit", "validate", "test", "predict")
@@ -60,8 +62,10 @@ def run(command: str, arguments: list[str]) -> int:
     warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")  # Lightning's own affair
     # FSDP2 fears writes into what a block returns; nothing here writes there.
     warnings.filterwarnings("ignore", ".*returned a view tensor.*")
+    load_installed()
     try:
-        _start(command, arguments)
+        with imported_only():
+            _start(command, arguments)
     except Ended as end:
         if not end.explained:
             say(f"{end}: nothing was written")

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
-from lightning.pytorch.loggers.logger import Logger
-
 from archzoo.parts import SLOTS, list_parts, nearest
-from archzoo.tasks.stream import Task
+from archzoo.training.settings import kinds_of, subclasses
+from archzoo.trust import find_class
 
 NOTHING = "Expected a <class 'NoneType'>"  # of every optional setting: says nothing
 
@@ -30,7 +29,7 @@ def explain(message: str, options: Iterable[str]) -> str:
     settings = sorted({name for name in options if not name.endswith((".help", "+"))})
     found = re.search(r"(?:nrecognized arguments: --|does not accept option ')([\w.]+)", text)
     if found:
-        return f"there is no setting {found[1]!r}; nearest: {nearest(found[1], settings)}"
+        return f"there is no setting {found[1]!r}; {nearest(found[1], settings)}"
     found = re.search(r"nrecognized arguments: ([^-\s]\S*)", text)
     if found:
         name = found[1]
@@ -50,9 +49,12 @@ def explain(message: str, options: Iterable[str]) -> str:
     found = re.search(r"Option '([\w.]+)' is not accepted", text)
     if found and classes:
         return _no_option(key, found[1], classes)
+    found = re.search(r"Importing '([^']+)' is not allowed", text)
+    if found:
+        return f"{key}: {_not_allowed(found[1], kinds_of(key))}"
     found = re.search(r"dot import path string: (\S+)", text)
     if found and classes:
-        return f"{key}: there is no {found[1]!r}; nearest: {nearest(found[1], list(classes))}"
+        return f"{key}: there is no {found[1]!r}; {nearest(found[1], list(classes))}"
 
     found = re.fullmatch(r"(Expected an? <class '\w+'>)\. Got value: (.*)", text)
     if found and key:
@@ -78,16 +80,18 @@ def _classes(key: str) -> dict[str, type]:
     slot = key.removeprefix("model.")
     if slot in SLOTS:
         return dict(list_parts(slot))
-    base = {"data": Task, "trainer.logger": Logger}.get(key)
-    return {c.__name__: c for c in _subclasses(base)} if base else {}
+    found = (cls for kind in kinds_of(key) for cls in subclasses(kind) if cls is not kind)
+    return {cls.__name__: cls for cls in found if not cls.__name__.startswith("_")}
 
 
-def _subclasses(base: type) -> Iterator[type]:
-    children: list[type] = base.__subclasses__()
-    for child in children:
-        if not child.__name__.startswith("_"):
-            yield child
-        yield from _subclasses(child)
+def _not_allowed(path: str, kinds: tuple[type, ...]) -> str:
+    """Why a setting may not name what stands at an import path."""
+    try:
+        if kinds:
+            find_class(path, kinds)
+    except ValueError as error:
+        return str(error)
+    return f"{path!r} cannot be named here"
 
 
 def _no_option(key: str, name: str, classes: dict[str, type]) -> str:
@@ -104,12 +108,12 @@ def _no_option(key: str, name: str, classes: dict[str, type]) -> str:
         who = having[0] + " has" if len(having) == 1 else " and ".join(having) + " have"
         return f"the class chosen for {key} has no option {name!r}; {who}: name the class, too"
     known = sorted({n for names in owners.values() for n in names} - {"args", "kwargs"})
-    return f"{key} has no option {name!r}; nearest: {nearest(name, known)}"
+    return f"{key} has no option {name!r}; {nearest(name, known)}"
 
 
 def _no_configuration(path: Path) -> str:
     known = [str(file) for file in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-    hint = f"; nearest: {nearest(str(path), known)}" if known else ""
+    hint = f"; {nearest(str(path), known)}" if known else ""
     return f"there is no configuration {path}{hint}"
 
 

@@ -1,0 +1,205 @@
+"""What a file may name and read, and how a user allows more.
+
+A checkpoint or a configuration may come from a stranger, and importing what it names would run the
+stranger's code. So nothing is imported because a file names it: a class is looked for among those
+that are imported already, which are the zoo's own, Lightning's, those of installed packages that
+declare an entry point in the group ``archzoo``, and those of the modules that the user imports:
+with `import` in Python, with ``--import MODULE`` on the command line.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import os
+import site
+import sys
+import sysconfig
+import types
+import typing
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal, Union
+
+ENTRY_POINTS = "archzoo"  # the group that an installed package declares
+
+
+def find_class(path: str, kind: type | tuple[type, ...] = object) -> type:
+    """The class at an import path, if its module is imported already and it is of a kind.
+
+    Args:
+        path: Such as ``my_module.MyMixer``.
+        kind: The class, or one of the classes, that it must be or derive from.
+
+    Raises:
+        ValueError: It is not imported, there is no such class, or it is of another kind. The
+            message begins with the path.
+    """
+    if not isinstance(path, str):
+        raise ValueError(f"{path!r} is not a class's name")
+    names = path.split(".")
+    for count in range(len(names) - 1, 0, -1):
+        module = sys.modules.get(".".join(names[:count]))
+        if module is None:
+            continue
+        found: Any = module
+        for name in names[count:]:
+            # Through `vars`, for a module's own __getattr__ may import.
+            found = vars(found).get(name) if found is module or inspect.isclass(found) else None
+        if found is None:
+            break
+        if not inspect.isclass(found) or not issubclass(found, kind):
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            wanted = " or ".join(entry.__name__ for entry in kinds)
+            raise ValueError(f"{path!r} is not a {wanted}: name a class that derives from one")
+        return found
+    module_name = path.rpartition(".")[0]
+    if module_name in sys.modules:
+        raise ValueError(f"{path!r} is not there: {module_name} has no class of that name")
+    raise ValueError(
+        f"{path!r} is not imported, and nothing is imported because a file or a setting names it: "
+        f"if you trust that module, give --import {module_name or path} (in Python: import it)"
+    )
+
+
+def import_for_user(name: str) -> types.ModuleType:
+    """Import a module because the user names it, looking in the current directory too.
+
+    Args:
+        name: The module's, such as ``my_module`` or ``my_package.mixers``.
+
+    Raises:
+        ValueError: It is not a module's name, or it cannot be imported.
+    """
+    if not all(part.isidentifier() for part in name.split(".")):
+        stem = name.removesuffix(".py").replace(os.sep, ".").strip(".")
+        hint = f", such as {stem}" if stem != name else ""
+        raise ValueError(f"{name!r} is not a module's name{hint}")
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # whatever the module raises
+        reason = str(error) or type(error).__name__
+        if not isinstance(error, ImportError):
+            reason = f"{type(error).__name__}: {reason}"
+        raise ValueError(f"module {name!r} cannot be imported: {reason}") from error
+
+
+@functools.cache
+def load_installed() -> None:
+    """Import what installed packages declare under the entry points ``archzoo``, once.
+
+    Only where packages are installed is looked at: a directory that happens to be the current one
+    is on Python's path, and may be a stranger's.
+    """
+    places = {*site.getsitepackages(), site.getusersitepackages()}
+    places |= {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    on_path = {os.path.realpath(entry) for entry in sys.path if entry}
+    installed = [place for place in sorted(places) if os.path.realpath(place) in on_path]
+    seen = set()
+    for distribution in importlib.metadata.distributions(path=installed):
+        for point in distribution.entry_points:
+            if point.group != ENTRY_POINTS or point in seen:
+                continue
+            seen.add(point)
+            try:
+                point.load()
+            except Exception as error:  # whatever the package raises: the zoo works without it
+                warnings.warn(
+                    f"the entry point {point.name} = {point.value} of an installed package cannot "
+                    f"be loaded: {error}",
+                    stacklevel=2,
+                )
+
+
+def check_arguments(cls: type, arguments: Mapping[str, Any], whose: str) -> None:
+    """Refuse plain data that a class does not take: unknown names, values of another type.
+
+    Raises:
+        ValueError: The message names the argument, the value and what is expected.
+    """
+    known = parameters_of(cls)
+    for name, value in arguments.items():
+        if known is not None and name not in known:
+            from archzoo.parts import nearest
+
+            raise ValueError(f"{whose} has no argument {name!r}; {nearest(str(name), list(known))}")
+        hint = known[name] if known else Any
+        if not _fits(value, hint):
+            raise ValueError(f"{whose}: {name}={_short(value)} is not {_title(hint)}")
+
+
+def parameters_of(cls: type) -> dict[str, Any] | None:
+    """A class's arguments and their types; None where it takes any.
+
+    Where `__init__` hands ``**arguments`` on, those of the class it derives from count too.
+    """
+    found: dict[str, Any] = {}
+    for owner in cls.__mro__:
+        function = vars(owner).get("__init__")
+        if not inspect.isfunction(function):
+            continue
+        try:
+            hints = typing.get_type_hints(function)
+        except Exception:  # a name that only type checkers know
+            hints = {}
+        parameters = [*inspect.signature(function).parameters.values()][1:]
+        for parameter in parameters:
+            if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                found.setdefault(parameter.name, hints.get(parameter.name, Any))
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return found
+    return None
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether plain data is of a type; classes and callables are not looked into."""
+    origin, within = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, entry) for entry in within)
+    if origin is Literal:
+        return any(value == entry and type(value) is type(entry) for entry in within)
+    if hint in (None, type(None)):
+        return value is None
+    if hint in (int, float):  # where a number is asked for, true is a mistake
+        kinds = (int, float) if hint is float else (int,)
+        return isinstance(value, kinds) and not isinstance(value, bool)
+    if hint in (str, bool):
+        return isinstance(value, hint)
+    if (origin or hint) in (list, tuple):
+        if not isinstance(value, list | tuple):
+            return False
+        each = [entry for entry in within if entry is not Ellipsis]
+        if (origin is tuple and len(within) == len(each)) and each and len(each) != len(value):
+            return False
+        return not each or all(
+            _fits(entry, each[min(place, len(each) - 1)]) for place, entry in enumerate(value)
+        )
+    if (origin or hint) is dict:
+        if not isinstance(value, Mapping):
+            return False
+        return not within or all(
+            _fits(key, within[0]) and _fits(entry, within[1]) for key, entry in value.items()
+        )
+    return True
+
+
+def _title(hint: Any) -> str:
+    """A type as a message says it: ``int or None``."""
+    origin, within = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_title, within))
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, within))}"
+    if hint is type(None):
+        return "null"
+    return hint.__name__ if inspect.isclass(hint) and not within else str(hint)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
