@@ -179,12 +179,38 @@ class Decoder(nn.Module):
             self.blocks.append(Block(mixed, fed, norms, placement=norm_placement, dropout=dropout))
         self.norm = make_norm() if norm_placement == "pre" else nn.Identity()
         self.head = nn.Linear(dim, vocab_size, bias=False)
-        self.reset_parameters()
+        self.draw_weights()
+        self._tie()
+
+    def _tie(self) -> None:
         if self.tie_weights:
             self.head.weight = self.embedding.weight
 
+    def to_empty(self, *, device: Any, recurse: bool = True) -> Decoder:
+        """Room on a device for a model that was built on the meta device; a tied head stays tied.
+
+        Values are undefined until `reset_parameters` or `load_state_dict`.
+        """
+        super().to_empty(device=device, recurse=recurse)
+        self._tie()
+        return self
+
     def reset_parameters(self) -> None:
-        """Draw the weights anew: N(0, init_std^2), less where a residual branch closes.
+        """Start anew with everything that the decoder owns: after `to_empty`, all is defined.
+
+        A part that owns tensors beside those of `nn.Linear` and `Embedding.weight` says in a
+        ``reset_parameters`` of its own how they start, and so does one whose `nn.Linear` has
+        ``keeps_init``.
+        """
+        for module in reversed(list(self.modules())):  # a part after those that it is made of
+            own = getattr(module, "reset_parameters", None)
+            if own is not None and module is not self and not isinstance(module, nn.Linear):
+                own()
+        self.draw_weights()
+        self._tie()
+
+    def draw_weights(self) -> None:
+        """Draw the matrices: N(0, init_std^2), less where a residual branch closes.
 
         A module that needs other values sets them itself and carries ``keeps_init = True``.
         """

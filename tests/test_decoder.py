@@ -560,3 +560,82 @@ def test_one_query_reads_a_long_cache_as_attention_does(monkeypatch: pytest.Monk
             steps.append(logits)
     assert min(seen) == 8
     assert relative_error(torch.cat(steps, dim=1), whole) < 1e-12
+
+
+# ---------------------------------------------------------------------------- how it is born
+
+COUPLED = {"digit_tokens": [3, 4, 5], "operator_tokens": [1, 2]}
+BORN = [
+    {"mixer": {"class_path": "Retention", "init_args": {"decay": "learnable"}}},
+    {"mixer": "Retention", "rotary": "XPos", "norm": "layer"},
+    {"mixer": "FilteredAttention", "bias": {"class_path": "T5Bias", "init_args": {"furthest": 30}}},
+    {"bias": "KERPLE"},
+    {"bias": {"class_path": "KERPLE", "init_args": {"kind": "power"}}},
+    {"bias": "FIRE", "tie_weights": True},
+    {"bias": "ALiBi", "embedding": "LearnedPositions"},
+    {"embedding": {"class_path": "AbacusEmbedding", "init_args": COUPLED | {"coupled": True}}},
+    {"embedding": {"class_path": "PositionCoupling", "init_args": COUPLED | {"prompt": "plain"}}},
+    {"embedding": "RandomisedPositions", "rotary": "RotaryEmbedding"},
+]
+
+
+def owned(model):
+    """Everything that modules own, by name, the non-persistent buffers too."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+@pytest.mark.parametrize("parts", BORN)
+def test_after_to_empty_and_reset_parameters_all_is_defined(parts, monkeypatch):
+    """Room is not empty but holds whatever was there before: here what no model starts with."""
+    like = torch.empty_like
+
+    def left_over(tensor, **options):
+        return like(tensor, **options).fill_(99)
+
+    torch.manual_seed(0)
+    want = micro("transformer", **parts)
+    with torch.device("meta"):
+        model = micro("transformer", **parts)
+    monkeypatch.setattr(torch, "empty_like", left_over)
+    model.to_empty(device="cpu")
+    monkeypatch.undo()
+    assert any(99 in parameter for parameter in model.parameters())
+    model.reset_parameters()
+    assert owned(model).keys() == owned(want).keys()  # a tied head is tied again
+    for name, tensor in owned(model).items():
+        assert tensor.device.type == "cpu" and not (tensor == 99).any(), name
+        other = owned(want)[name]
+        assert tensor.dtype == other.dtype and tensor.shape == other.shape
+        size, expected = (t.detach().double().abs().mean().item() for t in (tensor, other))
+        apart = 20 if tensor.numel() < 500 else 1.1  # a few draws may be of any size below 99
+        assert expected / apart <= size <= expected * apart, name
+    # What is in no file is defined by loading alone.
+    with torch.device("meta"):
+        loaded = micro("transformer", **parts)
+    monkeypatch.setattr(torch, "empty_like", left_over)
+    loaded.to_empty(device="cpu").load_state_dict(want.state_dict())
+    tokens = torch.randint(64, (2, 40))
+    assert torch.equal(loaded.eval()(tokens).logits, want.eval()(tokens).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("parts", BORN)
+@torch.no_grad()
+def test_under_another_default_dtype_a_model_is_as_if_it_were_cast(parts, dtype):
+    """What a cast leaves at float32 is born float32, and nothing is computed by the default."""
+    tokens = torch.randint(64, (2, 40))
+    try:
+        torch.set_default_dtype(dtype)
+        born = micro("transformer", **parts).eval()
+        got = born(tokens, documents=torch.tensor([[-1] * 3 + [0] * 37, [0] * 9 + [1] * 31])).logits
+        stepped = born(tokens[:, 30:], born(tokens[:, :30], born.init_state(2)).state).logits
+    finally:
+        torch.set_default_dtype(torch.float32)
+    cast = micro("transformer", **parts).to(dtype).eval()
+    dtypes = {name: tensor.dtype for name, tensor in owned(cast).items()}
+    assert {name: tensor.dtype for name, tensor in owned(born).items()} == dtypes
+    cast.load_state_dict(born.state_dict())
+    want = cast(tokens, documents=torch.tensor([[-1] * 3 + [0] * 37, [0] * 9 + [1] * 31])).logits
+    assert torch.equal(got, want)
+    want = cast(tokens[:, 30:], cast(tokens[:, :30], cast.init_state(2)).state).logits
+    assert torch.equal(stepped, want)

@@ -25,7 +25,7 @@ def decoder_with(subject: Subject, dtype: torch.dtype = torch.float64) -> Decode
         else:
             for block in decoder.blocks:
                 setattr(block, subject.slot, subject.make())
-        decoder.reset_parameters()
+        decoder.draw_weights()
     return decoder.to(dtype)
 
 

@@ -352,9 +352,17 @@ class Retention(KeepsFloat32, Mixer):
         self.fixed_log_decay = log_decays("default" if self.learnable else decay, heads)
         self.fixed_decay = tuple(math.exp(value) for value in self.fixed_log_decay)
         if self.learnable:  # log gamma = -exp(rate) stays below 0 wherever training takes it
-            rates = [math.log(-value) for value in self.fixed_log_decay]
-            self.decay_rate = nn.Parameter(torch.tensor(rates))
+            dtype = at_least_float32(torch.get_default_dtype())
+            self.decay_rate = nn.Parameter(torch.empty(heads, dtype=dtype))
             self.float32_names = ("decay_rate",)
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A learnable decay starts as the default one."""
+        if self.learnable:
+            rates = [math.log(-value) for value in self.fixed_log_decay]
+            with torch.no_grad():
+                self.decay_rate.copy_(torch.tensor(rates, dtype=torch.float64))
 
     def log_decay(self, like: Tensor) -> Tensor:
         """Log gamma, (heads,) on the device of `like`, float32 (float64 for float64)."""

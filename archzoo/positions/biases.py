@@ -71,7 +71,8 @@ def t5_buckets(distance: Tensor, buckets: int, furthest: int) -> Tensor:
     last bucket at most.
     """
     half = buckets // 2
-    growth = (distance.clamp(min=half) / half).log() / math.log(furthest / half)
+    far_away = distance.clamp(min=half).to(torch.float32)  # whatever torch's default dtype is
+    growth = (far_away / half).log() / math.log(furthest / half)
     far = half + (growth * (buckets - half)).long()
     return torch.where(distance < half, distance, far.clamp(max=buckets - 1))
 
@@ -95,7 +96,12 @@ class T5Bias(Bias):
                 f"{buckets // 2} distances with a bucket of their own"
             )
         self.buckets, self.furthest = buckets, furthest
-        self.table = nn.Parameter(0.02 * torch.randn(buckets, heads))
+        self.table = nn.Parameter(torch.empty(buckets, heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """N(0, 0.02^2)."""
+        nn.init.normal_(self.table, std=0.02)
 
     def forward(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         """Positions (batch, queries), (batch, keys) to (batch or 1, heads, queries, keys)."""
@@ -124,10 +130,18 @@ class KERPLE(Bias):
         if kind not in ("log", "power"):
             raise ValueError(f"kind={kind!r} is neither log nor power")
         self.kind = kind
-        # r and s start as in the paper's code, uniform up to 2 and up to 1, but away from 0.
-        self.log_scale = nn.Parameter((0.1 + 1.9 * torch.rand(heads)).log())
-        start = 0.1 + 0.9 * torch.rand(heads)
-        self.rate = nn.Parameter(start.log() if kind == "log" else (start / 2).logit())
+        self.log_scale, self.rate = (nn.Parameter(torch.empty(heads)) for _ in range(2))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """R and s start as in the paper's code, uniform up to 2 and up to 1, but away from 0."""
+        with torch.no_grad():
+            self.log_scale.uniform_().mul_(1.9).add_(0.1).log_()
+            self.rate.uniform_().mul_(0.9).add_(0.1)
+            if self.kind == "log":
+                self.rate.log_()
+            else:
+                self.rate.div_(2).logit_()
 
     def forward(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         """Positions (batch, queries), (batch, keys) to (batch or 1, heads, queries, keys)."""
@@ -164,7 +178,7 @@ class FIRE(Bias):
         super().__init__()
         if threshold <= 0 or slope <= 0:
             raise ValueError(f"threshold={threshold} and slope={slope} must be above 0")
-        self.threshold = threshold
+        self.threshold, self.first_slope = threshold, slope
         self.slope = nn.Parameter(torch.tensor(float(slope)))
         self.multiplier = nn.Parameter(torch.ones(()))  # of the threshold
         # A constant added to all of a head's logits does nothing, so the mlp ends without a bias.
@@ -172,6 +186,13 @@ class FIRE(Bias):
         for layer in (self.inner, self.outer):
             # At the decoder's scale of 0.02 the bias would start, and stay for long, at nothing.
             layer.keeps_init = True  # type: ignore[assignment]
+
+    def reset_parameters(self) -> None:
+        """C and L as given, the mlp as torch starts it."""
+        nn.init.constant_(self.slope, self.first_slope)
+        nn.init.ones_(self.multiplier)
+        self.inner.reset_parameters()
+        self.outer.reset_parameters()
 
     def forward(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         """Positions (batch, queries), (batch, keys) to (batch or 1, heads, queries, keys)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any, Literal, Protocol
 
@@ -114,6 +114,11 @@ class DigitEmbedding(RowEmbedding):
             kinds[list(self.operator_tokens or ())] = OPERATOR
         kinds[list(self.digit_tokens or ())] = DIGIT
         self.kinds = kinds.to(self.kinds.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DigitEmbedding:
+        super()._apply(fn, recurse)
+        self._sort_tokens()  # `to_empty` leaves a buffer undefined, and no file holds this one
+        return self
 
     def known_kinds(self) -> Tensor:
         """DIGIT, OPERATOR or 0 for each token of the vocabulary, int8."""

@@ -35,12 +35,18 @@ class RowEmbedding(Embedding):
         self.weight = nn.Parameter(torch.randn(vocab_size, dim))
         self.table = TokenEmbedding(rows, dim)
         self.norm = RMSNorm(dim) if normalise else nn.Identity()
-        self.rows = rows
+        self.rows, self.std = rows, std
         if std is not None:
             for table in (self, self.table):
                 table.keeps_init = True  # type: ignore[assignment]
                 with torch.no_grad():
                     table.weight.mul_(std)
+
+    def reset_parameters(self) -> None:
+        """Words and rows with the standard deviation given; without one the decoder draws them."""
+        if self.std is not None:
+            nn.init.normal_(self.weight, std=self.std)
+            nn.init.normal_(self.table.weight, std=self.std)
 
     def look_up(self, tokens: Tensor, rows: Tensor) -> Tensor:
         """Tokens and rows (batch, time) int64 to x (batch, time, dim).
