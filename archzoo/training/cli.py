@@ -453,7 +453,7 @@ def _with_arguments_since(arguments: list[str]) -> list[str]:
         return arguments  # parsing says so
     settings = []
     for name, value in since(content.get("data") if isinstance(content, dict) else None).items():
-        settings += [f"--data.{name}", json.dumps(value)]
+        settings += [f"--data.{name}", value if isinstance(value, str) else json.dumps(value)]
     behind = next(n for n, argument in enumerate(arguments) if config in argument) + 1
     return [*arguments[:behind], *settings, *arguments[behind:]]
 
