@@ -100,7 +100,7 @@ def test_two_ranks_are_one_process_with_the_whole_batch(directory):
         main(["fit", "--config", "run.yaml", "--name", "one", "--trainer.precision=64-true"]) == 0
     )
     together("two", *DDP, "--trainer.precision=64-true")
-    assert_same("one", "two", 1e-7)  # validation and what is logged of it is float32
+    assert_same("one", "two", 1e-12)
 
 
 @pytest.mark.slow
@@ -163,3 +163,24 @@ def test_tensor_parallelism_is_refused(directory):
     arguments = [v.replace("tensor_parallel_size=1", "tensor_parallel_size=2") for v in arguments]
     with pytest.raises(AssertionError, match="no part here is tensor parallel"):
         together("refused", *arguments)
+
+
+def test_ranks_accumulate_as_one_process_does(directory):
+    """An epoch of five micro-batches, which three do not divide."""
+    accumulate = ["--trainer.precision=64-true", "--trainer.accumulate_grad_batches=3"]
+    accumulate += ["--data.steps_per_epoch=5"]
+    assert main(["fit", "--config", "run.yaml", "--name", "one", *accumulate]) == 0
+    together("two", *DDP, *accumulate)
+    assert_same("one", "two", 1e-12)
+
+
+@pytest.mark.slow
+def test_ranks_are_micro_batches(directory):
+    """A batch shared by two ranks and one cut in two are the same step, losses of pieces too."""
+    pieces = ["--trainer.precision=64-true", "--model.feed_forward.balance=switch"]
+    pieces += ["--model.feed_forward.balance_over=rank"]
+    cut = ["--data.batch_size=4", "--trainer.accumulate_grad_batches=2"]
+    cut += ["--trainer.val_check_interval=4"]  # batches, not steps
+    assert main(["fit", "--config", "run.yaml", "--name", "one", *pieces, *cut]) == 0
+    together("two", *DDP, *pieces)
+    assert_same("one", "two", 1e-12)

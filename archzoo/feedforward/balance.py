@@ -12,9 +12,9 @@ from functools import lru_cache
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from archzoo.block import Aux, Context, KeepsFloat32, Routing
+from archzoo.block import Aux, Context, KeepsFloat32, Routing, at_least_float32
 from archzoo.kernels.mixture_launch import fused
 from archzoo.kernels.routers import MAX_BALANCED, largest, summarise_load
 
@@ -72,15 +72,18 @@ def capacity(assignments: Tensor | int, experts: int, factor: float) -> Tensor |
     return -((-assignments * share.numerator) // share.denominator)
 
 
-def shares(assignments: Tensor, total: Tensor | int | None = None) -> Tensor:
-    """f: each expert's share of the assignments, (experts,) float32; all 0 where there are none.
+def shares(
+    assignments: Tensor, total: Tensor | int | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """f: each expert's share of the assignments, (experts,); all 0 where there are none.
 
     Args:
         assignments: c, (experts,) int64.
         total: Their sum, where it is known: a sum less to compute.
+        dtype: Of the shares. Torch would take its default's, which may be bfloat16.
     """
     total = assignments.sum() if total is None else total
-    return assignments / at_least_1(total)
+    return assignments.to(dtype) / at_least_1(total)
 
 
 def at_least_1(total: Tensor | int) -> Tensor | int:
@@ -89,7 +92,10 @@ def at_least_1(total: Tensor | int) -> Tensor | int:
 
 
 def virtual_drop_rate(
-    assignments: Tensor, factor: float, total: Tensor | int | None = None
+    assignments: Tensor,
+    factor: float,
+    total: Tensor | int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The share of assignments that a capacity would have cut: ``sum_j relu(c_j - C) / sum(c)``.
 
@@ -100,13 +106,14 @@ def virtual_drop_rate(
         assignments: c, (experts,) int64.
         factor: The capacity factor, 1.25 by our choice: Skywork's report does not name one.
         total: The assignments' sum, where it is known.
+        dtype: Of the rate.
 
     Returns:
-        A scalar, float32.
+        A scalar.
     """
     total = assignments.sum() if total is None else total
     over = (assignments - capacity(total, len(assignments), factor)).clamp(min=0)
-    return over.sum() / at_least_1(total)
+    return over.sum().to(dtype) / at_least_1(total)
 
 
 def within_capacity(indices: Tensor, experts: int, factor: float, valid: Tensor | None) -> Tensor:
@@ -272,7 +279,14 @@ class Balance(KeepsFloat32):
         self.alpha: Tensor
         if adaptive:
             self.float32_names = ("alpha",)
-            self.register_buffer("alpha", torch.tensor(float(coefficient)))
+            dtype = at_least_float32(torch.get_default_dtype())
+            self.register_buffer("alpha", torch.empty((), dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Let an adaptive coefficient start at its largest."""
+        if self.adaptive:
+            nn.init.constant_(self.alpha, self.largest)
 
     def forward(self, routing: Routing, context: Context, kept: Tensor | None = None) -> Aux:
         """The aux of one micro-batch: losses, metrics, and the counts that `after_step` takes.
@@ -291,7 +305,8 @@ class Balance(KeepsFloat32):
         dropped = None
         if kept is not None:
             dropped = total - kept.sum()
-            seen["drop_rate"] = dropped / at_least_1(total)
+            dtype = routing.probabilities.dtype
+            seen["drop_rate"] = dropped.to(dtype) / at_least_1(total)
         aux |= {f"metric/{name}": value for name, value in seen.items()}
         aux["sum/assignments"] = assignments
         if dropped is not None:
@@ -321,9 +336,11 @@ class Balance(KeepsFloat32):
         assignments = count_assignments(indices, self.experts, valid)
         every: Tensor | int = indices.numel() if valid is None else assignments.sum()
         mean = None if kind == "none" else mean_over_tokens(probabilities, valid)
-        share = shares(assignments, every)
+        share = shares(assignments, every, probabilities.dtype)
         seen = load_metrics(share)
-        seen["drop_rate"] = virtual_drop_rate(assignments, self.capacity_factor, every)
+        seen["drop_rate"] = virtual_drop_rate(
+            assignments, self.capacity_factor, every, probabilities.dtype
+        )
         seen |= gate_ratios(probabilities.detach(), valid)
         return assignments, every, self._losses(self._loss(mean, share), None), seen
 
@@ -366,7 +383,7 @@ class Balance(KeepsFloat32):
         tokens = pools["pool/tokens"].clamp(min=1)
         loss = z = None
         if self.kind != "none":
-            share = shares(pools["pool/assignments"])
+            share = shares(pools["pool/assignments"], dtype=tokens.dtype)
             loss = self._loss(pools["pool/probabilities"] / tokens, share)
         if self.z_coefficient:
             z = pools["pool/z"] / tokens
@@ -381,9 +398,10 @@ class Balance(KeepsFloat32):
         """
         if not self.adaptive:
             return
+        dtype = self.alpha.dtype
         if dropped is None:
-            rate = virtual_drop_rate(assignments, self.capacity_factor)
+            rate = virtual_drop_rate(assignments, self.capacity_factor, dtype=dtype)
         else:
-            rate = dropped / at_least_1(assignments.sum())
-        wanted = (GAIN * rate.to(self.alpha)).clamp(max=self.largest)
+            rate = dropped.to(dtype) / at_least_1(assignments.sum())
+        wanted = (GAIN * rate).clamp(max=self.largest)
         self.alpha.lerp_(wanted, 1 - MEMORY)

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import lightning
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 import archzoo
 from archzoo import block as interface
@@ -38,10 +37,25 @@ HARMLESS = ("context_length", "dropout", "init_std", "activation_checkpointing")
 class LanguageModel(lightning.LightningModule):
     """A decoder and how it is trained.
 
-    The loss is ``-log p(label)`` in nats, averaged over the labelled tokens of a micro-batch (of
-    all ranks), plus every ``loss/...`` entry of the decoder's aux. Weights move by AdamW
-    (Loshchilov and Hutter, arXiv 1711.05101) with decay on matrices only, a linear warm-up and a
-    cosine.
+    An optimizer step takes the gradient of::
+
+        L = sum over pieces of (sum over the piece's labelled tokens of -log p(label)
+                                + n_piece * sum of the piece's aux losses) / N
+
+    in nats, where a piece is what one rank sees of one micro-batch, n_piece its labelled tokens
+    and N those of all pieces of the step, however many micro-batches an epoch's end leaves it.
+    So the first term is that of the whole batch, however it is cut into micro-batches and ranks;
+    both cuts are one and the same. An aux loss (``loss/...`` of the decoder's aux) is its mean
+    over the pieces by their labelled tokens. For one that is itself a mean over tokens, as the
+    z-loss, that is the whole batch's where the same share of tokens is labelled in each piece. A
+    balancing loss is not linear in the tokens: cut into pieces it is another, stronger one, unless
+    it takes the tokens of all ranks (`balance_over`), which makes the micro-batch the piece. What
+    moves by counts, experts' biases and adaptive coefficients, sees the counts of the whole step.
+
+    Weights move by AdamW (Loshchilov and Hutter, arXiv 1711.05101) with decay on matrices only, a
+    linear warm-up and a cosine. A step that float16's loss scaling skips, because a gradient
+    overflowed, moves nothing: no weight, bias, coefficient or learning rate, and the progressive
+    loss draws the same again.
 
     The decoder is made when the vocabulary is known: at once where `vocab_size` is given, else in
     `setup`, from the task the trainer runs on.
@@ -97,15 +111,18 @@ class LanguageModel(lightning.LightningModule):
         self.weight_decay, self.betas = weight_decay, betas
         self.architecture = architecture
         self.decoder: Decoder | None = None
-        # Averages over an evaluation: losses and tokens weigh by token, answers by row.
-        self.mean_loss, self.token_accuracy = MeanMetric(), MeanMetric()
-        self.exact_match = MeanMetric()
-        self._beyond: dict[int | str, MeanMetric] = {}  # exact match by entry of `Task.beyond`
+        # Sums over an evaluation: of losses, and what was right of how many tokens or answers.
+        self._evaluated: dict[str, Tensor] = {}
+        self._beyond: tuple[int | str, ...] = ()  # entries of `Task.beyond` that it asks
         #: The latest logged values, plain floats, for whoever displays them.
         self.latest: dict[str, float] = {}
         self._totals: dict[str, Tensor] = {}  # sums since the last row of the log
         self._alike: tuple[tuple[str, ...], Tensor, Tensor] | None = None  # the same, in one tensor
         self._sums: Aux = {}  # "sum/..." entries since the last optimizer step
+        self._labelled: Tensor | None = None  # tokens of all ranks since the last optimizer step
+        self._scale: Tensor | None = None  # what the losses since then were divided by
+        self._skipped = 0  # optimizer steps that changed nothing, for a gradient overflowed
+        self._stepped = True  # whether the last one did
         self._carried: dict[str, State] = {}  # by split, where batches continue
         self._unchecked: list[tuple[int, Tensor]] = []  # losses no one has looked at
         self._gradient_norm: Tensor | None = None
@@ -295,23 +312,33 @@ class LanguageModel(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         labels = batch["labels"]
         asked = (labels != IGNORED).sum()
-        everywhere = self._over_ranks(asked).clamp(min=1)
-        step = self.trainer.global_step
+        everywhere = self._over_ranks(asked)
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:  # as Lightning drops gradients
+            self._sums.clear()
+            self._labelled = self._scale = None
+        self._labelled = everywhere if self._labelled is None else self._labelled + everywhere
+        if self._scale is None:
+            # Any number would do; this one gives gradients the size that they will have.
+            self._scale = torch.where(everywhere > 0, everywhere, labels.numel())
+        # Gradients are averaged over ranks; scaled so, they are those of all tokens together.
+        ranks = self.trainer.world_size
         loss: Any = 0
         for weight, loops, free in passes(
-            self.net.loops, self.progressive_loss, self.progressive_seed, step
+            self.net.loops, self.progressive_loss, self.progressive_seed, self.steps_taken
         ):
             x, aux = self._hidden(batch, "train", loops, free)
-            aux |= self._pooled_losses(aux)
+            pooled = self._pooled_losses(aux)
             total = weight * total_loss(x, self.net.head, labels)
-            # Gradients are averaged over ranks; scaled so, they are those of all tokens together.
-            loss = loss + total * self.trainer.world_size / everywhere
-            self._count("loss", total, asked * weight)
+            loss = loss + total * ranks / self._scale
+            self._count("loss", total, asked, weight)
+            for found, tokens in ((aux, ranks * asked), (pooled, everywhere)):
+                values = [value for name, value in found.items() if name.startswith("loss/")]
+                if values:
+                    share = tokens.to(total.dtype) / self._scale
+                    loss = loss + weight * share * torch.stack(values).sum()
             scalars: Aux = {}
-            for name, value in aux.items():
+            for name, value in (aux | pooled).items():
                 kind = name.partition("/")[0]
-                if kind == "loss":
-                    loss = loss + weight * value
                 if kind == "sum":
                     self._sums[name] = self._sums.get(name, 0) + value.detach()
                 elif kind != "pool":
@@ -322,6 +349,31 @@ class LanguageModel(lightning.LightningModule):
         self._count("tokens", torch.as_tensor(seen, device=self.device))
         self._watch(loss.detach())
         return loss
+
+    def _divide_gradients(self) -> None:
+        """Make the gradients of an accumulation those of its labelled tokens' mean.
+
+        Each loss was divided by a number of `training_step`'s, and by Lightning by the
+        micro-batches that a step is meant to have. Without accumulation that is right already.
+        """
+        count = self.trainer.accumulate_grad_batches
+        if count == 1 or self._labelled is None or self._scale is None:
+            return
+        wide = widest(self.device)
+        factor = (self._scale * count).to(wide) / self._labelled.clamp(min=1)
+        gradients: dict[torch.dtype, list[Tensor]] = {}
+        for parameter in self.parameters():
+            grad: Any = parameter.grad
+            if grad is not None:
+                local = grad.to_local() if hasattr(grad, "to_local") else grad  # of a shard
+                gradients.setdefault(local.dtype, []).append(local)
+        for dtype, alike in gradients.items():
+            torch._foreach_mul_(alike, factor.to(interface.at_least_float32(dtype)))
+
+    @property
+    def steps_taken(self) -> int:
+        """Optimizer steps that changed the weights: all but those that loss scaling skipped."""
+        return self.trainer.global_step - self._skipped
 
     def _pooled_losses(self, aux: Aux) -> Aux:
         """The losses of all ranks' tokens, from the sums that each rank hands out.
@@ -336,9 +388,17 @@ class LanguageModel(lightning.LightningModule):
             ours[name] = ours[name] + ranks * (value - value.detach())
         return self.net.pooled_losses(ours) if ours else {}
 
-    def _count(self, name: str, value: Tensor, weight: Tensor | None = None) -> None:
-        """Add to the sums that the next row of the log is made of, without asking the device."""
-        entry = value.detach() if weight is None else torch.stack([value.detach(), weight])
+    def _count(
+        self, name: str, value: Tensor, weight: Tensor | None = None, times: float = 1.0
+    ) -> None:
+        """Add to the sums that the next row of the log is made of, without asking the device.
+
+        Sums of numbers are float64 and counts int64, whatever the model and torch's default are.
+        """
+        entry = value.detach()
+        if weight is not None:
+            wide = widest(entry.device)
+            entry = torch.stack([entry.to(wide), weight.to(wide) * times])
         before = self._totals.get(name)
         self._totals[name] = entry if before is None else before + entry
 
@@ -353,7 +413,8 @@ class LanguageModel(lightning.LightningModule):
         kept = self._alike
         if kept is None or kept[0] != names:
             self._settle()
-            none = values.new_zeros(2)  # a run may go on within a row of the log
+            # A run may go on within a row of the log.
+            none = torch.zeros(2, dtype=widest(values.device), device=values.device)
             table = torch.stack([self._totals.pop(name, none) for name in names])
             kept = (names, table[:, 0], table[:, 1])
         self._alike = (names, kept[1] + values, kept[2] + 1)
@@ -443,12 +504,39 @@ class LanguageModel(lightning.LightningModule):
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
         """Step, and what belongs to it: all of it done before any checkpoint can be written."""
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.net.after_step(self._all_over_ranks(self._sums))
+
+        def closure() -> Any:
+            result = None if optimizer_closure is None else optimizer_closure()
+            self._divide_gradients()  # before anyone looks at them: callbacks, scaling, clipping
+            return result
+
+        self._stepped = False
+        hook = getattr(optimizer, "optimizer", optimizer).register_step_post_hook(self._has_stepped)
+        try:
+            super().optimizer_step(epoch, batch_idx, optimizer, closure)
+        finally:
+            hook.remove()
+        sums = self._all_over_ranks(self._sums)
         self._sums.clear()
+        if self._stepped:
+            self.net.after_step(sums)
+        else:
+            self._skipped += 1
         step = self.trainer.global_step + 1
         if step % self.log_every == 0:
             self._log_training(step, optimizer.param_groups[0]["lr"])
+
+    def _has_stepped(self, *_: Any) -> None:
+        self._stepped = True
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """The rate of a step that was skipped is the next one's."""
+        by_step = any(
+            config.scheduler is scheduler and config.interval == "step"
+            for config in self.trainer.lr_scheduler_configs
+        )
+        if self._stepped or not by_step:
+            super().lr_scheduler_step(scheduler, metric)
 
     def _all_over_ranks(self, entries: Aux) -> Aux:
         """Each entry's sum over the ranks: all of one dtype in one go."""
@@ -508,39 +596,42 @@ class LanguageModel(lightning.LightningModule):
         losses, predicted = score(x, self.net.head, labels)
         asked = labels != IGNORED
         right = predicted.view_as(labels) == labels
+        rows = asked.any(dim=1)  # rows that only fill a batch up ask for nothing
+        exact = (right | ~asked).all(dim=1) & rows
+        seen = self._evaluated
         if loader:  # the first is the split's own, the others ask for longer problems
             assert self.task is not None
-            self._beyond[self.task.beyond[loader - 1]].update(
-                (right | ~asked).all(dim=1).float(), asked.any(dim=1).float()
-            )
+            seen[f"exact_match/{self.task.beyond[loader - 1]}"] += _counts(exact, rows)
             return
-        tokens = asked.flatten().float()
-        self.mean_loss.update(losses.float(), tokens)
-        self.token_accuracy.update(right.flatten().float(), tokens)
-        rows = asked.any(dim=1).float()  # rows that only fill a batch up ask for nothing
-        self.exact_match.update((right | ~asked).all(dim=1).float(), rows)
+        seen["loss"] += losses.to(seen["loss"].dtype).sum()
+        seen["token_accuracy"] += _counts(right & asked, asked)
+        seen["exact_match"] += _counts(exact, rows)
 
     def _begin_evaluation(self, split: str) -> None:
         self._carried.pop(split, None)
-        for metric in (self.mean_loss, self.token_accuracy, self.exact_match):
-            metric.reset()
-        lengths = self.task.beyond if self.task and split == "validation" else ()
-        self._beyond = {length: MeanMetric().to(self.device) for length in lengths}
+        self._beyond = tuple(self.task.beyond) if self.task and split == "validation" else ()
+        names = ("token_accuracy", "exact_match", *(f"exact_match/{name}" for name in self._beyond))
+        none = torch.zeros(2, dtype=torch.int64, device=self.device)
+        loss = torch.zeros((), dtype=widest(self.device), device=self.device)
+        self._evaluated = {"loss": loss, **{name: none.clone() for name in names}}
 
     def _end_evaluation(self, split: str) -> None:
         if self.cut_short:
             return
-        loss = self.mean_loss.compute().item()
+        sums = self._all_over_ranks(self._evaluated)
+        seen = {name: entry.tolist() for name, entry in sums.items()}
+        loss = seen.pop("loss") / max(seen["token_accuracy"][1], 1)
+        means = {name: right / max(count, 1) for name, (right, count) in seen.items()}
         values = {
             "loss": loss,
             "perplexity": math.exp(min(loss, 700)),  # beyond that no float holds it
-            "token_accuracy": self.token_accuracy.compute().item(),
-            "exact_match": self.exact_match.compute().item(),
+            "token_accuracy": means["token_accuracy"],
+            "exact_match": means["exact_match"],
         }
         wanted = ("loss", *(self.task.metrics if self.task else values))
         row = {f"{split}/{name}": values[name] for name in wanted}
         if self._beyond:
-            matches = {name: metric.compute().item() for name, metric in self._beyond.items()}
+            matches = {name: means[f"exact_match/{name}"] for name in self._beyond}
             row |= {f"{split}/exact_match/{name}": matches[name] for name in matches}
             longer = [match for name, match in matches.items() if isinstance(name, int)]
             if longer:
@@ -640,6 +731,7 @@ class LanguageModel(lightning.LightningModule):
         self._settle()
         checkpoint["training"] = {
             "totals": dict(self._totals),
+            "skipped": self._skipped,
             "carried": dict(self._carried),
             "random": self._random_states(),
         }
@@ -680,7 +772,7 @@ class LanguageModel(lightning.LightningModule):
         self._loaded_step = checkpoint["global_step"]
         training = checkpoint["training"]
         self._totals, self._carried = dict(training["totals"]), dict(training["carried"])
-        self._random = training["random"]
+        self._random, self._skipped = training["random"], training.get("skipped", 0)
 
     def _take_up_stream(self, checkpoint: dict[str, Any]) -> None:
         """Tell the task what a run has used whose checkpoints did not say so themselves."""
@@ -693,7 +785,10 @@ class LanguageModel(lightning.LightningModule):
         self.task.load_state_dict(state)
 
     def on_train_start(self) -> None:
-        self._totals = {name: value.to(self.device) for name, value in self._totals.items()}
+        self._totals = {
+            name: value.to(self.device, widest(self.device) if value.is_floating_point() else None)
+            for name, value in self._totals.items()
+        }
         rank = self.global_rank
         # Last of all, so that nothing draws in between.
         if self._random is not None:
@@ -705,6 +800,16 @@ class LanguageModel(lightning.LightningModule):
         elif rank:
             fork_random(rank)
         self._clock = time.perf_counter()
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """Of sums over many tokens: float64, or float32 on Apple's GPUs: they have no more."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _counts(right: Tensor, asked: Tensor) -> Tensor:
+    """How many of both, (2,) int64."""
+    return torch.stack([right.sum(), asked.sum()])
 
 
 def tokenizer_files(checkpoint: dict[str, Any]) -> dict[str, bytes]:
