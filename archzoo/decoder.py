@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from archzoo import block as interface
 from archzoo.block import Aux, Bias, Block, Context, Embedding, FeedForward, Mixer, Rotary, State
+from archzoo.inputs import check_beside, check_state, check_tokens, explain
 from archzoo.norm import RMSNorm
 from archzoo.parts import build, describe
 
@@ -281,14 +282,36 @@ class Decoder(nn.Module):
             free_loops: Runs before those, without gradients.
             positions: As for `forward`.
         """
-        if tokens.dim() != 2 or not tokens.shape[1]:
-            raise ValueError(
-                f"tokens have shape {tuple(tokens.shape)}: a decoder takes (batch, time), time >= 1"
-            )
+        tokens = check_tokens(tokens)
+        check_beside(tokens, documents=documents, examples=examples, positions=positions)
+        if state is not None:
+            check_state(state, len(tokens), self.depth * self.loops)
+        given = (tokens, state, documents, examples, form, loops, free_loops, positions)
+        if torch.compiler.is_compiling():
+            return self._hidden(*given)
+        try:
+            return self._hidden(*given)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError, KeyError, TypeError) as error:
+            reason = explain(self, tokens, state, positions)
+            if reason is None:
+                raise
+            raise ValueError(reason) from error
+
+    def _hidden(
+        self,
+        tokens: Tensor,
+        state: State,
+        documents: Tensor | None,
+        examples: Tensor | None,
+        form: str | None,
+        loops: int | None,
+        free_loops: int,
+        positions: Tensor | None,
+    ) -> tuple[Tensor, State, Aux]:
+        """`hidden` of inputs whose kind is right."""
         batch_size, time = tokens.shape
-        if state is not None and len(state["place"]["positions"]) != batch_size:
-            rows = len(state["place"]["positions"])
-            raise ValueError(f"the state holds {rows} rows, the tokens {batch_size}")
         if state is not None and self.training and self.embedding.trains_on_whole_documents:
             raise ValueError(
                 f"{type(self.embedding).__name__} draws positions for whole documents in training, "
@@ -372,18 +395,24 @@ class Decoder(nn.Module):
         """Logits of the token after each token.
 
         Args:
-            tokens: (batch, time) int64.
+            tokens: (batch, time) ints below vocab_size. On a CPU one that is not is named; a GPU
+                says "device-side assert" some calls later: run the batch on the CPU to find it.
             state: From `init_state` or the call before; it is consumed. None: start empty, and
                 get none back.
             documents: (batch, time) ints: contiguous runs, -1 for padding at the ends of a row.
                 None: each row goes on with the document it is in.
             examples: (batch, time) ints: the task's example numbers, for parts that draw by them.
             form: "parallel", "chunkwise" or "recurrent"; None: what is fastest here.
-            logits_to_keep: Only of the last so many tokens; None: of all.
+            logits_to_keep: Only of the last so many tokens, 0 or more; None: of all.
             positions: (batch, time) ints, 0 or more, for methods whose task says where tokens
                 stand (position coupling). None: counted within the document, or on from the
                 last of the piece before.
+
+        Raises:
+            ValueError: An input that is not what is said here; the message says what to give.
         """
+        if logits_to_keep is not None and logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep={logits_to_keep} must be at least 0")
         x, state, aux = self.hidden(tokens, state, documents, examples, form, positions=positions)
         if logits_to_keep is not None:
             x = x[:, -logits_to_keep:] if logits_to_keep else x[:, :0]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from operator import index
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -300,7 +301,13 @@ def encode(
             if tokenizer is None:
                 raise ValueError("a prompt that is text needs a tokenizer; tokens need none")
             prompt = tokenizer.encode(writing.write(_utf8(f"prompt {number}", prompt)))
-        row = [int(token) for token in prompt]
+        try:
+            row = [index(token) for token in prompt]
+        except TypeError:
+            raise ValueError(
+                f"prompt {number} is {str(prompt)[:40]}: a prompt is text, or a list of tokens, "
+                "which are whole numbers"
+            ) from None
         if not row:
             raise ValueError(f"prompt {number} is empty: a model needs a token to go on from")
         wrong = [token for token in row if not 0 <= token < vocab_size]

@@ -415,10 +415,87 @@ def test_a_document_is_a_run_whatever_its_number(parts, form):
                 torch.testing.assert_close(got[row, begin:end], alone, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("shape", [(3,), (2, 0), (1, 2, 3)])
+@pytest.mark.parametrize("shape", [(3,), (2, 0), (0, 2), (1, 2, 3)])
 def test_tokens_of_another_shape_are_refused(family, shape):
     with pytest.raises(ValueError, match="a decoder takes"):
         micro(family)(torch.zeros(shape, dtype=torch.int64))
+
+
+WRONG = {
+    "list": (lambda: {"tokens": [[1, 2]]}, r"tokens are a list: .* torch\.tensor"),
+    "float": (lambda: {"tokens": torch.ones(1, 2)}, "tokens are float32: they are whole numbers"),
+    "bool": (lambda: {"tokens": torch.ones(1, 2) > 0}, "tokens are bool"),
+    "too large": (
+        lambda: {"tokens": torch.tensor([[1, 163]])},
+        "token 163 is not one of .* 0 to 63",
+    ),
+    "negative": (lambda: {"tokens": torch.tensor([[1, -2]])}, "token -2 is not one of"),
+    "elsewhere": (
+        lambda: {"tokens": torch.ones((1, 2), dtype=torch.int64, device="meta")},
+        "tokens are on meta, the model on cpu",
+    ),
+    "documents' mask": (
+        lambda: {"documents": torch.tensor([[False, True]])},
+        r"documents are bool: .* torch\.where\(mask, 0, -1\)",
+    ),
+    "documents' dtype": (lambda: {"documents": torch.zeros(1, 2)}, "documents are float32"),
+    "documents' type": (lambda: {"documents": [[0, 0]]}, "documents are a list"),
+    "documents' device": (
+        lambda: {"documents": torch.zeros(1, 2, dtype=torch.int64, device="meta")},
+        "documents are on meta, the tokens on cpu",
+    ),
+    "positions' dtype": (lambda: {"positions": torch.zeros(1, 2)}, "positions are float32"),
+    "examples' dtype": (lambda: {"examples": torch.zeros(1, 2)}, "examples are float32"),
+    "logits_to_keep": (lambda: {"logits_to_keep": -1}, "logits_to_keep=-1 must be at least 0"),
+    "state": (lambda: {"state": [1, 2]}, "the state is a list that no decoder made"),
+}
+
+
+@pytest.mark.parametrize("embedding", ["TokenEmbedding", "AbacusEmbedding"])
+@pytest.mark.parametrize("kind", WRONG)
+def test_an_input_of_the_wrong_kind_is_named(kind, embedding):
+    if embedding == "AbacusEmbedding":
+        embedding = {"class_path": embedding, "init_args": {"digit_tokens": [3, 4]}}
+    model = archzoo.create_model("transformer_micro", embedding=embedding).eval()
+    make, words = WRONG[kind]
+    given = {"tokens": torch.tensor([[1, 2]])} | make()
+    with pytest.raises(ValueError, match=words):
+        model(**given)
+
+
+def test_whole_numbers_of_any_width_are_tokens(family):
+    model, tokens = micro(family).eval(), torch.randint(64, (2, 5))
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        assert torch.equal(model(tokens.to(dtype)).logits, model(tokens).logits)
+
+
+def test_a_state_that_is_not_this_models_is_refused(family):
+    model, tokens = micro(family).eval(), torch.randint(64, (2, 5))
+    other = micro("retnet" if family == "transformer" else "transformer").eval()
+    output = model(tokens, model.init_state(2))
+    with pytest.raises(ValueError, match=r"give its \.state"):
+        model(tokens, output)
+    with pytest.raises(ValueError, match=r"the state's blocks 0 holds .* where this model has"):
+        model(tokens, other(tokens, other.init_state(2)).state)
+    with pytest.raises(ValueError, match="the state holds 3 blocks, and this model runs 2"):
+        model(tokens, micro(family, depth=3).init_state(2))
+    with pytest.raises(ValueError, match=r"the state's blocks 0 .* has shape .*, here"):
+        model(tokens, micro(family, heads=8).init_state(2))
+    abacus = {"class_path": "AbacusEmbedding", "init_args": {"digit_tokens": [3, 4]}}
+    counting = micro(family, embedding=abacus).eval()
+    with pytest.raises(ValueError, match="embedding holds nothing where this model has run"):
+        counting(tokens, model.init_state(2))
+
+
+def test_an_error_that_no_input_explains_comes_as_it_is(family, monkeypatch):
+    model = micro(family)
+
+    def fail(*arguments):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(model.blocks[0], "forward", fail)
+    with pytest.raises(RuntimeError, match="something else"):
+        model(torch.zeros(1, 2, dtype=torch.int64), model.init_state(1))
 
 
 def test_a_state_of_another_batch_is_refused(family):

@@ -357,6 +357,8 @@ def test_the_tokenizers_stop_token_stops() -> None:
         ({"prompts": []}, "there is no prompt"),
         ({"prompts": [[1], []]}, "prompt 1 is empty"),
         ({"prompts": [[1], [5, 64]]}, "token 64 in prompt 1 is none of the model's 0 to 63"),
+        ({"prompts": [[1], [1.5, 2.0]]}, r"prompt 1 is \[1.5, 2.0\]: a prompt is text, or a list"),
+        ({"prompts": torch.tensor([1.0, 2.0])}, "prompt 0 is 1.0: a prompt is text, or a list"),
         ({"prompts": [-1]}, "token -1 in prompt 0"),
         ({"prompts": "text"}, "needs a tokenizer"),
         ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
