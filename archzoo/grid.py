@@ -260,6 +260,7 @@ def grid_command(
     precision: Literal["auto", "float32", "bfloat16"] = "auto",
     at_once: int | None = None,
     device: str | None = None,
+    task: str | None = None,
 ) -> None:
     """Measure exact match at every pair of lengths, and draw it.
 
@@ -279,13 +280,14 @@ def grid_command(
         precision: Of matrix products. auto: bfloat16 on a GPU that has it, else float32.
         at_once: Tokens in a pass. None: 16,384 on a CPU, 131,072 on a GPU.
         device: Such as cpu or cuda. None: a GPU where there is one.
+        task: Which task's problems, of a checkpoint that was trained on several (Arithmetic).
+            None: the first.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
         ValueError: It was not trained on problems, or a number is out of its range.
     """
     from archzoo.checkpoint import CONFIG, load
-    from archzoo.tasks.problems import Exercise
     from archzoo.tasks.stream import build
 
     path = Path(checkpoint)
@@ -300,12 +302,17 @@ def grid_command(
     if precision == "auto":
         half = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bfloat16" if half else "float32"
-    exercise = build(found.task).exercise if found.task else None
-    if not isinstance(exercise, Exercise) or found.tokenizer is None:
+    exercises = build(found.task).exercises if found.task else {}
+    if not exercises or found.tokenizer is None:
         raise ValueError(f"{path} was not trained on problems, such as those of Addition")
+    task = task or next(iter(exercises))
+    if task not in exercises:
+        raise ValueError(f"task {task}: {path} was trained on {', '.join(exercises)}")
+    exercise: Exercise = exercises[task]
     examiner = Examiner(found.model, exercise, exercise.tokens_of(found.tokenizer), precision)
     digits = digits or 2 * max(exercise.extent)
     name = f"grid_{path.stem}" if path.is_file() else "grid"
+    name += f"_{task}" if len(exercises) > 1 else ""
     place = Path(directory) if directory else path.parent if path.is_file() else path
     run = f"{_fingerprint(found.model)}-{problems}-{precision}"
     journal = Journal(place / f"{name}.csv", run)

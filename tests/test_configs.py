@@ -84,7 +84,7 @@ def test_every_arm_trains_with_its_settings(path, arm, cache, tmp_path, monkeypa
             if part not in found and "init_args" in found:
                 found = found["init_args"]
             found = found[part]
-        if isinstance(found, dict):  # a part by its name alone
+        if isinstance(found, dict) and isinstance(value, str):  # a part by its name alone
             found, value = found["class_path"], value.rpartition(".")[2]
             found = found.rpartition(".")[2]
         short = found.rpartition(".")[2] if name.endswith("class_path") else found

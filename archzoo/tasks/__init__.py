@@ -1,9 +1,9 @@
 """The data sets: each brings its tokenizer, its batches and the metrics that fit it.
 
 `Addition`, `Subtraction`, `Multiplication`, `BitwiseOr` and `Sorting` make problems out of thin
-air, `Text` reads any UTF-8 file or folder, and `Mixed` puts problems between its lines. All are
-Lightning data modules; a class of your own derives from `Task` and writes `prepare`,
-`training_batch` and `evaluation_batch`.
+air, `Arithmetic` those of several of them, `Text` reads any UTF-8 file or folder, and `Mixed` puts
+problems between its lines. All are Lightning data modules; a class of your own derives from `Task`
+and writes `prepare`, `training_batch` and `evaluation_batch`.
 
 The names are looked up when they are used: the tokenizers serve generation too, which must not
 wait for Lightning.
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         exact_match,
     )
     from archzoo.tasks.mixed import Mixed
+    from archzoo.tasks.several import Arithmetic
     from archzoo.tasks.sorting import Sorting
     from archzoo.tasks.stream import Task, build, draw
     from archzoo.tasks.text import Text
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Addition",
+    "Arithmetic",
     "BitwiseOr",
     "Mixed",
     "Multiplication",
@@ -49,6 +51,7 @@ _HOMES = {
     "Subtraction": "arithmetic",
     "exact_match": "arithmetic",
     "Mixed": "mixed",
+    "Arithmetic": "several",
     "Sorting": "sorting",
     "Task": "stream",
     "build": "stream",

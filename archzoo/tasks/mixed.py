@@ -103,6 +103,7 @@ class Mixed(Text):
             "lines": lines,
         }
         self.exercise, self.lines = exercise, lines
+        self.exercises = exercise.exercises
         self.characters = "\n" + exercise.tokenizer.characters
         self.longest_run, self.longest_asked = exercise.longest_run, exercise.longest_asked
         self.operators = exercise.operators

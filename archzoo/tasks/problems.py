@@ -81,10 +81,51 @@ class Lines(NamedTuple):
     asked: Flags
     positions: Integers | None
 
-    def take(self, rows: slice) -> Lines:
+    def take(self, rows: slice | Integers) -> Lines:
         """Some of them."""
         positions = None if self.positions is None else self.positions[rows]
         return Lines(self.tokens[rows], self.lengths[rows], self.asked[rows], positions)
+
+
+def batch_of(lines: Lines, numbers: Integers) -> Batch:
+    """A batch of lines, of the given example numbers."""
+    tokens = lines.tokens.astype(np.int64)
+    width = tokens.shape[1] - 1
+    padding = np.arange(width) >= lines.lengths[:, None]
+    batch = {
+        "tokens": torch.from_numpy(tokens[:, :-1].copy()),
+        "labels": torch.from_numpy(np.where(lines.asked[:, 1:], tokens[:, 1:], IGNORED)),
+        "documents": torch.from_numpy(-padding.astype(np.int64)),
+        "examples": torch.from_numpy(np.repeat(numbers[:, None], width, 1)),
+    }
+    if lines.positions is not None:
+        batch["positions"] = torch.from_numpy(lines.positions[:, :-1].copy())
+    return batch
+
+
+class Blocks:
+    """Training lines by batch, several small batches made at once.
+
+    A call of numpy's costs more than its work.
+
+    Args:
+        make: of example numbers, a pure function.
+        batch_size: rows of a batch.
+    """
+
+    def __init__(self, make: Callable[[Integers], Lines], batch_size: int) -> None:
+        self.make, self.batch_size = make, batch_size
+        self._last: tuple[tuple[int, bytes], Lines] | None = None
+
+    def __call__(self, number: int, rows: Integers) -> Lines:
+        """The given rows of batch `number`."""
+        several = max(BLOCK // len(rows), 1)
+        block, place = divmod(number, several)
+        key = (block, rows.tobytes())
+        if self._last is None or self._last[0] != key:
+            batches = block * several + np.arange(several)[:, None]
+            self._last = key, self.make((batches * self.batch_size + rows).reshape(-1))
+        return self._last[1].take(slice(place * len(rows), (place + 1) * len(rows)))
 
 
 class Exercise(Task):
@@ -132,7 +173,7 @@ class Exercise(Task):
                 raise ValueError(f"{name} {arguments[name]} is not positive")
         if min(ood_digits, default=1) < 1:
             raise ValueError(f"ood_digits {ood_digits} holds a length that is not positive")
-        self.exercise = self
+        self.exercise, self.exercises = self, {type(self).__name__: self}
         self.beyond = tuple(ood_digits)
         self.spans = spans
         self.extent = (spans[0][1], spans[1][1])
@@ -155,7 +196,7 @@ class Exercise(Task):
         self.longest_run, self.longest_asked = runs[0], max(runs)
         self._evaluation: dict[str, Problems] = {}
         self._sizes: dict[str, Integers] = {}
-        self._block: tuple[tuple[int, bytes], Lines] | None = None  # the last one made
+        self._blocks = Blocks(self._training_lines, self.batch_size)
 
     other_vocabulary = (
         "own differs from task to task, so both must be trained with --data.vocabulary shared, or "
@@ -229,18 +270,11 @@ class Exercise(Task):
         return self._held_out_problems(split).examples
 
     def training_batch(self, number: int, rows: Integers) -> Batch:
-        # Small batches are made several at once: a call of numpy's costs more than its work.
-        several = max(BLOCK // len(rows), 1)
-        block, place = divmod(number, several)
-        key = (block, rows.tobytes())
-        if self._block is None or self._block[0] != key:
-            batches = block * several + np.arange(several)[:, None]
-            numbers = (batches * self.batch_size + rows).reshape(-1)
-            problems = self.problems("train", numbers)
-            lines = self.lines(problems, self.context_length, positions=self.coupling is not None)
-            self._block = key, lines
-        mine = slice(place * len(rows), (place + 1) * len(rows))
-        return self._batch(self._block[1].take(mine), number * self.batch_size + rows)
+        return batch_of(self._blocks(number, rows), number * self.batch_size + rows)
+
+    def _training_lines(self, numbers: Integers) -> Lines:
+        problems = self.problems("train", numbers)
+        return self.lines(problems, self.context_length, positions=self.coupling is not None)
 
     def evaluation_batch(self, split: str, number: int, rows: Integers) -> Batch:
         numbers = number * self.batch_size + rows
@@ -266,21 +300,7 @@ class Exercise(Task):
     ) -> Batch:
         """A batch of problems, of the given example numbers, `width` or as few columns as fit."""
         lines = self.lines(problems, width, positions=self.coupling is not None)
-        return self._batch(lines, np.arange(problems.examples) if numbers is None else numbers)
-
-    def _batch(self, lines: Lines, numbers: Integers) -> Batch:
-        tokens = lines.tokens.astype(np.int64)
-        width = tokens.shape[1] - 1
-        padding = np.arange(width) >= lines.lengths[:, None]
-        batch = {
-            "tokens": torch.from_numpy(tokens[:, :-1].copy()),
-            "labels": torch.from_numpy(np.where(lines.asked[:, 1:], tokens[:, 1:], IGNORED)),
-            "documents": torch.from_numpy(-padding.astype(np.int64)),
-            "examples": torch.from_numpy(np.repeat(numbers[:, None], width, 1)),
-        }
-        if lines.positions is not None:
-            batch["positions"] = torch.from_numpy(lines.positions[:, :-1].copy())
-        return batch
+        return batch_of(lines, np.arange(problems.examples) if numbers is None else numbers)
 
     def tokens_of(self, tokenizer: Tokenizer) -> Integers:
         """Which token of another tokenizer stands for each of this task's own.

@@ -195,6 +195,7 @@ class Task(lightning.LightningDataModule):
         beyond: what every validation asks as well, each with a loader (`beyond_loader`) and an
             exact match of its own: lengths that no training example has, or names.
         exercise: the task, an `Exercise`, that makes the problems it asks; None: it asks none.
+        exercises: by name, where problems are of several tasks; `exercise` is the first.
         arguments: what the task was made with, plain data.
         other_vocabulary: what to do where weights were trained with another vocabulary.
         added: arguments that came later, and what each is for a checkpoint that does not name it.
@@ -214,6 +215,7 @@ class Task(lightning.LightningDataModule):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
+        self.exercises: dict[str, Any] = {}
         self.arguments = arguments
         if arguments["batch_size"] < 1:
             raise ValueError(f"batch_size {arguments['batch_size']} is not positive")
@@ -242,6 +244,14 @@ class Task(lightning.LightningDataModule):
     def beyond_loader(self, length: Any) -> Loader:
         """One pass over the held-out problems of one entry of `beyond`."""
         raise NotImplementedError
+
+    def asked_beside(self, split: str) -> tuple[int | str, ...]:
+        """What "validation" or "test" asks beside itself, each with an exact match of its own."""
+        return self.beyond if split == "validation" else ()
+
+    def loader_beside(self, split: str, name: Any) -> Loader:
+        """One pass over the held-out problems of one entry of `asked_beside`."""
+        return self.beyond_loader(name)
 
     def batch_rows(self, split: str) -> int:
         """Rows of a whole batch."""
@@ -330,13 +340,15 @@ class Task(lightning.LightningDataModule):
         return Loader(self.training_batch, self.batch_size, self.rows("train"), self, training=True)
 
     def val_dataloader(self) -> Loader | list[Loader]:
-        loader = self.evaluation_loader("validation")
-        if not self.beyond:
-            return loader
-        return [loader, *map(self.beyond_loader, self.beyond)]
+        return self._loaders("validation")
 
-    def test_dataloader(self) -> Loader:
-        return self.evaluation_loader("test")
+    def test_dataloader(self) -> Loader | list[Loader]:
+        return self._loaders("test")
+
+    def _loaders(self, split: str) -> Loader | list[Loader]:
+        loader = self.evaluation_loader(split)
+        beside = [self.loader_beside(split, name) for name in self.asked_beside(split)]
+        return [loader, *beside] if beside else loader
 
     def predict_dataloader(self) -> Loader:
         return self.evaluation_loader("test")
@@ -353,7 +365,7 @@ class Task(lightning.LightningDataModule):
 
 def import_all() -> None:
     """Import every task of archzoo, so that their names alone are enough to find them."""
-    for module in ("arithmetic", "sorting", "text", "mixed"):
+    for module in ("arithmetic", "sorting", "several", "text", "mixed"):
         import_module(f"archzoo.tasks.{module}")
 
 

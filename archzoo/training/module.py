@@ -113,7 +113,7 @@ class LanguageModel(lightning.LightningModule):
         self.decoder: Decoder | None = None
         # Sums over an evaluation: of losses, and what was right of how many tokens or answers.
         self._evaluated: dict[str, Tensor] = {}
-        self._beyond: tuple[int | str, ...] = ()  # entries of `Task.beyond` that it asks
+        self._beyond: tuple[int | str, ...] = ()  # of `Task.asked_beside`
         #: The latest logged values, plain floats, for whoever displays them.
         self.latest: dict[str, float] = {}
         self._totals: dict[str, Tensor] = {}  # sums since the last row of the log
@@ -600,8 +600,7 @@ class LanguageModel(lightning.LightningModule):
         exact = (right | ~asked).all(dim=1) & rows
         seen = self._evaluated
         if loader:  # the first is the split's own, the others ask for longer problems
-            assert self.task is not None
-            seen[f"exact_match/{self.task.beyond[loader - 1]}"] += _counts(exact, rows)
+            seen[f"exact_match/{self._beyond[loader - 1]}"] += _counts(exact, rows)
             return
         seen["loss"] += losses.to(seen["loss"].dtype).sum()
         seen["token_accuracy"] += _counts(right & asked, asked)
@@ -609,7 +608,7 @@ class LanguageModel(lightning.LightningModule):
 
     def _begin_evaluation(self, split: str) -> None:
         self._carried.pop(split, None)
-        self._beyond = tuple(self.task.beyond) if self.task and split == "validation" else ()
+        self._beyond = self.task.asked_beside(split) if self.task else ()
         names = ("token_accuracy", "exact_match", *(f"exact_match/{name}" for name in self._beyond))
         none = torch.zeros(2, dtype=torch.int64, device=self.device)
         loss = torch.zeros((), dtype=widest(self.device), device=self.device)
@@ -648,8 +647,8 @@ class LanguageModel(lightning.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._evaluate(batch, "validation", dataloader_idx)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "test")
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, "test", dataloader_idx)
 
     def on_validation_start(self) -> None:
         self._paused = time.perf_counter()

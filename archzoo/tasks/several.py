@@ -1,0 +1,248 @@
+"""Several tasks of problems in one stream."""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any, cast
+
+import numpy as np
+
+from archzoo.tasks.digits import below
+from archzoo.tasks.draws import Integers, random_bits
+from archzoo.tasks.problems import Blocks, Exercise, Lines, batch_of
+from archzoo.tasks.stream import Batch, Loader, Task, build
+
+_PARTS = 7  # the stream of random bits that chooses a task for each example
+
+# What must be the same in all problems that one model reads, and what is the stream's own.
+_COMMON = {
+    *("reverse", "reverse_answer", "zero_padded", "hints", "coupled", "vocabulary"),
+    *("batch_size", "steps_per_epoch", "validation_examples", "test_examples", "seed"),
+    *("ood_digits", "ood_examples"),
+}
+
+
+class Arithmetic(Task):
+    """Problems of several tasks in one stream, each of them as often as the others.
+
+    A batch of sums and differences of up to 3 digits, least significant digit first, holds lines
+    such as `2+236=436` and `4-9=-5`, each as its own task trains it. All have the shared
+    vocabulary.
+
+    Training example n is a function of (seed, n) alone, and so is the task it comes from. Problems
+    are held out by each task's own rule, so that a problem which one of them holds out is held out
+    here, too. Validation and test ask those of all tasks in turn, and give the exact match of each
+    (`validation/exact_match/Addition`, `test/exact_match/Addition`).
+
+    Args:
+        tasks: by the name of each task, those of its arguments that differ from the ones below,
+            such as `{Addition: {digits: 5}, Multiplication: {}}`.
+        digits: of the longest number, of every task.
+        reverse: write numbers least significant digit first.
+        reverse_answer: the same for the answer alone; null: as the operands.
+        zero_padded: as for Addition; Sorting pads nothing.
+        hints: as for Addition.
+        held_out: one problem in this many is held out of training; null: as each task does.
+        batch_size: examples in a batch, all ranks together.
+        steps_per_epoch: batches in what Lightning calls an epoch; the stream itself never ends.
+        validation_examples: held-out problems to validate on, of all tasks together.
+        test_examples: held-out problems to test on, of all tasks together.
+        ood_digits: lengths that every validation asks as well, of all tasks; see Addition.
+        ood_examples: problems of each of those lengths, of all tasks together.
+        seed: chooses the training examples.
+        zero: whether a number of one digit may be 0.
+
+    Raises:
+        ValueError: an argument is out of range, or a task cannot be one of several.
+    """
+
+    metrics = ("token_accuracy", "exact_match")
+
+    def __init__(
+        self,
+        tasks: dict[str, dict[str, Any] | None],
+        digits: int = 3,
+        reverse: bool = True,
+        reverse_answer: bool | None = None,
+        zero_padded: bool = False,
+        hints: bool = False,
+        held_out: int | None = None,
+        batch_size: int = 256,
+        steps_per_epoch: int = 1000,
+        validation_examples: int = 1000,
+        test_examples: int = 5000,
+        ood_digits: list[int] | None = None,
+        ood_examples: int = 200,
+        seed: int = 0,
+        zero: bool = True,
+    ) -> None:
+        super().__init__(
+            tasks=tasks,
+            digits=digits,
+            reverse=reverse,
+            reverse_answer=reverse_answer,
+            zero_padded=zero_padded,
+            hints=hints,
+            held_out=held_out,
+            batch_size=batch_size,
+            steps_per_epoch=steps_per_epoch,
+            validation_examples=validation_examples,
+            test_examples=test_examples,
+            ood_digits=ood_digits,
+            ood_examples=ood_examples,
+            seed=seed,
+            zero=zero,
+        )
+        if not tasks:
+            raise ValueError("tasks is empty: name at least one, such as {Addition: {}}")
+        self.steps_per_epoch, self.seed = steps_per_epoch, seed
+        self.exercises = {
+            name.rpartition(".")[2]: self._exercise(name, given or {})
+            for name, given in tasks.items()
+        }
+        parts = list(self.exercises.values())
+        self.parts, self.exercise = parts, parts[0]
+        self.tokenizer = parts[0].tokenizer
+        self.context_length = max(part.context_length for part in parts)
+        self.longest_run = max(cast(int, part.longest_run) for part in parts)
+        self.longest_asked = max(cast(int, part.longest_asked) for part in parts)
+        signs = dict.fromkeys("".join(part.operators[:-1] for part in parts))
+        self.operators = "".join(signs) + "="
+        self.beyond = (*self.exercises, *(ood_digits or ()))
+        self._blocks = Blocks(self._training_lines, batch_size)
+        self._turns: dict[str, tuple[Integers, Integers]] = {}
+
+    def _exercise(self, name: str, given: dict[str, Any]) -> Exercise:
+        """One of the tasks, written as all are."""
+        wrong = sorted(_COMMON & given.keys())
+        if wrong:
+            raise ValueError(
+                f"tasks.{name}: {wrong[0]} is the same for all of them: set it beside tasks"
+            )
+        full = name if "." in name else f"archzoo.tasks.{name}"
+        settings = {key: value for key, value in self.arguments.items() if key != "tasks"}
+        count = len(self.arguments["tasks"])
+        for key in ("validation_examples", "test_examples", "ood_examples"):
+            if settings[key] < count:
+                raise ValueError(f"{key} {settings[key]} is not enough for {count} tasks")
+            settings[key] = -(-settings[key] // count)
+        settings |= {"vocabulary": "shared"} | given
+        if settings["held_out"] is None:
+            del settings["held_out"]
+        known = _parameters(full)
+        if known is not None:  # Sorting has no reverse_answer, nor zero_padded
+            settings = {k: v for k, v in settings.items() if k in known or k in given}
+        try:
+            exercise = build({"class_path": full, "init_args": settings})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"tasks.{name}: {error}") from None
+        if not isinstance(exercise, Exercise):
+            raise ValueError(f"tasks.{name} is not a task of problems, such as Addition")
+        return exercise
+
+    # Batches.
+
+    def prepare(self) -> None:
+        for part in self.parts:
+            part.prepare()
+
+    def rows(self, split: str) -> int:
+        if split == "train":
+            return self.steps_per_epoch * self.batch_size
+        return len(self._in_turn(split)[0])
+
+    def training_batch(self, number: int, rows: Integers) -> Batch:
+        return batch_of(self._blocks(number, rows), number * self.batch_size + rows)
+
+    def evaluation_batch(self, split: str, number: int, rows: Integers) -> Batch:
+        numbers = number * self.batch_size + rows
+        owners, turns = self._in_turn(split)
+        return batch_of(self._lines(split, owners[numbers], turns[numbers]), numbers)
+
+    def asked_beside(self, split: str) -> tuple[int | str, ...]:
+        return self.beyond if split == "validation" else tuple(self.exercises)
+
+    def beyond_loader(self, length: Any) -> Loader:
+        return self.loader_beside("validation", length)
+
+    def loader_beside(self, split: str, name: Any) -> Loader:
+        if name not in self.exercises:
+            return self._longer_loader(name)
+        owner = list(self.exercises).index(name)
+        rows = self.parts[owner].rows(split)
+        owners, turns = np.full(rows, owner), np.arange(rows)
+
+        def make(number: int, rows: Integers) -> Batch:
+            numbers = number * self.batch_size + rows
+            return batch_of(self._lines(split, owners[numbers], turns[numbers]), numbers)
+
+        return Loader(make, self.batch_size, rows, self, training=False)
+
+    def _longer_loader(self, length: int) -> Loader:
+        """Held-out problems of a length that was not trained, of one task after the other."""
+        found = [part.cell(length, length, part.arguments["ood_examples"]) for part in self.parts]
+        counts = [problems.examples for problems in found]
+        if not all(counts):
+            raise ValueError(
+                f"ood_digits {length}: one of the tasks holds out none of its few problems of that "
+                "size; take a smaller held_out, or another length"
+            )
+        alone = [part.lines(some) for part, some in zip(self.parts, found, strict=True)]
+        width = max(int(lines.lengths.max()) for lines in alone) - 1
+        whole = [part.lines(some, width) for part, some in zip(self.parts, found, strict=True)]
+        joined = Lines(
+            np.concatenate([lines.tokens for lines in whole]),
+            np.concatenate([lines.lengths for lines in whole]),
+            np.concatenate([lines.asked for lines in whole]),
+            None,
+        )
+
+        def make(number: int, rows: Integers) -> Batch:
+            numbers = number * self.batch_size + rows
+            return batch_of(joined.take(numbers), numbers)
+
+        return Loader(make, self.batch_size, sum(counts), self, training=False)
+
+    # Inside.
+
+    def _training_lines(self, numbers: Integers) -> Lines:
+        bits = random_bits(self.seed, _PARTS, numbers, 1)
+        owners = below(bits, len(self.parts))[0].astype(np.int64)
+        return self._lines("train", owners, numbers)
+
+    def _lines(self, split: str, owners: Integers, numbers: Integers) -> Lines:
+        """Lines of the given example numbers, each of the task that it belongs to."""
+        count, width = len(numbers), self.context_length + 1
+        lines = Lines(
+            np.zeros((count, width), np.uint8),
+            np.zeros(count, np.int64),
+            np.zeros((count, width), np.bool_),
+            None,
+        )
+        for owner in np.unique(owners).tolist():
+            rows, part = np.flatnonzero(owners == owner), self.parts[owner]
+            found = part.lines(part.problems(split, numbers[rows]), self.context_length)
+            lines.tokens[rows], lines.lengths[rows] = found.tokens, found.lengths
+            lines.asked[rows] = found.asked
+        return lines
+
+    def _in_turn(self, split: str) -> tuple[Integers, Integers]:
+        """Which task each problem of "validation" or "test" is of, and its number there."""
+        if split not in self._turns:
+            counts = np.array([part.rows(split) for part in self.parts])
+            turns, owners = np.nonzero(np.arange(counts.max())[:, None] < counts)
+            self._turns[split] = owners, turns
+        return self._turns[split]
+
+
+def _parameters(name: str) -> set[str] | None:
+    """The arguments of a task that is known and says all of them, else None."""
+    from archzoo.tasks.stream import known_tasks
+
+    task = known_tasks().get(name)
+    while task is not None:
+        parameters = signature(task).parameters
+        if "arguments" not in parameters:
+            return set(parameters)
+        task = cast("type[Task] | None", task.__base__)  # it hands on what it does not name
+    return None
