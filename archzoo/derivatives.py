@@ -5,8 +5,8 @@ plain form is made of torch's own operations, and so has all of them and goes th
 (grad, vmap, jvp and what is built of them) and forward-mode differentiation. Two questions decide:
 
 * `transformed`, before a fast form runs: is there a transform under way? Then the plain form runs.
-* `differentiated_again`, in a fast form's backward: is a derivative of this derivative wanted? Then
-  `plain_gradients` makes the gradients of the plain form, which can be differentiated.
+* `differentiated_again`, in a fast form's backward: is a derivative of this derivative wanted, or
+  is it itself transformed? Then `plain_gradients` makes the gradients of the plain form.
 
 `torch.autograd.function.once_differentiable` answers neither: it hands out constants where the
 gradient that arrives needs none, and `torch.autograd.grad` leaves its error out of the graph.
@@ -33,8 +33,8 @@ def transformed() -> bool:
 
 
 def differentiated_again() -> bool:
-    """In a backward pass: whether it is to be differentiated (``create_graph=True``)."""
-    return torch.is_grad_enabled()
+    """In a backward pass: whether it is to be differentiated (``create_graph=True``), or mapped."""
+    return torch.is_grad_enabled() or transformed()
 
 
 def plain_gradients(

@@ -12,6 +12,7 @@ from kernel_device import DEVICE, GPU, define_kernels
 
 from archzoo.block import Routing, make_context
 from archzoo.contract import relative_error
+from archzoo.derivatives import transformed
 from archzoo.feedforward import balance, moe
 from archzoo.feedforward.balance import Balance
 from archzoo.feedforward.moe import MixtureOfExperts
@@ -454,3 +455,187 @@ def test_a_whole_mixture(drop, router, monkeypatch, any_tokens):
 def test_no_token_needs_no_kernel():
     assert not mixture_launch.fused(torch.empty(0, 4, device=DEVICE))
     assert not mixture_launch.fused(torch.empty(2, 4, device=DEVICE, dtype=torch.float64))
+
+
+# ---------------------------------------------------------------------------- further derivatives
+
+
+def second(function, inputs, by_kernels):
+    """Two derivatives of a function: the gradient of a product with its first one."""
+    leaves = [x.detach().clone() if by_kernels else x.detach().double() for x in inputs]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    torch.manual_seed(1)
+    outputs = function(by_kernels, *leaves)
+    cotangents = [torch.randn(y.shape, device=DEVICE).to(y.dtype) for y in outputs]
+    cotangents = [cotangent.requires_grad_() for cotangent in cotangents]
+    first = torch.autograd.grad(outputs, leaves, cotangents, create_graph=True)
+    along = [torch.randn(x.shape, device=DEVICE).to(x.dtype) for x in leaves]
+    every = [*leaves, *cotangents]
+    found = torch.autograd.grad(first, every, along, allow_unused=True)
+    zeros = [torch.zeros_like(x) if g is None else g for x, g in zip(every, found, strict=True)]
+    return [*(g.detach() for g in first), *zeros]
+
+
+def transform_all(function, inputs):
+    """By torch.func: values and gradients under grad, jvp, vmap and a vmapped backward."""
+    inputs = tuple(x.detach() for x in inputs)
+
+    def total(*given):
+        return sum(y.square().sum() for y in function(True, *given))
+
+    slopes = torch.func.grad(total, tuple(range(len(inputs))))(*inputs)
+    along = tuple(torch.ones_like(x) for x in inputs)
+    slope = torch.func.jvp(total, inputs, along)[1]
+    stacked = tuple(torch.stack([x, 2 * x]) for x in inputs)
+    mapped = torch.func.vmap(total)(*stacked)
+    return [*slopes, slope, *mapped]
+
+
+def expect_all_derivatives(function, *inputs, allowed=1e-4):
+    """Those of the kernels' functions are those of the plain forms in float64."""
+    pairs = zip(*(second(function, inputs, way) for way in (True, False)), strict=True)
+    for got, want in pairs:
+        assert relative_error(got.double(), want) < allowed
+    # Under a transform the plain forms run: as exactly as they do.
+    plain = transform_all(lambda _, *given: function(False, *given), inputs)
+    for got, want in zip(transform_all(function, inputs), plain, strict=True):
+        assert relative_error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("drops", [False, True])
+def test_rows_have_all_derivatives(drops):
+    tokens, experts, k, width = 5, 4, 2, 8
+    indices = torch.rand(tokens, experts, device=DEVICE).topk(k).indices
+    kept = torch.rand(tokens, k, device=DEVICE) < 0.6 if drops else None
+    plain, dispatch = (
+        kernels.make_dispatch(indices, experts, kept, kernels=way) for way in (False, True)
+    )
+    used = torch.arange(tokens * k, device=DEVICE)[:, None] < dispatch.ends[-1]
+
+    def spread(way, x):
+        # A dispatch for kernels is made where they run, so a transform's is the plain one.
+        ways = dispatch if way and not transformed() else plain
+        rows = kernels.spread_rows(x, ways, k, x.dtype)
+        return (rows.masked_fill(~used, 0.0),)
+
+    def collect(way, rows, weights):
+        ways = dispatch if way and not transformed() else plain
+        return (kernels.collect_rows(rows, weights, ways),)
+
+    expect_all_derivatives(spread, torch.randn(tokens, width, device=DEVICE))
+    rows = torch.randn(tokens * k, width, device=DEVICE).masked_fill(~used, 0.0)
+    expect_all_derivatives(collect, rows, torch.rand(tokens, k, device=DEVICE))
+
+
+def test_swiglu_and_casts_have_all_derivatives():
+    expect_all_derivatives(lambda _, x: (kernels.swiglu(x),), torch.randn(3, 8, device=DEVICE))
+
+    def cast(way, x):
+        return (kernels.cast(x, torch.bfloat16 if way else x.dtype).to(x.dtype).square(),)
+
+    expect_second = (torch.randn(3, 8, device=DEVICE),)
+    for got, want in zip(*(second(cast, expect_second, w) for w in (True, False)), strict=True):
+        assert relative_error(got.double(), want) < 2e-2
+
+
+def test_a_product_of_experts_has_a_second_derivative():
+    ends = torch.tensor([16, 16, 48], dtype=torch.int32, device=DEVICE)
+
+    def multiply(way, rows, weight):
+        if not way:
+            pieces = rows.split([16, 0, 32])
+            return (torch.cat([x @ w.T for x, w in zip(pieces, weight, strict=True)]),)
+        lower = rows.bfloat16()
+        assert kernels._widens(lower, weight)
+        y = kernels.multiply(lower, kernels.cast(weight, torch.bfloat16), weight, ends)
+        return (y.float(),)
+
+    inputs = torch.randn(48, 16, device=DEVICE), torch.randn(3, 16, 16, device=DEVICE)
+    for got, want in zip(*(second(multiply, inputs, w) for w in (True, False)), strict=True):
+        assert relative_error(got.double(), want) < 3e-2
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_a_router_has_all_derivatives(sigmoid, renormalise, any_tokens):
+    def choose(_, logits):
+        weights, _, probabilities = routers.choose(
+            logits, 2, None, sigmoid=sigmoid, renormalise=renormalise
+        )
+        return weights, probabilities
+
+    expect_all_derivatives(choose, torch.randn(5, 6, device=DEVICE))
+    attend = torch.randn(4, 9, device=DEVICE)
+    expect_all_derivatives(lambda _, x: (routers.attend_experts(x),), attend)
+    x, weight = torch.randn(8, 16, device=DEVICE), torch.randn(4, 16, device=DEVICE)
+    expect_all_derivatives(lambda _, x, w: routers.project(x, w), x, weight)
+
+
+@pytest.mark.parametrize("kind", ["switch", "squared_mean"])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_load_has_a_second_derivative(kind, adaptive):
+    tokens, experts = 9, 6
+    indices = torch.rand(tokens, experts, device=DEVICE).topk(2).indices
+    alpha = torch.tensor(0.3, device=DEVICE)
+
+    def load(way, probabilities):
+        if way:
+            given = alpha if adaptive else 0.3
+            return (routers.summarise_load(probabilities, indices, kind, given, 4)[1],)
+        share = balance.shares(balance.count_assignments(indices, experts)).double()
+        mean = probabilities.mean(dim=0)
+        loss = balance.squared_mean_loss(mean)
+        return (0.3 * (balance.switch_loss(mean, share) if kind == "switch" else loss),)
+
+    given = (torch.rand(tokens, experts, device=DEVICE),)
+    for got, want in zip(*(second(load, given, way) for way in (True, False)), strict=True):
+        assert relative_error(got.double(), want) < 1e-5 if want.any() else not got.any()
+    if kind == "squared_mean" and adaptive:
+        probabilities = given[0].requires_grad_()
+        (loss,) = load(True, probabilities)
+        alpha.add_(0.1)
+        with pytest.raises(RuntimeError, match="coefficient has moved"):
+            torch.autograd.grad(loss, probabilities, create_graph=True)
+
+
+def test_kernels_take_no_batch_of_gradients():
+    """torch.func.vmap over a backward pass gets the plain form's; `is_grads_batched` is refused."""
+    x = torch.randn(3, 8, device=DEVICE, requires_grad=True)
+    y, batch = kernels.swiglu(x), torch.randn(2, 3, 4, device=DEVICE)
+
+    def back(grad):
+        return torch.autograd.grad(y, x, grad, retain_graph=True)[0]
+
+    want = torch.stack([back(grad) for grad in batch])
+    assert relative_error(torch.func.vmap(back)(batch), want) < 1e-5
+    with pytest.raises(RuntimeError, match=r"[Cc]annot access"):
+        torch.autograd.grad(y, x, batch, is_grads_batched=True)
+
+
+@pytest.mark.parametrize("router", ["LinearRouter", "AttentionRouter"])
+def test_a_whole_mixture_under_transforms_and_twice_differentiated(router, any_tokens):
+    made = MixtureOfExperts(16, 8, experts=4, top_k=2, router=router, balance="squared_mean")
+    made = made.to(DEVICE)
+    weights = {name: weight.detach() for name, weight in made.named_parameters()}
+    x = torch.randn(2, 5, 16, device=DEVICE)
+    context, _ = make_context(2, 5, device=DEVICE)
+
+    def loss(weights, x, dtype=torch.float32):
+        given = {name: weight.to(dtype) for name, weight in weights.items()}
+        y, aux = torch.func.functional_call(made, given, (x.to(dtype), context))
+        return y.square().sum() + 10 * aux["loss/balance"]
+
+    along = {name: torch.randn_like(weight) for name, weight in weights.items()}
+
+    def product(dtype):
+        learn = {name: weight.to(dtype).requires_grad_() for name, weight in weights.items()}
+        first = torch.autograd.grad(loss(learn, x, dtype), learn.values(), create_graph=True)
+        pairs = zip(first, along.values(), strict=True)
+        slope = sum((slope * way.to(dtype)).sum() for slope, way in pairs)
+        return dict(zip(weights, torch.autograd.grad(slope, learn.values()), strict=True))
+
+    want = product(torch.float64)
+    by_func = torch.func.jvp(torch.func.grad(loss), (weights, x), (along, torch.zeros_like(x)))[1]
+    for found in (product(torch.float32), by_func):
+        for name, value in want.items():
+            assert relative_error(found[name].double(), value) < 1e-3, name

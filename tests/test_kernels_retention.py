@@ -11,6 +11,7 @@ import itertools
 import pytest
 import torch
 from kernel_device import DEVICE, GPU, define_kernels
+from torch.autograd import forward_ad
 
 from archzoo.block import make_context
 from archzoo.kernels import launching
@@ -631,6 +632,84 @@ def test_second_derivatives_are_refused():
     q, k, v = (x.requires_grad_() for x in case(1, 4, 1, 16, 16, torch.float32))
     with pytest.raises(NotImplementedError, match="second derivative"):
         torch.autograd.grad(retention(q, k, v, slopes(1))[0].sum(), q, create_graph=True)
+
+
+def test_transforms_are_refused_by_every_way():
+    """Never a wrong number: a tangent was dropped in silence by the operator."""
+    q, k, v = case(1, 4, 1, 16, 16, torch.float32)
+    decays, rest = slopes(1), (None, None, None, None, True, False)
+    operator = torch.ops.archzoo.retention
+
+    def by_function(q):
+        return retention(q, k, v, decays)[0].sum()
+
+    def by_operator(q):
+        return operator(q, k, v, decays, *rest)[0].sum()
+
+    def by_step(q):
+        state = random_state(1, 1, 16, 16)
+        return retention_step(q[:, :1], k[:, :1], v[:, :1], decays, state)[0].sum()
+
+    ones = torch.ones_like(q)
+    for call in (by_function, by_operator, by_step):
+        with pytest.raises(RuntimeError, match=r"no retention kernel|setup_context|no derivative"):
+            torch.func.grad(call)(q)
+        with pytest.raises(RuntimeError, match=r"no retention kernel|forward-mode"):
+            torch.func.jvp(call, (q,), (ones,))
+        for enabled in (True, False):  # gradients off or on is nothing to forward mode
+            with torch.set_grad_enabled(enabled), forward_ad.dual_level():
+                dual = forward_ad.make_dual(q, ones)
+                with pytest.raises(RuntimeError, match=r"no retention kernel|forward-mode"):
+                    call(dual)
+    with pytest.raises(RuntimeError, match="opaque to transforms"):
+        torch.func.vmap(by_function)(torch.stack([q, q]))
+    with pytest.raises(RuntimeError, match="a step writes into its state"):
+        by_step(q.requires_grad_())
+    o = retention(q, k, v, decays)[0]
+    slope = torch.func.vmap(lambda grad: torch.autograd.grad(o, q, grad, retain_graph=True)[0])
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        slope(torch.stack([ones, ones]))
+    with pytest.raises(RuntimeError, match=r"[Cc]annot access"):
+        torch.autograd.grad(o, q, torch.stack([ones, ones]), is_grads_batched=True)
+
+
+def test_a_mixer_under_transforms_runs_plainly(monkeypatch):
+    """Chunkwise where kernels are to be had: what torch.func gets is the plain form's."""
+    mixer = Retention(32, 2).to(DEVICE)
+    weights = {name: weight.detach() for name, weight in mixer.named_parameters()}
+    x = torch.randn(2, 20, 32, device=DEVICE)
+    context, _ = make_context(2, 20, device=DEVICE)
+
+    def total(weights, x):
+        y, _ = torch.func.functional_call(mixer, weights, (x, None, context, "chunkwise"))
+        return y.square().sum()
+
+    def one(x):
+        state = mixer.init_state(1, device=DEVICE)
+        here, _ = make_context(1, 1, device=DEVICE)
+        return mixer(x[None, None], state, here, "recurrent")[0][0, 0]
+
+    def run():
+        with torch.no_grad():
+            steps = torch.func.vmap(one)(x[0])
+        slopes_ = torch.func.grad(total)(weights, x)
+        ahead = torch.func.jvp(total, (weights, x), (weights, x))[1]
+        return [steps, ahead, *slopes_.values()]
+
+    assert available(*case(1, 4, 1, 16, 16, torch.float32))
+    mine = run()
+    monkeypatch.setattr(kernels, "available", lambda *_: False)
+    assert all(torch.equal(a, b) for a, b in zip(mine, run(), strict=True))
+    # And a derivative of what kernels computed is refused, where another form has it.
+    monkeypatch.undo()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    leaf = x.clone().requires_grad_()
+    with pytest.raises(NotImplementedError, match="form='parallel'"):
+        torch.autograd.grad(
+            mixer(leaf, None, context, "chunkwise")[0].sum(), leaf, create_graph=True
+        )
+    y, _ = mixer(leaf, None, context, "parallel")
+    assert torch.autograd.grad(y.sum(), leaf, create_graph=True)[0].requires_grad
 
 
 def test_says_why_it_cannot():

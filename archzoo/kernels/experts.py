@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from archzoo.derivatives import transformed
+from archzoo.derivatives import differentiated_again, plain_gradients, transformed
 from archzoo.kernels.mixture_launch import fused, launch, on_hopper, power_of_2, warps_for
 
 KEYS = 2048  # assignments that one program counts or places
@@ -172,9 +172,11 @@ class _Spread(torch.autograd.Function):
         return rows
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         inverse, ends = ctx.saved_tensors
+        if differentiated_again():
+            back = _collect_plainly(grad, None, inverse, ends, ctx.k).to(ctx.dtype)
+            return back, None, None, None, None
         return _collect(grad, None, inverse, ends, ctx.k, ctx.dtype), None, None, None, None
 
 
@@ -183,14 +185,20 @@ class _Collect(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor, inverse: Tensor, ends: Tensor) -> Tensor:
-        rows, weights = rows.contiguous(), weights.contiguous()
         ctx.save_for_backward(rows, weights, inverse, ends)
+        rows, weights = rows.contiguous(), weights.contiguous()
         return _collect(rows, weights, inverse, ends, weights.shape[1], weights.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         rows, weights, inverse, ends = ctx.saved_tensors
+        if differentiated_again():
+            compute = functools.partial(
+                _collect_plainly, inverse=inverse, ends=ends, k=weights.shape[1]
+            )
+            by_rows, by_weights = plain_gradients(compute, (rows, weights), (grad,))
+            return by_rows, by_weights, None, None
+        rows, weights = rows.contiguous(), weights.contiguous()
         d_rows, d_weights = torch.empty_like(rows), torch.empty_like(weights)
         tokens, k = weights.shape
         block = power_of_2(rows.shape[1])
@@ -201,6 +209,15 @@ class _Collect(torch.autograd.Function):
             K=k, BLOCK=block, num_warps=warps_for(block),
         )  # fmt: skip
         return d_rows, d_weights, None, None
+
+
+def _collect_plainly(
+    rows: Tensor, weights: Tensor | None, inverse: Tensor, ends: Tensor, k: int
+) -> Tensor:
+    """`_collect` of operations that have all derivatives."""
+    back = rows[inverse].masked_fill((inverse >= ends[-1])[:, None], 0.0)
+    back = back.view(len(rows) // k, k, rows.shape[1])
+    return (back if weights is None else back * weights[:, :, None]).sum(dim=1)
 
 
 def _collect(
@@ -242,9 +259,8 @@ class _Cast(torch.autograd.Function):
         return weight.to(torch.bfloat16)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        if not grad.is_contiguous():
+        if not grad.is_contiguous() or differentiated_again():
             return grad.float()
         wide = torch.empty_like(grad, dtype=torch.float32)
         _launch(
@@ -286,13 +302,19 @@ class _Multiply(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, matrices: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, matrices, ends)
+        ctx.save_for_backward(rows, matrices, weight, ends)
         return F.grouped_mm(rows, matrices.mT, offs=ends)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
-        rows, matrices, ends = ctx.saved_tensors
+        rows, matrices, weight, ends = ctx.saved_tensors
+        if differentiated_again():
+
+            def compute(rows: Tensor, weight: Tensor) -> Tensor:
+                return F.grouped_mm(rows, weight.to(rows.dtype).mT, offs=ends)
+
+            by_rows, by_weight = plain_gradients(compute, (rows, weight), (grad,))
+            return by_rows, None, by_weight, None
         grad = grad.contiguous()
         d_rows = d_weight = None
         if ctx.needs_input_grad[0]:
@@ -323,6 +345,10 @@ def swiglu(x: Tensor) -> Tensor:
     if fused(x):
         y: Tensor = _SwiGLU.apply(x)
         return y
+    return _swiglu_plainly(x)
+
+
+def _swiglu_plainly(x: Tensor) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -332,8 +358,8 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = x.contiguous()
         ctx.save_for_backward(x)
+        x = x.contiguous()
         rows, width = x.shape[0], x.shape[1] // 2
         y = x.new_empty(rows, width)
         block = min(power_of_2(width), 1024)
@@ -344,9 +370,11 @@ class _SwiGLU(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor | None:
         (x,) = ctx.saved_tensors
+        if differentiated_again():
+            return plain_gradients(_swiglu_plainly, (x,), (grad,))[0]
+        x = x.contiguous()
         rows, width = x.shape[0], x.shape[1] // 2
         d_x = torch.empty_like(x)
         block = min(power_of_2(width), 1024)

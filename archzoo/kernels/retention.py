@@ -17,8 +17,9 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from archzoo.derivatives import transformed
+from archzoo.derivatives import differentiated_again, transformed
 from archzoo.kernels import retention_launch as launch
 from archzoo.kernels.launching import TRITON_FOUND, interpreting, room
 
@@ -84,10 +85,20 @@ _library.define(
 )
 
 
+def _refuse_tangents() -> None:
+    """The dispatcher would drop them: neither it nor a compiler asks an operator for a jvp."""
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            "the retention kernels have no forward-mode derivative: call the model with "
+            "form='parallel', which runs without them"
+        )
+
+
 def _operator(  # type: ignore[no-untyped-def]
     q, k, v, log_decay, state, positions, documents, ranges, scale, leave
 ):
     """The operator's tensors: output, last state, and what is kept; empty for what is absent."""
+    _refuse_tangents()
     facts = (log_decay, state, positions, documents, ranges)
     work, q, k, v = launch.find_work(q, k, v, *facts, scale, leave)
     output = launch.forward(q, work, k, v, *facts, True, False)
@@ -102,6 +113,7 @@ def _operator_backward(  # type: ignore[no-untyped-def]
     do, d_final, q, k, v, log_decay, state, states, normaliser, scores, positions, documents,
     ranges, scale, leave,
 ):  # fmt: skip
+    _refuse_tangents()
     facts = (log_decay, state, positions, documents, ranges)
     work, q, k, v = launch.find_work(q, k, v, *facts, scale, leave)
     *grads, d_state = launch.backward(
@@ -120,6 +132,7 @@ for _key in ("CPU", "CUDA"):
 def _forward_fake(  # type: ignore[no-untyped-def]
     q, k, v, log_decay, state, positions, documents, ranges, scale, leave
 ):
+    _refuse_tangents()
     batch, time, heads, dk = q.shape
     dv = v.shape[-1]
     whole = documents is None and ranges is None
@@ -148,8 +161,11 @@ def _backward_fake(  # type: ignore[no-untyped-def]
 
 
 def _refuse_second_derivative() -> None:
-    if torch.is_grad_enabled():
-        raise NotImplementedError("the retention kernels have no second derivative")
+    if differentiated_again():
+        raise NotImplementedError(
+            "the retention kernels have no second derivative: call the model with "
+            "form='parallel', which runs without them"
+        )
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -304,5 +320,16 @@ def retention_step(
 
     Returns:
         o, shaped like v and of its dtype, and `state` itself.
+
+    Raises:
+        RuntimeError: something of it wants a gradient, or is transformed.
     """
+    if transformed() or (
+        torch.is_grad_enabled()
+        and (q.requires_grad or k.requires_grad or v.requires_grad or state.requires_grad)
+    ):
+        raise RuntimeError(
+            "no retention kernel: a step writes into its state and has no derivative; use "
+            "`retention`, or torch.no_grad()"
+        )
     return launch.step(q, k, v, log_decay, state, positions, starts, valid, scale), state

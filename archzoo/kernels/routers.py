@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from archzoo.derivatives import differentiated_again, plain_gradients
 from archzoo.kernels.mixture_launch import MAX_WIDTH, fused, launch, on_hopper, power_of_2
 
 MAX_EXPERTS = 128  # of an attention router, whose scores among themselves one program holds
@@ -81,19 +82,21 @@ class _Project(torch.autograd.Function):
             COLUMNS=columns, DIM=dim, PADDED=padded, BLOCK=32, num_warps=4,
         )  # fmt: skip
         read = x.contiguous()
-        ctx.save_for_backward(read, high_t, low_t)
+        ctx.save_for_backward(x, weight, high_t, low_t)
         ctx.columns = columns
         return _product(read, high, low, None, _column_block(columns)), x.view_as(x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any, grad: Tensor | None, again: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        x, high_t, low_t = ctx.saved_tensors
+        x, weight, high_t, low_t = ctx.saved_tensors
         if grad is None:
             return again, None
-        grad = grad.contiguous()
+        if differentiated_again():
+            by_x, by_weight = plain_gradients(F.linear, (x, weight), (grad,))
+            return by_x if by_x is None or again is None else by_x + again, by_weight
+        grad, x = grad.contiguous(), x.contiguous()
         d_x = d_weight = None
         if ctx.needs_input_grad[0]:
             d_x = _product(grad, high_t, low_t, again, 64)
@@ -157,20 +160,30 @@ def choose(
     if fused(logits) and logits.dtype == torch.float32 and logits.shape[1] <= MAX_EXPERTS:
         weights, indices, probabilities = _Choose.apply(logits, bias, k, sigmoid, renormalise)
         return weights, indices, probabilities
-    if sigmoid:
-        scores = logits.sigmoid()
-        probabilities = scores / scores.sum(dim=-1, keepdim=True)
-    else:
-        scores = probabilities = logits.softmax(dim=-1)
+    scores, probabilities = _score(logits, sigmoid)
     # Both scores rise with the logits, which cannot underflow to a tie.
     order = logits if bias is None else scores + bias.to(scores.dtype)
     indices = largest(order, k)[1]
+    return _weigh(logits, scores, indices, sigmoid, renormalise), indices, probabilities
+
+
+def _score(logits: Tensor, sigmoid: bool) -> tuple[Tensor, Tensor]:
+    """The scores s, and the probabilities."""
+    if sigmoid:
+        scores = logits.sigmoid()
+        return scores, scores / scores.sum(dim=-1, keepdim=True)
+    scores = logits.softmax(dim=-1)
+    return scores, scores
+
+
+def _weigh(
+    logits: Tensor, scores: Tensor, indices: Tensor, sigmoid: bool, renormalise: bool
+) -> Tensor:
+    """The weights of what was chosen."""
     if renormalise and not sigmoid:
-        return logits.gather(-1, indices).softmax(dim=-1), indices, probabilities
+        return logits.gather(-1, indices).softmax(dim=-1)
     weights = scores.gather(-1, indices)
-    if renormalise:
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-    return weights, indices, probabilities
+    return weights / weights.sum(dim=-1, keepdim=True) if renormalise else weights
 
 
 class _Choose(torch.autograd.Function):
@@ -181,7 +194,7 @@ class _Choose(torch.autograd.Function):
         ctx: Any, logits: Tensor, bias: Tensor | None, k: int, sigmoid: bool, renormalise: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        logits = logits.contiguous()
+        given, logits = logits, logits.contiguous()
         tokens, n = logits.shape
         weights, probabilities = logits.new_empty(tokens, k), torch.empty_like(logits)
         indices = logits.new_empty((tokens, k), dtype=torch.int64)
@@ -192,18 +205,27 @@ class _Choose(torch.autograd.Function):
             (logits, logits if bias is None else bias, weights, indices, probabilities), tokens, n,
             BIASED=bias is not None, **ctx.options, **options,
         )  # fmt: skip
-        ctx.save_for_backward(logits, indices)
+        ctx.save_for_backward(given, indices)
         ctx.mark_non_differentiable(indices)
         return weights, indices, probabilities
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any, d_weights: Tensor | None, _: None, d_probabilities: Tensor | None
     ) -> tuple[Tensor | None, None, None, None, None]:
         logits, indices = ctx.saved_tensors
         if d_weights is None and d_probabilities is None:
             return None, None, None, None, None
+        if differentiated_again():
+            sigmoid, renormalise = ctx.options["SIGMOID"], ctx.options["RENORMALISE"]
+
+            def compute(logits: Tensor) -> tuple[Tensor, Tensor]:
+                scores, probabilities = _score(logits, sigmoid)
+                return _weigh(logits, scores, indices, sigmoid, renormalise), probabilities
+
+            (by_logits,) = plain_gradients(compute, (logits,), (d_weights, d_probabilities))
+            return by_logits, None, None, None, None
+        logits = logits.contiguous()
         tokens, n = logits.shape
         d_logits = torch.empty_like(logits)
         stride = 0
@@ -246,6 +268,10 @@ def attend_experts(projected: Tensor) -> Tensor:
     if fused(projected) and projected.dtype == torch.float32 and experts <= MAX_EXPERTS:
         z: Tensor = _Attend.apply(projected)
         return z
+    return _attend_plainly(projected)
+
+
+def _attend_plainly(projected: Tensor) -> Tensor:
     q, k, v = projected.chunk(3, dim=-1)
     attention = (q[:, :, None] * k[:, None, :]).softmax(dim=-1)  # (tokens, experts, experts)
     return (attention * v[:, None, :]).sum(dim=-1)
@@ -267,8 +293,8 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, projected: Tensor) -> Tensor:
-        projected = projected.contiguous()
         ctx.save_for_backward(projected)
+        projected = projected.contiguous()
         tokens, experts = projected.shape[0], projected.shape[1] // 3
         z = projected.new_empty(tokens, experts)
         each, options = _attend_options(experts)
@@ -276,9 +302,11 @@ class _Attend(torch.autograd.Function):
         return z
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor | None:
         (projected,) = ctx.saved_tensors
+        if differentiated_again():
+            return plain_gradients(_attend_plainly, (projected,), (grad,))[0]
+        projected = projected.contiguous()
         tokens, experts = projected.shape[0], projected.shape[1] // 3
         d_projected = torch.empty_like(projected)
         each, options = _attend_options(experts)
@@ -323,6 +351,12 @@ def summarise_load(
     return assignments, loss, found
 
 
+def _version(coefficient: float | Tensor) -> int:
+    """How often a coefficient was written over."""
+    counted = isinstance(coefficient, Tensor) and not coefficient.is_inference()
+    return coefficient._version if counted else 0  # type: ignore[union-attr]
+
+
 class _Summarise(torch.autograd.Function):
     """The loss's gradient is made with it: a row of (experts,) numbers, the same for all tokens."""
 
@@ -336,6 +370,7 @@ class _Summarise(torch.autograd.Function):
         room: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
+        given = probabilities
         probabilities, indices = probabilities.contiguous(), indices.contiguous()
         (tokens, n), k = probabilities.shape, indices.shape[1]
         block, ratios = power_of_2(n), min(n - 1, 2)
@@ -360,17 +395,26 @@ class _Summarise(torch.autograd.Function):
             N=n, RATIOS=ratios, KIND=kind, ADAPTIVE=alpha is not sums,
             STEP=max(8192 // block, 1), BLOCK=block, num_warps=8,
         )  # fmt: skip
-        ctx.save_for_backward(slope)
-        ctx.tokens = tokens
+        # For a second derivative, which the loss has where it is not linear in the probabilities.
+        curved = kind == LOSSES["squared_mean"]
+        ctx.save_for_backward(slope, given if curved else None)
+        ctx.tokens, ctx.coefficient, ctx.version = tokens, coefficient, _version(coefficient)
         ctx.mark_non_differentiable(assignments, seen)
         return assignments, loss, seen
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any, _: None, grad: Tensor | None, __: None
     ) -> tuple[Tensor | None, None, None, None, None]:
         if grad is None:
             return None, None, None, None, None
-        (slope,) = ctx.saved_tensors
+        slope, probabilities = ctx.saved_tensors
+        if probabilities is not None and differentiated_again():  # the same, of operations
+            if _version(ctx.coefficient) != ctx.version:
+                raise RuntimeError(
+                    "the balancing loss has no second derivative any more: its coefficient has "
+                    "moved since (after_step); differentiate before the step ends"
+                )
+            mean = probabilities.mean(dim=0)
+            slope = 2 * ctx.coefficient * (mean - 1 / len(mean)) / ctx.tokens
         return (grad * slope).expand(ctx.tokens, -1), None, None, None, None
