@@ -83,7 +83,7 @@ def examine(decoder: Decoder, batches: Iterable[dict[str, Tensor]]) -> list[Laye
         kind = decoder.config["feed_forward"]["class_path"]
         raise ValueError(f"this model has no router: its feed-forward is {kind}")
     counts: dict[int, Tensor] = {}
-    ratios: dict[str, Tensor] = {}
+    ratios: dict[str, float] = {}
     # Statistics come where gradients are on; no parameter wants one, so nothing is kept for them.
     decoder.eval().requires_grad_(False)
     with torch.enable_grad():
@@ -100,22 +100,24 @@ def examine(decoder: Decoder, batches: Iterable[dict[str, Tensor]]) -> list[Laye
                 for name in ("max1_max2", "max2_max3"):
                     key = f"metric/{name}/{layer}"
                     if key in aux:  # means over tokens, so they weigh by tokens
-                        ratios[key] = ratios.get(key, 0.0) + aux[key] * new.sum()
+                        ratios[key] = ratios.get(key, 0.0) + aux[key].item() * int(new.sum())
     if not counts:
         raise ValueError("there is no batch to look at: take at least 1")
     layers = []
     for layer, mixture in mixtures.items():
-        mine, balance = counts[layer], mixture.balance
-        total = mine.sum().clamp(min=1)
-        values = {name: value.item() for name, value in load_metrics(shares(mine)).items()}
+        mine, balance = counts[layer].cpu(), mixture.balance
+        total = max(int(mine.sum()), 1)
+        share = shares(mine, dtype=torch.float64)
+        values = {name: value.item() for name, value in load_metrics(share).items()}
         for name in ("max1_max2", "max2_max3"):
             if (found := ratios.get(f"metric/{name}/{layer}")) is not None:
-                values[name] = (found / total).item()
-        values["drop_rate"] = virtual_drop_rate(mine, balance.capacity_factor).item()
+                values[name] = found / total
+        rate = virtual_drop_rate(mine, balance.capacity_factor, dtype=torch.float64)
+        values["drop_rate"] = rate.item()
         values["similarity"] = mixture.experts.similarity().item()
         if balance.adaptive:
             values["coefficient"] = balance.alpha.item()
-        load = (mine * mixture.top_k / total).tolist()
+        load = (mixture.top_k * share).tolist()
         even = mixture.top_k / len(mine)
         layers.append(Layer(layer, load, mixture.shared_experts, even, values))
     return layers

@@ -55,6 +55,72 @@ def test_switch_loss_is_one_at_balance_and_known_at_collapse():
         assert got.item() == pytest.approx(8 / on, abs=1e-6)
 
 
+@pytest.mark.parametrize("over", ["rank", "ranks"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16])
+def test_torch_s_default_dtype_changes_nothing(default, packed, over):
+    """Lightning sets it in each step of bf16-true; counts over counts would be rounded to it."""
+    x = torch.randn(3, 100, 8)
+    documents = torch.where(torch.arange(100) < 77, 0, -1).expand(3, 100) if packed else None
+    found = []
+    for dtype in (torch.float32, default):
+        torch.manual_seed(0)
+        mixture = archzoo.MixtureOfExperts(
+            8, 8, experts=7, adaptive=True, coefficient=1.0, balance_over=over, z_coefficient=1e-3,
+            router={"class_path": "LinearRouter", "init_args": {"bias_rate": 1e-3}},
+            drop="position", capacity_factor=1.0,
+        )  # fmt: skip
+        context, _ = make_context(3, 100, documents=documents)
+        try:
+            torch.set_default_dtype(dtype)
+            _, aux = mixture(x, context)
+            aux |= mixture.pooled_losses({n: v for n, v in aux.items() if n.startswith("pool/")})
+            mixture.after_step({n: v for n, v in aux.items() if n.startswith("sum/")})
+            born = archzoo.MixtureOfExperts(
+                8, 8, adaptive=True,
+                router={"class_path": "AttentionRouter", "init_args": {"bias_rate": 1e-3}},
+            )  # fmt: skip
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert born.balance.alpha.dtype == born.router.expert_bias.dtype == torch.float32
+        assert born.balance.alpha.item() == pytest.approx(0.01, rel=1e-6)
+        found.append(aux | dict(mixture.named_buffers()))
+    for name, value in found[0].items():
+        assert found[1][name].dtype == value.dtype != torch.bfloat16, name
+        assert torch.equal(found[1][name], value), name
+    assert found[0]["balance.alpha"] < 1 and found[0]["router.expert_bias"].any()
+
+
+def test_after_to_empty_everything_is_defined_again():
+    net = archzoo.create_model(
+        "skywork_micro",
+        vocab_size=9,
+        feed_forward={
+            "class_path": "MixtureOfExperts",
+            "init_args": {
+                "adaptive": True,
+                "coefficient": 0.3,
+                "shared_experts": 1,
+                "router": {"class_path": "AttentionRouter", "init_args": {"bias_rate": 1e-3}},
+            },
+        },
+    )
+    net.to("meta").to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*net.parameters(), *net.buffers()):
+            tensor.fill_(float("nan"))
+    net.reset_parameters()
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        assert tensor.isfinite().all(), name
+    for block in net.blocks:
+        made = block.feed_forward
+        assert made.balance.alpha == torch.tensor(0.3) and not made.router.expert_bias.any()
+        weight = made.router.projection.weight.detach()
+        assert weight.std() == pytest.approx(weight.shape[1] ** -0.5, rel=0.2)
+        assert made.experts.gate_up.weight.detach().std() == pytest.approx(0.02, rel=0.1)
+        assert torch.equal(block.feed_forward_norm.weight, torch.ones(net.dim))
+
+
 def test_squared_mean_loss_is_zero_at_balance_and_known_at_collapse():
     assert squared_mean_loss(EVEN).item() == pytest.approx(0, abs=1e-6)
     for on in (1, 2, 4):

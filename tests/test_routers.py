@@ -169,7 +169,25 @@ def test_normalised_logits_have_the_wanted_deviation(target):
     z = torch.randn(50, 16)
     normed = normalise_logits(z, target)
     assert torch.allclose(normed.std(dim=-1), torch.tensor(target).expand(50), rtol=1e-5)
-    assert torch.allclose(normed, target * z / z.std(dim=-1, keepdim=True), atol=1e-5)
+    assert torch.allclose(normed.mean(dim=-1), torch.zeros(50), atol=1e-5)
+    centred = z - z.mean(dim=-1, keepdim=True)
+    assert torch.allclose(normed, target * centred / z.std(dim=-1, keepdim=True), atol=1e-5)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("offset", [0.0, 50.0])
+def test_a_normalised_sigmoid_gate_is_finite_and_between_its_bounds(router, offset):
+    """However far from 0 the logits lie together; at the start of an attention router, too."""
+    made = router(64, 16, 2, logit_norm=1.0, score="sigmoid")
+    logits = made.logits
+    made.logits = lambda projected: logits(projected) - offset
+    routing = route(made, torch.randn(4, 25, 64))
+    for found in (routing.probabilities, routing.weights):
+        assert found.isfinite().all()
+    torch.testing.assert_close(routing.probabilities.sum(-1), torch.ones(100))
+    # Logits of deviation 1: some expert is above the mean, and none is without a score.
+    assert (routing.probabilities.amax(-1) > 1.01 / 16).all()
+    assert (routing.probabilities > 1e-4).all()
 
 
 def test_a_positive_affine_change_of_the_logits_changes_nothing():

@@ -16,6 +16,7 @@ from archzoo import block as interface
 from archzoo.block import FeedForward
 from archzoo.tasks import Addition, Text
 from archzoo.tasks.stream import IGNORED
+from archzoo.training import optim
 from archzoo.training.callbacks import Checkpoints
 from archzoo.training.files import CheckpointFiles, MetricsFile, write_checkpoint
 from archzoo.training.losses import score, total_loss
@@ -108,6 +109,85 @@ def test_only_matrices_decay(tie_weights):
     )
     assert "embedding.weight" in spared
     assert all("norm" in n or "decay_rate" in n for n in spared - {"embedding.weight"})
+
+
+@pytest.mark.parametrize(
+    ("slot", "parts"),
+    [
+        ("bias", ["ALiBi", "T5Bias", "KERPLE", "FIRE"]),
+        ("embedding", ["LearnedPositions", "AbacusEmbedding", "PositionCoupling"]),
+    ],
+)
+def test_position_tables_do_not_decay(slot, parts):
+    for part in parts:
+        net = archzoo.create_model("transformer_micro", vocab_size=20, **{slot: part})
+        decayed = {id(parameter) for parameter in decay_groups(net, 0.1)[0]["params"]}
+        holders = [block.mixer.bias for block in net.blocks] if slot == "bias" else [net.embedding]
+        for holder in holders:
+            assert not decayed & {id(parameter) for parameter in holder.parameters()}, part
+        assert len(decayed) == 9  # four matrices a block, and the head
+
+
+class Table(FeedForward):
+    """A user's part: a table that must not decay, and in it a matrix that must."""
+
+    decays = False
+
+    def __init__(self, dim, width):
+        super().__init__()
+        self.rows = nn.Parameter(torch.zeros(width, dim))
+        self.matrix = nn.Linear(dim, dim)
+        self.matrix.decays = True
+
+    def forward(self, x, context):
+        return self.matrix(x) + self.rows[0], {}
+
+
+def test_a_part_says_what_decays():
+    net = archzoo.create_model("transformer_micro", vocab_size=20, feed_forward=Table)
+    decayed = {id(parameter) for parameter in decay_groups(net, 0.1)[0]["params"]}
+    for block in net.blocks:
+        assert id(block.feed_forward.rows) not in decayed
+        assert id(block.feed_forward.matrix.weight) in decayed
+
+
+@pytest.mark.parametrize("bias", ["T5Bias", "FIRE"])
+def test_a_run_from_before_biases_were_spared_goes_on(tmp_path, bias, monkeypatch):
+    """Each parameter finds its own moments again, in other groups."""
+
+    def groups(decoder, weight_decay):
+        tables = {id(entry) for entry in decoder.embedding.parameters()}
+        matrices, others = optim._split(decoder, tables)
+        return [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+
+    def make():
+        return LanguageModel("transformer_micro", bias=bias)
+
+    before = make()
+    with monkeypatch.context() as patch:
+        patch.setattr("archzoo.training.module.decay_groups", groups)
+        trainer = make_trainer(tmp_path, max_steps=2)
+        trainer.fit(before, addition())
+    (optimizer,) = trainer.optimizers
+    names = [name for name, _ in before.net.named_parameters()]
+    moments = [optimizer.state[entry]["exp_avg"] for entry in before.net.parameters()]
+
+    after, found = make(), {}
+
+    class Look(lightning.Callback):
+        def on_train_start(self, trainer, module):
+            (optimizer,) = trainer.optimizers
+            for name, parameter in module.net.named_parameters():
+                found[name] = optimizer.state[parameter]["exp_avg"].clone()
+            found["groups"] = optimizer.param_groups
+
+    resumed = make_trainer(tmp_path / "on", Look(), max_steps=3)
+    resumed.fit(after, addition(), ckpt_path=tmp_path / "last.ckpt")
+    matrices, others = found.pop("groups")
+    assert len(matrices["params"]) == 9 and matrices["weight_decay"] == 0.1
+    assert others["weight_decay"] == 0 and resumed.global_step == 3
+    for name, moment in zip(names, moments, strict=True):
+        assert torch.equal(found[name], moment), name
 
 
 def test_learning_rate_warms_up_and_falls():
@@ -360,6 +440,62 @@ def test_evaluation_counts_each_token_and_row_once(tmp_path):
     assert rows == 10
     assert result["validation/loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
     assert result["validation/exact_match"] == pytest.approx(hits / rows)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "bf16-mixed", "32-true"])
+def test_sums_are_exact_whatever_the_precision(tmp_path, precision):
+    """Losses of tokens are as coarse as the model makes them, their sum and number are not."""
+    task = addition(digits=3, batch_size=64, validation_examples=600)
+    seen = []
+
+    class Still(LanguageModel):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    class Look(lightning.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            module._settle()
+            seen.append({name: value.clone() for name, value in module._totals.items()})
+
+    trainer = make_trainer(
+        tmp_path, Look(), max_steps=3, log_every_n_steps=9, val_check_interval=3,
+        precision=precision, gradient_clip_val=1.0,
+    )  # fmt: skip
+    model = Still("skywork_micro")
+    trainer.fit(model, task)
+    (result,) = trainer.validate(model, task, verbose=False)
+
+    def losses(batch):
+        with trainer.precision_plugin.forward_context(), torch.no_grad():
+            x = model.net.hidden(batch["tokens"], documents=batch["documents"])[0]
+            found, predicted = score(x, model.net.head, batch["labels"])
+        asked = batch["labels"] != IGNORED
+        right = (predicted.view_as(asked) == batch["labels"]) | ~asked
+        return found.double()[asked.flatten()], right.all(dim=1)
+
+    model.eval()
+    loader = task.val_dataloader()
+    found = [losses(loader.batch(number)) for number in range(len(loader))]
+    wanted = torch.cat([loss for loss, _ in found]).mean().item()
+    logged = [float(row["validation/loss"]) for row in log(tmp_path) if row["validation/loss"]]
+    assert logged[0] == pytest.approx(wanted, rel=1e-9)
+    assert result["validation/loss"] == pytest.approx(wanted, rel=1e-6)  # Lightning's own float32
+    assert result["validation/exact_match"] == torch.cat([r for _, r in found]).float().mean()
+
+    batches = [task.train_dataloader().batch(number) for number in range(3)]
+    model.train()
+    total, count = seen[-1]["loss"].tolist()
+    assert count == sum((batch["labels"] != IGNORED).sum().item() for batch in batches)
+    wanted = sum(losses(batch)[0].sum().item() for batch in batches)
+    assert total == pytest.approx(wanted, rel=1e-6)  # a batch's is summed in float32
+    tokens = seen[-1]["tokens"]
+    assert tokens == sum((batch["documents"] >= 0).sum() for batch in batches)
+    assert tokens.dtype == torch.int64
+    for name, entry in seen[-1].items():
+        if name != "tokens":
+            assert entry.dtype == torch.float64, name
+    assert tokens > 256, "more than bfloat16 counts"
+    assert model._gradient_norm.dtype == torch.float32
 
 
 def test_log_file_goes_on_after_a_kill(tmp_path):

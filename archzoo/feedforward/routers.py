@@ -6,7 +6,7 @@ that any option combines with either::
     LinearRouter       z = W x
     AttentionRouter    z = softmax(q k^T) v        [q; k; v] = W x
 
-    z~ = lambda z / std(z)                         logit_norm: lambda
+    z~ = lambda (z - mean(z)) / std(z)             logit_norm: lambda
     s  = softmax(z~), or sigmoid(z~)               score
     chosen = the top_k of s + b                    bias_rate; b: the experts' bias, else 0
     w  = s / sum of s over the chosen              renormalise
@@ -34,10 +34,11 @@ VARIANCE_EPS = 1e-6
 
 
 def normalise_logits(logits: Tensor, target: float) -> Tensor:
-    """Give the logits of each token the standard deviation `target`: ``lambda z / std(z)``.
+    """Give each token's logits mean 0 and deviation `target`: ``lambda (z - mean(z)) / std(z)``.
 
-    The deviation is the sample one (over n - 1). The paper subtracts the mean first, which changes
-    neither a softmax nor a choice, and is left out. Scaling a token's logits changes nothing: the
+    The deviation is the sample one (over n - 1). The mean changes neither a softmax nor a choice.
+    A sigmoid sees it: logits that lie close together and far from 0, as an attention router's do,
+    would all be scored 0 or 1 if it were left in. Scaling a token's logits changes nothing: the
     router's weights only set directions, and the gradient is orthogonal to the centred logits.
 
     Source: Wei et al., Skywork-MoE, arXiv 2406.06563, on gating logit normalization.
@@ -47,8 +48,8 @@ def normalise_logits(logits: Tensor, target: float) -> Tensor:
         target: lambda. The larger, the sharper the gate: at lambda 1 the first of 16 experts gets
             on average 1.8 times the second's probability.
     """
-    variance = logits.var(dim=-1, keepdim=True, correction=1)
-    return target * logits * (variance + VARIANCE_EPS).rsqrt()
+    variance, mean = torch.var_mean(logits, dim=-1, keepdim=True, correction=1)
+    return (logits - mean) * (target * (variance + VARIANCE_EPS).rsqrt())
 
 
 class _TopKRouter(KeepsFloat32, Router):
@@ -101,13 +102,20 @@ class _TopKRouter(KeepsFloat32, Router):
         self.logit_norm, self.score, self.bias_rate = logit_norm, score, bias_rate
         self.renormalise = top_k > 1 if renormalise is None else renormalise
         self.projection = nn.Linear(dim, self.projections * experts, bias=False)
-        if self.unit_variance:
-            nn.init.normal_(self.projection.weight, std=dim**-0.5)
-            self.projection.keeps_init = True  # type: ignore[assignment]
+        self.projection.keeps_init = self.unit_variance  # type: ignore[assignment]
         self.expert_bias: Tensor
         if bias_rate:
             self.float32_names = ("expert_bias",)
-            self.register_buffer("expert_bias", torch.zeros(experts))
+            dtype = at_least_float32(torch.get_default_dtype())
+            self.register_buffer("expert_bias", torch.empty(experts, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start with no bias; a projection that is not the decoder's to draw is drawn here."""
+        if self.unit_variance:
+            nn.init.normal_(self.projection.weight, std=self.projection.in_features**-0.5)
+        if self.bias_rate:
+            nn.init.zeros_(self.expert_bias)
 
     def logits(self, projected: Tensor) -> Tensor:
         """(tokens, projections * experts) to (tokens, experts)."""

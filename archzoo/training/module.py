@@ -24,7 +24,7 @@ from archzoo.registry import build_decoder, count_parameters, create_model, get_
 from archzoo.tasks.stream import Batch, Task
 from archzoo.tasks.writing import writing_of
 from archzoo.training.losses import IGNORED, score, total_loss
-from archzoo.training.optim import decay_groups, learning_rate_schedule
+from archzoo.training.optim import decay_groups, learning_rate_schedule, regroup
 from archzoo.training.progressive import passes
 
 # A swap is fair where the parameters agree to this; `match: parameters` keeps to it.
@@ -490,9 +490,7 @@ class LanguageModel(lightning.LightningModule):
     ) -> None:
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             # As Lightning's own, which throws the norm away.
-            self._gradient_norm = torch.nn.utils.clip_grad_norm_(
-                self.parameters(), gradient_clip_val
-            )
+            self._gradient_norm = clip_by_norm(list(self.parameters()), gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
@@ -768,6 +766,8 @@ class LanguageModel(lightning.LightningModule):
             self.net.task = checkpoint.get("task")
         if self.task is not None and type(self.task).__qualname__ not in checkpoint:
             self._take_up_stream(checkpoint)
+        states = checkpoint.get("optimizer_states", [])
+        checkpoint["optimizer_states"] = [regroup(state, self.net) for state in states]
         self._loaded_step = checkpoint["global_step"]
         training = checkpoint["training"]
         self._totals, self._carried = dict(training["totals"]), dict(training["carried"])
@@ -804,6 +804,25 @@ class LanguageModel(lightning.LightningModule):
 def widest(device: torch.device) -> torch.dtype:
     """Of sums over many tokens: float64, or float32 on Apple's GPUs: they have no more."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def clip_by_norm(parameters: list[torch.nn.Parameter], largest: float) -> Tensor:
+    """Clip gradients to a norm, in place, and hand back the norm that they had.
+
+    Of 16-bit gradients torch takes it in their own dtype, where it is rounded to three digits or,
+    in float16, infinite from 65,520 on; here it is float32 at least.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    dtypes = {gradient.dtype for gradient in gradients}
+    if dtypes <= {torch.float32, torch.float64}:
+        return torch.nn.utils.clip_grad_norm_(parameters, largest)
+    norms = [
+        torch.linalg.vector_norm(gradient, dtype=interface.at_least_float32(gradient.dtype))
+        for gradient in gradients
+    ]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    return norm
 
 
 def _counts(right: Tensor, asked: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from archzoo.block import Bias, Embedding, Rotary
 from archzoo.decoder import Decoder
 
 
@@ -18,7 +19,9 @@ def decay_groups(decoder: Decoder, weight_decay: float) -> list[dict[str, Any]]:
     rates are scales of their own, which decay would pull to a value that means something else
     (a norm's weight to 0). Embeddings are tables: a row gets a gradient only when its token
     comes, decay would shrink it at every step, and rare tokens would fade. A head that is tied
-    to the table counts as the table.
+    to the table counts as the table. What tells positions apart is a table, too, even where a
+    small network computes it: embeddings, rotaries and biases do not decay, with all they hold.
+    Any module may say otherwise for what it holds, by an attribute ``decays``, True or False.
 
     Args:
         decoder: Whose parameters.
@@ -27,19 +30,61 @@ def decay_groups(decoder: Decoder, weight_decay: float) -> list[dict[str, Any]]:
     Returns:
         Two groups in the form torch's optimizers take, in a fixed order.
     """
-    tables = {id(parameter) for parameter in decoder.embedding.parameters()}
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for parameter in decoder.parameters():
-        if not parameter.requires_grad:
-            continue
-        is_matrix = parameter.dim() >= 2 and id(parameter) not in tables
-        (matrices if is_matrix else others).append(parameter)
+    matrices, others = _split(decoder, _spared(decoder))
     groups = [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _spared(module: nn.Module, decays: bool = True) -> set[int]:
+    """The ids of parameters that some module holding them says do not decay."""
+    decays = getattr(module, "decays", decays and not isinstance(module, Embedding | Rotary | Bias))
+    found = set() if decays else {id(entry) for entry in module.parameters(recurse=False)}
+    for child in module.children():
+        found |= _spared(child, decays)
+    return found
+
+
+def _split(decoder: Decoder, spared: set[int]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Those trained parameters that decay, and the others."""
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for parameter in decoder.parameters():
+        if parameter.requires_grad:
+            is_matrix = parameter.dim() >= 2 and id(parameter) not in spared
+            (matrices if is_matrix else others).append(parameter)
+    return matrices, others
+
+
+def regroup(state: dict[str, Any], decoder: Decoder) -> dict[str, Any]:
+    """An optimizer's state in today's groups, from before biases were spared weight decay.
+
+    Args:
+        state: Its `state_dict`, in which parameters are numbered group by group.
+        decoder: Whose parameters it moved.
+
+    Returns:
+        The same where the groups are today's, or others than `decay_groups` ever made.
+    """
+    tables = {id(parameter) for parameter in decoder.embedding.parameters()}
+    before, now = _split(decoder, tables), _split(decoder, _spared(decoder))
+    sizes = [len(group["params"]) for group in state["param_groups"]]
+    if sizes != [len(group) for group in before if group] or not all(map(len, now)):
+        return state
+    place = {id(entry): number for number, entry in enumerate(before[0] + before[1])}
+    moved = {
+        number: state["state"][place[id(entry)]]
+        for number, entry in enumerate(now[0] + now[1])
+        if place[id(entry)] in state["state"]
+    }
+    numbers = iter(range(sum(sizes)))
+    groups = [
+        group | {"params": [next(numbers) for _ in entries]}
+        for group, entries in zip(state["param_groups"], now, strict=True)
+    ]
+    return state | {"state": moved, "param_groups": groups}
 
 
 def learning_rate_schedule(
