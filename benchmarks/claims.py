@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from archzoo import tasks
-from archzoo.checkpoint import load
+from archzoo.checkpoint import load, read_safely
 from archzoo.zoo import active_parameters
 
 WINDOWS = 10  # parts of a log: its first, its last, and the highest of all say how a metric went
@@ -110,7 +110,8 @@ def run_all(runs: list[Run], root: Path, at_once: int, within: float, more: list
                 continue
             rows[run] = {"arm": run.arm or "", "seed": run.seed} | measure(root / run.name)
             best = rows[run].get("validation/loss/best")
-            print(f"{minutes:5.1f} min  {run.name}: validation loss {best}", flush=True)
+            short = ", CUT SHORT" if rows[run]["cut_short"] else ""
+            print(f"{minutes:5.1f} min  {run.name}: validation loss {best}{short}", flush=True)
             write(run.config, rows)
     return failed
 
@@ -122,7 +123,9 @@ def measure(directory: Path) -> dict[str, Any]:
     """What a run's checkpoint and log say, as one row.
 
     * ``parameters``, ``active``: all, and those that a token meets.
-    * ``validation/NAME/best`` and ``/last``; ``best_step`` is that of the best loss.
+    * ``validation/NAME/best`` and ``/last``, each metric by itself; ``best_step`` is the step of
+      best.ckpt, which is chosen by one of them.
+    * ``cut_short``: "yes" where the run ended before its max_steps or max_epochs.
     * ``train/NAME/first``, ``/highest`` and ``/last``: of the means over tenths of the log; what is
       logged for each layer is averaged over the layers.
     """
@@ -134,15 +137,16 @@ def measure(directory: Path) -> dict[str, Any]:
         "active": active_parameters(model),
         "steps": int(log[-1]["step"]),
         "seconds": round(float(log[-1]["seconds"])),
+        "cut_short": "yes" if cut_short(directory) else "",
     }
+    if (directory / "best.ckpt").is_file():
+        row["best_step"] = int(read_safely(directory / "best.ckpt")["global_step"])
     columns = {name for name in log[0] if "/" in name}
     for name in sorted(column for column in columns if column.startswith("validation/")):
-        seen = [(float(entry[name]), int(entry["step"])) for entry in log if entry[name]]
+        seen = [float(entry[name]) for entry in log if entry[name]]
         smaller = name.endswith(("/loss", "/perplexity"))
-        best, step = (min if smaller else max)(seen)
-        if name == "validation/loss":
-            row["best_step"] = step
-        row |= {f"{name}/best": round(best, 5), f"{name}/last": round(seen[-1][0], 5)}
+        best = (min if smaller else max)(seen)
+        row |= {f"{name}/best": round(best, 5), f"{name}/last": round(seen[-1], 5)}
     layered: dict[str, list[str]] = {}
     for name in sorted(column for column in columns if column.startswith("train/")):
         whole, _, layer = name.rpartition("/")
@@ -159,6 +163,21 @@ def measure(directory: Path) -> dict[str, Any]:
         ends = {"first": means[0], "highest": max(means), "last": last}
         row |= {f"{name}/{when}": float(f"{value:.5g}") for when, value in ends.items()}
     return row
+
+
+def cut_short(directory: Path) -> bool:
+    """Whether a run ended before the steps or epochs that its settings ask for."""
+    trainer = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))["trainer"]
+    last = read_safely(directory / "last.ckpt")
+    if (steps := trainer.get("max_steps") or -1) > 0:
+        return bool(last["global_step"] < steps)
+    if (limit := trainer.get("max_time")) is None:
+        return False
+    # Epochs have no number that a checkpoint knows; the clock that ends a run is kept in it.
+    days, hours, minutes, seconds = map(int, limit.split(":"))
+    allowed = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    clock = last["callbacks"].get("Timer", {}).get("time_elapsed", {})
+    return bool(clock.get("train", 0.0) >= allowed)
 
 
 def write(config: Path, rows: dict[Run, dict[str, Any]]) -> None:
@@ -197,7 +216,8 @@ def show(root: Path, runs: list[Run]) -> None:
         for heading in ("arm", "seeds", "parameters", "steps", *(SHOWN[name] for name in shown)):
             table.add_column(heading, justify="left" if heading == "arm" else "right")
         for arm, rows in arms.items():
-            cells = [arm, str(len(rows)), f"{rows[0]['parameters']:,}", str(rows[0]["steps"])]
+            steps = f"{rows[0]['steps']}" + (" (cut short)" if rows[0]["cut_short"] else "")
+            cells = [arm, str(len(rows)), f"{rows[0]['parameters']:,}", steps]
             for name in shown:
                 values = [row[name] for row in rows if name in row]
                 spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""

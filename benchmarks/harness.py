@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+# What a row depends on.
+MEASURED = ("archzoo", "benchmarks", "configs", "data", "train.py")
 
 
 def in_turn(
@@ -50,7 +52,7 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The commit measured, with a + where the tree held more.
+    """The commit measured, with a + where the tree held more that a measurement depends on.
 
     ARCHZOO_COMMIT names it where a benchmark runs in a copy without the repository.
     """
@@ -59,7 +61,7 @@ def commit() -> str:
     git = ["git", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     dirty = subprocess.run(
-        [*git, "status", "--porcelain", "archzoo", "benchmarks"], capture_output=True, text=True
+        [*git, "status", "--porcelain", "--", *MEASURED], capture_output=True, text=True
     )
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 

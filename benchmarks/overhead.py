@@ -9,6 +9,7 @@ a step of the one and a step of the other take turns.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import statistics
 import subprocess
@@ -101,6 +102,7 @@ def seconds(code: list[str]) -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()  # --help, or none
     torch.set_num_threads(2)
     bare, loop = step_times()
     print(

@@ -19,13 +19,12 @@ from __future__ import annotations
 import argparse
 import csv
 import gc
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 from torch import Tensor
 
@@ -454,19 +453,6 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     print(f"drew {path}")
 
 
-def commit() -> str:
-    """The commit that is measured; from ARCHZOO_COMMIT where there is no repository."""
-    given = os.environ.get("ARCHZOO_COMMIT")
-    if given:
-        return given
-    try:
-        return subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=32768, help="batch times length")
@@ -487,7 +473,7 @@ def main() -> None:
         "machine": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "commit": commit(),
+        "commit": harness.commit(),
         "command": " ".join(["python", "benchmarks/retention_kernels.py", *sys.argv[1:]]),
     }
     rates = ceilings()

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 from archzoo.cli import main
 
@@ -60,7 +62,7 @@ def test_mistakes_are_one_line(claims, tmp_path, monkeypatch, arguments, words):
 def test_a_row_says_what_the_log_says(claims, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a.yaml").write_text(CONFIG)
-    fit = ["fit", "--config", "a.yaml", "--arm", "loss"]
+    fit = ["fit", "--config", "a.yaml", "--arm", "loss", "--trainer.max_time", "00:00:10:00"]
     assert main([*fit, "--trainer.val_check_interval", "2"]) == 0
     row = claims.measure(Path("runs/a_loss"))
     with open("runs/a_loss/metrics.csv") as file:
@@ -68,7 +70,17 @@ def test_a_row_says_what_the_log_says(claims, tmp_path, monkeypatch):
     losses = {float(e["validation/loss"]): int(e["step"]) for e in log if e["validation/loss"]}
     assert len(losses) == 3 and row["steps"] == 6
     assert row["validation/loss/best"] == pytest.approx(min(losses), abs=1e-5)
-    assert row["best_step"] == losses[min(losses)]
+    best = torch.load("runs/a_loss/best.ckpt", weights_only=True)
+    assert row["best_step"] == best["global_step"] in losses.values()
+    assert row["cut_short"] == ""
+    settings = yaml.safe_load(Path("runs/a_loss/config.yaml").read_text())
+    for changed in (
+        {"max_steps": 7},
+        {"max_steps": -1, "max_epochs": 1, "max_time": "00:00:00:00"},
+    ):
+        with open("runs/a_loss/config.yaml", "w") as file:
+            yaml.safe_dump(settings | {"trainer": settings["trainer"] | changed}, file)
+        assert claims.measure(Path("runs/a_loss"))["cut_short"] == "yes"
     matches = [float(e["validation/exact_match"]) for e in log if e["validation/exact_match"]]
     assert row["validation/exact_match/best"] == pytest.approx(max(matches), abs=1e-5)
     # One row a step is a tenth of the log or less: first and last are single steps.
