@@ -526,10 +526,10 @@ def generate_command(
         raise ValueError(f"{checkpoint} holds no tokenizer, so it takes no text")
     stop_token = None
     if stop is not None:
-        tokens = tokenizer.encode(_utf8("stop", stop))
-        if len(tokens) != 1:
-            raise ValueError(f"stop={stop!r} is {len(tokens)} tokens: it must be exactly one")
-        stop_token = tokens[0]
+        stop_token = tokenizer.single(_utf8("stop", stop))
+        if stop_token is None:
+            count = len(tokenizer.encode(stop))
+            raise ValueError(f"stop={stop!r} is {count} tokens: it must be exactly one")
     alone = len(prompt) == 1
 
     def show(row: int, token: int | None, text: str) -> None:

@@ -1,5 +1,7 @@
 """Tokenizers: texts come back as they were, files load, streams hold incomplete characters."""
 
+from io import BytesIO
+
 import pytest
 import tokenizers as library
 from hypothesis import given, settings
@@ -168,6 +170,55 @@ def test_a_given_tokenizer_knows_its_stop_token():
     assert isinstance(tokenizer, LibraryTokenizer)
     assert tokenizer.stop_token == given.token_to_id("<|endoftext|>")
     assert tokenizer.vocab_size == max(given.get_vocab().values()) + 1  # ids may have gaps
+
+
+def test_what_a_file_says_of_cutting_and_adding_is_switched_off():
+    """A tokenizer.json that was saved with truncation kept 1,536 of a text's 71,312 tokens."""
+    text = "again and again <|endoftext|> and <pad> again " * 40
+    given = learn_bpe([text], 300).library
+    given.add_special_tokens(["<|endoftext|>", "<s>"])
+    given.add_tokens([library.AddedToken("<pad>", special=False)])
+    plain = from_files({"tokenizer.json": given.to_str().encode()})
+    given.enable_truncation(5)
+    given.enable_padding(length=900, pad_id=0)
+    given.model.dropout = 0.5  # merges left out at random
+    given.post_processor = library.processors.TemplateProcessing(
+        single="<s> $A <|endoftext|>",
+        special_tokens=[(name, given.token_to_id(name)) for name in ("<s>", "<|endoftext|>")],
+    )
+    tokenizer = from_files({"tokenizer.json": given.to_str().encode()})
+    for each in (plain, tokenizer, from_files(tokenizer.files())):
+        tokens = each.encode(text)
+        assert len(tokens) > 400 and each.decode(tokens) == text
+        assert tokens == plain.encode(text) == each.encode(text)
+        assert [tokens] * 2 == [found.tolist() for found in each.encode_many([text, text])]
+        control = {each.library.token_to_id(name) for name in ("<s>", "<|endoftext|>", "<pad>")}
+        assert not control & set(tokens)
+        assert {each.stop_token, each.pad_token} < control
+        # By name it is the special token, for `generate --stop`.
+        assert each.single("<s>") in control and each.single("<s>x") is None
+
+
+def test_sentencepiece_adds_nothing_and_reads_no_control_symbols():
+    import sentencepiece
+
+    model = BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["to be <s> or </s> not to be"] * 50),
+        model_writer=model,
+        vocab_size=300,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        control_symbols=["<|user|>"],
+        minloglevel=2,
+    )
+    tokenizer = SentencePieceTokenizer(model.getvalue())
+    processor = tokenizer.processor
+    tokens = tokenizer.encode("to <s> be </s><|user|>")
+    control = {processor.piece_to_id(name) for name in ("<s>", "</s>", "<|user|>")}
+    assert not control & set(tokens) and tokenizer.stop_token in control
+    assert tokenizer.decode(tokens) == "to <s> be </s><|user|>"
+    assert tokenizer.single("<|user|>") == processor.piece_to_id("<|user|>")
 
 
 # ---------------------------------------------------------------------------- bad input

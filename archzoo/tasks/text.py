@@ -24,7 +24,7 @@ from archzoo.tasks.tokenizers import Tokenizer
 
 PIECE = 1 << 16  # bytes encoded at once: enough for speed, little beside a model
 SAMPLE = 4_000_000  # bytes that a tokenizer learns from: unigram takes 30 times as much memory
-_FORMAT = 2  # of the cache; another number makes old caches unused
+_FORMAT = 3  # of the cache; another number makes old caches unused
 
 Span = tuple[int, int]  # bytes of a corpus, from the first to before the second
 

@@ -100,6 +100,11 @@ class Tokenizer(ABC):
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
+    def single(self, text: str) -> int | None:
+        """The token that a text is, a special one by its name; None: it is several, or none."""
+        tokens = self.encode(text)
+        return tokens[0] if len(tokens) == 1 else None
+
     @property
     def digit_tokens(self) -> list[int] | None:
         """The tokens of 0 to 9, None where a digit is not one token or digits are merged."""
@@ -224,14 +229,30 @@ def learn_characters(texts: Iterable[str], vocab_size: int | None = None) -> Cha
 class LibraryTokenizer(Tokenizer):
     """A `tokenizer.json` of the `tokenizers` library: learned here, or anyone's.
 
+    It gives all tokens of a text and no others, always the same ones: what such a file says of
+    truncating, padding, adding tokens and dropping merges is for whoever wrote it, and switched
+    off. A special token's name within a text is text like any other.
+
     Args:
-        library: the library's tokenizer.
+        library: the library's tokenizer, which is changed accordingly.
     """
 
     def __init__(self, library: tokenizers.Tokenizer) -> None:
+        from tokenizers import AddedToken
+
+        library.no_truncation()
+        library.no_padding()
+        if getattr(library.model, "dropout", None):
+            library.model.dropout = None
         self.library = library
         self.stop_token = self._special(STOP, "<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
         self.pad_token = self._special(PAD, "<|padding|>", "[PAD]")
+        added = library.get_added_tokens_decoder()
+        control = {self.stop_token, self.pad_token} & added.keys()
+        library.add_special_tokens(  # what ends a text is special, whatever the file calls it
+            [AddedToken(added[token].content, special=True) for token in sorted(control)]  # type: ignore[type-var]
+        )
+        library.encode_special_tokens = True
 
     def _special(self, *names: str) -> int | None:
         tokens = (self.library.token_to_id(name) for name in names)
@@ -245,6 +266,10 @@ class LibraryTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         tokens: list[int] = self.library.encode(text, add_special_tokens=False).ids
         return tokens
+
+    def single(self, text: str) -> int | None:
+        special = self.library.token_to_id(text)
+        return super().single(text) if special is None else special
 
     def encode_many(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
         encodings = self.library.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -313,8 +338,15 @@ class SentencePieceTokenizer(Tokenizer):
         return int(self.processor.vocab_size())
 
     def encode(self, text: str) -> list[int]:
-        tokens: list[int] = self.processor.encode(text)
+        tokens: list[int] = self.processor.encode(text, add_bos=False, add_eos=False)
         return tokens
+
+    def single(self, text: str) -> int | None:
+        special = self.processor.piece_to_id(text)
+        known = special != self.processor.unk_id()
+        return (
+            int(special) if known and self.processor.is_control(special) else super().single(text)
+        )
 
     def decode(self, tokens: Sequence[int]) -> str:
         text: str = self.processor.decode(list(tokens))

@@ -22,6 +22,7 @@ from archzoo.parts import find
 from archzoo.positions.digits import bind_digits
 from archzoo.registry import build_decoder, count_parameters, create_model, get_preset
 from archzoo.tasks.stream import Batch, Task
+from archzoo.tasks.tokenizers import from_files
 from archzoo.tasks.writing import writing_of
 from archzoo.training.losses import IGNORED, score, total_loss
 from archzoo.training.optim import decay_groups, learning_rate_schedule, regroup
@@ -757,7 +758,8 @@ class LanguageModel(lightning.LightningModule):
                 )
         files = checkpoint.get("tokenizer")
         if self.task is not None and files is not None:
-            same = self.task.tokenizer.files() == tokenizer_files(checkpoint)
+            # Made again first: a file may say of truncating and the like what is switched off now.
+            same = self.task.tokenizer.files() == from_files(tokenizer_files(checkpoint)).files()
             if not same:
                 raise ValueError(
                     "the checkpoint was trained with another vocabulary than this task's"
