@@ -91,6 +91,31 @@ def test_loss_keeps_only_one_piece_of_the_logits():
     assert max(kept) >= 64 * 1000
 
 
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda labels: None, "the batch holds no labels: give it the token that should follow"),
+        (lambda labels: labels.float(), "labels are float32: they are whole numbers, torch.int64"),
+        (lambda labels: labels > 0, "labels are bool"),
+        (lambda labels: labels[:, :3], r"labels have shape \(2, 3\), the tokens \(2, 6\)"),
+        # As many numbers, which went by in silence.
+        (lambda labels: labels.t(), r"labels have shape \(6, 2\), the tokens \(2, 6\)"),
+        (lambda labels: labels + 9, r"label \d+ is not a token: the model knows 0 .. 8, and -100"),
+        (lambda labels: labels - 9, r"label -\d+ is not a token"),
+    ],
+)
+def test_wrong_labels_are_answered_in_one_line(tmp_path, spoil, message):
+    tokens = torch.randint(9, (2, 6))
+    batch = {"tokens": tokens, "labels": spoil(tokens)}
+    model = LanguageModel("transformer_micro", vocab_size=9)
+    trainer = make_trainer(tmp_path, max_steps=1)
+    loader = torch.utils.data.DataLoader([batch], batch_size=None)
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(model, loader)
+    with pytest.raises(ValueError, match=message):
+        trainer.validate(model, loader)
+
+
 # ---------------------------------------------------------------------------- optimizer
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,29 @@ class Scores(NamedTuple):
 
     losses: Tensor
     predicted: Tensor
+
+
+def check_labels(batch: dict[str, Any]) -> Tensor:
+    """The labels of a batch, int64; whether they lie in the vocabulary is seen later.
+
+    Raises:
+        ValueError: None, no whole numbers, or other than one for every token.
+    """
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor):
+        raise ValueError(
+            "the batch holds no labels: give it the token that should follow each token, and "
+            f"{IGNORED} where nothing is asked"
+        )
+    kind = str(labels.dtype).removeprefix("torch.")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels are {kind}: they are whole numbers, torch.int64")
+    if labels.shape != batch["tokens"].shape:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}, the tokens {tuple(batch['tokens'].shape)}: "
+            f"give one for every token, {IGNORED} where nothing is asked"
+        )
+    return labels.long()
 
 
 def total_loss(x: Tensor, head: nn.Linear, labels: Tensor, piece: int = PIECE) -> Tensor:
@@ -61,7 +84,7 @@ def score(x: Tensor, head: nn.Linear, labels: Tensor, piece: int = PIECE) -> Sco
     for some, asked in zip(x.split(rows), labels.split(rows), strict=True):
         logits = head(some)
         logits = logits.to(at_least_float32(logits.dtype))
-        losses.append(F.cross_entropy(logits, asked, ignore_index=IGNORED, reduction="none"))
+        losses.append(_cross_entropy(logits, asked, "none"))
         predicted.append(logits.argmax(-1))
     return Scores(torch.cat(losses), torch.cat(predicted))
 
@@ -69,4 +92,15 @@ def score(x: Tensor, head: nn.Linear, labels: Tensor, piece: int = PIECE) -> Sco
 def _sum_of_losses(x: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
     logits = head(x)
     logits = logits.to(at_least_float32(logits.dtype))
-    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    return _cross_entropy(logits, labels, "sum")
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
+    try:
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction=reduction)
+    except IndexError:  # on a CPU; a GPU says so some calls later, in its own words
+        wrong = labels[((labels < 0) | (labels >= logits.shape[-1])) & (labels != IGNORED)]
+        raise ValueError(
+            f"label {int(wrong[0])} is not a token: the model knows 0 .. {logits.shape[-1] - 1}, "
+            f"and {IGNORED} asks for nothing"
+        ) from None

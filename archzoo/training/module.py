@@ -24,7 +24,7 @@ from archzoo.registry import build_decoder, count_parameters, create_model, get_
 from archzoo.tasks.stream import Batch, Task
 from archzoo.tasks.tokenizers import from_files
 from archzoo.tasks.writing import writing_of
-from archzoo.training.losses import IGNORED, score, total_loss
+from archzoo.training.losses import IGNORED, check_labels, score, total_loss
 from archzoo.training.optim import decay_groups, learning_rate_schedule, regroup
 from archzoo.training.progressive import passes
 
@@ -311,7 +311,7 @@ class LanguageModel(lightning.LightningModule):
         return interface.select_rows(continues, interface.to(carried, continues.device), fresh)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        labels = batch["labels"]
+        labels = check_labels(batch)
         asked = (labels != IGNORED).sum()
         everywhere = self._over_ranks(asked)
         if batch_idx % self.trainer.accumulate_grad_batches == 0:  # as Lightning drops gradients
@@ -590,7 +590,7 @@ class LanguageModel(lightning.LightningModule):
     # ------------------------------------------------------------------------ evaluation
 
     def _evaluate(self, batch: Batch, split: str, loader: int = 0) -> None:
-        labels = batch["labels"]
+        labels = check_labels(batch)
         x, _ = self._hidden(batch, split)
         losses, predicted = score(x, self.net.head, labels)
         asked = labels != IGNORED
@@ -677,7 +677,7 @@ class LanguageModel(lightning.LightningModule):
         Predictions are made with the right tokens before them (teacher forcing). Numbers are
         written as people do, whatever the task does.
         """
-        task, labels = self.task, batch["labels"]
+        task, labels = self.task, check_labels(batch)
         if task is None:
             raise ValueError("predict needs a task, whose tokenizer writes the predictions")
         x, _ = self._hidden(batch, "predict")
