@@ -369,7 +369,10 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """Turns a token into expert weights and indices: ``__init__(self, dim, experts, ...)``."""
+    """Turns a token into expert weights and indices: ``__init__(self, dim, experts, top_k, ...)``.
+
+    A mixture builds it with its own numbers of experts and of experts a token.
+    """
 
     def forward(self, x: Tensor, context: Context) -> Routing:
         """X (batch, time, dim) to a `Routing` of batch * time tokens, row by row."""

@@ -494,8 +494,9 @@ class BiasesByIndex(Bias):
 
 
 class TopTwo(Router):
-    def __init__(self, dim, experts):
+    def __init__(self, dim, experts, top_k):
         super().__init__()
+        self.top_k = top_k
         self.scores = nn.Linear(dim, experts, bias=False)
 
     def forward(self, x, context):
@@ -503,7 +504,7 @@ class TopTwo(Router):
         wide = torch.promote_types(x.dtype, torch.float32)
         logits = nn.functional.linear(x.to(wide), self.scores.weight.to(wide))
         probabilities = logits.softmax(-1)
-        weights, indices = probabilities.topk(2)
+        weights, indices = probabilities.topk(self.top_k)
         return Routing(weights, indices, probabilities, logits)
 
 

@@ -47,6 +47,7 @@ CHECKS: dict[str, dict[str, Check]] = {
     "mixer": {
         "interface": mixers.mixer_interface,
         "forms equal": mixers.mixer_forms,
+        "reach": mixers.mixer_reach,
         "hand-offs": mixers.mixer_handoffs,
         "causal": mixers.mixer_causal,
         "documents": mixers.mixer_documents,
@@ -73,10 +74,13 @@ CHECKS: dict[str, dict[str, Check]] = {
         "interface": feedforward.router_interface,
         "each token alone": feedforward.router_tokens,
         "casts": feedforward.router_casts,
+        "deterministic, save and load": feedforward.router_repeats,
+        "in a mixture": feedforward.router_mixture,
     },
     "embedding": {
         "interface": positions.embedding_interface,
         "pieces and documents": positions.embedding_pieces,
+        "training": positions.embedding_training,
         "deterministic, save and load": positions.embedding_repeats,
         "activation checkpointing": in_decoder.checkpointing,
     },
@@ -85,7 +89,11 @@ CHECKS: dict[str, dict[str, Check]] = {
         "casts": positions.rotary_precision,
         "gradients": positions.rotary_gradients,
     },
-    "bias": {"interface": positions.bias_interface},
+    "bias": {
+        "interface": positions.bias_interface,
+        "casts": positions.bias_precision,
+        "gradients": positions.bias_gradients,
+    },
 }
 
 
@@ -185,7 +193,8 @@ def examine(part: Any, *, seed: int = 0, **arguments: Any) -> Report:
         detail = _raised(error)
         if isinstance(error, TypeError):
             call = f"{subject.part.__name__}({', '.join(SIZES[subject.slot])})"
-            detail += f": the decoder calls {call}, and gives all else by name (init_args)"
+            caller = "a mixture" if subject.slot == "router" else "the decoder"
+            detail += f": {caller} calls {call}, and gives all else by name (init_args)"
         return Report(str(subject), [Finding("interface", False, detail)])
     names = CHECKS[subject.slot]
     return Report(str(subject), [run_check(part, n, seed=seed, **arguments) for n in names])

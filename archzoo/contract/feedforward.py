@@ -13,19 +13,23 @@ from archzoo.contract.measure import (
     Violation,
     context_of,
     expect_buffers_survive,
+    expect_live_weights,
     expect_same,
     expect_true_gradient,
+    expect_untouched,
     expect_zero,
     gradients_of,
     reloaded,
 )
 from archzoo.contract.subject import BATCH, Subject
+from archzoo.feedforward.moe import MixtureOfExperts
 
 
 def feed_forward_interface(subject: Subject) -> str:
     """Y has the shape and dtype of x; aux is a dict of tensors with known prefixes."""
     part = subject.make(torch.float32)
     x = subject.draw(BATCH, 7, subject.dim, dtype=torch.float32)
+    before = x.clone()
     given = part(x, context_of(x)[0])
     if not (isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], dict)):
         raise Violation(
@@ -38,6 +42,9 @@ def feed_forward_interface(subject: Subject) -> str:
             f"{tuple(y.shape)} {y.dtype} from {tuple(x.shape)} {x.dtype}: y has the shape and "
             "dtype of x"
         )
+    expect_untouched(x, before, "x")
+    if (dtype := subject.make()(x.double(), context_of(x)[0])[0].dtype) != torch.float64:
+        raise Violation(f"{dtype} from torch.float64: y has the dtype of x")
     for name, value in aux.items():
         if name.split("/")[0] not in ("loss", "metric", "sum", "pool") or "/" not in name:
             raise Violation(f"aux entry {name!r}: names begin with loss/, metric/, sum/ or pool/")
@@ -45,6 +52,8 @@ def feed_forward_interface(subject: Subject) -> str:
             raise Violation(f"aux entry {name!r} is a {type(value).__name__}, not a tensor")
         if not name.startswith(("sum/", "pool/")) and value.dim():
             raise Violation(f"aux entry {name!r} has shape {tuple(value.shape)}, must be a scalar")
+        if not value.isfinite().all():
+            raise Violation(f"aux entry {name!r} is not finite")
         if not name.startswith(("loss/", "pool/")) and value.requires_grad:
             raise Violation(f"aux entry {name!r} carries a gradient: only loss/ and pool/ do")
     sums = {name: value for name, value in aux.items() if name.startswith("sum/")}
@@ -88,7 +97,11 @@ def feed_forward_gradients(subject: Subject) -> str:
     x = subject.draw(2, 6, subject.dim)
     context, _ = context_of(x)
     error = expect_true_gradient(lambda x: part(x, context)[0], part, x, subject)
-    return f"against a finite difference {error:.0e}"
+    many = subject.draw(BATCH, 100, subject.dim)  # so that every expert of a mixture has some
+    y, aux = part(many, context_of(many)[0])
+    losses = [value.sum() for name, value in aux.items() if name.startswith(("loss/", "pool/"))]
+    expect_live_weights(part, y.square().sum() + sum(losses, torch.zeros(())))
+    return f"against a finite difference {error:.0e}; every weight has one"
 
 
 def feed_forward_casts(subject: Subject) -> str:
@@ -131,7 +144,7 @@ def router_interface(subject: Subject) -> str:
         x = subject.draw(BATCH, 7, subject.dim, dtype=dtype)
         routing = router(x, context_of(x)[0])
         tokens, experts = BATCH * 7, subject.sizes["experts"]
-        k = routing.indices.shape[-1]
+        k = subject.sizes["top_k"]
         for name, columns in (
             ("weights", k),
             ("indices", k),
@@ -146,6 +159,8 @@ def router_interface(subject: Subject) -> str:
             wide = interface.at_least_float32(dtype)
             if name != "indices" and value.dtype != wide:
                 raise Violation(f"{name} is {value.dtype} for {dtype} tokens, must be {wide}")
+            if not value.isfinite().all():
+                raise Violation(f"{name} is not finite")
         if routing.x is not None and not (
             routing.x.dtype == dtype and torch.equal(routing.x, x.flatten(0, 1))
         ):
@@ -156,6 +171,8 @@ def router_interface(subject: Subject) -> str:
             raise Violation("indices lie outside the experts")
         if (routing.indices.sort(-1).values.diff(dim=-1) == 0).any():
             raise Violation("a token chooses an expert twice")
+        if (routing.probabilities < 0).any():
+            raise Violation("a probability is negative")
         total = routing.probabilities.sum(-1)
         expect_same(total, torch.ones_like(total), 1e-5, "probabilities of a token must sum to 1")
     return f"{k} of {experts} experts a token, float32 at least"
@@ -166,15 +183,26 @@ def router_tokens(subject: Subject) -> str:
     router = subject.make().eval()
     x = subject.draw(BATCH, 9, subject.dim).requires_grad_()
     routing = router(x, context_of(x)[0])
-    (gradient,) = gradients_of(routing.raw_logits[13].square().sum(), [x])
     own = torch.zeros(BATCH, 9, dtype=torch.bool)
     own[1, 4] = True
-    expect_zero(gradient[~own], "a token's routing sees another token")
+    error = 0.0
     with torch.no_grad():
         alone = router(x[1:2, 4:5], context_of(x[1:2, 4:5])[0])
-    error = expect_same(
-        alone.weights[0], routing.weights[13], VALUES[torch.float64], "alone against among"
+    for name in ("raw_logits", "probabilities", "weights"):
+        value = getattr(routing, name)[13]
+        (gradient,) = gradients_of(value.square().sum(), [x])
+        expect_zero(gradient[~own], f"a token's {name} see another token")
+        what = f"{name} alone against among"
+        got = getattr(alone, name)[0]
+        error = max(error, expect_same(got, value, VALUES[torch.float64], what))
+    if not torch.equal(alone.indices[0], routing.indices[13]):
+        raise Violation("a token alone chooses other experts than among others")
+    trained = [p for p in router.parameters() if p.requires_grad]
+    reached = gradients_of(
+        routing.weights.square().sum() + routing.probabilities[:, 0].sum(), trained
     )
+    if trained and not any(slope.abs().max() for slope in reached):
+        raise Violation("no gradient reaches the router's weights: its choice is never trained")
     return f"float64 {error:.0e}"
 
 
@@ -182,3 +210,43 @@ def router_casts(subject: Subject) -> str:
     """A cast changes no buffer."""
     expect_buffers_survive(subject.make(torch.float32))
     return "no buffer changes"
+
+
+def router_repeats(subject: Subject) -> str:
+    """In evaluation the same token gets the same routing, saved and loaded too."""
+    router, twin = subject.make().eval(), subject.make().eval()
+    fresh = reloaded(router, subject.make()).eval()
+    x = subject.draw(2, 9, subject.dim)
+    context, _ = context_of(x)
+    with torch.no_grad():
+        want = router(x, context)
+        for name, other in (("a second call", router), ("a twin", twin), ("a reloaded one", fresh)):
+            got = other(x, context)
+            if not all(torch.equal(a, b) for a, b in zip(got[:4], want[:4], strict=True)):
+                raise Violation(f"{name} gives other numbers")
+    return "bit for bit"
+
+
+def router_mixture(subject: Subject) -> str:
+    """A mixture builds it for any number of experts a token, and each token goes alone."""
+    experts = subject.sizes["experts"]
+    worst = 0.0
+    for top_k in sorted({1, subject.sizes["top_k"], min(3, experts)}):
+        router = subject.make(top_k=top_k)
+        mixture = MixtureOfExperts(subject.dim, 24, experts=experts, top_k=top_k).double()
+        mixture.router = router
+        x = subject.draw(BATCH, 9, subject.dim)
+        documents = torch.full((BATCH, 9), -1)
+        documents[:, 2:7] = 0
+        k = router(x, context_of(x)[0]).indices.shape[-1]
+        if k != top_k:
+            raise Violation(f"{k} experts a token where the mixture asks for top_k={top_k}")
+        padded, aux = mixture(x, context_of(x, documents)[0])
+        with torch.no_grad():
+            trimmed, _ = mixture(x[:, 2:7], context_of(x[:, 2:7])[0])
+        what = f"a mixture of top_k={top_k}, tokens beside padding against the same without"
+        error = expect_same(padded[:, 2:7], trimmed, VALUES[torch.float64], what)
+        worst = max(worst, error)
+        (padded.square().sum() + sum(v for n, v in aux.items() if n.startswith("loss/"))).backward()
+        mixture.after_step({name: v for name, v in aux.items() if name.startswith("sum/")})
+    return f"built, run and trained in a mixture, float64 {worst:.0e}"

@@ -80,8 +80,13 @@ def tensors_of(state: State) -> list[Tensor]:
 
 
 def gradients_of(scalar: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients of a scalar by some tensors; zeros where no path leads."""
-    found = torch.autograd.grad(scalar, wanted, allow_unused=True)
+    """The gradients of a scalar by some tensors; zeros where no path leads.
+
+    The graph stays: the next tensor that is asked about may share a part of it.
+    """
+    if not scalar.requires_grad:
+        return [torch.zeros_like(tensor) for tensor in wanted]
+    found = torch.autograd.grad(scalar, wanted, allow_unused=True, retain_graph=True)
     return [
         torch.zeros_like(tensor) if gradient is None else gradient
         for tensor, gradient in zip(wanted, found, strict=True)
@@ -117,6 +122,22 @@ def expect_true_gradient(
             f"{measured:.6g}: the backward pass must be the derivative of the forward pass"
         )
     return error
+
+
+def expect_live_weights(module: nn.Module, scalar: Tensor) -> None:
+    """Every weight that is to be trained must get a gradient, and a finite one."""
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    for name, slope in zip(named, gradients_of(scalar, list(named.values())), strict=True):
+        if not slope.isfinite().all():
+            raise Violation(f"the gradient of the parameter {name!r} is not finite")
+        if not slope.abs().max():
+            raise Violation(f"the parameter {name!r} gets no gradient: training leaves it be")
+
+
+def expect_untouched(given: Tensor, before: Tensor, what: str) -> None:
+    """A part may not write into what it is given."""
+    if not torch.equal(given, before):
+        raise Violation(f"{what} is changed in place: others still need it")
 
 
 def expect_buffers_survive(module: nn.Module) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from archzoo.contract.measure import (
     expect_buffers_survive,
     expect_same,
     expect_true_gradient,
+    expect_untouched,
     expect_zero,
     first_line,
     gradients_of,
@@ -127,8 +130,15 @@ def mixer_interface(subject: Subject) -> str:
             spied(x, None, context, form)
         if ran[:1] != [form]:
             raise Violation(f"form {form!r} was asked for, {ran[0] if ran else 'none'!r} was run")
+    wide, x = subject.make(), subject.draw(BATCH, 7, subject.dim)
+    before = x.clone()
+    with torch.no_grad():
+        for name in FORMS:
+            if (dtype := _whole(wide, x, name).dtype) != torch.float64:
+                raise Violation(f"form {name}: {dtype} from torch.float64: y has the dtype of x")
+            expect_untouched(x, before, f"form {name}: x")
     try:
-        mixer(x, None, context, "sideways")
+        mixer(x.float(), None, context, "sideways")
     except ValueError:
         return "y as x; None for None; a plain state, batch first; the form asked for is run"
     raise Violation("an unknown form must raise ValueError")
@@ -153,6 +163,30 @@ def mixer_forms(subject: Subject) -> str:
                     error = expect_same(_whole(mixer, x, form), want, VALUES[dtype], what)
                     worst[dtype] = max(worst.get(dtype, 0.0), error)
     return by_dtype(worst)
+
+
+def mixer_reach(subject: Subject) -> str:
+    """A token finds those before it, from 70,000 tokens into a text as from its beginning."""
+    mixer = subject.make()
+    time = 60
+    for form in FORMS:
+        x = subject.draw(2, time, subject.dim).requires_grad_()
+        y = _whole(mixer, x, form)
+        (gradient,) = gradients_of(y[:, -1].square().sum(), [x])
+        if not gradient[:, :-1].abs().max():
+            raise Violation(f"{form}: the last of {time} tokens sees none before it: it must mix")
+    x = subject.draw(2, 9, subject.dim)
+    place = interface.init_place(2)
+    place["positions"] += 70_000
+    context, _ = context_of(x, None, place)
+    worst = 0.0
+    with torch.no_grad():
+        want = mixer(x, None, context, "recurrent")[0]
+        for form in ("parallel", "chunkwise"):
+            what = f"{form} against recurrent at position 70,000"
+            got = mixer(x, None, context, form)[0]
+            worst = max(worst, expect_same(got, want, VALUES[torch.float64], what))
+    return f"sees the past in every form; forms agree at position 70,000, float64 {worst:.0e}"
 
 
 def mixer_handoffs(subject: Subject) -> str:
@@ -420,7 +454,8 @@ def _sums_are_wide(mixer: Mixer, x: Tensor, when: str) -> None:
         for tensor, shape in zip(tensors_of(stand.state), shapes, strict=False):
             if not tensor.requires_grad or tensor.shape != shape:
                 continue
-            (gradient,) = gradients_of(tensor.sum(), [x])
+            real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+            (gradient,) = gradients_of(real.sum(), [x])
             if gradient[:, 0].abs().max() and tensor.dtype in (torch.bfloat16, torch.float16):
                 raise Violation(
                     f"{form} {when}: a tensor of the state {tuple(shape)} sums over time in "
@@ -447,6 +482,10 @@ def mixer_repeats(subject: Subject) -> str:
     """The same seed and input give the same bits: nothing hidden, nothing random, no mode."""
     mixer, twin = subject.make(), subject.make()
     x, other = subject.draw(BATCH, 30, subject.dim), subject.draw(2, 9, subject.dim)
+    with torch.inference_mode():  # nothing that is made here and kept may come up in training
+        _whole(mixer, x, None)
+    _whole(mixer, x.clone().requires_grad_(), None).sum().backward()
+    mixer.zero_grad()
     with torch.no_grad():
         for form in (*FORMS, None):
             mixer.train()
@@ -487,7 +526,7 @@ def mixer_devices(subject: Subject) -> str:
     for form in FORMS:
         for documents in (None, numbers):
             try:
-                with torch.no_grad():
+                with torch.no_grad(), _no_autocast_on_meta():
                     y, _ = _walk(mixer, x, [(4, form), (5, form)], documents=documents)
             except (RuntimeError, NotImplementedError) as error:
                 raise Violation(
@@ -497,3 +536,28 @@ def mixer_devices(subject: Subject) -> str:
             if y.device.type != "meta":
                 raise Violation(f"{form}: y is on {y.device}, x on {x.device}")
     return "built and run on the meta device"
+
+
+@contextlib.contextmanager
+def _no_autocast_on_meta() -> Iterator[None]:
+    """Let ``torch.autocast("meta", ...)`` do nothing: a real device knows it, meta refuses it."""
+    kind = torch.amp.autocast_mode.autocast
+    made, entered, left = kind.__init__, kind.__enter__, kind.__exit__
+
+    def init(self: Any, device_type: str, *arguments: Any, **options: Any) -> None:
+        self.on_meta = device_type == "meta"
+        if not self.on_meta:
+            made(self, device_type, *arguments, **options)
+
+    def enter(self: Any) -> Any:
+        return self if self.on_meta else entered(self)
+
+    def leave(self: Any, *error: Any) -> Any:
+        return None if self.on_meta else left(self, *error)
+
+    with (
+        mock.patch.object(kind, "__init__", init),
+        mock.patch.object(kind, "__enter__", enter),
+        mock.patch.object(kind, "__exit__", leave),
+    ):
+        yield

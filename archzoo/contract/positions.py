@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Sequence
 
@@ -14,8 +15,10 @@ from archzoo.contract.measure import (
     Violation,
     context_of,
     expect_buffers_survive,
+    expect_live_weights,
     expect_same,
     expect_true_gradient,
+    expect_untouched,
     gradients_of,
     relative_error,
     reloaded,
@@ -60,13 +63,20 @@ def embedding_pieces(subject: Subject) -> str:
         for begin, end in itertools.pairwise([0, *ends]):
             piece = None if documents is None else documents[:, begin:end]
             context, place = context_of(tokens[:, begin:end], piece, place)
+            context = part.place(context)
             x, state = part(tokens[:, begin:end], state, context)
             state = interface.map_state(torch.clone, state)
-            outputs.append(x)
+            at = context.positions.to(x.dtype)[..., None].expand(len(tokens), -1, 1)
+            outputs.append(torch.cat([x, at], dim=-1))  # where it places tokens is part of it
+            if not x.isfinite().all():
+                raise Violation("x is not finite; at padding it must be, too")
         return torch.cat(outputs, dim=1)
 
     with torch.no_grad():
-        whole = part(tokens, None, context_of(tokens)[0])[0]
+        whole = run(tokens, [40])
+        stateless = part(tokens, None, part.place(context_of(tokens)[0]))[0]
+        if not torch.equal(stateless, whole[..., :-1]):
+            raise Violation("without a state it gives other numbers than from an empty one")
         cuts = sorted(subject.random.sample(range(1, 40), k=3))
         for name, got, want in (
             (f"in pieces that end at {cuts}", run(tokens, [*cuts, 40]), whole),
@@ -83,6 +93,42 @@ def embedding_pieces(subject: Subject) -> str:
                 if not torch.equal(packed[:, begin:end], run(tokens[:, begin:end], [end - begin])):
                     raise Violation("a packed document must get what it gets alone")
     return "bit for bit"
+
+
+def embedding_training(subject: Subject) -> str:
+    """What training draws is the example's own, whatever lies beside it, and a token is a token."""
+    part = subject.make().train()
+    vocab_size = subject.sizes["vocab_size"]
+    tokens = subject.tokens(BATCH, 20, vocab_size)
+    before = tokens.clone()
+    examples = torch.tensor([[5] * 12 + [6] * 8, [2**40] * 20, [7] * 20])
+
+    def run(
+        rows: slice, begin: int = 0, end: int = 20, documents: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        some = tokens[rows, begin:end]
+        context, _ = interface.make_context(
+            *some.shape, documents=documents, examples=examples[rows, begin:end]
+        )
+        context = part.place(context)
+        return part(some, None, context)[0], context.positions
+
+    everything = slice(None)
+    packed = torch.tensor([[0] * 12 + [1] * 8, [0] * 20, [0] * 20])
+    with torch.no_grad():
+        want = run(everything, documents=packed)
+        expect_untouched(tokens, before, "tokens")
+        for what, got, same in (
+            ("a second call", run(everything, documents=packed), want),
+            ("one row alone", run(slice(1, 2)), tuple(t[1:2] for t in want)),
+            ("a document alone", run(slice(0, 1), 12, 20), tuple(t[:1, 12:] for t in want)),
+        ):
+            if not all(torch.equal(a, b) for a, b in zip(got, same, strict=True)):
+                raise Violation(
+                    f"training: {what} gives other numbers: draw by Context.examples, as "
+                    "archzoo.positions.draws does, never by a generator"
+                )
+    return "bit for bit: alone, in a batch and packed"
 
 
 def embedding_repeats(subject: Subject) -> str:
@@ -116,7 +162,10 @@ def rotary_interface(subject: Subject) -> str:
         for got, given in zip(turned, (q, k), strict=True):
             if got.shape != given.shape or got.dtype != dtype:
                 raise Violation(f"{tuple(got.shape)} {got.dtype} from {tuple(given.shape)} {dtype}")
+    before = q.clone(), k.clone()
     want_q, want_k = part(q, k, positions, positions)
+    expect_untouched(q, before[0], "q")
+    expect_untouched(k, before[1], "k")
     offset = positions.clone()
     offset[1] += 7
     q_at, k_at = part(q, k, positions.contiguous(), offset)
@@ -128,6 +177,7 @@ def rotary_interface(subject: Subject) -> str:
         ("q by `both` against `forward`", both_q, want_q),
         ("k by `both` against `forward`", both_k, want_k),
         ("rows at the same positions beside a row at others", k_at[::2], want_k[::2]),
+        ("k by its own positions", k_at[1:2], part(q, k, offset, offset)[1][1:2]),
         ("one token and head alone", piece[0], want_q[:, 9:10, 1:2]),
         ("one token and head alone", piece[1], want_k[:, 9:10, 1:2]),
     ):
@@ -189,3 +239,28 @@ def bias_interface(subject: Subject) -> str:
         raise Violation("not finite at position 65,535")
     expect_buffers_survive(subject.make(torch.float32))
     return f"float64 {error:.0e}"
+
+
+def bias_precision(subject: Subject) -> str:
+    """No cast reaches the positions: far out, half precision rounds weights alone."""
+    part = subject.make(torch.float32).bfloat16()
+    full = copy.deepcopy(part).double()
+    worst = 0.0
+    for begin in (0, 4_000, 65_000):
+        positions = begin + torch.arange(30)[None]
+        causal = torch.ones(30, 30, dtype=torch.bool).tril()
+        with torch.no_grad():
+            got, want = part(positions, positions), full(positions, positions)
+        what = f"bfloat16 against float64 at position {begin:,}"
+        error = expect_same(got[..., causal], want[..., causal], VALUES[torch.bfloat16], what)
+        worst = max(worst, error)
+    return f"bfloat16 {worst:.0e} as far as position 65,000"
+
+
+def bias_gradients(subject: Subject) -> str:
+    """Every weight has a finite gradient, at distance 0 and at keys to come too."""
+    part = subject.make()
+    positions = torch.arange(200)[None]
+    weights = subject.draw(1, subject.sizes["heads"], 200, 200)
+    expect_live_weights(part, (part(positions, positions) * weights).sum())
+    return "finite, and for every weight"

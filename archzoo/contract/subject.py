@@ -18,11 +18,11 @@ from archzoo.trust import import_for_user
 LONGEST = 300  # tokens in the longest text that a check makes
 BATCH = 3  # unlike the number of heads, so that an axis taken for another shows
 
-#: What each slot's parts are built with: the arguments a decoder passes by position.
+#: What each slot's parts are built with: the arguments a decoder, or a mixture, passes by position.
 SIZES: dict[str, dict[str, int]] = {
     "mixer": {"dim": 32, "heads": 4},
     "feed_forward": {"dim": 32, "width": 48},
-    "router": {"dim": 32, "experts": 8},
+    "router": {"dim": 32, "experts": 8, "top_k": 2},
     "embedding": {"vocab_size": 29, "dim": 32},
     "rotary": {"head_dim": 16},
     "bias": {"heads": 4},
