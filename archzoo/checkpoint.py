@@ -10,34 +10,49 @@
 ``decoder`` holds the arguments of `Decoder`, every part as ``class_path`` and ``init_args``, and
 among them ``context_length``, the longest text seen in training.
 
-Lightning's checkpoints, which are for resuming a run, are read as well. Nothing is ever unpickled
-but tensors, numbers, strings and containers of them. A part from outside the zoo is imported by the
+The weights' file carries a digest of them, which is checked when it is read; a file without one is
+another tool's, and is taken with the usual checks.
+
+Lightning's checkpoints, which are for resuming a run, are read as well. Nothing in a file is ever
+called (`archzoo.archives`), and sizes come first: settings that do not give the shapes in the
+weights' header are refused before anything is built. A part from outside the zoo is imported by the
 path that the configuration names, which runs that module: it must be installed here, and nothing
 that comes with a checkpoint is.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import tempfile
-import warnings
-import zipfile
-from collections.abc import Mapping
-from inspect import signature
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from inspect import formatannotation, signature
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import archzoo
+from archzoo.archives import (
+    Archive,
+    Stored,
+    check_contents,
+    check_json_depth,
+    check_memory,
+    check_regular,
+    read_bytes,
+    read_json,
+)
+from archzoo.block import KeepsFloat32
 from archzoo.decoder import Decoder
-from archzoo.parts import find
+from archzoo.parts import SLOTS, find
 from archzoo.registry import build_decoder
 
 if TYPE_CHECKING:
@@ -46,6 +61,35 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 ADDED = {"loops", "injection"}  # arguments of `Decoder` that older checkpoints do not hold
+DIGEST = "digest"  # in the weights' metadata, and in a run's checkpoint
+TOKENIZER_LONGEST = 2**26  # bytes of a tokenizer's file
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# What safetensors calls the dtypes that weights may have, or that a message may name.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+# The most that a checkpoint may ask for: beyond any model's use, and short of what fills a memory.
+LARGEST_LOOPS = 10_000
+LARGEST = {
+    "batch_size": 2**20,
+    "validation_examples": 2**22,
+    "test_examples": 2**22,
+    "ood_examples": 2**20,
+    "digits": 2**10,
+    "numbers": 2**6,
+    "lines": 2**16,
+    "context_length": 2**26,
+}
 
 
 class Pretrained(NamedTuple):
@@ -60,6 +104,21 @@ class Pretrained(NamedTuple):
     model: Decoder
     tokenizer: Tokenizer | None
     task: dict[str, Any] | None
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """One hash of weights: of their names, shapes, dtypes and bytes, wherever they lie.
+
+    Args:
+        weights: By name, as a decoder's `state_dict` gives them.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        digest.update(json.dumps([name, dtype, list(tensor.shape)]).encode() + b"\n")
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------- writing
@@ -83,10 +142,12 @@ def save_pretrained(
         task: What the model was trained on, as `Task.config` gives it. None: `Decoder.task`.
 
     Raises:
+        TypeError: The arguments stand in another order.
         ValueError: A part that could not be found again, or a tokenizer of more tokens than the
             model knows.
         OSError: The files cannot be written; nothing has changed.
     """
+    _check_order(directory, model, tokenizer, task)
     target = Path(directory).resolve()
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{directory} is a file: give a directory")
@@ -98,16 +159,20 @@ def save_pretrained(
         "decoder": model.config,
         "tokenizer": next(iter(files), None),
         "task": model.task if task is None else task,
+        "base": model.base,
     }
     files[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     tensors, shared = _tensors(model)
+    metadata = {"format": "pt", DIGEST: weights_digest(model.state_dict()), **shared}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as partial:
             place = Path(partial)
-            save_file(tensors, place / WEIGHTS, metadata={"format": "pt", **shared})
             for name, content in files.items():
                 (place / name).write_bytes(content)
+            save_file(tensors, place / WEIGHTS, metadata=metadata)
+            # It keeps its file to the user: take what the umask left of the others' permissions.
+            (place / WEIGHTS).chmod((place / CONFIG).stat().st_mode & 0o777)
             target.mkdir(exist_ok=True)
             for name in (WEIGHTS, *files):  # the configuration last: it makes the others a model
                 (place / name).replace(target / name)
@@ -127,6 +192,24 @@ def _tensors(model: Decoder) -> tuple[dict[str, Tensor], dict[str, str]]:
             first[id(tensor)] = name
             tensors[name] = tensor.detach().contiguous()
     return tensors, shared
+
+
+def _check_order(directory: Any, model: Any, tokenizer: Any, task: Any) -> None:
+    """Refuse arguments in another order, by what each of them is."""
+    from archzoo.tasks.tokenizers import Tokenizer
+
+    wanted = {
+        "directory": (directory, isinstance(directory, str | os.PathLike), "a path"),
+        "model": (model, isinstance(model, Decoder), "a Decoder"),
+        "tokenizer": (tokenizer, tokenizer is None or isinstance(tokenizer, Tokenizer), "one"),
+        "task": (task, task is None or isinstance(task, dict), "a dict, such as Task.config()"),
+    }
+    for name, (given, fits, kind) in wanted.items():
+        if not fits:
+            raise TypeError(
+                f"{name} is a {type(given).__name__} and not {kind}: call "
+                "save_pretrained(directory, model, tokenizer, task)"
+            )
 
 
 def _check_parts(config: dict[str, Any]) -> None:
@@ -175,6 +258,8 @@ def _check_device(device: torch.device | str) -> None:
 
 def load(path: str | os.PathLike[str], device: torch.device | str | None = None) -> Pretrained:
     """`from_pretrained`, with the task beside the model."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"a checkpoint is given by its path, and this is a {type(path).__name__}")
     path = Path(path)
     if path.name in (CONFIG, WEIGHTS):
         path = path.parent
@@ -215,123 +300,447 @@ def task_of(found: Pretrained, **changes: Any) -> Task:
 
 def _read_directory(path: Path) -> Pretrained:
     try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(path / CONFIG)
     except FileNotFoundError:
         runs = sorted(map(str, [*path.glob("*.ckpt"), *path.glob("*/*.ckpt")]))[-3:]
         hint = f"; did you mean {' or '.join(runs)}?" if runs else ""
         raise FileNotFoundError(f"{path} holds no {CONFIG}{hint}") from None
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise ValueError(f"{path / CONFIG} is damaged: {error}") from None
     if not isinstance(config, dict) or not isinstance(config.get("decoder"), dict):
         raise ValueError(f"{path / CONFIG} is no configuration of archzoo: it has no 'decoder'")
-    try:
-        with safe_open(path / WEIGHTS, framework="pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            shared = file.metadata() or {}
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} holds no {WEIGHTS}") from None
-    except SafetensorError as error:
-        raise ValueError(f"{path / WEIGHTS} is truncated or damaged: {error}") from None
-    weights |= {name: weights[first] for name, first in shared.items() if first in weights}
-    model = _build(config["decoder"], weights, path)
-    tokenizer = None
-    if config.get("tokenizer"):
-        from archzoo.tasks.tokenizers import Tokenizer
+    task, tokenizer = config.get("task"), _named_tokenizer(config.get("tokenizer"), path)
+    _check_task(task, path / CONFIG)
+    with _weights_file(path / WEIGHTS) as (file, metadata, held):
 
-        tokenizer = Tokenizer.load(path / Path(config["tokenizer"]).name)
-    return Pretrained(model, tokenizer, config.get("task"))
+        def read(name: str) -> Tensor:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor.clone()  # of its own: the file may change under a map of it
+
+        sources = {name: name for name in held}
+        sources |= {n: first for n, first in metadata.items() if first in held and n not in held}
+        model = _build(config["decoder"], held, read, sources, path, metadata.get(DIGEST))
+    model.base = _text(config.get("base"))
+    return Pretrained(model, tokenizer, task)
+
+
+@contextmanager
+def _weights_file(path: Path) -> Iterator[tuple[Any, dict[str, str], dict[str, Stored]]]:
+    """A safetensors file, its metadata, and what its header says of the tensors."""
+    try:
+        check_regular(path)
+        with open(path, "rb") as header:
+            check_contents(int.from_bytes(header.read(8), "little"), path)
+        check_memory(path.stat().st_size, path)
+        with safe_open(path, framework="pt") as file:
+            held = {}
+            for name in file.keys():  # noqa: SIM118
+                entry = file.get_slice(name)
+                if entry.get_dtype() not in DTYPES:
+                    raise ValueError(f"{path}: {name} is {entry.get_dtype()}: weights are floats")
+                held[name] = Stored(tuple(entry.get_shape()), DTYPES[entry.get_dtype()])
+            yield file, file.metadata() or {}, held
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path.parent} holds no {WEIGHTS}") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or damaged: {error}") from None
+
+
+def _named_tokenizer(name: Any, path: Path) -> Tokenizer | None:
+    """The tokenizer that a configuration names, which lies beside it."""
+    if name is None:
+        return None
+    if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
+        raise ValueError(
+            f"{path / CONFIG}: tokenizer={_short(name)} is not a file's name beside it"
+        )
+    try:
+        return _tokenizer({name: read_bytes(path / name, TOKENIZER_LONGEST)}, path / name)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} holds no {name}, which {CONFIG} names") from None
+
+
+def _tokenizer(files: dict[str, bytes], path: Path) -> Tokenizer:
+    from archzoo.tasks.tokenizers import from_files
+
+    try:
+        for name, content in files.items():
+            if name.endswith(".json"):
+                check_json_depth(content.decode())
+        return from_files(files)
+    except Exception as error:  # the libraries behind it raise of many kinds
+        raise ValueError(f"{path}: {_first_line(error)}") from error
 
 
 def _read_lightning(path: Path) -> Pretrained:
-    content = read_safely(path)
-    arguments, state = content.get("hyper_parameters"), content.get("state_dict")
-    names = signature(Decoder).parameters
-    if (
-        not isinstance(arguments, dict)
-        or not isinstance(state, dict)
-        or names.keys() - arguments.keys() - ADDED
-    ):
-        raise ValueError(f"{path} was not written by archzoo's training")
-    # The decoder's arguments stand among the optimizer's, its weights among the metrics' sums.
-    config = {name: arguments.get(name) for name in names}
-    weights = {
-        name.removeprefix("decoder."): tensor
-        for name, tensor in state.items()
-        if name.startswith("decoder.")
-    }
-    model = _build(config, weights, path)
-    tokenizer = None
-    if content.get("tokenizer"):
-        from archzoo.tasks.tokenizers import from_files
-
-        files = {name: data.numpy().tobytes() for name, data in content["tokenizer"].items()}
-        try:
-            tokenizer = from_files(files)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+    with Archive(path) as archive:
+        content = archive.content
+        _check_run(content, path)
+        held = _decoder_weights(content)
+        # The decoder's arguments stand among the optimizer's, its weights among the metrics' sums.
+        config = {n: content["hyper_parameters"].get(n) for n in signature(Decoder).parameters}
+        files = content.get("tokenizer") or {}
+        if not isinstance(files, dict) or not all(isinstance(f, Stored) for f in files.values()):
+            raise ValueError(f"{path} holds no tokenizer where it should")
+        if sum(file.nbytes for file in files.values()) > TOKENIZER_LONGEST:
+            raise ValueError(f"{path} holds a tokenizer of more than {TOKENIZER_LONGEST:,} bytes")
+        texts = {str(n): bytes(archive.tensor(f).reshape(-1).numpy()) for n, f in files.items()}
+        tokenizer = _tokenizer(texts, path) if texts else None
+        sources = {name: name for name in held}
+        model = _build(
+            config,
+            held,
+            lambda name: archive.tensor(held[name]),
+            sources,
+            path,
+            content.get(DIGEST),
+        )
+        model.base = _text(content.get("base"))
     return Pretrained(model, tokenizer, content.get("task"))
+
+
+def _decoder_weights(content: dict[str, Any]) -> dict[str, Any]:
+    """The decoder's tensors in a run's checkpoint, by their own names."""
+    return {
+        name.removeprefix("decoder."): tensor
+        for name, tensor in content["state_dict"].items()
+        if isinstance(name, str) and name.startswith("decoder.")
+    }
+
+
+def sign(content: dict[str, Any]) -> None:
+    """Put the digest of the decoder's weights into a run's checkpoint that is to be written."""
+    if _is_run(content):
+        content[DIGEST] = weights_digest(_decoder_weights(content))
 
 
 def read_safely(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What a checkpoint of torch holds, if that is plain data and tensors; code is refused.
 
+    A run's checkpoint is held to what its own settings say, before its tensors are read, and to
+    its digest.
+
     Raises:
-        ValueError: The file is truncated, no checkpoint, or a pickle that would run code.
+        ValueError: The file is truncated, no checkpoint, a pickle that would run code, or one
+            whose settings do not fit its weights.
     """
-    with open(path, "rb") as file:
-        begin = file.read(2)
-    if not zipfile.is_zipfile(path):
-        if begin[:1] == b"\x80":
-            raise ValueError(f"{path} is a bare pickle, which may run code when loaded: refused")
-        what = "truncated" if begin == b"PK" else "empty" if not begin else "no checkpoint"
-        raise ValueError(f"{path} is {what}: it cannot be loaded")
-    try:
-        with warnings.catch_warnings():  # of pickles that it refuses anyway
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        # torch advises here to load without the check: not for a file of unknown origin.
-        name = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if name:
-            raise ValueError(
-                f"{path} holds code ({name[1]}), which loading would run: refused"
-            ) from None
-        raise ValueError(f"{path} is damaged, or holds more than plain data: refused") from None
-    except Exception as error:  # torch's reader raises of many kinds
-        raise ValueError(f"{path} is damaged: {_first_line(error)}") from None
+    with Archive(path) as archive:
+        content = archive.content
+        if not isinstance(content, dict):
+            kind = type(content).__name__
+            raise ValueError(f"{path} is no checkpoint of a run: it holds a {kind}")
+        ours = _is_run(content)
+        if ours:
+            _check_run(content, Path(path))
+        content = archive.everything()
+        if ours:
+            _check_digest(_decoder_weights(content), content.get(DIGEST), Path(path))
+        assert isinstance(content, dict)
+        return content
+
+
+def _is_run(content: Any) -> bool:
+    """Whether a checkpoint was written by archzoo's training."""
+    if not isinstance(content, dict):
+        return False
+    arguments, state = content.get("hyper_parameters"), content.get("state_dict")
+    names = signature(Decoder).parameters.keys()
+    return (
+        isinstance(arguments, dict)
+        and isinstance(state, dict)
+        and not names - arguments.keys() - ADDED
+    )
+
+
+def _check_run(content: Any, path: Path) -> None:
+    """Hold a run's checkpoint to what it says of itself, by the sizes of its tensors alone."""
     if not isinstance(content, dict):
         raise ValueError(f"{path} is no checkpoint of a run: it holds a {type(content).__name__}")
-    return content
+    if not _is_run(content):
+        raise ValueError(f"{path} was not written by archzoo's training")
+    held = _decoder_weights(content)
+    wrong = [name for name, tensor in held.items() if not isinstance(tensor, Stored)]
+    if wrong:
+        raise ValueError(f"{path}: {wrong[0]} is no tensor")
+    config = {n: content["hyper_parameters"].get(n) for n in signature(Decoder).parameters}
+    _check_settings(config, path)
+    _check_sizes(config, held, path)
+    _check_task(content.get("task"), path)
 
 
-def _build(config: dict[str, Any], weights: Mapping[str, Tensor], path: Path) -> Decoder:
-    """The decoder of a configuration with the given weights, in their dtypes."""
-    try:
-        with torch.random.fork_rng(devices=[]):  # the first weights are drawn, for nothing
-            model = build_decoder(config)
-    except ValueError as error:
-        raise ValueError(f"{path}: {_first_line(error)}") from None
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} describes no decoder: {_first_line(error)}") from None
-    expected = model.state_dict(keep_vars=True)
-    table = weights.get("embedding.weight")
-    if table is not None and len(table) != model.vocab_size:
+# ---------------------------------------------------------------------------- checking
+
+
+def _check_settings(config: dict[Any, Any], path: Path) -> None:
+    """Refuse settings of a decoder that are of another type than it takes."""
+    parameters = signature(Decoder, eval_str=True).parameters
+    for name, value in config.items():
+        if name not in parameters:
+            continue  # which building answers by the nearest known one
+        if name in ("vocab_size", "dim", "depth", "heads"):
+            if type(value) is not int or not 1 <= value < 2**63:
+                raise ValueError(
+                    f"{path}: {name}={_short(value)}: a decoder needs a whole number of at least 1"
+                )
+        elif name in SLOTS:
+            _check_part(name, value, path)
+        elif not _fits(value, parameters[name].annotation):
+            kind = formatannotation(parameters[name].annotation)
+            raise ValueError(f"{path}: {name}={_short(value)} is not valid: it takes {kind}")
+    for entry in config.get("pattern") or []:
+        _check_part("mixer", entry, path)
+    if (config.get("loops") or 1) > LARGEST_LOOPS:
+        raise ValueError(f"{path}: loops={_short(config['loops'])} is more than {LARGEST_LOOPS:,}")
+
+
+def _check_part(slot: str, spec: Any, path: Path) -> None:
+    """Refuse a part that is not described, or whose arguments are of other types than it takes."""
+    if spec is None or isinstance(spec, str):
+        return
+    arguments = spec.get("init_args") if isinstance(spec, dict) else ()
+    if (
+        not isinstance(spec, dict)
+        or not isinstance(spec.get("class_path"), str)
+        or not isinstance(arguments, dict | None)
+    ):
         raise ValueError(
-            f"{path}: the weights are of a vocabulary of {len(table)} tokens, and the "
-            f"configuration says {model.vocab_size}"
+            f"{path}: {slot}={_short(spec)} is not valid: it takes a part's name, or "
+            "its class_path and init_args"
         )
+    try:
+        parameters = signature(find(slot, spec["class_path"]), eval_str=True).parameters
+    except ValueError as error:
+        raise ValueError(f"{path}: {_first_line(error)}") from error
+    except NameError:  # a user's own part whose annotations mean nothing here
+        return
+    for name, value in (arguments or {}).items():
+        if name in SLOTS:
+            _check_part(name, value, path)
+        elif name in parameters and not _fits(value, parameters[name].annotation):
+            kind = formatannotation(parameters[name].annotation)
+            whose = f"{path}: {spec['class_path']}"
+            raise ValueError(f"{whose}: {name}={_short(value)} is not valid: it takes {kind}")
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether plain data is what an annotation asks for; one that is not plain asks for nothing."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, entry) for entry in inner)
+    if origin is Literal:
+        return any(type(value) is type(entry) and value == entry for entry in inner)
+    if annotation is float:
+        return type(value) in (int, float)
+    if annotation is int:
+        return type(value) is int and abs(value) < 2**63
+    if annotation in (bool, str, types.NoneType, None):
+        return type(value) is (types.NoneType if annotation is None else annotation)
+    if origin in (list, tuple):
+        kinds = [kind for kind in inner if kind is not ...]
+        return isinstance(value, list | tuple) and all(
+            any(_fits(entry, kind) for kind in kinds) for entry in value
+        )
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(entry, inner[1]) for entry in value.values())
+    return True
+
+
+def _check_sizes(config: dict[Any, Any], held: Mapping[str, Stored], path: Path) -> None:
+    """Refuse sizes that are not those of the weights' header, before anything is built."""
     misfit = f"{path}: the weights do not fit the configuration"
-    for verb, names in (("miss", expected.keys() - weights), ("have", weights.keys() - expected)):
-        if names:
-            raise ValueError(f"{misfit}: they {verb} {min(names)}")
+    tables = ("head.weight", "embedding.weight", "embedding.embedding.weight")
+    table = next((held[name] for name in tables if name in held), None)
+    if table is None or len(table.shape) != 2:
+        raise ValueError(f"{misfit}: they miss head.weight")
+    vocab_size, dim, depth = config.get("vocab_size"), config.get("dim"), config.get("depth")
+    if table.shape[0] != vocab_size:
+        raise ValueError(
+            f"{path}: the weights are of a vocabulary of {table.shape[0]} tokens, and the "
+            f"configuration says {vocab_size}"
+        )
+    if table.shape[1] != dim:
+        raise ValueError(f"{misfit}: they have {table.shape[1]} columns where dim={dim} is said")
+    layers = {found[1] for name in held if (found := re.match(r"blocks\.(\d{1,9})\.", name))}
+    if depth is None or depth > len(layers):
+        raise ValueError(f"{misfit}: they miss blocks.{len(layers)}.*, for it says depth={depth}")
+    pattern = config.get("pattern")
+    if pattern and len(pattern) > max(depth, 64):
+        raise ValueError(f"{path}: pattern has {len(pattern):,} mixers for depth={depth}")
+    check_memory(sum(tensor.nbytes for tensor in held.values()), path)
+
+
+def _check_task(task: Any, path: Path) -> None:
+    """Refuse what describes no task, or one that would fill a memory."""
+    if task is None:
+        return
+    if (
+        not isinstance(task, dict)
+        or not isinstance(task.get("class_path"), str)
+        or not isinstance(task.get("init_args"), dict)
+    ):
+        raise ValueError(
+            f"{path}: task={_short(task)} is not valid: it takes class_path, init_args"
+        )
+    _check_amounts(task["init_args"], path)
+
+
+def _check_amounts(arguments: Any, path: Path) -> None:
+    if isinstance(arguments, dict):
+        for name, value in arguments.items():
+            most = LARGEST.get(name) if isinstance(name, str) else None
+            if most is not None and type(value) in (int, float) and not value <= most:
+                raise ValueError(
+                    f"{path}: its task's {name}={_short(value)} is more than the {most:,} that are "
+                    "read from a checkpoint"
+                )
+            _check_amounts(value, path)
+    elif isinstance(arguments, list | tuple):
+        for entry in arguments:
+            _check_amounts(entry, path)
+
+
+def _check_digest(weights: Mapping[str, Tensor], digest: Any, path: Path) -> None:
+    """Refuse weights that are not those that were written; without a digest they are foreign."""
+    if digest is not None and weights_digest(weights) != digest:
+        raise ValueError(
+            f"{path}: the weights are not those that were written, by their digest: the file is "
+            "damaged or was edited; get it anew, or take the digest out of it if the change is "
+            "wanted"
+        )
+
+
+def _build(
+    config: dict[str, Any],
+    held: Mapping[str, Stored],
+    read: Callable[[str], Tensor],
+    sources: dict[str, str],
+    path: Path,
+    digest: str | None,
+) -> Decoder:
+    """The decoder of a configuration with the weights of a file, in their dtypes.
+
+    Args:
+        config: Arguments of `Decoder`.
+        held: What the file holds, by name.
+        read: One of its tensors, in memory of its own.
+        sources: Under which of those names each weight stands: a shared one stands once.
+        path: For messages.
+        digest: Of the weights, where the file has one.
+    """
+    _check_settings(config, path)
+    _check_sizes(config, held, path)
+    model = _shapes_of(config, path)
+    expected = model.state_dict(keep_vars=True)
+    misfit = f"{path}: the weights do not fit the configuration"
+    # A tensor of several names may stand under one of them, or under each: other tools write both.
+    groups: dict[int, list[str]] = {}
     for name, tensor in expected.items():
-        found, wanted = tuple(weights[name].shape), tuple(tensor.shape)
-        if found != wanted:
-            raise ValueError(f"{misfit}: {name} has shape {found} where {wanted} is expected")
+        groups.setdefault(id(tensor), []).append(name)
+    for names in groups.values():
+        first = next((sources[name] for name in names if name in sources), None)
+        sources |= {name: first for name in names if first is not None and name not in sources}
+    for verb, odd in (("miss", expected.keys() - sources), ("have", sources.keys() - expected)):
+        if odd:
+            raise ValueError(f"{misfit}: they {verb} {min(odd)}")
     for name, tensor in expected.items():
+        entry = held[sources[name]]
+        if entry.shape != tuple(tensor.shape):
+            raise ValueError(
+                f"{misfit}: {name} has shape {entry.shape} where {tuple(tensor.shape)} is expected"
+            )
+        wanted = FLOATS if tensor.is_floating_point() else (tensor.dtype,)
+        if entry.dtype not in wanted:
+            given, kind = (str(d).removeprefix("torch.") for d in (entry.dtype, wanted[0]))
+            raise ValueError(f"{misfit}: {name} is {given} where {kind} or the like is expected")
+    if digest is None:
+        _check_dtypes(model, {name: held[sources[name]].dtype for name in expected}, misfit)
+    loaded = {source: read(source) for source in dict.fromkeys(sources[n] for n in expected)}
+    weights = {name: loaded[sources[name]] for name in expected}
+    _check_digest(weights, digest, path)
+    for names in groups.values():
+        first = names[0]
+        for name in names[1:]:
+            if sources[name] != sources[first] and not _same(weights[name], weights[first]):
+                raise ValueError(f"{misfit}: {first} and {name} differ, which are one tensor in it")
+    if _is_plain(model):
+        _assign(model, weights)
+        return model
+    model = _decoder(config, path)
+    for name, tensor in model.state_dict(keep_vars=True).items():
         tensor.data = tensor.data.to(weights[name].dtype)
     model.load_state_dict(weights)
     return model
+
+
+def _decoder(config: dict[str, Any], path: Path) -> Decoder:
+    try:
+        with torch.random.fork_rng(devices=[]):  # the first weights are drawn, for nothing
+            return build_decoder(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {_first_line(error)}") from error
+    except Exception as error:  # a part can fail at wrong settings in any way
+        raise ValueError(f"{path} describes no decoder: {_first_line(error)}") from error
+
+
+def _shapes_of(config: dict[str, Any], path: Path) -> Decoder:
+    """The decoder of a configuration without memory for its weights, where its parts allow it."""
+    try:
+        with torch.device("meta"):
+            return _decoder(config, path)
+    except ValueError:
+        return _decoder(config, path)  # a part of the user's may need its weights' values
+
+
+def _is_plain(model: Decoder) -> bool:
+    """Whether its state dict is all that it takes: no part from outside, nothing kept beside."""
+    state = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+    return all(
+        type(module).__module__.partition(".")[0] in ("archzoo", "torch")
+        and all(id(t) in state for t in module._buffers.values() if t is not None)
+        for module in model.modules()
+    )
+
+
+def _assign(model: Decoder, weights: Mapping[str, Tensor]) -> None:
+    """Put weights in the place of those that have no memory, laid out as the model lays them."""
+    made: dict[int, Tensor] = {}
+    used: set[int] = set()
+    for name, old in model.state_dict(keep_vars=True).items():
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if id(old) not in made:
+            new = weights[name]
+            if new.stride() != old.stride() or id(new) in used:
+                new = torch.empty_strided(old.shape, old.stride(), dtype=new.dtype).copy_(new)
+            used.add(id(weights[name]))
+            if isinstance(old, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=old.requires_grad)
+            made[id(old)] = new
+        if isinstance(old, nn.Parameter):
+            module._parameters[attribute] = made[id(old)]  # type: ignore[assignment]
+        else:
+            module._buffers[attribute] = made[id(old)]
+
+
+def _check_dtypes(model: Decoder, dtypes: Mapping[str, torch.dtype], misfit: str) -> None:
+    """Refuse foreign weights of several dtypes, but for those that stay float32 in any model."""
+    kept = {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, KeepsFloat32)
+        for name in module.float32_names
+    }
+    usual = dtypes["head.weight"]
+    for name, dtype in dtypes.items():
+        if dtype not in (usual, torch.float32 if name in kept else usual) and dtype in FLOATS:
+            given, others = (str(d).removeprefix("torch.") for d in (dtype, usual))
+            raise ValueError(f"{misfit}: {name} is {given} where head.weight is {others}")
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    """Bit for bit, nan included."""
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    one, other = (t.contiguous().reshape(-1).view(torch.uint8) for t in (first, second))
+    return torch.equal(one, other)
 
 
 def _check_vocabulary(model: Decoder, tokenizer: Tokenizer | None, path: str) -> None:
@@ -344,3 +753,16 @@ def _check_vocabulary(model: Decoder, tokenizer: Tokenizer | None, path: str) ->
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _short(value: Any) -> str:
+    """A value in a message, which a stranger's file may have made long."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = f"a {type(value).__name__} too long to show"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None

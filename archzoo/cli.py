@@ -10,6 +10,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from archzoo.training.ending import Ended
@@ -71,7 +72,17 @@ def main(arguments: list[str] | None = None) -> int:
     Args:
         arguments: What follows the program's name; None: `sys.argv`.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        status = _main(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()  # here, where it is seen that no one reads
+        return status
+    except BrokenPipeError:  # `| head` has read enough
+        with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # for what Python writes at its end
+        return 128 + 13  # as a shell says of a program that SIGPIPE ended
+
+
+def _main(given: list[str]) -> int:
     try:
         modules, given = split_imports(given)
         if modules:
@@ -92,6 +103,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         return dispatch(name, rest)
+    except BrokenPipeError:
+        raise  # an OSError, and no mistake
     except MISTAKES as error:
         return complain(error)
     except ModuleNotFoundError as error:

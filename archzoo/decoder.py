@@ -75,9 +75,12 @@ class Decoder(nn.Module):
     Attributes:
         task: What it was trained on, as `Task.config` gives it, or None. It is saved with the
             model, and says how numbers are written in the text that the model is asked in.
+        base: The digest of the weights that its training started from
+            (`archzoo.checkpoint.weights_digest`), or None: they were drawn.
     """
 
     task: dict[str, Any] | None = None
+    base: str | None = None
 
     def __init__(
         self,

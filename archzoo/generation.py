@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from archzoo.block import FORMS, State, nbytes
+from archzoo.block import FORMS, State, nbytes, reorder
 from archzoo.decoder import Decoder
 from archzoo.positions.digits import digit_embedding
 from archzoo.tasks.writing import PLAIN, Writing, writing_of
@@ -47,8 +47,8 @@ class Generation(NamedTuple):
         milliseconds_per_token: Wall time of a step, which gives every row a token; the first
             token, which comes with the prompt's pass, is left out. 0 where no other came.
         prompt_milliseconds: Wall time of the prompt's pass.
-        state_bytes: Of the state of all rows at the end, caches with the room they own; 0 in a
-            form that keeps none.
+        state_bytes: Of the state of all rows, each at its end, caches with the room they own; 0 in
+            a form that keeps none.
         largest_difference: With check, the largest relative root mean square difference of the
             two forms' logits over all rows and steps; else None.
     """
@@ -152,12 +152,13 @@ class Sampler:
             first = int(torch.randint(2**62, ())) if seed is None else seed
             self.generators = [torch.Generator().manual_seed(first + row) for row in range(rows)]
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Logits (batch, vocab_size) to tokens (batch,) int64."""
+    def __call__(self, logits: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+        """Logits (batch, vocab_size) of some rows, None: of all, to tokens (batch,) int64."""
         if not self.temperature:
             return logits.argmax(dim=-1)
+        generators = self.generators if rows is None else [self.generators[row] for row in rows]
         # Drawn on the CPU, so that a seed means the same on every device.
-        numbers = [torch.rand((), generator=g, dtype=torch.float64) for g in self.generators]
+        numbers = [torch.rand((), generator=g, dtype=torch.float64) for g in generators]
         uniform = torch.stack(numbers).to(logits.device)
         return draw(probabilities(logits, self.temperature, self.top_k, self.top_p), uniform)
 
@@ -236,20 +237,28 @@ def generate(
             twin = _reader(model, twin_form, capacity) if check else None
             times: list[float] = []
             differences: list[float] = []
-            while len(times) < max_tokens and not all(writer.ended for writer in writers):
+            going = list(range(len(rows)))  # the rows that have not ended
+            while len(times) < max_tokens and going:
                 begin = time.perf_counter()
                 logits = reader.read(tokens, documents)
-                chosen = sampler(logits)
+                chosen = sampler(logits, going)
                 news = chosen.tolist()  # waits for the device
                 times.append(1000 * (time.perf_counter() - begin))
                 if len(times) == 1 and not logits.isfinite().all():
                     raise ValueError("the model's logits are not finite: its weights are broken")
                 if twin is not None:
                     differences.append(difference(logits, twin.read(tokens, documents)))
-                for writer, new in zip(writers, news, strict=True):
-                    writer.write(new, stop_token)
-                # What stands after its end in a row is read too, and thrown away.
+                for row, new in zip(going, news, strict=True):
+                    writers[row].write(new, stop_token)
                 tokens, documents = chosen[:, None], None
+                kept = [place for place, row in enumerate(going) if not writers[row].ended]
+                if 0 < len(kept) < len(going):  # one that has ended reads on no further
+                    places = torch.tensor(kept, device=tokens.device)
+                    tokens = tokens[places]
+                    for each in (reader, twin):
+                        if each is not None:
+                            each.keep(places)
+                going = [going[place] for place in kept]
             for writer in writers:
                 writer.end()
     finally:
@@ -263,7 +272,9 @@ def generate(
         stopped=[writer.stopped for writer in writers],
         milliseconds_per_token=sum(times[1:]) / max(len(times) - 1, 1),
         prompt_milliseconds=times[0],
-        state_bytes=nbytes(reader.state) if isinstance(reader, _Carrying) else 0,
+        state_bytes=reader.ended_bytes + nbytes(reader.state)
+        if isinstance(reader, _Carrying)
+        else 0,
         largest_difference=max(differences) if differences else None,
     )
 
@@ -354,6 +365,7 @@ class _Carrying:
     def __init__(self, model: Decoder, capacity: int) -> None:
         self.model, self.capacity = model, capacity
         self.state: State = None
+        self.ended_bytes = 0  # of the state of rows that have ended
 
     def read(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
         """Tokens and documents (batch, time): the next piece. Logits (batch, vocab_size)."""
@@ -368,6 +380,12 @@ class _Carrying:
         )
         self.state = output.state
         return output.logits[:, 0]
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the rows, (kept,) int64."""
+        before = nbytes(self.state)
+        self.state = reorder(self.state, rows)
+        self.ended_bytes += before - nbytes(self.state)
 
 
 class _Recomputing:
@@ -400,6 +418,12 @@ class _Recomputing:
             positions=self.positions,
         )
         return output.logits[:, 0]
+
+    def keep(self, rows: Tensor) -> None:
+        """As `_Carrying.keep`."""
+        self.pieces = [piece[rows] for piece in self.pieces]
+        self.documents = None if self.documents is None else self.documents[rows]
+        self.positions = None if self.positions is None else self.positions[rows]
 
 
 def _reader(model: Decoder, form: str, capacity: int) -> _Carrying | _Recomputing:

@@ -8,7 +8,6 @@ little as one step of generation's prompt.
 from __future__ import annotations
 
 import csv
-import hashlib
 import math
 import warnings
 from collections import deque
@@ -287,7 +286,7 @@ def grid_command(
         FileNotFoundError: There is no such checkpoint.
         ValueError: It was not trained on problems, or a number is out of its range.
     """
-    from archzoo.checkpoint import CONFIG, load
+    from archzoo.checkpoint import CONFIG, load, weights_digest
     from archzoo.tasks.stream import build
 
     path = Path(checkpoint)
@@ -314,7 +313,7 @@ def grid_command(
     name = f"grid_{path.stem}" if path.is_file() else "grid"
     name += f"_{task}" if len(exercises) > 1 else ""
     place = Path(directory) if directory else path.parent if path.is_file() else path
-    run = f"{_fingerprint(found.model)}-{problems}-{precision}"
+    run = f"{weights_digest(found.model.state_dict())[:12]}-{problems}-{precision}"
     journal = Journal(place / f"{name}.csv", run)
 
     keys = _keys(exercise, digits, diagonal or 0)
@@ -343,14 +342,6 @@ def _keys(exercise: Exercise, digits: int, diagonal: int) -> list[Key]:
         for size in {trained, (trained + digits) // 2, digits} - {1, 2}:
             keys += [Key("chain", size, size, chain) for chain in range(size + 1)]
     return keys
-
-
-def _fingerprint(decoder: Decoder) -> str:
-    """A short hash of the weights."""
-    digest = hashlib.sha256()
-    for tensor in decoder.state_dict().values():
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:12]
 
 
 @contextmanager

@@ -181,7 +181,7 @@ def _table(layers: list[Layer]) -> Table:
 def _history(path: Path) -> dict[str, dict[int, list[tuple[int, float]]]]:
     """{metric: {layer: [(step, value), ...]}} of a run's log; empty where there is none."""
     history: dict[str, dict[int, list[tuple[int, float]]]] = {}
-    if not path.exists():
+    if not path.is_file():
         return history
     with path.open(newline="") as file:
         for row in csv.DictReader(file):

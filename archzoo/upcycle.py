@@ -9,6 +9,7 @@ arXiv 2406.06563.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,7 +81,9 @@ def _refuse_other_sums(mixture: MixtureOfExperts, dim: int) -> None:
 
 def upcycle_command(
     checkpoint: str,
-    output: str,
+    output: str | None = None,
+    /,
+    out: str | None = None,
     experts: int = 8,
     top_k: int = 2,
     router: str = "LinearRouter",
@@ -92,7 +95,8 @@ def upcycle_command(
 
     Args:
         checkpoint: A run's .ckpt file, or a directory written by archzoo.save_pretrained.
-        output: The directory that is written.
+        output: The directory that is written; the same as --out.
+        out: The directory that is written; there must be none yet.
         experts: Copies of each feed-forward.
         top_k: Experts a token is sent to.
         router: LinearRouter or AttentionRouter.
@@ -102,8 +106,14 @@ def upcycle_command(
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
+        FileExistsError: There is something where the model is to be written.
         ValueError: The checkpoint cannot be upcycled so.
     """
+    if (output is None) == (out is None):
+        raise ValueError("where is the model written? archzoo upcycle CHECKPOINT --out DIR")
+    target = Path(output or out or "")
+    if target.exists():
+        raise FileExistsError(f"{target} exists: name a directory that does not, or move it away")
     from archzoo.checkpoint import load, save_pretrained
     from archzoo.zoo import active_parameters
 
@@ -111,8 +121,8 @@ def upcycle_command(
     spec = {"class_path": router, "init_args": router_args or {}}
     arguments = {"experts": experts, "top_k": top_k, "router": spec} | (init_args or {})
     sparse = upcycle(found.model, seed=seed, **arguments)
-    save_pretrained(output, sparse, found.tokenizer, found.task)
+    save_pretrained(target, sparse, found.tokenizer, found.task)
     print(
-        f"{output}: {sparse.parameter_count():,} parameters, of which a token meets "
+        f"{target}: {sparse.parameter_count():,} parameters, of which a token meets "
         f"{active_parameters(sparse):,}; the dense model held {found.model.parameter_count():,}"
     )

@@ -569,3 +569,13 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(here):
     assert errors == ["error: runs/micro/last.ckpt could not be written: File too large"]
     assert Path("runs/micro/last.ckpt").read_bytes() == before
     assert not list(Path("runs/micro").glob("*.partial"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no shell there")
+@pytest.mark.parametrize("arguments", ["list", "--help", "generate {old} 1+2= --max_tokens 50"])
+def test_a_reader_that_has_enough_is_no_mistake(arguments):
+    """`archzoo ... | head`: nothing on stderr, whatever the command."""
+    old = Path(__file__).parent / "checkpoints" / "retnet_micro.ckpt"
+    program = f"{sys.executable} -m archzoo {arguments.format(old=old)} | true"
+    done = subprocess.run(program, shell=True, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stderr == ""

@@ -180,6 +180,46 @@ def test_stop_token_ends_a_row_and_only_that_row() -> None:
     assert not any(free.stopped)
 
 
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("form", ["recurrent", "parallel"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_others_go_on_as_alone(name: str, form: str, temperature: float) -> None:
+    """Rows end one by one; what each gets is what it gets alone, draws included."""
+    model = make(name)
+    given = {"max_tokens": 20, "temperature": temperature, "form": form}
+    free = generate(model, PROMPTS, seed=3 if temperature else None, **given).tokens
+    stop = free[1][4]
+    found = generate(
+        model, PROMPTS, seed=3 if temperature else None, stop_token=stop, check=True, **given
+    )
+    for row, tokens in enumerate(free):
+        assert found.tokens[row] == list(itertools.takewhile(lambda t: t != stop, tokens))
+
+
+def test_a_row_that_has_ended_counts_no_further() -> None:
+    """A table of positions is long enough for each row, and is left by the longest one alone."""
+    embedding = {"class_path": "LearnedPositions", "init_args": {"longest": 12}}
+    model = make("transformer_micro", embedding=embedding)
+    long, short = [1, 2, 3, 4, 5, 6, 7, 8, 9], [3]
+    [first] = generate(model, long, max_tokens=3).tokens
+    [other] = generate(model, short, max_tokens=9).tokens
+    stop = first[1]
+    expected = list(itertools.takewhile(lambda token: token != stop, other))
+    assert len(expected) == 9, "choose other prompts: this one ends too soon"
+    for form in ("recurrent", "parallel"):
+        found = generate(model, [long, short], max_tokens=9, stop_token=stop, form=form, check=True)
+        assert found.tokens == [first[:1], expected]
+        assert found.stopped == [True, False]
+        assert (found.state_bytes > 0) == (form == "recurrent")
+
+
+def test_state_of_rows_that_have_ended_is_counted() -> None:
+    model = make("retnet_micro")
+    free = generate(model, PROMPTS, max_tokens=20)
+    found = generate(model, PROMPTS, max_tokens=20, stop_token=free.tokens[1][4])
+    assert found.state_bytes == free.state_bytes
+
+
 def test_nothing_is_computed_once_all_rows_have_ended() -> None:
     model = make("retnet_micro")
     [tokens] = generate(model, [1, 2], max_tokens=3).tokens

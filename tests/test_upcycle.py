@@ -108,11 +108,18 @@ def test_the_command_writes_a_model_that_can_be_read(tmp_path, capsys):
     tokens = torch.randint(64, (2, 20))
     assert relative_error(sparse(tokens).logits, dense.eval()(tokens).logits) < 1e-5
     options = ["--router", "AttentionRouter", "--router_args.logit_norm", "0.5"]
+    capsys.readouterr()
+    assert main(arguments) == 1, "what stands there is not written over"
+    assert f"{tmp_path / 'sparse'} exists: name a directory" in capsys.readouterr().err
+    assert main(["upcycle", str(tmp_path / "dense")]) == 1
+    assert "--out DIR" in capsys.readouterr().err
+    arguments[2:3] = ["--out", str(tmp_path / "other")]
     assert main([*arguments, "--top_k", "1", *options, "--router_args.renormalise", "true"]) == 0
-    sparse, _ = archzoo.from_pretrained(tmp_path / "sparse")
+    sparse, _ = archzoo.from_pretrained(tmp_path / "other")
     router = sparse.blocks[0].feed_forward.router
     assert type(router).__name__ == "AttentionRouter"
     assert router.logit_norm == 0.5 and router.renormalise and router.top_k == 1
+    arguments[3] = str(tmp_path / "third")
     capsys.readouterr()
     assert main([*arguments, "--top_k", "1"]) == 1
     assert "--router_args.renormalise true" in capsys.readouterr().err

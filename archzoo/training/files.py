@@ -13,17 +13,20 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities import rank_zero_only
 from lightning.pytorch.loggers.logger import Logger
 
-from archzoo.checkpoint import read_safely
+from archzoo.checkpoint import read_safely, sign
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
     """Write a checkpoint beside its place, then put it there: readers see the old or the new one.
+
+    A run's gets the digest of its decoder's weights.
 
     Raises:
         OSError: It could not be written, for want of room for instance; what stood at `path`
             still stands there.
     """
     path = Path(path)
+    sign(checkpoint)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:

@@ -16,7 +16,7 @@ from torch import Tensor
 import archzoo
 from archzoo import block as interface
 from archzoo.block import Aux, State
-from archzoo.checkpoint import load
+from archzoo.checkpoint import load, weights_digest
 from archzoo.decoder import Decoder
 from archzoo.parts import find
 from archzoo.positions.digits import bind_digits
@@ -67,7 +67,8 @@ class LanguageModel(lightning.LightningModule):
         match: "parameters": set the feed-forward's width so that the model holds as many
             parameters as the preset without the swapped parts, within 1 %.
         weights: A checkpoint or a directory of `archzoo.save_pretrained` whose weights training
-            starts from, such as `archzoo upcycle` writes. The architecture is its own.
+            starts from, such as `archzoo upcycle` writes. The architecture is its own, and
+            what is saved keeps their digest as `base`.
         learning_rate: The peak, per optimizer step.
         warmup_steps: Optimizer steps from 0 to the peak.
         schedule: "cosine", which runs until the trainer's last step, or "constant".
@@ -162,7 +163,9 @@ class LanguageModel(lightning.LightningModule):
         if found.tokenizer is not None:
             self._vocabulary = found.tokenizer.files()
         decoder = build_decoder(found.model.config | given)
-        decoder.load_state_dict(found.model.state_dict())
+        state = found.model.state_dict()
+        decoder.load_state_dict(state)
+        decoder.base = weights_digest(state)
         return decoder
 
     @property
@@ -719,6 +722,7 @@ class LanguageModel(lightning.LightningModule):
         """Add all that bringing a run back takes: tensors and plain data, never objects."""
         checkpoint["archzoo_version"] = archzoo.__version__
         checkpoint["preset"] = self.preset
+        checkpoint["base"] = self.net.base
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = self.hyper_parameters()
         if self.task is not None:
             checkpoint["task"] = self.task.config()
@@ -766,6 +770,7 @@ class LanguageModel(lightning.LightningModule):
                 )
         if self.net.task is None:
             self.net.task = checkpoint.get("task")
+        self.net.base = checkpoint.get("base", self.net.base)
         if self.task is not None and type(self.task).__qualname__ not in checkpoint:
             self._take_up_stream(checkpoint)
         states = checkpoint.get("optimizer_states", [])
