@@ -513,6 +513,15 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+#: Kinds of devices that hold no float64: Apple's GPUs refuse to make one.
+WITHOUT_FLOAT64 = frozenset({"mps"})
+
+
+def for_float64(tensor: Tensor) -> Tensor:
+    """The tensor where float64 is to be had: where it lies or, failing that, on the CPU."""
+    return tensor.cpu() if tensor.device.type in WITHOUT_FLOAT64 else tensor
+
+
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x.to(dtype)``, which even where there is nothing to do costs as much as a small product."""
     return x if x.dtype == dtype else x.to(dtype)

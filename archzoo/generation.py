@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from archzoo.block import FORMS, State, nbytes, reorder
+from archzoo.block import FORMS, State, for_float64, nbytes, reorder
 from archzoo.decoder import Decoder
 from archzoo.positions.digits import digit_embedding
 from archzoo.tasks.writing import PLAIN, Writing, writing_of
@@ -77,9 +77,9 @@ def probabilities(
         top_p: Of what top_k left, keep the fewest likeliest tokens that hold this mass together.
 
     Returns:
-        (batch, vocab_size) float64.
+        (batch, vocab_size) float64; on the CPU where the logits' device has none.
     """
-    full = (logits.double() / temperature).softmax(dim=-1)
+    full = (for_float64(logits).double() / temperature).softmax(dim=-1)
     if top_k is None and top_p is None:
         return full
     ranked, order = full.sort(dim=-1, descending=True, stable=True)
@@ -159,8 +159,8 @@ class Sampler:
         generators = self.generators if rows is None else [self.generators[row] for row in rows]
         # Drawn on the CPU, so that a seed means the same on every device.
         numbers = [torch.rand((), generator=g, dtype=torch.float64) for g in generators]
-        uniform = torch.stack(numbers).to(logits.device)
-        return draw(probabilities(logits, self.temperature, self.top_k, self.top_p), uniform)
+        likely = probabilities(logits, self.temperature, self.top_k, self.top_p)
+        return draw(likely, torch.stack(numbers).to(likely.device)).to(logits.device)
 
 
 # ---------------------------------------------------------------------------- writing
@@ -432,7 +432,7 @@ def _reader(model: Decoder, form: str, capacity: int) -> _Carrying | _Recomputin
 
 def difference(logits: Tensor, reference: Tensor) -> float:
     """The largest relative root mean square difference of a row: both (batch, vocab_size)."""
-    logits, reference = logits.double(), reference.double()
+    logits, reference = for_float64(logits).double(), for_float64(reference).double()
     apart = (logits - reference).norm(dim=-1)
     return float((apart / reference.norm(dim=-1).clamp(min=1e-300)).max())
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from archzoo.block import Context, Embedding, State
+from archzoo.block import Context, Embedding, State, for_float64
 from archzoo.derivatives import transformed
 from archzoo.parts import build, describe
 from archzoo.positions.draws import STARTS, SUBSETS, examples_of, integers, random_bits, uniform
@@ -144,19 +144,21 @@ class RandomisedPositions(Embedding):
             return context._replace(positions=spread)
         examples = examples_of(context, "another embedding")
         # Sorted uniform numbers are partial sums of n + 1 exponential ones, over their total.
+        device, starts, valid = positions.device, context.starts, context.valid
+        examples, positions, starts, valid = map(for_float64, (examples, positions, starts, valid))
         gaps = -uniform(random_bits(self.seed, SUBSETS, examples, positions)).log()
         after = -uniform(random_bits(self.seed, SUBSETS, examples, self.longest)).log()
         # Which document of the row: 0 is the padding before the first.
-        document = context.starts.cumsum(dim=1)
+        document = starts.cumsum(dim=1)
         rows, time = document.shape
-        lengths = document.new_zeros(rows, time + 1).scatter_add(1, document, context.valid.long())
-        totals = gaps.new_zeros(rows, time + 1).scatter_add(1, document, gaps * context.valid)
-        sums = (gaps * context.valid).cumsum(dim=1)
-        begin = torch.where(context.starts, sums - gaps, 0).cummax(dim=1).values
+        lengths = document.new_zeros(rows, time + 1).scatter_add(1, document, valid.long())
+        totals = gaps.new_zeros(rows, time + 1).scatter_add(1, document, gaps * valid)
+        sums = (gaps * valid).cumsum(dim=1)
+        begin = torch.where(starts, sums - gaps, 0).cummax(dim=1).values
         share = (sums - begin) / (totals.gather(1, document) + after)
         room = self.longest - lengths.gather(1, document) + 1
         ids = positions + (share * room).floor().long().clamp(min=0)
-        return context._replace(positions=ids * context.valid)
+        return context._replace(positions=(ids * valid).to(device))
 
     def forward(self, tokens: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
         """The inner embedding's x; `place` has changed the context."""

@@ -5,7 +5,8 @@ differ in theta. A scaling makes a model read texts s times longer than it was t
 turning slower; it changes numbers on the host and no weight.
 
 Angles are built in float64, and only their sine and cosine are rounded: in float32 the angle
-itself loses digits with the position, in bfloat16 whole positions coincide. Frequencies are
+itself loses digits with the position, in bfloat16 whole positions coincide. Where a device has no
+float64 they are built on the CPU. Frequencies are
 host-side numbers and never buffers, so no cast of the model can reach them.
 """
 
@@ -18,7 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from archzoo.block import Rotary, at_least_float32, cast, constant, once_per_call
+from archzoo.block import Rotary, at_least_float32, cast, constant, for_float64, once_per_call
 
 Frequencies = tuple[float, ...]
 
@@ -205,10 +206,11 @@ def rotation_table(
     """
 
     def compute() -> Tensor:
-        rows = positions[:1] if positions.stride(0) == 0 else positions
+        rows = for_float64(positions[:1] if positions.stride(0) == 0 else positions)
         theta = constant(frequencies, rows.device, torch.float64)
         angles = rows.view(*rows.shape, 1, 1) * theta
-        return _polar(constant((amplitude,), rows.device, torch.float64), angles, dtype)
+        lengths = constant((amplitude,), rows.device, torch.float64)
+        return _polar(lengths, angles, dtype).to(positions.device)
 
     return once_per_call(positions, ("rotation", frequencies, dtype, amplitude), compute)
 
@@ -399,14 +401,15 @@ class RotaryEmbedding(_Rotation):
         factor, length = given["factor"], given["original_max_position_embeddings"]
 
         def compute() -> Tensor:
-            rows = positions[:1] if positions.stride(0) == 0 else positions
+            rows = for_float64(positions[:1] if positions.stride(0) == 0 else positions)
             theta = constant(self.frequencies, rows.device, torch.float64)
             time = rows.view(*rows.shape, 1, 1)
             # `dynamic_ntk_base` of each position: base^(-2i / D) gets ratio^(-2i / (D - 2)) more.
             reached = (time + 1).clamp(min=length).to(torch.float64) / length
             slower = constant(self._slower, rows.device, torch.float64)
             angles = time * theta * (factor * reached - (factor - 1)) ** slower
-            return _polar(constant((1.0,), rows.device, torch.float64), angles, dtype)
+            lengths = constant((1.0,), rows.device, torch.float64)
+            return _polar(lengths, angles, dtype).to(positions.device)
 
         key = ("dynamic", self.frequencies, factor, length, dtype)
         return once_per_call(positions, key, compute)
@@ -583,11 +586,12 @@ class XPos(Rotary):
 
     def _table(self, positions: Tensor, dtype: torch.dtype, sign: int) -> Tensor:
         def compute() -> Tensor:
-            rows = positions[:1] if positions.stride(0) == 0 else positions
+            rows = for_float64(positions[:1] if positions.stride(0) == 0 else positions)
             time = rows[..., None, None]
             angles = time * constant(self.frequencies, rows.device, torch.float64)
             fading = time * constant(self.log_scales, rows.device, torch.float64)
-            return _polar((fading * (sign / self.scale_base)).exp(), angles, dtype)
+            lengths = (fading * (sign / self.scale_base)).exp()
+            return _polar(lengths, angles, dtype).to(positions.device)
 
         key = ("xpos", self.frequencies, self.log_scales, self.scale_base, sign, dtype)
         return once_per_call(positions, key, compute)
