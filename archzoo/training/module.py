@@ -810,7 +810,7 @@ class LanguageModel(lightning.LightningModule):
 
 def widest(device: torch.device) -> torch.dtype:
     """Of sums over many tokens: float64, or float32 on Apple's GPUs: they have no more."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    return torch.float32 if device.type in interface.WITHOUT_FLOAT64 else torch.float64
 
 
 def clip_by_norm(parameters: list[torch.nn.Parameter], largest: float) -> Tensor:
