@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from archzoo.checkpoint import Pretrained, load
-from archzoo.figures import pyplot, save
+from archzoo.figures import legend, pyplot, save
 from archzoo.grid import AT_ONCE, Examiner, Key, coverage_of, examine
 from archzoo.tasks.stream import build
 
@@ -137,6 +137,45 @@ def arms_of(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     }
 
 
+# What the arms of configs/claims/abacus*.yaml and configs/abacus_cpu.yaml are.
+NAMES = {
+    "coupled": "Abacus, coupled operators",
+    "abacus": "Abacus",
+    "abacus fire": "Abacus and FIRE",
+    "abacus rope": "Abacus and RoPE",
+    "coupling": "position coupling",
+    "nope": "NoPE",
+    "rope": "RoPE",
+    "fire": "FIRE",
+    "injected": "Abacus, input injection",
+    "looped": "Abacus, looped",
+    "looped progressive": "Abacus, looped, progressive loss",
+    "retnet": "RetNet",
+    "retnet abacus": "RetNet with Abacus",
+    "retnet abacus only": "RetNet with Abacus, no rotation",
+    "cpu": "Abacus",
+    "cpu both 2": "Abacus and RoPE, 1 seed",
+}
+
+
+def titles(names: list[str]) -> dict[str, str]:
+    """What tells runs apart: names without the words that all begin by and the seed all end in."""
+    words = [name.split("_") for name in names]
+    begin = 0
+    while len(names) > 1 and all(len(w) > begin + 1 and w[begin] == words[0][begin] for w in words):
+        begin += 1
+    same_end = {w[-1] for w in words}
+    end = -1 if len(names) > 1 and len(same_end) == 1 and same_end.pop().isdigit() else None
+    found = {}
+    for name, w in zip(names, words, strict=True):
+        own = w[begin:end]
+        if begin and own and own[0].isdigit():
+            own = w[begin - 1 : end]  # a number alone says nothing
+        title = " ".join(own) or name
+        found[name] = NAMES.get(title, title)
+    return found
+
+
 def reach(row: dict[str, Any], lengths: list[int]) -> int:
     """The longest sums of which a run gets one in ten right; 0: none."""
     return max((n for n in lengths if row[f"digits_{n}"] >= 0.1), default=0)
@@ -150,11 +189,12 @@ def draw(rows: list[dict[str, Any]], lengths: list[int], path: Path) -> None:
     """
     plt = pyplot()
     arms = arms_of(rows)
+    title = titles(list(arms))
     bounds = {name: runs[0]["coverage"] for name, runs in arms.items()}
     law = len(set(bounds.values()) - {""}) > 2
     figure, panels = plt.subplots(
         1, 2, figsize=(14, 4.8), width_ratios=(2, 1), layout="constrained"
-    ) if law else plt.subplots(figsize=(9, 4.8), layout="constrained")  # fmt: skip
+    ) if law else plt.subplots(figsize=(10, 4.8), layout="constrained")  # fmt: skip
     panel = panels[0] if law else panels
     panel.axvspan(0.5, rows[0]["trained_digits"] + 0.5, color="0.92")
     # Arms that reach further and further are shades, others are told apart by colour and dashes.
@@ -167,7 +207,7 @@ def draw(rows: list[dict[str, Any]], lengths: list[int], path: Path) -> None:
         seeds = f", {len(runs)} seeds" if len(runs) > 1 else ""
         panel.plot(
             lengths, values.mean(axis=0), style, color=color, marker=".", linewidth=1.2,
-            label=name + seeds,
+            label=title[name] + seeds,
         )  # fmt: skip
         if len(runs) > 1:
             panel.fill_between(
@@ -189,7 +229,7 @@ def draw(rows: list[dict[str, Any]], lengths: list[int], path: Path) -> None:
         xlim=(0.5, lengths[-1] + 0.5),
     )
     panel.xaxis.get_major_locator().set_params(integer=True)
-    panel.legend(fontsize=7, loc="upper right")
+    legend(panel, beside=True)
     if law:
         ends = (0, max(bound - 1 for bound in bounds.values() if bound) + 1)
         panels[1].plot(ends, ends, "k:", label="the law: no run above this line")
@@ -201,7 +241,7 @@ def draw(rows: list[dict[str, Any]], lengths: list[int], path: Path) -> None:
             ylim=ends,
             aspect="equal",
         )
-        panels[1].legend(fontsize=7, loc="upper left")
+        legend(panels[1])
     save(figure, path)
     print(f"drew {path}")
 

@@ -75,7 +75,7 @@ def test_the_law_has_a_panel_where_arms_reach_differently(lengths, tmp_path, mon
     lengths.draw(law, span, tmp_path / "law.png")
     lines, points = drawn[0].axes
     labels = [line.get_label() for line in lines.lines if "seeds" in line.get_label()]
-    assert labels == [f"arm_{n}, 2 seeds" for n in range(4)]
+    assert labels == [f"arm {n}, 2 seeds" for n in range(4)]
     at = sorted(line.get_xdata()[0] for line in lines.lines if line.get_linestyle() == ":")
     assert at == [4.5, 5.5, 6.5, 7.5]  # between the last that can be right and the next
     marks = [line for line in points.lines if line.get_marker() == "o"]

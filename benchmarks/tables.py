@@ -1,0 +1,330 @@
+"""The tables of docs/ from the rows of results/: nothing in them is typed.
+
+    python benchmarks/tables.py              write them anew, between their marks
+    python benchmarks/tables.py --check      say which are not what the rows say
+    python benchmarks/tables.py --figures    draw the figures of lengths, scaling and kernels again
+
+A table stands in a page between <!-- table: NAME --> and <!-- end -->.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+H100, H200 = "nvidia-h100-80gb-hbm3-torch2.11.0", "nvidia-h200-torch2.11.0"
+CPU = "amd-epyc-torch2.13.0"
+LENGTHS = (  # exact match by length
+    f"{H100}-bfloat16-claims-abacus_coverage-lengths",
+    f"{H200}-bfloat16-claims-abacus-lengths-best",
+    f"{H200}-bfloat16-claims-abacus-lengths-last",
+    f"{CPU}-float32-abacus-cpu-lengths-best",
+    f"{CPU}-float32-abacus-cpu-lengths-last",
+)
+Row = dict[str, str]
+
+
+def rows_of(name: str) -> list[Row]:
+    with (RESULTS / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def markdown(headings: list[str], rows: list[list[str]], numbers: int = 1) -> str:
+    """A table whose columns from `numbers` on stand at the right."""
+    marks = ["---"] * numbers + ["---:"] * (len(headings) - numbers)
+    lines = [headings, marks, *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927)."""
+    z = 1.96
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = math.sqrt(share * (1 - share) / count + z * z / (4 * count**2)) / (1 + z * z / count)
+    return middle - z * half, middle + z * half
+
+
+def per_cent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+# ---------------------------------------------------------------------------- arithmetic
+
+
+def coverage() -> str:
+    """Exact match at the last length that positions reach, and one further."""
+    found = []
+    for row in rows_of(f"{H100}-bfloat16-claims-abacus_coverage-lengths"):
+        bound = int(row["coverage"]) - 1  # an answer may have one digit more
+        at = float(row[f"digits_{bound}"])
+        low, high = wilson(at, int(row["problems"]))
+        lengths = [n for n in range(1, 31) if float(row[f"digits_{n}"]) >= 0.1]
+        found.append(
+            (bound, [
+                row["run"].removeprefix("abacus_coverage_shift_").rpartition("_")[0],
+                str(bound),
+                per_cent(float(row["inside"])),
+                per_cent(at),
+                f"{100 * low:.0f} to {100 * high:.0f} %",
+                per_cent(float(row[f"digits_{bound + 1}"])),
+                str(max(lengths)),
+            ])
+        )  # fmt: skip
+    headings = ["largest shift", "positions reach", "1 to 7 digits", "at the reach", "95 %"]
+    headings += ["one digit further", "longest with one in ten right"]
+    return markdown(headings, [cells for _, cells in sorted(found)], 0)
+
+
+def abacus() -> str:
+    """Exact match by ranges of lengths, of both checkpoints."""
+    spans = [(1, 20), (21, 30), (31, 60), (61, 100), (101, 110), (21, 100)]
+    found = []
+    for which in ("last", "best"):
+        for row in rows_of(f"{H200}-bfloat16-claims-abacus-lengths-{which}"):
+            means = [
+                statistics.fmean(float(row[f"digits_{n}"]) for n in range(low, high + 1))
+                for low, high in spans
+            ]
+            name = row["run"].removeprefix("abacus_").rpartition("_")[0]
+            cells = [f"`{name}`", f"`{which}.ckpt`", f"{int(row['parameters']):,}"]
+            found.append(cells + [per_cent(mean) for mean in means])
+    headings = ["arm", "checkpoint", "parameters", *(f"{low}-{high}" for low, high in spans)]
+    return markdown(headings, found, 2)
+
+
+def abacus_cpu() -> str:
+    """Exact match of best.ckpt and last.ckpt by length, in per cent."""
+    best, last = (
+        {row["run"]: row for row in rows_of(f"{CPU}-float32-abacus-cpu-lengths-{which}")}
+        for which in ("best", "last")
+    )
+    columns = {"1-7": range(1, 8), "8": [8], "9": [9], "10": [10], "12": [12]}
+    found = []
+    for run in sorted(best, reverse=True):
+        seed = run.rpartition("_")[2]
+        name = f"RoPE beside Abacus, seed {seed}" if "both" in run else f"seed {seed}"
+        cells = [name]
+        for lengths in columns.values():
+            pair = [
+                100 * statistics.fmean(float(rows[run][f"digits_{n}"]) for n in lengths)
+                for rows in (best, last)
+            ]
+            cells.append(f"{pair[0]:.0f}, {pair[1]:.0f}")
+        found.append(cells)
+    order = [cells for cells in found if "RoPE" not in cells[0]]
+    return markdown(["", *columns], order + [cells for cells in found if "RoPE" in cells[0]])
+
+
+def rope_scaling() -> str:
+    """Perplexity of the last 64 characters, and of the window, by scaling and length."""
+    rows = rows_of(f"{H200}-float32-claims-rope_scaling-lengths")
+    lengths = list(dict.fromkeys(row["length"] for row in rows))
+    names = {"none": "none", "ntk": "NTK", "ntk x2": "NTK, twice the ratio", "yarn": "YaRN"}
+    found = []
+    for scaling in dict.fromkeys(row["scaling"] for row in rows):
+        mine = [(float(r["tail"]), float(r["window"])) for r in rows if r["scaling"] == scaling]
+        pairs = [f"{tail:#.3g}, {window:#.3g}" for tail, window in mine]
+        found.append([names.get(scaling, scaling), *pairs])
+    return markdown(["scaling", *(f"{int(length):,}" for length in lengths)], found)
+
+
+# ---------------------------------------------------------------------------- mixtures
+
+
+def arms(name: str, against: str, more: dict[str, str]) -> str:
+    """The arms of an experiment: parameters, loss, and what `more` names of the log."""
+    by_arm: dict[str, list[Row]] = {}
+    for row in rows_of(f"{H200}-bfloat16-claims-{name}"):
+        by_arm.setdefault(row["arm"], []).append(row)
+    loss = {arm: [float(r["validation/loss/best"]) for r in rows] for arm, rows in by_arm.items()}
+    base = statistics.fmean(loss[against])
+    order = [against, *(arm for arm in sorted(by_arm, key=_natural) if arm != against)]
+    found = []
+    for arm in order:
+        rows, mean = by_arm[arm], statistics.fmean(loss[arm])
+        spread = f" ± {statistics.stdev(loss[arm]):.4f}" if len(rows) > 1 else ""
+        short = ", cut short" if any(row.get("cut_short") for row in rows) else ""
+        cells = [
+            f"`{arm}`{short}",
+            str(len(rows)),
+            f"{int(rows[0]['parameters']):,}",
+            f"{int(rows[0]['active']):,}",
+            f"{mean:.4f}{spread}",
+            "" if arm == against else f"{mean / base - 1:+.2%}".replace("%", " %"),
+        ]
+        for column, digits in more.items():
+            values = [float(row[column]) for row in rows if row.get(column)]
+            cells.append(f"{statistics.fmean(values):.{digits}f}" if values else "")
+        found.append(cells)
+    headings = ["arm", "runs", "parameters", "a token meets", "best validation loss"]
+    headings += [f"against `{against}`", *(TITLES[column] for column in more)]
+    return markdown(headings, found)
+
+
+TITLES = {
+    "train/metric/drop_rate/last": "drop rate, late",
+    "train/metric/max1_max2/first": "Max1/Max2, early",
+    "train/metric/max1_max2/last": "late",
+    "train/metric/coefficient/last": "coefficient, late",
+}
+GATE = {
+    "train/metric/drop_rate/last": "3",
+    "train/metric/max1_max2/first": "2",
+    "train/metric/max1_max2/last": "2",
+}
+
+
+def _natural(name: str) -> list[str]:
+    return [f"{float(p):09.3f}" if p[:1].isdigit() else p for p in name.split("_")]
+
+
+def same_runs() -> str:
+    """Arms that are one run by two names: every figure of theirs is equal."""
+    seen: dict[tuple[str, ...], list[str]] = {}
+    for name in ("normalised_gate", "adaptive_balance", "moe_router", "filtered_attention"):
+        for row in rows_of(f"{H200}-bfloat16-claims-{name}"):
+            if row["validation/loss/best"]:
+                key = tuple(
+                    value for column, value in sorted(row.items())
+                    if column.startswith(("validation/", "train/loss", "train/gradient"))
+                )  # fmt: skip
+                seen.setdefault(key, []).append(f"`{row['arm']}` of `{name}`")
+    several = [names for names in seen.values() if len(names) > 1]
+    lines = [f"{' and '.join(names)}: the same figures, to the last digit" for names in several]
+    return "\n".join(f"- {line}" for line in lines) or "- none"
+
+
+# ---------------------------------------------------------------------------- kernels
+
+NEEDED = {"16": {"2048": 1.5}, "8": {}, "4": {}}  # times fla that were asked for; else by width
+
+
+def kernels() -> str:
+    """Milliseconds of a pass, contenders side by side; fla is the better of its forms."""
+    rows = [r for r in rows_of(f"{H100}-bf16-retention-kernels") if r["pass"] != "step"]
+    found = []
+    for shape in dict.fromkeys((r["heads"], r["dk"], r["dv"], r["time"]) for r in rows):
+        here = [r for r in rows if (r["heads"], r["dk"], r["dv"], r["time"]) == shape]
+        for way, title in (("graph", "graph"), ("eager", "Python")):
+
+            def least(kind: str, which: str, way: str = way, here: list[Row] = here) -> float:
+                return min(
+                    float(r["milliseconds"])
+                    for r in here
+                    if r["launch"] == way and r["pass"] == which and r["contender"].startswith(kind)
+                )
+
+            names = ("archzoo", "fla", "cuDNN")
+            times = {n: [least(n, p) for p in ("forward", "forward+backward")] for n in names}
+            mine = times["archzoo"][1]
+            needed = 3.0 if shape[2] in ("256", "512") else NEEDED[shape[0]].get(shape[3], 2.0)
+            ratio = f"{times['fla'][1] / mine:.2f}"
+            last = [r for r in here if r["pass"] == "forward+backward"][-1]
+            floor = max(float(last["floor_bytes_ms"]), float(last["floor_operations_ms"]))
+            first = way == "graph"
+            found.append([
+                " x ".join(shape[:3]) if first else "",
+                f"{int(shape[3]):,}" if first else "",
+                title,
+                *(f"{times[n][0]:.3f} / {times[n][1]:.3f}" for n in names),
+                ratio if float(ratio) >= needed else f"**{ratio}**",
+                f"{needed:g}",
+                f"{times['cuDNN'][1] / mine:.1f}",
+                f"{mine / floor:.1f}",
+            ])  # fmt: skip
+    headings = ["heads x dk x dv", "T", "launched by", *("archzoo", "fla", "cuDNN")]
+    headings += ["fla / archzoo", "needed", "cuDNN / archzoo", "over the floor"]
+    return markdown(headings, found, 3)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "coverage": coverage,
+    "abacus": abacus,
+    "abacus_cpu": abacus_cpu,
+    "rope_scaling": rope_scaling,
+    "filtered_attention": lambda: arms("filtered_attention", "plain", {}),
+    "normalised_gate": lambda: arms("normalised_gate", "none", GATE),
+    "adaptive_balance": lambda: arms(
+        "adaptive_balance",
+        "constant",
+        {"train/metric/drop_rate/last": "3", "train/metric/coefficient/last": "4"},
+    ),
+    "moe_router": lambda: arms("moe_router", "linear", GATE),
+    "same_runs": same_runs,
+    "retention_kernels": kernels,
+}
+
+
+def written(page: str) -> str:
+    """A page with its tables as the rows have them."""
+
+    def table(found: re.Match[str]) -> str:
+        if found[1] not in TABLES:
+            raise SystemExit(f"error: there is no table {found[1]!r}: {', '.join(TABLES)}")
+        return f"<!-- table: {found[1]} -->\n{TABLES[found[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", table, page, flags=re.DOTALL)
+
+
+def figures() -> None:
+    """Draw what has rows again."""
+    import lengths
+    import retention_kernels
+
+    from archzoo.extend import Reading, draw
+
+    for name in LENGTHS:
+        rows: list[dict[str, Any]] = []
+        for row in rows_of(name):
+            numbers = {c: float(v) for c, v in row.items() if c.startswith("digits_")}
+            facts = {c: int(row[c]) for c in ("trained_digits", "parameters")}
+            reach = int(row["coverage"]) if row["coverage"] else ""
+            rows.append(row | numbers | facts | {"coverage": reach})
+        asked = [int(c.removeprefix("digits_")) for c in rows[0] if c.startswith("digits_")]
+        lengths.draw(rows, asked, RESULTS / f"{name}.png")
+    name = f"{H200}-float32-claims-rope_scaling-lengths"
+    rows = rows_of(name)
+    kinds = {"scaling": str, "length": int} | dict.fromkeys(("factor", "ratio"), float)
+    kinds |= dict.fromkeys(("window", "tail"), float)
+    readings = [Reading(**{c: kinds[c](row[c]) for c in kinds}) for row in rows]
+    facts = (int(rows[0]["trained_length"]), int(rows[0]["tail_tokens"]))
+    draw(readings, *facts, RESULTS / f"{name}.png")
+    for name in (f"{H100}-bf16-retention-kernels", f"{H200}-bf16-retention-kernels"):
+        rows = [
+            row | {c: int(row[c]) for c in ("heads", "dk", "dv", "time")} for row in rows_of(name)
+        ]
+        retention_kernels.draw(rows, RESULTS / f"{name}.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing, fail on a difference")
+    parser.add_argument("--figures", action="store_true", help="draw the figures, too")
+    given = parser.parse_args()
+    other = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if (new := written(text)) != text:
+            other.append(page.name)
+            if not given.check:
+                page.write_text(new, encoding="utf-8")
+    if given.figures:
+        figures()
+    if given.check and other:
+        raise SystemExit(f"error: not as the rows have it: {', '.join(other)}")
+    print(f"{len(TABLES)} tables, {len(other)} pages written" if not given.check else "current")
+
+
+if __name__ == "__main__":
+    main()
