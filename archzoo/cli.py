@@ -53,6 +53,9 @@ COMMANDS = {
     "extend": Command(
         "read texts longer than a checkpoint's, with its RoPE scaled", "extend", "extend_command"
     ),
+    "cache": Command(
+        "show or remove the encoded texts that are kept", "tasks.cache", "cache_command"
+    ),
     "check": Command("hold a class of yours to the interface", "contract", "check_command"),
 }
 

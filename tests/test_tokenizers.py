@@ -7,6 +7,7 @@ import tokenizers as library
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from archzoo.tasks import tokenizers
 from archzoo.tasks.tokenizers import (
     CharacterTokenizer,
     LibraryTokenizer,
@@ -170,6 +171,41 @@ def test_a_given_tokenizer_knows_its_stop_token():
     assert isinstance(tokenizer, LibraryTokenizer)
     assert tokenizer.stop_token == given.token_to_id("<|endoftext|>")
     assert tokenizer.vocab_size == max(given.get_vocab().values()) + 1  # ids may have gaps
+
+
+BLANKS = " \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0\u1680\u2003\u2028\u2029\u202f\u205f\u3000\u200b"
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.text(st.sampled_from(BLANKS) | st.sampled_from("ab'sé1½٣!?,"), max_size=20)))
+def test_words_encoded_once_are_what_the_library_makes_of_the_text(texts):
+    tokenizer = learned_once("bpe")
+    assert [tokens.tolist() for tokens in tokenizer.encode_many(texts)] == [
+        tokenizer.encode(text) for text in texts
+    ]
+
+
+def test_a_memory_of_words_that_is_full_forgets_and_goes_on(monkeypatch):
+    monkeypatch.setattr(tokenizers._Words, "MOST", 5)
+    monkeypatch.setattr(tokenizers._Words, "LONGEST", 4)
+    tokenizer = learn_bpe(SAMPLE, SIZE["bpe"])
+    for text in ("to be or not to be that is", "the king", "a" * 9 + " to " + "b" * 9, "", "to be"):
+        for again in range(2):
+            (tokens,) = tokenizer.encode_many([text])
+            assert tokens.tolist() == tokenizer.encode(text), again
+    assert len(tokenizer._words._index) <= 5
+
+
+def test_words_are_not_remembered_where_tokens_may_cross_them():
+    tokenizer = learn_bpe(SAMPLE, SIZE["bpe"])
+    assert tokenizers._splits_at_blanks(tokenizer.library)
+    other = library.Tokenizer.from_str(tokenizer.library.to_str())
+    other.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    assert not tokenizers._splits_at_blanks(other)
+    (tokens,) = LibraryTokenizer(other).encode_many(["to be or not"])
+    assert tokens.tolist() == other.encode("to be or not").ids
+    tokenizer.library.add_tokens(["be or"])  # a word of two
+    assert not tokenizers._splits_at_blanks(tokenizer.library)
 
 
 def test_what_a_file_says_of_cutting_and_adding_is_switched_off():

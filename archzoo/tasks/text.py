@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
+import time
 from collections.abc import Iterator
 from functools import lru_cache
 from glob import glob
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from archzoo.tasks import tokenizers
+from archzoo.tasks import cache, tokenizers
 from archzoo.tasks.draws import Integers, random_bits
 from archzoo.tasks.stream import IGNORED, Batch, Task
 from archzoo.tasks.tokenizers import Tokenizer
@@ -125,16 +124,40 @@ class Text(Task):
                     f"which has {given.vocab_size} tokens: leave vocab_size out"
                 )
             recipe += [given.fingerprint()]
-        key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
-        cache = _cache_home(arguments["cache_dir"]) / f"text-{key}"
-        if not _complete(cache):
-            _fill(cache, lambda folder: self._encode(corpus, given, folder))
-        meta = json.loads((cache / "meta.json").read_text())
+        folder = cache.entry(arguments["cache_dir"], recipe)
+        meta = cache.read(folder, recipe)
+        if meta is None:
+            self._make(corpus, given, folder, recipe)
+            meta = cache.read(folder, recipe)
+            if meta is None:
+                raise OSError(f"{folder} was changed while it was written: try again")
         self._check_length(meta["train_tokens"], meta["validation_tokens"])
-        self.tokenizer = Tokenizer.load(cache)
+        self.tokenizer = Tokenizer.load(folder)
         self._meta = meta
         self._digest = digest
-        self._cache = cache
+        self._cache = folder
+
+    def _make(
+        self, corpus: Corpus, given: Tokenizer | None, folder: Path, recipe: list[Any]
+    ) -> None:
+        """Encodes the text into the cache, and says so."""
+        name = self.arguments["tokenizer"]
+        if folder.exists():
+            cache.say(f"{folder} is damaged: it is made again")
+        if corpus.size > SAMPLE:
+            cache.say(f"{corpus.path}: {cache.megabytes(corpus.size)} to encode ({name})")
+        began = time.monotonic()
+        try:
+            cache.fill(folder, recipe, lambda place: self._encode(corpus, given, place))
+        except BaseException as error:
+            if not isinstance(error, Exception):  # Ctrl-C and the like
+                cache.say(f"{corpus.path} was not encoded to its end: nothing was kept of it")
+            raise
+        cache.say(
+            f"encoded {corpus.path} ({cache.megabytes(corpus.size)}, {name}) in "
+            f"{time.monotonic() - began:.0f} s; kept in {folder}, and `archzoo cache --clear` "
+            "removes it"
+        )
 
     def fingerprint(self) -> dict[str, Any]:
         lanes = {"batch_size": self.batch_size} if self.carry_state else {}
@@ -150,23 +173,39 @@ class Text(Task):
             )
         super().load_state_dict(state_dict)
 
-    def _encode(self, corpus: Corpus, given: Tokenizer | None, folder: Path) -> None:
-        """Writes tokenizer, both parts of the text and their sizes into a folder."""
+    def _encode(self, corpus: Corpus, given: Tokenizer | None, folder: Path) -> dict[str, Any]:
+        """Writes tokenizer and both parts of the text into a folder; their sizes, and the like."""
         train, validation = corpus.split(1 - self.arguments["validation_fraction"])
         tokenizer = given or self._learn(corpus, train)
         tokenizer.save(folder)
         dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-        meta: dict[str, Any] = {"dtype": dtype, "path": str(corpus.path)}
+        meta: dict[str, Any] = {
+            "dtype": dtype,
+            "path": str(corpus.path),
+            "tokenizer": self.arguments["tokenizer"],
+        }
+        progress, done = cache.Progress(f"encoding {corpus.path}", corpus.size), 0
         for part, spans in (("train", train), ("validation", validation)):
             count = 0
             with open(folder / f"{part}.bin", "wb") as file:
                 for texts in _groups(corpus.texts(*spans), 8):
                     for tokens in _encode_many(tokenizer, texts, corpus.path):
+                        if tokens.max(initial=0) >= tokenizer.vocab_size:
+                            raise ValueError(
+                                f"{corpus.path}: the tokenizer gave token {tokens.max()} and says "
+                                f"that it has {tokenizer.vocab_size}"
+                            )
                         file.write(tokens.astype(dtype).tobytes())
                         count += len(tokens)
+                    done += sum(len(text.encode()) for text in texts)
+                    progress(done)
             size = sum(stop - start for start, stop in spans)
             meta |= {f"{part}_tokens": count, f"{part}_bytes": size}
-        (folder / "meta.json").write_text(json.dumps(meta, indent=2))
+        progress.end()
+        before = corpus.digested
+        if corpus.digest() != before:
+            raise ValueError(f"{corpus.path} changed while it was read: start again once it rests")
+        return meta
 
     def _learn(self, corpus: Corpus, train: list[Span]) -> Tokenizer:
         name, vocab_size = self.arguments["tokenizer"], self.arguments["vocab_size"]
@@ -175,6 +214,11 @@ class Text(Task):
         learn = tokenizers.learn_bpe if name == "bpe" else tokenizers.learn_unigram
         size = sum(stop - start for start, stop in train)
         stride = -(-size // SAMPLE)  # pieces from all over the training part
+        if stride > 1:
+            cache.say(
+                f"{name} learns its pieces from {cache.megabytes(size // stride)} of the "
+                f"{cache.megabytes(size)} to train on, from all over them"
+            )
         texts = corpus.texts(*train)
         return learn((text for n, text in enumerate(texts) if n % stride == 0), vocab_size)
 
@@ -323,17 +367,23 @@ class Corpus:
         sizes = [file.stat().st_size for file in self.files]
         self.starts = [sum(sizes[:n]) for n in range(len(sizes) + 1)]
         self.size = self.starts[-1]
+        self.digested = ""  # what `digest` gave last
         if not self.size:
             raise ValueError(f"{path} is empty: there is no text to learn from")
 
     def digest(self) -> str:
         """A hash of the content and of where the files end."""
         digest = hashlib.sha256(json.dumps(self.starts).encode())
+        progress, done = cache.Progress(f"reading {self.path}", self.size), 0
         for path in self.files:
             with open(path, "rb") as file:
                 while block := file.read(1 << 20):
                     digest.update(block)
-        return digest.hexdigest()
+                    done += len(block)
+                    progress(done)
+        progress.end()
+        self.digested = digest.hexdigest()
+        return self.digested
 
     def split(self, fraction: float) -> tuple[list[Span], list[Span]]:
         """Every file's beginning, a fraction of it, and every file's end."""
@@ -442,47 +492,3 @@ def _encode_many(tokenizer: Tokenizer, texts: list[str], path: Path) -> list[NDA
         return tokenizer.encode_many(texts)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-# ---------------------------------------------------------------------------- cache
-
-
-def _cache_home(directory: str | None) -> Path:
-    if directory is not None:
-        return Path(directory)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "archzoo"
-
-
-def _complete(cache: Path) -> bool:
-    """Whether a cache folder holds all it should."""
-    try:
-        meta = json.loads((cache / "meta.json").read_text())
-        width = np.dtype(meta["dtype"]).itemsize
-        return all(
-            (cache / f"{part}.bin").stat().st_size == meta[f"{part}_tokens"] * width
-            for part in ("train", "validation")
-        )
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def _fill(cache: Path, write: Any) -> None:
-    """Makes a cache folder whole or not at all: written under another name, then renamed."""
-    partial = cache.with_name(f"{cache.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        if cache.exists() and not _complete(cache):
-            shutil.rmtree(cache)
-        partial.rename(cache)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        if not _complete(cache):  # else another process was faster
-            raise OSError(
-                error.errno,
-                f"cannot write the encoded text to {cache.parent} ({error.strerror}): make room "
-                "or set cache_dir to another place",
-            ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
