@@ -246,6 +246,30 @@ def test_an_accumulation_that_was_given_up_leaves_nothing_behind():
     assert_same(seen.found[:2], by_hand(make(feed_forward=feed_forward), batches))
 
 
+class Interrupt(lightning.Callback):
+    """Ends a run in the middle of an accumulation."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == EACH + 2:
+            raise RuntimeError("interrupted")
+
+
+def test_a_run_of_the_same_object_begins_anew():
+    batches, feed_forward = cut(UNEVEN), mixture(balance="none", router=BIASED)
+    model = make(feed_forward=feed_forward)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        trained(model, batches, EACH, Interrupt())
+    assert model._sums and model._totals
+    model._skipped = 2
+    for block in model.net.blocks:
+        block.feed_forward.router.reset_parameters()  # the bias has moved
+    assert_same(
+        trained(model, batches, EACH).found, by_hand(make(feed_forward=feed_forward), batches)
+    )
+    asked = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
+    assert model._totals["loss"][1] == asked and model.steps_taken == 2
+
+
 # ---------------------------------------------------------------------------- skipped steps
 
 

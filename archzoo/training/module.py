@@ -49,8 +49,8 @@ class LanguageModel(lightning.LightningModule):
     both cuts are one and the same. An aux loss (``loss/...`` of the decoder's aux) is its mean
     over the pieces by their labelled tokens. For one that is itself a mean over tokens, as the
     z-loss, that is the whole batch's where the same share of tokens is labelled in each piece. A
-    balancing loss is not linear in the tokens: cut into pieces it is another, stronger one, unless
-    it takes the tokens of all ranks (`balance_over`), which makes the micro-batch the piece. What
+    balancing loss is not linear in the tokens: cut into pieces it is another one (see `Balance`),
+    and where it takes the tokens of all ranks (`balance_over`) the micro-batch is its piece. What
     moves by counts, experts' biases and adaptive coefficients, sees the counts of the whole step.
 
     Weights move by AdamW (Loshchilov and Hutter, arXiv 1711.05101) with decay on matrices only, a
@@ -175,7 +175,16 @@ class LanguageModel(lightning.LightningModule):
             raise RuntimeError("the decoder is made in setup, when the vocabulary is known")
         return self.decoder
 
+    def _begin_run(self) -> None:
+        """Forget what an earlier `fit` of this object has summed, carried and counted."""
+        for entries in (self._totals, self._sums, self._carried, self._unchecked):
+            entries.clear()
+        self._alike = self._labelled = self._scale = self._gradient_norm = None
+        self._skipped = 0
+
     def setup(self, stage: str) -> None:
+        if stage == "fit":  # before a checkpoint is read
+            self._begin_run()
         task = self.task
         if self.decoder is None:
             if task is None:

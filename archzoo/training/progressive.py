@@ -38,7 +38,7 @@ def passes(loops: int, share: float, seed: int, step: int) -> list[Pass]:
         loops: Runs of the model's stack; 1: there is nothing to draw.
         share: Of the progressive loss, 0 to 1.
         seed: Of the draws.
-        step: The optimizer step; the draws are a function of (seed, step).
+        step: Optimizer steps taken so far; the draws are a function of (seed, step).
     """
     if loops == 1 or not share:
         return [Pass(1.0)]
