@@ -847,8 +847,17 @@ def _counts(right: Tensor, asked: Tensor) -> Tensor:
 
 
 def tokenizer_files(checkpoint: dict[str, Any]) -> dict[str, bytes]:
-    """The tokenizer's files that a checkpoint holds, for `archzoo.tasks.tokenizers.from_files`."""
-    return {name: bytes(content.tolist()) for name, content in checkpoint["tokenizer"].items()}
+    """The tokenizer's files that a checkpoint holds, for `archzoo.tasks.tokenizers.from_files`.
+
+    Raises:
+        ValueError: It holds something else there, as a damaged file may.
+    """
+    files = checkpoint.get("tokenizer") or {}
+    if not isinstance(files, dict) or not all(
+        isinstance(content, Tensor) and content.dtype == torch.uint8 for content in files.values()
+    ):
+        raise ValueError("the checkpoint holds no tokenizer where it should")
+    return {str(name): bytes(content.flatten().tolist()) for name, content in files.items()}
 
 
 def random_state() -> dict[str, Any]:

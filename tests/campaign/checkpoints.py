@@ -131,7 +131,7 @@ def _as_said(settings: dict[str, Any], found: Any) -> None:
         if said is not None:
             legal = str(parameter.annotation)
             kind = type(said).__name__
-            fits = kind in legal or (kind == "int" and "float" in legal)
+            fits = kind in legal or (kind == "int" and "float" in legal) or repr(said) in legal
             assert fits, f"{name}={said!r} of type {kind} was accepted where {legal} is expected"
 
 
