@@ -125,13 +125,20 @@ class Text(Task):
                 )
             recipe += [given.fingerprint()]
         folder = cache.entry(arguments["cache_dir"], recipe)
-        meta = cache.read(folder, recipe)
+        meta, began = cache.read(folder, recipe), time.monotonic()
+        made = meta is None
         if meta is None:
             self._make(corpus, given, folder, recipe)
             meta = cache.read(folder, recipe)
             if meta is None:
                 raise OSError(f"{folder} was changed while it was written: try again")
         self._check_length(meta["train_tokens"], meta["validation_tokens"])
+        if made:
+            cache.say(
+                f"encoded {corpus.path} ({cache.megabytes(corpus.size)}, {arguments['tokenizer']}) "
+                f"in {time.monotonic() - began:.0f} s; kept in {folder}, and `archzoo cache "
+                "--clear` removes it"
+            )
         self.tokenizer = Tokenizer.load(folder)
         self._meta = meta
         self._digest = digest
@@ -140,24 +147,18 @@ class Text(Task):
     def _make(
         self, corpus: Corpus, given: Tokenizer | None, folder: Path, recipe: list[Any]
     ) -> None:
-        """Encodes the text into the cache, and says so."""
+        """Encodes the text into the cache, and says what takes long."""
         name = self.arguments["tokenizer"]
         if folder.exists():
             cache.say(f"{folder} is damaged: it is made again")
         if corpus.size > SAMPLE:
             cache.say(f"{corpus.path}: {cache.megabytes(corpus.size)} to encode ({name})")
-        began = time.monotonic()
         try:
             cache.fill(folder, recipe, lambda place: self._encode(corpus, given, place))
         except BaseException as error:
             if not isinstance(error, Exception):  # Ctrl-C and the like
                 cache.say(f"{corpus.path} was not encoded to its end: nothing was kept of it")
             raise
-        cache.say(
-            f"encoded {corpus.path} ({cache.megabytes(corpus.size)}, {name}) in "
-            f"{time.monotonic() - began:.0f} s; kept in {folder}, and `archzoo cache --clear` "
-            "removes it"
-        )
 
     def fingerprint(self) -> dict[str, Any]:
         lanes = {"batch_size": self.batch_size} if self.carry_state else {}
