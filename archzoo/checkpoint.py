@@ -277,7 +277,8 @@ def task_of(found: Pretrained, **changes: Any) -> Task:
 
     Args:
         found: A checkpoint's content.
-        **changes: Arguments of the task that shall differ.
+        **changes: Arguments of the task that shall differ, such as `path` where the text lies
+            elsewhere: what a checkpoint names is read under the current directory only.
 
     Raises:
         ValueError: The checkpoint names no task, or one that is not known.
@@ -286,14 +287,14 @@ def task_of(found: Pretrained, **changes: Any) -> Task:
 
     if found.task is None:
         raise ValueError("the checkpoint does not say what it was trained on: there is no task")
-    arguments = found.task["init_args"] | changes
+    arguments = found.task.get("init_args") or {}
     with tempfile.TemporaryDirectory(prefix="archzoo-") as directory:
         if "tokenizer" in arguments and found.tokenizer is not None:
             for name, content in found.tokenizer.files().items():
                 (Path(directory) / name).write_bytes(content)
-                arguments["tokenizer"] = str(Path(directory) / name)
-            arguments["vocab_size"] = None
-        task = build(found.task | {"init_args": arguments})
+                changes["tokenizer"] = str(Path(directory) / name)
+            changes["vocab_size"] = None
+        task = build(found.task, **changes)
         task.prepare()
     return task
 

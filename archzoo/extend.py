@@ -11,7 +11,7 @@ import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
 from rich.table import Table
@@ -168,6 +168,7 @@ def extend_command(
     tail: int | None = None,
     directory: str | None = None,
     device: str | None = None,
+    data: dict[str, Any] | None = None,
 ) -> None:
     """Read texts longer than a checkpoint was trained on, with its RoPE scaled and without.
 
@@ -183,6 +184,7 @@ def extend_command(
             None: half the trained length.
         directory: Where the table and the figure go. None: beside the checkpoint.
         device: Such as cpu or cuda. None: a GPU where there is one.
+        data: Arguments of the task that take the place of the checkpoint's: --data.path TEXT.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
@@ -206,7 +208,7 @@ def extend_command(
         raise ValueError(f"lengths={lengths} must be at least 1 token each")
     if not 1 <= tail <= lengths[0]:
         raise ValueError(f"tail={tail} must lie in 1 .. {lengths[0]}, the shortest length")
-    tokens, labels = windows_of(found, lengths[-1], windows)
+    tokens, labels = windows_of(found, lengths[-1], windows, data or {})
     readings = compare(found.model, tokens, labels, lengths, tail, rotary)
     print(f"{len(tokens)} windows; trained on {trained} tokens; tail: the last {tail}")
     show(table(readings))
@@ -220,7 +222,9 @@ def extend_command(
     print(f"{place} holds extend.csv, extend.png")
 
 
-def windows_of(found: Pretrained, length: int, windows: int) -> tuple[Tensor, Tensor]:
+def windows_of(
+    found: Pretrained, length: int, windows: int, data: dict[str, Any] | None = None
+) -> tuple[Tensor, Tensor]:
     """Whole windows of the validation text, (windows, length), and the tokens that follow."""
     from archzoo.checkpoint import task_of
 
@@ -228,7 +232,8 @@ def windows_of(found: Pretrained, length: int, windows: int) -> tuple[Tensor, Te
         raise ValueError("there is no text to read: the checkpoint was not trained on one")
     wanted = {"context_length": length, "batch_size": 1, "carry_state": False}
     known = found.task["init_args"]
-    task = task_of(found, **{name: wanted[name] for name in wanted if name in known})
+    changes = {name: wanted[name] for name in wanted if name in known}
+    task = task_of(found, **(data or {}) | changes)
     rows: list[tuple[Tensor, Tensor]] = []
     for batch in task.evaluation_loader("validation"):
         if len(rows) == windows or (batch["labels"] == IGNORED).any():

@@ -6,7 +6,7 @@ import csv
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from rich.table import Table
@@ -124,7 +124,12 @@ def examine(decoder: Decoder, batches: Iterable[dict[str, Tensor]]) -> list[Laye
 
 
 def router_command(
-    checkpoint: str, /, figure: str | None = None, batches: int = 8, device: str | None = None
+    checkpoint: str,
+    /,
+    figure: str | None = None,
+    batches: int = 8,
+    device: str | None = None,
+    data: dict[str, Any] | None = None,
 ) -> None:
     """Show what the routers of a checkpoint do with its task's validation data.
 
@@ -134,6 +139,7 @@ def router_command(
             where the run's metrics.csv lies beside the checkpoint. None: a table alone.
         batches: Of the validation data.
         device: Such as cpu or cuda. None: a GPU where there is one.
+        data: Arguments of the task that take the place of the checkpoint's: --data.path TEXT.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
@@ -148,18 +154,20 @@ def router_command(
     found = load(path, device)
     if batches < 1:
         raise ValueError(f"batches={batches} must be at least 1")
-    layers = examine(found.model, _validation_data(found, batches, device))
+    layers = examine(found.model, _validation_data(found, batches, device, data or {}))
     show(_table(layers))
     if figure is not None:
         _draw(layers, _history(path.parent / "metrics.csv"), Path(figure))
         print(f"drew {figure}")
 
 
-def _validation_data(found: Pretrained, batches: int, device: str) -> list[dict[str, Tensor]]:
+def _validation_data(
+    found: Pretrained, batches: int, device: str, data: dict[str, Any]
+) -> list[dict[str, Tensor]]:
     """The first batches of the validation split, with the model's own tokenizer."""
     from archzoo.checkpoint import task_of
 
-    loader = task_of(found).evaluation_loader("validation")
+    loader = task_of(found, **data).evaluation_loader("validation")
     first = [batch for batch, _ in zip(loader, range(batches), strict=False)]
     return [{name: entry.to(device) for name, entry in batch.items()} for batch in first]
 

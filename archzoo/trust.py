@@ -20,10 +20,13 @@ import sysconfig
 import types
 import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from glob import glob
+from pathlib import Path
 from typing import Any, Literal, Union
 
 ENTRY_POINTS = "archzoo"  # the group that an installed package declares
+CORPORA = ("shakespeare.txt", "three_kingdoms.txt")  # in data/, beside train.py
 
 
 def find_class(path: str, kind: type | tuple[type, ...] = object) -> type:
@@ -73,7 +76,7 @@ def import_for_user(name: str) -> types.ModuleType:
     Raises:
         ValueError: It is not a module's name, or it cannot be imported.
     """
-    if not all(part.isidentifier() for part in name.split(".")):
+    if name.endswith(".py") or not all(part.isidentifier() for part in name.split(".")):
         stem = name.removesuffix(".py").replace(os.sep, ".").strip(".")
         hint = f", such as {stem}" if stem != name else ""
         raise ValueError(f"{name!r} is not a module's name{hint}")
@@ -122,19 +125,19 @@ def check_arguments(cls: type, arguments: Mapping[str, Any], whose: str) -> None
     Raises:
         ValueError: The message names the argument, the value and what is expected.
     """
-    known = parameters_of(cls)
+    known, takes_any = parameters_of(cls)
     for name, value in arguments.items():
-        if known is not None and name not in known:
+        if name not in known and not takes_any:
             from archzoo.parts import nearest
 
             raise ValueError(f"{whose} has no argument {name!r}; {nearest(str(name), list(known))}")
-        hint = known[name] if known else Any
+        hint = known.get(name, Any)
         if not _fits(value, hint):
-            raise ValueError(f"{whose}: {name}={_short(value)} is not {_title(hint)}")
+            raise ValueError(f"{whose}: {name}={shown(value)} is not {_title(hint)}")
 
 
-def parameters_of(cls: type) -> dict[str, Any] | None:
-    """A class's arguments and their types; None where it takes any.
+def parameters_of(cls: type) -> tuple[dict[str, Any], bool]:
+    """A class's arguments and their types, and whether it takes any others.
 
     Where `__init__` hands ``**arguments`` on, those of the class it derives from count too.
     """
@@ -152,8 +155,8 @@ def parameters_of(cls: type) -> dict[str, Any] | None:
             if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
                 found.setdefault(parameter.name, hints.get(parameter.name, Any))
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            return found
-    return None
+            return found, False
+    return found, True
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -200,6 +203,65 @@ def _title(hint: Any) -> str:
     return hint.__name__ if inspect.isclass(hint) and not within else str(hint)
 
 
-def _short(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value in a message: its beginning, if it is long."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# ---------------------------------------------------------------------------- paths
+
+
+def strings(value: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Every text in nested plain data, with the names that lead to it."""
+    if isinstance(value, str):
+        yield above, value
+    elif isinstance(value, Mapping):
+        for name, entry in value.items():
+            yield from strings(entry, (*above, str(name)))
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from strings(entry, above)
+
+
+def check_path(text: str, *, always: bool = False) -> None:
+    """Refuse a path of a stranger's file that leads out of the current directory.
+
+    What it leads to is looked at, through symbolic links: of a folder or a pattern, every file.
+    The corpora that come with the zoo may be read from anywhere.
+
+    Args:
+        text: Any text of a checkpoint or a configuration.
+        always: It is known to be a path; otherwise a text that looks like none is let through.
+
+    Raises:
+        ValueError: The message begins with the text, and says what is wrong.
+    """
+    if "\0" in text:
+        raise ValueError(f"{shown(text)} is not a path")
+    here = Path.cwd()
+    path = Path(text).expanduser()
+    if not (always or os.sep in text or text.startswith(("~", "..")) or os.path.lexists(path)):
+        return
+    if "://" in text:
+        raise ValueError(f"{shown(text)} is an address, which no file may send to")
+    if path.is_dir():
+        files = [path, *path.rglob("*")]
+    else:
+        files = [path, *(Path(found) for found in (glob(text) if always else ()))]
+    for file in files:
+        resolved = file.resolve()
+        if not resolved.is_relative_to(here.resolve()) and resolved not in _corpora():
+            raise ValueError(
+                f"{shown(text)} leads to {resolved}, which does not lie under the current directory"
+            )
+        if resolved.exists() and not (resolved.is_file() or resolved.is_dir()):
+            raise ValueError(f"{shown(text)} leads to {resolved}, which is not a regular file")
+
+
+def _corpora() -> set[Path]:
+    """The texts that come with a copy of the zoo's source."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "train.py").is_file():  # installed without them
+        return set()
+    return {root / "data" / name for name in CORPORA}

@@ -466,7 +466,7 @@ def test_outside_of_the_environment(capsys, monkeypatch):
 
 def test_an_arm_of_a_file_that_is_no_yaml(here, capsys):
     (here / "tab.yaml").write_text("\tmodel: 1\n")
-    fails(capsys, ["fit", "--config", "tab.yaml", "--arm", "a"], "tab.yaml is no YAML", "line 1")
+    fails(capsys, ["fit", "--config", "tab.yaml", "--arm", "a"], "tab.yaml is not valid YAML, line 1: found character")
 
 
 def test_a_mistake_moves_no_run_away(here, capsys):

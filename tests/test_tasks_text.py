@@ -383,7 +383,7 @@ def test_many_tokens_are_kept_in_32_bits(text, tmp_path):
 def test_a_task_is_made_again_from_its_configuration(text):
     task = text(numbers(300), seed=7)
     assert json.loads(json.dumps(task.config())) == task.config()
-    again = build(task.config())
+    again = build(task.config(), **{n: task.arguments[n] for n in ("path", "cache_dir")})
     assert same(task.train_dataloader().batch(5), again.train_dataloader().batch(5))
     assert again.stop_token is None
     assert set(inspect.signature(Text).parameters) == set(task.arguments)

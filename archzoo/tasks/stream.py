@@ -23,7 +23,7 @@ from torch import Tensor
 
 from archzoo.tasks.draws import Integers
 from archzoo.tasks.tokenizers import Tokenizer
-from archzoo.trust import check_arguments, find_class, load_installed
+from archzoo.trust import check_arguments, check_path, find_class, load_installed, strings
 
 Batch = dict[str, Tensor]
 
@@ -369,20 +369,25 @@ def import_all() -> None:
         import_module(f"archzoo.tasks.{module}")
 
 
-def build(config: dict[str, Any]) -> Task:
-    """Makes a task again from its `Task.config`, which may be older than some arguments.
+def build(config: dict[str, Any], **given: Any) -> Task:
+    """Makes a task again from its `Task.config`, which may come from a stranger's checkpoint.
 
-    Only classes of archzoo and classes that are already imported are made: a configuration may
-    come from a stranger's checkpoint, and importing what it names would run the stranger's code.
+    Only classes of archzoo and classes that are already imported are made, for importing what a
+    configuration names would run the stranger's code. What the task reads lies under the current
+    directory, where the configuration says so, and `cache_dir` is not taken from it.
+
+    Args:
+        config: The class and its arguments.
+        **given: Arguments that take the place of the configuration's, whatever they are.
 
     Raises:
         ValueError: `class_path` names no task that is known, or `init_args` do not suit it.
     """
-    task, arguments = find(config)
-    return task(**arguments)
+    task, arguments = named(config)
+    return task(**readable(task, arguments, given) | given)
 
 
-def find(config: Any) -> tuple[type[Task], dict[str, Any]]:
+def named(config: Any) -> tuple[type[Task], dict[str, Any]]:
     """The class that a `Task.config` names, and its arguments, whose names and types are checked.
 
     Raises:
@@ -405,15 +410,39 @@ def find(config: Any) -> tuple[type[Task], dict[str, Any]]:
     return task, task.added | arguments
 
 
+def readable(
+    task: type[Task], arguments: dict[str, Any], given: Iterable[str] = ()
+) -> dict[str, Any]:
+    """A checkpoint's arguments of a task, which lead to nothing outside the current directory.
+
+    Args:
+        task: The class.
+        arguments: Without `cache_dir`, which is the user's own to choose, they are handed back.
+        given: Names of arguments that are not asked about: the user gives another value.
+
+    Raises:
+        ValueError: One leads elsewhere; the message says what allows it.
+    """
+    given = set(given)
+    kept = {name: value for name, value in arguments.items() if name != "cache_dir"}
+    default = signature(task).parameters.get("path")
+    implied = {} if default is None else {"path": default.default}
+    for place, text in strings(implied | kept):
+        if place[0] not in given:
+            name = ".".join(place)
+            try:
+                check_path(text, always=place[-1] == "path")
+            except ValueError as error:
+                raise ValueError(
+                    f"its task's {name}={error}: if you mean that, give --data.{name} {text}"
+                ) from None
+    return kept
+
+
 def known_tasks() -> dict[str, type[Task]]:
     """All tasks that are imported, by the names that configurations give them."""
     import_all()
     return {_name(task): task for task in _tasks(Task)}
-
-
-def arguments_of(config: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a `Task.config`, and what it means by those that came after it."""
-    return find(config)[1]
 
 
 def since(config: Any) -> dict[str, Any]:

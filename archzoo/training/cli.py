@@ -7,6 +7,7 @@ something is misspelt, and model, data and tokenizer taken from a checkpoint whe
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import logging
 import os
@@ -22,7 +23,6 @@ from typing import Any, NoReturn
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's affair
 
 import torch
-import yaml
 from lightning.fabric.utilities import rank_zero_only
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -31,7 +31,9 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from archzoo import parts
 from archzoo.checkpoint import load, read_safely
-from archzoo.tasks.stream import Task, arguments_of, build, import_all, known_tasks, since
+from archzoo.decoder import Decoder
+from archzoo.tasks.stream import Task, import_all, known_tasks, named, readable, since
+from archzoo.training import settings
 from archzoo.training.callbacks import (
     Checkpoints,
     EndOnSignal,
@@ -42,11 +44,13 @@ from archzoo.training.ending import SIGNALS, Ended, say
 from archzoo.training.files import CheckpointFiles, MetricsFile
 from archzoo.training.mistakes import explain
 from archzoo.training.module import LanguageModel, tokenizer_files
-from archzoo.training.settings import imported_only
 from archzoo.trust import load_installed
 
 BESIDE = "the run's directory"  # stands for it until its name is known
 COMMANDS = ("fit", "validate", "test", "predict")
+FILES = ("--model", "--trainer", "--checkpoint", "--data")  # a section may be a file of its own
+NOT_STORED = {"preset", "match", "weights"}  # a run's checkpoint holds what they led to
+ARMED = ("model", "data", "trainer", "checkpoint", "seed_everything")  # what an arm may set
 HARDWARE = ("accelerator", "devices")  # of the trainer's settings
 
 
@@ -64,7 +68,7 @@ def run(command: str, arguments: list[str]) -> int:
     warnings.filterwarnings("ignore", ".*returned a view tensor.*")
     load_installed()
     try:
-        with imported_only():
+        with settings.imported_only():
             _start(command, arguments)
     except Ended as end:
         if not end.explained:
@@ -110,8 +114,19 @@ class Parser(LightningArgumentParser):
         # tomorrow.
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
+    def add_class_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
+        # A value is never the name of a file that holds the value: files are read by `settings`.
+        return list(super().add_class_arguments(*args, **kwargs | {"sub_configs": False}))
+
+    def add_subclass_arguments(self, *args: Any, **kwargs: Any) -> Any:
+        added = super().add_subclass_arguments(*args, **kwargs)
+        for action in self._actions:
+            if hasattr(action, "_enable_path"):
+                action._enable_path = False
+        return added
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise ValueError(explain(message, _settings(self))) from None
+        raise ValueError(explain(message, _names_of(self))) from None
 
 
 class SaveConfig(SaveConfigCallback):
@@ -155,7 +170,7 @@ class CommandLine(LightningCLI):
         command, *arguments = args
         self._given = list(arguments)
         self.run_name = _run_name(arguments)
-        arguments = _with_arguments_since(_with_arm(arguments))
+        arguments = _with_files_read(arguments)
         path = _option(arguments, "--ckpt_path")
         logger = _option(arguments, "--trainer.logger")
         if logger == "TensorBoardLogger" and not _option(arguments, "--trainer.logger.save_dir"):
@@ -163,29 +178,35 @@ class CommandLine(LightningCLI):
         self._tokenizer_directory = tempfile.TemporaryDirectory(prefix="archzoo-")
         weights = _option(arguments, "--model.weights")
         if weights and not any(a.startswith(("--config", "-c", "--data")) for a in arguments):
-            arguments = ["--config", json.dumps(self._data_of(weights)), *arguments]
+            arguments = ["--config", settings.written(self._data_of(weights)), *arguments]
         if path in ("last", "best") and not _option(arguments, "--config"):
             raise ValueError(f"--ckpt_path {path} needs --config or a path: of which run?")
         if path and path not in ("last", "best"):
             checkpoint = read_safely(path) if Path(path).is_file() else _no_checkpoint(path)
             beside = Path(path).parent / "config.yaml"
             if command == "fit" and not _option(arguments, "--config") and beside.is_file():
-                arguments = ["--config", str(beside), *arguments]
+                arguments = ["--config", _settings_beside(beside, arguments), *arguments]
             elif command != "fit" or not _option(arguments, "--config"):
                 # Before the other arguments, so that they have the last word.
-                stored = self._stored_settings(checkpoint, path)
-                arguments = ["--config", json.dumps(stored), *arguments]
+                stored = self._stored_settings(checkpoint, path, arguments)
+                arguments = ["--config", settings.written(stored), *arguments]
         self.config = parser.parse_args([command, *arguments])
 
-    def _stored_settings(self, checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
+    def _stored_settings(
+        self, checkpoint: dict[str, Any], path: str, given: list[str]
+    ) -> dict[str, Any]:
         """Model and data of a checkpoint as a configuration file would say it."""
         model, task = checkpoint.get("hyper_parameters"), checkpoint.get("task")
         if not isinstance(model, dict) or not isinstance(task, dict):
-            raise ValueError(f"{path} is no checkpoint of archzoo's training")
-        build(task)  # refuses tasks that are not known, which parsing would import
-        arguments = self._with_tokenizer(arguments_of(task), tokenizer_files(checkpoint))
-        data = {"class_path": task["class_path"], "init_args": arguments}
-        return {"model": model, "data": data}
+            raise ValueError(f"{path} was not written by archzoo's training")
+        model = {name: value for name, value in model.items() if value is not None}
+        known = inspect.signature(LanguageModel).parameters.keys() - NOT_STORED
+        known |= inspect.signature(Decoder).parameters.keys()
+        odd = sorted(map(str, model.keys() - known))
+        if odd:
+            raise ValueError(f"{path}: a run's checkpoint does not hold the setting {odd[0]!r}")
+        settings.check({"model": model}, path)
+        return {"model": model, "data": self._data(task, tokenizer_files(checkpoint), path, given)}
 
     def _data_of(self, weights: str) -> dict[str, Any]:
         """The task that weights were trained on, with their own tokenizer."""
@@ -193,8 +214,21 @@ class CommandLine(LightningCLI):
         if found.task is None:
             raise ValueError(f"{weights} does not say what it was trained on: give --data")
         files = found.tokenizer.files() if found.tokenizer is not None else {}
-        arguments = self._with_tokenizer(arguments_of(found.task), files)
-        return {"data": {"class_path": found.task["class_path"], "init_args": arguments}}
+        return {"data": self._data(found.task, files, weights, [])}
+
+    def _data(
+        self, task: Any, files: dict[str, bytes], path: str, given: list[str]
+    ) -> dict[str, Any]:
+        """A checkpoint's task as `data`; what it reads lies under the current directory."""
+        try:
+            cls, arguments = named(task)
+            instead = {name for name in arguments if _option(given, f"--data.{name}") is not None}
+            arguments = readable(cls, arguments, {*instead, *(["tokenizer"] if files else [])})
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        arguments = self._with_tokenizer(arguments, files)
+        settings.check({"data": {"class_path": task["class_path"], "init_args": arguments}}, path)
+        return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": arguments}
 
     def _with_tokenizer(self, arguments: dict[str, Any], files: dict[str, bytes]) -> dict[str, Any]:
         """A task's arguments with the model's own tokenizer, not one learned anew from a text."""
@@ -222,7 +256,13 @@ class CommandLine(LightningCLI):
             return Path(path).parent
         weights = config.model.weights
         otherwise = config.model.preset or (f"{Path(weights).stem}_fit" if weights else "model")
-        return root / (config.name or self.run_name or otherwise)
+        name = config.name or self.run_name or otherwise
+        if Path(name).name != name or name in (".", ".."):
+            raise ValueError(
+                f"name={name!r} is not a plain name: the run's directory is runs/NAME, and "
+                "--trainer.default_root_dir DIR puts it elsewhere"
+            )
+        return root / name
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -367,14 +407,14 @@ def _usual_precision(config: dict[str, Any]) -> str | None:
     return "bf16-mixed" if bf16 else None
 
 
-def _settings(parser: Any) -> list[str]:
+def _names_of(parser: Any) -> list[str]:
     """Full names of what a parser or one of its subcommands' takes."""
     names = []
     for action in parser._actions:
         names += [option[2:] for option in action.option_strings if option.startswith("--")]
         if isinstance(action.choices, dict):
             for subparser in action.choices.values():
-                names += _settings(subparser)
+                names += _names_of(subparser)
     return names
 
 
@@ -419,43 +459,88 @@ def _run_name(arguments: list[str]) -> str | None:
     return Path(config).stem + (f"_{arm}" if arm else "")
 
 
-def _with_arm(arguments: list[str]) -> list[str]:
-    """The arguments with the settings of --arm behind the configuration file that names it."""
+def _with_files_read(arguments: list[str]) -> list[str]:
+    """The arguments with the content of every file in the place of its name, checked.
+
+    Behind the first configuration stand the settings of --arm, which is one of its `arms`.
+    """
     arm = _option(arguments, "--arm")
-    if arm is None:
-        return arguments
-    config = _option(arguments, "--config")
-    if not config or not Path(config).is_file():
+    found: list[str] = []
+    configurations = 0
+    rest = iter(arguments)
+    for argument in rest:
+        option, equals, value = argument.partition("=")
+        if argument.startswith("-c") and argument != "-c":  # -cFILE
+            option, equals, value = "-c", "=", argument[2:].removeprefix("=")
+        if option not in ("--config", "-c", *FILES):
+            found.append(argument)
+            continue
+        value = value if equals else next(rest, "")
+        if option in ("--config", "-c"):
+            content = _content(value, "--config")
+            settings.check(content, value)
+            found += ["--config", settings.written(content)]
+            if not configurations:
+                found += _settings_of(arm, content, value)
+            configurations += 1
+        elif option == "--data" and not value.endswith((".yaml", ".yml", ".json")):
+            found += [option, value]  # a class
+        else:
+            content = {option.lstrip("-"): _content(value, option)}
+            settings.check(content, value)
+            found += ["--config", settings.written(content)]
+    if arm is not None and not configurations:
         raise ValueError(f"--arm {arm} needs --config FILE: an arm is one of a file's `arms`")
-    try:
-        content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{config} is no YAML: {error}") from None
-    arms = content.get("arms") if isinstance(content, dict) else None
-    if not arms or arm not in arms:
-        names = ", ".join(arms) if arms else "none"
-        raise ValueError(f"--arm {arm}: the arms of {config} are {names}")
-    settings = []
+    return found
+
+
+def _content(value: str, option: str) -> dict[str, Any]:
+    """What a file holds, or the text itself where the command line gives the content."""
+    if value.lstrip().startswith("{"):
+        return settings.parse(value, option)
+    if not value:
+        raise ValueError(f"{option} needs a YAML file")
+    content = settings.read(Path(value))
+    data = content.get("data")
+    if isinstance(data, dict) and (later := since(data)):
+        # What a run's own file means by the arguments that came after it.
+        content["data"] = data | {"init_args": later | (data.get("init_args") or {})}
+    return content
+
+
+def _settings_of(arm: str | None, content: dict[str, Any], whose: str) -> list[str]:
+    """The settings of an arm as arguments."""
+    if arm is None:
+        return []
+    arms = content.get("arms")
+    if not isinstance(arms, dict) or not isinstance(arms.get(arm), dict):
+        names = ", ".join(map(str, arms)) if isinstance(arms, dict) and arms else "none"
+        raise ValueError(f"--arm {arm}: the arms of {whose} are {names}")
+    found = []
     for name, value in arms[arm].items():
-        settings += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
-    behind = next(n for n, argument in enumerate(arguments) if config in argument) + 1
-    return [*arguments[:behind], *settings, *arguments[behind:]]
+        section, _, rest = str(name).partition(".")
+        if (not rest and section not in ("data", "seed_everything")) or section not in ARMED:
+            raise ValueError(f"{whose}: the arm {arm} sets {name!r}: it takes {', '.join(ARMED)}")
+        settings.check({name: value}, f"{whose}: the arm {arm}")
+        found += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+    return found
 
 
-def _with_arguments_since(arguments: list[str]) -> list[str]:
-    """The arguments with what a run's own config.yaml means by those that came after it."""
-    config = _option(arguments, "--config")
-    if not config or not Path(config).is_file():
-        return arguments
-    try:
-        content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        return arguments  # parsing says so
-    settings = []
-    for name, value in since(content.get("data") if isinstance(content, dict) else None).items():
-        settings += [f"--data.{name}", value if isinstance(value, str) else json.dumps(value)]
-    behind = next(n for n, argument in enumerate(arguments) if config in argument) + 1
-    return [*arguments[:behind], *settings, *arguments[behind:]]
+def _settings_beside(path: Path, given: list[str]) -> str:
+    """The settings of the config.yaml beside a checkpoint, which came with it: a stranger's, too.
+
+    What they name is held to the rules of any file, and what they read and write to the current
+    directory. `cache_dir` is not taken from them.
+    """
+    content = _content(str(path), "--config")
+    settings.check(content, str(path))
+    data = content.get("data")
+    if isinstance(data, dict) and isinstance(data.get("init_args"), dict):
+        data["init_args"].pop("cache_dir", None)
+    options = [argument.partition("=")[0].lstrip("-") for argument in given]
+    otherwise = f"or --config {path} if you trust all of that file"
+    settings.check_paths(content, str(path), options, otherwise)
+    return settings.written(content)
 
 
 def _mean_what_it_meant(config: Any) -> None:
