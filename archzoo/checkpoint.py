@@ -63,6 +63,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 ADDED = {"loops", "injection"}  # arguments of `Decoder` that older checkpoints do not hold
 DIGEST = "digest"  # in the weights' metadata, and in a run's checkpoint
 TOKENIZER_LONGEST = 2**26  # bytes of a tokenizer's file
+MISFIT = "the weights do not fit the configuration"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What safetensors calls the dtypes that weights may have, or that a message may name.
 DTYPES = {
@@ -374,10 +375,7 @@ def _tokenizer(files: dict[str, bytes], path: Path) -> Tokenizer:
 def _read_lightning(path: Path) -> Pretrained:
     with Archive(path) as archive:
         content = archive.content
-        _check_run(content, path)
-        held = _decoder_weights(content)
-        # The decoder's arguments stand among the optimizer's, its weights among the metrics' sums.
-        config = {n: content["hyper_parameters"].get(n) for n in signature(Decoder).parameters}
+        config, held = _check_run(content, path)
         files = content.get("tokenizer") or {}
         if not isinstance(files, dict) or not all(isinstance(f, Stored) for f in files.values()):
             raise ValueError(f"{path} holds no tokenizer where it should")
@@ -430,7 +428,8 @@ def read_safely(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise ValueError(f"{path} is no checkpoint of a run: it holds a {kind}")
         ours = _is_run(content)
         if ours:
-            _check_run(content, Path(path))
+            config, held = _check_run(content, Path(path))
+            _expected(config, held, {name: name for name in held}, Path(path))
         content = archive.everything()
         if ours:
             _check_digest(_decoder_weights(content), content.get(DIGEST), Path(path))
@@ -451,8 +450,8 @@ def _is_run(content: Any) -> bool:
     )
 
 
-def _check_run(content: Any, path: Path) -> None:
-    """Hold a run's checkpoint to what it says of itself, by the sizes of its tensors alone."""
+def _check_run(content: Any, path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
+    """A run's settings of its decoder and what it holds of it, of the right types and sizes."""
     if not isinstance(content, dict):
         raise ValueError(f"{path} is no checkpoint of a run: it holds a {type(content).__name__}")
     if not _is_run(content):
@@ -461,10 +460,12 @@ def _check_run(content: Any, path: Path) -> None:
     wrong = [name for name, tensor in held.items() if not isinstance(tensor, Stored)]
     if wrong:
         raise ValueError(f"{path}: {wrong[0]} is no tensor")
+    # The decoder's arguments stand among the optimizer's, its weights among the metrics' sums.
     config = {n: content["hyper_parameters"].get(n) for n in signature(Decoder).parameters}
     _check_settings(config, path)
     _check_sizes(config, held, path)
     _check_task(content.get("task"), path)
+    return config, held
 
 
 # ---------------------------------------------------------------------------- checking
@@ -546,7 +547,7 @@ def _fits(value: Any, annotation: Any) -> bool:
 
 def _check_sizes(config: dict[Any, Any], held: Mapping[str, Stored], path: Path) -> None:
     """Refuse sizes that are not those of the weights' header, before anything is built."""
-    misfit = f"{path}: the weights do not fit the configuration"
+    misfit = f"{path}: {MISFIT}"
     tables = ("head.weight", "embedding.weight", "embedding.embedding.weight")
     table = next((held[name] for name in tables if name in held), None)
     if table is None or len(table.shape) != 2:
@@ -626,16 +627,47 @@ def _build(
         path: For messages.
         digest: Of the weights, where the file has one.
     """
+    model = _expected(config, held, sources, path)
+    expected = model.state_dict(keep_vars=True)
+    misfit = f"{path}: {MISFIT}"
+    if digest is None:
+        _check_dtypes(model, {name: held[sources[name]].dtype for name in expected}, misfit)
+    loaded = {source: read(source) for source in dict.fromkeys(sources[n] for n in expected)}
+    weights = {name: loaded[sources[name]] for name in expected}
+    _check_digest(weights, digest, path)
+    for names in _names_of_each(expected):
+        first = names[0]
+        for name in names[1:]:
+            if sources[name] != sources[first] and not _same(weights[name], weights[first]):
+                raise ValueError(f"{misfit}: {first} and {name} differ, which are one tensor in it")
+    if _is_plain(model):
+        _assign(model, weights)
+        return model
+    model = _decoder(config, path)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        tensor.data = tensor.data.to(weights[name].dtype)
+    model.load_state_dict(weights)
+    return model
+
+
+def _expected(
+    config: dict[str, Any], held: Mapping[str, Stored], sources: dict[str, str], path: Path
+) -> Decoder:
+    """The decoder of a configuration, without its weights, once it is sure that they fit it.
+
+    Args:
+        config: As for `_build`, and so are the others.
+        held: The same.
+        sources: The same; the other names of shared weights are added.
+        path: The same.
+    """
     _check_settings(config, path)
     _check_sizes(config, held, path)
     model = _shapes_of(config, path)
     expected = model.state_dict(keep_vars=True)
-    misfit = f"{path}: the weights do not fit the configuration"
+    misfit = f"{path}: {MISFIT}"
     # A tensor of several names may stand under one of them, or under each: other tools write both.
-    groups: dict[int, list[str]] = {}
-    for name, tensor in expected.items():
-        groups.setdefault(id(tensor), []).append(name)
-    for names in groups.values():
+    for names in _names_of_each(expected):
         first = next((sources[name] for name in names if name in sources), None)
         sources |= {name: first for name in names if first is not None and name not in sources}
     for verb, odd in (("miss", expected.keys() - sources), ("have", sources.keys() - expected)):
@@ -651,24 +683,15 @@ def _build(
         if entry.dtype not in wanted:
             given, kind = (str(d).removeprefix("torch.") for d in (entry.dtype, wanted[0]))
             raise ValueError(f"{misfit}: {name} is {given} where {kind} or the like is expected")
-    if digest is None:
-        _check_dtypes(model, {name: held[sources[name]].dtype for name in expected}, misfit)
-    loaded = {source: read(source) for source in dict.fromkeys(sources[n] for n in expected)}
-    weights = {name: loaded[sources[name]] for name in expected}
-    _check_digest(weights, digest, path)
-    for names in groups.values():
-        first = names[0]
-        for name in names[1:]:
-            if sources[name] != sources[first] and not _same(weights[name], weights[first]):
-                raise ValueError(f"{misfit}: {first} and {name} differ, which are one tensor in it")
-    if _is_plain(model):
-        _assign(model, weights)
-        return model
-    model = _decoder(config, path)
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        tensor.data = tensor.data.to(weights[name].dtype)
-    model.load_state_dict(weights)
     return model
+
+
+def _names_of_each(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """The names of each tensor: tied ones have several."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        groups.setdefault(id(tensor), []).append(name)
+    return list(groups.values())
 
 
 def _decoder(config: dict[str, Any], path: Path) -> Decoder:

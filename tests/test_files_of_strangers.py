@@ -541,6 +541,21 @@ def test_wrong_types_beside_the_decoder(
     refused(tmp_path, message)
 
 
+def test_a_runs_weights_that_do_not_fit(tmp_path: Path) -> None:
+    """Wherever `--ckpt_path` leads: not a traceback of torch's."""
+    for settings, message in (
+        ({"width": 56}, r"gate_up\.weight has shape \(96, 32\) where \(112, 32\) is expected"),
+        ({"norm_placement": "post"}, r"they have norm\.weight"),
+        ({"depth": 1}, r"they have blocks\.1\."),
+    ):
+        refused(checkpoint(tmp_path / "run.ckpt", **settings), message)
+    content = run_content(micro())
+    for name, entry in content["state_dict"].items():
+        content["state_dict"][name] = entry.long()
+    torch.save(content, tmp_path / "run.ckpt")
+    refused(tmp_path / "run.ckpt", "is int64 where float32 or the like is expected")
+
+
 def test_wrong_types_in_a_run(tmp_path: Path) -> None:
     for change, message in (
         ({"tokenizer": {"tokenizer.json": "text"}}, "holds no tokenizer where it should"),
