@@ -585,3 +585,38 @@ def test_foreign_weights_of_several_dtypes(tmp_path: Path) -> None:
     weights["norm.weight"] = weights["norm.weight"].half()
     save_file(weights, tmp_path / "model.safetensors")
     refused(tmp_path, r"norm\.weight is float16 where head\.weight is float32")
+
+
+def test_what_a_run_cannot_go_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for change, message in (
+        ({"training": 3}, "its training is a int where a dict is expected"),
+        ({"training": {"totals": {}, "carried": {}}}, "not written by archzoo's training"),
+        ({"loops": {}}, "run.ckpt is damaged, or another model's: KeyError 'fit_loop'"),
+        ({"lr_schedulers": [3]}, "run.ckpt is damaged, or another model's: AttributeError"),
+    ):
+        torch.save(read_safely(OLD / "retnet_micro.ckpt") | change, "run.ckpt")
+        fit = ["fit", "--ckpt_path", "run.ckpt", "--trainer.max_steps", "41", "--name", "on"]
+        assert main([*fit, "--trainer.accelerator", "cpu"]) == 1
+        said = capsys.readouterr().err.splitlines()
+        assert said[-1].startswith("error: ") and message in said[-1]
+
+
+def test_a_module_is_read_without_running_anything(tmp_path: Path) -> None:
+    from archzoo.training.module import LanguageModel
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch '{tmp_path / 'it_ran'}'",)
+
+    content = read_safely(OLD / "retnet_micro.ckpt")
+    torch.save(content | {"evil": Evil()}, tmp_path / "evil.ckpt")
+    with pytest.raises(ValueError, match=r"holds code \((posix|nt)\.system\)"):
+        LanguageModel.load_from_checkpoint(tmp_path / "evil.ckpt")
+    assert not (tmp_path / "it_ran").exists()
+    module = LanguageModel.load_from_checkpoint(OLD / "retnet_micro.ckpt", learning_rate=0.5)
+    assert module.learning_rate == 0.5
+    weights = load(OLD / "retnet_micro.ckpt").model.state_dict()
+    assert all(t.equal(weights[name]) for name, t in module.net.state_dict().items())

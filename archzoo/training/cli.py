@@ -16,6 +16,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any, NoReturn
@@ -348,6 +349,13 @@ class CommandLine(LightningCLI):
                 f"{error}; {good}. A lower --model.learning_rate or --trainer.gradient_clip_val 1 "
                 "may help"
             ) from None
+        except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+            if not _while_restoring(error):
+                raise
+            raise ValueError(
+                f"{self.config[subcommand].ckpt_path} is damaged, or another model's: "
+                f"{type(error).__name__} {error} while it was restored"
+            ) from error
         finally:
             self._tokenizer_directory.cleanup()
 
@@ -395,6 +403,12 @@ class CommandLine(LightningCLI):
 
 
 # ---------------------------------------------------------------------------- small helpers
+
+
+def _while_restoring(error: BaseException) -> bool:
+    """Whether an error comes from Lightning's reading of a checkpoint's content."""
+    places = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(Path(place).name == "checkpoint_connector.py" for place in places)
 
 
 def _usual_precision(config: dict[str, Any]) -> str | None:

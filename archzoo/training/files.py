@@ -15,6 +15,20 @@ from lightning.pytorch.loggers.logger import Logger
 
 from archzoo.checkpoint import read_safely, sign
 
+# What going on from a checkpoint reads, where it is there, and what each is.
+RESUMED: dict[str, type] = {
+    "state_dict": dict,
+    "hyper_parameters": dict,
+    "pytorch-lightning_version": str,
+    "epoch": int,
+    "global_step": int,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "training": dict,
+}
+
 
 def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
     """Write a checkpoint beside its place, then put it there: readers see the old or the new one.
@@ -55,9 +69,16 @@ class CheckpointFiles(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        if not Path(path).is_file():
+        if not Path(path).exists():
             raise FileNotFoundError(f"there is no checkpoint {path}")
-        return read_safely(path)
+        checkpoint = read_safely(path)
+        for name, kind in RESUMED.items():
+            if name in checkpoint and not isinstance(checkpoint[name], kind):
+                raise ValueError(
+                    f"{path} is damaged: its {name} is a {type(checkpoint[name]).__name__} where a "
+                    f"{kind.__name__} is expected"
+                )
+        return checkpoint
 
 
 class MetricsFile(Logger):

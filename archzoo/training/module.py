@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch import Tensor
 import archzoo
 from archzoo import block as interface
 from archzoo.block import Aux, State
-from archzoo.checkpoint import load, weights_digest
+from archzoo.checkpoint import load, read_safely, weights_digest
 from archzoo.decoder import Decoder
 from archzoo.parts import find
 from archzoo.positions.digits import bind_digits
@@ -758,10 +759,43 @@ class LanguageModel(lightning.LightningModule):
         torch.distributed.all_gather_object(states, mine)
         return states[0] | {"others": states[1:]}
 
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # which is no usual method
+        cls,
+        checkpoint_path: str | os.PathLike[str],
+        map_location: torch.device | str | None = None,
+        *,
+        strict: bool = True,
+        weights_only: bool | None = None,
+        **arguments: Any,
+    ) -> LanguageModel:
+        """The module of a run's checkpoint, which runs nothing, as Lightning's own reader would.
+
+        Args:
+            checkpoint_path: Of the file.
+            map_location: A device. None: the CPU.
+            strict: Whether all of its tensors must be this module's.
+            weights_only: For Lightning's sake; nothing else is ever read.
+            **arguments: Of the module, in the place of the checkpoint's.
+        """
+        checkpoint = read_safely(checkpoint_path)
+        if not isinstance(checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY), dict):
+            raise ValueError(f"{checkpoint_path} was not written by archzoo's training")
+        module = cls(**(checkpoint[cls.CHECKPOINT_HYPER_PARAMS_KEY] | arguments))
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"], strict=strict)
+        return module.to(map_location or "cpu")
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse what is not this model, and take up the rest of the run's state."""
         theirs = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
-        if theirs is None or "training" not in checkpoint:
+        training = checkpoint.get("training")
+        if (
+            not isinstance(theirs, dict)
+            or not isinstance(training, dict)
+            or not all(isinstance(training.get(n), dict) for n in ("totals", "carried", "random"))
+            or not isinstance(training["random"].get("cpu"), Tensor)
+        ):
             raise ValueError("this checkpoint was not written by archzoo's training")
         for name, ours in self.net.config.items():
             if name not in HARMLESS and _in_full(name, ours) != _in_full(name, theirs.get(name)):
@@ -785,7 +819,6 @@ class LanguageModel(lightning.LightningModule):
         states = checkpoint.get("optimizer_states", [])
         checkpoint["optimizer_states"] = [regroup(state, self.net) for state in states]
         self._loaded_step = checkpoint["global_step"]
-        training = checkpoint["training"]
         self._totals, self._carried = dict(training["totals"]), dict(training["carried"])
         self._random, self._skipped = training["random"], training.get("skipped", 0)
 
