@@ -65,12 +65,11 @@ def make(preset="transformer_micro", **arguments):
     return LanguageModel(preset, vocab_size=WORDS, learning_rate=1e-30, **arguments)
 
 
-def trained(model, batches, each, *callbacks, **arguments):
+def trained(model, batches, each, *callbacks, ckpt_path=None, **arguments):
     seen = Gradients()
-    settings = {"precision": "64-true", "gradient_clip_val": 0.1} | arguments
+    settings = {"precision": "64-true", "gradient_clip_val": 0.1, "max_epochs": 1} | arguments
     trainer = lightning.Trainer(
         accelerator="cpu",
-        max_epochs=1,
         logger=False,
         accumulate_grad_batches=each,
         enable_checkpointing=False,
@@ -79,7 +78,7 @@ def trained(model, batches, each, *callbacks, **arguments):
         callbacks=[seen, *callbacks],
         **settings,
     )
-    trainer.fit(model, loader(batches))
+    trainer.fit(model, loader(batches), ckpt_path=ckpt_path)
     return seen
 
 
@@ -312,8 +311,10 @@ def test_a_step_that_float16_skips_moves_nothing(tmp_path, each):
     seen = Rates()
     overflow = 2.0**30
     plugins = [half(overflow)]
-    trained(model, cut([9] * 40), each, seen, plugins=plugins, precision=None)
+    options = {"plugins": plugins, "precision": None, "log_every_n_steps": 1}
+    trained(model, cut([9] * 40), each, seen, **options)
     skipped = model._skipped
+    assert model.latest["train/skipped_steps"] == skipped
     assert 3 <= skipped <= 40 / each - 5, "some are skipped at first, and then some are not"
     assert plugins[0].scaler.get_scale() == overflow / 2**skipped
     first = skipped * each  # the batch after the skipped ones
@@ -326,6 +327,19 @@ def test_a_step_that_float16_skips_moves_nothing(tmp_path, each):
     assert seen.taken[: first + 1] == [0] * (first + 1) and seen.taken[first + each] == 1
     assert len(set(seen.rates[: first + each])) == 1
     assert seen.rates[first + each] == pytest.approx(2 * seen.rates[0])
+
+
+def test_skipped_steps_are_remembered(tmp_path):
+    options = {"precision": None, "log_every_n_steps": 1}
+    model, path = make(), tmp_path / "skipped.ckpt"
+    trained(model, cut([9] * 30), 1, plugins=[half(2.0**30)], **options)
+    model.trainer.save_checkpoint(path)
+    assert 0 < model._skipped < 30
+    again = make()
+    options |= {"max_epochs": 2, "ckpt_path": path}
+    trained(again, cut([9] * 30), 1, plugins=[half(2.0**30)], **options)
+    assert again._skipped == model._skipped
+    assert again.steps_taken == 60 - model._skipped
 
 
 def test_float16_takes_the_gradient_of_the_large_batch():

@@ -590,6 +590,8 @@ class LanguageModel(lightning.LightningModule):
         row["learning_rate"] = learning_rate
         if self._gradient_norm is not None:
             row["gradient_norm"] = self._gradient_norm.item()
+        if self._skipped:
+            row["skipped_steps"] = float(self._skipped)
         row["peak_memory_mb"] = peak_memory(self.device) / 2**20
         self._totals.clear()
         self._clock = now
