@@ -14,7 +14,7 @@ from archzoo import block as interface
 from archzoo.block import Aux, Bias, Block, Context, Embedding, FeedForward, Mixer, Rotary, State
 from archzoo.inputs import check_beside, check_state, check_tokens, explain
 from archzoo.norm import RMSNorm
-from archzoo.parts import build, describe
+from archzoo.parts import NONE, build, describe
 
 MixerFactory = Callable[[int, int], Mixer]
 FeedForwardFactory = Callable[[int, int], FeedForward]
@@ -42,7 +42,8 @@ class Decoder(nn.Module):
 
     Every part is a class, a `functools.partial` of one, its name, or
     ``{"class_path": ..., "init_args": {...}}``; it is built with the sizes that the decoder owns.
-    An argument left at None takes the preset's value, and without a preset the one in brackets.
+    An argument left at None takes the preset's value, and without a preset the one in brackets; the
+    word none stands for nothing in the slots that may be empty.
 
     Args:
         vocab_size: Tokens the model knows.
@@ -56,8 +57,8 @@ class Decoder(nn.Module):
             [Retention, Retention, Attention]; it takes the place of mixer.
         feed_forward: Over channels: built as feed_forward(dim, width) [GatedFeedForward].
         embedding: Of tokens: built as embedding(vocab_size, dim) [TokenEmbedding].
-        rotary: On q and k: built as rotary(head_dim) [each mixer's own].
-        bias: On attention's logits: built as bias(heads) [none].
+        rotary: On q and k: built as rotary(head_dim) [each mixer's own]; none: NoRotation.
+        bias: On attention's logits: built as bias(heads), or none [none].
         norm: "rms" or "layer" ["rms"].
         norm_placement: "pre" (x + f(norm x)) or "post" (norm(x + f(x))) ["pre"].
         norm_eps: Of the norms ["1e-6"].
@@ -94,8 +95,8 @@ class Decoder(nn.Module):
         pattern: list[str | dict[str, Any]] | None = None,
         feed_forward: FeedForwardFactory | None = None,
         embedding: EmbeddingFactory | None = None,
-        rotary: RotaryFactory | None = None,
-        bias: BiasFactory | None = None,
+        rotary: Literal["none"] | RotaryFactory | None = None,
+        bias: Literal["none"] | BiasFactory | None = None,
         norm: Literal["rms", "layer"] | None = None,
         norm_placement: Literal["pre", "post"] | None = None,
         norm_eps: float | None = None,
@@ -132,6 +133,7 @@ class Decoder(nn.Module):
         self.injection = injection or "none"
         if self.injection not in ("none", "layer", "loop"):
             raise ValueError(f"injection={injection!r} is none of none, layer and loop")
+        bias = None if bias == "none" else bias
         norm, norm_placement = norm or "rms", norm_placement or "pre"
         norm_eps = 1e-6 if norm_eps is None else norm_eps
         for name, number in (("norm_eps", norm_eps), ("init_std", self.init_std)):
@@ -452,7 +454,9 @@ def _fill_slot(
 ) -> None:
     """Set a mixer's `rotary` or `bias`, or say that it takes none."""
     if not hasattr(mixer, slot):
+        if spec["class_path"] == NONE.get(slot):  # what it does already
+            return
         raise ValueError(
-            f"{type(mixer).__name__} takes no {slot}: leave {slot} out, or take a mixer with one"
+            f"{type(mixer).__name__} takes no {slot}: set {slot} to none, or take a mixer with one"
         )
     setattr(mixer, slot, make(slot, spec, getattr(mixer, size)))

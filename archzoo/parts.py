@@ -46,6 +46,10 @@ MODULES = (
 
 SHOWN = 12  # names that an error message lists at most
 
+#: The part that stands for "none" in a slot; without a bias there is no part, which the decoder
+#: knows, and the other slots cannot be empty.
+NONE = {"rotary": "NoRotation"}
+
 Spec = dict[str, Any]
 Part = str | type | functools.partial[Any] | Spec | Callable[..., nn.Module]
 
@@ -108,7 +112,7 @@ def find(slot: str, name: str) -> type[nn.Module]:
 def describe(slot: str, part: Part) -> Spec:
     """A part as plain data, checked: ``{"class_path": ..., "init_args": {...}}``."""
     arguments: dict[str, Any] = {}
-    named: Any = part
+    named: Any = NONE[slot] if part == "none" and slot in NONE else part
     if isinstance(part, functools.partial):
         # jsonargparse hands over partial(instantiator, class, **arguments).
         classes = [entry for entry in (part.func, *part.args) if inspect.isclass(entry)]

@@ -137,7 +137,7 @@ def test_rotary_is_each_mixers_own_unless_given():
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ({"mixer": "Retention", "bias": Slope}, "Retention takes no bias"),
+        ({"mixer": "Retention", "bias": Slope}, "Retention takes no bias: set bias to none, or"),
         ({"pattern": ["Attention", "Retention"], "bias": Slope}, "Retention takes no bias"),
         ({"mixer": Nothing, "rotary": "RotaryEmbedding"}, "Nothing takes no rotary"),
         ({"mixer": Nothing, "bias": Slope}, "Nothing takes no bias"),
@@ -146,6 +146,24 @@ def test_rotary_is_each_mixers_own_unless_given():
 def test_a_slot_that_a_mixer_lacks_is_refused(overrides, words):
     with pytest.raises(ValueError, match=words):
         micro("transformer", **overrides)
+
+
+def test_none_is_a_word_for_an_empty_slot():
+    """Under a preset None is the preset's value, so that nothing else could say it."""
+    size = {"dim": 32, "heads": 4, "depth": 2, "width": 8, "vocab_size": 64}
+    for mixer in ("Retention", Nothing):  # neither takes the bias that the preset brings
+        model = archzoo.create_model("abacus_small", mixer=mixer, bias="none", **size)
+        assert model.config["bias"] is None
+        again = Decoder(**json.loads(json.dumps(model.config)))
+        assert again.config == model.config
+    model = micro("transformer", rotary="none")
+    assert [type(block.mixer.rotary) for block in model.blocks] == [archzoo.NoRotation] * 2
+    assert model.config["rotary"] == {"class_path": "NoRotation", "init_args": {}}
+    # A mixer that rotates nothing is what is asked for, whether it has a slot or not.
+    hybrid = micro("transformer", pattern=["Attention", Nothing], rotary="none")
+    assert not hasattr(hybrid.blocks[1].mixer, "rotary")
+    with pytest.raises(ValueError, match="there is no mixer 'none'"):
+        micro("transformer", mixer="none")
 
 
 def test_sizes_are_needed():
