@@ -1,8 +1,10 @@
 """Text: the cache, the windows, the lanes, and what is refused."""
 
+import gzip
 import hashlib
 import inspect
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -423,6 +425,94 @@ def test_a_binary_text_is_refused_at_its_offset(text, tmp_path, content, byte, o
     assert not list((tmp_path / "cache").iterdir())
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '{"text": "to be"}\n'),
+        ("A.NDJSON", "{}\n"),
+        ("table.csv", "number,text\n1,to be\n"),
+        ("table.tsv", "1\tto be\n"),
+        ("train.json", '{"text": "to be"}\n{"text": "or not"}\n'),
+    ],
+)
+def test_records_are_not_read_as_characters(text, tmp_path, name, content):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "text.txt").write_text(numbers(100))
+    (folder / name).write_text(content * 50)
+    message = rf"{name} holds records, not text.*\(data.field\) comes later"
+    for path in (folder / name, folder, f"{folder}/*"):
+        refused(ValueError, message, text(path=path).prepare)
+    (folder / name).rename(folder / "as_it_stands.txt")
+    text(path=folder).prepare()
+
+
+def test_json_that_is_a_text_like_any_other_is_read(text, tmp_path):
+    (tmp_path / "settings.json").write_text("{\n" + '  "depth": 4,\n' * 100 + "}\n")
+    text(path=tmp_path / "settings.json").prepare()
+
+
+@pytest.mark.parametrize(
+    ("content", "way"),
+    [
+        (gzip.compress(b"to be or not " * 99), "unpack the file"),
+        (b"PAR1\x15\x00\x15" * 99, "unpack the file"),
+        ("to be".encode("utf-16"), "convert the file to UTF-8"),
+    ],
+    ids=["gzip", "parquet", "utf-16"],
+)
+def test_what_can_be_done_with_a_binary_file_is_said(text, tmp_path, content, way):
+    (tmp_path / "corpus.txt").write_bytes(content)
+    refused(ValueError, f"is not UTF-8 text: .*; {way}", text().prepare)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param("a" * 400_000, id="one line"),
+        pytest.param("字" * 100_000 + "\n", id="one line of three bytes each"),
+        pytest.param("\ufeff" + numbers(50), id="byte order mark"),
+        pytest.param(numbers(50).replace("\n", "\r\n"), id="crlf"),
+        pytest.param("\n" * 5000, id="line ends"),
+        pytest.param(" " * 300_000 + "x", id="blanks"),
+        pytest.param("\x1c\x85\u2028 " * 500, id="other blanks"),
+    ],
+)
+@pytest.mark.parametrize("tokenizer", ["characters", "bpe"])
+def test_odd_texts_are_encoded_without_loss(text, content, tokenizer):
+    sizes = {"vocab_size": 260, "validation_fraction": 0.4, "context_length": 1}
+    task = text(content, tokenizer=tokenizer, **sizes)
+    task.prepare()
+    parts = (
+        np.fromfile(task._cache / f"{part}.bin", task._meta["dtype"]).tolist()
+        for part in ("train", "validation")
+    )
+    assert "".join(map(task.tokenizer.decode, parts)) == content
+
+
+def test_odd_files_are_read_or_refused_in_one_line(text, tmp_path):
+    refused(ValueError, "shorter than one window", text("x").prepare)
+    folder = tmp_path / "folder"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "text.txt").write_text(numbers(100))
+    (folder / "empty.txt").write_text("")
+    (folder / ".hidden").write_bytes(b"\xff")
+    (folder / "deep" / "loop").symlink_to(folder)  # a folder within itself
+    (folder / "self").symlink_to(folder / "self")
+    (folder / "gone").symlink_to(folder / "nowhere")
+    os.mkfifo(folder / "pipe")
+    task = text(path=folder)
+    task.prepare()
+    assert [file.name for file in Corpus(folder).files] == ["empty.txt", "text.txt"]
+    refused(ValueError, "pipe is a device or a pipe", text(path=folder / "pipe").prepare)
+    refused(ValueError, "is a device or a pipe", text(path="/dev/zero").prepare)
+    refused(FileNotFoundError, "no text at .*self", text(path=folder / "self").prepare)
+    (folder / "text.bin").write_bytes(bytes(range(256)))
+    refused(
+        ValueError, "text.bin is not UTF-8 text: byte 0x00 at offset 0", text(path=folder).prepare
+    )
+
+
 def test_a_text_shorter_than_one_window(text):
     refused(
         ValueError,
@@ -477,6 +567,9 @@ def test_a_given_tokenizer_that_does_not_know_the_text(text, tmp_path):
         ({"context_length": 0}, ValueError, "context_length 0 is not positive"),
         ({"validation_fraction": 1.0}, ValueError, "validation_fraction 1.0 is not between"),
         ({"batch_size": 0}, ValueError, "batch_size 0 is not positive"),
+        ({"path": ""}, ValueError, "path is empty: name one, or leave path out"),
+        ({"cache_dir": " "}, ValueError, "cache_dir is empty"),
+        ({"tokenizer": ""}, ValueError, "tokenizer is empty"),
     ],
 )
 def test_bad_arguments_are_refused_at_once(text, arguments, error, message):

@@ -23,6 +23,9 @@ from archzoo.tasks.tokenizers import Tokenizer
 
 PIECE = 1 << 16  # bytes encoded at once: enough for speed, little beside a model
 SAMPLE = 4_000_000  # bytes that a tokenizer learns from: unigram takes 30 times as much memory
+RECORDS = {".jsonl", ".ndjson", ".csv", ".tsv"}  # names of files that are not text as it stands
+# How gzip, zip, xz, zstd, bzip2, 7z and parquet begin.
+PACKED = (b"\x1f\x8b", b"PK\3\4", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"BZh", b"7z\xbc", b"PAR1")
 _FORMAT = 3  # of the cache; another number makes old caches unused
 
 Span = tuple[int, int]  # bytes of a corpus, from the first to before the second
@@ -91,6 +94,9 @@ class Text(Task):
             cache_dir=None if cache_dir is None else str(cache_dir),
             seed=seed,
         )
+        for name, value in (("path", path), ("cache_dir", cache_dir), ("tokenizer", tokenizer)):
+            if value is not None and not str(value).strip():  # Path takes it for this directory
+                raise ValueError(f"{name} is empty: name one, or leave {name} out for its default")
         if context_length < 1:
             raise ValueError(f"context_length {context_length} is not positive")
         if not 0 < validation_fraction < 1:
@@ -365,6 +371,15 @@ class Corpus:
             found = (file.relative_to(self.path) for file in self.path.rglob("*") if file.is_file())
             visible = [f for f in found if not any(part.startswith(".") for part in f.parts)]
             self.files = [self.path / file for file in sorted(visible, key=Path.as_posix)]
+        elif not self.path.is_file():
+            raise ValueError(f"{path} is a device or a pipe, not a file: give a UTF-8 file")
+        for file in self.files:
+            if file.suffix.lower() in RECORDS or _is_json_lines(file):
+                raise ValueError(
+                    f"{file} holds records, not text, and would be read character by character: "
+                    "choosing a field of them (data.field) comes later, so write the texts into "
+                    "a .txt file, or give this one such a name to read it as it stands"
+                )
         sizes = [file.stat().st_size for file in self.files]
         self.starts = [sum(sizes[:n]) for n in range(len(sizes) + 1)]
         self.size = self.starts[-1]
@@ -414,6 +429,20 @@ class Corpus:
                     for content, offset in _pieces(file.read, begin, end):
                         before = _decode(content, path, offset)
                         yield before
+
+
+def _is_json_lines(path: Path) -> bool:
+    """Whether a .json file has a whole record in its first line, as some data sets have."""
+    if path.suffix.lower() != ".json":
+        return False
+    with open(path, "rb") as file:
+        line = file.readline(PIECE).strip()
+    if not line.startswith(b"{") or not line.endswith(b"}"):
+        return False
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _border(path: Path, size: int, fraction: float) -> int:
@@ -471,9 +500,11 @@ def _decode(content: bytes, path: Path, offset: int) -> str:
             return content.decode()
         except UnicodeDecodeError as error:
             wrong = error.start
+    packed = not offset and any(content.startswith(begin) for begin in PACKED)
+    way = "unpack the file" if packed else "convert the file to UTF-8"
     raise ValueError(
         f"{path} is not UTF-8 text: byte 0x{content[wrong]:02x} at offset {offset + wrong}; "
-        "convert the file to UTF-8 or take it out of the folder"
+        f"{way} or take it out of the folder"
     )
 
 
