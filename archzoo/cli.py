@@ -62,6 +62,8 @@ COMMANDS = {
 # What a person can do something about, and so needs no traceback.
 MISTAKES = (ValueError, OSError, ArithmeticError)
 
+LONGEST = 1_000  # characters of an error's line
+
 # What commands import first, and so what is missing where the environment was not entered.
 DEPENDENCIES = ("torch", "lightning", "docstring_parser", "jsonargparse", "rich")
 
@@ -258,5 +260,7 @@ def complain(error: BaseException) -> int:
 
         traceback.print_exception(error)
     text = " ".join(str(error).split()) or type(error).__name__
+    if len(text) > LONGEST:  # it quotes what was given; its end says the way out
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
     print(f"error: {text}", file=sys.stderr)
     return 1

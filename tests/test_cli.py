@@ -579,3 +579,11 @@ def test_a_reader_that_has_enough_is_no_mistake(arguments):
     program = f"{sys.executable} -m archzoo {arguments.format(old=old)} | true"
     done = subprocess.run(program, shell=True, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stderr == ""
+
+
+def test_an_error_that_quotes_much_stays_a_line(capsys):
+    from archzoo.cli import complain
+
+    assert complain(ValueError("name=" + "x" * 100_000 + ": take another")) == 1
+    said = capsys.readouterr().err
+    assert len(said) < 1_100 and said.startswith("error: name=x") and "take another" in said
