@@ -110,36 +110,43 @@ class Decoder(nn.Module):
         super().__init__()
         sizes = {"vocab_size": vocab_size, "dim": dim, "depth": depth, "heads": heads}
         for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
+            if not _whole(size):
                 raise ValueError(f"{name}={size!r}: a decoder needs a whole number of at least 1")
         assert vocab_size and dim and depth and heads  # checked above; tells the type checker
         interface.head_size(dim, heads)
         width = 8 * math.ceil(dim / 3) if width is None else width
-        if not isinstance(width, int) or width < 1:
-            raise ValueError(f"width={width!r} must be a whole number of at least 1")
+        loops = 1 if loops is None else loops
+        for name, size in (("width", width), ("loops", loops), ("context_length", context_length)):
+            if not _whole(size) and not (name == "context_length" and size is None):
+                raise ValueError(f"{name}={size!r} must be a whole number of at least 1")
+        flags = {"tie_weights": tie_weights, "activation_checkpointing": activation_checkpointing}
+        for name, flag in flags.items():
+            if flag not in (None, True, False):
+                raise ValueError(f"{name}={flag!r} must be true or false")
         if isinstance(pattern, str):
             raise ValueError(f"pattern={pattern!r} must be a list of mixers, such as [{pattern}]")
-        dropout = dropout or 0.0
-        if not 0 <= dropout < 1:
+        dropout = 0.0 if dropout is None else dropout
+        norm_eps = 1e-6 if norm_eps is None else norm_eps
+        init_std = 0.02 if init_std is None else init_std
+        numbers = {"dropout": dropout, "norm_eps": norm_eps, "init_std": init_std}
+        for name, number in numbers.items():
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                raise ValueError(f"{name}={number!r} must be a number")
+            if not 0 <= number < math.inf:
+                raise ValueError(f"{name}={number} must be at least 0, and finite")
+        if dropout >= 1:
             raise ValueError(f"dropout={dropout} must lie in [0, 1)")
         self.vocab_size, self.dim, self.depth, self.heads = vocab_size, dim, depth, heads
         self.width, self.context_length, self.dropout = width, context_length, dropout
-        self.init_std = 0.02 if init_std is None else init_std
+        self.init_std = init_std
         self.activation_checkpointing = bool(activation_checkpointing)
         self.tie_weights = bool(tie_weights)
-        self.loops = 1 if loops is None else loops
-        if not isinstance(self.loops, int) or self.loops < 1:
-            raise ValueError(f"loops={loops!r} must be a whole number of at least 1")
+        self.loops = loops
         self.injection = injection or "none"
         if self.injection not in ("none", "layer", "loop"):
             raise ValueError(f"injection={injection!r} is none of none, layer and loop")
         bias = None if bias == "none" else bias
         norm, norm_placement = norm or "rms", norm_placement or "pre"
-        norm_eps = 1e-6 if norm_eps is None else norm_eps
-        for name, number in (("norm_eps", norm_eps), ("init_std", self.init_std)):
-            if number < 0:
-                raise ValueError(f"{name}={number} must be at least 0")
-
         #: All it takes to build this decoder again, as plain data: `Decoder(**config)`.
         self.config: dict[str, Any] = sizes | {
             "width": width,
@@ -441,6 +448,10 @@ class Decoder(nn.Module):
     def parameter_count(self) -> int:
         """Parameters, shared ones once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def _whole(size: Any) -> bool:
+    return isinstance(size, int) and not isinstance(size, bool) and size >= 1
 
 
 def _of_layer(entries: Aux, layer: int) -> Aux:

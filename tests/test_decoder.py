@@ -166,6 +166,27 @@ def test_none_is_a_word_for_an_empty_slot():
         micro("transformer", mixer="none")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"tie_weights": "yes"}, "tie_weights='yes' must be true or false"),
+        ({"activation_checkpointing": "no"}, "activation_checkpointing='no' must be true or false"),
+        ({"dropout": "0.1"}, "dropout='0.1' must be a number"),
+        ({"dropout": 1.0}, r"dropout=1.0 must lie in \[0, 1\)"),
+        ({"init_std": math.nan}, "init_std=nan must be at least 0, and finite"),
+        ({"norm_eps": -1e-6}, "norm_eps=-1e-06 must be at least 0"),
+        ({"context_length": 0}, "context_length=0 must be a whole number of at least 1"),
+        ({"context_length": "long"}, "context_length='long' must be a whole number"),
+        ({"vocab_size": True}, "vocab_size=True: a decoder needs a whole number"),
+        ({"loops": True}, "loops=True must be a whole number"),
+        ({"width": 1.5}, "width=1.5 must be a whole number"),
+    ],
+)
+def test_an_argument_of_the_wrong_kind_is_refused(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        micro("transformer", **arguments)
+
+
 def test_sizes_are_needed():
     with pytest.raises(ValueError, match="vocab_size=None: a decoder needs a whole number"):
         Decoder(dim=8, depth=1, heads=1)
@@ -671,6 +692,12 @@ BORN = [
     {"embedding": {"class_path": "AbacusEmbedding", "init_args": COUPLED | {"coupled": True}}},
     {"embedding": {"class_path": "PositionCoupling", "init_args": COUPLED | {"prompt": "plain"}}},
     {"embedding": "RandomisedPositions", "rotary": "RotaryEmbedding"},
+    {
+        "feed_forward": {
+            "class_path": "MixtureOfExperts",
+            "init_args": {"adaptive": True, "router": "AttentionRouter"},
+        }
+    },
 ]
 
 

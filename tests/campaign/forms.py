@@ -22,7 +22,7 @@ from archzoo.block import FORMS, State, fork, reorder, to
 from archzoo.decoder import Decoder
 from archzoo.generation import generate
 
-SLICE = 60
+SLICE = 40
 TOLERANCE = 1e-9  # relative RMS
 
 VOCABULARY = 24
