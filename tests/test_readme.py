@@ -54,7 +54,10 @@ def test_the_zoo_table_is_current(capsys: pytest.CaptureFixture[str]) -> None:
     assert table.group(1).strip() == capsys.readouterr().out.strip()
 
 
-def test_its_python_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+def test_its_python_prints_what_it_says(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # it writes a model
     found = blocks("python")
     assert found
     for code, expected in found:
@@ -75,7 +78,8 @@ def test_its_shell_commands_run_in_order(checkout: Path) -> None:
         words = shlex.split(line)
         words[0] = {"python": sys.executable, "archzoo": str(BIN / "archzoo")}[words[0]]
         if "fit" in words:  # the whole of it is `make train`
-            words += ["--trainer.max_steps", "3", "--trainer.val_check_interval", "3"]
+            steps = "6" if "--ckpt_path" in words else "3"  # resumed, it has to go on
+            words += ["--trainer.max_steps", steps, "--trainer.val_check_interval", "3"]
             words += ["--trainer.limit_val_batches", "1"]
         if "test" in words:
             words += ["--trainer.limit_test_batches", "2"]

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from campaign.strangers import ask, at, hostile, places, watched
 
-SLICE, LIMIT = 0, 15
+SLICE, LIMIT = 0, 60
 KINDS = ("retnet", "moe", "text")
 FIT = "--trainer.max_steps 1 --trainer.limit_val_batches 1 --trainer.accelerator cpu "
 FITS = {
