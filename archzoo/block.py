@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from archzoo.derivatives import transformed
+from archzoo.derivatives import followed, transformed
 
 State = Any  # a pytree: dict | list of Tensor (batch first) | int | bool | None
 Aux = dict[str, Tensor]
@@ -535,8 +535,14 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+class _NotKeptError(Exception):
+    pass
+
+
 @lru_cache(maxsize=256)
 def _constant(values: tuple[float, ...], device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    if transformed():
+        raise _NotKeptError  # no exception is kept, either
     with torch.inference_mode(False):  # an inference tensor could not be saved for a backward
         return torch.tensor(values, dtype=dtype, device=device)
 
@@ -550,10 +556,13 @@ def constant(
     model can touch them, as it would touch a buffer.
     """
     # What is made under a transform or a mode (fake tensors) is of its kind, and is not kept.
-    modes = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    if modes or transformed():
-        return torch.tensor(values, dtype=dtype, device=device)
-    return _constant(values, torch.get_default_device() if device is None else device, dtype)
+    if not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()):
+        try:
+            where = torch.get_default_device() if device is None else device
+            return _constant(values, where, dtype)
+        except _NotKeptError:
+            pass
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -582,7 +591,7 @@ def once_per_call(tensor: Tensor, key: Hashable, compute: Callable[[], Computed]
     tensor, which its owner may change in place, nothing is kept.
     """
     # The compiler finds common subexpressions itself; a transform's tensors end with it.
-    if torch.compiler.is_compiling() or transformed():
+    if followed():
         return compute()
     kept = tensor.__dict__.get("computed")
     if kept is None:

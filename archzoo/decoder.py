@@ -338,8 +338,10 @@ class Decoder(nn.Module):
             place=None if state is None else state["place"],
             device=tokens.device,
         )
-        context = self.embedding.place(context)
-        context = context._replace(positions=interface.of_this_call(context.positions))
+        placed = self.embedding.place(context)
+        if placed is not context:
+            placed = placed._replace(positions=interface.of_this_call(placed.positions))
+        context = placed
         keep = state is not None
         loops = self.loops - free_loops if loops is None else loops
         if loops < 1 or free_loops < 0 or (keep and free_loops + loops != self.loops):

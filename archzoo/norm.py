@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archzoo.block import constant
-from archzoo.derivatives import differentiated_again, plain_gradients, transformed
+from archzoo.derivatives import differentiated_again, followed, plain_gradients
 
 
 def _inverse_root_mean_square(x: Tensor, eps: float) -> Tensor:
@@ -81,11 +81,11 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
         weight: (channels,), or None for all ones.
         eps: Added to the mean square.
     """
-    if transformed():
-        return _plain(x, weight, eps)
+    if followed():
+        compiled = torch.compiler.is_compiling()
+        return F.rms_norm(x, x.shape[-1:], weight, eps) if compiled else _plain(x, weight, eps)
     composed = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-    composed = composed and (weight is None or weight.dtype == x.dtype)
-    if not composed or torch.compiler.is_compiling():
+    if not composed or (weight is not None and weight.dtype != x.dtype):
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     if torch.is_grad_enabled():
         return _RMSNorm.apply(x, weight, eps)

@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 
 from archzoo.block import Context
-from archzoo.derivatives import transformed
+from archzoo.derivatives import followed
 from archzoo.kernels.launching import run_beside
 
 
 def available(tokens: Tensor) -> bool:
     """Whether the kernel runs where the tokens lie; compilers fuse the plain form themselves."""
-    if torch.compiler.is_compiling() or transformed():
-        return False
-    return tokens.numel() > 0 and run_beside(tokens)
+    return not followed() and tokens.numel() > 0 and run_beside(tokens)
 
 
 def shifted_rows(

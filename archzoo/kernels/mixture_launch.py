@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from archzoo.derivatives import transformed
+from archzoo.derivatives import followed
 from archzoo.kernels.launching import Launch, run_beside, stream_of
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -23,7 +23,7 @@ def fused(x: Tensor, width: int = 1) -> bool:
     """Whether the kernels run on tensors such as x, with rows of `width`."""
     if x.dtype not in _DTYPES or width > MAX_WIDTH or not x.numel():
         return False
-    return not (torch.compiler.is_compiling() or transformed()) and run_beside(x)
+    return not followed() and run_beside(x)
 
 
 def on_hopper(x: Tensor) -> bool:
