@@ -334,6 +334,10 @@ class Task(lightning.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:  # Lightning: on every process
         self.prepare()
+        # Now the vocabulary is known: a model that is made for it is made before callbacks look.
+        model = getattr(self.trainer, "lightning_module", None)
+        if model is not None and hasattr(model, "set_up_with_task"):
+            model.set_up_with_task(stage)
 
     def train_dataloader(self) -> Loader:
         self.prepare()

@@ -78,6 +78,17 @@ class Checkpoints(Checkpoint):
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
+        strategy = trainer.strategy
+        if (
+            getattr(strategy, "_save_distributed_checkpoint", False)
+            or getattr(strategy, "_state_dict_type", None) == "sharded"
+            or type(strategy).__name__ == "DeepSpeedStrategy"
+        ):
+            raise ValueError(
+                f"{type(strategy).__name__} writes checkpoints as directories of shards, which "
+                "cannot be read here: set save_distributed_checkpoint to false (FSDPStrategy: "
+                "state_dict_type to full)"
+            )
         self.directory = Path(trainer.default_root_dir)
         self._logs = [logger for logger in trainer.loggers if isinstance(logger, MetricsFile)]
         if stage == "fit":
@@ -100,7 +111,9 @@ class Checkpoints(Checkpoint):
         batch_idx: int,
     ) -> None:
         # During an accumulation the step stays the one that was saved.
-        if trainer.global_step % self.every_n_steps == 0:
+        # The last step is saved before callbacks that average weights put these in their place.
+        ends = trainer.global_step == trainer.max_steps
+        if ends or trainer.global_step % self.every_n_steps == 0:
             self.save_last(trainer, pl_module)
 
     def on_validation_start(
@@ -137,20 +150,23 @@ class Checkpoints(Checkpoint):
                 f"checkpoint.monitor: there is no metric {monitor}; validation gives "
                 + ", ".join(sorted(trainer.callback_metrics))
             )
+        # A loss of nan is never the best, nor stays it where a checkpoint says so.
         sign = 1 if mode == "min" else -1
         found = {name: float(entry) for name, entry in trainer.callback_metrics.items()}
         found["step"] = trainer.global_step
         # Of equals, such as runs of zeros, the one of the lower loss.
-        loss, best_loss = (
-            entry.get("validation/loss", math.inf)
-            for entry in (found, self.reached.get("best", {}))
+        mine, best = (
+            _comparable(of, sign, entry.get("validation/loss"))
+            for of, entry in ((value.item(), found), (self.best, self.reached.get("best", {})))
         )
-        better = self.best is None or ((sign * value.item(), loss) < (sign * self.best, best_loss))
+        better = mine < best
         if better:
             self.best = value.item()
-        self.reached = {"best": found if better else self.reached.get("best", found), "last": found}
+            self.reached["best"] = found
+        self.reached["last"] = found
         self._note_validated()
-        if better:  # before last.ckpt, which says that it is there
+        # Before last.ckpt, which says that it is there.
+        if better and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._check(pl_module)
             trainer.save_checkpoint(self.directory / "best.ckpt")
         self.saved = None  # write last.ckpt again: now it knows the best, and that this was done
@@ -163,6 +179,8 @@ class Checkpoints(Checkpoint):
 
     def save_last(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write last.ckpt, unless it holds this step already."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         # In the middle of an accumulation there are gradients, which no checkpoint holds.
         midway = trainer.fit_loop.epoch_loop._should_accumulate()
         if midway or trainer.global_step in (0, self.saved):
@@ -175,6 +193,12 @@ class Checkpoints(Checkpoint):
         if isinstance(pl_module, LanguageModel):
             pl_module.check_losses()
             pl_module.check_weights()
+
+
+def _comparable(value: float | None, sign: int, loss: float | None) -> tuple[float, ...]:
+    """A metric and the loss beside it, the better the smaller; what is no number comes last."""
+    numbers = (None if value is None else sign * value, loss)
+    return tuple(math.inf if n is None or math.isnan(n) else n for n in numbers)
 
 
 class EndOnSignal(lightning.Callback):
@@ -339,7 +363,7 @@ class ShowProgress(ProgressBar):
         if trainer.state.fn != "fit":
             self.say(describe(pl_module.latest, "validation"))
             return
-        if pl_module.cut_short:
+        if pl_module.cut_short or trainer.sanity_checking:
             return
         seconds = time.perf_counter() - self._began
         shown = describe(pl_module.latest, "train", "validation")

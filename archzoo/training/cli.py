@@ -13,13 +13,12 @@ import logging
 import os
 import re
 import shlex
-import shutil
 import sys
 import tempfile
 import traceback
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's affair
 
@@ -41,6 +40,7 @@ from archzoo.training.callbacks import (
     SaveAndEndOnSignal,
     ShowProgress,
 )
+from archzoo.training.directory import RunDirectory
 from archzoo.training.ending import SIGNALS, Ended, say
 from archzoo.training.files import CheckpointFiles, MetricsFile
 from archzoo.training.mistakes import explain
@@ -136,12 +136,31 @@ class SaveConfig(SaveConfigCallback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self.config = self.config.clone()
         # A run from this file is a new one, of this arm.
-        self.config["ckpt_path"] = self.config["arms"] = self.config["arm"] = None
-        super().setup(trainer, pl_module, stage)
+        for name in ("ckpt_path", "resume", "arms", "arm"):
+            self.config[name] = None
+
+    def _save(self, trainer: Any, pl_module: Any) -> None:
+        super().setup(trainer, pl_module, "fit")  # once; when there is room: see `RunDirectory`
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self._save(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.sanity_checking:
+            self._save(trainer, pl_module)
 
 
 class CommandLine(LightningCLI):
     """LightningCLI with a directory for every run, and settings that come from a checkpoint."""
+
+    _run_directory: RunDirectory | None = None  # of a `fit`, on the first process
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        try:
+            super().__init__(*arguments, **settings)  # does all of it
+        finally:
+            if self._run_directory is not None:
+                self._run_directory.lock.release()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -150,6 +169,13 @@ class CommandLine(LightningCLI):
             default=None,
             help="The run's directory is runs/NAME (see trainer.default_root_dir); default: the "
             "configuration file's name, or the preset's.",
+        )
+        parser.add_argument(
+            "--resume",
+            type=Literal["auto"] | None,
+            default=None,
+            help="auto: fit goes on from the last.ckpt of the run's directory where there is one, "
+            "and begins otherwise.",
         )
         parser.add_argument(
             "--arms",
@@ -180,8 +206,10 @@ class CommandLine(LightningCLI):
         weights = _option(arguments, "--model.weights")
         if weights and not any(a.startswith(("--config", "-c", "--data")) for a in arguments):
             arguments = ["--config", settings.written(self._data_of(weights)), *arguments]
-        if path in ("last", "best") and not _option(arguments, "--config"):
-            raise ValueError(f"--ckpt_path {path} needs --config or a path: of which run?")
+        if not _option(arguments, "--config"):
+            path = _of_named_run(command, path, arguments)
+            if path:
+                arguments = [*_without(arguments, "--ckpt_path"), "--ckpt_path", path]
         if path and path not in ("last", "best"):
             checkpoint = read_safely(path) if Path(path).is_file() else _no_checkpoint(path)
             beside = Path(path).parent / "config.yaml"
@@ -271,30 +299,14 @@ class CommandLine(LightningCLI):
         logger = config.trainer.get("logger.init_args")
         if logger is not None and logger.get("save_dir") == BESIDE:
             logger.save_dir, logger.name, logger.version = str(self.directory), "", "tensorboard"
+        last = self.directory / "last.ckpt"
+        if self.subcommand == "fit" and config.resume == "auto" and last.is_file():
+            config.ckpt_path = str(last)
         if config.ckpt_path in ("last", "best"):
             path = self.directory / f"{config.ckpt_path}.ckpt"
             config.ckpt_path = str(path) if path.is_file() else _no_checkpoint(str(path))
         if config.ckpt_path:
             _mean_what_it_meant(config)
-
-    def before_fit(self) -> None:
-        if not self.config[self.subcommand].trainer.fast_dev_run:
-            self._move_aside()
-
-    @rank_zero_only
-    def _move_aside(self) -> None:
-        """Never write over another run: it is renamed, unless this one goes on where it ended."""
-        directory = self.directory
-        path = self.config[self.subcommand].ckpt_path
-        goes_on = path and Path(path).resolve().parent == directory.resolve()
-        if goes_on or not any((directory / name).exists() for name in ("last.ckpt", "metrics.csv")):
-            return
-        number = 1
-        while directory.with_name(f"{directory.name}-{number}").exists():
-            number += 1
-        aside = directory.with_name(f"{directory.name}-{number}")
-        shutil.move(directory, aside)
-        print(f"{directory} held another run, which is now {aside}")
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Any:
         fitting = self.subcommand == "fit"
@@ -304,6 +316,8 @@ class CommandLine(LightningCLI):
             callbacks = [c for c in callbacks if not isinstance(c, Checkpoints)]
         if config.get("enable_progress_bar") is not False:
             callbacks = [*callbacks, ShowProgress()]
+        if fitting and not config.get("fast_dev_run"):
+            config["callbacks"] = [*self._hold_directory(), *_as_list(config.get("callbacks"))]
         if fitting:
             saves = any(isinstance(callback, Checkpoints) for callback in callbacks)
             callbacks = [*callbacks, (SaveAndEndOnSignal if saves else EndOnSignal)(SIGNALS)]
@@ -325,6 +339,17 @@ class CommandLine(LightningCLI):
             # Lightning names the setting or the reason, never both.
             given = ", ".join(f"trainer.{name}={config.get(name)}" for name in HARDWARE)
             raise ValueError(f"{given}: {error} 'auto' takes what there is") from error
+
+    @rank_zero_only
+    def _take_directory(self) -> None:
+        path = self.config[self.subcommand].ckpt_path
+        goes_on = path and Path(path).resolve().parent == self.directory.resolve()
+        self._run_directory = RunDirectory(self.directory, bool(goes_on))
+
+    def _hold_directory(self) -> list[RunDirectory]:
+        """The callback that makes room in the run's directory, which is locked from now on."""
+        self._take_directory()
+        return [] if self._run_directory is None else [self._run_directory]
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         arguments = super()._prepare_subcommand_kwargs(subcommand)
@@ -361,25 +386,45 @@ class CommandLine(LightningCLI):
 
     def _say_how_to_go_on(self, end: Ended) -> None:
         """After a run was ended by a signal: what is saved, and the command that resumes it."""
-        last, step = self.directory / "last.ckpt", self.trainer.global_step
-        saving = any(isinstance(c, Checkpoints) for c in self.trainer.checkpoint_callbacks)
-        if not saving:
+        trainer, last = self.trainer, self.directory / "last.ckpt"
+        step = trainer.global_step
+        if step == (self.model._loaded_step or 0) or self._tries():
+            say(f"{end} before a step was done: nothing was written")
+        elif not any(isinstance(c, Checkpoints) for c in trainer.checkpoint_callbacks):
             say(f"{end} at step {step}; nothing is saved under trainer.enable_checkpointing: false")
-        elif not last.is_file() or self.config[self.subcommand].trainer.fast_dev_run:
-            say(f"{end} before the first step was done; nothing was saved")
         else:
             say(f"{end}; {last} holds all up to step {step}. To go on:")
             say("  " + _command_line("fit", _without(self._given, "--ckpt_path"), last))
         end.explained = True
 
+    def _tries(self) -> bool:
+        """Whether this command only tries itself out: then it writes nothing."""
+        return bool(self.config[self.subcommand].trainer.fast_dev_run)
+
     def after_fit(self) -> None:
+        self._say_finished()
         self._say_where()
+
+    @rank_zero_only
+    def _say_finished(self) -> None:
+        """Where a run was resumed that had nothing left to do."""
+        trainer, path = self.trainer, self.config[self.subcommand].ckpt_path
+        if not path or trainer.global_step != self.model._loaded_step:
+            return
+        limit = "max_steps" if trainer.global_step >= trainer.max_steps > -1 else "max_epochs"
+        print(
+            f"{path} had reached trainer.{limit}={getattr(trainer, limit)}: nothing was left to "
+            "train; a larger one trains on"
+        )
 
     def after_test(self) -> None:
         self._say_where()
 
     @rank_zero_only
     def _say_where(self) -> None:
+        if self._tries():
+            print("trainer.fast_dev_run: nothing was written")
+            return
         names = ("last.ckpt", "best.ckpt", "metrics.csv", "test.csv", "config.yaml")
         found = [name for name in names if (self.directory / name).is_file()]
         if found:
@@ -393,12 +438,15 @@ class CommandLine(LightningCLI):
 
     @rank_zero_only
     def _write_predictions(self, rows: list[dict[str, str]]) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        path = self.directory / "predictions.jsonl"
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         for line in lines[:8]:
             print(line)
+        if self._tries():
+            print("trainer.fast_dev_run: nothing was written")
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / "predictions.jsonl"
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         print(f"{path} holds {len(rows)} predictions")
 
 
@@ -441,6 +489,21 @@ def _option(arguments: list[str], name: str) -> str | None:
             following = arguments[place + 1 : place + 2]
             return value if equals else (following[0] if following else None)
     return None
+
+
+def _of_named_run(command: str, path: str | None, arguments: list[str]) -> str | None:
+    """The checkpoint's path where --name alone says of which run it is."""
+    name = _option(arguments, "--name")
+    run = Path(_option(arguments, "--trainer.default_root_dir") or "runs", name or "")
+    if command == "fit" and _option(arguments, "--resume") == "auto":
+        found = run / "last.ckpt"
+        return str(found) if name and found.is_file() else path
+    if path not in ("last", "best"):
+        return path
+    if not name:
+        raise ValueError(f"--ckpt_path {path} needs --name, --config or a path: of which run?")
+    found = run / f"{path}.ckpt"
+    return str(found) if found.is_file() else _no_checkpoint(str(found))
 
 
 def _without(arguments: list[str], name: str) -> list[str]:

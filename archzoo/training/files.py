@@ -94,7 +94,8 @@ class MetricsFile(Logger):
     def __init__(self, path: str | Path) -> None:
         super().__init__()
         self.path = Path(path)
-        self.rows = 0  # in the file, as far as this run wrote or read it
+        self._rows = 0  # in the file, as far as this run wrote or read it
+        self._beginning: tuple[int, int | None] | None = None  # what `begin` was asked for
         self._columns: list[str] | None = None
         self._known: set[tuple[int, frozenset[str]]] = set()
         self._started = time.perf_counter()
@@ -115,15 +116,31 @@ class MetricsFile(Logger):
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         pass  # config.yaml and the checkpoints hold them
 
+    @property
+    def rows(self) -> int:
+        """How many there are in the file."""
+        self._begin()
+        return self._rows
+
     @rank_zero_only
     def begin(self, step: int, count: int | None = None) -> None:
         """Keep the rows up to a step: a run that begins there writes the later ones again.
+
+        The others go when the first one is written, so that a run that fails before it leaves the
+        file as it was.
 
         Args:
             step: The last whose rows stay.
             count: Rows there were when the checkpoint of this step was written: no more stay.
                 None, of a checkpoint that does not say: what comes again at this step is left out.
         """
+        self._beginning = step, count
+
+    @rank_zero_only
+    def _begin(self) -> None:
+        if self._beginning is None:
+            return
+        (step, count), self._beginning = self._beginning, None
         if not self.path.exists():
             return
         rows, columns = self._read()
@@ -137,6 +154,7 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self._begin()
         seconds = round(time.perf_counter() - self._started, 3)
         row: dict[str, Any] = {"step": step, "seconds": seconds, **metrics}
         row.pop("epoch", None)  # Lightning's; streams of examples have no epochs
@@ -144,13 +162,13 @@ class MetricsFile(Logger):
             return
         if self._columns is None and self.path.exists():
             known, self._columns = self._read()
-            self.rows = len(known)
+            self._rows = len(known)
         columns = self._columns or []
         try:
             if set(row) <= set(columns):
                 with open(self.path, "a", newline="") as file:
                     csv.DictWriter(file, columns).writerow(row)
-                self.rows += 1
+                self._rows += 1
             else:
                 rows = self._read()[0] if self.path.exists() else []
                 self._write([*rows, row], [*columns, *(n for n in row if n not in columns)])
@@ -172,7 +190,7 @@ class MetricsFile(Logger):
             writer.writeheader()
             writer.writerows(rows)
         os.replace(partial, self.path)
-        self._columns, self.rows = columns, len(rows)
+        self._columns, self._rows = columns, len(rows)
 
 
 def _kind(row: dict[str, Any]) -> tuple[int, frozenset[str]]:

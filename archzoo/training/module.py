@@ -135,6 +135,7 @@ class LanguageModel(lightning.LightningModule):
         self.cut_short = False  # whether the validation that runs is broken off and counts nothing
         self._random_before: dict[str, Any] | None = None  # that validation
         self._sharded = False
+        self._set_up_for: tuple[str, int] | None = None
         self._vocabulary: dict[str, bytes] | None = None  # of the weights training starts from
         if weights is not None:
             self.decoder = self._start_from(weights)
@@ -186,7 +187,17 @@ class LanguageModel(lightning.LightningModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":  # before a checkpoint is read
             self._begin_run()
+        self.set_up_with_task(stage)
+
+    def set_up_with_task(self, stage: str) -> None:
+        """Make the decoder and give it what the task says of numbers.
+
+        `Task.setup` calls this before callbacks are set up, some of which copy all parameters.
+        """
         task = self.task
+        if self._set_up_for == (stage, id(task)):
+            return
+        self._set_up_for = (stage, id(task))
         if self.decoder is None:
             if task is None:
                 raise ValueError(
@@ -629,7 +640,7 @@ class LanguageModel(lightning.LightningModule):
         self._evaluated = {"loss": loss, **{name: none.clone() for name in names}}
 
     def _end_evaluation(self, split: str) -> None:
-        if self.cut_short:
+        if self.cut_short or self.trainer.sanity_checking:
             return
         sums = self._all_over_ranks(self._evaluated)
         seen = {name: entry.tolist() for name, entry in sums.items()}
