@@ -17,7 +17,7 @@ PYTEST_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install -q
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
 # With a GPU torch brings its own; without one it interprets the kernels for their tests.
 TRITON := triton==3.9.0
@@ -61,6 +61,8 @@ clean:
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	  "archzoo needs Python 3.11 or newer: make PYTHON=python3.11 names one")'
+	@echo "Setting up $(VENV), once: torch, Lightning and the tools, some hundred MB (with an NVIDIA GPU" \
+	  "some GB), in a few minutes. pip says how far it is."
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # torch first and alone. PyPI's build for Linux brings several GB of CUDA libraries, so a Linux

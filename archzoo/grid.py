@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import csv
 import math
+import sys
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -344,12 +346,26 @@ def _keys(exercise: Exercise, digits: int, diagonal: int) -> list[Key]:
     return keys
 
 
+def _lines(total: int, done: int) -> Callable[[int], None]:
+    """Says on stderr how far it is: soon at first, and seldom later on."""
+    began = said = time.monotonic()
+
+    def advance(problems: int) -> None:
+        nonlocal done, said
+        done, now = done + problems, time.monotonic()
+        if now - said > min(max(10.0, (now - began) / 10), 300.0):
+            said = now
+            print(f"{done:,} of {total:,} sizes", file=sys.stderr, flush=True)
+
+    return advance
+
+
 @contextmanager
 def _bar(total: int, done: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal, nothing elsewhere; gives what advances it."""
+    """A progress bar on a terminal, elsewhere a line now and then; gives what advances it."""
     console = Console()
     if not console.is_terminal:
-        yield lambda problems: None
+        yield _lines(total, done)
         return
     columns = (TextColumn("sizes"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:

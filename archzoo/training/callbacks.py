@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from archzoo.training.ending import Ended, Signals
 from archzoo.training.files import MetricsFile
@@ -286,7 +288,7 @@ class SaveAndEndOnSignal(EndOnSignal, Checkpoint):
 
 
 class ShowProgress(ProgressBar):
-    """A bar on a terminal, with the latest loss and exact match; elsewhere a line a validation.
+    """A bar on a terminal, and a line a validation; elsewhere a line every so often as well.
 
     It draws itself from a thread of its own, so a step pays for one assignment only.
     """
@@ -296,6 +298,8 @@ class ShowProgress(ProgressBar):
         self.console = Console()
         self.shown: Progress | None = None
         self._enabled = True
+        self._began = self._said = time.perf_counter()  # the second: when the last line was
+        self._said_step = 0  # and of which step it was
 
     def disable(self) -> None:
         self._enabled = False
@@ -304,22 +308,26 @@ class ShowProgress(ProgressBar):
         self._enabled = True
 
     @rank_zero_only
-    def say(self, text: str) -> None:
-        """Print a line, above the bar where there is one."""
+    def say(self, *parts: str) -> None:
+        """Print a line, above the bar where there is one, broken between parts if it must be."""
         if self._enabled:
-            self.console.print(text, highlight=False, soft_wrap=True)
+            width = self.console.width if self.console.is_terminal else None
+            for line in fold(parts, width):
+                self.console.print(line, highlight=False, soft_wrap=width is None)
 
     def _start(self, title: str, total: float | None) -> None:
         if not self._enabled or not self.console.is_terminal:
             return
         self.shown = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
+            TextColumn(title),
+            # What may shrink is the bar, and nothing else: it is what a narrow terminal can spare.
+            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[metrics]}"),
             console=self.console,
             refresh_per_second=4,
+            expand=True,
         )
         self.shown.add_task(title, total=total, metrics="")
         self.shown.start()
@@ -338,7 +346,8 @@ class ShowProgress(ProgressBar):
         self._start("training", None if steps == float("inf") else steps)
         if self.shown is not None:
             self.shown.update(self.shown.task_ids[0], completed=trainer.global_step)
-        self._began = time.perf_counter()
+        self._began = self._said = time.perf_counter()
+        self._said_step = trainer.global_step
 
     def on_train_batch_end(
         self,
@@ -349,36 +358,51 @@ class ShowProgress(ProgressBar):
         batch_idx: int,
     ) -> None:
         assert isinstance(pl_module, LanguageModel)
-        if self.shown is not None and trainer.global_step % pl_module.log_every == 0:
+        if trainer.global_step % pl_module.log_every:
+            return
+        if self.shown is not None:
+            # The loss alone, and the speed where there is room: the lines above say the rest.
+            room = self.console.width >= 90
+            parts = describe(pl_module.latest, "train")
             self.shown.update(
                 self.shown.task_ids[0],
                 completed=trainer.global_step,
-                metrics=describe(pl_module.latest, "train", "validation"),
+                metrics="  ".join(parts[: None if room else 1]),
             )
+            return
+        now = time.perf_counter()
+        # Soon at first, and seldom in a long run.
+        pause = min(max(10.0, (now - self._began) / 10), 300.0)
+        if now - self._said > pause and trainer.global_step != self._said_step:
+            self._say_step(trainer, pl_module, "train")
+
+    def _say_step(self, trainer: lightning.Trainer, pl_module: LanguageModel, *splits: str) -> None:
+        self._said, self._said_step = time.perf_counter(), trainer.global_step
+        about = [f"step {trainer.global_step:>6}", f"{self._said - self._began:6.0f} s"]
+        self.say(*about, *describe(pl_module.latest, *splits))
 
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         assert isinstance(pl_module, LanguageModel)
         if trainer.state.fn != "fit":
-            self.say(describe(pl_module.latest, "validation"))
-            return
-        if pl_module.cut_short or trainer.sanity_checking:
-            return
-        seconds = time.perf_counter() - self._began
-        shown = describe(pl_module.latest, "train", "validation")
-        self.say(f"step {trainer.global_step:>6}  {seconds:6.0f} s  {shown}")
+            self.say(*describe(pl_module.latest, "validation"))
+        elif not pl_module.cut_short and not trainer.sanity_checking:
+            self._say_step(trainer, pl_module, "train", "validation")
 
     def on_train_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
+        assert isinstance(pl_module, LanguageModel)
+        if trainer.global_step != self._said_step:
+            self._say_step(trainer, pl_module, "train")
         self._stop()
         for checkpoint in trainer.checkpoint_callbacks:
             # A model may be best beyond the trained lengths long before the end: say both.
             for name, found in getattr(checkpoint, "reached", {}).items():
                 if OUT_OF_DISTRIBUTION in found:
-                    shown = describe(found, "validation")
-                    self.say(f"{name:<4} step {found['step']:>6.0f}  {shown}")
+                    about = f"{name:<4} step {found['step']:>6.0f}"
+                    self.say(about, *describe(found, "validation"))
 
     def on_exception(
         self,
@@ -390,7 +414,19 @@ class ShowProgress(ProgressBar):
 
     def on_test_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, LanguageModel)
-        self.say(describe(pl_module.latest, "test"))
+        self.say(*describe(pl_module.latest, "test"))
+
+
+def fold(parts: Sequence[str], width: int | None) -> list[str]:
+    """Parts two blanks apart, in as many lines as a width asks for; further ones are indented."""
+    lines = [""]
+    for part in parts:
+        line = f"{lines[-1]}  {part}" if lines[-1].strip() else lines[-1] + part
+        if width is None or len(line) <= width or not lines[-1].strip():
+            lines[-1] = line
+        else:
+            lines.append(f"    {part}")
+    return lines
 
 
 UNITS = {
@@ -402,8 +438,8 @@ UNITS = {
 }
 
 
-def describe(values: dict[str, float], *splits: str) -> str:
-    """Logged values as a person reads them: ``loss 0.0421  validation loss 0.05  ...``."""
+def describe(values: dict[str, float], *splits: str) -> list[str]:
+    """Logged values as a person reads them: ``loss 0.0421``, ``validation loss 0.05``, ..."""
     parts = []
     for split in splits:
         for name, (title, pattern, scale) in UNITS.items():
@@ -416,4 +452,4 @@ def describe(values: dict[str, float], *splits: str) -> str:
             length = name.partition(f"{split}/exact_match/")[2]
             if length:
                 parts.append(f"{length}: {value:.2%}")
-    return "  ".join(parts)
+    return parts

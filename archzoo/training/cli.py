@@ -60,8 +60,9 @@ def run(command: str, arguments: list[str]) -> int:
     for module in parts.MODULES:
         importlib.import_module(module)  # class names alone are found among what is imported
     import_all()
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for name in (None, "lightning", "lightning.pytorch", "lightning.fabric"):
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(_worth_saying)
     # Batches are computed in place, within a fraction of a step: a worker would only cost.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")  # Lightning's own affair
@@ -451,6 +452,20 @@ class CommandLine(LightningCLI):
 
 
 # ---------------------------------------------------------------------------- small helpers
+
+# Lightning's notes that are no news to anyone here: what machine this is, what else it sells, and
+# the limit that ended a run. Its others, and the reports of a profiler that was asked for, are.
+CHATTER = re.compile(
+    r"^Seed set to |available: |used: |Tip: |litlogger|litmodels|LOCAL_RANK: |^-+$"
+    r"|Automatic Mixed Precision|weights_only|Restor(ing|ed) |Loaded model weights"
+    r"|`Trainer.fit` stopped: `max_(steps|epochs)|fast_dev_run|distributed_backend"
+    r"|Starting with \d+ processes|Initializing distributed"
+)
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    known = record.name.startswith("lightning") and record.levelno < logging.WARNING
+    return not (known and CHATTER.search(record.getMessage()))
 
 
 def _while_restoring(error: BaseException) -> bool:
