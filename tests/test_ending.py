@@ -81,7 +81,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + number, output
     step = torch.load(tmp_path / "run/last.ckpt")["global_step"]
-    assert f"ended by {number.name}; {tmp_path}/run/last.ckpt holds all up to step {step}" in output
+    assert f"ended by {number.name}\n{tmp_path}/run/last.ckpt holds all up to step {step}" in output
     command = output.splitlines()[-1].split()
     assert command[1:3] == ["train.py", "fit"] and command[-1] == f"{tmp_path}/run/last.ckpt"
     found = set(os.listdir(tmp_path / "run"))
@@ -168,7 +168,7 @@ def test_make_train_ends_too(tmp_path):
     process.send_signal(signal.SIGTERM)  # to make alone
     output, _ = process.communicate(timeout=120)
     assert process.returncode
-    assert "ended by SIGTERM; runs/addition/last.ckpt holds all up to step" in output, output
+    assert "ended by SIGTERM\nruns/addition/last.ckpt holds all up to step" in output, output
     assert "never seen" not in output
     assert (tmp_path / "runs/addition/last.ckpt").is_file()
 

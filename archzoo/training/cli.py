@@ -394,7 +394,7 @@ class CommandLine(LightningCLI):
         elif not any(isinstance(c, Checkpoints) for c in trainer.checkpoint_callbacks):
             say(f"{end} at step {step}; nothing is saved under trainer.enable_checkpointing: false")
         else:
-            say(f"{end}; {last} holds all up to step {step}. To go on:")
+            say(f"{end}\n{last} holds all up to step {step}; to go on:")
             say("  " + _command_line("fit", _without(self._given, "--ckpt_path"), last))
         end.explained = True
 

@@ -79,7 +79,8 @@ class Signals:
         if not self.gentle:
             raise Ended(number)
         name = signal.Signals(number).name
-        say(f"{name}: the step is finished and saved, then the run ends; again ends it at once")
+        # On a line of its own, for there may be a bar, and the terminal's ^C.
+        say(f"\n{name}: the step is finished and saved; again ends at once")
 
     # Python runs a handler between two of its own instructions only, so a process that is stuck
     # elsewhere would not notice the second signal. A thread does.
