@@ -109,7 +109,8 @@ def summarise(log: Log, one: Log | None) -> dict[str, Any]:
     late = training[len(training) // 2 :]
     speeds = sorted(float(entry["train/tokens_per_second"]) for entry in late)
     row["tokens_per_second"] = round(speeds[len(speeds) // 2])
-    row["peak_memory_mb"] = round(float(training[-1]["train/peak_memory_mb"]))
+    memory = next(name for name in training[-1] if name.endswith("_memory_mb"))
+    row["peak_memory_mb"] = round(float(training[-1][memory]))
     return row
 
 

@@ -231,6 +231,38 @@ def test_ended_by_a_signal(tmp_path, accumulate, batch):
     assert_same(whole, pieces, expected, resumed)
 
 
+class Seen(lightning.Callback):
+    def __init__(self):
+        self.examples = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.examples += batch["examples"][:, 0].tolist()
+
+
+@pytest.mark.parametrize("stopped", ["in a step", "in a validation", "by a signal"])
+def test_another_batch_size_goes_on_in_the_stream(tmp_path, stopped):
+    """No example comes twice and none is left out, wherever the checkpoint was written."""
+
+    def task(batch_size):
+        path = tmp_path / "text.txt"
+        path.write_text("".join(f"{n} green bottles, hanging on the wall; " for n in range(60)))
+        sizes = {"context_length": 16, "batch_size": batch_size}
+        return Text(str(path), cache_dir=str(tmp_path / "c"), **sizes)
+
+    signals = Signals()
+    ends = {
+        "in a step": KillAfter(6),
+        "in a validation": DuringValidation(1, kill),
+        "by a signal": DuringStep(6, lambda: setattr(signals, "asked", 15)),
+    }
+    options = {"every": 1, "signals": signals}
+    fit(tmp_path / "run", task(2), ends[stopped], **options)
+    done = torch.load(tmp_path / "run/last.ckpt")["global_step"]
+    signals.asked, seen = None, Seen()
+    fit(tmp_path / "run", task(3), seen, **options, resume=True)
+    assert seen.examples == list(range(2 * done, 2 * done + 3 * (15 - done)))
+
+
 COMMAND = """
 --config configs/addition.yaml --data.batch_size 4 --data.digits 2 --data.validation_examples 8
 --model.preset retnet_micro --model.dropout 0.1 --trainer.accelerator cpu --trainer.max_steps 200

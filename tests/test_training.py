@@ -412,7 +412,7 @@ def test_log_has_a_row_for_everything(tmp_path):
     assert [int(row["step"]) for row in trained] == [2, 4, 6, 8]
     for row in trained:
         assert float(row["train/tokens_per_second"]) > 0
-        assert 50 < float(row["train/peak_memory_mb"]) < 1e5
+        assert 50 < float(row["train/process_memory_mb"]) < 1e5
         assert float(row["train/gradient_norm"]) > 0
     validated = [row for row in rows if row["validation/loss"]]
     assert [int(row["step"]) for row in validated] == [4, 8]

@@ -303,7 +303,8 @@ class Task(lightning.LightningDataModule):
         """How much of the stream a run has used, and which stream that is; for its checkpoints."""
         batches, examples = self._used
         if self.trainer is not None:
-            done = self.trainer.fit_loop.epoch_loop.batch_progress.total.completed
+            # A checkpoint is written when a batch is done, which Lightning counts a little later.
+            done = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
             batches, examples = done, examples + (done - batches) * self.batch_size
         return {
             "batches": batches,

@@ -603,7 +603,9 @@ class LanguageModel(lightning.LightningModule):
             row["gradient_norm"] = self._gradient_norm.item()
         if self._skipped:
             row["skipped_steps"] = float(self._skipped)
-        row["peak_memory_mb"] = peak_memory(self.device) / 2**20
+        # Elsewhere than on a GPU it is not the model's alone, and is named for what it is.
+        whose = "peak" if self.device.type == "cuda" else "process"
+        row[f"{whose}_memory_mb"] = peak_memory(self.device) / 2**20
         self._totals.clear()
         self._clock = now
         self._log({f"train/{name}": value for name, value in row.items()}, step)
