@@ -182,7 +182,7 @@ class LanguageModel(lightning.LightningModule):
         for entries in (self._totals, self._sums, self._carried, self._unchecked):
             entries.clear()
         self._alike = self._labelled = self._scale = self._gradient_norm = None
-        self._skipped = 0
+        self._skipped, self.cut_short = 0, False
 
     def setup(self, stage: str) -> None:
         if stage == "fit":  # before a checkpoint is read
@@ -667,9 +667,10 @@ class LanguageModel(lightning.LightningModule):
             # To callbacks through Lightning, to files at the step as people count it: from 1.
             self.log_dict(row, logger=False, sync_dist=several)
             self._log(row, self.trainer.global_step)
-        else:  # what is logged through Lightning is also what `trainer.test` hands back
-            self.latest |= row
-            self.log_dict({"step": float(self._loaded_step or 0), **row}, sync_dist=several)
+        else:  # to files in full; what Lightning hands back of `trainer.test` is float32
+            step = self._loaded_step or 0
+            self._log(row, step)
+            self.log_dict({"step": float(step), **row}, logger=False, sync_dist=several)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._evaluate(batch, "validation", dataloader_idx)

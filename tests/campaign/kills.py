@@ -13,6 +13,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,8 @@ def _start(here: Path, kind: str, every: int = 7) -> int:
         command = [*COMMON.split(), *KINDS[kind].split(), "--checkpoint.every_n_steps", str(every)]
         status = main(command)
         sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)
 
