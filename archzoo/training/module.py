@@ -667,10 +667,9 @@ class LanguageModel(lightning.LightningModule):
             # To callbacks through Lightning, to files at the step as people count it: from 1.
             self.log_dict(row, logger=False, sync_dist=several)
             self._log(row, self.trainer.global_step)
-        else:  # to files in full; what Lightning hands back of `trainer.test` is float32
-            step = self._loaded_step or 0
-            self._log(row, step)
-            self.log_dict({"step": float(step), **row}, logger=False, sync_dist=several)
+        else:  # what is logged through Lightning is also what `trainer.test` hands back
+            self.latest |= row
+            self.log_dict({"step": float(self._loaded_step or 0), **row}, sync_dist=several)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._evaluate(batch, "validation", dataloader_idx)
