@@ -174,6 +174,9 @@ def save_pretrained(
             save_file(tensors, place / WEIGHTS, metadata=metadata)
             # It keeps its file to the user: take what the umask left of the others' permissions.
             (place / WEIGHTS).chmod((place / CONFIG).stat().st_mode & 0o777)
+            for name in (WEIGHTS, *files):  # or a power cut may leave a name on no content
+                with open(place / name, "rb") as file:
+                    os.fsync(file.fileno())
             target.mkdir(exist_ok=True)
             for name in (WEIGHTS, *files):  # the configuration last: it makes the others a model
                 (place / name).replace(target / name)
@@ -489,8 +492,9 @@ def _check_settings(config: dict[Any, Any], path: Path) -> None:
             raise ValueError(f"{path}: {name}={_short(value)} is not valid: it takes {kind}")
     for entry in config.get("pattern") or []:
         _check_part("mixer", entry, path)
-    if (config.get("loops") or 1) > LARGEST_LOOPS:
-        raise ValueError(f"{path}: loops={_short(config['loops'])} is more than {LARGEST_LOOPS:,}")
+    for name, most in (("loops", LARGEST_LOOPS), ("context_length", LARGEST["context_length"])):
+        if (config.get(name) or 1) > most:
+            raise ValueError(f"{path}: {name}={_short(config[name])} is more than {most:,}")
 
 
 def _check_part(slot: str, spec: Any, path: Path) -> None:

@@ -415,6 +415,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "width": (lambda p: directory(p, width=10**12), "has shape|describes no decoder"),
     "heads": (lambda p: directory(p, heads=10**18), "does not divide"),
     "loops": (lambda p: directory(p, loops=10**9), "loops=1000000000 is more than 10,000"),
+    "context": (lambda p: directory(p, context_length=10**15), "context_length=1000000000000000"),
     "pattern": (lambda p: directory(p, pattern=["Attention"] * 10**4), "10,000 mixers"),
     "experts": (
         lambda p: directory(

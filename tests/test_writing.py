@@ -8,7 +8,15 @@ import torch
 import archzoo
 from archzoo.checkpoint import load
 from archzoo.generation import generate_command
-from archzoo.tasks import Addition, BitwiseOr, Mixed, Multiplication, Sorting, Subtraction
+from archzoo.tasks import (
+    Addition,
+    Arithmetic,
+    BitwiseOr,
+    Mixed,
+    Multiplication,
+    Sorting,
+    Subtraction,
+)
 from archzoo.tasks.writing import Writing, writing_of
 from archzoo.training.module import LanguageModel
 from archzoo.upcycle import upcycle
@@ -49,6 +57,8 @@ def test_vectors_and_lists():
     assert lists.write("C:12,D:7=") == "C:C2D1,D:C7="
     assert lists.read("D,C", "C:C2D1,D:C7=") == "D,C"
     assert writing_of(Sorting().config()).write("A:52,B:7=") == "A:25,B:7="
+    several = writing_of(Arithmetic({"Addition": {}, "Subtraction": {}}).config())
+    assert several.write("4-13=") == "4-31=" and several.read("-9", "4-31=") == "-9"
 
 
 def test_a_text_keeps_its_numbers_and_its_problems_do_not(tmp_path):
