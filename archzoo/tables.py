@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 import copy
+import os
+import sys
+from contextlib import suppress
 
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+
+
+class Screen(Console):
+    """A console whose program goes on when no one reads it any more (`| head`).
+
+    Rich would end the program there, a training run included.
+    """
+
+    def on_broken_pipe(self) -> None:
+        """What is still to be said goes nowhere."""
+        self.quiet = True
+        with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def show(table: Table, console: Console | None = None) -> None:
@@ -19,7 +35,7 @@ def show(table: Table, console: Console | None = None) -> None:
         table: Without a box.
         console: Where it goes. None: standard output.
     """
-    console = console or Console()
+    console = console or Screen()
     # More than any table: rich would fold the cells of one that is wider than the console.
     wide = 10_000
     room = console.width if console.is_terminal else wide

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from archzoo.block import nbytes
 from archzoo.decoder import Decoder
 from archzoo.parts import nearest
 from archzoo.registry import build_decoder, get_preset, list_models
-from archzoo.tables import show
+from archzoo.tables import Screen, show
 
 HEADINGS = (
     "model",
@@ -111,7 +110,7 @@ def show_command(name: str) -> None:
     preset = get_preset(name)
     row = describe(name)
     print(preset.about.strip(), end="\n\n")
-    console = Console(highlight=False)
+    console = Screen(highlight=False)
     if not console.is_terminal:
         console.width = 200  # a file has room for a long setting
     decoder = _on_meta(preset.arguments)

@@ -466,7 +466,11 @@ def test_outside_of_the_environment(capsys, monkeypatch):
 
 def test_an_arm_of_a_file_that_is_no_yaml(here, capsys):
     (here / "tab.yaml").write_text("\tmodel: 1\n")
-    fails(capsys, ["fit", "--config", "tab.yaml", "--arm", "a"], "tab.yaml is not valid YAML, line 1: found character")
+    fails(
+        capsys,
+        ["fit", "--config", "tab.yaml", "--arm", "a"],
+        "tab.yaml is not valid YAML, line 1: found character",
+    )
 
 
 def test_a_mistake_moves_no_run_away(here, capsys):
@@ -577,7 +581,8 @@ def test_a_reader_that_has_enough_is_no_mistake(arguments):
     """`archzoo ... | head`: nothing on stderr, whatever the command."""
     old = Path(__file__).parent / "checkpoints" / "retnet_micro.ckpt"
     program = f"{sys.executable} -m archzoo {arguments.format(old=old)} | true"
-    done = subprocess.run(program, shell=True, capture_output=True, text=True, check=False)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(program, shell=True, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0 and done.stderr == ""
 
 
@@ -587,3 +592,17 @@ def test_an_error_that_quotes_much_stays_a_line(capsys):
     assert complain(ValueError("name=" + "x" * 100_000 + ": take another")) == 1
     said = capsys.readouterr().err
     assert len(said) < 1_100 and said.startswith("error: name=x") and "take another" in said
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no shell there")
+def test_a_run_goes_on_when_no_one_reads_it(here):
+    fit = f"{sys.executable} -m archzoo fit --config micro.yaml | true"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", fit],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode in (0, 141), done.stderr
+    assert torch.load("runs/micro/last.ckpt", weights_only=True)["global_step"] == 4

@@ -485,7 +485,10 @@ def test_a_deep_key_does_not_end_the_process(tmp_path: Path) -> None:
     rewritten(tmp_path / "real", tmp_path / "deep.ckpt", {"data.pkl": deep})
     program = "import sys; from archzoo.checkpoint import load; load(sys.argv[1])"
     done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "deep.ckpt")], capture_output=True, text=True
+        [sys.executable, "-c", program, str(tmp_path / "deep.ckpt")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(OLD.parent.parent)},
     )
     assert done.returncode == 1 and "a key that is not plain" in done.stderr.splitlines()[-1]
 

@@ -135,9 +135,10 @@ class Report(list[Finding]):
 
     def show(self) -> None:
         """Print the findings as a table."""
-        from rich.console import Console
         from rich.table import Table
         from rich.text import Text
+
+        from archzoo.tables import Screen
 
         table = Table(title=f"{self.subject} against the interface", title_justify="left")
         table.add_column("rule")
@@ -146,7 +147,7 @@ class Report(list[Finding]):
         for name, passed, detail in self:
             mark = Text("holds", "green") if passed else Text("BROKEN", "bold red")
             table.add_row(name, mark, Text(detail))
-        Console().print(table)
+        Screen().print(table)
 
 
 class ContractError(AssertionError):

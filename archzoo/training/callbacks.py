@@ -14,10 +14,10 @@ import torch
 from lightning.fabric.utilities import rank_zero_only
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from archzoo.tables import Screen
 from archzoo.training.ending import Ended, Signals
 from archzoo.training.files import MetricsFile
 from archzoo.training.loop import ResumingFitLoop
@@ -295,7 +295,7 @@ class ShowProgress(ProgressBar):
 
     def __init__(self) -> None:
         super().__init__()
-        self.console = Console()
+        self.console = Screen()
         self.shown: Progress | None = None
         self._enabled = True
         self._began = self._said = time.perf_counter()  # the second: when the last line was
