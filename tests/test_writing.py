@@ -156,3 +156,25 @@ def test_a_prompt_that_is_not_utf8(tmp_path: Path) -> None:
     archzoo.save_pretrained(tmp_path / "m", net, tokenizer)
     with pytest.raises(ValueError, match="stop is not valid UTF-8"):
         generate_command(str(tmp_path / "m"), ["1"], stop="\udcff")
+
+
+def test_a_character_that_the_task_never_wrote_is_refused():
+    """With the shared vocabulary it has a token, about which the model knows nothing."""
+    for task, known, unknown in (
+        (Addition(), "12+3=", "12-3="),
+        (Addition(reverse=False), "12+3=", "12 +3="),
+        (Addition(hints=True), "A1B2+A3=", "1x3="),
+        (Addition(vocabulary="own"), "12+3=", "12-3="),
+        (Sorting(), "A:1,B:2=", "A:1;B:2="),
+        (Arithmetic({"Addition": {}, "Subtraction": {}}), "1-2=", "1x2="),
+    ):
+        writing = writing_of(task.config())
+        writing.write(known)
+        with pytest.raises(ValueError, match="is not one of those that the model was trained on"):
+            writing.write(unknown)
+    writing_of(Mixed().config()).write("any text at all")
+    model = archzoo.create_model("retnet_micro", vocab_size=96)
+    model.task = Addition().config()
+    tokenizer = Addition().tokenizer
+    with pytest.raises(ValueError, match="character '-' in '12-3=' is not one of"):
+        archzoo.generate(model, "12-3=", tokenizer=tokenizer, max_tokens=1)

@@ -257,6 +257,10 @@ class Exercise(Task):
         """The lines' columns, up to the stop token."""
         raise NotImplementedError
 
+    def config(self) -> dict[str, Any]:
+        # More characters have tokens than a model of this task was shown.
+        return super().config() | {"characters": self.written}
+
     # Batches.
 
     def prepare(self) -> None:

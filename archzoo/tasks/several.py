@@ -140,6 +140,10 @@ class Arithmetic(Task):
             raise ValueError(f"tasks.{name} is not a task of problems, such as Addition")
         return exercise
 
+    def config(self) -> dict[str, Any]:
+        written = dict.fromkeys("".join(part.written for part in self.parts))
+        return super().config() | {"characters": "".join(written)}
+
     # Batches.
 
     def prepare(self) -> None:

@@ -25,6 +25,7 @@ class Writing(NamedTuple):
         hints: A letter before each digit says which place of its number it has.
         in_text: Problems stand in a text whose other numbers are written as people do: a problem
             is what has no blank in it and a ``=``.
+        characters: All that its texts are made of. None: whatever has a token.
     """
 
     reverse: bool = False
@@ -32,14 +33,30 @@ class Writing(NamedTuple):
     zero_padded: bool = False
     hints: bool = False
     in_text: bool = False
+    characters: str | None = None
 
     def write(self, text: str) -> str:
-        """What a person types as the task writes it: ``17+25=`` to ``71+52=``."""
-        if self == PLAIN:
+        """What a person types as the task writes it: ``17+25=`` to ``71+52=``.
+
+        Raises:
+            ValueError: It holds a character that the model was never shown.
+        """
+        unknown = [] if self.characters is None else [c for c in text if c not in self.characters]
+        if unknown:
+            raise ValueError(
+                f"character {unknown[0]!r} in {text!r} is not one of those that the model was "
+                f"trained on ({self.characters!r}): leave it out"
+            )
+        if self.is_plain:
             return text
         if not self.in_text:
             return "".join(map(self._problem, text.splitlines(keepends=True)))
         return re.sub(r"\S*=\S*", lambda chunk: self._problem(chunk[0]), text)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether numbers are written as people do."""
+        return self._replace(characters=None) == PLAIN
 
     def _problem(self, line: str) -> str:
         if self.hints and re.search(f"{HINT}[0-9]", line):
@@ -86,7 +103,7 @@ class Reader:
 
     def __init__(self, writing: Writing, prompt: str) -> None:
         self.writing, self.waiting = writing, ""
-        plain = writing == PLAIN
+        plain = writing.is_plain
         self._held = None if plain else r"\S*\Z" if writing.in_text else r"[0-9A-Za-z]*\Z"
         self._number = re.compile(f"(?:{HINT}[0-9])+" if writing.hints else "[0-9]+")
         self._ends = r"\s" if writing.in_text else r"\n"  # of a problem
@@ -143,7 +160,9 @@ def writing_of(task: Mapping[str, Any] | None) -> Writing:
     if in_text:
         given = {"reverse": True} | dict(given["problem_arguments"] or {})  # the problems' default
     reverse, answer = bool(given.get("reverse")), given.get("reverse_answer")
+    characters = task.get("characters") if task else None
     writing = Writing(
+        characters=characters if isinstance(characters, str) else None,
         reverse=reverse,
         reverse_answer=reverse if answer is None else bool(answer),
         zero_padded=bool(given.get("zero_padded")),
