@@ -113,14 +113,14 @@ def explain(
             return f"position {before} is not valid: positions are 0 or more"
     if state is None:
         return None
-    begun = decoder.init_state(tokens.shape[0], device=tokens.device)  # type: ignore[operator]
-    differs = _difference(begun, state, "state")
+    begun = decoder.init_state(tokens.shape[0], device="meta")  # type: ignore[operator]
+    differs = _difference(begun, state, tokens.device, "state")
     if differs is None:
         return None
     return f"{differs}: it is another model's, or was made before this one was cast or moved"
 
 
-def _difference(wanted: State, given: State, where: str) -> str | None:
+def _difference(wanted: State, given: State, device: torch.device, where: str) -> str | None:
     """Where a state differs in structure from one that begins, in words; None: it does not."""
     if isinstance(wanted, dict):
         if not isinstance(given, dict) or not wanted.keys() <= given.keys():
@@ -140,17 +140,15 @@ def _difference(wanted: State, given: State, where: str) -> str | None:
         )
         if not same:
             return f"the {where} has shape {tuple(given.shape)}, here {tuple(wanted.shape)}"
-        for what in ("dtype", "device"):
-            ours, theirs = getattr(wanted, what), getattr(given, what)
+        for ours, theirs in ((wanted.dtype, given.dtype), (device, given.device)):
             if ours != theirs:
                 return f"the {where} is {theirs}, here {ours}"
         return None
     else:
         return None
     for key, ours, theirs in entries:
-        found = _difference(
-            ours, theirs, f"{where}'s {key}" if where == "state" else f"{where} {key}"
-        )
+        inside = f"{where}'s {key}" if where == "state" else f"{where} {key}"
+        found = _difference(ours, theirs, device, inside)
         if found is not None:
             return found
     return None

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import archzoo
-from archzoo.block import FORMS, Bias, FeedForward, Mixer, fork, long_rows, make_context
+from archzoo.block import FORMS, Bias, FeedForward, Mixer, fork, long_rows, make_context, to
 from archzoo.contract import relative_error
 from archzoo.decoder import Decoder
 from archzoo.mixers.attention import attend_once
@@ -520,6 +520,14 @@ def test_a_state_that_is_not_this_models_is_refused(family):
         model(tokens, micro(family, depth=3).init_state(2))
     with pytest.raises(ValueError, match=r"the state's blocks 0 .* has shape .*, here"):
         model(tokens, micro(family, heads=8).init_state(2))
+    moved = to(model.init_state(2), "meta")
+    with pytest.raises(ValueError, match=r"the state's .* is meta, here cpu"):
+        model(tokens, moved)
+    if family == "transformer":
+        with pytest.raises(
+            ValueError, match=r"is torch\.float32, here torch\.float64: .* was cast"
+        ):
+            micro(family).double()(tokens, model.init_state(2))
     abacus = {"class_path": "AbacusEmbedding", "init_args": {"digit_tokens": [3, 4]}}
     counting = micro(family, embedding=abacus).eval()
     with pytest.raises(ValueError, match="embedding holds nothing where this model has run"):
