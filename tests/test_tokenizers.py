@@ -176,6 +176,13 @@ def test_a_given_tokenizer_knows_its_stop_token():
 BLANKS = " \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0\u1680\u2003\u2028\u2029\u202f\u205f\u3000\u200b"
 
 
+@pytest.mark.parametrize("name", LEARN)
+def test_many_texts_at_once_are_encoded_as_each_alone(name):
+    texts = [*SAMPLE, "to be", "", "or not", " to be\n", *SAMPLE] * 3
+    tokenizer = learned_once(name)
+    assert [t.tolist() for t in tokenizer.encode_many(texts)] == list(map(tokenizer.encode, texts))
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.text(st.sampled_from(BLANKS) | st.sampled_from("ab'sé1½٣!?,"), max_size=20)))
 def test_words_encoded_once_are_what_the_library_makes_of_the_text(texts):

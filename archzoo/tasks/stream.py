@@ -320,7 +320,9 @@ class Task(lightning.LightningDataModule):
         self._used = state_dict["batches"], state_dict["examples"]
         ours, theirs = self.fingerprint(), state_dict.get("fingerprint", {})
         differ = [
-            f"{name} is {ours[name]!r} and was {theirs[name]!r}"
+            f"the {name} is another one"
+            if name in ("text", "tokenizer")
+            else f"{name} is {ours[name]!r} and was {theirs[name]!r}"
             for name in sorted(ours.keys() & theirs.keys())
             if ours[name] != theirs[name]
         ]

@@ -140,10 +140,11 @@ class Text(Task):
                 raise OSError(f"{folder} was changed while it was written: try again")
         self._check_length(meta["train_tokens"], meta["validation_tokens"])
         if made:
+            where = arguments["cache_dir"]
+            command = "archzoo cache --clear" + (f" --directory {where}" if where else "")
             cache.say(
                 f"encoded {corpus.path} ({cache.megabytes(corpus.size)}, {arguments['tokenizer']}) "
-                f"in {time.monotonic() - began:.0f} s; kept in {folder}, and `archzoo cache "
-                "--clear` removes it"
+                f"in {time.monotonic() - began:.0f} s; kept in {folder}, `{command}` removes it"
             )
         self.tokenizer = Tokenizer.load(folder)
         self._meta = meta
