@@ -251,6 +251,9 @@ class Mixer(nn.Module):
     correct model: `step` defines the mixer, and the base class folds it over time. `chunkwise`
     and `parallel` are other ways to compute the same thing, written for speed.
 
+    What a part owns beside the tensors of `nn.Linear` it starts in ``reset_parameters``, which the
+    decoder calls for a model that was built on the meta device.
+
     A mixer that takes a rotary or a bias from its decoder has an attribute of that name (and
     `head_dim`, `heads`), which holds its own default until the decoder sets another.
     """

@@ -356,6 +356,15 @@ class SoftRouter(Router):
         return Routing(probabilities.gather(1, indices), indices, probabilities, logits)
 
 
+class NoisyRouter(SoftRouter):
+    """Noise on the weights in training, as some mixtures explore."""
+
+    def forward(self, x, context):
+        routing = super().forward(x, context)
+        noise = 0.1 * torch.rand_like(routing.weights) * self.training
+        return routing._replace(weights=routing.weights * (1 + noise))
+
+
 class TakesNoNumber(SoftRouter):
     def __init__(self, dim, experts):
         super().__init__(dim, experts, 2)
@@ -581,6 +590,7 @@ RIGHT = [
     KnowsItsPlace,
     HashRouter,
     SoftRouter,
+    NoisyRouter,
     Words,
     ScaledWords,
     WordPairs,

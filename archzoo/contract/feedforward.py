@@ -235,6 +235,7 @@ def router_mixture(subject: Subject) -> str:
         router = subject.make(top_k=top_k)
         mixture = MixtureOfExperts(subject.dim, 24, experts=experts, top_k=top_k).double()
         mixture.router = router
+        mixture.eval()  # in training a router may add noise
         x = subject.draw(BATCH, 9, subject.dim)
         documents = torch.full((BATCH, 9), -1)
         documents[:, 2:7] = 0

@@ -406,13 +406,21 @@ def _same_gradients(model: Decoder, rows: list[Row], draw: random.Random) -> Non
     weights = torch.randn(len(parts), width, model.vocab_size, dtype=torch.float64)
     weights = weights * (batch.documents >= 0)[..., None]
     named = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    found = []
-    for form in ("recurrent", "parallel", "chunkwise"):
+
+    def gradients(form: str | None) -> Tensor:
         loss = (batch.read(model, None, form).logits * weights).sum()
-        gradients = torch.autograd.grad(loss, named, allow_unused=True)
-        found.append([torch.zeros(1) if g is None else g.flatten() for g in gradients])
-    for form, gradients in zip(("parallel", "chunkwise"), found[1:], strict=True):
-        _expect([torch.cat(gradients)], [torch.cat(found[0])], f"gradients, {form}", 1e-7)
+        found = torch.autograd.grad(loss, named, allow_unused=True)
+        return torch.cat([torch.zeros(1) if g is None else g.flatten() for g in found])
+
+    want = gradients("recurrent")
+    for form in ("parallel", "chunkwise", None):
+        _expect([gradients(form)], [want], f"gradients, {form}", 1e-7)
+    model.train()
+    want = gradients(None)
+    model.activation_checkpointing = True
+    _expect([gradients(None)], [want], "gradients, recomputed", 1e-7)
+    model.activation_checkpointing = False
+    model.eval()
 
 
 @torch.no_grad()
