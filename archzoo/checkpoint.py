@@ -148,6 +148,7 @@ def save_pretrained(
             model knows.
         OSError: The files cannot be written; nothing has changed.
     """
+    task = getattr(model, "task", None) if task is None else task
     _check_order(directory, model, tokenizer, task)
     target = Path(directory).resolve()
     if target.exists() and not target.is_dir():
@@ -159,7 +160,7 @@ def save_pretrained(
         "archzoo": archzoo.__version__,
         "decoder": model.config,
         "tokenizer": next(iter(files), None),
-        "task": model.task if task is None else task,
+        "task": task,
         "base": model.base,
     }
     files[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

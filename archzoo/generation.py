@@ -9,6 +9,7 @@ which ``check`` proves while it writes.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from operator import index
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -216,6 +217,14 @@ def generate(
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens} must be at least 1")
     writing = writing_of(model.task)
+    asked_in_text = isinstance(prompts, str) or any(isinstance(entry, str) for entry in prompts)
+    if asked_in_text and model.task is None and getattr(tokenizer, "special", False):
+        # A task of problems made the tokenizer.
+        warnings.warn(
+            "the model does not say what it was trained on, so numbers are taken as they stand: "
+            "where its task turns them round, set model.task = task.config() and save it again",
+            stacklevel=2,
+        )
     rows = encode(prompts, tokenizer, model.vocab_size, writing)
     if stop_token is None and tokenizer is not None:
         stop_token = tokenizer.stop_token

@@ -276,6 +276,7 @@ def test_a_run_too_long_for_the_table_reads_its_last_row_and_warns_once():
 def test_generation_warns_by_the_length_of_its_prompts(monkeypatch):
     """Whatever device the model is on: its numbers are not asked for."""
     net = model(max_shift=2, longest_run=3, digit_tokens=list(range(10)))
+    net.task = {"class_path": "archzoo.tasks.Addition", "init_args": {"reverse": False}}
     monkeypatch.setattr(AbacusEmbedding, "watch", lambda self, runs: None)
     texts = ["1+2=", "12345+12345="]
     with warnings.catch_warnings():

@@ -1,5 +1,6 @@
 """A model is asked as people write numbers, whatever its task does with them."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -178,3 +179,13 @@ def test_a_character_that_the_task_never_wrote_is_refused():
     tokenizer = Addition().tokenizer
     with pytest.raises(ValueError, match="character '-' in '12-3=' is not one of"):
         archzoo.generate(model, "12-3=", tokenizer=tokenizer, max_tokens=1)
+
+
+def test_a_model_that_does_not_know_its_task_says_so():
+    net, task = archzoo.create_model("retnet_micro", vocab_size=Addition().vocab_size), Addition()
+    with pytest.warns(UserWarning, match=r"set model\.task = task\.config\(\)"):
+        archzoo.generate(net, "1+1=", tokenizer=task.tokenizer, max_tokens=1)
+    net.task = task.config()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        archzoo.generate(net, "1+1=", tokenizer=task.tokenizer, max_tokens=1)
