@@ -91,8 +91,9 @@ def _main(given: list[str]) -> int:
     try:
         modules, given = split_imports(given)
         if modules:
-            from archzoo.trust import import_for_user
+            from archzoo.trust import asked_for, import_for_user
 
+            asked_for[:] = modules
             for module in modules:
                 import_for_user(module)
     except MISTAKES as error:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from archzoo.archives import machine_memory
 from archzoo.decoder import Decoder
 from archzoo.parts import nearest
 from archzoo.trust import load_installed
@@ -123,12 +124,51 @@ def create_model(name: str, match: str | None = None, **overrides: Any) -> Decod
     return build_decoder(arguments | {"width": matching_width(arguments, reference)})
 
 
+LARGEST_DEPTH = 10_000  # blocks: more would be built for minutes, whatever their size
+
+
+def check_size(arguments: dict[str, Any]) -> None:
+    """Refuse a decoder that the machine's memory could not hold; nothing is allocated.
+
+    The count of parameters is linear in the depth, so two depths tell all. On the meta device,
+    which takes no memory, the depth alone is looked at.
+
+    Raises:
+        ValueError: The message names the sizes and what they take.
+    """
+    sizes = {name: arguments.get(name) for name in ("vocab_size", "dim", "depth", "width")}
+    numbers = {name: size for name, size in sizes.items() if isinstance(size, int)}
+    depth, dim = numbers.get("depth", 1), numbers.get("dim", 1)
+    if depth > LARGEST_DEPTH:
+        raise ValueError(f"depth={depth} is more than {LARGEST_DEPTH:,} blocks")
+    widest = max(numbers.get("width", 0), dim)
+    small = max(numbers.get("vocab_size", 1), depth * widest) * dim < 2**27
+    if small or torch.get_default_device().type == "meta":
+        return
+    shown = ", ".join(f"{name}={size}" for name, size in numbers.items())
+    if max(numbers.values()) >= 2**40:
+        raise ValueError(f"{shown}: no machine's memory holds a model of that size")
+    period = len(arguments.get("pattern") or [1])
+    with torch.device("meta"):
+        first, second = (
+            Decoder(**arguments | {"depth": times * period}).parameter_count() for times in (1, 2)
+        )
+    count = first + (second - first) * (depth - period) // period
+    needed = count * torch.get_default_dtype().itemsize
+    if needed > (memory := machine_memory()):
+        raise ValueError(
+            f"{shown}: {count:,} parameters take {needed / 1e9:,.0f} GB, and this machine has "
+            f"{memory / 1e9:,.0f} GB of memory"
+        )
+
+
 def build_decoder(arguments: dict[str, Any]) -> Decoder:
     """`Decoder(**arguments)`, with unknown arguments answered by the nearest known ones."""
     known = list(Decoder.__init__.__annotations__)
     for argument in arguments:
         if argument not in known:
             raise ValueError(f"a decoder has no argument {argument!r}; {nearest(argument, known)}")
+    check_size(arguments)
     return Decoder(**arguments)
 
 

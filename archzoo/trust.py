@@ -25,6 +25,9 @@ from glob import glob
 from pathlib import Path
 from typing import Any, Literal, Union
 
+#: Modules that the user had imported by ``--import``, to say them again.
+asked_for: list[str] = []
+
 ENTRY_POINTS = "archzoo"  # the group that an installed package declares
 CORPORA = ("shakespeare.txt", "three_kingdoms.txt")  # in data/, beside train.py
 

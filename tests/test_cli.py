@@ -407,6 +407,24 @@ def test_mistakes_in_commands(here, capsys, arguments, expected):
         ("--checkpoint.every_n_steps 0", ["every_n_steps=0"]),
         ("--ckpt_path best", ["no checkpoint runs/micro/best.ckpt"]),
         ("--data Text --data.path nowhere.txt", ["nowhere.txt"]),
+        ("--data Text --data.path=", ["path is empty"]),
+        ("--model.lr 1", ["'model.lr'", "nearest: model.learning_rate"]),
+        ("--model.n_layer 3", ["nearest: model.depth"]),
+        ("--data.bs 4", ["'bs'", "nearest: batch_size"]),
+        ("--model.warmup_steps -1", ["warmup_steps=-1 must be at least 0"]),
+        ("--model.betas [2,1]", ["betas=[2.0, 1.0]"]),
+        ("--model.weights none.ckpt", ["leave preset out", "--model.preset null"]),
+        ("--trainer.val_check_interval 0", ["val_check_interval=0", "limit_val_batches=0"]),
+        ("--trainer.devices 999", ["devices=999", "cores", "'auto' takes one process"]),
+        ("--name ../x", ["name='../x' is not a plain name", "--trainer.default_root_dir"]),
+        ("--name a/b", ["name='a/b' is not a plain name"]),
+        ("--data.batch_size 10000000000", ["batch_size=10000000000", "GB of memory"]),
+        ("--data.digits 10000000000", ["GB of memory"]),
+        ("--model.vocab_size 1000000000000", ["vocab_size=1000000000000", "GB"]),
+        ("--model.depth 100000", ["depth=100000"]),
+        ("--model.mixer micro.yaml", ["micro.yaml"]),
+        ("--model nowhere.yaml", ["no configuration nowhere.yaml"]),
+        ("--ckpt_path .", [". is a directory"]),
         ("--data Text --data.path empty.txt", ["empty.txt is empty"]),
         ("--data Text --data.path binary.txt", ["binary.txt", "UTF-8"]),
         ("--data Text --data.path short.txt", ["short.txt", "shorter than one window"]),
@@ -518,6 +536,18 @@ def test_bad_checkpoints(trained, capsys, command):
     strange = checkpoint["task"] | {"class_path": "os.system"}
     torch.save(checkpoint | {"task": strange}, "strange.ckpt")
     fails(capsys, [command, "--ckpt_path", "strange.ckpt"], "os.system")
+
+
+def test_weights_of_other_shapes(trained, capsys):
+    """Settings that say one thing and weights that say another: one line, of all that read them."""
+    checkpoint = stored()
+    state = checkpoint["state_dict"]
+    name = "decoder.blocks.0.mixer.output.weight"
+    name = name if name in state else next(n for n in state if n.startswith("decoder.blocks.0"))
+    for changed in (state | {name: torch.zeros(3, 5)}, {n: state[n] for n in state if n != name}):
+        torch.save(checkpoint | {"state_dict": changed}, "other.ckpt")
+        for command in (["fit", "--config", "micro.yaml"], ["test"]):
+            fails(capsys, [*command, "--ckpt_path", "other.ckpt"], name.removeprefix("decoder."))
 
 
 def test_another_model_and_vocabulary(trained, capsys):

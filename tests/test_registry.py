@@ -206,3 +206,13 @@ def test_parts_are_found_by_name(slot):
 def test_a_partial_with_positional_arguments_is_refused() -> None:
     with pytest.raises(ValueError, match="give them by name"):
         archzoo.create_model("retnet_micro", mixer=functools.partial(archzoo.Retention, 64))
+
+
+def test_sizes_are_looked_at_before_anything_is_built():
+    for sizes in ({"vocab_size": 10**12}, {"dim": 2**24}, {"depth": 10**5}, {"width": 10**12}):
+        with pytest.raises(ValueError, match=f"{next(iter(sizes))}={next(iter(sizes.values()))}"):
+            archzoo.create_model("retnet_micro", **sizes)
+    with pytest.raises(ValueError, match="tie_weights='yes' must be true or false"):
+        archzoo.create_model("retnet_micro", tie_weights="yes")
+    with pytest.raises(ValueError, match="None is not a model's name"):
+        archzoo.create_model(None)

@@ -101,6 +101,8 @@ class Text(Task):
             raise ValueError(f"context_length {context_length} is not positive")
         if not 0 < validation_fraction < 1:
             raise ValueError(f"validation_fraction {validation_fraction} is not between 0 and 1")
+        if not str(path):
+            raise ValueError("path is empty: give a UTF-8 file, a folder of them, or a pattern")
         tokenizers.check_name(str(tokenizer))
         self.context_length = context_length
         self.carry_state = carry_state

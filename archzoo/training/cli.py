@@ -45,7 +45,7 @@ from archzoo.training.ending import SIGNALS, Ended, say
 from archzoo.training.files import CheckpointFiles, MetricsFile
 from archzoo.training.mistakes import explain
 from archzoo.training.module import LanguageModel, tokenizer_files
-from archzoo.trust import load_installed
+from archzoo.trust import asked_for, load_installed
 
 BESIDE = "the run's directory"  # stands for it until its name is known
 COMMANDS = ("fit", "validate", "test", "predict")
@@ -252,7 +252,9 @@ class CommandLine(LightningCLI):
         """A checkpoint's task as `data`; what it reads lies under the current directory."""
         try:
             cls, arguments = named(task)
-            instead = {name for name in arguments if _option(given, f"--data.{name}") is not None}
+            options = {argument.partition("=")[0] for argument in given}
+            ways = ("--data.", "--data.init_args.")
+            instead = {n for n in arguments if any(f"{way}{n}" in options for way in ways)}
             arguments = readable(cls, arguments, {*instead, *(["tokenizer"] if files else [])})
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
@@ -308,6 +310,8 @@ class CommandLine(LightningCLI):
             config.ckpt_path = str(path) if path.is_file() else _no_checkpoint(str(path))
         if config.ckpt_path:
             _mean_what_it_meant(config)
+        _check_trainer(config.trainer)
+        settings.check_amounts(config.data)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Any:
         fitting = self.subcommand == "fit"
@@ -474,6 +478,26 @@ def _while_restoring(error: BaseException) -> bool:
     return any(Path(place).name == "checkpoint_connector.py" for place in places)
 
 
+def _check_trainer(config: Any) -> None:
+    """Refuse what Lightning takes for something else, or starts and cannot end."""
+    interval = config.val_check_interval
+    if isinstance(interval, int | float) and not interval > 0:
+        raise ValueError(
+            f"trainer.val_check_interval={interval} must be above 0: steps from one validation to "
+            "the next; trainer.limit_val_batches=0 leaves validation out"
+        )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    on_cpu = config.accelerator == "cpu" or (
+        config.accelerator == "auto" and not torch.cuda.is_available()
+    )
+    devices = str(config.devices)
+    if on_cpu and devices.isdigit() and int(devices) > max(cores or 1, 2):
+        raise ValueError(
+            f"trainer.devices={devices}: on the CPU these are processes, and there are {cores} "
+            "cores; 'auto' takes one process"
+        )
+
+
 def _usual_precision(config: dict[str, Any]) -> str | None:
     """bf16-mixed on a GPU that has it, unless a plugin says how numbers are kept."""
     if config.get("accelerator") not in ("auto", "gpu", "cuda"):
@@ -541,7 +565,10 @@ def _command_line(command: str, arguments: list[str], checkpoint: Path) -> str:
     program = typed[: typed.index(command)] if command in typed[1:4] else ["archzoo"]
     if len(program) == 2 and Path(program[1]).name == "archzoo":
         program = ["archzoo"]  # the script that pip made, which names its Python
-    return shlex.join([*program, command, *arguments, "--ckpt_path", str(checkpoint)])
+    imports = [word for module in asked_for for word in ("--import", module)]
+    if "--import" in program[1:] or any(word.startswith("--import=") for word in program):
+        imports = []  # it stands there
+    return shlex.join([*program, command, *imports, *arguments, "--ckpt_path", str(checkpoint)])
 
 
 def _run_name(arguments: list[str]) -> str | None:
@@ -648,8 +675,12 @@ def _mean_what_it_meant(config: Any) -> None:
 
 
 def _no_checkpoint(path: str) -> NoReturn:
-    known = sorted(Path().glob("runs/*/*.ckpt"), key=lambda file: file.stat().st_mtime)
-    hint = f"; there is {known[-1]}" if known else ""
+    if Path(path).is_dir():
+        inside = sorted(map(str, Path(path).glob("*.ckpt")), reverse=True)  # last before best
+        hint = f": give {' or '.join(inside[:2])}" if inside else " and holds no .ckpt file"
+        raise FileNotFoundError(f"{path} is a directory{hint}")
+    known = sorted(map(str, Path().glob("runs/*/*.ckpt")))
+    hint = f"; {parts.nearest(path, known)}" if known else ""
     raise FileNotFoundError(f"there is no checkpoint {path}{hint}")
 
 

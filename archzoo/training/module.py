@@ -21,7 +21,7 @@ from archzoo.checkpoint import load, read_safely, weights_digest
 from archzoo.decoder import Decoder
 from archzoo.parts import find
 from archzoo.positions.digits import bind_digits
-from archzoo.registry import build_decoder, count_parameters, create_model, get_preset
+from archzoo.registry import build_decoder, check_size, count_parameters, create_model, get_preset
 from archzoo.tasks.stream import Batch, Task
 from archzoo.tasks.tokenizers import from_files
 from archzoo.tasks.writing import writing_of
@@ -103,8 +103,17 @@ class LanguageModel(lightning.LightningModule):
         super().__init__()
         if preset is not None:
             get_preset(preset)  # an unknown name is answered before any data is prepared
-        if learning_rate <= 0:
+        if not learning_rate > 0:
             raise ValueError(f"learning_rate={learning_rate} must be above 0")
+        for name, value in (
+            ("warmup_steps", warmup_steps),
+            ("final_learning_rate", final_learning_rate),
+            ("weight_decay", weight_decay),
+        ):
+            if not value >= 0:
+                raise ValueError(f"{name}={value} must be at least 0")
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas={list(betas)} must be two numbers from 0 to below 1")
         if not 0 <= progressive_loss <= 1:
             raise ValueError(f"progressive_loss={progressive_loss} must lie in [0, 1]: a share")
         self.preset, self.match = preset, match
@@ -148,6 +157,7 @@ class LanguageModel(lightning.LightningModule):
         """The decoder that preset, match and architecture describe."""
         if self.preset is None:
             # The one place that names the arguments: command line and help are read off it.
+            check_size(self.architecture)
             return Decoder(**self.architecture)
         replaced = dict(self.architecture)
         return create_model(self.preset, self.match, **replaced)
@@ -158,8 +168,10 @@ class LanguageModel(lightning.LightningModule):
         refused = [name for name in given if name not in HARMLESS]
         if self.preset is not None or self.match is not None or refused:
             names = [n for n in ("preset", "match") if getattr(self, n) is not None] + refused
+            nothing = " ".join(f"--model.{name} null" for name in names)
             raise ValueError(
-                f"weights={weights!r} brings its own architecture: leave {', '.join(names)} out"
+                f"weights={weights!r} brings its own architecture: leave {', '.join(names)} out, "
+                f"or take back what a configuration file gives: {nothing}"
             )
         found = load(weights, "cpu")
         if found.tokenizer is not None:
@@ -818,6 +830,7 @@ class LanguageModel(lightning.LightningModule):
                     f"the checkpoint holds another model: {name} is {theirs.get(name)} in it and "
                     f"{ours} here"
                 )
+        self._check_weights_fit(checkpoint.get("state_dict"))
         files = checkpoint.get("tokenizer")
         if self.task is not None and files is not None:
             # Made again first: a file may say of truncating and the like what is switched off now.
@@ -836,6 +849,24 @@ class LanguageModel(lightning.LightningModule):
         self._loaded_step = checkpoint["global_step"]
         self._totals, self._carried = dict(training["totals"]), dict(training["carried"])
         self._random, self._skipped = training["random"], training.get("skipped", 0)
+
+    def _check_weights_fit(self, theirs: Any) -> None:
+        """Refuse weights of other names and shapes than this model's."""
+        if not isinstance(theirs, dict):
+            raise ValueError("the checkpoint holds no weights")
+        theirs = {name: value for name, value in theirs.items() if name.startswith("decoder.")}
+        ours = {f"decoder.{name}": value for name, value in self.net.state_dict().items()}
+        misfit = "the checkpoint's weights do not fit its settings: they"
+        for verb, odd in (("miss", ours.keys() - theirs), ("have", theirs.keys() - ours)):
+            if odd:
+                raise ValueError(f"{misfit} {verb} {min(odd).removeprefix('decoder.')}")
+        for name, mine in ours.items():
+            found = getattr(theirs[name], "shape", None)
+            if found != mine.shape:
+                raise ValueError(
+                    f"{misfit} have {name.removeprefix('decoder.')} of shape {tuple(found or ())} "
+                    f"where {tuple(mine.shape)} is expected"
+                )
 
     def _take_up_stream(self, checkpoint: dict[str, Any]) -> None:
         """Tell the task what a run has used whose checkpoints did not say so themselves."""

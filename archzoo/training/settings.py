@@ -27,8 +27,9 @@ from lightning.pytorch.plugins import LayerSync
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 
+from archzoo.archives import machine_memory
 from archzoo.parts import SLOTS, nearest
-from archzoo.tasks.stream import Task
+from archzoo.tasks.stream import Task, known_tasks
 from archzoo.trust import check_path, find_class, parameters_of, shown, strings
 
 #: What a setting may name: the classes of a kind.
@@ -313,6 +314,30 @@ def _found(key: str, name: str, kinds: tuple[type, ...]) -> type | None:
         name = own
     found = (cls for kind in kinds for cls in subclasses(kind) if cls.__name__ == name)
     return next(found, None)
+
+
+def check_amounts(data: Any) -> None:
+    """Refuse a task of the zoo whose batches or problems would not fit into the machine's memory.
+
+    Args:
+        data: Its class_path and init_args.
+
+    Raises:
+        ValueError: The message names the setting, and what it takes.
+    """
+    cls = known_tasks().get(str(data.class_path))
+    if cls is None or not cls.__module__.startswith("archzoo.tasks."):
+        return
+    arguments = data.get("init_args")
+    task = cls(**(arguments.as_dict() if arguments is not None else {}))  # nothing is made yet
+    for name in ("batch_size", "validation_examples", "test_examples", "ood_examples"):
+        rows = task.arguments.get(name) or 0
+        needed = rows * task.context_length * 3 * 8  # tokens, labels and numbers of examples
+        if needed > (memory := machine_memory()):
+            raise ValueError(
+                f"data.{name}={rows}: that many rows of {task.context_length} tokens take "
+                f"{needed / 1e9:,.0f} GB, and this machine has {memory / 1e9:,.0f} GB of memory"
+            )
 
 
 def check_paths(
