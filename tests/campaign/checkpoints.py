@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from campaign.strangers import ask, at, hostile, places, watched
 
-SLICE, LIMIT = 0, 60
+SLICE, LIMIT = 15, 60
 KINDS = ("retnet", "moe", "text")
 FIT = "--trainer.max_steps 1 --trainer.limit_val_batches 1 --trainer.accelerator cpu "
 FITS = {
@@ -272,8 +272,8 @@ def huge(draw: random.Random, target: Path) -> dict[str, Any]:
     def change(settings: dict[str, Any]) -> None:
         name = draw.choice(["vocab_size", "dim", "depth", "heads", "width", "loops"])
         size = draw.choice([10**5, 10**8, 10**9, 2**62])
-        if draw.random() < 0.3:
-            settings["task"]["init_args"]["batch_size"] = size
+        if draw.random() < 0.3:  # (10**5 tiny rows are a batch that a machine has room for)
+            settings["task"]["init_args"]["batch_size"] = max(size, 10**9)
         else:
             settings["decoder"][name] = size
 

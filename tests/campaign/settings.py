@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from campaign.strangers import NAMES, ask, at, hostile, places, watched
 
-SLICE, LIMIT = 0, 60
+SLICE, LIMIT = 15, 60
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 SMALL = {
