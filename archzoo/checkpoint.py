@@ -82,9 +82,9 @@ DTYPES = {
 # The most that a checkpoint may ask for: beyond any model's use, and short of what fills a memory.
 LARGEST_LOOPS = 10_000
 LARGEST = {
-    "batch_size": 2**20,
-    "validation_examples": 2**22,
-    "test_examples": 2**22,
+    "batch_size": 2**16,
+    "validation_examples": 2**20,
+    "test_examples": 2**20,
     "ood_examples": 2**20,
     "digits": 2**10,
     "numbers": 2**6,

@@ -436,6 +436,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a run's vocabulary": (lambda p: checkpoint(p, vocab_size=10**8), "says 100000000"),
     "a run's depth": (lambda p: checkpoint(p, depth=10**5), "depth=100000"),
     "a run's batch": (lambda p: task_of_size(p, "batch_size", 10**9), "batch_size=1000000000"),
+    "a large batch": (lambda p: task_of_size(p, "batch_size", 10**5), "batch_size=100000"),
     "a run's examples": (lambda p: task_of_size(p, "test_examples", 1e12), "test_examples"),
     "an expanded tensor": (
         lambda p: claiming(p, Claims(10**6, (10**8, 32), (0, 0))),
