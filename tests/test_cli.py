@@ -15,6 +15,7 @@ import yaml
 
 import archzoo
 from archzoo.cli import COMMANDS, main, usage
+from archzoo.tasks import Text
 
 ROOT = Path(__file__).parent.parent
 MICRO = """
@@ -555,6 +556,7 @@ def test_another_model_and_vocabulary(trained, capsys):
     fails(capsys, [*resume, "--model.depth", "3"], "another model", "depth is 2 in it and 3 here")
     Path("digits.txt").write_text("0123456789+=() " * 50)
     text = "--data Text --data.path digits.txt --data.context_length 8 --data.cache_dir cache"
+    Text("digits.txt", context_length=8, cache_dir="cache").prepare()  # says so, once
     line = fails(capsys, [*resume, *text.split(), "--model.vocab_size", "15"])
     assert "vocab" in line
     fails(capsys, [*resume, *text.split()], "vocab")
