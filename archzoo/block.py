@@ -625,18 +625,6 @@ def closing(linear: nn.Linear) -> nn.Linear:
     return linear
 
 
-def long_rows(linear: nn.Linear) -> nn.Linear:
-    """Lay a weight out in memory along its longer axis; its shape and values stay.
-
-    With one token a product is the reading of its weight, and a processor reads few long rows
-    faster than many short ones: (1376, 256) float32 came from memory in 85 us instead of 180, and
-    from the cache in 30 instead of 45. Products with many tokens take the same time either way.
-    """
-    if linear.out_features > linear.in_features:
-        linear.weight = nn.Parameter(linear.weight.detach().t().contiguous().t())
-    return linear
-
-
 def head_size(dim: int, heads: int) -> int:
     """Dim / heads, or one clear line where that is no whole number."""
     if heads < 1 or dim % heads:

@@ -4,16 +4,19 @@ import copy
 import itertools
 import json
 import math
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import archzoo
-from archzoo.block import FORMS, Bias, FeedForward, Mixer, fork, long_rows, make_context, to
+from archzoo.block import FORMS, Bias, FeedForward, Mixer, fork, make_context, to
 from archzoo.contract import relative_error
 from archzoo.decoder import Decoder
 from archzoo.mixers.attention import attend_once
@@ -643,26 +646,35 @@ def test_a_few_steps_learn(family):
     assert train() == losses
 
 
-def test_long_rows_change_the_layout_alone() -> None:
-    linear = nn.Linear(8, 24, bias=False)
-    weight = linear.weight.detach().clone()
-    laid = long_rows(linear).weight
-    assert laid.stride() == (1, 24)
-    assert torch.equal(laid, weight)
-    assert long_rows(nn.Linear(24, 8, bias=False)).weight.stride() == (24, 1)
+@pytest.mark.parametrize("name", [n for n in archzoo.list_models() if n.endswith("_micro")])
+def test_weights_go_through_what_takes_them_as_one_vector(name: str, tmp_path: Path) -> None:
+    """They lay by input channel, and views as one vector were refused, weights and gradients."""
+    net = archzoo.create_model(name, vocab_size=16)
+    weights = {key: value.clone() for key, value in net.state_dict().items()}
+    vector = parameters_to_vector(net.parameters())
+    vector_to_parameters(vector * 2, net.parameters())
+    for key, parameter in net.named_parameters():
+        assert torch.equal(parameter, weights[key] * 2)
+    save_file(net.state_dict(), tmp_path / "weights.safetensors")
+    loaded = load_file(tmp_path / "weights.safetensors")
+    assert all(torch.equal(loaded[key], value) for key, value in net.state_dict().items())
 
 
-def test_layout_does_not_change_what_a_seed_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    def weights() -> dict[str, torch.Tensor]:
-        torch.manual_seed(3)
-        return archzoo.create_model("retnet_micro", vocab_size=16).state_dict()
+def test_lbfgs_trains(family: str) -> None:
+    model = micro(family, vocab_size=8)
+    tokens = torch.randint(0, 8, (4, 9))
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=4)
 
-    laid = weights()
-    for module in ("mixers.retention", "feedforward.dense"):
-        monkeypatch.setattr(f"archzoo.{module}.long_rows", lambda linear: linear)
-    plain = weights()
-    assert any(laid[name].stride() != plain[name].stride() for name in plain)
-    assert all(torch.equal(laid[name], plain[name]) for name in plain)
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        logits = model(tokens[:, :-1]).logits
+        value = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        value.backward()
+        return value
+
+    before = loss().item()
+    optimizer.step(loss)
+    assert loss().item() < before - 0.1
 
 
 def test_one_query_reads_a_long_cache_as_attention_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,14 @@ import csv
 import json
 import math
 import pickle
+from pathlib import Path
 
 import lightning
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parameters_to_vector
 
 import archzoo
 from archzoo import block as interface
@@ -21,7 +23,7 @@ from archzoo.training.callbacks import Checkpoints
 from archzoo.training.files import CheckpointFiles, MetricsFile, write_checkpoint
 from archzoo.training.losses import score, total_loss
 from archzoo.training.module import LanguageModel
-from archzoo.training.optim import decay_groups, learning_rate_schedule
+from archzoo.training.optim import decay_groups, learning_rate_schedule, regroup
 
 
 def addition(**arguments):
@@ -758,3 +760,26 @@ def test_every_family_trains_and_comes_back(tmp_path, name):
     shorter = make_trainer(tmp_path, max_steps=13)
     shorter.fit(LanguageModel(name, learning_rate=1e-2), task, ckpt_path=tmp_path / "last.ckpt")
     assert shorter.global_step == 13
+
+
+def test_an_optimizers_state_lies_as_the_weights_do() -> None:
+    """A fused step takes weights and state as they lie, and both lay otherwise before."""
+    path = Path(__file__).parent / "checkpoints" / "retnet_micro.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    net, _ = archzoo.from_pretrained(path)
+    (old,) = checkpoint["optimizer_states"]
+    assert any(not x.is_contiguous() for entry in old["state"].values() for x in entry.values())
+    groups = decay_groups(net, 0.1)
+    found = []
+    for fused in (False, True):
+        weights = {id(p): p.detach().clone().requires_grad_() for p in net.parameters()}
+        mine = [g | {"params": [weights[id(p)] for p in g["params"]]} for g in groups]
+        optimizer = torch.optim.AdamW(mine, fused=fused)
+        optimizer.load_state_dict(regroup(old, net))
+        torch.manual_seed(0)
+        for weight in weights.values():
+            assert weight.is_contiguous()
+            weight.grad = torch.randn_like(weight)
+        optimizer.step()
+        found.append(parameters_to_vector(weights.values()))
+    torch.testing.assert_close(*found)

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from archzoo.block import Aux, Context, FeedForward, closing, long_rows
+from archzoo.block import Aux, Context, FeedForward, closing
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -40,7 +40,7 @@ class GatedFeedForward(FeedForward):
     ) -> None:
         super().__init__()
         # Gate and up are one matrix, gate first: one product a step where most would have two.
-        self.gate_up = long_rows(nn.Linear(dim, 2 * width, bias=False))
+        self.gate_up = nn.Linear(dim, 2 * width, bias=False)
         self.down = closing(nn.Linear(width, dim, bias=False))
         self.activation = find_activation(activation)
 
@@ -66,7 +66,7 @@ class PlainFeedForward(FeedForward):
         self, dim: int, width: int, *, activation: Literal["silu", "gelu", "relu"] = "gelu"
     ) -> None:
         super().__init__()
-        self.up = long_rows(nn.Linear(dim, width, bias=False))
+        self.up = nn.Linear(dim, width, bias=False)
         self.down = closing(nn.Linear(width, dim, bias=False))
         self.activation = find_activation(activation)
 

@@ -19,7 +19,6 @@ from archzoo.block import (
     State,
     closing,
     head_size,
-    long_rows,
     merge_heads,
     split_heads,
 )
@@ -57,7 +56,7 @@ class Attention(Mixer):
         # One matrix for q, k and v, in this order: at small sizes three would cost more in calls.
         keys = self.kv_heads * self.head_dim
         self.widths = [dim + keys, keys]  # of q and k, and of v
-        self.query_key_value = long_rows(nn.Linear(dim, sum(self.widths), bias=False))
+        self.query_key_value = nn.Linear(dim, sum(self.widths), bias=False)
         self.output = closing(nn.Linear(dim, dim, bias=False))
         self.rotary: Rotary = RotaryEmbedding(self.head_dim)
         self.bias: Bias | None = None

@@ -34,7 +34,6 @@ from archzoo.block import (
     closing,
     constant,
     head_size,
-    long_rows,
     merge_heads,
     once_per_call,
     split_heads,
@@ -344,7 +343,7 @@ class Retention(KeepsFloat32, Mixer):
         self.head_norm, self.norm_eps, self.chunk_size = head_norm, norm_eps, chunk_size
         # One matrix for q, k, v and the gate, in this order.
         self.widths = [2 * dim, value_width] + [value_width] * gate
-        self.query_key_value_gate = long_rows(nn.Linear(dim, sum(self.widths), bias=False))
+        self.query_key_value_gate = nn.Linear(dim, sum(self.widths), bias=False)
         self.output = closing(nn.Linear(value_width, dim, bias=False))
         self.rotary: Rotary = RetentionRotation(self.head_dim)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from archzoo.block import Bias, Embedding, Rotary
 from archzoo.decoder import Decoder
@@ -59,15 +59,26 @@ def _split(decoder: Decoder, spared: set[int]) -> tuple[list[nn.Parameter], list
 
 
 def regroup(state: dict[str, Any], decoder: Decoder) -> dict[str, Any]:
-    """An optimizer's state in today's groups, from before biases were spared weight decay.
+    """An optimizer's state as today's: from before biases were spared weight decay, say.
+
+    Its tensors lie in memory as the weights do, which lay otherwise before: a fused step takes both
+    as they lie, and would pair numbers that do not belong together.
 
     Args:
         state: Its `state_dict`, in which parameters are numbered group by group.
         decoder: Whose parameters it moved.
 
     Returns:
-        The same where the groups are today's, or others than `decay_groups` ever made.
+        The same groups where they are today's, or others than `decay_groups` ever made.
     """
+    laid = {
+        number: {
+            name: value.contiguous() if isinstance(value, Tensor) else value
+            for name, value in entries.items()
+        }
+        for number, entries in state["state"].items()
+    }
+    state = state | {"state": laid}
     tables = {id(parameter) for parameter in decoder.embedding.parameters()}
     before, now = _split(decoder, tables), _split(decoder, _spared(decoder))
     sizes = [len(group["params"]) for group in state["param_groups"]]
