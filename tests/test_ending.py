@@ -83,7 +83,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
     step = torch.load(tmp_path / "run/last.ckpt")["global_step"]
     assert f"ended by {number.name}\n{tmp_path}/run/last.ckpt holds all up to step {step}" in output
     command = output.splitlines()[-1].split()
-    assert command[1:3] == ["train.py", "fit"] and command[-1] == f"{tmp_path}/run/last.ckpt"
+    assert command[1:3] == ["train.py", "fit"] and command[-2:] == ["--resume", "auto"]
     found = set(os.listdir(tmp_path / "run"))
     assert found - {"best.ckpt"} == {"last.ckpt", "metrics.csv", "config.yaml"}
 
@@ -244,8 +244,20 @@ def test_fast_dev_run_writes_nothing(tmp_path, fit, capsys):
 # ---------------------------------------------------------------------------- going on
 
 
+def test_the_same_command_resumes_what_it_adds_to(tmp_path, fit):
+    """A list that settings add to is not added to twice."""
+    given = ["--data", "Addition", "--data.digits", "1", "--data.batch_size", "4"]
+    given += ["--model.preset", "retnet_micro", "--trainer.accelerator", "cpu", "--name", "run"]
+    given += ["--trainer.callbacks+", "EMAWeightAveraging", "--resume", "auto"]
+    for steps in ("1", "2"):
+        assert fit(*given, "--trainer.max_steps", steps, settings="") == 0
+    assert torch.load(tmp_path / "run/last.ckpt")["global_step"] == 2
+
+
 def test_resume(tmp_path, fit, capsys):
     auto = ["--name", "run", "--resume", "auto"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.csv").write_text("step,seconds\n1,1.0\n")  # killed before it saved
     assert fit(*auto, "--trainer.max_steps", "4") == 0  # there is nothing to resume: it begins
     (tmp_path / "run/last.ckpt.123.partial").write_text("half of one")
     capsys.readouterr()

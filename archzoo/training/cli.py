@@ -303,7 +303,9 @@ class CommandLine(LightningCLI):
         if logger is not None and logger.get("save_dir") == BESIDE:
             logger.save_dir, logger.name, logger.version = str(self.directory), "", "tensorboard"
         last = self.directory / "last.ckpt"
-        if self.subcommand == "fit" and config.resume == "auto" and last.is_file():
+        if config.resume is not None and self.subcommand != "fit":
+            raise ValueError(f"--resume is for fit; {self.subcommand} takes --ckpt_path CHECKPOINT")
+        if config.resume == "auto" and last.is_file():
             config.ckpt_path = str(last)
         if config.ckpt_path in ("last", "best"):
             path = self.directory / f"{config.ckpt_path}.ckpt"
@@ -347,8 +349,12 @@ class CommandLine(LightningCLI):
 
     @rank_zero_only
     def _take_directory(self) -> None:
-        path = self.config[self.subcommand].ckpt_path
+        config = self.config[self.subcommand]
+        path = config.ckpt_path
         goes_on = path and Path(path).resolve().parent == self.directory.resolve()
+        if config.resume == "auto":  # it was ended before anything could be saved
+            names = ("last.ckpt", "best.ckpt")
+            goes_on = goes_on or not any((self.directory / name).exists() for name in names)
         self._run_directory = RunDirectory(self.directory, bool(goes_on))
 
     def _hold_directory(self) -> list[RunDirectory]:
@@ -399,7 +405,11 @@ class CommandLine(LightningCLI):
             say(f"{end} at step {step}; nothing is saved under trainer.enable_checkpointing: false")
         else:
             say(f"{end}\n{last} holds all up to step {step}; to go on:")
-            say("  " + _command_line("fit", _without(self._given, "--ckpt_path"), last))
+            again = ["--ckpt_path", str(last)]  # with the settings that lie beside it
+            if _says_all(self._given):
+                given = _without(_without(self._given, "--ckpt_path"), "--resume")
+                again = [*given, "--resume", "auto"]
+            say("  " + shlex.join([*_typed("fit"), *again]))
         end.explained = True
 
     def _tries(self) -> bool:
@@ -460,7 +470,7 @@ class CommandLine(LightningCLI):
 # Lightning's notes that are no news to anyone here: what machine this is, what else it sells, and
 # the limit that ended a run. Its others, and the reports of a profiler that was asked for, are.
 CHATTER = re.compile(
-    r"^Seed set to |available: |used: |Tip: |litlogger|litmodels|LOCAL_RANK: |^-+$"
+    r"Seed set to |available: |used: |Tip: |litlogger|litmodels|LOCAL_RANK: |^-+$"
     r"|Automatic Mixed Precision|weights_only|Restor(ing|ed) |Loaded model weights"
     r"|`Trainer.fit` stopped: `max_(steps|epochs)|fast_dev_run|distributed_backend"
     r"|Starting with \d+ processes|Initializing distributed"
@@ -536,7 +546,7 @@ def _of_named_run(command: str, path: str | None, arguments: list[str]) -> str |
     run = Path(_option(arguments, "--trainer.default_root_dir") or "runs", name or "")
     if command == "fit" and _option(arguments, "--resume") == "auto":
         found = run / "last.ckpt"
-        return str(found) if name and found.is_file() else path
+        return str(found) if name and found.is_file() and not _says_all(arguments) else path
     if path not in ("last", "best"):
         return path
     if not name:
@@ -558,17 +568,21 @@ def _without(arguments: list[str], name: str) -> list[str]:
     return kept
 
 
-def _command_line(command: str, arguments: list[str], checkpoint: Path) -> str:
-    """The command that was typed, going on from a checkpoint."""
-    typed = sys.orig_argv
-    # Everything before the subcommand: `python train.py`, `python -m archzoo` or the script.
-    program = typed[: typed.index(command)] if command in typed[1:4] else ["archzoo"]
+def _says_all(arguments: list[str]) -> bool:
+    """Whether the arguments name a task, and need no settings of the run that they resume."""
+    return any(_option(arguments, name) for name in ("--config", "--data", "--model.weights"))
+
+
+def _typed(command: str) -> list[str]:
+    """What was typed up to the subcommand, such as `python train.py fit`, with its imports."""
+    words = sys.orig_argv
+    program = words[: words.index(command)] if command in words[1:4] else ["archzoo"]
     if len(program) == 2 and Path(program[1]).name == "archzoo":
         program = ["archzoo"]  # the script that pip made, which names its Python
     imports = [word for module in asked_for for word in ("--import", module)]
     if "--import" in program[1:] or any(word.startswith("--import=") for word in program):
         imports = []  # it stands there
-    return shlex.join([*program, command, *imports, *arguments, "--ckpt_path", str(checkpoint)])
+    return [*program, command, *imports]
 
 
 def _run_name(arguments: list[str]) -> str | None:
