@@ -469,17 +469,18 @@ def test_what_can_be_done_with_a_binary_file_is_said(text, tmp_path, content, wa
 @pytest.mark.parametrize(
     "content",
     [
-        pytest.param("a" * 400_000, id="one line"),
-        pytest.param("字" * 100_000 + "\n", id="one line of three bytes each"),
+        pytest.param("a" * 5000, id="one line"),
+        pytest.param("字" * 2000 + "\n", id="one line of three bytes each"),
         pytest.param("\ufeff" + numbers(50), id="byte order mark"),
         pytest.param(numbers(50).replace("\n", "\r\n"), id="crlf"),
         pytest.param("\n" * 5000, id="line ends"),
-        pytest.param(" " * 300_000 + "x", id="blanks"),
+        pytest.param(" " * 5000 + "x", id="blanks"),
         pytest.param("\x1c\x85\u2028 " * 500, id="other blanks"),
     ],
 )
 @pytest.mark.parametrize("tokenizer", ["characters", "bpe"])
-def test_odd_texts_are_encoded_without_loss(text, content, tokenizer):
+def test_odd_texts_are_encoded_without_loss(text, content, tokenizer, monkeypatch):
+    monkeypatch.setattr("archzoo.tasks.text.PIECE", 1000)  # bytes encoded at once
     sizes = {"vocab_size": 260, "validation_fraction": 0.4, "context_length": 1}
     task = text(content, tokenizer=tokenizer, **sizes)
     task.prepare()

@@ -396,7 +396,7 @@ class BitwiseOr(TwoNumbers):
 
     Args:
         digits: places of the longer vector.
-        held_out: as for the other operations, and so are all others.
+        held_out: as for the other operations, and so are all others; zero means nothing here.
         **arguments: the same.
     """
 
