@@ -15,9 +15,8 @@ another tool's, and is taken with the usual checks.
 
 Lightning's checkpoints, which are for resuming a run, are read as well. Nothing in a file is ever
 called (`archzoo.archives`), and sizes come first: settings that do not give the shapes in the
-weights' header are refused before anything is built. A part from outside the zoo is imported by the
-path that the configuration names, which runs that module: it must be installed here, and nothing
-that comes with a checkpoint is.
+weights' header are refused before anything is built. A part from outside the zoo is found among
+what the user has imported, and nothing is imported because a file names it (`archzoo.trust`).
 """
 
 from __future__ import annotations
