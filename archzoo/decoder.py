@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from archzoo import block as interface
 from archzoo.block import Aux, Bias, Block, Context, Embedding, FeedForward, Mixer, Rotary, State
+from archzoo.derivatives import transformed
 from archzoo.inputs import check_beside, check_state, check_tokens, explain
 from archzoo.norm import RMSNorm
 from archzoo.parts import NONE, build, describe
@@ -381,13 +384,15 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """The stack once; states go to `after`, and aux is summed over the runs."""
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
+        recompute = recompute and not transformed()  # which keep what they need by other means
         for layer, block in enumerate(self.blocks):
             # The first block has the embedding in x already.
             injects = self.injection == "layer" or (self.injection == "loop" and layer == 0)
             injected = embedding if injects and loop + layer else None
             arguments = (x, before[loop * self.depth + layer], context, injected, form)
             if recompute:
-                x, mixed, entries = checkpoint(block, *arguments, use_reentrant=False)
+                again = _with_these_weights(block)
+                x, mixed, entries = checkpoint(again, *arguments, use_reentrant=False)
             else:
                 x, mixed, entries = block(*arguments)
             after.append(mixed)
@@ -454,6 +459,27 @@ class Decoder(nn.Module):
 
 def _whole(size: Any) -> bool:
     return isinstance(size, int) and not isinstance(size, bool) and size >= 1
+
+
+def _with_these_weights(block: nn.Module) -> Callable[..., Any]:
+    """The block as it is now: computed again, it must take the tensors that it takes now.
+
+    `torch.func.functional_call` puts others in their place for the forward pass alone, and the
+    backward pass would make the block again of its own.
+    """
+    held = dict(chain(block.named_parameters(), block.named_buffers()))
+    # FSDP puts whole tensors in the place of its pieces (DTensor) by itself, each time.
+    pieces = any(type(tensor) not in (Tensor, nn.Parameter) for tensor in held.values())
+    if pieces or torch.compiler.is_compiling():
+        return block
+
+    def run(*arguments: Any) -> Any:
+        now = chain(block.parameters(), block.buffers())
+        if all(here is then for here, then in zip(now, held.values(), strict=True)):
+            return block(*arguments)
+        return functional_call(block, held, arguments)
+
+    return run
 
 
 def _of_layer(entries: Aux, layer: int) -> Aux:

@@ -222,6 +222,21 @@ def test_every_form_with_packed_documents(name: str, form: str) -> None:
         assert error(way(loss, weights, along), want) < 1e-7, way.__name__
 
 
+def test_blocks_computed_again_take_the_weights_they_took() -> None:
+    """In the backward pass of other weights' loss they took the model's own: 100 % off."""
+    net = make("skywork_micro", activation_checkpointing=True)
+    loss, weights = loss_of(net), weights_of(net)
+    along = direction_of(weights)
+    other = moved(weights, along, 1.0)
+    slope = dot(gradient(loss, other), along)
+    with torch.no_grad():
+        ahead, behind = (loss(moved(other, along, by)) for by in (1e-5, -1e-5))
+    assert (slope - (ahead - behind) / 2e-5).abs() < 1e-7
+    want = differences(loss, other, along)
+    for way in SECOND:
+        assert error(way(loss, other, along), want) < 1e-7, way.__name__
+
+
 def test_a_state_under_transforms_is_not_written_into() -> None:
     """Where gradients are off a call writes into its state; a transform's must get a new one."""
     for name in ("retnet_micro", "transformer_micro"):
