@@ -20,7 +20,7 @@ import sysconfig
 import types
 import typing
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from glob import glob
 from pathlib import Path
 from typing import Any, Literal, Union
@@ -248,18 +248,23 @@ def check_path(text: str, *, always: bool = False) -> None:
         return
     if "://" in text:
         raise ValueError(f"{shown(text)} is an address, which no file may send to")
+    _check_file(path, text, here)  # before what is in it, which may be a whole disk
     if path.is_dir():
-        files = [path, *path.rglob("*")]
+        inside: Iterable[Path] = path.rglob("*")
     else:
-        files = [path, *(Path(found) for found in (glob(text) if always else ()))]
-    for file in files:
-        resolved = file.resolve()
-        if not resolved.is_relative_to(here.resolve()) and resolved not in _corpora():
-            raise ValueError(
-                f"{shown(text)} leads to {resolved}, which does not lie under the current directory"
-            )
-        if resolved.exists() and not (resolved.is_file() or resolved.is_dir()):
-            raise ValueError(f"{shown(text)} leads to {resolved}, which is not a regular file")
+        inside = map(Path, glob(text) if always else ())
+    for file in inside:
+        _check_file(file, text, here)
+
+
+def _check_file(file: Path, text: str, here: Path) -> None:
+    resolved = file.resolve()
+    if not resolved.is_relative_to(here.resolve()) and resolved not in _corpora():
+        raise ValueError(
+            f"{shown(text)} leads to {resolved}, which does not lie under the current directory"
+        )
+    if resolved.exists() and not (resolved.is_file() or resolved.is_dir()):
+        raise ValueError(f"{shown(text)} leads to {resolved}, which is not a regular file")
 
 
 def _corpora() -> set[Path]:

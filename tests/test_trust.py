@@ -435,6 +435,7 @@ NINE = "\n".join(
         ("model: {mixer: {decay: 1}}", "takes a class's name, or class_path and init_args"),
         ("model: {mixer: {class_path: Retention, init_args: [1]}}", "init_args is [1]"),
         ("model: {mixer: {class_path: [a]}}", "class_path is ['a']"),
+        ("__path__: /etc/passwd", "no setting '__path__'"),
     ],
 )
 def test_yaml_that_is_no_configuration(here, content, expected):

@@ -146,6 +146,8 @@ def parse(text: str, whose: str) -> dict[str, Any]:
         raise ValueError(f"{whose} is not valid YAML{where}: {said}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{whose} holds {shown(found)}: settings by name are expected, as model:")
+    if "__path__" in found:  # the parser's own mark, which it would take in silence
+        raise ValueError(f"{whose}: there is no setting '__path__'")
     for section in SECTIONS:
         if section in found and found[section] is None:
             found[section] = {}  # a heading alone
