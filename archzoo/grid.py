@@ -262,6 +262,7 @@ def grid_command(
     at_once: int | None = None,
     device: str | None = None,
     task: str | None = None,
+    data: dict[str, Any] | None = None,
 ) -> None:
     """Measure exact match at every pair of lengths, and draw it.
 
@@ -283,6 +284,7 @@ def grid_command(
         device: Such as cpu or cuda. None: a GPU where there is one.
         task: Which task's problems, of a checkpoint that was trained on several (Arithmetic).
             None: the first.
+        data: Arguments of the task that take the place of the checkpoint's: --data.path TEXT.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
@@ -303,7 +305,7 @@ def grid_command(
     if precision == "auto":
         half = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bfloat16" if half else "float32"
-    exercises = build(found.task).exercises if found.task else {}
+    exercises = build(found.task, **(data or {})).exercises if found.task else {}
     if not exercises or found.tokenizer is None:
         raise ValueError(f"{path} was not trained on problems, such as those of Addition")
     task = task or next(iter(exercises))

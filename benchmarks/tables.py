@@ -84,6 +84,26 @@ def coverage() -> str:
     return markdown(headings, [cells for _, cells in sorted(found)], 0)
 
 
+def addition_seeds() -> str:
+    """Exact match of configs/addition.yaml on the test sums, by seed and rounding."""
+    rows = rows_of("intel-r-xeon-r-processor-torch2.11.0-float32-addition-seeds")
+    found: dict[tuple[str, int], list[tuple[int, float]]] = {}
+    for row in rows:
+        key = row["capability"], int(row["threads"])
+        found.setdefault(key, []).append((int(row["seed"]), float(row["exact_match"])))
+    cells = []
+    for (capability, threads), runs in found.items():
+        seeds = [seed for seed, _ in runs]
+        cells.append([
+            capability,
+            str(threads),
+            str(seeds[0]) if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}",
+            ", ".join(f"{100 * match:.2f}" for _, match in runs),
+        ])  # fmt: skip
+    headings = ["ATEN_CPU_CAPABILITY", "threads", "seeds", "exact match, %"]
+    return markdown(headings, cells, 4)
+
+
 def abacus() -> str:
     """Exact match by ranges of lengths, of both checkpoints."""
     spans = [(1, 20), (21, 30), (31, 60), (61, 100), (101, 110), (21, 100)]
@@ -247,6 +267,7 @@ def kernels() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "addition_seeds": addition_seeds,
     "coverage": coverage,
     "abacus": abacus,
     "abacus_cpu": abacus_cpu,

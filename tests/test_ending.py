@@ -50,20 +50,41 @@ def content(directory):
 
 # ---------------------------------------------------------------------------- signals
 
+STARTED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running():
+    """A process that outlives its test would take time from all that follow."""
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def popen(command, **options):
+    """A process in a group of its own, which hears Ctrl-C though these tests may not.
+
+    A shell's background job ignores it, and hands that on.
+    """
+    process = subprocess.Popen(
+        command,
+        **{"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    STARTED.append(process)
+    return process
+
 
 def start(tmp_path, *arguments, rows=3, command=None, **options):
     """A process that trains, and has written so many rows of its log."""
     settings = [*SETTINGS.split(), "--trainer.max_steps", "100000"]
     where = ["--trainer.default_root_dir", str(tmp_path), "--name", "run"]
     command = command or [sys.executable, "train.py", "fit", *settings, *where, *arguments]
-    process = subprocess.Popen(
-        command,
-        **{"cwd": ROOT} | options,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    process = popen(command, **options, stderr=subprocess.STDOUT, text=True)
     log = next(iter(tmp_path.glob("**/metrics.csv")), tmp_path / "run/metrics.csv")
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -99,13 +120,7 @@ Addition.prepare = prepare
 from archzoo.cli import main
 sys.exit(main(["fit", *{SETTINGS.split()}, "--trainer.default_root_dir", {str(tmp_path)!r}]))
 """
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = popen([sys.executable, "-c", code], text=True)
     assert process.stdout.readline() == "preparing\n"
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
@@ -126,9 +141,7 @@ with Signals() as signals:
 
 
 def test_a_second_signal_ends_at_once():
-    process = subprocess.Popen(
-        [sys.executable, "-c", WAITING], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    process = popen([sys.executable, "-c", WAITING])
     process.stdout.readline()
     for _ in range(2):  # as a child of make gets it when its whole group is ended
         process.send_signal(signal.SIGTERM)
@@ -141,12 +154,7 @@ def test_a_second_signal_ends_at_once():
 
 def test_what_was_ignored_stays_ignored():
     """As under nohup."""
-    process = subprocess.Popen(
-        ["nohup", sys.executable, "-c", WAITING],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    process = popen(["nohup", sys.executable, "-c", WAITING])
     process.stdout.readline()
     process.send_signal(signal.SIGHUP)
     time.sleep(0.3)

@@ -74,7 +74,8 @@ def test_models_without_a_rope_to_scale_are_refused(name, arguments, words):
 
 
 @pytest.fixture
-def checkpoint(tmp_path):
+def checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # below which a checkpoint's text is read without asking
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{n:04d} green bottles, hanging on the wall;\n" for n in range(200)))
     task = Text(str(text), context_length=16, batch_size=2, cache_dir=str(tmp_path / "cache"))

@@ -276,7 +276,10 @@ def test_other_tokens_and_other_tasks(tmp_path, monkeypatch):
     model = archzoo.create_model("transformer_micro", vocab_size=task.vocab_size, bias="FIRE")
     save_pretrained(tmp_path / "mixed", model, task.tokenizer, task.config())
     text.unlink()
-    grid_command(str(tmp_path / "mixed"), digits=3, problems=4, device="cpu")
+    asked = {"digits": 3, "problems": 4, "device": "cpu"}
+    with pytest.raises(ValueError, match=r"give --data\.path"):  # it lies elsewhere
+        grid_command(str(tmp_path / "mixed"), **asked)
+    grid_command(str(tmp_path / "mixed"), **asked, data={"path": str(text)})
     assert (tmp_path / "mixed" / "grid.png").exists()
     tokens = task.exercise.tokens_of(task.tokenizer)
     line = task.exercise.lines(task.exercise.problems("train", np.arange(1)))

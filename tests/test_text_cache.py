@@ -244,9 +244,14 @@ def test_ctrl_c_says_so_and_leaves_nothing(tmp_path):
     )
     command = [sys.executable, "-c", code, tmp_path / "corpus.txt", tmp_path / "cache"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, **pipes)
-    assert process.stdout.readline() == "now\n"
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)[1]
+    # A shell's background job ignores Ctrl-C, and hands that on.
+    hears = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, **pipes, **hears) as process:
+        assert process.stdout.readline() == "now\n"
+        process.send_signal(signal.SIGINT)
+        try:
+            said = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()
     assert "was not encoded to its end: nothing was kept of it" in said
     assert list((tmp_path / "cache").iterdir()) == []

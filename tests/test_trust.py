@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import yaml
 
 import archzoo
+from archzoo import registry
 from archzoo.cli import main, split_imports
 from archzoo.parts import describe
 from archzoo.tasks.stream import build
@@ -472,6 +474,7 @@ def test_what_is_handed_to_the_parser_is_what_was_read():
 
 MINE = """
 import archzoo
+from archzoo import registry
 from archzoo.mixers.retention import Retention
 from archzoo.feedforward.routers import LinearRouter
 from archzoo.tasks import Addition
@@ -511,7 +514,7 @@ def test_one_word_for_all_ways_of_starting(here):
         run = subprocess.run(
             [sys.executable, *way, *shown], capture_output=True, text=True, env=environment
         )
-        assert run.returncode == 0 and "mine.Slow" in run.stdout, run.stderr
+        assert run.returncode == 0 and re.search("mixer +Slow", run.stdout), run.stderr
     without = [sys.executable, *ways[0], "show", "mine_micro"]
     run = subprocess.run(without, capture_output=True, text=True, env=environment)
     assert run.returncode == 1 and "no model 'mine_micro'" in run.stderr
@@ -521,6 +524,8 @@ def test_import_reaches_every_slot(here, capsys, monkeypatch):
     """Parts, routers, tasks and callbacks of a user's module; the run asks for it again."""
     Path("mine_too.py").write_text(MINE.replace("mine", "mine_too"))
     monkeypatch.syspath_prepend(here)
+    presets = {name: registry.get_preset(name) for name in registry.list_models()}
+    monkeypatch.setattr(registry, "_presets", presets)  # what it registers ends with the test
     config = copy.deepcopy(MICRO)
     mixture = {"experts": 2, "top_k": 1, "router": {"class_path": "mine_too.Chooser"}}
     config["model"] |= {
