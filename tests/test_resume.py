@@ -86,6 +86,13 @@ class Counts(lightning.Callback):
         self.count = state_dict["count"]
 
 
+class FewEpochs(lightning.Callback):
+    """Ends what would go on for ever: epochs in which nothing is trained."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        assert trainer.current_epoch < 10
+
+
 def kill():
     raise Killed
 
@@ -104,9 +111,13 @@ def losses(directory):
     return found
 
 
-def addition():
+def addition(steps_per_epoch=10):
     return Addition(
-        digits=2, batch_size=4, steps_per_epoch=10, validation_examples=8, test_examples=8
+        digits=2,
+        batch_size=4,
+        steps_per_epoch=steps_per_epoch,
+        validation_examples=8,
+        test_examples=8,
     )
 
 
@@ -196,20 +207,26 @@ def test_resumed_is_the_same_run(tmp_path, kind, accumulate, every, kills):
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize("asked", [False, True])
-def test_ended_in_a_validation(tmp_path, number, every, asked):
+@pytest.mark.parametrize("epoch", [10, 7])  # with 7, validations are at the ends of epochs
+def test_ended_in_a_validation(tmp_path, number, every, asked, epoch):
     """The validation is done anew, be it all that is left, and is all there is of its step."""
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
-    expected = fit(whole, addition(), Weights(), Counts(), every=every, steps=14)
+
+    def go(directory, *callbacks, **options):
+        options |= {"every": every, "steps": 14}
+        return fit(directory, addition(epoch), Weights(), FewEpochs(), *callbacks, **options)
+
+    expected = go(whole, Counts())
     signals = Signals()
     end = DuringValidation(number, lambda: setattr(signals, "asked", 15)) if asked else None
     end = end or DuringValidation(number, kill)
-    fit(pieces, addition(), Weights(), Counts(), end, every=every, steps=14, signals=signals)
+    go(pieces, Counts(), end, signals=signals)
     state = torch.load(pieces / "last.ckpt")
     if asked or every == 1:
         assert state["global_step"] == 7 * number  # though its validation had not ended
     assert state["callbacks"].get("Counts", {"count": 0})["count"] == number - 1
     counts = Counts()
-    resumed = fit(pieces, addition(), Weights(), counts, every=every, steps=14, resume=True)
+    resumed = go(pieces, counts, resume=True)
     assert_same(whole, pieces, expected, resumed)
     assert counts.count == 2 and len(losses(whole)) == 7 + 2
 

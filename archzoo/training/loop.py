@@ -50,5 +50,8 @@ class ResumingFitLoop(_FitLoop):
         loop.restarting = False  # it begins anew
         trainer.validating = True
         loop.run()
+        # At an epoch's end Lightning would take the epoch for done without entering its loop, which
+        # is where it notes that nothing is resumed any more: so would be all epochs that follow.
+        loop._has_run = False
         trainer.training = True
         trainer._logger_connector._first_loop_iter = first
