@@ -156,6 +156,8 @@ def ask(arguments: list[str]) -> tuple[int, str]:
         status = main(arguments)
     lines = errors.getvalue().strip().splitlines()
     if status:
+        # A text that was prepared before the mistake showed has its own line.
+        lines = [line for line in lines if not line.startswith(("encoded ", "encoding "))]
         assert len(lines) == 1 and lines[0].startswith("error: "), f"{status}: {lines}"
         assert len(lines[0]) < 2_000, f"a line of {len(lines[0])} characters"
     return status, out.getvalue() + errors.getvalue()
