@@ -80,6 +80,11 @@ def test_outside_a_terminal_there_is_a_line_every_so_often(monkeypatch):
     train(show, limit_val_batches=0, steps=60)
     lines = [line for line in out.getvalue().splitlines() if line.startswith("step")]
     assert 3 <= len(lines) < 30 and len({line.split()[1] for line in lines}) == len(lines)
+    show, out = ShowProgress(), io.StringIO()
+    show.console = Console(file=out, width=80)
+    train(show, val_check_interval=10)  # where a validation is due, its own line is the step's
+    steps = [line.split()[1] for line in out.getvalue().splitlines() if line.startswith("step")]
+    assert len(set(steps)) == len(steps) and {"10", "20", "30"} <= set(steps)
 
 
 def test_grid_says_how_far_it_is(capsys, monkeypatch):

@@ -373,7 +373,11 @@ class ShowProgress(ProgressBar):
         now = time.perf_counter()
         # Soon at first, and seldom in a long run.
         pause = min(max(10.0, (now - self._began) / 10), 300.0)
-        if now - self._said > pause and trainer.global_step != self._said_step:
+        loop = trainer.fit_loop
+        fetcher = loop._data_fetcher
+        # A validation that is due has its own line of this step.
+        due = fetcher is not None and loop.epoch_loop._should_check_val_fx(fetcher)
+        if now - self._said > pause and trainer.global_step != self._said_step and not due:
             self._say_step(trainer, pl_module, "train")
 
     def _say_step(self, trainer: lightning.Trainer, pl_module: LanguageModel, *splits: str) -> None:
