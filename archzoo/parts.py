@@ -154,6 +154,11 @@ def describe(slot: str, part: Part) -> Spec:
     cls = find(slot, named) if isinstance(named, str) else named
     if not inspect.isclass(cls) or not issubclass(cls, SLOTS[slot]):
         raise ValueError(f"{slot} {cls!r} is not a {SLOTS[slot].__name__}: name a class that is")
+    if cls is SLOTS[slot]:
+        raise ValueError(
+            f"{slot} {cls.__name__} is the interface alone: name a class that derives from it; "
+            f"{nearest(cls.__name__, list(list_parts(slot)))}"
+        )
     accepted = inspect.signature(cls).parameters
     for name in arguments:
         if name not in accepted:
@@ -170,8 +175,17 @@ def describe(slot: str, part: Part) -> Spec:
 
 
 def build(slot: str, spec: Spec, *sizes: int) -> Any:
-    """The part that plain data describes, at the sizes its slot is built with."""
-    return find(slot, spec["class_path"])(*sizes, **spec.get("init_args", {}))
+    """The part that plain data describes, at the sizes its slot is built with.
+
+    Raises:
+        ValueError: An argument that the class needs is missing.
+    """
+    cls, arguments = find(slot, spec["class_path"]), spec.get("init_args", {})
+    try:
+        inspect.signature(cls).bind(*sizes, **arguments)
+    except TypeError as error:
+        raise ValueError(f"{slot} {cls.__name__}: {error}: give it in init_args") from None
+    return cls(*sizes, **arguments)
 
 
 def _plain(value: Any) -> Any:

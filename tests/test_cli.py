@@ -640,3 +640,10 @@ def test_a_run_goes_on_when_no_one_reads_it(here):
     )
     assert done.returncode in (0, 141), done.stderr
     assert torch.load("runs/micro/last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_a_task_argument_that_is_null_is_named(here, capsys):
+    Path("null.yaml").write_text("data: {class_path: Text, init_args: {context_length: null}}\n")
+    assert main(["fit", "--config", "null.yaml", "--model.preset", "retnet_micro"]) == 1
+    error = capsys.readouterr().err
+    assert "data: context_length=None is not" in error and error.count("\n") == 1

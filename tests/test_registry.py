@@ -216,3 +216,15 @@ def test_sizes_are_looked_at_before_anything_is_built():
         archzoo.create_model("retnet_micro", tie_weights="yes")
     with pytest.raises(ValueError, match="None is not a model's name"):
         archzoo.create_model(None)
+
+
+@pytest.mark.parametrize("slot", [slot for slot in parts.SLOTS if slot != "router"])
+def test_an_interface_alone_is_not_a_part(slot):
+    arguments = {"mixer": "Attention", slot: f"archzoo.block.{parts.SLOTS[slot].__name__}"}
+    with pytest.raises(ValueError, match="is the interface alone: name a class that derives"):
+        archzoo.create_model("retnet_micro", **arguments)
+
+
+def test_a_missing_argument_of_a_part_is_named():
+    with pytest.raises(ValueError, match="RowEmbedding: missing a required argument: 'rows': give"):
+        archzoo.create_model("retnet_micro", embedding="archzoo.positions.rows.RowEmbedding")

@@ -30,7 +30,7 @@ from lightning.pytorch.strategies import Strategy
 from archzoo.archives import machine_memory
 from archzoo.parts import SLOTS, nearest
 from archzoo.tasks.stream import Task, known_tasks
-from archzoo.trust import check_path, find_class, parameters_of, shown, strings
+from archzoo.trust import check_arguments, check_path, find_class, parameters_of, shown, strings
 
 #: What a setting may name: the classes of a kind.
 KINDS: dict[str, tuple[type, ...]] = {
@@ -330,8 +330,10 @@ def check_amounts(data: Any) -> None:
     cls = known_tasks().get(str(data.class_path))
     if cls is None or not cls.__module__.startswith("archzoo.tasks."):
         return
-    arguments = data.get("init_args")
-    task = cls(**(arguments.as_dict() if arguments is not None else {}))  # nothing is made yet
+    given = data.get("init_args")
+    arguments = given.as_dict() if given is not None else {}
+    check_arguments(cls, arguments, "data")  # jsonargparse lets null pass for any type
+    task = cls(**arguments)  # nothing is made yet
     for name in ("batch_size", "validation_examples", "test_examples", "ood_examples"):
         rows = task.arguments.get(name) or 0
         needed = rows * task.context_length * 3 * 8  # tokens, labels and numbers of examples
