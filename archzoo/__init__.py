@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from archzoo._version import __version__ as __version__
 
 # Public name: the module that defines it.
 _NAMES = {
@@ -33,15 +33,15 @@ _NAMES = {
     "MixtureOfExperts": "feedforward.moe",
     "LinearRouter": "feedforward.routers",
     "AttentionRouter": "feedforward.routers",
-    "TokenEmbedding": "positions.embedding",
+    "TokenEmbedding": "embeddings.token",
     "RotaryEmbedding": "positions.rotary",
     "RetentionRotation": "positions.rotary",
     "NoRotation": "positions.rotary",
     "XPos": "positions.rotary",
-    "AbacusEmbedding": "positions.abacus",
-    "PositionCoupling": "positions.coupling",
-    "LearnedPositions": "positions.learned",
-    "RandomisedPositions": "positions.learned",
+    "AbacusEmbedding": "embeddings.abacus",
+    "PositionCoupling": "embeddings.coupling",
+    "LearnedPositions": "embeddings.learned",
+    "RandomisedPositions": "embeddings.learned",
     "ALiBi": "positions.biases",
     "T5Bias": "positions.biases",
     "KERPLE": "positions.biases",
@@ -70,6 +70,10 @@ if TYPE_CHECKING:
     from archzoo.checkpoint import from_pretrained, save_pretrained
     from archzoo.contract import check
     from archzoo.decoder import Decoder, Output
+    from archzoo.embeddings.abacus import AbacusEmbedding
+    from archzoo.embeddings.coupling import PositionCoupling
+    from archzoo.embeddings.learned import LearnedPositions, RandomisedPositions
+    from archzoo.embeddings.token import TokenEmbedding
     from archzoo.feedforward.dense import GatedFeedForward, PlainFeedForward
     from archzoo.feedforward.moe import MixtureOfExperts
     from archzoo.feedforward.routers import AttentionRouter, LinearRouter
@@ -77,11 +81,7 @@ if TYPE_CHECKING:
     from archzoo.mixers.attention import Attention
     from archzoo.mixers.filtered import FilteredAttention
     from archzoo.mixers.retention import Retention
-    from archzoo.positions.abacus import AbacusEmbedding
     from archzoo.positions.biases import FIRE, KERPLE, ALiBi, T5Bias
-    from archzoo.positions.coupling import PositionCoupling
-    from archzoo.positions.embedding import TokenEmbedding
-    from archzoo.positions.learned import LearnedPositions, RandomisedPositions
     from archzoo.positions.rotary import NoRotation, RetentionRotation, RotaryEmbedding, XPos
     from archzoo.registry import create_model, list_models, register_model
 

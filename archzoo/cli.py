@@ -31,27 +31,35 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "fit": Command("train a model: fit --config configs/addition.yaml", "training.cli", ""),
-    "validate": Command("evaluate a checkpoint on the validation data", "training.cli", ""),
-    "test": Command("evaluate a checkpoint on the test data", "training.cli", ""),
-    "predict": Command("write what a checkpoint predicts for the test data", "training.cli", ""),
+    "fit": Command("train a model: fit --config configs/addition.yaml", "training.command", ""),
+    "validate": Command("evaluate a checkpoint on the validation data", "training.command", ""),
+    "test": Command("evaluate a checkpoint on the test data", "training.command", ""),
+    "predict": Command(
+        "write what a checkpoint predicts for the test data", "training.command", ""
+    ),
     "generate": Command("continue a text", "generation", "generate_command"),
-    "list": Command("show the models of the zoo", "zoo", "list_command"),
-    "show": Command("show one model: its architecture, parts and sizes", "zoo", "show_command"),
+    "list": Command("show the models of the zoo", "analysis.listing", "list_command"),
+    "show": Command(
+        "show one model: its architecture, parts and sizes", "analysis.listing", "show_command"
+    ),
     "upcycle": Command(
-        "make a mixture of experts of a dense checkpoint", "upcycle", "upcycle_command"
+        "make a mixture of experts of a dense checkpoint", "conversion.upcycle", "upcycle_command"
     ),
     "router": Command(
-        "show what a checkpoint's routers do, layer by layer", "router", "router_command"
+        "show what a checkpoint's routers do, layer by layer", "analysis.routing", "router_command"
     ),
     "grid": Command(
-        "exact match of a checkpoint at every size of problem, drawn", "grid", "grid_command"
+        "exact match of a checkpoint at every size of problem, drawn",
+        "analysis.grid",
+        "grid_command",
     ),
     "curves": Command(
-        "compare a metric over the steps of several runs", "curves", "curves_command"
+        "compare a metric over the steps of several runs", "analysis.curves", "curves_command"
     ),
     "extend": Command(
-        "read texts longer than a checkpoint's, with its RoPE scaled", "extend", "extend_command"
+        "read texts longer than a checkpoint's, with its RoPE scaled",
+        "analysis.extend",
+        "extend_command",
     ),
     "cache": Command(
         "show or remove the encoded texts that are kept", "tasks.cache", "cache_command"
@@ -164,7 +172,7 @@ def dispatch(name: str, arguments: list[str]) -> int:
         from archzoo.training.ending import SIGNALS
 
         with SIGNALS:
-            from archzoo.training.cli import run
+            from archzoo.training.command import run
 
             return run(name, arguments)
     module = importlib.import_module(f"archzoo.{command.module}")

@@ -13,11 +13,13 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from archzoo import block as interface
-from archzoo.block import Aux, Bias, Block, Context, Embedding, FeedForward, Mixer, Rotary, State
+from archzoo.block import Aux, Bias, Block, Embedding, FeedForward, Mixer, Rotary
 from archzoo.derivatives import transformed
+from archzoo.documents import Context
 from archzoo.inputs import check_beside, check_state, check_tokens, explain
 from archzoo.norm import RMSNorm
 from archzoo.parts import NONE, build, describe
+from archzoo.states import State
 
 MixerFactory = Callable[[int, int], Mixer]
 FeedForwardFactory = Callable[[int, int], FeedForward]

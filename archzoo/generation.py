@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from archzoo.block import FORMS, State, for_float64, nbytes, reorder
+from archzoo.block import FORMS
 from archzoo.decoder import Decoder
-from archzoo.positions.digits import digit_embedding
+from archzoo.embeddings.digits import digit_embedding
+from archzoo.numerics import for_float64
+from archzoo.states import State, nbytes, reorder
 from archzoo.tasks.writing import PLAIN, Writing, writing_of
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from archzoo.block import State
+from archzoo.states import State
 
 
 def check_tokens(tokens: Any) -> Tensor:

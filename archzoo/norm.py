@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from archzoo.block import constant
 from archzoo.derivatives import differentiated_again, followed, plain_gradients
+from archzoo.numerics import constant
 
 
 def _inverse_root_mean_square(x: Tensor, eps: float) -> Tensor:

@@ -36,11 +36,11 @@ MODULES = (
     "archzoo.feedforward.dense",
     "archzoo.feedforward.moe",
     "archzoo.feedforward.routers",
-    "archzoo.positions.abacus",
+    "archzoo.embeddings.abacus",
     "archzoo.positions.biases",
-    "archzoo.positions.coupling",
-    "archzoo.positions.embedding",
-    "archzoo.positions.learned",
+    "archzoo.embeddings.coupling",
+    "archzoo.embeddings.token",
+    "archzoo.embeddings.learned",
     "archzoo.positions.rotary",
 )
 

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from archzoo.archives import machine_memory
 from archzoo.decoder import Decoder
 from archzoo.parts import nearest
-from archzoo.trust import load_installed
+from archzoo.trust import load_installed, machine_memory
 
 FAMILIES = ("transformer", "retnet", "yuan", "skywork", "abacus")  # a module of archzoo.models each
 

@@ -21,6 +21,7 @@ import types
 import typing
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from glob import glob
 from pathlib import Path
 from typing import Any, Literal, Union
@@ -210,6 +211,20 @@ def shown(value: Any) -> str:
     """A value in a message: its beginning, if it is long."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# ---------------------------------------------------------------------------- sizes
+
+
+def machine_memory() -> int:
+    """Bytes of memory that this process may come to hold, as far as the system says."""
+    found = [2**63]
+    with suppress(AttributeError, ValueError, OSError):  # not on Windows
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(ValueError, OSError):  # a container's own limit, where there is one
+            found.append(int(Path(name).read_text()))
+    return min(size for size in found if size > 0)
 
 
 # ---------------------------------------------------------------------------- paths

@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 import archzoo
-from archzoo.positions.digits import bind_digits
+from archzoo.embeddings.digits import bind_digits
 from archzoo.tasks.arithmetic import Addition
 from archzoo.tasks.stream import IGNORED
 

@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 from archzoo import tasks
+from archzoo.analysis.listing import active_parameters
 from archzoo.checkpoint import load, read_safely
-from archzoo.zoo import active_parameters
 
 WINDOWS = 10  # parts of a log: its first, its last, and the highest of all say how a metric went
 

@@ -23,7 +23,7 @@ import torch
 from harness import in_turn, write_rows
 
 import archzoo
-from archzoo.positions.digits import bind_digits
+from archzoo.embeddings.digits import bind_digits
 from archzoo.tasks import (
     Addition,
     BitwiseOr,

@@ -27,9 +27,9 @@ from harness import write_rows
 from rich.console import Console
 from rich.table import Table
 
+from archzoo.analysis.figures import legend, pyplot, save
+from archzoo.analysis.grid import AT_ONCE, Examiner, Key, coverage_of, examine
 from archzoo.checkpoint import Pretrained, load
-from archzoo.figures import legend, pyplot, save
-from archzoo.grid import AT_ONCE, Examiner, Key, coverage_of, examine
 from archzoo.tasks.stream import build
 
 

@@ -415,7 +415,7 @@ def compare_steps(stamp: dict[str, str], rates: tuple[float, float]) -> list[dic
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Time against length, one panel a shape, forward + backward by graph replay."""
-    from archzoo.figures import legend, pyplot, save
+    from archzoo.analysis.figures import legend, pyplot, save
 
     plt = pyplot()
     shapes = [shape for shape, _ in SHAPES]

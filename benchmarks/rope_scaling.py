@@ -16,8 +16,8 @@ import torch
 from harness import write_rows
 from rich.console import Console
 
+from archzoo.analysis.extend import Reading, compare, draw, table, windows_of
 from archzoo.checkpoint import load
-from archzoo.extend import Reading, compare, draw, table, windows_of
 
 
 def main() -> None:

@@ -301,7 +301,7 @@ def figures() -> None:
     import lengths
     import retention_kernels
 
-    from archzoo.extend import Reading, draw
+    from archzoo.analysis.extend import Reading, draw
 
     for name in LENGTHS:
         rows: list[dict[str, Any]] = []

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 import archzoo
 from archzoo.block import init_place, make_context
 from archzoo.checkpoint import from_pretrained, save_pretrained
+from archzoo.embeddings.abacus import AbacusEmbedding
+from archzoo.embeddings.counter_random import SHIFTS, integers, random_bits, uniform
+from archzoo.embeddings.digits import bind_digits
 from archzoo.generation import generate
-from archzoo.positions.abacus import AbacusEmbedding
-from archzoo.positions.digits import bind_digits
-from archzoo.positions.draws import SHIFTS, integers, random_bits, uniform
-from archzoo.tasks import draws
+from archzoo.tasks import counter_random
 from archzoo.tasks.arithmetic import Addition, exact_match
 from archzoo.tasks.tokenizers import CharacterTokenizer
 from archzoo.training.module import LanguageModel
@@ -174,7 +174,7 @@ def test_draws_are_those_of_the_data():
     numbers = torch.tensor([0, 1, 2, 77, 2**40, 2**62 + 1])
     for seed in (0, 3, -5, 2**70):
         for stream_number in (0, SHIFTS):
-            want = draws.random_bits(seed, stream_number, numbers.numpy(), 4)
+            want = counter_random.random_bits(seed, stream_number, numbers.numpy(), 4)
             for draw in range(4):
                 got = random_bits(seed, stream_number, numbers, draw)
                 assert np.array_equal(got.numpy().view(np.uint64), want[draw])

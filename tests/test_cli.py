@@ -160,7 +160,7 @@ def test_usual_precision(monkeypatch):
     """bf16-mixed where the GPU has it and nothing else is said; a plugin says something."""
     from lightning.pytorch.plugins import DoublePrecision
 
-    from archzoo.training.cli import _usual_precision
+    from archzoo.training.command import _usual_precision
 
     assert _usual_precision({"accelerator": "cpu"}) is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -195,7 +195,7 @@ def test_list_and_show(capsys):
 
 
 def test_sizes_by_part_add_up():
-    from archzoo.zoo import parameters_by_part
+    from archzoo.analysis.listing import parameters_by_part
 
     for name in ("retnet_micro", "transformer_micro"):
         for tie_weights in (False, True):

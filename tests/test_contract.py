@@ -15,10 +15,10 @@ import archzoo
 from archzoo import contract
 from archzoo.block import Bias, Context, FeedForward, Mixer, Rotary, Router, Routing
 from archzoo.contract.measure import expect_true_gradient
+from archzoo.embeddings.token import TokenEmbedding
 from archzoo.mixers.attention import Attention
 from archzoo.mixers.retention import Retention
 from archzoo.parts import SLOTS, list_parts
-from archzoo.positions.embedding import TokenEmbedding
 from archzoo.positions.rotary import NoRotation
 
 

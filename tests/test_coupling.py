@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 import archzoo
 from archzoo.block import make_context
+from archzoo.embeddings.coupling import PositionCoupling, coupled_positions
+from archzoo.embeddings.digits import bind_digits
 from archzoo.generation import generate
-from archzoo.positions.coupling import PositionCoupling, coupled_positions
-from archzoo.positions.digits import bind_digits
 from archzoo.tasks.arithmetic import Addition
 from archzoo.tasks.tokenizers import CharacterTokenizer
 

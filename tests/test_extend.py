@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import archzoo
+from archzoo.analysis.extend import ALL, Scaling, compare, perplexities
 from archzoo.checkpoint import save_pretrained
 from archzoo.cli import main
-from archzoo.extend import ALL, Scaling, compare, perplexities
 from archzoo.positions.rotary import scale_rotary
 from archzoo.tasks import Text
 

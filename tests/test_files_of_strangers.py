@@ -24,8 +24,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import archzoo
-from archzoo.archives import Archive
 from archzoo.checkpoint import load, read_safely, weights_digest
+from archzoo.checkpoint.archives import Archive
 from archzoo.cli import main
 from archzoo.decoder import Decoder
 from archzoo.tasks import Addition

@@ -10,13 +10,13 @@ import yaml
 from torch import nn
 
 import archzoo
-from archzoo import grid
+from archzoo.analysis import grid
+from archzoo.analysis.grid import Examiner, Journal, Key, examine, grid_command
 from archzoo.checkpoint import save_pretrained
 from archzoo.cli import main
+from archzoo.embeddings.digits import bind_digits
 from archzoo.generation import generate
-from archzoo.grid import Examiner, Journal, Key, examine, grid_command
-from archzoo.positions.digits import bind_digits
-from archzoo.tasks import Addition, Mixed, Multiplication, Sorting, Subtraction, digits
+from archzoo.tasks import Addition, Mixed, Multiplication, Sorting, Subtraction, digit_arrays
 from archzoo.tasks.problems import together
 
 
@@ -90,7 +90,7 @@ def test_places_are_those_of_the_digits():
         found = ask(task, errs, [Key("cell", n, n) for n in (1, 3)])
         for n in (1, 3):
             problems = task.cell(n, n, 40)
-            lengths = digits.length(digits.add(*problems.operands))
+            lengths = digit_arrays.length(digit_arrays.add(*problems.operands))
             for place in range(n + 1):
                 having = int((lengths > place).sum())
                 right = 0 if place == 1 else having

@@ -8,10 +8,10 @@ import torch
 from kernel_device import DEVICE, GPU, define_kernels
 
 from archzoo.block import make_context
+from archzoo.embeddings.abacus import AbacusEmbedding
 from archzoo.kernels import digits as kernels
-from archzoo.positions.abacus import AbacusEmbedding
 
-define_kernels("archzoo.kernels.digits_triton")
+define_kernels("archzoo.kernels.digits.triton")
 
 
 def rows(part, tokens, context, monkeypatch, *, by_kernel):

@@ -19,8 +19,8 @@ from archzoo.feedforward.moe import MixtureOfExperts
 from archzoo.kernels import experts as kernels
 from archzoo.kernels import mixture_launch, routers
 
-define_kernels("archzoo.kernels.experts_triton")
-define_kernels("archzoo.kernels.routers_triton")
+define_kernels("archzoo.kernels.experts.triton")
+define_kernels("archzoo.kernels.routers.triton")
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 

@@ -16,13 +16,18 @@ from torch.autograd import forward_ad
 from archzoo.block import make_context
 from archzoo.kernels import launching
 from archzoo.kernels import retention as kernels
-from archzoo.kernels import retention_launch as launch
-from archzoo.kernels import retention_plans as plans
 from archzoo.kernels.launching import Launch, on_its_device, stream_of
-from archzoo.kernels.retention import available, retention, retention_step, unavailable
+from archzoo.kernels.retention import (
+    available,
+    launch,
+    plans,
+    retention,
+    retention_step,
+    unavailable,
+)
 from archzoo.mixers.retention import Retention
 
-define_kernels("archzoo.kernels.retention_triton")
+define_kernels("archzoo.kernels.retention.triton")
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
@@ -212,7 +217,7 @@ def test_launches_hand_over_what_their_kernels_take(monkeypatch, apart, heads, d
 
     Those take pointers and numbers in the order of their twins, which other tests run.
     """
-    from archzoo.kernels import retention_triton as twins
+    from archzoo.kernels.retention import triton as twins
 
     made = []
 

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from archzoo.conversion.llama import interleave, llama_config, llama_weights
 from archzoo.decoder import Decoder
 from archzoo.generation import generate
-from archzoo.models.llama import interleave, llama_config, llama_weights
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "llama_tiny_mha.safetensors")
 WEIGHTS = {

@@ -446,7 +446,7 @@ def test_the_families_come_in_four_sizes(family, size):
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])
 @pytest.mark.parametrize("family", ["yuan", "skywork"])
 def test_a_token_meets_as_many_parameters_as_in_the_transformer(family, size):
-    from archzoo.zoo import active_parameters
+    from archzoo.analysis.listing import active_parameters
 
     with torch.device("meta"):
         mixture = archzoo.create_model(f"{family}_{size}")

@@ -7,9 +7,9 @@ import torch
 
 import archzoo
 from archzoo.block import make_context
+from archzoo.embeddings.learned import LearnedPositions, RandomisedPositions
+from archzoo.embeddings.rows import RowEmbedding
 from archzoo.positions.biases import FIRE, KERPLE, ALiBi, T5Bias, alibi_slopes
-from archzoo.positions.learned import LearnedPositions, RandomisedPositions
-from archzoo.positions.rows import RowEmbedding
 
 BIASES = [(ALiBi, {}), (T5Bias, {}), (KERPLE, {}), (KERPLE, {"kind": "power"}), (FIRE, {})]
 

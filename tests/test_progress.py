@@ -10,9 +10,9 @@ import lightning
 import pytest
 from rich.console import Console
 
-from archzoo.grid import _bar
+from archzoo.analysis.grid import _bar
 from archzoo.tasks import Addition
-from archzoo.training import cli
+from archzoo.training import command
 from archzoo.training.callbacks import ShowProgress, fold
 from archzoo.training.module import LanguageModel
 
@@ -97,7 +97,7 @@ def test_grid_says_how_far_it_is(capsys, monkeypatch):
 
 def test_what_lightning_says_is_shown_where_it_is_news():
     def shown(text, level=logging.INFO, name="lightning.pytorch.utilities.rank_zero"):
-        return cli._worth_saying(logging.LogRecord(name, level, "", 0, text, None, None))
+        return command._worth_saying(logging.LogRecord(name, level, "", 0, text, None, None))
 
     assert not shown("GPU available: False, used: False")
     assert not shown("`Trainer.fit` stopped: `max_steps=40` reached.")

@@ -46,7 +46,7 @@ def run(command: list[str], place: Path) -> str:
 
 
 def test_the_zoo_table_is_current(capsys: pytest.CaptureFixture[str]) -> None:
-    from archzoo.zoo import list_command
+    from archzoo.analysis.listing import list_command
 
     list_command(markdown=True)
     table = re.search(r"<!-- archzoo list --markdown -->\n(.*?)<!-- end -->", README, re.DOTALL)

@@ -227,4 +227,4 @@ def test_an_interface_alone_is_not_a_part(slot):
 
 def test_a_missing_argument_of_a_part_is_named():
     with pytest.raises(ValueError, match="RowEmbedding: missing a required argument: 'rows': give"):
-        archzoo.create_model("retnet_micro", embedding="archzoo.positions.rows.RowEmbedding")
+        archzoo.create_model("retnet_micro", embedding="archzoo.embeddings.rows.RowEmbedding")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import archzoo
 from archzoo.block import fork, make_context, reorder
-from archzoo.models.llama import llama_config, llama_weights
+from archzoo.conversion.llama import llama_config, llama_weights
 from archzoo.positions.rotary import (
     RotaryEmbedding,
     XPos,

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import archzoo
-from archzoo import router
+from archzoo.analysis import routing
+from archzoo.analysis.routing import examine
 from archzoo.cli import main
-from archzoo.router import examine
 
 RUN = """
 seed_everything: 0
@@ -36,8 +36,8 @@ def test_shares_are_counted_over_all_batches_without_padding():
             lambda _, arguments, routing, layer=layer: seen.append((layer, arguments, routing))
         )
     layers = examine(net, batches)
-    for layer, (_, context), routing in seen:
-        chosen = routing.indices[context.valid.flatten()]
+    for layer, (_, context), decision in seen:
+        chosen = decision.indices[context.valid.flatten()]
         counts[layer] += chosen.flatten().bincount(minlength=4)
     assert len(seen) == 4
     for layer in layers:
@@ -72,9 +72,9 @@ def test_the_command_on_a_run(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert main(["router", "runs/run", "--figure", "router.png", "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
-    assert all(heading in shown for heading in router.COLUMNS.values())
+    assert all(heading in shown for heading in routing.COLUMNS.values())
     assert (tmp_path / "router.png").read_bytes().startswith(b"\x89PNG")
-    history = router._history(tmp_path / "runs/run/metrics.csv")
+    history = routing._history(tmp_path / "runs/run/metrics.csv")
     assert set(history) == {"coefficient", "drop_rate", "max1_max2"}
     assert [step for step, _ in history["coefficient"][1]] == [1, 2, 3, 4]
     assert main(["router", "runs/run/last.ckpt", "--batches", "0"]) == 1

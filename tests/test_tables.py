@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from archzoo import tables, zoo
-from archzoo.figures import legend, pyplot
+from archzoo.analysis import listing, tables
+from archzoo.analysis.figures import legend, pyplot
 
 
 def made() -> Table:
@@ -47,8 +47,8 @@ def test_a_pipe_gets_it_in_one_piece():
 def test_the_zoo_fits_a_terminal_of_80_columns(monkeypatch):
     file = io.StringIO()
     console = Console(file=file, width=80, force_terminal=True, color_system=None)
-    monkeypatch.setattr(zoo, "show", lambda table: tables.show(table, console))
-    zoo.list_command()
+    monkeypatch.setattr(listing, "show", lambda table: tables.show(table, console))
+    listing.list_command()
     assert max(map(len, file.getvalue().splitlines())) <= 80
     assert "arXiv 1706.03762" in file.getvalue() and "state at 16k" in file.getvalue()
 

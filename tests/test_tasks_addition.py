@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from archzoo.tasks import Addition, Task, build, draw, exact_match
-from archzoo.tasks.draws import random_bits
+from archzoo.tasks.counter_random import random_bits
 from archzoo.tasks.stream import IGNORED, Loader
 
 torch.set_num_threads(1)

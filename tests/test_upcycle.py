@@ -10,7 +10,7 @@ import torch
 import archzoo
 from archzoo.cli import main
 from archzoo.contract import relative_error
-from archzoo.upcycle import upcycle
+from archzoo.conversion.upcycle import upcycle
 
 ATTENTION = {"router": "AttentionRouter", "experts": 4, "top_k": 3}
 NORMED = {

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 import archzoo
-from archzoo import block
+from archzoo import numerics
 from archzoo.contract import relative_error
 from archzoo.positions.rotary import NoRotation, RetentionRotation, RotaryEmbedding, XPos
 
@@ -91,7 +91,7 @@ class Device(TorchDispatchMode):
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(block, "WITHOUT_FLOAT64", frozenset({DEVICE}))
+    monkeypatch.setattr(numerics, "WITHOUT_FLOAT64", frozenset({DEVICE}))
     from_numbers = torch.tensor
 
     def tensor(*numbers: Any, device: Any = None, **kwargs: Any) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 
 import archzoo
 from archzoo.checkpoint import load
+from archzoo.conversion.upcycle import upcycle
 from archzoo.generation import generate_command
 from archzoo.tasks import (
     Addition,
@@ -20,7 +21,6 @@ from archzoo.tasks import (
 )
 from archzoo.tasks.writing import Writing, writing_of
 from archzoo.training.module import LanguageModel
-from archzoo.upcycle import upcycle
 
 ORDERS = [
     {"reverse": reverse, "reverse_answer": answer}

@@ -138,7 +138,7 @@ class Report(list[Finding]):
         from rich.table import Table
         from rich.text import Text
 
-        from archzoo.tables import Screen
+        from archzoo.analysis.tables import Screen
 
         table = Table(title=f"{self.subject} against the interface", title_justify="left")
         table.add_column("rule")

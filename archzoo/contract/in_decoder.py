@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from archzoo import block as interface
-from archzoo.block import State
 from archzoo.contract.measure import MODEL_VALUES, VALUES, by_dtype, expect_same, gradients_of
 from archzoo.contract.subject import SIZES, Subject
 from archzoo.decoder import Decoder
+from archzoo.states import State
 
 
 def decoder_with(subject: Subject, dtype: torch.dtype = torch.float64) -> Decoder:

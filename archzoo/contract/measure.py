@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from archzoo import block as interface
-from archzoo.block import Context, State
 from archzoo.contract.subject import Subject
+from archzoo.documents import Context
+from archzoo.states import State
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 

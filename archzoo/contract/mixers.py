@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from archzoo import block as interface
-from archzoo.block import FORMS, Mixer, State
+from archzoo.block import FORMS, Mixer
 from archzoo.contract.measure import (
     GRADIENTS,
     VALUES,
@@ -34,6 +34,7 @@ from archzoo.contract.measure import (
     tensors_of,
 )
 from archzoo.contract.subject import BATCH, LONGEST, Subject
+from archzoo.states import State
 
 
 class Stand(NamedTuple):

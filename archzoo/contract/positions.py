@@ -126,7 +126,7 @@ def embedding_training(subject: Subject) -> str:
             if not all(torch.equal(a, b) for a, b in zip(got, same, strict=True)):
                 raise Violation(
                     f"training: {what} gives other numbers: draw by Context.examples, as "
-                    "archzoo.positions.draws does, never by a generator"
+                    "archzoo.embeddings.counter_random does, never by a generator"
                 )
     return "bit for bit: alone, in a batch and packed"
 

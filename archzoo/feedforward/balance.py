@@ -14,9 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from archzoo.block import Aux, Context, KeepsFloat32, Routing, at_least_float32
+from archzoo.block import Aux, Routing
+from archzoo.documents import Context
 from archzoo.kernels.mixture_launch import fused
 from archzoo.kernels.routers import MAX_BALANCED, largest, summarise_load
+from archzoo.numerics import KeepsFloat32, at_least_float32
 
 # Skywork-MoE, arXiv 2406.06563, on adaptive auxiliary loss coefficients.
 GAIN = 0.2  # xi: the coefficient that a drop rate of 1 would call for

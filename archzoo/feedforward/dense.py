@@ -8,7 +8,8 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from archzoo.block import Aux, Context, FeedForward, closing
+from archzoo.block import Aux, FeedForward, closing
+from archzoo.documents import Context
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from archzoo.block import Aux, Context, FeedForward, Router, closing
+from archzoo.block import Aux, FeedForward, Router, closing
 from archzoo.derivatives import transformed
+from archzoo.documents import Context
 from archzoo.feedforward.balance import Balance, within_capacity
 from archzoo.feedforward.dense import GatedFeedForward
 from archzoo.feedforward.routers import _TopKRouter

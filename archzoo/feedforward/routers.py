@@ -19,15 +19,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from archzoo.block import (
-    Context,
-    KeepsFloat32,
-    Router,
-    Routing,
-    at_least_float32,
-    without_autocast,
-)
+from archzoo.block import Router, Routing
+from archzoo.documents import Context
 from archzoo.kernels.routers import attend_experts, choose, project
+from archzoo.numerics import KeepsFloat32, at_least_float32, without_autocast
 
 # Added to the variance: finite gradients where all logits of a token are equal.
 VARIANCE_EPS = 1e-6

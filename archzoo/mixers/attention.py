@@ -11,19 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
-from archzoo.block import (
-    Bias,
-    Context,
-    Mixer,
-    Rotary,
-    State,
-    closing,
-    head_size,
-    merge_heads,
-    split_heads,
-)
+from archzoo.block import Bias, Mixer, Rotary, closing
 from archzoo.derivatives import differentiated_again, plain_gradients, transformed
+from archzoo.documents import Context
+from archzoo.numerics import head_size, merge_heads, split_heads
 from archzoo.positions.rotary import RotaryEmbedding
+from archzoo.states import State
 
 # On a CPU two plain products read a long cache faster than torch's fused attention does with one
 # query: 4 heads of 64 channels took 63 against 58 us at 1,024 tokens, 440 against 487 at 4,096.

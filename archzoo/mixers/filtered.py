@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from archzoo.block import Context, State
+from archzoo.documents import Context
 from archzoo.mixers.attention import Attention
 from archzoo.norm import RMSNorm
+from archzoo.states import State
 
 
 class FilteredAttention(Attention):

@@ -23,15 +23,15 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from archzoo.block import (
-    Context,
+from archzoo.block import Mixer, Rotary, closing
+from archzoo.derivatives import transformed
+from archzoo.documents import Context
+from archzoo.kernels import retention as kernels
+from archzoo.norm import rms_norm
+from archzoo.numerics import (
     KeepsFloat32,
-    Mixer,
-    Rotary,
-    State,
     at_least_float32,
     cast,
-    closing,
     constant,
     head_size,
     merge_heads,
@@ -39,10 +39,8 @@ from archzoo.block import (
     split_heads,
     without_autocast,
 )
-from archzoo.derivatives import transformed
-from archzoo.kernels import retention as kernels
-from archzoo.norm import rms_norm
 from archzoo.positions.rotary import RetentionRotation
+from archzoo.states import State
 
 # On a CPU at width 128, 4 heads, a training step in one chunk against chunks of 64 took 32 against
 # 35 ms at 128 tokens, and 53 against 46 at 256 (benchmarks/training.py --sweep).

@@ -3,7 +3,7 @@
 Ingredients:
 
 * an embedding of words and of each digit's place in its number, their sum normalised (see
-  archzoo/positions/abacus.py); numbers are written least significant digit first
+  archzoo/embeddings/abacus.py); numbers are written least significant digit first
 * no rotation: order comes from the causal mask, and in the larger sizes from a FIRE bias
 * RMSNorm before each branch and after the last block; no biases anywhere
 * gated feed-forward with GELU, as wide as the model (micro and tiny: twice)

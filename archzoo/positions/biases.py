@@ -21,7 +21,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from archzoo.block import Bias, at_least_float32, constant
+from archzoo.block import Bias
+from archzoo.numerics import at_least_float32, constant
 
 
 def distances(query_positions: Tensor, key_positions: Tensor) -> Tensor:

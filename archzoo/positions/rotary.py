@@ -19,7 +19,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from archzoo.block import Rotary, at_least_float32, cast, constant, for_float64, once_per_call
+from archzoo.block import Rotary
+from archzoo.numerics import at_least_float32, cast, constant, for_float64, once_per_call
 
 Frequencies = tuple[float, ...]
 

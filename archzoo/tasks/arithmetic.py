@@ -22,7 +22,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from torch import Tensor
 
-from archzoo.tasks.digits import (
+from archzoo.tasks.counter_random import Bits, Integers, mix
+from archzoo.tasks.digit_arrays import (
     Digits,
     Flags,
     add,
@@ -35,7 +36,6 @@ from archzoo.tasks.digits import (
     subtract,
     to_integers,
 )
-from archzoo.tasks.draws import Bits, Integers, mix
 from archzoo.tasks.problems import LETTERS, Columns, Exercise, Problems, are_held_out, shuffled
 from archzoo.tasks.stream import IGNORED
 

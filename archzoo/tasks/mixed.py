@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from archzoo.tasks import tokenizers
-from archzoo.tasks.digits import Flags
-from archzoo.tasks.draws import Integers, random_bits
+from archzoo.tasks.counter_random import Integers, random_bits
+from archzoo.tasks.digit_arrays import Flags
 from archzoo.tasks.problems import Exercise
 from archzoo.tasks.stream import IGNORED, Batch, Loader, build
 from archzoo.tasks.text import Corpus, Text

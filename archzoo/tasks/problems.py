@@ -12,8 +12,8 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 
-from archzoo.tasks.digits import Digits, Flags, below
-from archzoo.tasks.draws import Bits, Integers, mix, random_bits
+from archzoo.tasks.counter_random import Bits, Integers, mix, random_bits
+from archzoo.tasks.digit_arrays import Digits, Flags, below
 from archzoo.tasks.stream import IGNORED, Batch, Loader, Task
 from archzoo.tasks.tokenizers import CharacterTokenizer, Tokenizer
 from archzoo.tasks.writing import LETTERS as LETTERS

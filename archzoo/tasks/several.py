@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from archzoo.tasks.digits import below
-from archzoo.tasks.draws import Integers, random_bits
+from archzoo.tasks.counter_random import Integers, random_bits
+from archzoo.tasks.digit_arrays import below
 from archzoo.tasks.problems import Blocks, Exercise, Lines, batch_of
 from archzoo.tasks.stream import Batch, Loader, Task, build
 

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from archzoo.tasks.digits import below, from_bits, from_integers, hash_of, length, words
-from archzoo.tasks.draws import Bits, Integers
+from archzoo.tasks.counter_random import Bits, Integers
+from archzoo.tasks.digit_arrays import below, from_bits, from_integers, hash_of, length, words
 from archzoo.tasks.problems import LETTERS, Columns, Exercise, Problems
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from archzoo.tasks.draws import Integers
+from archzoo.tasks.counter_random import Integers
 from archzoo.tasks.tokenizers import Tokenizer
 from archzoo.trust import check_arguments, check_path, find_class, load_installed, strings
 

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from archzoo.tasks import cache, tokenizers
-from archzoo.tasks.draws import Integers, random_bits
+from archzoo.tasks.counter_random import Integers, random_bits
 from archzoo.tasks.stream import IGNORED, Batch, Task
 from archzoo.tasks.tokenizers import Tokenizer
 

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from archzoo.tables import Screen
+from archzoo.analysis.tables import Screen
 from archzoo.training.ending import Ended, Signals
 from archzoo.training.files import MetricsFile
 from archzoo.training.loop import ResumingFitLoop

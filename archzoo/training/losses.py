@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from archzoo.block import at_least_float32
+from archzoo.numerics import at_least_float32
 
 IGNORED = -100  # a label that asks for nothing, as in torch.nn.functional.cross_entropy
 PIECE = 2**25  # logits at once: 128 MiB in float32

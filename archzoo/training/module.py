@@ -14,14 +14,16 @@ import lightning
 import torch
 from torch import Tensor
 
-import archzoo
 from archzoo import block as interface
-from archzoo.block import Aux, State
+from archzoo._version import __version__
+from archzoo.block import Aux
 from archzoo.checkpoint import load, read_safely, weights_digest
 from archzoo.decoder import Decoder
+from archzoo.embeddings.digits import bind_digits
+from archzoo.numerics import WITHOUT_FLOAT64
 from archzoo.parts import find
-from archzoo.positions.digits import bind_digits
 from archzoo.registry import build_decoder, check_size, count_parameters, create_model, get_preset
+from archzoo.states import State
 from archzoo.tasks.stream import Batch, Task
 from archzoo.tasks.tokenizers import from_files
 from archzoo.tasks.writing import writing_of
@@ -757,7 +759,7 @@ class LanguageModel(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add all that bringing a run back takes: tensors and plain data, never objects."""
-        checkpoint["archzoo_version"] = archzoo.__version__
+        checkpoint["archzoo_version"] = __version__
         checkpoint["preset"] = self.preset
         checkpoint["base"] = self.net.base
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = self.hyper_parameters()
@@ -898,7 +900,7 @@ class LanguageModel(lightning.LightningModule):
 
 def widest(device: torch.device) -> torch.dtype:
     """Of sums over many tokens: float64, or float32 on Apple's GPUs: they have no more."""
-    return torch.float32 if device.type in interface.WITHOUT_FLOAT64 else torch.float64
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
 
 
 def clip_by_norm(parameters: list[torch.nn.Parameter], largest: float) -> Tensor:

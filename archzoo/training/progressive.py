@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from archzoo.positions.draws import LOOPS, integers, random_bits
+from archzoo.embeddings.counter_random import LOOPS, integers, random_bits
 
 
 class Pass(NamedTuple):

@@ -27,10 +27,17 @@ from lightning.pytorch.plugins import LayerSync
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 
-from archzoo.archives import machine_memory
 from archzoo.parts import SLOTS, nearest
 from archzoo.tasks.stream import Task, known_tasks
-from archzoo.trust import check_arguments, check_path, find_class, parameters_of, shown, strings
+from archzoo.trust import (
+    check_arguments,
+    check_path,
+    find_class,
+    machine_memory,
+    parameters_of,
+    shown,
+    strings,
+)
 
 #: What a setting may name: the classes of a kind.
 KINDS: dict[str, tuple[type, ...]] = {

@@ -115,7 +115,7 @@ def watched(place: Path) -> Iterator[None]:
     (place / "stranger" / "evil.py").write_text(EVIL)
     import matplotlib.pyplot  # noqa: F401, what is promised counts from the imports on
 
-    import archzoo.training.cli  # noqa: F401
+    import archzoo.training.command  # noqa: F401
 
     sys.path.insert(0, "")  # as `python -m archzoo` has it
     memory, begin = _peak(), time.process_time()

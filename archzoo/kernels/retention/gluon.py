@@ -1,6 +1,6 @@
 """The wide maps of retention for Hopper, with copying and multiplying in warps of their own.
 
-`stream_kernel` computes what its namesake in `retention_triton` does, and takes the same
+`stream_kernel` computes what its namesake in `triton` does, and takes the same
 parameters. There all warps of a program load, multiply, scale and store in step, and wait for each
 other nine times a chunk, so that the matrix unit works four tenths of the time. Here three groups
 of four warps run side by side and meet at barriers in shared memory:
@@ -13,7 +13,7 @@ Both read the same a, b and weights. Where `a` is wider than BLOCK_A, each split
 of its own columns: they add up, as the shares of the state do. The state is held as tiles of 64
 rows, for each the copy engine's widest swizzled box of a and b.
 
-Gluon is Triton's lower level, and has no interpreter: `retention_triton`'s kernel, which the
+Gluon is Triton's lower level, and has no interpreter: `triton`'s kernel, which the
 ordinary tests run, is this one's twin, and tests on a GPU hold both to the same reference.
 """
 
@@ -55,7 +55,7 @@ def _power(log2_decay, exponent):
 
 @gluon.jit
 def _log2_decay(log_decay_ptr, head):
-    """log2 gamma of one head, finite: see `retention_triton._load_log_decay`."""
+    """log2 gamma of one head, finite: see `triton._load_log_decay`."""
     return gl.maximum(gl.load(log_decay_ptr + head).to(gl.float32), -1.0e4) * LOG2_E
 
 
@@ -316,7 +316,7 @@ def stream_kernel(
 ):  # fmt: skip
     """out_i = sum_{j <= i} gamma^(i-j) (a_i . b_j) c_j for 128 columns and EACH segments.
 
-    See `retention_triton.stream_kernel`. Rows are whole, of one document, bfloat16; A is a
+    See `triton.stream_kernel`. Rows are whole, of one document, bfloat16; A is a
     multiple of BLOCK_A, which is 128 or 256, and C of 128. The state that enters the first of
     EACH segments is read; those that enter the others are written there, for the maps to come.
     """
@@ -478,7 +478,7 @@ def segment_sums_kernel(
 ):  # fmt: skip
     """First level: what each segment alone adds to (BLOCK_B, 128) of the state.
 
-    See `retention_triton.segment_sums_kernel`, and for what is taken `stream_kernel`.
+    See `triton.segment_sums_kernel`, and for what is taken `stream_kernel`.
     """
     COLUMNS: gl.constexpr = C // (2 * WIDE)
     tile = gl.program_id(0)

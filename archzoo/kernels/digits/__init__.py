@@ -1,4 +1,4 @@
-"""The rows that digits read, in one kernel: see `archzoo.positions.abacus`, whose plain form it is.
+"""The rows that digits read, in one kernel: `archzoo.embeddings.abacus` holds the plain form.
 
 Plainly they take some forty small operations on whole numbers, half of them the hash that draws a
 shift. On a GPU each is as long as its launch, and together they were 2 to 4 % of a training step.
@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from archzoo.block import Context
 from archzoo.derivatives import followed
+from archzoo.documents import Context
 from archzoo.kernels.launching import run_beside
 
 
@@ -40,20 +40,20 @@ def shifted_rows(
         context: Of the same tokens.
         coupled: Operators on row 1, digits from row 2 on.
         last: The last row; those beyond read it.
-        key: Of the shifts, as `archzoo.positions.draws.key_of` makes it.
+        key: Of the shifts, as `archzoo.embeddings.counter_random.key_of` makes it.
         bound: Shifts are drawn from 0 .. bound - 1.
         examples: (batch, time) int64, by which they are drawn. None: nothing is shifted.
 
     Returns:
         (batch, time) int64.
     """
-    from archzoo.kernels import digits_triton
+    from archzoo.kernels.digits import triton
 
     batch, time = tokens.shape
     numbers = tokens if examples is None else examples
     rows = torch.empty((batch, time), dtype=torch.int64, device=tokens.device)
     with torch.cuda.device_of(tokens):
-        digits_triton.rows_kernel[(batch,)](
+        triton.rows_kernel[(batch,)](
             tokens, kinds, context.valid, context.starts, numbers, rows,
             time, *tokens.stride(), *context.valid.stride(), *context.starts.stride(),
             *numbers.stride(), key, bound, last,

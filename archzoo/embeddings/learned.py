@@ -7,11 +7,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from archzoo.block import Context, Embedding, State, for_float64
+from archzoo.block import Embedding
 from archzoo.derivatives import followed
+from archzoo.documents import Context
+from archzoo.embeddings.counter_random import (
+    STARTS,
+    SUBSETS,
+    examples_of,
+    integers,
+    random_bits,
+    uniform,
+)
+from archzoo.embeddings.rows import RowEmbedding
+from archzoo.numerics import for_float64
 from archzoo.parts import build, describe
-from archzoo.positions.draws import STARTS, SUBSETS, examples_of, integers, random_bits, uniform
-from archzoo.positions.rows import RowEmbedding
+from archzoo.states import State
 
 
 class LearnedPositions(RowEmbedding):

@@ -1,7 +1,7 @@
 """How the retention kernels are launched: the host's side.
 
 `archzoo.kernels.retention` is what others call. Here work of one kind, that is of the same sizes,
-strides and flags, is planned once (`retention_plans`) and its launches are kept ready (`Work`);
+strides and flags, is planned once (`plans`) and its launches are kept ready (`Work`);
 `forward`, `backward` and `step` allocate and launch.
 """
 
@@ -24,7 +24,7 @@ from archzoo.kernels.launching import (
     stream_of,
     strides_fit,
 )
-from archzoo.kernels.retention_plans import (
+from archzoo.kernels.retention.plans import (
     Cut,
     Pair,
     Plan,
@@ -41,7 +41,7 @@ def _has_apart(device: torch.device) -> bool:
     """Whether kernels with copying and multiplying apart run there.
 
     They are Hopper's, and written in Gluon, which renames its functions from one Triton to the
-    next: only with those that they were run with. The others' kernels are `retention_triton`'s.
+    next: only with those that they were run with. The others' kernels are `triton`'s.
     """
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
     return hopper and known_triton()
@@ -141,14 +141,14 @@ class Segments(NamedTuple):
 def _form(facts: Facts, cut: Cut, name: str) -> tuple[Any, dict[str, Any], dict[str, int]]:
     """The kernel of this name that a cut asks for, constants that it needs, and options."""
     if cut.apart and name == "backward_kernel":
-        from archzoo.kernels import retention_gluon_backward
+        from archzoo.kernels.retention import gluon_backward
 
         # The copying warp and three multiplying groups share out 128 registers a thread.
         options = {"num_warps": 4, "maxnreg": 128}
         constants = facts.constants("SCALE") | {"STAGES": cut.stages}
-        return retention_gluon_backward.backward_kernel, constants, options
+        return gluon_backward.backward_kernel, constants, options
     if cut.apart:
-        from archzoo.kernels import retention_gluon
+        from archzoo.kernels.retention import gluon
 
         # Three groups of four warps, of which the copying one gives its registers to the others.
         # A narrow state alone leaves room for two programs on a multiprocessor.
@@ -160,8 +160,8 @@ def _form(facts: Facts, cut: Cut, name: str) -> tuple[Any, dict[str, Any], dict[
             # What a chunk of 64 leaves over goes to the group that makes its weights.
             constants["REGISTERS"] = 200 if cut.block == 128 else 216
         options = {"num_warps": 4, "maxnreg": 80 if two else 168}
-        return getattr(retention_gluon, name), constants, options
-    from archzoo.kernels import retention_triton
+        return getattr(gluon, name), constants, options
+    from archzoo.kernels.retention import triton
 
     constants = facts.constants()
     if name == "backward_kernel":
@@ -169,7 +169,7 @@ def _form(facts: Facts, cut: Cut, name: str) -> tuple[Any, dict[str, Any], dict[
     else:
         constants |= {"TILE": cut.tile}
     options = {"num_warps": cut.warps, "num_stages": cut.stages}
-    return getattr(retention_triton, name), constants, options
+    return getattr(triton, name), constants, options
 
 
 def _prepare_segments(
@@ -190,7 +190,7 @@ def _prepare_segments(
     many sums to a segment the maps join, 0 where `join_kernel` does; `each`: segments that a
     program of the map that follows walks.
     """
-    from archzoo.kernels import retention_triton as kernels
+    from archzoo.kernels.retention import triton as kernels
 
     chunk, cut = plan.sums
     pieces = max(joined, 1)
@@ -231,7 +231,7 @@ def _prepare_scores(
     strides_b: tuple[int, ...],
 ) -> Launch | None:
     """The chunks' own weights, where a pair of maps has them made ahead."""
-    from archzoo.kernels import retention_triton as kernels
+    from archzoo.kernels.retention import triton as kernels
 
     if not pair.scores:
         return None
@@ -261,7 +261,7 @@ def _prepare_map(
     each: int = 1,
     kept: bool = False,
 ) -> tuple[Launch, ...]:
-    """out_i = sum_{j <= i} gamma^(i-j) (a_i . b_j) c_j, see `retention_triton`: its splits.
+    """out_i = sum_{j <= i} gamma^(i-j) (a_i . b_j) c_j, see `triton`: its splits.
 
     Args:
         facts: of the pass.
@@ -366,7 +366,7 @@ class Work:
     """What is prepared for tensors of one kind: how the work is cut, and the launches."""
 
     def __init__(self, facts: Facts) -> None:
-        from archzoo.kernels import retention_triton as kernels
+        from archzoo.kernels.retention import triton as kernels
 
         widths = facts.dk, facts.dk, facts.dv
         self.rooms = [_room(facts, *of) for of in zip(facts.strides, widths, strict=True)]
@@ -707,7 +707,7 @@ def _prepare_step(
     scale: bool,
 ) -> Launch:
     """The launch of a step; `dtypes` (None where a tensor is absent) and `aligned` are its key."""
-    from archzoo.kernels import retention_triton as kernels
+    from archzoo.kernels.retention import triton as kernels
 
     batch, heads, dk, dv = shape
     positions, starts, valid, *_ = dtypes

@@ -1,6 +1,6 @@
 """How the retention kernels' work is cut into programs: sizes, measured or worked out.
 
-For speed only: every plan computes the same. `retention_launch` carries them out.
+For speed only: every plan computes the same. `launch` carries them out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Cut(NamedTuple):
     tile: int  # columns of the state that it holds: columns of c and of the result
     warps: int
     stages: int
-    apart: bool = False  # copying and multiplying in warps of their own, `retention_gluon`
+    apart: bool = False  # copying and multiplying in warps of their own, `gluon`
 
 
 class Pair(NamedTuple):

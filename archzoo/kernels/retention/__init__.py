@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from archzoo.derivatives import differentiated_again, transformed
-from archzoo.kernels import retention_launch as launch
 from archzoo.kernels.launching import TRITON_FOUND, interpreting, room
+from archzoo.kernels.retention import launch
 
 __all__ = ["available", "retention", "retention_step", "unavailable"]
 

@@ -3,14 +3,14 @@
 What a position method draws in training must not depend on batch size, packing, the rank that
 computes a row, or the point where a run was resumed, and must be the same where a block is
 recomputed or compiled. A generator that moves on gives none of this; a hash of the example number
-gives all. It is the generator of `archzoo.tasks.draws.random_bits`, bit for bit, in torch.
+gives all. It is the generator of `archzoo.tasks.counter_random.random_bits`, bit for bit, in torch.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from archzoo.block import Context
+from archzoo.documents import Context
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 0xFFFFFFFFFFFFFFFF

@@ -1,6 +1,6 @@
 """All gradients of retention in one walk, for Hopper, by groups of warps with a task each.
 
-`backward_kernel` computes what its namesake in `retention_triton` does, and takes the same
+`backward_kernel` computes what its namesake in `triton` does, and takes the same
 parameters. There eleven products a chunk wait for each other. Of these only one leads from a chunk
 to the next, that of the state, and each of the three gradients needs four at most. So here parts
 run side by side and meet at barriers in shared memory:
@@ -39,7 +39,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from archzoo.kernels.retention_gluon import WIDE, _log2_decay, _power, _slices
+from archzoo.kernels.retention.gluon import WIDE, _log2_decay, _power, _slices
 
 # How a group's four warps hold 64 x 64 numbers: as products give them, and as a left factor.
 TILE: gl.constexpr = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
@@ -234,7 +234,7 @@ def _values(
     else:
         state = gl.zeros([WIDE, WIDE], gl.float32, TILE)
     if JOIN:
-        # What the segments walked before add, see `retention_triton._entering_state`.
+        # What the segments walked before add, see `triton._entering_state`.
         keep = gl.exp2((segment // JOIN).to(gl.float32) * log2_decay)
         for walked in range(pieces_before):
             sums = entering_ptr + (pieces_before - walked) * (WIDE * WIDE)
@@ -291,7 +291,7 @@ def backward_kernel(
     CHUNK: gl.constexpr, SCALE: gl.constexpr, HAS_ENTERING: gl.constexpr, JOIN: gl.constexpr,
     HAS_LEAVING: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """dq, dk and dv of a segment; see `retention_triton.backward_kernel`.
+    """dq, dk and dv of a segment; see `triton.backward_kernel`.
 
     Rows are whole, of one document, bfloat16; dk = dv = CHUNK = 64, and a segment is a multiple of
     two chunks.

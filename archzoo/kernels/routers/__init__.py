@@ -25,7 +25,7 @@ MAX_COLUMNS = 3 * MAX_EXPERTS  # of a router's product
 MAX_BALANCED = 1024  # experts whose load is summarised by kernels
 MIN_TOKENS = 1024  # of a router's product, else it is a few launches and no work
 
-_launch = functools.partial(launch, "archzoo.kernels.routers_triton")
+_launch = functools.partial(launch, "archzoo.kernels.routers.triton")
 
 
 def project(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

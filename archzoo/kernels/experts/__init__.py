@@ -23,7 +23,7 @@ from archzoo.kernels.mixture_launch import fused, launch, on_hopper, power_of_2,
 KEYS = 2048  # assignments that one program counts or places
 MAX_ROWS = 1024  # of an expert on average, for our product to make the gradient of its weights
 
-_launch = functools.partial(launch, "archzoo.kernels.experts_triton")
+_launch = functools.partial(launch, "archzoo.kernels.experts.triton")
 
 
 # ---------------------------------------------------------------------------- moving rows

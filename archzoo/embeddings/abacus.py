@@ -20,10 +20,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from archzoo.block import Context, State
+from archzoo.documents import Context
+from archzoo.embeddings.counter_random import SHIFTS, examples_of, integers, key_of, random_bits
+from archzoo.embeddings.digits import DIGIT, DigitEmbedding, count_digits
 from archzoo.kernels import digits as kernels
-from archzoo.positions.digits import DIGIT, DigitEmbedding, count_digits
-from archzoo.positions.draws import SHIFTS, examples_of, integers, key_of, random_bits
+from archzoo.states import State
 
 
 class AbacusEmbedding(DigitEmbedding):

@@ -17,13 +17,13 @@ import stat
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+
+from archzoo.trust import machine_memory
 
 DEPTH = 64  # of nested containers
 EXPANSION = 100  # times its own size that a file may hold
@@ -134,17 +134,6 @@ def check_contents(size: int, path: Path_) -> None:
     """
     if size > LONGEST + os.path.getsize(path) // 2:
         raise ValueError(f"{path}: its table of contents has {size:,} bytes: that is not read")
-
-
-def machine_memory() -> int:
-    """Bytes of memory that this process may come to hold, as far as the system says."""
-    found = [2**63]
-    with suppress(AttributeError, ValueError, OSError):  # not on Windows
-        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with suppress(ValueError, OSError):  # a container's own limit, where there is one
-            found.append(int(Path(name).read_text()))
-    return min(size for size in found if size > 0)
 
 
 def check_memory(size: int, path: Path_) -> None:

@@ -14,9 +14,9 @@ The weights' file carries a digest of them, which is checked when it is read; a 
 another tool's, and is taken with the usual checks.
 
 Lightning's checkpoints, which are for resuming a run, are read as well. Nothing in a file is ever
-called (`archzoo.archives`), and sizes come first: settings that do not give the shapes in the
-weights' header are refused before anything is built. A part from outside the zoo is found among
-what the user has imported, and nothing is imported because a file names it (`archzoo.trust`).
+called (`archives`), and sizes come first: settings that do not give the shapes in the weights'
+header are refused before anything is built. A part from outside the zoo is found among what the
+user has imported, and nothing is imported because a file names it (`archzoo.trust`).
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import archzoo
-from archzoo.archives import (
+from archzoo._version import __version__
+from archzoo.checkpoint.archives import (
     Archive,
     Stored,
     check_contents,
@@ -49,8 +49,8 @@ from archzoo.archives import (
     read_bytes,
     read_json,
 )
-from archzoo.block import KeepsFloat32
 from archzoo.decoder import Decoder
+from archzoo.numerics import KeepsFloat32
 from archzoo.parts import SLOTS, find
 from archzoo.registry import build_decoder
 
@@ -156,7 +156,7 @@ def save_pretrained(
     _check_parts(model.config)
     files = tokenizer.files() if tokenizer is not None else {}
     config = {
-        "archzoo": archzoo.__version__,
+        "archzoo": __version__,
         "decoder": model.config,
         "tokenizer": next(iter(files), None),
         "task": task,

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from archzoo.tasks.draws import Bits, Integers, mix
+from archzoo.tasks.counter_random import Bits, Integers, mix
 
 Digits = NDArray[np.uint8]
 Flags = NDArray[np.bool_]

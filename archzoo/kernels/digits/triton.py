@@ -13,7 +13,7 @@ GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 
 @triton.jit
 def mix(bits):
-    """SplitMix64's finaliser, on uint64; the tasks' and `archzoo.positions.draws`' as well."""
+    """SplitMix64's finaliser, on uint64, as in both files called `counter_random`."""
     bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9
     bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB
     return bits ^ (bits >> 31)

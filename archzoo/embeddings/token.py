@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from archzoo.block import Context, Embedding, State
+from archzoo.block import Embedding
+from archzoo.documents import Context
+from archzoo.states import State
 
 
 class TokenEmbedding(Embedding):

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from rich.table import Table
 
-from archzoo.block import nbytes
+from archzoo.analysis.tables import Screen, show
 from archzoo.decoder import Decoder
 from archzoo.parts import nearest
 from archzoo.registry import build_decoder, get_preset, list_models
-from archzoo.tables import Screen, show
+from archzoo.states import nbytes
 
 HEADINGS = (
     "model",

@@ -18,11 +18,11 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from archzoo.block import at_least_float32
+from archzoo.analysis.figures import legend, pyplot, save
+from archzoo.analysis.tables import show
 from archzoo.decoder import Decoder
-from archzoo.figures import legend, pyplot, save
+from archzoo.numerics import at_least_float32
 from archzoo.positions.rotary import RopeType, scale_rotary
-from archzoo.tables import show
 
 if TYPE_CHECKING:
     from archzoo.checkpoint import Pretrained

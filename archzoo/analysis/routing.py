@@ -12,11 +12,11 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from archzoo.analysis.figures import legend, pyplot, save
+from archzoo.analysis.tables import show
 from archzoo.decoder import Decoder
 from archzoo.feedforward.balance import load_metrics, shares, virtual_drop_rate
 from archzoo.feedforward.moe import MixtureOfExperts
-from archzoo.figures import legend, pyplot, save
-from archzoo.tables import show
 
 if TYPE_CHECKING:
     from archzoo.checkpoint import Pretrained

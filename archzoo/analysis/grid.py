@@ -28,11 +28,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
+from archzoo.analysis.figures import legend, pyplot, save
+from archzoo.analysis.tables import show
 from archzoo.block import Router
 from archzoo.decoder import Decoder
-from archzoo.figures import legend, pyplot, save
-from archzoo.positions.digits import digit_embedding
-from archzoo.tables import show
+from archzoo.embeddings.digits import digit_embedding
 
 if TYPE_CHECKING:
     from archzoo.tasks.problems import Exercise, Problems

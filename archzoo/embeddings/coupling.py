@@ -18,9 +18,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from archzoo.block import Context, State, make_context
-from archzoo.positions.digits import Coupling, DigitEmbedding, DigitTokenizer, count_digits
-from archzoo.positions.draws import STARTS, examples_of, integers, random_bits
+from archzoo.documents import Context, make_context
+from archzoo.embeddings.counter_random import STARTS, examples_of, integers, random_bits
+from archzoo.embeddings.digits import Coupling, DigitEmbedding, DigitTokenizer, count_digits
+from archzoo.states import State
 
 
 def coupled_positions(

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archzoo.block import Embedding
+from archzoo.embeddings.token import TokenEmbedding
 from archzoo.norm import RMSNorm
-from archzoo.positions.embedding import TokenEmbedding
 
 
 class RowEmbedding(Embedding):

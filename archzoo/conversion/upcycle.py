@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from archzoo.block import make_context
 from archzoo.decoder import Decoder
+from archzoo.documents import make_context
 from archzoo.feedforward.dense import GatedFeedForward
 from archzoo.feedforward.moe import MixtureOfExperts
 from archzoo.registry import build_decoder
@@ -114,8 +114,8 @@ def upcycle_command(
     target = Path(output or out or "")
     if target.exists():
         raise FileExistsError(f"{target} exists: name a directory that does not, or move it away")
+    from archzoo.analysis.listing import active_parameters
     from archzoo.checkpoint import load, save_pretrained
-    from archzoo.zoo import active_parameters
 
     found = load(checkpoint)
     spec = {"class_path": router, "init_args": router_args or {}}

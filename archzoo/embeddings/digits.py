@@ -10,9 +10,9 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from archzoo.block import Context
 from archzoo.derivatives import followed
-from archzoo.positions.rows import RowEmbedding
+from archzoo.documents import Context
+from archzoo.embeddings.rows import RowEmbedding
 
 Coupling = Literal["reversed", "plain"]  # how the numbers of a problem are written
 

@@ -1,0 +1,1 @@
+"""What looks at models: listings, grids, routing, lengths, training curves."""

@@ -1,0 +1,1 @@
+"""Models out of models, and in and out of other formats."""

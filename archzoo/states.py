@@ -1,0 +1,64 @@
+"""State: a pytree of tensors with the batch on axis 0, and functions over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+State = Any  # a pytree: dict | list of Tensor (batch first) | int | bool | None
+
+
+def map_state(function: Callable[..., Tensor], *states: State) -> State:
+    """Apply a function to corresponding tensors of states of one structure; ints pass through."""
+    first = states[0]
+    if isinstance(first, Tensor):
+        return function(*states)
+    if isinstance(first, dict):
+        return {name: map_state(function, *(state[name] for state in states)) for name in first}
+    if isinstance(first, list | tuple):
+        return [map_state(function, *entries) for entries in zip(*states, strict=True)]
+    return first
+
+
+def fork(state: State) -> State:
+    """A copy that a later call cannot touch (calls consume the state they are given)."""
+    return map_state(torch.clone, state)
+
+
+def reorder(state: State, rows: Tensor) -> State:
+    """Pick rows of the batch, with repetition: (kept,) int64, as beam search does."""
+    return map_state(lambda leaf: leaf.index_select(0, rows.to(leaf.device)), state)
+
+
+def detach(state: State) -> State:
+    """Cut the gradient: truncated back-propagation calls it between windows."""
+    return map_state(torch.Tensor.detach, state)
+
+
+def to(state: State, device: torch.device | str) -> State:
+    """Move a state to another device. Its dtypes are the parts' own choice and stay."""
+    return map_state(lambda leaf: leaf.to(device), state)
+
+
+def nbytes(state: State) -> int:
+    """Bytes that the tensors of a state take."""
+    sizes: list[int] = []
+
+    def weigh(leaf: Tensor) -> Tensor:
+        sizes.append(leaf.numel() * leaf.element_size())
+        return leaf
+
+    map_state(weigh, state)
+    return sum(sizes)
+
+
+def select_rows(rows: Tensor, chosen: State, other: State) -> State:
+    """Row by row: `chosen` where rows (batch,) bool is True, else `other`."""
+
+    def select(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(rows.view(-1, *(1,) * (a.dim() - 1)), a, b)
+
+    return map_state(select, chosen, other)
