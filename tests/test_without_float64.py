@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 import archzoo
 from archzoo import numerics
 from archzoo.contract import relative_error
+from archzoo.documents import make_context
 from archzoo.positions.rotary import NoRotation, RetentionRotation, RotaryEmbedding, XPos
 
 DEVICE = "meta"
@@ -167,10 +168,8 @@ def test_positions_are_drawn_on_the_cpu(device: None) -> None:
     embedding = archzoo.RandomisedPositions(12, 8, longest=40, text_length=20)
     examples = torch.arange(2)[:, None].repeat(1, 6)
     documents = torch.tensor([[0, 0, 0, 1, 1, 1], [-1, -1, 3, 3, 3, 3]])
-    want, _ = block.make_context(2, 6, documents=documents, examples=examples)
-    found, _ = block.make_context(
-        2, 6, documents=move(documents), examples=move(examples), device=DEVICE
-    )
+    want, _ = make_context(2, 6, documents=documents, examples=examples)
+    found, _ = make_context(2, 6, documents=move(documents), examples=move(examples), device=DEVICE)
     drawn = embedding.place(found).positions
     assert isinstance(drawn, There)
     assert torch.equal(drawn.inner, embedding.place(want).positions)
