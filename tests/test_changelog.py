@@ -1,0 +1,28 @@
+"""The changelog has a section for what comes next, and the version is after the last one cut."""
+
+import re
+from pathlib import Path
+
+import archzoo
+
+CHANGELOG = (Path(__file__).parent.parent / "CHANGELOG.md").read_text(encoding="utf-8")
+VERSIONS = re.findall(r"^## (.*)$", CHANGELOG, re.MULTILINE)
+KINDS = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"]
+
+
+def test_versions_are_cut_with_a_date_below_what_is_unreleased():
+    assert VERSIONS[0] == "[Unreleased]" and len(VERSIONS) > 1
+    for version in VERSIONS[1:]:
+        assert re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", version), version
+
+
+def test_the_version_is_after_the_last_one_cut():
+    last = tuple(int(part) for part in re.findall(r"\d+", VERSIONS[1].partition("]")[0]))
+    ours = tuple(int(part) for part in archzoo.__version__.split(".")[:3])
+    assert ours > last and archzoo.__version__.endswith(".dev0")
+
+
+def test_each_version_names_a_kind_of_change_once():
+    for section in re.split(r"^## \[", CHANGELOG, flags=re.MULTILINE)[1:]:
+        kinds = re.findall(r"^### (.*)$", section, re.MULTILINE)
+        assert set(kinds) <= set(KINDS) and len(kinds) == len(set(kinds)), section[:20]
