@@ -82,6 +82,33 @@ def test_weights_tied_by_hand_come_back(tmp_path: Path) -> None:
     assert same(model, archzoo.from_pretrained(tmp_path)[0])
 
 
+class LowRank(torch.nn.Module):
+    """Put in the place of a Linear, as fine-tuning by hand does."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down = torch.nn.Parameter(torch.zeros(2, base.in_features))
+        self.up = torch.nn.Parameter(torch.zeros(base.out_features, 2))
+
+
+def test_a_model_that_its_configuration_does_not_build_is_refused(tmp_path: Path) -> None:
+    """It was written, and could not be read."""
+    adapted, wider, narrower = micro(), micro(), micro()
+    adapted.blocks[1].mixer.output = LowRank(adapted.blocks[1].mixer.output)
+    wider.blocks[0].feed_forward = archzoo.GatedFeedForward(32, 56)
+    narrower.norm = torch.nn.Identity()
+    for model, words in (
+        (adapted, r"blocks\.1\.mixer\.output\.weight is missing in the model and has shape"),
+        (wider, r"blocks\.0\.\S+ has shape \(112, 32\) in the model and has shape \(96, 32\) in"),
+        (narrower, r"norm\.weight is missing in the model .*: a module was replaced by hand"),
+    ):
+        with pytest.raises(ValueError, match=words) as error:
+            archzoo.save_pretrained(tmp_path / "model", model)
+        assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir()), "nothing is written"
+
+
 def test_dtypes_come_back(tmp_path: Path) -> None:
     """Also of what must stay float32 in a bfloat16 model."""
     learnable = {"class_path": "Retention", "init_args": {"decay": "learnable"}}

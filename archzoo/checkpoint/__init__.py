@@ -143,8 +143,9 @@ def save_pretrained(
 
     Raises:
         TypeError: The arguments stand in another order.
-        ValueError: A part that could not be found again, or a tokenizer of more tokens than the
-            model knows.
+        ValueError: A part that could not be found again, a module that was replaced by hand, so
+            that the configuration would build other weights, or a tokenizer of more tokens than
+            the model knows.
         OSError: The files cannot be written; nothing has changed.
     """
     task = getattr(model, "task", None) if task is None else task
@@ -154,6 +155,7 @@ def save_pretrained(
         raise NotADirectoryError(f"{directory} is a file: give a directory")
     _check_vocabulary(model, tokenizer, str(directory))
     _check_parts(model.config)
+    _check_rebuilds(model, directory)
     files = tokenizer.files() if tokenizer is not None else {}
     config = {
         "archzoo": __version__,
@@ -226,6 +228,26 @@ def _check_parts(config: dict[str, Any]) -> None:
             find(slot, spec["class_path"])
         except ValueError as error:
             raise ValueError(f"{error}: define it at the top of a module, to save it") from None
+
+
+def _check_rebuilds(model: Decoder, directory: str | os.PathLike[str]) -> None:
+    """Refuse a model whose configuration would build other weights: it could not be loaded."""
+    config = json.loads(json.dumps(model.config))
+    built, held = (
+        {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}
+        for decoder in (_shapes_of(config, Path(directory)), model)
+    )
+    for name in built | held:
+        if held.get(name) != built.get(name):
+            found, wanted = (
+                f"has shape {shapes[name]}" if name in shapes else "is missing"
+                for shapes in (held, built)
+            )
+            raise ValueError(
+                f"{directory}: {name} {found} in the model and {wanted} in what its configuration "
+                "builds, so it could not be loaded: a module was replaced by hand; give its class "
+                "as the decoder's part instead"
+            )
 
 
 # ---------------------------------------------------------------------------- reading
