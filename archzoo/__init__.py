@@ -31,6 +31,7 @@ _NAMES = {
     "GatedFeedForward": "feedforward.dense",
     "PlainFeedForward": "feedforward.dense",
     "MixtureOfExperts": "feedforward.moe",
+    "TopKRouter": "feedforward.routers",
     "LinearRouter": "feedforward.routers",
     "AttentionRouter": "feedforward.routers",
     "TokenEmbedding": "embeddings.token",
@@ -76,7 +77,7 @@ if TYPE_CHECKING:
     from archzoo.embeddings.token import TokenEmbedding
     from archzoo.feedforward.dense import GatedFeedForward, PlainFeedForward
     from archzoo.feedforward.moe import MixtureOfExperts
-    from archzoo.feedforward.routers import AttentionRouter, LinearRouter
+    from archzoo.feedforward.routers import AttentionRouter, LinearRouter, TopKRouter
     from archzoo.generation import generate
     from archzoo.mixers.attention import Attention
     from archzoo.mixers.filtered import FilteredAttention

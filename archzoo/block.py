@@ -227,6 +227,16 @@ class Router(nn.Module):
         """X (batch, time, dim) to a `Routing` of batch * time tokens, row by row."""
         raise NotImplementedError
 
+    def after_step(self, sums: Aux) -> None:
+        """Once per optimizer step: what moves by counts and not by gradients moves here.
+
+        What it moves is a buffer, so that checkpoints hold it.
+
+        Args:
+            sums: The mixture's ``sum/...`` entries, summed over the step and over all ranks;
+                ``sum/assignments`` (experts,) int64 counts the tokens sent to each expert.
+        """
+
 
 class Embedding(nn.Module):
     """Tokens in, vectors out: ``__init__(self, vocab_size, dim, ...)``.

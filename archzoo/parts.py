@@ -104,7 +104,8 @@ def list_parts(slot: str) -> dict[str, type[nn.Module]]:
         module = importlib.import_module(path)
         for name, value in vars(module).items():
             mine = inspect.isclass(value) and value.__module__ == path
-            if mine and not name.startswith("_") and issubclass(value, SLOTS[slot]):
+            whole = mine and not name.startswith("_") and not inspect.isabstract(value)
+            if whole and issubclass(value, SLOTS[slot]):
                 found[name] = value
     return found
 
@@ -154,7 +155,7 @@ def describe(slot: str, part: Part) -> Spec:
     cls = find(slot, named) if isinstance(named, str) else named
     if not inspect.isclass(cls) or not issubclass(cls, SLOTS[slot]):
         raise ValueError(f"{slot} {cls!r} is not a {SLOTS[slot].__name__}: name a class that is")
-    if cls is SLOTS[slot]:
+    if cls is SLOTS[slot] or inspect.isabstract(cls):
         raise ValueError(
             f"{slot} {cls.__name__} is the interface alone: name a class that derives from it; "
             f"{nearest(cls.__name__, list(list_parts(slot)))}"

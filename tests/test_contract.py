@@ -525,9 +525,51 @@ class RoutesTwiceToOne(TopTwo):
         return routing._replace(indices=routing.indices[:, :1].expand(-1, 2))
 
 
+class MovesByCounts(TopTwo):
+    """A bias of the choice that follows the load, as a router of one's own may have it."""
+
+    def __init__(self, dim, experts, top_k):
+        super().__init__(dim, experts, top_k)
+        self.register_buffer("load", torch.zeros(experts, dtype=torch.int64))
+
+    def forward(self, x, context):
+        routing = super().forward(x, context)
+        indices = (routing.probabilities - 1e-3 * self.load).topk(self.top_k).indices
+        return routing._replace(weights=routing.probabilities.gather(1, indices), indices=indices)
+
+    def after_step(self, sums):
+        self.load += sums["sum/assignments"]
+
+
+class MovesOutsideItsBuffers(MovesByCounts):
+    def __init__(self, dim, experts, top_k):
+        super().__init__(dim, experts, top_k)
+        self.register_buffer("load", self.load, persistent=False)
+
+
+class MovesAWeight(TopTwo):
+    def after_step(self, sums):
+        self.scores.weight.data *= 2
+
+
+class WritesIntoSums(TopTwo):
+    def after_step(self, sums):
+        sums["sum/assignments"] -= 1
+
+
+class MovesWhatACastRounds(MovesByCounts):
+    def __init__(self, dim, experts, top_k):
+        super().__init__(dim, experts, top_k)
+        self.register_buffer("load", torch.zeros(experts))
+
+
 @pytest.mark.parametrize(
     ("part", "name", "words"),
     [
+        (MovesOutsideItsBuffers, "after a step", "what moves is a buffer"),
+        (MovesAWeight, "after a step", "moves the weight 'scores.weight'"),
+        (WritesIntoSums, "after a step", "writes into sums"),
+        (MovesWhatACastRounds, "after a step", "'load' changes under .bfloat16()"),
         (SeesNeighbours, "each token alone", "another token"),
         (CountsPadding, "each token alone", "padding is not counted"),
         (NamesItsAuxFreely, "interface", "'balance'"),
@@ -549,8 +591,20 @@ def test_a_broken_rule_of_another_slot_is_caught(part, name, words):
     assert words in finding.detail
 
 
-def test_a_router_that_keeps_the_rules_passes():
-    assert archzoo.check(TopTwo, show=False).passed
+@pytest.mark.parametrize("part", [TopTwo, MovesByCounts])
+def test_a_router_that_keeps_the_rules_passes(part):
+    assert archzoo.check(part, show=False).passed
+
+
+def test_a_mixture_tells_any_router_of_its_steps():
+    mixture = archzoo.MixtureOfExperts(16, 8, experts=4, router=MovesByCounts)
+    mixture.after_step({"sum/assignments": torch.tensor([3, 0, 1, 2])})
+    assert mixture.router.load.tolist() == [3, 0, 1, 2]
+
+
+def test_what_routers_share_is_no_router():
+    with pytest.raises(ValueError, match=r"TopKRouter is the interface alone: .*LinearRouter"):
+        archzoo.MixtureOfExperts(16, 8, router=archzoo.TopKRouter)
 
 
 # ---------------------------------------------------------------------------- check itself

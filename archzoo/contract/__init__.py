@@ -75,6 +75,7 @@ CHECKS: dict[str, dict[str, Check]] = {
         "each token alone": feedforward.router_tokens,
         "casts": feedforward.router_casts,
         "deterministic, save and load": feedforward.router_repeats,
+        "after a step": feedforward.router_after_step,
         "in a mixture": feedforward.router_mixture,
     },
     "embedding": {

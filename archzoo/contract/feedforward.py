@@ -227,6 +227,36 @@ def router_repeats(subject: Subject) -> str:
     return "bit for bit"
 
 
+def router_after_step(subject: Subject) -> str:
+    """What counts move is a buffer: saved, the same on every rank, and rounded by no cast."""
+    experts = subject.sizes["experts"]
+    router, other = subject.make(torch.float32), subject.make(torch.float32)
+    weights = {n: p.detach().clone() for n, p in router.named_parameters() if p.requires_grad}
+    loads = torch.randint(100, (4, experts), generator=subject.generator)
+    given = loads.clone()
+    for load in given[:-1]:
+        router.after_step({"sum/assignments": load})
+        other.after_step({"sum/assignments": load})
+    fresh = reloaded(router, subject.make(torch.float32))
+    for each in (router, other, fresh):
+        each.eval().after_step({"sum/assignments": given[-1]})
+    if not torch.equal(given, loads):
+        raise Violation("after_step writes into sums, which the mixture's balance reads too")
+    for name, parameter in router.named_parameters():
+        if name in weights and not torch.equal(parameter, weights[name]):
+            raise Violation(f"after_step moves the weight {name!r}, which is the optimizer's")
+    x = subject.draw(2, 9, subject.dim, dtype=torch.float32)
+    context, _ = context_of(x)
+    with torch.no_grad():
+        want = router(x, context)
+        for name, made in (("a twin of the same counts", other), ("a reloaded one", fresh)):
+            got = made(x, context)
+            if not all(torch.equal(a, b) for a, b in zip(got[:4], want[:4], strict=True)):
+                raise Violation(f"after a step {name} routes otherwise: what moves is a buffer")
+    expect_buffers_survive(router)
+    return "saved, the same on every rank, rounded by no cast"
+
+
 def router_mixture(subject: Subject) -> str:
     """A mixture builds it for any number of experts a token, and each token goes alone."""
     experts = subject.sizes["experts"]

@@ -18,7 +18,6 @@ from archzoo.derivatives import transformed
 from archzoo.documents import Context
 from archzoo.feedforward.balance import Balance, within_capacity
 from archzoo.feedforward.dense import GatedFeedForward
-from archzoo.feedforward.routers import _TopKRouter
 from archzoo.kernels.experts import (
     cast,
     collect_rows,
@@ -323,11 +322,9 @@ class MixtureOfExperts(FeedForward):
         return self.balance.pooled_losses(pools)
 
     def after_step(self, sums: Aux) -> None:
-        """Move the coefficient and the experts' bias by the counts of an optimizer step."""
-        assignments = sums["sum/assignments"]
-        self.balance.after_step(assignments, sums.get("sum/dropped"))
-        if isinstance(self.router, _TopKRouter):
-            self.router.after_step(assignments)
+        """Move the coefficient, and what the router moves, by the counts of an optimizer step."""
+        self.balance.after_step(sums["sum/assignments"], sums.get("sum/dropped"))
+        self.router.after_step(sums)
 
 
 def _build_router(router: Part, dim: int, experts: int, top_k: int) -> Router:

@@ -14,12 +14,13 @@ that any option combines with either::
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from archzoo.block import Router, Routing
+from archzoo.block import Aux, Router, Routing
 from archzoo.documents import Context
 from archzoo.kernels.routers import attend_experts, choose, project
 from archzoo.numerics import KeepsFloat32, at_least_float32, without_autocast
@@ -47,8 +48,14 @@ def normalise_logits(logits: Tensor, target: float) -> Tensor:
     return (logits - mean) * (target * (variance + VARIANCE_EPS).rsqrt())
 
 
-class _TopKRouter(KeepsFloat32, Router):
-    """What all routers share: everything behind the logits, in float32 at least.
+class TopKRouter(KeepsFloat32, Router, ABC):
+    """What these routers share: everything behind the logits, in float32 at least.
+
+    One of your own says how a token's logits come about, and takes every option with it::
+
+        class CosineRouter(archzoo.TopKRouter):
+            def logits(self, projected):
+                return projected / projected.norm(dim=-1, keepdim=True)
 
     Args:
         dim: Width of x.
@@ -112,9 +119,9 @@ class _TopKRouter(KeepsFloat32, Router):
         if self.bias_rate:
             nn.init.zeros_(self.expert_bias)
 
+    @abstractmethod
     def logits(self, projected: Tensor) -> Tensor:
         """(tokens, projections * experts) to (tokens, experts)."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, context: Context) -> Routing:
         """X (batch, time, dim) to a `Routing` of batch * time tokens, row by row."""
@@ -133,21 +140,22 @@ class _TopKRouter(KeepsFloat32, Router):
             )
         return Routing(weights, indices, probabilities, raw, again if x.dtype == given else None)
 
-    def after_step(self, assignments: Tensor) -> None:
+    def after_step(self, sums: Aux) -> None:
         """Move the experts' bias towards even load: ``b_j += rate * sign(mean(c) - c_j)``.
 
         The mean of the step is taken off: it would change no choice, and only drift.
 
         Args:
-            assignments: (experts,) int64, c: tokens sent to each expert in the optimizer step.
+            sums: Its mixture's, of which ``sum/assignments`` is c.
         """
         if self.bias_rate:
+            assignments = sums["sum/assignments"]
             short = assignments.sum() - self.experts * assignments  # in whole numbers: exact
             step = short.sign().to(self.expert_bias)
             self.expert_bias.add_(step - step.mean(), alpha=self.bias_rate)
 
 
-class LinearRouter(_TopKRouter):
+class LinearRouter(TopKRouter):
     """``z = W x``: one direction per expert.
 
     Source: Shazeer et al., arXiv 1701.06538, section 2.1, without its noise. With `logit_norm` it
@@ -160,7 +168,7 @@ class LinearRouter(_TopKRouter):
         return projected
 
 
-class AttentionRouter(_TopKRouter):
+class AttentionRouter(TopKRouter):
     """``z_i = sum_j softmax_j(q_i k_j) v_j``: the experts' scores attend to each other.
 
     ``[q; k; v] = W x`` gives each expert one number of each, and everything happens within one
