@@ -1,8 +1,10 @@
-# make train      set up, train a RetNet on addition, test it, decode some sums
-# make test       set up, run the tests (all but the slow ones)
-# make test-slow  set up, run the slow ones
-# make lint       set up, check style and types
-# make clean      remove the environment and the caches; never runs/
+# make train        set up, train a RetNet on addition, test it, decode some sums
+# make test         set up, run the tests (all but the slow ones)
+# make test-slow    set up, run the slow ones
+# make lint         set up, check style and types
+# make test-extras  set up an environment for what has heavy packages of its own, run its tests
+# make docs         build the documentation as a site: open site/index.html
+# make clean        remove the environments and the caches; never runs/
 #
 # Variables:
 #   PYTHON=python3.12   the Python that makes the environment (3.11 or newer)
@@ -17,6 +19,7 @@ PYTEST_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+EXTRAS := .venv-extras
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
 # With a GPU torch brings its own; without one it interprets the kernels for their tests.
@@ -26,7 +29,7 @@ PYTEST := $(BIN)/pytest -n 2 --dist loadfile
 # Where Python may not write bytecode, every import of torch takes seconds longer.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup train test test-slow lint clean
+.PHONY: setup train test test-slow test-extras docs lint clean
 .DEFAULT_GOAL := test
 
 setup: $(VENV)/installed
@@ -49,13 +52,20 @@ test: setup
 test-slow: setup
 	$(PYTEST) -m slow $(PYTEST_ARGS)
 
+# What brings packages of its own is tested in an environment of its own, without torch.
+test-extras: $(EXTRAS)/installed
+	$(EXTRAS)/bin/python -m pytest -m extras --confcutdir=tests/extras tests/extras $(PYTEST_ARGS)
+
+docs: $(EXTRAS)/installed
+	NO_MKDOCS_2_WARNING=1 $(EXTRAS)/bin/python -m mkdocs build --strict
+
 lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(EXTRAS) site build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find archzoo tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -81,4 +91,12 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 	  $(PIP) --no-deps "$(TRITON)" || echo "no $(TRITON) here: the kernels' tests will be skipped"; \
 	fi
 	$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(EXTRAS)/installed: pyproject.toml constraints-extras.txt
+	@echo "Setting up $(EXTRAS), once: what builds the documentation, some 170 MB, in seconds."
+	@test -x $(EXTRAS)/bin/python || $(PYTHON) -m venv $(EXTRAS)
+	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-extras.txt pytest \
+	  $$($(EXTRAS)/bin/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	  print(*(part.replace(" ", "") for part in project["optional-dependencies"]["docs"]))')
 	@touch $@

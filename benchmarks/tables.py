@@ -20,7 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
 H100, H200 = "nvidia-h100-80gb-hbm3-torch2.11.0", "nvidia-h200-torch2.11.0"
 CPU = "amd-epyc-torch2.13.0"
 LENGTHS = (  # exact match by length

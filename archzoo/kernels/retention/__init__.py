@@ -5,7 +5,7 @@
 `retention` computes this for a whole piece of a sequence, forward and backward, in Triton;
 `retention_step` computes it for one token and updates the state in place. The plain PyTorch form
 in `archzoo.mixers.retention` is the twin that both are tested against, and what runs wherever
-`unavailable` names a reason. Derivation and measurements: docs/kernels.md; the method: Retentive
+`unavailable` names a reason. Derivation and measurements: docs/kernels/; the method: Retentive
 Network, arXiv 2307.08621.
 
 Importing this module needs neither Triton nor a GPU: both are looked for at the first call.

@@ -24,7 +24,7 @@ tiles without address arithmetic; past the end of time it fills with zeros, so a
 needs no mask. (Descriptors made by the host would go through Triton's argument handling, which kept
 launches leave out.)
 
-The derivation, the floors and the measurements are in docs/kernels.md.
+The derivation, the floors and the measurements are in docs/kernels/.
 """
 
 # Kernels' parameters are Triton's values, which have no Python types.
