@@ -690,7 +690,7 @@ def backward(
 
 
 def _step_cut(rows: int, dk: int, dv: int) -> tuple[int, int]:
-    """Columns of the state that a program takes, and its warps. Measured, see docs/kernels/diary.md."""
+    """Columns of the state that a program takes, and its warps: measured, docs/kernels/diary.md."""
     size = rows * dk * dv
     tile = 16 if size <= 2**21 else 32 if size <= 2**22 or rows < 1024 else 64
     tile = min(tile, power_of_2(dv))

@@ -40,7 +40,7 @@ class Plan(NamedTuple):
     together: tuple[int, Cut] | None = None
 
 
-# Measured on an H200, see docs/kernels/diary.md. Keys: the widths (dk, dv) up to which a row holds.
+# Measured on an H200: docs/kernels/diary.md. Keys: the widths (dk, dv) up to which a row holds.
 _BFLOAT16_PLANS: dict[tuple[int, int], Plan] = {
     (64, 64): Plan(
         *(Pair(64, False, Cut(64, 64, 4, 3), Cut(64, 64, 4, 3)),) * 2,
