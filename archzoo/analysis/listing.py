@@ -10,6 +10,7 @@ from rich.table import Table
 
 from archzoo.analysis.tables import Screen, show
 from archzoo.decoder import Decoder
+from archzoo.models import ACTIVE_PARAMETERS, WITHIN, sized_as_named
 from archzoo.parts import nearest
 from archzoo.registry import build_decoder, get_preset, list_models
 from archzoo.states import nbytes
@@ -88,17 +89,23 @@ def list_command(pattern: str = "*", /, markdown: bool = False) -> None:
     if not names:
         near = nearest(pattern.rstrip("*"), list_models())
         raise ValueError(f"no model is named {pattern!r}; {near}; archzoo list shows all")
-    rows = [_cells(describe(name)) for name in names]
+    rows = [describe(name) for name in names]
     if markdown:
-        print(markdown_table(rows))
+        print(markdown_table([_cells(row) for row in rows]))
         return
     table = Table(box=None, header_style="bold")
     for heading in HEADINGS:
         numeric = heading in ("parameters", "active") or heading.startswith("state")
         table.add_column(heading, justify="right" if numeric else "left")
     for row in rows:
-        table.add_row(*row)
-    show(table)
+        table.add_row(*_cells(row))
+    console = Screen(highlight=False)
+    show(table, console)
+    promised = ", ".join(f"{size} {count:,}" for size, count in ACTIVE_PARAMETERS.items())
+    console.print(f"\nA size promises active parameters, within {WITHIN:.0%}: {promised}.")
+    others = [row.name for row in rows if not sized_as_named(row.name, row.active)]
+    if others:
+        console.print(f"Sized otherwise, for reasons that archzoo show gives: {', '.join(others)}.")
 
 
 def show_command(name: str) -> None:

@@ -25,6 +25,9 @@ units digit by themselves, couple the operators to it (after Cho et al., arXiv 2
 no bias; their matrices start at 0.1, about dim^-0.5 (tiny on sums of 3 digits, after 400 steps:
 loss 0.5, from 0.02 it is 1.6). `digit_tokens`, `operator_tokens` and `longest_run` come from the
 task.
+
+Sizes: base (59 M parameters) is the paper's width and depth, and small (11 M) and tiny (0.1 M) are
+cut down from it by what sums of their lengths need, not to what the names of sizes promise.
 """
 
 from archzoo.registry import register_model
