@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from archzoo.block import FORMS, make_context
 from archzoo.contract import relative_error
-from archzoo.mixers.retention import Retention, inverse_root_sum, log_decays
+from archzoo.kernels.retention.reference import inverse_root_sum
+from archzoo.mixers.retention import Retention, log_decays
 
 GOLDEN = Path(__file__).parent / "golden"
 EXACT, WITH_EPSILON, SINGLE = (

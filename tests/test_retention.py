@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import archzoo
 from archzoo.block import FORMS, make_context, nbytes
 from archzoo.contract import relative_error
-from archzoo.mixers.retention import Retention, inverse_root_sum, log_decays, retain
+from archzoo.kernels.retention.reference import inverse_root_sum, retain
+from archzoo.mixers.retention import Retention, log_decays
 from archzoo.positions.rotary import RotaryEmbedding, retention_frequencies, rotation_table
 
 SCHEDULES = ("default", "paper_lm")
@@ -169,17 +170,17 @@ def test_retain_is_the_sum_written_out(data):
     context, _ = make_context(2, time)
     q, k, v, memory = leaves[:4]
     normaliser = torch.rand(1, time, heads, 1, dtype=torch.float64) + 0.5
-    how = {"normaliser": normaliser, "scale": scale, "chunk_size": chunk_size}
-    o, leaving = retain(q, k, v, log_decay, memory, context, **how)
-    want_o, want_leaving = written_out(q * normaliser, k, v, log_decay, memory, scale)
+    how = {"scale": scale, "chunk_size": chunk_size}
+    o, final = retain(q * normaliser, k, v, log_decay, memory, context, **how)
+    want_o, want_final = written_out(q * normaliser, k, v, log_decay, memory, scale)
     assert relative_error(o, want_o) < 1e-12
-    assert relative_error(leaving, want_leaving) < 1e-12
-    weights = torch.randn_like(o), torch.randn_like(leaving)
+    assert relative_error(final, want_final) < 1e-12
+    weights = torch.randn_like(o), torch.randn_like(final)
 
-    def gradients(o, leaving):
-        return torch.autograd.grad((o * weights[0]).sum() + (leaving * weights[1]).sum(), leaves)
+    def gradients(o, final):
+        return torch.autograd.grad((o * weights[0]).sum() + (final * weights[1]).sum(), leaves)
 
-    for got, want in zip(gradients(o, leaving), gradients(want_o, want_leaving), strict=True):
+    for got, want in zip(gradients(o, final), gradients(want_o, want_final), strict=True):
         assert relative_error(got, want) < 1e-10
 
 
@@ -246,10 +247,10 @@ def test_gradcheck(packed):
     log_decay = torch.tensor(log_decays(0.8, 2), dtype=torch.float64, requires_grad=True)
     valid = context.valid[:, :, None, None]
     normaliser = torch.rand(2, 5, 2, 1, dtype=torch.float64) + 0.5
-    how = {"normaliser": normaliser, "scale": 0.7, "chunk_size": 2}
+    how = {"scale": 0.7, "chunk_size": 2}
 
     def run(q, k, v, memory, log_decay):
-        return retain(q, k * valid, v * valid, log_decay, memory, context, **how)
+        return retain(q * normaliser, k * valid, v * valid, log_decay, memory, context, **how)
 
     assert torch.autograd.gradcheck(run, (*leaves, log_decay))
 

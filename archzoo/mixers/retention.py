@@ -15,11 +15,9 @@ makes the three forms one function.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,6 +25,7 @@ from archzoo.block import Mixer, Rotary, closing
 from archzoo.derivatives import transformed
 from archzoo.documents import Context
 from archzoo.kernels import retention as kernels
+from archzoo.kernels.retention.reference import Decays, decays, inverse_root_sum, retain
 from archzoo.norm import rms_norm
 from archzoo.numerics import (
     KeepsFloat32,
@@ -45,7 +44,6 @@ from archzoo.states import State
 # On a CPU at width 128, 4 heads, a training step in one chunk against chunks of 64 took 32 against
 # 35 ms at 128 tokens, and 53 against 46 at 256 (benchmarks/training.py --sweep).
 PARALLEL_UP_TO = 128  # tokens
-CHUNKS_AT_ONCE = 64  # chunks joined by one product, which bounds the memory it takes
 
 
 def log_decays(decay: str | float, heads: int) -> tuple[float, ...]:
@@ -75,216 +73,6 @@ def log_decays(decay: str | float, heads: int) -> tuple[float, ...]:
     if not 0 < gamma <= 1:
         raise ValueError(f"decay={gamma} must lie in (0, 1]: each token scales the past by it")
     return (math.log(gamma),) * heads
-
-
-def inverse_root_sum(log_decay: Tensor, positions: Tensor) -> Tensor:
-    """``1 / sqrt(s_n)``, s_n = sum_{j=0..n} gamma^j = expm1((n+1) log gamma) / expm1(log gamma).
-
-    Args:
-        log_decay: (heads,); where it is 0, s_n is the count n + 1.
-        positions: (batch, time) ints, n.
-
-    Returns:
-        (batch or 1, time, heads) of log_decay's dtype.
-    """
-    if positions.stride(0) == 0:  # one row expanded
-        positions = positions[:1]
-    count = (positions + 1).to(log_decay.dtype).unsqueeze(-1)
-    flat = log_decay == 0
-    safe = torch.where(flat, -1.0, log_decay)
-    total = torch.where(flat, count, torch.expm1(count * safe) / torch.expm1(safe))
-    return total.rsqrt()
-
-
-def retain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    memory: Tensor | None,
-    context: Context,
-    *,
-    normaliser: Tensor,
-    scale: float,
-    chunk_size: int,
-    want_memory: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """``S_n = gamma S_{n-1} + scale k_n^T v_n, o_n = normaliser_n q_n S_n``, in chunks.
-
-    Exact for any time, chunk size and incoming state.
-
-    Inside a chunk scores are formed as in attention, with decay gamma^(i-j); what came before the
-    chunk is read from the state that enters it. With one chunk this is the parallel form.
-
-    Args:
-        q: (batch, time, heads, key_dim), float32 or float64; rotated.
-        k: As q; rotated. Zero at padding.
-        v: (batch, time, heads, value_dim). Zero at padding.
-        log_decay: (heads,) <= 0.
-        memory: (batch, heads, key_dim, value_dim), the S that enters; None: zero.
-        context: Documents reset S; padding neither adds to it nor lets it decay.
-        normaliser: 1 / sqrt(s_n), (batch or 1, time, heads, 1).
-        scale: Of k. It is applied to the decays, which are few, and not to k, which is long; so is
-            the normaliser where one chunk has decays of its own.
-        chunk_size: Tokens a chunk; the last chunk may be shorter.
-        want_memory: Also compute the S that leaves.
-
-    Returns:
-        o (batch, time, heads, value_dim), and S after the last token (None unless wanted).
-    """
-    outputs = []
-    time = q.shape[1]
-    begin = 0
-    while begin < time:
-        left = time - begin
-        chunk = min(chunk_size, left)
-        chunks = min(left // chunk, CHUNKS_AT_ONCE)
-        end = begin + chunk * chunks
-        # States between chunks, numbered by the chunk they enter; without memory nothing enters
-        # the first.
-        states = range(0 if memory is not None else 1, chunks + (want_memory or end < time))
-        decays = _decays(context, log_decay, normaliser, scale, begin, chunk, chunks, states)
-        queries = q[:, begin:end] if chunks == 1 else q[:, begin:end] * normaliser[:, begin:end]
-        o, memory = _retain_chunks(
-            queries, k[:, begin:end], v[:, begin:end], memory, chunk, states, decays
-        )
-        outputs.append(o)
-        begin = end
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), memory
-
-
-class _Clock(NamedTuple):
-    """How many tokens have come, this one counted, and how many documents have begun.
-
-    Both (batch or 1, ...). Between two clocks lies gamma^(difference of tokens), if they stand
-    in one document. segment None: all do.
-    """
-
-    tokens: Tensor
-    segment: Tensor | None
-
-    def at(self, view: Callable[[Tensor], Tensor]) -> _Clock:
-        return _Clock(view(self.tokens), None if self.segment is None else view(self.segment))
-
-    def decay_since(
-        self, earlier: _Clock, log_decay: Tensor, order: Tensor | None = None
-    ) -> Tensor:
-        """gamma^(self - earlier), 0 across documents and outside `order`: (b, heads, ...)."""
-        elapsed = (self.tokens - earlier.tokens)[:, None]
-        exponent = elapsed * log_decay.view(-1, *(1,) * (elapsed.dim() - 2))
-        seen = order
-        if self.segment is not None and earlier.segment is not None:
-            same = (self.segment == earlier.segment)[:, None]
-            seen = same if order is None else same & order
-        # Masked before the exponential: where order is broken it would overflow.
-        return (exponent if seen is None else exponent.masked_fill(~seen, -math.inf)).exp()
-
-
-class _Crossing(NamedTuple):
-    """The decay on the ways from chunk to chunk; n is 1 where all chunks are alike."""
-
-    kept: Tensor  # (b, heads, n, chunk), from a token to the end of its chunk, scaled
-    join: Tensor  # (b, heads, states, states), from state to state
-    reading: Tensor  # (b, heads, n, chunk), from the state that enters a chunk to a token
-
-
-class _Decays(NamedTuple):
-    """The decay between any two places of a piece.
-
-    Where the piece is one chunk, the decays that end at a token hold its normaliser.
-    """
-
-    inside: Tensor  # (b, heads, n, chunk, chunk), from token to token of a chunk, scaled
-    crossing: _Crossing | None  # where a state enters or leaves
-
-
-def _decays(
-    context: Context,
-    log_decay: Tensor,
-    normaliser: Tensor,
-    scale: float,
-    begin: int,
-    chunk: int,
-    chunks: int,
-    states: range,
-) -> _Decays:
-    """Of the chunks that begin at a token; layers of one decay share them within a call."""
-
-    def compute() -> _Decays:
-        device = log_decay.device
-        if not context.packed:
-            clock = _Clock(torch.arange(1, chunks * chunk + 1, device=device)[None], None)
-        else:
-            piece = context.piece(begin, begin + chunks * chunk)
-            clock = _Clock(piece.valid.cumsum(dim=1), piece.starts.cumsum(dim=1))
-        token = clock.at(lambda x: rearrange(x, "b (n c) -> b n c", c=chunk))
-        edge = token.at(lambda x: F.pad(x[:, :, -1], (1, 0)))  # before each chunk, and at the end
-        # Without documents all chunks are alike, and one of them stands for all.
-        some = slice(0, chunks if context.packed else 1)
-        token = token.at(lambda x: x[:, some])
-        entry = edge.at(lambda x: x[:, :-1][:, some, None])
-        leaving = edge.at(lambda x: x[:, 1:][:, some, None])
-
-        causal = torch.ones((chunk, chunk), dtype=torch.bool, device=device).tril()
-        later, earlier = token.at(lambda x: x[..., :, None]), token.at(lambda x: x[..., None, :])
-        inside = scale * later.decay_since(earlier, log_decay, causal)
-        rows = None
-        if chunks == 1:
-            rows = rearrange(normaliser[:, begin : begin + chunk], "b c h 1 -> b h 1 c")
-            inside = inside * rows[..., None]
-        if not states:
-            return _Decays(inside, None)
-        kept = scale * leaving.decay_since(token, log_decay)
-        stop = edge.at(lambda x: x[:, states.start : states.stop])
-        order = torch.ones((len(states),) * 2, dtype=torch.bool, device=device).tril()
-        join = stop.at(lambda x: x[:, :, None]).decay_since(
-            stop.at(lambda x: x[:, None, :]), log_decay, order
-        )
-        reading = token.decay_since(entry, log_decay)
-        reading = reading if rows is None else reading * rows
-        return _Decays(inside, _Crossing(kept, join, reading))
-
-    if log_decay.requires_grad:
-        return compute()
-    # A fixed decay is one tensor for all layers, and so is its normaliser: they can be keys.
-    marks = (context.packed, context.valid, context.starts)
-    key = ("decays", log_decay, normaliser, *marks, scale, begin, chunk, chunks, states)
-    return once_per_call(context.positions, key, compute)
-
-
-def _retain_chunks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    memory: Tensor | None,
-    chunk: int,
-    states: range,
-    decays: _Decays,
-) -> tuple[Tensor, Tensor | None]:
-    """`retain` where chunk divides time."""
-    # Copied once here, the products below read them as they are; o is copied for what follows.
-    q, k, v = (rearrange(x, "b (n c) h d -> b h n c d", c=chunk).contiguous() for x in (q, k, v))
-    chunks = q.shape[2]
-    o = ((q @ k.mT) * decays.inside) @ v
-    if decays.crossing is None:
-        return rearrange(o, "b h n c d -> b (n c) h d").contiguous(), None
-
-    # Each state is the sum of what all chunks before it added, and of the memory, decayed by the
-    # tokens in between.
-    kept, join, reading = decays.crossing
-    added = (k * kept[..., None]).mT @ v
-    added = rearrange(added[:, :, : states.stop - 1], "b h n k v -> b h n (k v)")
-    if memory is not None:
-        added = torch.cat([rearrange(memory, "b h k v -> b h 1 (k v)"), added], dim=2)
-    joined = rearrange(join @ added, "b h n (k v) -> b h n k v", k=k.shape[-1])
-    first = states.start
-    entering = joined[:, :, : chunks - first]
-    if entering.shape[2]:
-        crossed = (q * reading[..., None])[:, :, first:] @ entering
-        o = o + crossed if first == 0 else torch.cat([o[:, :, :1], o[:, :, 1:] + crossed], 2)
-    # A view would keep the states of all chunks alive, and be saved with them.
-    leaves = joined[:, :, -1].clone() if states.stop > chunks else None
-    return rearrange(o, "b h n c d -> b (n c) h d").contiguous(), leaves
 
 
 class Retention(KeepsFloat32, Mixer):
@@ -385,6 +173,12 @@ class Retention(KeepsFloat32, Mixer):
         key = ("normaliser", self.fixed_log_decay, log_decay.dtype)
         return once_per_call(context.positions, key, compute)
 
+    def decays(self, log_decay: Tensor, context: Context) -> Decays:
+        """The decay mask of a whole segment and its borders, normalised: `Decays` of one chunk."""
+        time = context.positions.shape[1]
+        normaliser = self.normaliser(log_decay, context)
+        return decays(log_decay, context, 0, time, 1, self.head_dim**-0.5, normaliser)
+
     def init_state(
         self,
         batch_size: int,
@@ -411,6 +205,12 @@ class Retention(KeepsFloat32, Mixer):
         qk, v = split_heads(qk, 2 * self.heads), split_heads(v, self.heads)
         return qk, v, gate[0] if gate else None
 
+    def unpack(
+        self, x: Tensor, state: State
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What `project` gives, and the S of a state (None without one)."""
+        return *self.project(x), None if state is None else state["memory"]
+
     def rotated(self, qk: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Q and k (batch, time, heads, key_dim), rotated, of the two side by side."""
         return self.rotary.both(qk, self.heads, context.positions)
@@ -429,8 +229,13 @@ class Retention(KeepsFloat32, Mixer):
             k, v = k * valid, v * valid
         return q, k, v
 
-    def finish(self, o: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Head norm, gate, output projection: o (batch, time, heads, value_dim) to y."""
+    def finish(
+        self, o: Tensor, gate: Tensor | None, memory: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, State]:
+        """Head norm, gate, output projection: o (batch, time, heads, value_dim) to y; and S packed.
+
+        The opposite of `unpack`.
+        """
         # At padding o is exactly 0, and with eps 0 the norm would make NaN of it, which the next
         # layer's sums would spread. 1e-24 is lost beside anything else, and its root survives
         # being cubed in a backward pass.
@@ -440,83 +245,69 @@ class Retention(KeepsFloat32, Mixer):
         elif self.head_norm == "group":
             o = F.layer_norm(o, (self.value_dim,), eps=eps)
         y = cast(merge_heads(o), dtype)
-        return self.output(y if gate is None else F.silu(gate) * y)
+        y = self.output(y if gate is None else F.silu(gate) * y)
+        return y, None if memory is None else {"memory": memory}
 
-    def _plain(
-        self,
-        qk: Tensor,
-        v: Tensor,
-        log_decay: Tensor,
-        memory: Tensor | None,
-        context: Context,
-        chunk_size: int,
-    ) -> tuple[Tensor, Tensor | None]:
-        """What `project` gave to o and the S that leaves, in plain PyTorch."""
-        with without_autocast(v.device):
+    def parallel(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+        """``o = ((Q K^T) * D) V``: O(time^2) work, (heads, time, time) memory.
+
+        D, the decay mask, holds k's scale and o's normaliser. What a state brings along is added,
+        decayed until each token.
+        """
+        qk, v, gate, memory = self.unpack(x, state)
+        log_decay = self.log_decay(x)
+        with without_autocast(x.device):
             q, k, v = self.widen(qk, v, context, log_decay.dtype)
-            return retain(
-                q,
-                k,
-                v,
-                log_decay,
-                memory,
-                context,
-                normaliser=self.normaliser(log_decay, context),
-                scale=self.head_dim**-0.5,
-                chunk_size=chunk_size,
-                want_memory=memory is not None,
-            )
-
-    def _fused(
-        self, qk: Tensor, v: Tensor, log_decay: Tensor, memory: Tensor | None, context: Context
-    ) -> tuple[Tensor, Tensor | None]:
-        """The same by one kernel, which `_plain` is the twin of."""
-        q, k = self.rotated(qk, context)
-        counted = memory is not None or context.packed  # else positions are 0, 1, 2, ...
-        return kernels.retention(
-            q,
-            k * self.head_dim**-0.5,
-            v,
-            log_decay,
-            memory,
-            context.positions if counted else None,
-            context.starts if context.packed else None,
-            context.valid if context.packed else None,
-        )
+            q, k, v = (y.transpose(1, 2).contiguous() for y in (q, k, v))
+            D = self.decays(log_decay, context)
+            o = ((q @ k.mT) * D.intra) @ v
+            if memory is not None:
+                o = o + (q * D.initial) @ memory
+                memory = memory * D.across + (k * D.final).mT @ v
+        return self.finish(o.transpose(1, 2).contiguous(), gate, memory, x.dtype)
 
     def chunkwise(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
         """Time in chunks: O(time * (chunk_size + key_dim)) work a channel.
 
-        By a kernel where there is one for these tensors: see `archzoo.kernels.retention`.
+        By a kernel where there is one for these tensors, see `archzoo.kernels.retention`, else by
+        its reference implementation.
         """
-        qk, v, gate = self.project(x)
+        qk, v, gate, memory = self.unpack(x, state)
         log_decay = self.log_decay(x)
-        memory = None if state is None else state["memory"]
+        scale = self.head_dim**-0.5
         if kernels.available(qk, qk, v, log_decay):
-            o, memory = self._fused(qk, v, log_decay, memory, context)
-        else:
-            o, memory = self._plain(qk, v, log_decay, memory, context, self.chunk_size)
-        return self.finish(o, gate, x.dtype), None if state is None else {"memory": memory}
-
-    def parallel(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
-        """One chunk: O(time^2) work, (heads, time, time) memory."""
-        qk, v, gate = self.project(x)
-        memory = None if state is None else state["memory"]
-        o, memory = self._plain(qk, v, self.log_decay(x), memory, context, x.shape[1])
-        return self.finish(o, gate, x.dtype), None if state is None else {"memory": memory}
+            q, k = self.rotated(qk, context)
+            counted = memory is not None or context.packed  # else positions are 0, 1, 2, ...
+            o, memory = kernels.retention(
+                q,
+                k * scale,
+                v,
+                log_decay,
+                memory,
+                context.positions if counted else None,
+                context.starts if context.packed else None,
+                context.valid if context.packed else None,
+            )
+            return self.finish(o, gate, memory, x.dtype)
+        with without_autocast(x.device):
+            q, k, v = self.widen(qk, v, context, log_decay.dtype)
+            q = q * self.normaliser(log_decay, context)
+            how = {"scale": scale, "chunk_size": self.chunk_size}
+            o, memory = retain(q, k, v, log_decay, memory, context, **how)
+        return self.finish(o, gate, memory, x.dtype)
 
     def step(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
         """One token: decay the state, add k^T v, read it with q."""
-        qk, v, gate = self.project(x)
+        qk, v, gate, memory = self.unpack(x, state)
+        assert memory is not None, "the recurrent form needs a state"
         log_decay = self.log_decay(x)
-        memory = state["memory"]
         if not torch.is_grad_enabled() and kernels.available(qk, qk, v):
             q, k = self.rotated(qk, context)
             seen = (context.starts, context.valid) if context.packed else (None, None)
             o, memory = kernels.retention_step(
                 q, k * self.head_dim**-0.5, v, log_decay, memory, context.positions, *seen
             )
-            return self.finish(o, gate, x.dtype), {"memory": memory}
+            return self.finish(o, gate, memory, x.dtype)
         batch, heads = x.shape[0], self.heads
         with without_autocast(x.device):
             q, k, v = self.widen(qk, v, context, log_decay.dtype)
@@ -533,4 +324,4 @@ class Retention(KeepsFloat32, Mixer):
                 memory.mul_(gamma).addcmul_(k, v, value=self.head_dim**-0.5)
             o = torch.bmm(q.view(batch * heads, 1, -1), memory.flatten(0, 1))
             o = o.view(batch, 1, heads, -1)
-        return self.finish(o, gate, x.dtype), {"memory": memory}
+        return self.finish(o, gate, memory, x.dtype)
