@@ -18,20 +18,22 @@ and a part is swapped by naming another class for its slot. All parts share thre
   hides any of it. ``None`` in means "start empty and keep nothing", and ``None`` comes back. A
   call consumes the state it is given (it may write into it where gradients are off): whoever
   wants to keep one calls `fork` first.
-* **aux.** A feed-forward returns a dict of tensors beside its output: ``loss/NAME`` is added to
-  the training loss, ``metric/NAME`` is averaged and logged, ``sum/NAME`` is summed over
-  micro-batches and ranks and handed to `FeedForward.after_step`, and ``pool/NAME`` is summed over
+* **aux.** A feed-forward returns an `Aux` beside its output: tensors by name. Its `losses` are
+  added to the training loss, its `metrics` are averaged and logged, its `sums` are summed over
+  micro-batches and ranks and handed to `FeedForward.after_step`, and its `pools` are summed over
   ranks, gradient and all, and handed to `FeedForward.pooled_losses`: for a loss that needs the
-  other ranks' tokens. Nothing reduces inside a block.
+  other ranks' tokens. Nothing reduces inside a block. A decoder gives a list of them, one a layer.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import register_dataclass
 
 from archzoo.documents import Context, init_place, make_context
 from archzoo.numerics import (
@@ -65,6 +67,7 @@ __all__ = [
     "State",
     "at_least_float32",
     "cast",
+    "check_aux",
     "closing",
     "constant",
     "detach",
@@ -85,9 +88,45 @@ __all__ = [
     "without_autocast",
 ]
 
-Aux = dict[str, Tensor]
-
 FORMS = ("parallel", "chunkwise", "recurrent")
+
+
+@dataclass(slots=True)
+class Aux:
+    """What a layer says beside its output: tensors by name, none of them where it is dense.
+
+    Attributes:
+        losses: Scalars that are added to the training loss, coefficient and all.
+        metrics: Scalars without gradient, averaged and logged.
+        sums: Summed over micro-batches and ranks, for `FeedForward.after_step`; without gradient.
+        pools: Summed over ranks with their gradients, for `FeedForward.pooled_losses`.
+    """
+
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    pools: dict[str, Tensor] = field(default_factory=dict)
+
+
+register_dataclass(Aux)  # a pytree: `torch.func`, FSDP2 and compilers find the tensors in it
+
+
+def check_aux(part: nn.Module, given: Any) -> Aux:
+    """What a feed-forward gave as its aux; {} is short for nothing.
+
+    Raises:
+        TypeError: It is something else, such as the dict of "kind/name" that it once was.
+    """
+    if isinstance(given, Aux):
+        return given
+    if given == {}:
+        return Aux()
+    what = f"a dict of {list(given)}" if isinstance(given, dict) else f"a {type(given).__name__}"
+    raise TypeError(
+        f"{type(part).__name__} returns {what} as its aux: it must return an archzoo.block.Aux "
+        '("loss/NAME" is now Aux(losses={"NAME": ...}), and so are metrics, sums and pools), or {} '
+        "for nothing"
+    )
 
 
 class Mixer(nn.Module):
@@ -187,15 +226,15 @@ class FeedForward(nn.Module):
     """Mixes over channels, each token alone: ``__init__(self, dim, width, ...)``."""
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Aux]:
-        """X (batch, time, dim) to y of the same shape, and aux: {} when dense."""
+        """X (batch, time, dim) to y of the same shape, and aux: empty when dense."""
         raise NotImplementedError
 
-    def pooled_losses(self, pools: Aux) -> Aux:
-        """More of aux, from this layer's ``pool/...`` entries summed over the ranks."""
-        return {}
+    def pooled_losses(self, pools: dict[str, Tensor]) -> Aux:
+        """More losses and metrics, from this layer's `Aux.pools` summed over the ranks."""
+        return Aux()
 
-    def after_step(self, sums: Aux) -> None:
-        """Once per optimizer step, with this layer's ``sum/...`` entries summed over the step."""
+    def after_step(self, sums: dict[str, Tensor]) -> None:
+        """Once per optimizer step, with this layer's `Aux.sums` summed over the step."""
 
 
 class Routing(NamedTuple):
@@ -227,14 +266,14 @@ class Router(nn.Module):
         """X (batch, time, dim) to a `Routing` of batch * time tokens, row by row."""
         raise NotImplementedError
 
-    def after_step(self, sums: Aux) -> None:
+    def after_step(self, sums: dict[str, Tensor]) -> None:
         """Once per optimizer step: what moves by counts and not by gradients moves here.
 
         What it moves is a buffer, so that checkpoints hold it.
 
         Args:
-            sums: The mixture's ``sum/...`` entries, summed over the step and over all ranks;
-                ``sum/assignments`` (experts,) int64 counts the tokens sent to each expert.
+            sums: The mixture's `Aux.sums`, summed over the step and over all ranks;
+                ``assignments`` (experts,) int64 counts the tokens sent to each expert.
         """
 
 
@@ -357,11 +396,12 @@ class Block(nn.Module):
             mixed, state = self.mixer(x, state, context, form)
             x = self.mixer_norm(x + self._drop(mixed))
             fed, aux = self.feed_forward(x, context)
-            return self.feed_forward_norm(x + self._drop(fed)), state, aux
+            x = self.feed_forward_norm(x + self._drop(fed))
+            return x, state, check_aux(self.feed_forward, aux)
         mixed, state = self.mixer(self.mixer_norm(x), state, context, form)
         x = x + self._drop(mixed)
         fed, aux = self.feed_forward(self.feed_forward_norm(x), context)
-        return x + self._drop(fed), state, aux
+        return x + self._drop(fed), state, check_aux(self.feed_forward, aux)
 
 
 def closing(linear: nn.Linear) -> nn.Linear:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any, Literal, NamedTuple
 
@@ -34,12 +34,12 @@ class Output(NamedTuple):
     Attributes:
         logits: (batch, time or logits_to_keep, vocab_size).
         state: To go on from, or None where none was given.
-        aux: {"loss/NAME/LAYER": ..., "metric/...": ..., "sum/...": ..., "pool/...": ...}.
+        aux: What each layer says beside: losses, metrics, sums and pools.
     """
 
     logits: Tensor
     state: State
-    aux: Aux
+    aux: list[Aux]
 
 
 class Decoder(nn.Module):
@@ -285,7 +285,7 @@ class Decoder(nn.Module):
         loops: int | None = None,
         free_loops: int = 0,
         positions: Tensor | None = None,
-    ) -> tuple[Tensor, State, Aux]:
+    ) -> tuple[Tensor, State, list[Aux]]:
         """`forward` up to the head: x (batch, time, dim) after the last norm, state, aux.
 
         Args:
@@ -326,7 +326,7 @@ class Decoder(nn.Module):
         loops: int | None,
         free_loops: int,
         positions: Tensor | None,
-    ) -> tuple[Tensor, State, Aux]:
+    ) -> tuple[Tensor, State, list[Aux]]:
         """`hidden` of inputs whose kind is right."""
         batch_size, time = tokens.shape
         if state is not None and self.training and self.embedding.trains_on_whole_documents:
@@ -360,16 +360,15 @@ class Decoder(nn.Module):
             x = nn.functional.dropout(x, self.dropout, self.training)
         embedding = x
         after: list[State] = []
-        aux: Aux = {}
+        aux: list[Aux] = []
         if free_loops:
             with torch.no_grad():
                 for loop in range(free_loops):
-                    x = self._run(x, embedding, before, context, form, loop, after, {})
+                    x = self._run(x, embedding, before, context, form, loop, after, [])
         for loop in range(free_loops, free_loops + loops):
             x = self._run(x, embedding, before, context, form, loop, after, aux)
         if loops > 1:
-            means = {name: aux[name] / loops for name in aux if name.startswith("metric/")}
-            aux |= means
+            aux = [_over_loops(aux[layer :: self.depth]) for layer in range(self.depth)]
         state = {"place": place, "embedding": embedded, "blocks": after} if keep else None
         return self.norm(x), state, aux
 
@@ -382,9 +381,9 @@ class Decoder(nn.Module):
         form: str | None,
         loop: int,
         after: list[State],
-        aux: Aux,
+        aux: list[Aux],
     ) -> Tensor:
-        """The stack once; states go to `after`, and aux is summed over the runs."""
+        """The stack once; the blocks' states go to `after`, and what they say beside to `aux`."""
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         recompute = recompute and not transformed()  # which keep what they need by other means
         for layer, block in enumerate(self.blocks):
@@ -398,9 +397,7 @@ class Decoder(nn.Module):
             else:
                 x, mixed, entries = block(*arguments)
             after.append(mixed)
-            for name, value in entries.items():
-                key = f"{name}/{layer}"
-                aux[key] = aux[key] + value if key in aux else value
+            aux.append(entries)
         return x
 
     def forward(
@@ -439,20 +436,27 @@ class Decoder(nn.Module):
             x = x[:, -logits_to_keep:] if logits_to_keep else x[:, :0]
         return Output(self.head(x), state, aux)
 
-    def pooled_losses(self, pools: Aux) -> Aux:
-        """More of aux, from its ``pool/NAME/LAYER`` entries, summed over the ranks."""
-        found: Aux = {}
-        for layer, block in enumerate(self.blocks):
-            feed_forward: Any = block.feed_forward
-            losses = feed_forward.pooled_losses(_of_layer(pools, layer))
-            found |= {f"{name}/{layer}": value for name, value in losses.items()}
-        return found
+    def pooled_losses(self, pools: list[dict[str, Tensor]]) -> list[Aux]:
+        """More losses and metrics of each layer, from its pools summed over the ranks."""
+        parts = self._with_each_layer(pools, "pools")
+        return [interface.check_aux(part, part.pooled_losses(mine)) for part, mine in parts]
 
-    def after_step(self, sums: Aux) -> None:
-        """Hand each layer's ``sum/NAME/LAYER`` entries to its feed-forward."""
-        for layer, block in enumerate(self.blocks):
-            feed_forward: Any = block.feed_forward
-            feed_forward.after_step(_of_layer(sums, layer))
+    def after_step(self, sums: list[dict[str, Tensor]]) -> None:
+        """Hand each layer's sums to its feed-forward."""
+        for part, mine in self._with_each_layer(sums, "sums"):
+            part.after_step(mine)
+
+    def _with_each_layer(
+        self, entries: list[dict[str, Tensor]], kind: str
+    ) -> Iterator[tuple[FeedForward, dict[str, Tensor]]]:
+        """The layers' feed-forwards and the entries of each."""
+        if isinstance(entries, dict) or len(entries) != self.depth:
+            raise ValueError(
+                f"{kind} of {len(entries)} {type(entries).__name__} entries for {self.depth} "
+                f"layers: give a list of one dict a layer, [layer.{kind} for layer in aux]"
+            )
+        parts: list[Any] = [block.feed_forward for block in self.blocks]
+        return zip(parts, entries, strict=True)
 
     def parameter_count(self) -> int:
         """Parameters, shared ones once."""
@@ -484,10 +488,16 @@ def _with_these_weights(block: nn.Module) -> Callable[..., Any]:
     return run
 
 
-def _of_layer(entries: Aux, layer: int) -> Aux:
-    """The entries NAME/LAYER of one layer, by NAME."""
-    split = {name.rpartition("/"): value for name, value in entries.items()}
-    return {name: value for (name, _, number), value in split.items() if number == str(layer)}
+def _over_loops(runs: list[Aux]) -> Aux:
+    """One layer's aux over its runs: the sum of each entry, and the mean of a metric."""
+    whole = Aux()
+    for aux in runs:
+        for kind in ("losses", "metrics", "sums", "pools"):
+            summed = getattr(whole, kind)
+            for name, value in getattr(aux, kind).items():
+                summed[name] = summed[name] + value if name in summed else value
+    whole.metrics = {name: value / len(runs) for name, value in whole.metrics.items()}
+    return whole
 
 
 def _fill_slot(

@@ -56,9 +56,9 @@ def step(part: nn.Module, x: Tensor, context: Any, cotangent: Tensor, mixed: boo
         with torch.autocast(device, torch.bfloat16, enabled=mixed):
             y, aux = part(x, context)
         tensors, gradients = [y], [cotangent.to(y.dtype)]
-        if "loss/balance" in aux:
-            tensors.append(aux["loss/balance"])
-            gradients.append(torch.ones_like(aux["loss/balance"]))
+        if not isinstance(part, GatedFeedForward):
+            tensors.append(aux.losses["balance"])
+            gradients.append(torch.ones_like(aux.losses["balance"]))
         torch.autograd.backward(tensors, gradients)
 
     return run

@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
 import archzoo
 from archzoo.block import Routing, make_context
@@ -74,8 +75,8 @@ def test_torch_s_default_dtype_changes_nothing(default, packed, over):
         try:
             torch.set_default_dtype(dtype)
             _, aux = mixture(x, context)
-            aux |= mixture.pooled_losses({n: v for n, v in aux.items() if n.startswith("pool/")})
-            mixture.after_step({n: v for n, v in aux.items() if n.startswith("sum/")})
+            more = mixture.pooled_losses(aux.pools)
+            mixture.after_step(aux.sums)
             born = archzoo.MixtureOfExperts(
                 8, 8, adaptive=True,
                 router={"class_path": "AttentionRouter", "init_args": {"bias_rate": 1e-3}},
@@ -84,7 +85,8 @@ def test_torch_s_default_dtype_changes_nothing(default, packed, over):
             torch.set_default_dtype(torch.float32)
         assert born.balance.alpha.dtype == born.router.expert_bias.dtype == torch.float32
         assert born.balance.alpha.item() == pytest.approx(0.01, rel=1e-6)
-        found.append(aux | dict(mixture.named_buffers()))
+        entries = tree_flatten_with_path([aux, more])[0]
+        found.append({str(path): v for path, v in entries} | dict(mixture.named_buffers()))
     for name, value in found[0].items():
         assert found[1][name].dtype == value.dtype != torch.bfloat16, name
         assert torch.equal(found[1][name], value), name
@@ -151,10 +153,10 @@ def test_the_loss_pulls_on_the_router_by_the_coefficient(kind):
     for coefficient in (0.01, 0.02):
         torch.manual_seed(0)
         mixture, aux = routing_of(x, balance=kind, coefficient=coefficient)
-        assert aux["loss/balance"].item() == pytest.approx(
-            coefficient * aux["metric/balance"].item(), rel=1e-6
+        assert aux.losses["balance"].item() == pytest.approx(
+            coefficient * aux.metrics["balance"].item(), rel=1e-6
         )
-        aux["loss/balance"].backward()
+        aux.losses["balance"].backward()
         gradients.append(mixture.router.projection.weight.grad)
     assert gradients[0].abs().max() > 0
     assert torch.allclose(2 * gradients[0], gradients[1])
@@ -169,14 +171,14 @@ def test_the_z_loss_reads_raw_logits():
     with torch.no_grad():
         mixture.router.projection.weight.mul_(100)
     large = mixture(x, make_context(2, 20)[0])[1]
-    assert {name for name in large if name.startswith("loss/")} == {"loss/z"}
-    assert large["loss/z"] > 10 * small["loss/z"]
+    assert set(large.losses) == {"z"}
+    assert large.losses["z"] > 10 * small.losses["z"]
 
 
 def test_without_balance_there_is_no_loss():
     _, aux = routing_of(torch.randn(2, 20, 16), balance="none")
-    assert not [name for name in aux if name.startswith("loss/")]
-    assert aux["sum/assignments"].sum() == 2 * 20 * 2
+    assert not aux.losses
+    assert aux.sums["assignments"].sum() == 2 * 20 * 2
 
 
 POOLED = [
@@ -202,11 +204,12 @@ def test_over_all_ranks_the_losses_are_those_of_one_batch(options, documents):
     for row in range(2):
         part = None if given is None else given[row : row + 1]
         aux = split(x[row : row + 1], make_context(1, 9, documents=part)[0])[1]
-        assert not [name for name in aux if name.startswith("loss/")]
-        pools.append({name: value for name, value in aux.items() if name.startswith("pool/")})
+        assert not aux.losses
+        pools.append(aux.pools)
     got = split.pooled_losses({name: pools[0][name] + pools[1][name] for name in pools[0]})
-    names = [name for name in want if name.startswith("loss/")]
-    assert names == [name for name in got if name.startswith("loss/")]
+    want, got = want.losses, got.losses
+    names = list(want)
+    assert names == list(got)
     if not names:
         return
     weights = (whole.router.projection.weight, split.router.projection.weight)
@@ -317,15 +320,15 @@ def test_the_coefficient_follows_real_drops_where_there_are_any():
 def test_a_constant_coefficient_stays():
     mixture = archzoo.MixtureOfExperts(16, 8, balance="switch")
     assert not dict(mixture.named_buffers())
-    mixture.after_step({"sum/assignments": torch.arange(8)})
+    mixture.after_step({"assignments": torch.arange(8)})
     assert mixture.balance.largest == 0.01
 
 
 def test_the_coefficient_may_move_between_forward_and_backward():
     mixture = archzoo.MixtureOfExperts(16, 8, adaptive=True, coefficient=0.01)
     aux = mixture(torch.randn(2, 9, 16), make_context(2, 9)[0])[1]
-    mixture.after_step(aux)
-    aux["loss/balance"].backward()
+    mixture.after_step(aux.sums)
+    aux.losses["balance"].backward()
     assert mixture.router.projection.weight.grad.abs().max() > 0
 
 
@@ -347,7 +350,7 @@ def test_each_layer_follows_its_own_counts():
     net = model()
     uneven, even = torch.tensor([800] + [0] * 7), torch.full((8,), 100)
     for _ in range(10):
-        net.after_step({"sum/assignments/0": uneven, "sum/assignments/1": even})
+        net.after_step([{"assignments": uneven}, {"assignments": even}])
     first, second = (block.feed_forward for block in net.blocks)
     assert first.balance.alpha.item() == pytest.approx(0.01, rel=1e-6)
     assert second.balance.alpha.item() == pytest.approx(0.01 * 0.99**10, rel=1e-5)
@@ -363,11 +366,10 @@ def test_counts_of_a_step_are_the_same_however_it_is_split(pieces):
     split.load_state_dict(whole.state_dict())
     for net, parts in ((whole, [tokens]), (split, tokens.chunk(pieces))):
         for _ in range(3):
-            sums = {}
+            sums = [{"assignments": 0}, {"assignments": 0}]
             for part in parts:
-                for name, value in net(part).aux.items():
-                    if name.startswith("sum/"):
-                        sums[name] = sums.get(name, 0) + value
+                for mine, layer in zip(sums, net(part).aux, strict=True):
+                    mine["assignments"] = mine["assignments"] + layer.sums["assignments"]
             net.after_step(sums)
     for name, value in buffers(whole).items():
         assert torch.equal(value, buffers(split)[name]), name
@@ -377,7 +379,7 @@ def test_counts_of_a_step_are_the_same_however_it_is_split(pieces):
 def test_coefficients_and_biases_survive_casts_and_a_checkpoint():
     net = model()
     for _ in range(7):
-        sums = {f"sum/assignments/{layer}": torch.arange(8) ** 2 for layer in range(2)}
+        sums = [{"assignments": torch.arange(8) ** 2}] * 2
         net.after_step(sums)
     want = buffers(net)
     assert len(want) == 4 and all(value.dtype == torch.float32 for value in want.values())
@@ -404,9 +406,9 @@ def test_an_imbalance_of_one_layer_cannot_hide_in_another():
     """Pooled over layers, two lopsided routers may look even; each has its own entry here."""
     net = archzoo.create_model("skywork_micro")
     aux = net(torch.randint(64, (2, 16))).aux
-    for layer in range(2):
-        for name in ("loss/balance", "metric/coefficient", "metric/max_violation"):
-            assert f"{name}/{layer}" in aux
+    for layer in aux:
+        assert "balance" in layer.losses
+        assert {"coefficient", "max_violation"} < set(layer.metrics)
 
 
 @pytest.mark.parametrize("documents", [None, [[-1] * 3 + [0] * 6]])
@@ -418,12 +420,12 @@ def test_drop_rate_in_the_aux_is_of_what_was_dropped(documents):
     context, _ = make_context(1, 9, documents=documents)
     x = torch.randn(1, 9, 16)
     aux = mixture(x, context)[1]
-    total, dropped = aux["sum/assignments"].sum(), aux["sum/dropped"]
+    total, dropped = aux.sums["assignments"].sum(), aux.sums["dropped"]
     assert total == (18 if documents is None else 12)
-    counts = aux["sum/assignments"]
+    counts = aux.sums["assignments"]
     assert dropped == (counts - 3).clamp(min=0).sum()  # 0.5 * 18 / 4, rounded up
     assert dropped > 0
-    assert aux["metric/drop_rate"].item() == pytest.approx((dropped / total).item())
+    assert aux.metrics["drop_rate"].item() == pytest.approx((dropped / total).item())
 
 
 def test_no_token_at_all_is_no_division_by_zero():
@@ -431,8 +433,8 @@ def test_no_token_at_all_is_no_division_by_zero():
     context, _ = make_context(1, 3, documents=torch.full((1, 3), -1))
     p = torch.full((3, 4), 0.25)
     aux = balance(Routing(p[:, :2], torch.zeros(3, 2, dtype=torch.int64), p, p), context)
-    assert all(value.isfinite().all() for value in aux.values())
-    balance.after_step(aux["sum/assignments"])
+    assert all(value.isfinite().all() for value in tree_leaves(aux))
+    balance.after_step(aux.sums["assignments"])
     assert balance.alpha.isfinite()
 
 

@@ -246,10 +246,23 @@ def test_keeps_float32():
         assert nn.Sequential(Balanced()).to("meta")[0].rate.device.type == "meta"
 
 
+def test_an_aux_of_another_kind_is_told_how_to_be_written():
+    part, said = block.FeedForward(), block.Aux({"z": torch.ones(())})
+    assert block.check_aux(part, said) is said
+    assert block.check_aux(part, {}) == block.Aux()
+    for given, words in (
+        ({"loss/z": 0}, r"FeedForward returns a dict of \['loss/z'\] .* Aux\(losses={\"NAME\":"),
+        (None, "FeedForward returns a NoneType as its aux"),
+    ):
+        with pytest.raises(TypeError, match=words) as caught:
+            block.check_aux(part, given)
+        assert "\n" not in str(caught.value)
+
+
 def test_dropout_and_placement_of_a_block():
     class Double(block.FeedForward):
         def forward(self, x, context):
-            return 2 * x, {"metric/seen": x.mean()}
+            return 2 * x, block.Aux(metrics={"seen": x.mean()})
 
     class Same(Mixer):
         def init_state(self, batch_size, **options):
@@ -263,7 +276,7 @@ def test_dropout_and_placement_of_a_block():
     norm = norms[0]
     pre, _, aux = block.Block(Same(), Double(), norms)(x, None, context)
     h = x + norm(x)
-    assert torch.allclose(pre, h + 2 * norm(h)) and set(aux) == {"metric/seen"}
+    assert torch.allclose(pre, h + 2 * norm(h)) and set(aux.metrics) == {"seen"}
     post, _, _ = block.Block(Same(), Double(), norms, placement="post")(x, None, context)
     h = norm(x + x)
     assert torch.allclose(post, norm(h + 2 * h))

@@ -13,7 +13,7 @@ from torch import nn
 
 import archzoo
 from archzoo import contract
-from archzoo.block import Bias, Context, FeedForward, Mixer, Rotary, Router, Routing
+from archzoo.block import Aux, Bias, Context, FeedForward, Mixer, Rotary, Router, Routing
 from archzoo.contract.measure import expect_true_gradient
 from archzoo.embeddings.token import TokenEmbedding
 from archzoo.mixers.attention import Attention
@@ -430,7 +430,7 @@ class SeesNeighbours(archzoo.GatedFeedForward):
 class CountsPadding(archzoo.GatedFeedForward):
     def forward(self, x, context):
         y, _ = super().forward(x, context)
-        return y, {"sum/tokens": torch.tensor(float(x.shape[0] * x.shape[1]))}
+        return y, Aux(sums={"tokens": torch.tensor(float(x.shape[0] * x.shape[1]))})
 
 
 class NamesItsAuxFreely(archzoo.GatedFeedForward):
@@ -538,7 +538,7 @@ class MovesByCounts(TopTwo):
         return routing._replace(weights=routing.probabilities.gather(1, indices), indices=indices)
 
     def after_step(self, sums):
-        self.load += sums["sum/assignments"]
+        self.load += sums["assignments"]
 
 
 class MovesOutsideItsBuffers(MovesByCounts):
@@ -554,7 +554,7 @@ class MovesAWeight(TopTwo):
 
 class WritesIntoSums(TopTwo):
     def after_step(self, sums):
-        sums["sum/assignments"] -= 1
+        sums["assignments"] -= 1
 
 
 class MovesWhatACastRounds(MovesByCounts):
@@ -598,7 +598,7 @@ def test_a_router_that_keeps_the_rules_passes(part):
 
 def test_a_mixture_tells_any_router_of_its_steps():
     mixture = archzoo.MixtureOfExperts(16, 8, experts=4, router=MovesByCounts)
-    mixture.after_step({"sum/assignments": torch.tensor([3, 0, 1, 2])})
+    mixture.after_step({"assignments": torch.tensor([3, 0, 1, 2])})
     assert mixture.router.load.tolist() == [3, 0, 1, 2]
 
 
@@ -723,7 +723,7 @@ class StepsToATensor(RunningMean):
 @pytest.mark.parametrize(
     ("part", "words"),
     [
-        (ReturnsATensor, "forward returns a Tensor: it must return y and a dict"),
+        (ReturnsATensor, "forward returns a Tensor: it must return y and an Aux"),
         (DoublesItsWidth, "y has the shape and dtype of x"),
         (ReturnsNoState, "step returns y and None: it must return y and the state"),
         (StepsToATensor, "step returns a Tensor: it must return y and the state"),

@@ -12,7 +12,17 @@ from torch.nn import functional as F
 
 import archzoo
 from archzoo import contract
-from archzoo.block import Bias, Embedding, FeedForward, Mixer, Rotary, Router, Routing, constant
+from archzoo.block import (
+    Aux,
+    Bias,
+    Embedding,
+    FeedForward,
+    Mixer,
+    Rotary,
+    Router,
+    Routing,
+    constant,
+)
 from archzoo.parts import SLOTS
 
 # ---------------------------------------------------------------------------- mixers that are right
@@ -263,8 +273,8 @@ class CountsTokens(Feed):
         y, _ = super().forward(x, context)
         valid = context.valid
         mean = (y.detach().abs().mean(-1) * valid).sum() / valid.sum()
-        aux = {"metric/size": mean, "sum/tokens": valid.sum()}
-        return y, aux | {"loss/size": 0.1 * (y.square().mean(-1) * valid).sum() / valid.sum()}
+        loss = 0.1 * (y.square().mean(-1) * valid).sum() / valid.sum()
+        return y, Aux({"size": loss}, {"size": mean}, {"tokens": valid.sum()})
 
 
 class KnowsItsPlace(Feed):
@@ -298,7 +308,7 @@ class FeedsInPlace(Feed):
 class LosesNan(Feed):
     def forward(self, x, context):
         y, _ = super().forward(x, context)
-        return y, {"loss/entropy": (y - y).sum() / (y - y).sum().detach()}
+        return y, Aux({"entropy": (y - y).sum() / (y - y).sum().detach()})
 
 
 class NormalisesOverTheBatch(Feed):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import archzoo
-from archzoo.block import FORMS, Bias, FeedForward, Mixer, fork, make_context, to
+from archzoo.block import FORMS, Aux, Bias, FeedForward, Mixer, fork, make_context, to
 from archzoo.contract import relative_error
 from archzoo.decoder import Decoder
 from archzoo.mixers.attention import attend_once
@@ -65,7 +65,7 @@ class Counting(FeedForward):
 
     def forward(self, x, context):
         seen = context.valid.sum()
-        return torch.zeros_like(x), {"loss/size": x.square().mean(), "sum/tokens": seen}
+        return torch.zeros_like(x), Aux({"size": x.square().mean()}, sums={"tokens": seen})
 
     def after_step(self, sums):
         self.told = sums
@@ -282,7 +282,7 @@ def test_hidden_is_the_model_up_to_the_head(family):
     model = micro(family)
     tokens = torch.randint(64, (2, 9))
     x, state, aux = model.hidden(tokens)
-    assert x.shape == (2, 9, 32) and state is None and aux == {}
+    assert x.shape == (2, 9, 32) and state is None and aux == [Aux()] * 2
     assert torch.equal(model.head(x), model(tokens).logits)
 
 
@@ -563,13 +563,13 @@ def test_unknown_form_is_refused(family):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_aux_is_named_by_layer_and_carries_gradients(recompute):
+def test_aux_is_a_record_a_layer_and_carries_gradients(recompute):
     model = micro("transformer", feed_forward=Counting, activation_checkpointing=recompute)
     tokens = torch.randint(64, (2, 5))
     aux = model.train()(tokens).aux
-    assert set(aux) == {"loss/size/0", "loss/size/1", "sum/tokens/0", "sum/tokens/1"}
-    assert aux["sum/tokens/0"] == 10
-    aux["loss/size/1"].backward()
+    assert [(set(layer.losses), set(layer.sums)) for layer in aux] == [({"size"}, {"tokens"})] * 2
+    assert aux[0].sums["tokens"] == 10
+    aux[1].losses["size"].backward()
     # The norm before the feed-forward fixes the size of x, so the weight of that norm learns.
     assert model.blocks[1].feed_forward_norm.weight.grad.abs().min() > 0
     assert model.blocks[0].feed_forward_norm.weight.grad is None
@@ -579,14 +579,36 @@ def test_padding_reaches_the_feed_forward_as_invalid():
     model = micro("transformer", feed_forward=Counting)
     documents = torch.tensor([[-1, -1, 0, 0], [0, 1, 1, -1]])
     aux = model(torch.zeros((2, 4), dtype=torch.int64), documents=documents).aux
-    assert aux["sum/tokens/0"] == 5
+    assert aux[0].sums["tokens"] == 5
 
 
 def test_after_step_hands_each_layer_its_own():
     model = micro("transformer", feed_forward=Counting, depth=12)
-    model.after_step({f"sum/tokens/{layer}": torch.tensor(layer) for layer in range(12)})
+    model.after_step([{"tokens": torch.tensor(layer)} for layer in range(12)])
     for layer, block in enumerate(model.blocks):
-        assert block.feed_forward.told == {"sum/tokens": torch.tensor(layer)}
+        assert block.feed_forward.told == {"tokens": torch.tensor(layer)}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_aux_goes_through_compilers_and_transforms(recompute):
+    model = micro("transformer", feed_forward=Counting, activation_checkpointing=recompute).train()
+    tokens = torch.randint(64, (3, 5))
+    want = model(tokens).aux
+    torch._dynamo.reset()
+    got = torch.compile(model, backend="aot_eager", fullgraph=True)(tokens).aux
+    rows = torch.func.vmap(lambda row: model(row[None]).aux)(tokens)
+    for layer in range(2):
+        loss = want[layer].losses["size"]
+        assert torch.allclose(got[layer].losses["size"], loss)
+        assert torch.allclose(rows[layer].losses["size"].mean(), loss)
+        assert got[layer].sums["tokens"] == rows[layer].sums["tokens"].sum() == 15
+
+
+def test_a_model_asks_for_the_sums_of_each_of_its_layers():
+    model = micro("transformer", feed_forward=Counting)
+    for given in ({"tokens": torch.tensor(1)}, [{}]):
+        with pytest.raises(ValueError, match=r"2 layers: .*\[layer.sums for layer in aux\]"):
+            model.after_step(given)
 
 
 def test_examples_reach_the_embedding():

@@ -44,9 +44,8 @@ def loss_of(net: nn.Module, **arguments: Any) -> Callable[[Weights], Tensor]:
         given = {"examples": examples} | arguments
         output = functional_call(net, weights, (tokens[:, :-1],), given)
         total = F.cross_entropy(output.logits.flatten(0, 1), tokens[:, 1:].flatten())
-        for name, value in output.aux.items():
-            if name.startswith("loss/"):
-                total = total + value
+        for layer in output.aux:
+            total = total + sum(layer.losses.values())
         return total
 
     return loss

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import archzoo
-from archzoo.block import make_context
+from archzoo.block import Aux, make_context
 
 TOKENS = torch.arange(22).view(2, 11)
 
@@ -127,7 +127,7 @@ class Counts(archzoo.GatedFeedForward):
     def forward(self, x, context):
         y, _ = super().forward(x, context)
         one = torch.ones((), dtype=x.dtype)
-        return y, {"loss/l": 2 * one, "metric/m": 3 * one, "sum/s": 5 * one}
+        return y, Aux({"l": 2 * one}, {"m": 3 * one}, {"s": 5 * one})
 
     def after_step(self, sums):
         self.got = {name: float(value) for name, value in sums.items()}
@@ -138,12 +138,9 @@ def test_losses_and_sums_add_up_over_the_runs_and_metrics_are_averaged():
     for block in model.blocks:
         block.feed_forward = Counts(model.dim, model.width).double()
     _, _, aux = model.hidden(TOKENS, free_loops=1)
-    want = {"loss/l": 4, "metric/m": 3, "sum/s": 10}
-    assert {name: float(v) for name, v in aux.items()} == {
-        f"{name}/{layer}": value for name, value in want.items() for layer in range(2)
-    }
-    model.after_step({name: value for name, value in aux.items() if name.startswith("sum/")})
-    assert [block.feed_forward.got for block in model.blocks] == [{"sum/s": 10}] * 2
+    assert aux == [Aux({"l": 4}, {"m": 3}, {"s": 10})] * 2
+    model.after_step([layer.sums for layer in aux])
+    assert [block.feed_forward.got for block in model.blocks] == [{"s": 10}] * 2
 
 
 def test_recomputing_blocks_changes_no_gradient():

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import archzoo
 from archzoo import contract
-from archzoo.block import FORMS, make_context
+from archzoo.block import FORMS, Aux, make_context
 from archzoo.contract import relative_error
 from archzoo.feedforward import moe
 from archzoo.feedforward.moe import (
@@ -261,7 +261,7 @@ def test_mixed_precision_takes_the_fused_way(monkeypatch):
     assert not called
     with torch.autocast("cpu", torch.bfloat16):
         got, aux = mixture(x, context)
-        (got.square().mean() + aux["loss/balance"]).backward()
+        (got.square().mean() + aux.losses["balance"]).backward()
     assert called == [(torch.bfloat16, torch.bfloat16, torch.int32)] * 2
     assert got.dtype == torch.float32
     assert relative_error(got, want) < 2e-2
@@ -278,7 +278,7 @@ def test_the_fused_way_asks_no_device_for_a_number():
     x = torch.empty(2, 20, 32, device="meta", dtype=torch.bfloat16)
     for given in (None, documents):
         y, aux = mixture(x, make_context(2, 20, documents=given, device="meta")[0])
-        assert y.device.type == "meta" and aux["loss/balance"].dim() == 0
+        assert y.device.type == "meta" and aux.losses["balance"].dim() == 0
 
 
 def test_the_same_bits_every_time():
@@ -310,7 +310,7 @@ def test_permuting_experts_with_their_routers_rows_changes_nothing(router):
     x, context = torch.randn(2, 9, 16, dtype=DOUBLE), make_context(2, 9)[0]
     (y, aux), (want, wanted) = other(x, context), mixture(x, context)
     assert relative_error(y, want) < 1e-12
-    assert torch.equal(aux["sum/assignments"], wanted["sum/assignments"][order])
+    assert torch.equal(aux.sums["assignments"], wanted.sums["assignments"][order])
 
 
 def test_equal_experts_are_one_dense_feed_forward():
@@ -352,7 +352,7 @@ def test_dropping_everything_leaves_shared_experts_alone():
     first = {chosen.index(expert) for expert in set(chosen)}  # one place for each expert
     for t in range(12):
         assert (y[0, t].abs().max() > 0) == (t in first)
-    assert aux["sum/dropped"] == 12 - len(first)
+    assert aux.sums["dropped"] == 12 - len(first)
     whole, _ = mixture.eval()(x, context)
     for t in first:
         assert torch.allclose(whole[0, t], y[0, t], atol=1e-6)
@@ -363,7 +363,7 @@ def test_room_for_all_drops_nothing():
     mixture = MixtureOfExperts(16, 8, experts=4, drop="position", capacity_factor=4.0)
     x, context = torch.randn(2, 12, 16), make_context(2, 12)[0]
     y, aux = mixture(x, context)
-    assert aux["sum/dropped"] == 0
+    assert aux.sums["dropped"] == 0
     assert torch.equal(y, mixture.eval()(x, context)[0])
 
 
@@ -371,8 +371,8 @@ def test_decoding_pays_for_no_statistics():
     mixture = MixtureOfExperts(16, 8).eval()
     x, context = torch.randn(2, 1, 16), make_context(2, 1)[0]
     with torch.no_grad():
-        assert mixture(x, context)[1] == {}
-        assert mixture.train()(x, context)[1]
+        assert mixture(x, context)[1] == Aux()
+        assert mixture.train()(x, context)[1].sums
 
 
 @pytest.mark.parametrize("name", ["yuan_micro", "skywork_micro"])
@@ -410,13 +410,13 @@ def test_recomputing_blocks_changes_neither_gradients_nor_counts(name, part):
             name, feed_forward=part, activation_checkpointing=recompute
         ).train()
         output = net(tokens)
-        pools = {key: value for key, value in output.aux.items() if key.startswith("pool/")}
-        assert bool(pools) == (part is not None)
-        losses = (output.aux | net.pooled_losses(pools)).items()
-        losses = [value for key, value in losses if key.startswith("loss/")]
+        pools = [layer.pools for layer in output.aux]
+        assert all(bool(mine) == (part is not None) for mine in pools)
+        layers = output.aux + net.pooled_losses(pools)
+        losses = [value for layer in layers for value in layer.losses.values()]
         loss = output.logits.square().mean() + sum(losses)
         loss.backward()
-        counts = {k: v for k, v in output.aux.items() if k.startswith("sum/")}
+        counts = dict(enumerate(layer.sums["assignments"] for layer in output.aux))
         runs.append((loss, counts, [p.grad for p in net.parameters()]))
     (loss, counts, gradients), (again, recounted, regradients) = runs
     assert torch.equal(loss, again)
@@ -515,9 +515,13 @@ def test_a_run_moves_its_biases_and_resumes_them(tmp_path, monkeypatch):
     biases = [value for name, value in saved[0].items() if name.endswith("expert_bias")]
     assert len(biases) == 2 and all(bias.abs().max() > 0 for bias in biases)
     header = (tmp_path / "runs/whole/metrics.csv").read_text().splitlines()[0]
-    for layer in range(2):
-        for name in ("coefficient", "drop_rate", "max_violation", "entropy", "max1_max2"):
-            assert f"train/metric/{name}/{layer}" in header
+    metrics = "balance coefficient max_violation entropy unused drop_rate max1_max2 max2_max3"
+    assert {column for column in header.split(",") if column[-2:] in ("/0", "/1")} == {
+        f"train/{kind}/{name}/{layer}"
+        for kind, names in {"loss": "balance", "metric": metrics}.items()
+        for name in names.split()
+        for layer in range(2)
+    }
 
 
 @pytest.mark.parametrize(
@@ -576,11 +580,11 @@ for _ in range(3):
     optimizer.zero_grad()
     y.square().mean().backward()  # without the loss that is convex in the tokens of a rank
     optimizer.step()
-    counts = aux["sum/assignments"]
+    counts = aux.sums["assignments"]
     chosen |= set(counts.nonzero().flatten().tolist())
     if ranks > 1:
         dist.all_reduce(counts)
-    mixture.after_step({"sum/assignments": counts})
+    mixture.after_step({"assignments": counts})
 torch.save({"state": mixture.state_dict(), "chosen": sorted(chosen)}, f"{path}.{ranks}.{rank}")
 """
 

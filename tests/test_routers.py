@@ -270,11 +270,11 @@ def test_the_bias_moves_the_choice_and_not_the_weights():
 
 def test_the_bias_steps_towards_even_load():
     router = LinearRouter(16, 4, bias_rate=0.25)
-    router.after_step({"sum/assignments": torch.tensor([10, 4, 6, 4])})
+    router.after_step({"assignments": torch.tensor([10, 4, 6, 4])})
     # By -1, 1, 0 and 1 quarters, less their mean, which would only drift.
     want = torch.tensor([-0.3125, 0.1875, -0.0625, 0.1875])
     assert torch.equal(router.expert_bias, want)
-    router.after_step({"sum/assignments": torch.tensor([6, 6, 6, 6])})
+    router.after_step({"assignments": torch.tensor([6, 6, 6, 6])})
     assert torch.equal(router.expert_bias, want)
 
 
@@ -289,7 +289,7 @@ def test_the_bias_evens_out_a_lopsided_router():
         with torch.no_grad():
             counts = route(router, x).indices.flatten().bincount(minlength=8)
         spread.append(counts.max().item() / 100 - 1)
-        router.after_step({"sum/assignments": counts})
+        router.after_step({"assignments": counts})
     assert spread[0] > 0.7 and spread[-1] < 0.2
 
 

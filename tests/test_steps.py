@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from archzoo import block as interface
-from archzoo.block import FeedForward
+from archzoo.block import Aux, FeedForward
 from archzoo.tasks.stream import IGNORED
 from archzoo.training.module import LanguageModel
 from archzoo.training.progressive import passes
@@ -87,7 +87,8 @@ def by_hand(model, batches, each=EACH):
     net, found, state = model.double().net, [], None
     names, weights = zip(*net.named_parameters(), strict=True)
     for taken, first in enumerate(range(0, len(batches), each)):
-        step, losses, count, sums = batches[first : first + each], 0, 0, {}
+        step, losses, count = batches[first : first + each], 0, 0
+        sums = [{} for _ in range(net.depth)]
         for batch in step:
             tokens, labels = batch["tokens"], batch["labels"]
             asked = int((labels != IGNORED).sum())
@@ -102,18 +103,18 @@ def by_hand(model, batches, each=EACH):
                 x, after, aux = net.hidden(
                     tokens, state, batch.get("documents"), loops=loops, free_loops=free
                 )
-                pools = {name: v for name, v in aux.items() if name.startswith("pool/")}
-                aux |= net.pooled_losses(pools)
+                pooled = net.pooled_losses([layer.pools for layer in aux])
                 loss = F.cross_entropy(
                     net.head(x).flatten(0, 1),
                     labels.flatten(),
                     ignore_index=IGNORED,
                     reduction="sum",
                 )
-                extra = sum(value for name, value in aux.items() if name.startswith("loss/"))
+                extra = sum(value for layer in aux + pooled for value in layer.losses.values())
                 losses = losses + share * (loss + asked * extra)
-                for name in (name for name in aux if name.startswith("sum/")):
-                    sums[name] = sums.get(name, 0) + aux[name]
+                for mine, layer in zip(sums, aux, strict=True):
+                    for name, value in layer.sums.items():
+                        mine[name] = mine.get(name, 0) + value
             state = None if after is None else interface.detach(after)
         grads = torch.autograd.grad(losses / count, weights)
         found.append(dict(zip(names, grads, strict=True)))
@@ -241,7 +242,7 @@ def test_an_accumulation_that_was_given_up_leaves_nothing_behind():
     model.net.after_step = lambda sums: (given.append(sums), after(sums))
     trainer.fit(model, loader(batches))
     valid = sum(int((batch["documents"] >= 0).sum()) for batch in batches[:EACH])
-    assert given[0]["sum/assignments/0"].sum() == 2 * valid
+    assert given[0][0]["assignments"].sum() == 2 * valid
     assert_same(seen.found[:2], by_hand(make(feed_forward=feed_forward), batches))
 
 
@@ -281,7 +282,7 @@ class Counting(FeedForward):
         self.taken = 0
 
     def forward(self, x, context):
-        return x * self.weight, {"sum/rows": torch.tensor(x.shape[0])}
+        return x * self.weight, Aux(sums={"rows": torch.tensor(x.shape[0])})
 
     def after_step(self, sums):
         self.taken += 1

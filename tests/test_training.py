@@ -15,7 +15,7 @@ from torch.nn.utils import parameters_to_vector
 
 import archzoo
 from archzoo import block as interface
-from archzoo.block import FeedForward
+from archzoo.block import Aux, FeedForward
 from archzoo.tasks import Addition, Text
 from archzoo.tasks.stream import IGNORED
 from archzoo.training import optim
@@ -290,29 +290,31 @@ class Bookkeeper(FeedForward):
         self.given = []
 
     def forward(self, x, context):
-        aux = {
-            "loss/pull": 0.5 * self.weight.sum(),
-            "metric/tokens": context.valid.sum().float(),
-            "sum/rows": torch.tensor(float(x.shape[0])),
-        }
+        aux = Aux(
+            losses={"pull": 0.5 * self.weight.sum()},
+            metrics={"tokens": context.valid.sum().float()},
+            sums={"rows": torch.tensor(float(x.shape[0]))},
+        )
         return x * self.weight, aux
 
     def after_step(self, sums):
         self.given.append({name: value.item() for name, value in sums.items()})
 
 
-def test_aux_goes_where_its_name_says(tmp_path):
+def test_aux_goes_where_its_kind_says(tmp_path):
     task = addition(batch_size=5)
     model = LanguageModel("retnet_micro", feed_forward=Bookkeeper, weight_decay=0.0)
     make_trainer(tmp_path, max_steps=2, accumulate_grad_batches=3).fit(model, task)
     for block in model.net.blocks:
-        assert block.feed_forward.given == [{"sum/rows": 15.0}] * 2  # once a step, summed over it
+        assert block.feed_forward.given == [{"rows": 15.0}] * 2  # once a step, summed over it
     rows = [row for row in log(tmp_path) if row["train/loss"]]
     valid = [(task.train_dataloader().batch(n)["documents"] >= 0).sum() for n in range(6)]
     for step, row in enumerate(rows):
         mean = sum(valid[3 * step : 3 * step + 3]) / 3
         assert float(row["train/metric/tokens/0"]) == pytest.approx(mean.item())
-        assert "train/sum/rows/0" not in row
+        assert {name for name in row if name[-2:] in ("/0", "/1")} == {
+            f"train/{name}/{layer}" for name in ("loss/pull", "metric/tokens") for layer in (0, 1)
+        }
     assert float(rows[0]["train/loss/pull/1"]) == pytest.approx(0.5 * 32)
     # The loss that is logged is the model's own; the pull is in the gradient.
     loss = model.training_step(task.train_dataloader().batch(0), 0)

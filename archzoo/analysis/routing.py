@@ -83,7 +83,7 @@ def examine(decoder: Decoder, batches: Iterable[dict[str, Tensor]]) -> list[Laye
         kind = decoder.config["feed_forward"]["class_path"]
         raise ValueError(f"this model has no router: its feed-forward is {kind}")
     counts: dict[int, Tensor] = {}
-    ratios: dict[str, float] = {}
+    ratios: dict[tuple[int, str], float] = {}
     # Statistics come where gradients are on; no parameter wants one, so nothing is kept for them.
     decoder.eval().requires_grad_(False)
     with torch.enable_grad():
@@ -95,12 +95,13 @@ def examine(decoder: Decoder, batches: Iterable[dict[str, Tensor]]) -> list[Laye
                 positions=batch.get("positions"),
             )
             for layer in mixtures:
-                new = aux[f"sum/assignments/{layer}"]
+                new = aux[layer].sums["assignments"]
                 counts[layer] = counts.get(layer, torch.zeros_like(new)) + new
                 for name in ("max1_max2", "max2_max3"):
-                    key = f"metric/{name}/{layer}"
-                    if key in aux:  # means over tokens, so they weigh by tokens
-                        ratios[key] = ratios.get(key, 0.0) + aux[key].item() * int(new.sum())
+                    mean = aux[layer].metrics.get(name)
+                    if mean is not None:  # over tokens, so it weighs by tokens
+                        before = ratios.get((layer, name), 0.0)
+                        ratios[layer, name] = before + mean.item() * int(new.sum())
     if not counts:
         raise ValueError("there is no batch to look at: take at least 1")
     layers = []
@@ -110,7 +111,7 @@ def examine(decoder: Decoder, batches: Iterable[dict[str, Tensor]]) -> list[Laye
         share = shares(mine, dtype=torch.float64)
         values = {name: value.item() for name, value in load_metrics(share).items()}
         for name in ("max1_max2", "max2_max3"):
-            if (found := ratios.get(f"metric/{name}/{layer}")) is not None:
+            if (found := ratios.get((layer, name))) is not None:
                 values[name] = found / total
         rate = virtual_drop_rate(mine, balance.capacity_factor, dtype=torch.float64)
         values["drop_rate"] = rate.item()

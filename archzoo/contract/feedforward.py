@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from archzoo import block as interface
+from archzoo.block import Aux, FeedForward
 from archzoo.contract.measure import (
     VALUES,
     Violation,
@@ -26,17 +28,17 @@ from archzoo.feedforward.moe import MixtureOfExperts
 
 
 def feed_forward_interface(subject: Subject) -> str:
-    """Y has the shape and dtype of x; aux is a dict of tensors with known prefixes."""
+    """Y has the shape and dtype of x; aux is an `Aux` of tensors, or {}."""
     part = subject.make(torch.float32)
     x = subject.draw(BATCH, 7, subject.dim, dtype=torch.float32)
     before = x.clone()
     given = part(x, context_of(x)[0])
-    if not (isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], dict)):
+    if not (isinstance(given, tuple) and len(given) == 2):
         raise Violation(
-            f"forward returns a {type(given).__name__}: it must return y and a dict, {{}} where "
+            f"forward returns a {type(given).__name__}: it must return y and an Aux, or {{}} where "
             "there is nothing to say"
         )
-    y, aux = given
+    y, aux = given[0], _aux(part, given[1])
     if y.shape != x.shape or y.dtype != x.dtype:
         raise Violation(
             f"{tuple(y.shape)} {y.dtype} from {tuple(x.shape)} {x.dtype}: y has the shape and "
@@ -45,24 +47,36 @@ def feed_forward_interface(subject: Subject) -> str:
     expect_untouched(x, before, "x")
     if (dtype := subject.make()(x.double(), context_of(x)[0])[0].dtype) != torch.float64:
         raise Violation(f"{dtype} from torch.float64: y has the dtype of x")
-    for name, value in aux.items():
-        if name.split("/")[0] not in ("loss", "metric", "sum", "pool") or "/" not in name:
-            raise Violation(f"aux entry {name!r}: names begin with loss/, metric/, sum/ or pool/")
+    for kind, name, value in _entries(aux):
+        entry = f"aux's {kind} entry {name!r}"
         if not isinstance(value, Tensor):
-            raise Violation(f"aux entry {name!r} is a {type(value).__name__}, not a tensor")
-        if not name.startswith(("sum/", "pool/")) and value.dim():
-            raise Violation(f"aux entry {name!r} has shape {tuple(value.shape)}, must be a scalar")
+            raise Violation(f"{entry} is a {type(value).__name__}, not a tensor")
+        if kind in ("losses", "metrics") and value.dim():
+            raise Violation(f"{entry} has shape {tuple(value.shape)}, must be a scalar")
         if not value.isfinite().all():
-            raise Violation(f"aux entry {name!r} is not finite")
-        if not name.startswith(("loss/", "pool/")) and value.requires_grad:
-            raise Violation(f"aux entry {name!r} carries a gradient: only loss/ and pool/ do")
-    sums = {name: value for name, value in aux.items() if name.startswith("sum/")}
-    part.after_step(sums)
-    pools = {name: value for name, value in aux.items() if name.startswith("pool/")}
-    for name in part.pooled_losses(pools):
-        if name.split("/")[0] not in ("loss", "metric"):
-            raise Violation(f"pooled_losses gives {name!r}: names begin with loss/ or metric/")
-    return f"y as x; aux: {', '.join(aux) or 'empty'}"
+            raise Violation(f"{entry} is not finite")
+        if kind in ("metrics", "sums") and value.requires_grad:
+            raise Violation(f"{entry} carries a gradient: only losses and pools do")
+    part.after_step(aux.sums)
+    more = _aux(part, part.pooled_losses(aux.pools))
+    if more.sums or more.pools:
+        raise Violation("pooled_losses gives sums or pools: it must give losses and metrics alone")
+    said = ", ".join(f"{kind} {name}" for kind, name, _ in _entries(aux))
+    return f"y as x; aux: {said or 'empty'}"
+
+
+def _aux(part: FeedForward, given: Any) -> Aux:
+    """What a feed-forward says beside, or the rule that it breaks."""
+    try:
+        return interface.check_aux(part, given)
+    except TypeError as error:
+        raise Violation(str(error)) from None
+
+
+def _entries(aux: Aux) -> list[tuple[str, str, Any]]:
+    """All of an aux: (kind, name, value)."""
+    kinds = ("losses", "metrics", "sums", "pools")
+    return [(kind, *entry) for kind in kinds for entry in getattr(aux, kind).items()]
 
 
 def feed_forward_tokens(subject: Subject) -> str:
@@ -85,9 +99,10 @@ def feed_forward_tokens(subject: Subject) -> str:
         trimmed, want = part(x[:, 2:7], context_of(x[:, 2:7])[0])
         what = "tokens beside padding against the same without"
         error = max(error, expect_same(padded[:, 2:7], trimmed, VALUES[torch.float64], what))
-        for name, value in want.items():
-            what = f"aux entry {name!r} with padding against without: padding is not counted"
-            error = max(error, expect_same(counts[name], value, VALUES[torch.float64], what))
+        for kind, name, value in _entries(_aux(part, want)):
+            counted = getattr(_aux(part, counts), kind)[name]
+            what = f"aux's {kind} entry {name!r} with padding or without: padding is not counted"
+            error = max(error, expect_same(counted, value, VALUES[torch.float64], what))
     return f"float64 {error:.0e}; gradient to other tokens exactly 0"
 
 
@@ -99,7 +114,8 @@ def feed_forward_gradients(subject: Subject) -> str:
     error = expect_true_gradient(lambda x: part(x, context)[0], part, x, subject)
     many = subject.draw(BATCH, 100, subject.dim)  # so that every expert of a mixture has some
     y, aux = part(many, context_of(many)[0])
-    losses = [value.sum() for name, value in aux.items() if name.startswith(("loss/", "pool/"))]
+    aux = _aux(part, aux)
+    losses = [value.sum() for value in (*aux.losses.values(), *aux.pools.values())]
     expect_live_weights(part, y.square().sum() + sum(losses, torch.zeros(())))
     return f"against a finite difference {error:.0e}; every weight has one"
 
@@ -235,11 +251,11 @@ def router_after_step(subject: Subject) -> str:
     loads = torch.randint(100, (4, experts), generator=subject.generator)
     given = loads.clone()
     for load in given[:-1]:
-        router.after_step({"sum/assignments": load})
-        other.after_step({"sum/assignments": load})
+        router.after_step({"assignments": load})
+        other.after_step({"assignments": load})
     fresh = reloaded(router, subject.make(torch.float32))
     for each in (router, other, fresh):
-        each.eval().after_step({"sum/assignments": given[-1]})
+        each.eval().after_step({"assignments": given[-1]})
     if not torch.equal(given, loads):
         raise Violation("after_step writes into sums, which the mixture's balance reads too")
     for name, parameter in router.named_parameters():
@@ -278,6 +294,6 @@ def router_mixture(subject: Subject) -> str:
         what = f"a mixture of top_k={top_k}, tokens beside padding against the same without"
         error = expect_same(padded[:, 2:7], trimmed, VALUES[torch.float64], what)
         worst = max(worst, error)
-        (padded.square().sum() + sum(v for n, v in aux.items() if n.startswith("loss/"))).backward()
-        mixture.after_step({name: v for name, v in aux.items() if name.startswith("sum/")})
+        (padded.square().sum() + sum(aux.losses.values())).backward()
+        mixture.after_step(aux.sums)
     return f"built, run and trained in a mixture, float64 {worst:.0e}"

@@ -188,7 +188,7 @@ def z_loss(raw_logits: Tensor, valid: Tensor | None = None) -> Tensor:
 # ---------------------------------------------------------------------------- what to look at
 
 
-def load_metrics(share: Tensor) -> Aux:
+def load_metrics(share: Tensor) -> dict[str, Tensor]:
     """How even a load f (experts,) is, as scalars.
 
     Returns:
@@ -204,7 +204,7 @@ def load_metrics(share: Tensor) -> Aux:
     }
 
 
-def gate_ratios(probabilities: Tensor, valid: Tensor | None = None) -> Aux:
+def gate_ratios(probabilities: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
     """How sharp a gate is: mean ratios of a token's largest probabilities.
 
     Source: Skywork-MoE, arXiv 2406.06563, whose Max1/Max2 and Max2/Max3 these are.
@@ -240,7 +240,7 @@ class Balance(KeepsFloat32):
     The loss takes the tokens of one micro-batch, on one rank or on all. It is convex in P: the
     smaller these pieces, the larger its mean over them, and the stronger its pull. Over all ranks
     it is the loss of their tokens together, however many ranks share them: the sums that it is
-    made of are handed out as ``pool/...``, added up outside, and come back to `pooled_losses`.
+    made of are handed out as `Aux.pools`, added up outside, and come back to `pooled_losses`.
 
     Args:
         experts: How many there are.
@@ -299,26 +299,20 @@ class Balance(KeepsFloat32):
             kept: (tokens, k) bool, what was not dropped; None: nothing was.
         """
         valid = context.valid.flatten() if context.packed else None
-        assignments, total, aux, seen = self._load(routing, valid)
+        assignments, total, aux = self._load(routing, valid)
         if self.over == "ranks":
-            aux = self._pools(routing, assignments, valid)
+            aux.pools = self._pools(routing, assignments, valid)
         elif self.z_coefficient:
-            aux["loss/z"] = self.z_coefficient * z_loss(routing.raw_logits, valid)
-        dropped = None
+            aux.losses["z"] = self.z_coefficient * z_loss(routing.raw_logits, valid)
+        aux.sums["assignments"] = assignments
         if kept is not None:
-            dropped = total - kept.sum()
+            aux.sums["dropped"] = dropped = total - kept.sum()
             dtype = routing.probabilities.dtype
-            seen["drop_rate"] = dropped.to(dtype) / at_least_1(total)
-        aux |= {f"metric/{name}": value for name, value in seen.items()}
-        aux["sum/assignments"] = assignments
-        if dropped is not None:
-            aux["sum/dropped"] = dropped
+            aux.metrics["drop_rate"] = dropped.to(dtype) / at_least_1(total)
         return aux
 
-    def _load(
-        self, routing: Routing, valid: Tensor | None
-    ) -> tuple[Tensor, Tensor | int, Aux, Aux]:
-        """The assignments, their sum, the balancing loss with its kin, and what one looks at."""
+    def _load(self, routing: Routing, valid: Tensor | None) -> tuple[Tensor, Tensor | int, Aux]:
+        """The assignments, their sum, and the balancing loss with the metrics."""
         kind = self.kind if self.over == "rank" else "none"
         probabilities, indices = routing.probabilities, routing.indices
         by_kernels = fused(probabilities) and probabilities.dtype == torch.float32
@@ -329,22 +323,24 @@ class Balance(KeepsFloat32):
             assignments, loss, seen = summarise_load(
                 probabilities, indices, kind, coefficient, room
             )
-            aux: Aux = {}
+            aux = Aux()
             if loss is not None:
-                aux["loss/balance"] = loss
+                aux.losses["balance"] = loss
                 if self.adaptive:
-                    aux["metric/coefficient"] = self.alpha.clone()
-            return assignments, total, aux, seen
+                    aux.metrics["coefficient"] = self.alpha.clone()
+            aux.metrics |= seen
+            return assignments, total, aux
         assignments = count_assignments(indices, self.experts, valid)
         every: Tensor | int = indices.numel() if valid is None else assignments.sum()
         mean = None if kind == "none" else mean_over_tokens(probabilities, valid)
         share = shares(assignments, every, probabilities.dtype)
-        seen = load_metrics(share)
-        seen["drop_rate"] = virtual_drop_rate(
+        aux = self._losses(self._loss(mean, share), None)
+        aux.metrics |= load_metrics(share)
+        aux.metrics["drop_rate"] = virtual_drop_rate(
             assignments, self.capacity_factor, every, probabilities.dtype
         )
-        seen |= gate_ratios(probabilities.detach(), valid)
-        return assignments, every, self._losses(self._loss(mean, share), None), seen
+        aux.metrics |= gate_ratios(probabilities.detach(), valid)
+        return assignments, every, aux
 
     def _loss(self, mean: Tensor | None, share: Tensor) -> Tensor | None:
         if mean is None:
@@ -353,42 +349,44 @@ class Balance(KeepsFloat32):
 
     def _losses(self, loss: Tensor | None, z: Tensor | None) -> Aux:
         """The losses by their coefficients, and what is logged of them."""
-        aux: Aux = {}
+        aux = Aux()
         if loss is not None:
             # A copy: the backward pass must not see the coefficient of the step after.
             alpha = self.alpha.clone() if self.adaptive else self.largest
-            aux["loss/balance"] = alpha * loss
-            aux["metric/balance"] = loss.detach()
+            aux.losses["balance"] = alpha * loss
+            aux.metrics["balance"] = loss.detach()
             if self.adaptive:
-                aux["metric/coefficient"] = self.alpha.clone()
+                aux.metrics["coefficient"] = self.alpha.clone()
         if z is not None:
-            aux["loss/z"] = self.z_coefficient * z
+            aux.losses["z"] = self.z_coefficient * z
         return aux
 
-    def _pools(self, routing: Routing, assignments: Tensor, valid: Tensor | None) -> Aux:
+    def _pools(
+        self, routing: Routing, assignments: Tensor, valid: Tensor | None
+    ) -> dict[str, Tensor]:
         """Sums over this rank's tokens, of which all ranks' together make the losses."""
         like = routing.probabilities
         tokens = len(like) if valid is None else valid.sum()
-        aux = {"pool/tokens": torch.as_tensor(tokens, device=like.device, dtype=like.dtype)}
+        pools = {"tokens": torch.as_tensor(tokens, device=like.device, dtype=like.dtype)}
         if self.kind != "none":
-            aux["pool/probabilities"] = sum_over_tokens(like, valid)
-            aux["pool/assignments"] = assignments.to(like.dtype)
+            pools["probabilities"] = sum_over_tokens(like, valid)
+            pools["assignments"] = assignments.to(like.dtype)
         if self.z_coefficient:
             squares = routing.raw_logits.logsumexp(dim=-1).square()
-            aux["pool/z"] = sum_over_tokens(squares, valid)
-        return aux
+            pools["z"] = sum_over_tokens(squares, valid)
+        return pools
 
-    def pooled_losses(self, pools: Aux) -> Aux:
+    def pooled_losses(self, pools: dict[str, Tensor]) -> Aux:
         """The losses of all ranks' tokens, from their sums."""
         if not pools:
-            return {}
-        tokens = pools["pool/tokens"].clamp(min=1)
+            return Aux()
+        tokens = pools["tokens"].clamp(min=1)
         loss = z = None
         if self.kind != "none":
-            share = shares(pools["pool/assignments"], dtype=tokens.dtype)
-            loss = self._loss(pools["pool/probabilities"] / tokens, share)
+            share = shares(pools["assignments"], dtype=tokens.dtype)
+            loss = self._loss(pools["probabilities"] / tokens, share)
         if self.z_coefficient:
-            z = pools["pool/z"] / tokens
+            z = pools["z"] / tokens
         return self._losses(loss, z)
 
     def after_step(self, assignments: Tensor, dropped: Tensor | None = None) -> None:

@@ -48,7 +48,7 @@ class GatedFeedForward(FeedForward):
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Aux]:
         """X (batch, time, dim) to y of the same shape; aux is empty."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(self.activation(gate) * up), {}
+        return self.down(self.activation(gate) * up), Aux()
 
 
 class PlainFeedForward(FeedForward):
@@ -73,4 +73,4 @@ class PlainFeedForward(FeedForward):
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Aux]:
         """X (batch, time, dim) to y of the same shape; aux is empty."""
-        return self.down(self.activation(self.up(x))), {}
+        return self.down(self.activation(self.up(x))), Aux()

@@ -311,19 +311,19 @@ class MixtureOfExperts(FeedForward):
         if self.shared is not None:
             y = y + self.shared(x, context)[0]
         if not (self.training or torch.is_grad_enabled()):
-            return y, {}
+            return y, Aux()
         aux = self.balance(routing, context, kept)
         if self.watch_similarity:
-            aux["metric/similarity"] = self.experts.similarity()
+            aux.metrics["similarity"] = self.experts.similarity()
         return y, aux
 
-    def pooled_losses(self, pools: Aux) -> Aux:
+    def pooled_losses(self, pools: dict[str, Tensor]) -> Aux:
         """The balancing losses of all ranks' tokens."""
         return self.balance.pooled_losses(pools)
 
-    def after_step(self, sums: Aux) -> None:
+    def after_step(self, sums: dict[str, Tensor]) -> None:
         """Move the coefficient, and what the router moves, by the counts of an optimizer step."""
-        self.balance.after_step(sums["sum/assignments"], sums.get("sum/dropped"))
+        self.balance.after_step(sums["assignments"], sums.get("dropped"))
         self.router.after_step(sums)
 
 

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from archzoo.block import Aux, Router, Routing
+from archzoo.block import Router, Routing
 from archzoo.documents import Context
 from archzoo.kernels.routers import attend_experts, choose, project
 from archzoo.numerics import KeepsFloat32, at_least_float32, without_autocast
@@ -140,16 +140,16 @@ class TopKRouter(KeepsFloat32, Router, ABC):
             )
         return Routing(weights, indices, probabilities, raw, again if x.dtype == given else None)
 
-    def after_step(self, sums: Aux) -> None:
+    def after_step(self, sums: dict[str, Tensor]) -> None:
         """Move the experts' bias towards even load: ``b_j += rate * sign(mean(c) - c_j)``.
 
         The mean of the step is taken off: it would change no choice, and only drift.
 
         Args:
-            sums: Its mixture's, of which ``sum/assignments`` is c.
+            sums: Its mixture's, of which ``assignments`` is c.
         """
         if self.bias_rate:
-            assignments = sums["sum/assignments"]
+            assignments = sums["assignments"]
             short = assignments.sum() - self.experts * assignments  # in whole numbers: exact
             step = short.sign().to(self.expert_bias)
             self.expert_bias.add_(step - step.mean(), alpha=self.bias_rate)

@@ -7,8 +7,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, Literal, TypeVar
 
 import lightning
 import torch
@@ -37,6 +37,9 @@ MATCHED = 0.01
 SIZES = ("vocab_size", "dim", "depth", "heads", "tie_weights", "context_length")
 HARMLESS = ("context_length", "dropout", "init_std", "activation_checkpointing")
 
+Key = TypeVar("Key", bound=Hashable)
+ByLayer = dict[tuple[int, str], Tensor]  # entries of aux, by layer and name
+
 
 class LanguageModel(lightning.LightningModule):
     """A decoder and how it is trained.
@@ -49,7 +52,7 @@ class LanguageModel(lightning.LightningModule):
     in nats, where a piece is what one rank sees of one micro-batch, n_piece its labelled tokens
     and N those of all pieces of the step, however many micro-batches an epoch's end leaves it.
     So the first term is that of the whole batch, however it is cut into micro-batches and ranks;
-    both cuts are one and the same. An aux loss (``loss/...`` of the decoder's aux) is its mean
+    both cuts are one and the same. An aux loss (of a layer's `Aux.losses`) is its mean
     over the pieces by their labelled tokens. For one that is itself a mean over tokens, as the
     z-loss, that is the whole batch's where the same share of tokens is labelled in each piece. A
     balancing loss is not linear in the tokens: cut into pieces it is another one (see `Balance`),
@@ -132,7 +135,7 @@ class LanguageModel(lightning.LightningModule):
         self.latest: dict[str, float] = {}
         self._totals: dict[str, Tensor] = {}  # sums since the last row of the log
         self._alike: tuple[tuple[str, ...], Tensor, Tensor] | None = None  # the same, in one tensor
-        self._sums: Aux = {}  # "sum/..." entries since the last optimizer step
+        self._sums: ByLayer = {}  # of aux, since the last optimizer step
         self._labelled: Tensor | None = None  # tokens of all ranks since the last optimizer step
         self._scale: Tensor | None = None  # what the losses since then were divided by
         self._skipped = 0  # optimizer steps that changed nothing, for a gradient overflowed
@@ -317,7 +320,7 @@ class LanguageModel(lightning.LightningModule):
 
     def _hidden(
         self, batch: Batch, split: str, loops: int | None = None, free_loops: int = 0
-    ) -> tuple[Tensor, Aux]:
+    ) -> tuple[Tensor, list[Aux]]:
         """Vectors before the head, (batch, time, dim), and aux; carries the state of a split."""
         tokens = batch["tokens"]
         state = self._state(batch["continues"], split) if "continues" in batch else None
@@ -371,18 +374,13 @@ class LanguageModel(lightning.LightningModule):
             loss = loss + total * ranks / self._scale
             self._count("loss", total, asked, weight)
             for found, tokens in ((aux, ranks * asked), (pooled, everywhere)):
-                values = [value for name, value in found.items() if name.startswith("loss/")]
+                values = [value for layer in found for value in layer.losses.values()]
                 if values:
                     share = tokens.to(total.dtype) / self._scale
                     loss = loss + weight * share * torch.stack(values).sum()
-            scalars: Aux = {}
-            for name, value in (aux | pooled).items():
-                kind = name.partition("/")[0]
-                if kind == "sum":
-                    self._sums[name] = self._sums.get(name, 0) + value.detach()
-                elif kind != "pool":
-                    scalars[name] = value.detach()
-            self._count_alike(scalars)
+            for key, value in _by_layer(layer.sums for layer in aux).items():
+                self._sums[key] = self._sums.get(key, 0) + value.detach()
+            self._count_alike(scalars(aux) | scalars(pooled))
         documents = batch.get("documents")
         seen = labels.numel() if documents is None else (documents >= 0).sum()
         self._count("tokens", torch.as_tensor(seen, device=self.device))
@@ -414,18 +412,18 @@ class LanguageModel(lightning.LightningModule):
         """Optimizer steps that changed the weights: all but those that loss scaling skipped."""
         return self.trainer.global_step - self._skipped
 
-    def _pooled_losses(self, aux: Aux) -> Aux:
+    def _pooled_losses(self, aux: list[Aux]) -> list[Aux]:
         """The losses of all ranks' tokens, from the sums that each rank hands out.
 
         Their value is the same everywhere. Gradients are averaged over ranks later on, so each
         rank's part of a sum is scaled for the mean to be the gradient of all tokens together.
         """
-        mine = {name: value for name, value in aux.items() if name.startswith("pool/")}
+        mine = _by_layer(layer.pools for layer in aux)
         ranks = self.trainer.world_size
-        ours = self._all_over_ranks({name: value.detach() for name, value in mine.items()})
-        for name, value in mine.items():
-            ours[name] = ours[name] + ranks * (value - value.detach())
-        return self.net.pooled_losses(ours) if ours else {}
+        ours = self._all_over_ranks({key: value.detach() for key, value in mine.items()})
+        for key, value in mine.items():
+            ours[key] = ours[key] + ranks * (value - value.detach())
+        return self.net.pooled_losses(_layers(ours, self.net.depth)) if ours else []
 
     def _count(
         self, name: str, value: Tensor, weight: Tensor | None = None, times: float = 1.0
@@ -441,7 +439,7 @@ class LanguageModel(lightning.LightningModule):
         before = self._totals.get(name)
         self._totals[name] = entry if before is None else before + entry
 
-    def _count_alike(self, scalars: Aux) -> None:
+    def _count_alike(self, scalars: dict[str, Tensor]) -> None:
         """`_count`, each with weight 1: two operations for all, where one by one took three each.
 
         A mixture logs some ten scalars a layer. They are kept in one tensor until `_settle`.
@@ -556,7 +554,7 @@ class LanguageModel(lightning.LightningModule):
         sums = self._all_over_ranks(self._sums)
         self._sums.clear()
         if self._stepped:
-            self.net.after_step(sums)
+            self.net.after_step(_layers(sums, self.net.depth))
         else:
             self._skipped += 1
         step = self.trainer.global_step + 1
@@ -575,17 +573,17 @@ class LanguageModel(lightning.LightningModule):
         if self._stepped or not by_step:
             super().lr_scheduler_step(scheduler, metric)
 
-    def _all_over_ranks(self, entries: Aux) -> Aux:
+    def _all_over_ranks(self, entries: dict[Key, Tensor]) -> dict[Key, Tensor]:
         """Each entry's sum over the ranks: all of one dtype in one go."""
         if self.trainer.world_size == 1:
             return dict(entries)
-        sums: Aux = {}
+        sums: dict[Key, Tensor] = {}
         for dtype in dict.fromkeys(value.dtype for value in entries.values()):  # in equal order
-            alike = {name: value for name, value in entries.items() if value.dtype == dtype}
+            alike = {key: value for key, value in entries.items() if value.dtype == dtype}
             flat = self._over_ranks(torch.cat([value.flatten() for value in alike.values()]))
             parts = flat.split([value.numel() for value in alike.values()])
-            for (name, value), part in zip(alike.items(), parts, strict=True):
-                sums[name] = part.view_as(value)
+            for (key, value), part in zip(alike.items(), parts, strict=True):
+                sums[key] = part.view_as(value)
         return sums
 
     def _over_ranks(self, value: Tensor) -> Tensor:
@@ -896,6 +894,28 @@ class LanguageModel(lightning.LightningModule):
         elif rank:
             fork_random(rank)
         self._clock = time.perf_counter()
+
+
+def scalars(aux: list[Aux]) -> dict[str, Tensor]:
+    """Losses and metrics by their names in the log: loss/NAME/LAYER and metric/NAME/LAYER."""
+    found: dict[str, Tensor] = {}
+    for number, layer in enumerate(aux):
+        for kind, entries in (("loss", layer.losses), ("metric", layer.metrics)):
+            found |= {f"{kind}/{name}/{number}": entry.detach() for name, entry in entries.items()}
+    return found
+
+
+def _by_layer(layers: Iterable[dict[str, Tensor]]) -> ByLayer:
+    """The entries of all layers in one dict, to be added up in one go."""
+    return {(n, name): value for n, mine in enumerate(layers) for name, value in mine.items()}
+
+
+def _layers(entries: ByLayer, depth: int) -> list[dict[str, Tensor]]:
+    """The opposite of `_by_layer`."""
+    layers: list[dict[str, Tensor]] = [{} for _ in range(depth)]
+    for (number, name), value in entries.items():
+        layers[number][name] = value
+    return layers
 
 
 def widest(device: torch.device) -> torch.dtype:
