@@ -147,6 +147,10 @@ class Mixer(nn.Module):
     #: False: the base class resets and holds the state around every step.
     handles_documents = False
 
+    #: Whether an adapter gives the state that every document starts from, in `prefix`.
+    has_prefix = False
+    prefix: nn.ModuleDict
+
     def init_state(
         self,
         batch_size: int,
@@ -165,6 +169,38 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} needs init_state(batch_size, ...)")
 
+    def prefix_shapes(self) -> dict[str, tuple[int, ...]] | None:
+        """What a document can be made to start from: the tensors of the state, without the batch.
+
+        An axis of 0 is one of tokens, as many as a prefix has. None: a mixer that handles documents
+        itself says here and in its forms what it can start from; the base class knows of none.
+        """
+        if self.handles_documents:
+            return None
+        leaves = self.init_state(1, device="meta").items()
+        return {name: tuple(leaf.shape[1:]) for name, leaf in leaves if isinstance(leaf, Tensor)}
+
+    def start_state(self, batch_size: int, **options: Any) -> State:
+        """`init_state`, or the prefix in its place: what the first document starts from.
+
+        A mixer that handles documents puts its prefix in where a document begins.
+        """
+        state = self.init_state(batch_size, **options)
+        if not self.has_prefix or self.handles_documents:
+            return state
+        return state | {
+            name: value.to(state[name]).expand_as(state[name])
+            for name, value in self.learned_prefix().items()
+        }
+
+    def learned_prefix(self) -> dict[str, Tensor]:
+        """The tensors of an adapter's prefix, without a batch; {} without one."""
+        if not self.has_prefix:
+            return {}
+        adapter: Any = next(iter(self.prefix.values()))
+        tensors: dict[str, Tensor] = adapter.prefix()
+        return tensors
+
     def step(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
         """One token, x (batch, 1, dim): the recurrent form. It defines the mixer."""
         raise NotImplementedError(f"{type(self).__name__} needs step(x, state, context)")
@@ -178,7 +214,7 @@ class Mixer(nn.Module):
         for t in range(x.shape[1]):
             here = context.piece(t, t + 1)
             if guarded:
-                fresh = self.init_state(x.shape[0], device=x.device, dtype=x.dtype)
+                fresh = self.start_state(x.shape[0], device=x.device, dtype=x.dtype)
                 state = select_rows(here.starts[:, 0], fresh, state)
                 before = fork(state)
             y, state = self.step(x[:, t : t + 1], state, here)
@@ -190,7 +226,7 @@ class Mixer(nn.Module):
     def chunkwise(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
         """Any time, from any state; state None starts empty. The base class folds `step`."""
         if state is None:
-            state = self.init_state(x.shape[0], device=x.device, dtype=x.dtype)
+            state = self.start_state(x.shape[0], device=x.device, dtype=x.dtype)
         return self.recurrent(x, state, context)
 
     def parallel(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
@@ -216,8 +252,8 @@ class Mixer(nn.Module):
         if form not in FORMS:
             raise ValueError(f"form {form!r} is none of {', '.join(FORMS)}")
         keep = state is not None
-        if form == "recurrent" and not keep:
-            state = self.init_state(x.shape[0], device=x.device, dtype=x.dtype)
+        if not keep and (form == "recurrent" or self.has_prefix):
+            state = self.start_state(x.shape[0], device=x.device, dtype=x.dtype)
         y, state = getattr(self, form)(x, state, context)
         return y, state if keep else None
 
@@ -405,6 +441,9 @@ class Block(nn.Module):
 
 
 def closing(linear: nn.Linear) -> nn.Linear:
-    """Mark the projection that closes a residual branch: the decoder starts it smaller."""
-    linear.closes_residual = True  # type: ignore[assignment]
+    """Mark the last projection of a residual branch: the decoder starts it smaller.
+
+    Deprecated: ``Linear(dim, {"output": dim}, residual_projection=True)`` says it.
+    """
+    linear.residual_projection = True  # type: ignore[assignment]
     return linear

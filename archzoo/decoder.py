@@ -13,12 +13,16 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from archzoo import block as interface
-from archzoo.block import Aux, Bias, Block, Embedding, FeedForward, Mixer, Rotary
+from archzoo.adapters import Adapter, Target
+from archzoo.adapters.attach import adapt, start_adapters
+from archzoo.adapters.prompts import insert_prompts
+from archzoo.block import Aux, Bias, Block, Embedding, FeedForward, Mixer, Rotary, Router
 from archzoo.derivatives import transformed
 from archzoo.documents import Context
 from archzoo.inputs import check_beside, check_state, check_tokens, explain
+from archzoo.linear import Linear
 from archzoo.norm import RMSNorm
-from archzoo.parts import NONE, build, describe
+from archzoo.parts import NONE, Spec, build, describe, describe_adapters
 from archzoo.states import State
 
 MixerFactory = Callable[[int, int], Mixer]
@@ -26,6 +30,8 @@ FeedForwardFactory = Callable[[int, int], FeedForward]
 EmbeddingFactory = Callable[[int, int], Embedding]
 RotaryFactory = Callable[[int], Rotary]
 BiasFactory = Callable[[int], Bias]
+LinearFactory = Callable[[int, dict[str, int]], Linear]
+AdapterFactory = Callable[[Target], Adapter]
 
 
 class Output(NamedTuple):
@@ -64,6 +70,10 @@ class Decoder(nn.Module):
         embedding: Of tokens: built as embedding(vocab_size, dim) [TokenEmbedding].
         rotary: On q and k: built as rotary(head_dim) [each mixer's own]; none: NoRotation.
         bias: On attention's logits: built as bias(heads), or none [none].
+        linear: What every Linear of the mixers and feed-forwards is: built as
+            linear(in_features, blocks); embedding, head and routers keep theirs [Linear].
+        adapter: What alone is trained, beside weights that stay: built as adapter(target) for
+            each target that matches, or several by name: {sums: {class_path: LoRA}} [none].
         norm: "rms" or "layer" ["rms"].
         norm_placement: "pre" (x + f(norm x)) or "post" (norm(x + f(x))) ["pre"].
         norm_eps: Of the norms ["1e-6"].
@@ -87,6 +97,9 @@ class Decoder(nn.Module):
 
     task: dict[str, Any] | None = None
     base: str | None = None
+    #: Whether an adapter puts vectors before the text of every document.
+    has_prompt = False
+    prompt: nn.ModuleDict
 
     def __init__(
         self,
@@ -102,6 +115,8 @@ class Decoder(nn.Module):
         embedding: EmbeddingFactory | None = None,
         rotary: Literal["none"] | RotaryFactory | None = None,
         bias: Literal["none"] | BiasFactory | None = None,
+        linear: LinearFactory | None = None,
+        adapter: AdapterFactory | dict[str, Any] | None = None,
         norm: Literal["rms", "layer"] | None = None,
         norm_placement: Literal["pre", "post"] | None = None,
         norm_eps: float | None = None,
@@ -162,6 +177,8 @@ class Decoder(nn.Module):
             "embedding": describe("embedding", embedding or "TokenEmbedding"),
             "rotary": describe("rotary", rotary) if rotary else None,
             "bias": describe("bias", bias) if bias else None,
+            "linear": describe("linear", linear) if linear else None,
+            "adapter": describe_adapters(adapter) if adapter else None,
             "norm": norm,
             "norm_placement": norm_placement,
             "norm_eps": norm_eps,
@@ -196,9 +213,13 @@ class Decoder(nn.Module):
             norms = (make_norm(), make_norm())
             self.blocks.append(Block(mixed, fed, norms, placement=norm_placement, dropout=dropout))
         self.norm = make_norm() if norm_placement == "pre" else nn.Identity()
-        self.head = nn.Linear(dim, vocab_size, bias=False)
+        if config["linear"]:
+            _replace_linears(self.blocks, config["linear"])
+        self.head = Linear(dim, {"head": vocab_size})
         self.draw_weights()
         self._tie()
+        if config["adapter"]:
+            adapt(self, config["adapter"])
 
     def _tie(self) -> None:
         if self.tie_weights:
@@ -226,18 +247,19 @@ class Decoder(nn.Module):
                 own()
         self.draw_weights()
         self._tie()
+        start_adapters(self)
 
     def draw_weights(self) -> None:
-        """Draw the matrices: N(0, init_std^2), less where a residual branch closes.
+        """Draw the matrices: N(0, init_std^2), less for residual projections.
 
         A module that needs other values sets them itself and carries ``keeps_init = True``.
         """
-        for module in self.modules():
+        for module in _without_adapters(self):
             if getattr(module, "keeps_init", False):
                 continue
             if isinstance(module, nn.Linear):
                 std = self.init_std
-                if getattr(module, "closes_residual", False):
+                if getattr(module, "residual_projection", False):
                     std /= math.sqrt(2 * self.depth * self.loops)
                 # Drawn row by row, so that how a weight lies in memory does not change its values.
                 drawn = torch.empty_like(module.weight, memory_format=torch.contiguous_format)
@@ -263,17 +285,24 @@ class Decoder(nn.Module):
             device: Default: the weights' device.
             dtype: Of activations. Default: the weights' dtype.
         """
-        weight = self.head.weight
-        device, dtype = device or weight.device, dtype or weight.dtype
-
-        def start(part: Any) -> State:  # a mixer or an embedding
-            return part.init_state(batch_size, capacity=capacity, device=device, dtype=dtype)
-
+        device, dtype = device or self.device, dtype or self.dtype
+        options: Any = {"capacity": capacity, "device": device, "dtype": dtype}
+        mixers: list[Any] = [block.mixer for block in self.blocks] * self.loops
         return {
             "place": interface.init_place(batch_size, device),
-            "embedding": start(self.embedding),
-            "blocks": [start(block.mixer) for _ in range(self.loops) for block in self.blocks],
+            "embedding": self.embedding.init_state(batch_size, **options),
+            "blocks": [mixer.start_state(batch_size, **options) for mixer in mixers],
         }
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.head.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.head.device
 
     def hidden(
         self,
@@ -358,6 +387,10 @@ class Decoder(nn.Module):
         x, embedded = self.embedding(tokens, state["embedding"] if keep else None, context)
         if self.dropout:
             x = nn.functional.dropout(x, self.dropout, self.training)
+        text = None  # where the text's own tokens stand, if prompts stand between them
+        if self.has_prompt:
+            adapter: Any = next(iter(self.prompt.values()))
+            x, context, text = insert_prompts(x, context, adapter.prompt())
         embedding = x
         after: list[State] = []
         aux: list[Aux] = []
@@ -370,6 +403,8 @@ class Decoder(nn.Module):
         if loops > 1:
             aux = [_over_loops(aux[layer :: self.depth]) for layer in range(self.depth)]
         state = {"place": place, "embedding": embedded, "blocks": after} if keep else None
+        if text is not None:
+            x = x.gather(1, text[..., None].expand(-1, -1, x.shape[-1]))
         return self.norm(x), state, aux
 
     def _run(
@@ -443,6 +478,8 @@ class Decoder(nn.Module):
 
     def after_step(self, sums: list[dict[str, Tensor]]) -> None:
         """Hand each layer's sums to its feed-forward."""
+        if self.config["adapter"]:  # the base stays, its coefficients and experts' biases too
+            return
         for part, mine in self._with_each_layer(sums, "sums"):
             part.after_step(mine)
 
@@ -498,6 +535,33 @@ def _over_loops(runs: list[Aux]) -> Aux:
                 summed[name] = summed[name] + value if name in summed else value
     whole.metrics = {name: value / len(runs) for name, value in whole.metrics.items()}
     return whole
+
+
+def _without_adapters(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and all it is made of, in the order of `modules`, but for adapters."""
+    if not isinstance(module, Adapter):
+        yield module
+        for child in module.children():
+            yield from _without_adapters(child)
+
+
+def _replace_linears(part: nn.Module, spec: Spec) -> None:
+    """Build every Linear of mixers and feed-forwards as the slot `linear` says."""
+    for name, child in list(part.named_children()):
+        if type(child) is Linear:
+            made = build(
+                "linear",
+                spec,
+                child.in_features,
+                child.blocks,
+                stack=child.stack,
+                bias=child.bias is not None,
+                residual_projection=child.residual_projection,
+            )
+            made.weight_is_read = child.weight_is_read
+            setattr(part, name, made)
+        elif not isinstance(child, Router):  # which choose in full precision
+            _replace_linears(child, spec)
 
 
 def _fill_slot(

@@ -44,6 +44,19 @@ class Context(NamedTuple):
         )
 
 
+def since_start(context: Context) -> tuple[Tensor, Tensor]:
+    """How far each token is into a document that began in this call.
+
+    Returns:
+        (batch, time): the document's tokens so far, this one counted, padding left out; and bool,
+        whether it began in this call and the token is part of it.
+    """
+    count = context.valid.cumsum(dim=1)
+    index = torch.arange(count.shape[1], device=count.device)
+    start = torch.where(context.starts, index, -1).cummax(dim=1).values
+    return count - count.gather(1, start.clamp(min=0)) + 1, start >= 0
+
+
 def init_place(batch_size: int, device: torch.device | str | None = None) -> dict[str, Any]:
     """The place before the first token: no document yet (-1), position -1, nothing packed."""
     before = torch.full((batch_size,), -1, dtype=torch.int64, device=device)

@@ -241,7 +241,7 @@ def generate(
     model.eval()
     try:
         with torch.inference_mode():
-            tokens, documents = pad_left(rows, model.head.weight.device)
+            tokens, documents = pad_left(rows, model.device)
             capacity = tokens.shape[1] + max_tokens
             reader = _reader(model, form, capacity)
             twin_form = "parallel" if form == "recurrent" else "recurrent"

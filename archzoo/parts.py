@@ -17,6 +17,8 @@ from typing import Any
 from torch import nn
 
 from archzoo import block
+from archzoo.adapters import Adapter
+from archzoo.linear import Linear
 from archzoo.trust import find_class, load_installed
 
 SLOTS: dict[str, type[nn.Module]] = {
@@ -26,10 +28,13 @@ SLOTS: dict[str, type[nn.Module]] = {
     "embedding": block.Embedding,
     "rotary": block.Rotary,
     "bias": block.Bias,
+    "linear": Linear,
+    "adapter": Adapter,
 }
 
 # Where the zoo's own parts are defined.
 MODULES = (
+    "archzoo.adapters.lora",
     "archzoo.mixers.attention",
     "archzoo.mixers.filtered",
     "archzoo.mixers.retention",
@@ -42,6 +47,7 @@ MODULES = (
     "archzoo.embeddings.token",
     "archzoo.embeddings.learned",
     "archzoo.positions.rotary",
+    "archzoo.linear",
 )
 
 SHOWN = 12  # names that an error message lists at most
@@ -155,7 +161,7 @@ def describe(slot: str, part: Part) -> Spec:
     cls = find(slot, named) if isinstance(named, str) else named
     if not inspect.isclass(cls) or not issubclass(cls, SLOTS[slot]):
         raise ValueError(f"{slot} {cls!r} is not a {SLOTS[slot].__name__}: name a class that is")
-    if cls is SLOTS[slot] or inspect.isabstract(cls):
+    if (cls is SLOTS[slot] and cls is not Linear) or inspect.isabstract(cls):
         raise ValueError(
             f"{slot} {cls.__name__} is the interface alone: name a class that derives from it; "
             f"{nearest(cls.__name__, list(list_parts(slot)))}"
@@ -175,18 +181,40 @@ def describe(slot: str, part: Part) -> Spec:
     return {"class_path": path, "init_args": _plain(arguments)}
 
 
-def build(slot: str, spec: Spec, *sizes: int) -> Any:
+def describe_adapters(adapter: Any) -> Spec | dict[str, Spec]:
+    """One adapter, or several by name, as plain data."""
+    if not isinstance(adapter, dict) or "class_path" in adapter:
+        return describe("adapter", adapter)
+    for name in adapter:
+        if not (isinstance(name, str) and name.isidentifier()):
+            raise ValueError(
+                f"adapter name {name!r} is not valid: take letters, digits and _, for it becomes "
+                "part of the parameters' names"
+            )
+    return {name: describe("adapter", part) for name, part in adapter.items()}
+
+
+def build(slot: str, spec: Spec, *sizes: Any, **given: Any) -> Any:
     """The part that plain data describes, at the sizes its slot is built with.
 
+    Args:
+        slot: Which.
+        spec: As `describe` gives it.
+        *sizes: What the slot is built with, by position.
+        **given: What else whoever builds it gives, by name; not for init_args to set.
+
     Raises:
-        ValueError: An argument that the class needs is missing.
+        ValueError: An argument that the class needs is missing, or one that is not init_args'.
     """
     cls, arguments = find(slot, spec["class_path"]), spec.get("init_args", {})
+    for name in given:
+        if name in arguments:
+            raise ValueError(f"{slot} {cls.__name__}: {name} is set by the part that it stands in")
     try:
-        inspect.signature(cls).bind(*sizes, **arguments)
+        inspect.signature(cls).bind(*sizes, **given, **arguments)
     except TypeError as error:
         raise ValueError(f"{slot} {cls.__name__}: {error}: give it in init_args") from None
-    return cls(*sizes, **arguments)
+    return cls(*sizes, **given, **arguments)
 
 
 def _plain(value: Any) -> Any:

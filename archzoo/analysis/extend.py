@@ -100,7 +100,7 @@ def perplexities(
         length: Tokens that are read.
         tail: Tokens at the end, at most length.
     """
-    device = decoder.head.weight.device
+    device = decoder.device
     losses = []
     for some, asked in _batches(tokens[:, -length:], labels[:, -length:]):
         logits = decoder(some.to(device)).logits

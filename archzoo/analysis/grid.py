@@ -84,7 +84,7 @@ class Examiner:
         precision: str = "float32",
     ) -> None:
         self.decoder, self.exercise, self.tokens = decoder.eval(), exercise, tokens
-        self.device = decoder.head.weight.device
+        self.device = decoder.device
         self.precision = precision
         # A line's padding comes last, where no token sees it; only routers, which count tokens,
         # must know of it. All others are spared a mask, and a bias for each row.

@@ -59,7 +59,8 @@ if TYPE_CHECKING:
     from archzoo.tasks.tokenizers import Tokenizer
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-ADDED = {"loops", "injection"}  # arguments of `Decoder` that older checkpoints do not hold
+# Arguments of `Decoder` that older checkpoints do not hold.
+ADDED = {"loops", "injection", "linear", "adapter"}
 DIGEST = "digest"  # in the weights' metadata, and in a run's checkpoint
 TOKENIZER_LONGEST = 2**26  # bytes of a tokenizer's file
 MISFIT = "the weights do not fit the configuration"

@@ -37,6 +37,8 @@ def upcycle(dense: Decoder, *, seed: int = 0, **mixture: Any) -> Decoder:
         ValueError: The feed-forwards are no SwiGLU, or the mixture's first output would not be the
             dense one's, since weights do not sum to 1 or shared experts come on top.
     """
+    if dense.config.get("adapter"):
+        raise ValueError("a model with adapters cannot be upcycled: merge them first")
     spec = dense.config["feed_forward"]
     gated = all(type(block.feed_forward) is GatedFeedForward for block in dense.blocks)
     if not gated or spec["init_args"].get("activation", "silu") != "silu":
@@ -48,8 +50,7 @@ def upcycle(dense: Decoder, *, seed: int = 0, **mixture: Any) -> Decoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         sparse = build_decoder(dense.config | {"feed_forward": part})
-    weight = dense.head.weight
-    sparse = sparse.to(weight.device, weight.dtype)
+    sparse = sparse.to(dense.device, dense.dtype)
     shared = {k: v for k, v in dense.state_dict().items() if ".feed_forward." not in k}
     sparse.load_state_dict(shared, strict=False)
     for block, old in zip(sparse.blocks, dense.blocks, strict=True):
@@ -57,17 +58,17 @@ def upcycle(dense: Decoder, *, seed: int = 0, **mixture: Any) -> Decoder:
         assert isinstance(new, MixtureOfExperts) and isinstance(old.feed_forward, GatedFeedForward)
         _refuse_other_sums(new, dense.dim)
         with torch.no_grad():
-            new.experts.gate_up.weight.copy_(old.feed_forward.gate_up.weight)
-            new.experts.down.weight.copy_(old.feed_forward.down.weight)
+            new.experts.gate_up.weight.copy_(old.feed_forward.gate_up.base_weight())
+            new.experts.down.weight.copy_(old.feed_forward.down.base_weight())
     sparse.task = dense.task
     return sparse.train(dense.training)
 
 
 def _refuse_other_sums(mixture: MixtureOfExperts, dim: int) -> None:
     """A mixture of copies is the copy where the weights sum to 1: try it, for any router."""
-    weight = mixture.experts.down.weight
+    down = mixture.experts.down
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn((1, 32, dim), generator=generator).to(weight.device, weight.dtype)
+    x = torch.randn((1, 32, dim), generator=generator).to(down.device, down.dtype)
     with torch.no_grad():
         weights = mixture.router(x, make_context(1, 32, device=x.device)[0]).weights
     off = (weights.sum(dim=-1) - 1).abs().max().item()

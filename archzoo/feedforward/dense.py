@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from archzoo.block import Aux, FeedForward, closing
+from archzoo.block import Aux, FeedForward
 from archzoo.documents import Context
+from archzoo.linear import Linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -41,8 +42,8 @@ class GatedFeedForward(FeedForward):
     ) -> None:
         super().__init__()
         # Gate and up are one matrix, gate first: one product a step where most would have two.
-        self.gate_up = nn.Linear(dim, 2 * width, bias=False)
-        self.down = closing(nn.Linear(width, dim, bias=False))
+        self.gate_up = Linear(dim, {"gate": width, "up": width})
+        self.down = Linear(width, {"down": dim}, residual_projection=True)
         self.activation = find_activation(activation)
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Aux]:
@@ -67,8 +68,8 @@ class PlainFeedForward(FeedForward):
         self, dim: int, width: int, *, activation: Literal["silu", "gelu", "relu"] = "gelu"
     ) -> None:
         super().__init__()
-        self.up = nn.Linear(dim, width, bias=False)
-        self.down = closing(nn.Linear(width, dim, bias=False))
+        self.up = Linear(dim, {"up": width})
+        self.down = Linear(width, {"down": dim}, residual_projection=True)
         self.activation = find_activation(activation)
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Aux]:

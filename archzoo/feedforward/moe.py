@@ -7,13 +7,13 @@ the balance watches the load (balance.py). Nothing is dropped unless asked for.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from archzoo.block import Aux, FeedForward, Router, closing
+from archzoo.block import Aux, FeedForward, Router
 from archzoo.derivatives import transformed
 from archzoo.documents import Context
 from archzoo.feedforward.balance import Balance, within_capacity
@@ -27,6 +27,7 @@ from archzoo.kernels.experts import (
     swiglu,
 )
 from archzoo.kernels.mixture_launch import fused
+from archzoo.linear import Linear
 from archzoo.parts import Part, build, describe
 
 RouterFactory = Callable[[int, int, int], Router]
@@ -41,30 +42,18 @@ COPIED_ELSEWHERE = 2**26
 # ---------------------------------------------------------------------------- experts
 
 
-class ExpertLinear(nn.Linear):
-    """One matrix per expert, in one tensor (experts, out_features, in_features).
+class Matrices(NamedTuple):
+    """All experts' weights, in the dtype that a layer computes in and as they are stored.
 
-    A kind of `nn.Linear`, so that it starts, decays and closes residual branches as one.
-
-    Args:
-        experts: How many.
-        in_features: Width of what goes in.
-        out_features: Width of what comes out.
+    Attributes:
+        gate_up: (experts, 2 width, dim), cast.
+        down: (experts, dim, width), cast.
+        stored: The two before the cast: the products' gradients go there.
     """
 
-    def __init__(self, experts: int, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False, device="meta")
-        self.weight = nn.Parameter(torch.empty(experts, out_features, in_features))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """As `nn.Linear` starts: uniform within 1 / sqrt(in_features)."""
-        bound = self.in_features**-0.5
-        nn.init.uniform_(self.weight, -bound, bound)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """All experts' images of x (rows, in_features): (experts, rows, out_features)."""
-        return torch.einsum("ri,eoi->ero", x, self.weight)
+    gate_up: Tensor
+    down: Tensor
+    stored: tuple[Tensor, Tensor]
 
 
 class Experts(nn.Module):
@@ -86,8 +75,8 @@ class Experts(nn.Module):
 
     def __init__(self, dim: int, width: int, experts: int) -> None:
         super().__init__()
-        self.gate_up = ExpertLinear(experts, dim, 2 * width)  # gate first
-        self.down = closing(ExpertLinear(experts, width, dim))
+        self.gate_up = Linear(dim, {"gate": width, "up": width}, stack=experts)
+        self.down = Linear(width, {"down": dim}, stack=experts, residual_projection=True)
         self.dim, self.width, self.experts = dim, width, experts
 
     def choose_backend(self, assignments: int, dtype: torch.dtype, device: torch.device) -> str:
@@ -118,7 +107,7 @@ class Experts(nn.Module):
         indices: Tensor,
         backend: str | None = None,
         kept: Tensor | None = None,
-        matrices: tuple[Tensor, Tensor] | None = None,
+        matrices: Matrices | None = None,
     ) -> Tensor:
         """``y_t = sum_j w_tj E_(i_tj)(x_t)``, the sum in the weights' dtype.
 
@@ -134,7 +123,8 @@ class Experts(nn.Module):
         Returns:
             (tokens, dim) in x's dtype.
         """
-        gate_up, down = matrices or self.matrices(x)
+        matrices = matrices or self.matrices(x)
+        gate_up, down, _ = matrices
         dtype, k = gate_up.dtype, indices.shape[1]
         backend = backend or self.choose_backend(indices.numel(), dtype, x.device)
         if backend not in BACKENDS:
@@ -147,19 +137,23 @@ class Experts(nn.Module):
             y = self.gather(x.to(dtype), gate_up, down, indices)
             return (y * weights[:, :, None]).sum(dim=1).to(x.dtype)
         dispatch = make_dispatch(indices, self.experts, kept, kernels=fused(x, self.dim))
-        run = self.grouped if backend == "grouped" else self.loop
-        rows = run(spread_rows(x, dispatch, k, dtype), gate_up, down, dispatch.ends)
+        rows = spread_rows(x, dispatch, k, dtype)
+        if backend == "grouped":
+            rows = self.grouped(rows, matrices, dispatch.ends)
+        else:
+            rows = self.loop(rows, gate_up, down, dispatch.ends)
         return collect_rows(rows, weights, dispatch).to(x.dtype)
 
-    def matrices(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """All experts' weights, gate_up and down, in the dtype that x is computed in.
+    def matrices(self, x: Tensor) -> Matrices:
+        """All experts' weights in the dtype that x is computed in.
 
         Autocast does not know grouped products, so all is cast here, once for every backend.
         """
         kind, dtype = x.device.type, x.dtype
         if kind != "meta" and torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        return cast(self.gate_up.weight, dtype), cast(self.down.weight, dtype)
+        stored = (self.gate_up.effective_weight(), self.down.effective_weight())
+        return Matrices(cast(stored[0], dtype), cast(stored[1], dtype), stored)
 
     @staticmethod
     def gather(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor) -> Tensor:
@@ -191,10 +185,11 @@ class Experts(nn.Module):
         results = [F.linear(swiglu(F.linear(x, a)), b) for x, a, b in pieces if len(x) or none]
         return torch.cat([*results, rows.new_zeros(rest, rows.shape[1])])
 
-    def grouped(self, rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
+    @staticmethod
+    def grouped(rows: Tensor, matrices: Matrices, ends: Tensor) -> Tensor:
         """Rows (assignments, dim) sorted by expert, to the same; those behind are not computed."""
-        hidden = swiglu(multiply(rows, gate_up, self.gate_up.weight, ends))
-        return multiply(hidden, down, self.down.weight, ends)
+        hidden = swiglu(multiply(rows, matrices.gate_up, matrices.stored[0], ends))
+        return multiply(hidden, matrices.down, matrices.stored[1], ends)
 
     @torch.no_grad()
     def similarity(self) -> Tensor:
@@ -202,8 +197,9 @@ class Experts(nn.Module):
 
         Source: Skywork-MoE, arXiv 2406.06563, which watches it after upcycling.
         """
-        dtype = torch.promote_types(self.down.weight.dtype, torch.float32)
-        flat = torch.cat([self.gate_up.weight.flatten(1), self.down.weight.flatten(1)], dim=1)
+        stored = (self.gate_up.effective_weight(), self.down.effective_weight())
+        flat = torch.cat([weight.flatten(1) for weight in stored], dim=1)
+        dtype = torch.promote_types(flat.dtype, torch.float32)
         unit = F.normalize(flat.to(dtype), dim=1)
         cosines = unit @ unit.T
         pairs = self.experts * (self.experts - 1)

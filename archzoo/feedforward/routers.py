@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from archzoo.block import Router, Routing
 from archzoo.documents import Context
 from archzoo.kernels.routers import attend_experts, choose, project
+from archzoo.linear import Linear
 from archzoo.numerics import KeepsFloat32, at_least_float32, without_autocast
 
 # Added to the variance: finite gradients where all logits of a token are equal.
@@ -73,6 +74,8 @@ class TopKRouter(KeepsFloat32, Router, ABC):
 
     #: Vectors of one number per expert that the projection makes of a token.
     projections = 1
+    #: Their names, by which adapters know them. Empty: router, or router_0, router_1, ...
+    block_names: tuple[str, ...] = ()
     #: Start at N(0, 1 / dim) instead of the decoder's N(0, init_std^2).
     unit_variance = False
 
@@ -103,8 +106,11 @@ class TopKRouter(KeepsFloat32, Router, ABC):
         self.experts, self.top_k = experts, top_k
         self.logit_norm, self.score, self.bias_rate = logit_norm, score, bias_rate
         self.renormalise = top_k > 1 if renormalise is None else renormalise
-        self.projection = nn.Linear(dim, self.projections * experts, bias=False)
-        self.projection.keeps_init = self.unit_variance  # type: ignore[assignment]
+        numbered = [f"router_{number}" for number in range(self.projections)]
+        names = self.block_names or (numbered if self.projections > 1 else ["router"])
+        self.projection = Linear(dim, dict.fromkeys(names, experts))
+        self.projection.weight_is_read = True  # by a kernel that routers have of their own
+        self.projection.keeps_init = self.unit_variance
         self.expert_bias: Tensor
         if bias_rate:
             self.float32_names = ("expert_bias",)
@@ -128,7 +134,7 @@ class TopKRouter(KeepsFloat32, Router, ABC):
         with without_autocast(x.device):
             given = x.dtype
             x = x.flatten(0, 1).to(at_least_float32(given))
-            projected, again = project(x, self.projection.weight.to(x.dtype))
+            projected, again = project(x, self.projection.effective_weight().to(x.dtype))
             raw = self.logits(projected)
             logits = raw if self.logit_norm is None else normalise_logits(raw, self.logit_norm)
             weights, indices, probabilities = choose(
@@ -181,6 +187,7 @@ class AttentionRouter(TopKRouter):
     """
 
     projections, unit_variance = 3, True
+    block_names = ("router_query", "router_key", "router_value")
 
     def logits(self, projected: Tensor) -> Tensor:
         """Each token's experts among themselves: no other token comes near."""

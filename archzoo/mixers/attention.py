@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
-from archzoo.block import Bias, Mixer, Rotary, closing
+from archzoo.block import Bias, Mixer, Rotary
 from archzoo.derivatives import differentiated_again, plain_gradients, transformed
 from archzoo.documents import Context
+from archzoo.linear import Linear
 from archzoo.numerics import head_size, merge_heads, split_heads
 from archzoo.positions.rotary import RotaryEmbedding
 from archzoo.states import State
@@ -49,8 +50,9 @@ class Attention(Mixer):
         # One matrix for q, k and v, in this order: at small sizes three would cost more in calls.
         keys = self.kv_heads * self.head_dim
         self.widths = [dim + keys, keys]  # of q and k, and of v
-        self.query_key_value = nn.Linear(dim, sum(self.widths), bias=False)
-        self.output = closing(nn.Linear(dim, dim, bias=False))
+        blocks = {"query": dim, "key": keys, "value": keys}
+        self.query_key_value = Linear(dim, blocks)
+        self.output = Linear(dim, {"output": dim}, residual_projection=True)
         self.rotary: Rotary = RotaryEmbedding(self.head_dim)
         self.bias: Bias | None = None
 
@@ -70,7 +72,7 @@ class Attention(Mixer):
             (a bias; padding or a second document).
         """
         shape = (batch_size, self.kv_heads, capacity or 0, self.head_dim)
-        room = torch.zeros(shape, device=device, dtype=dtype or self.output.weight.dtype)
+        room = torch.zeros(shape, device=device, dtype=dtype or self.output.dtype)
         return {"length": 0, "keys": room, "values": room.clone()}
 
     def step(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
@@ -111,12 +113,50 @@ class Attention(Mixer):
             documents = state["documents"][:, :length] if documents is not None else None
 
         mask, causal = self.mask(q, k, context, positions, documents)
+        if self.has_prefix:
+            k, v, mask, causal = self.behind_prefix(q, k, v, mask, causal, context)
         once = q.shape[2] == 1 and k.shape[2] >= LONG_CACHE and mask is None
         if once and q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64):
             y = attend_once(q, k, v)
         else:
             y = attend_all(q, k, v, mask, causal)
         return self.output(merge_heads(y.transpose(1, 2))), state
+
+    def prefix_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Keys and values that every document sees before its own: (kv_heads, 0, head_dim)."""
+        shape = (self.kv_heads, 0, self.head_dim)
+        return {"keys": shape, "values": shape}
+
+    def behind_prefix(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        context: Context,
+    ) -> tuple[Tensor, Tensor, Tensor, bool]:
+        """Put the learned keys and values before all others; every query sees them.
+
+        They are not rotated (Li and Liang, arXiv 2101.00190), and to a bias they stand in front
+        of a document's first token.
+        """
+        prefix = self.learned_prefix()
+        keys, values = prefix["keys"].to(k.dtype), prefix["values"].to(v.dtype)
+        length = keys.shape[1]
+        shape = (1, 1, q.shape[2], k.shape[2])
+        if mask is None:
+            mask = torch.ones(shape, dtype=torch.bool, device=q.device)
+            mask = mask.tril() if causal else mask
+        if self.bias is None:
+            seen = mask.new_ones((*mask.shape[:3], length))
+        else:
+            before = torch.arange(-length, 0, device=q.device)[None]
+            seen = self.bias(context.positions, before).to(q.dtype)
+            seen = seen.expand(mask.shape[0], *seen.shape[1:])
+        k = torch.cat([keys.expand(len(k), *keys.shape), k], dim=2)
+        v = torch.cat([values.expand(len(v), *values.shape), v], dim=2)
+        return k, v, torch.cat([seen, mask], dim=3), False
 
     def mask(
         self,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from archzoo.documents import Context
+from archzoo.linear import Linear
 from archzoo.mixers.attention import Attention
 from archzoo.norm import RMSNorm
 from archzoo.states import State
@@ -40,8 +41,8 @@ class FilteredAttention(Attention):
     def __init__(self, dim: int, heads: int, *, kv_heads: int | None = None) -> None:
         super().__init__(dim, heads, kv_heads=kv_heads)
         # A causal convolution of two taps is one matrix on [token before; token].
-        self.first = nn.Linear(2 * dim, dim // 2)
-        self.second = nn.Linear(dim, dim)
+        self.first = Linear(2 * dim, {"filter_first": dim // 2}, bias=True)
+        self.second = Linear(dim, {"filter_second": dim}, bias=True)
         self.filter_norm = RMSNorm(dim)
 
     def init_state(
@@ -59,17 +60,22 @@ class FilteredAttention(Attention):
             (batch, dim / 2).
         """
         state = super().init_state(batch_size, capacity=capacity, device=device, dtype=dtype)
-        dtype = dtype or self.output.weight.dtype
+        dtype = dtype or self.output.dtype
         dim = self.second.out_features
         state["filter_input"] = torch.zeros((batch_size, dim), device=device, dtype=dtype)
         state["filter_hidden"] = torch.zeros((batch_size, dim // 2), device=device, dtype=dtype)
         return state
 
+    def prefix_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Attention's, and what the filter remembers of a token before the first."""
+        dim = self.second.out_features
+        return super().prefix_shapes() | {"filter_input": (dim,), "filter_hidden": (dim // 2,)}
+
     def parallel(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
         """X (batch, time, dim) against itself and whatever the state holds."""
         u, state = self.filter(x, state, context)
-        query_key, value = self.query_key_value.weight.split(self.widths)
-        return self.attend(F.linear(u, query_key), F.linear(x, value), state, context)
+        query_key = self.query_key_value.part(u, "query", "key")
+        return self.attend(query_key, self.query_key_value.part(x, "value"), state, context)
 
     def filter(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
         """X (batch, time, dim) to u of the same shape, and the state after it."""
@@ -77,8 +83,11 @@ class FilteredAttention(Attention):
         start_hidden: Any = None
         if state is not None:
             start, start_hidden = state["filter_input"], state["filter_hidden"]
-        hidden = self.first(torch.cat([previous(x, start, context), x], dim=-1))
-        c2 = self.second(torch.cat([previous(hidden, start_hidden, context), hidden], dim=-1))
+        prefix = self.learned_prefix()
+        before = previous(x, start, context, prefix.get("filter_input"))
+        hidden = self.first(torch.cat([before, x], dim=-1))
+        before = previous(hidden, start_hidden, context, prefix.get("filter_hidden"))
+        c2 = self.second(torch.cat([before, hidden], dim=-1))
         if state is not None:
             state = state | {
                 "filter_input": last_valid(x, start, context),
@@ -87,24 +96,31 @@ class FilteredAttention(Attention):
         return self.filter_norm(c2 + x), state
 
 
-def previous(x: Tensor, before: Tensor | None, context: Context) -> Tensor:
+def previous(
+    x: Tensor, before: Tensor | None, context: Context, prefix: Tensor | None = None
+) -> Tensor:
     """Of each token the vector of the one before it in its document; 0 at the first.
 
     Args:
         x: (batch, time, width).
         before: (batch, width), of the last token before this piece; None: there is none.
         context: Of the same tokens.
+        prefix: (width,), in the place of the 0 at the first.
     """
     if before is None:
         before = x.new_zeros((x.shape[0], x.shape[2]))
     before = before.to(x.dtype)[:, None]
     if not context.packed:
+        if prefix is not None:
+            before = torch.where(context.starts[:, :1, None], prefix.to(x.dtype), before)
         return torch.cat([before, x[:, :-1]], dim=1)
     # Behind padding comes the last token before it, which may be that of the piece before: 0.
     index = torch.arange(1, x.shape[1], device=x.device)
     last = F.pad(torch.where(context.valid[:, :-1], index, 0).cummax(dim=1).values, (1, 0))
     known = torch.cat([before, x], dim=1)
     shifted = known.gather(1, last[..., None].expand(-1, -1, x.shape[2]))
+    if prefix is not None:
+        return torch.where(context.starts[..., None], prefix.to(x.dtype), shifted)
     return shifted.masked_fill(context.starts[..., None], 0)
 
 

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from archzoo.block import Mixer, Rotary, closing
+from archzoo.block import Mixer, Rotary
 from archzoo.derivatives import transformed
 from archzoo.documents import Context
 from archzoo.kernels import retention as kernels
 from archzoo.kernels.retention.reference import Decays, decays, inverse_root_sum, retain
+from archzoo.linear import Linear
 from archzoo.norm import rms_norm
 from archzoo.numerics import (
     KeepsFloat32,
@@ -129,8 +130,9 @@ class Retention(KeepsFloat32, Mixer):
         self.head_norm, self.norm_eps, self.chunk_size = head_norm, norm_eps, chunk_size
         # One matrix for q, k, v and the gate, in this order.
         self.widths = [2 * dim, value_width] + [value_width] * gate
-        self.query_key_value_gate = nn.Linear(dim, sum(self.widths), bias=False)
-        self.output = closing(nn.Linear(value_width, dim, bias=False))
+        blocks = {"query": dim, "key": dim, "value": value_width}
+        self.query_key_value_gate = Linear(dim, blocks | ({"gate": value_width} if gate else {}))
+        self.output = Linear(value_width, {"output": dim}, residual_projection=True)
         self.rotary: Rotary = RetentionRotation(self.head_dim)
 
         self.learnable = decay == "learnable"
@@ -189,7 +191,7 @@ class Retention(KeepsFloat32, Mixer):
     ) -> State:
         """S = 0: {"memory": (batch, heads, key_dim, value_dim)}, float32 at least."""
         shape = (batch_size, self.heads, self.head_dim, self.value_dim)
-        dtype = at_least_float32(dtype or self.output.weight.dtype)
+        dtype = at_least_float32(dtype or self.output.dtype)
         return {"memory": torch.zeros(shape, device=device, dtype=dtype)}
 
     def choose_form(self, x: Tensor, state: State) -> str:

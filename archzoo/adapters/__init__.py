@@ -1,0 +1,114 @@
+"""Adapters: small changes of a trained decoder, which alone learn. Here is their interface.
+
+A decoder takes one (``adapter="LoRA"``) or several by name (``{"sums": "LoRA", "style": ...}``),
+and then trains nothing else. An adapter changes one of four kinds of things:
+
+* ``linear``: a block of a `Linear`, by its name (``query``, ``value``, ``up``, ...). It says
+  `Adapter.output`, what it adds to y, or `Adapter.delta`, what it adds to W, or both. Where a
+  kernel reads the weight in the place of a call, as a router's, only `delta` can be asked.
+* ``experts``: the same of a stack of matrices, one for each expert.
+* ``input``: `Adapter.prompt`, vectors that stand before the text of every document.
+* ``state``: `Adapter.prefix`, the state that every document starts from.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+Kind = Literal["linear", "experts", "input", "state"]
+KINDS: tuple[Kind, ...] = ("linear", "experts", "input", "state")
+
+
+class Target(NamedTuple):
+    """What one adapter module changes: the argument that it is built with.
+
+    Attributes:
+        kind: "linear", "experts", "input" or "state".
+        path: Where it is, such as ``blocks.0.mixer.query_key_value.query``; ``embedding`` for the
+            input and ``blocks.0.mixer`` for a state.
+        shape: Of what it changes: a weight's block (rows, columns), with the experts in front for
+            a stack; (dim,) for the input; () for a state.
+        layer: Of which block of the decoder, or None.
+        state: For a state: the shape of each tensor, by name, as `Mixer.prefix_shapes` gives it.
+    """
+
+    kind: Kind
+    path: str
+    shape: tuple[int, ...]
+    layer: int | None = None
+    state: dict[str, tuple[int, ...]] | None = None
+
+
+class Adapter(nn.Module):
+    """A change of one target: ``__init__(self, target, *, targets=None, layers=None, ...)``.
+
+    The decoder builds one for each target that matches. What a class declares below is checked by
+    `archzoo.check`, and what it does not declare is refused with a message that names it.
+
+    Args:
+        target: What it changes.
+        targets: Which targets the decoder builds it for: names of blocks ("query"), or regular
+            expressions that match a whole path. None: `default_targets`.
+        layers: Only in these blocks of the decoder, counted from 0. None: in all.
+    """
+
+    #: What it can change.
+    kinds: ClassVar[tuple[Kind, ...]] = ("linear",)
+    #: `targets` where none are given.
+    default_targets: ClassVar[tuple[str, ...]] = ()
+    #: Whether the adapted model computes what the base computes until the adapter is trained.
+    identity_at_start: ClassVar[bool] = True
+    #: Whether `delta` holds all that it does, so that it can be merged into the weight.
+    mergeable: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        target: Target,
+        *,
+        targets: list[str] | None = None,
+        layers: list[int] | None = None,
+    ) -> None:
+        super().__init__()
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew."""
+        raise NotImplementedError(f"{type(self).__name__} needs reset_parameters()")
+
+    def start(self, weight: Tensor) -> None:
+        """Start from the weight (..., rows, columns) that it will change; called once it is known.
+
+        The base class draws: most adapters do not look at the weight.
+        """
+        self.reset_parameters()
+
+    def output(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """What is added to y = x W^T, without gradient through W's own.
+
+        Args:
+            x: (..., columns); of a stack (rows, columns).
+            y: (..., rows), what the block and the adapters before this one give; of a stack
+                (experts, rows of x, rows).
+
+        Returns:
+            Of y's shape, or None: `delta` says it.
+        """
+        return None
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """What is added to W, of its shape; `weight` is W with the adapters before this one."""
+        raise NotImplementedError(f"{type(self).__name__} has no delta(weight)")
+
+    def prompt(self) -> Tensor:
+        """(tokens, dim): vectors that stand before the text of every document."""
+        raise NotImplementedError(f"{type(self).__name__} has no prompt()")
+
+    def prefix(self) -> dict[str, Tensor]:
+        """The state that every document starts from: tensors without a batch, by name."""
+        raise NotImplementedError(f"{type(self).__name__} has no prefix()")
+
+    @classmethod
+    def says(cls, method: str) -> bool:
+        """Whether the class itself says what `method` gives."""
+        return getattr(cls, method) is not getattr(Adapter, method)

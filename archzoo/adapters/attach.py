@@ -1,0 +1,230 @@
+"""Adapters on a decoder: which targets match, putting them on, merging, taking them off."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from archzoo.adapters import Adapter, Kind, Target
+from archzoo.linear import Linear
+from archzoo.parts import Spec, build, find, nearest
+
+if TYPE_CHECKING:
+    from archzoo.decoder import Decoder
+
+
+class Place(NamedTuple):
+    """A target with the module that holds it.
+
+    Attributes:
+        target: As adapters are built with.
+        name: Of the block of rows; "input" or "state".
+        module: The `Linear`, the decoder or the mixer.
+    """
+
+    target: Target
+    name: str
+    module: nn.Module
+
+
+def list_targets(decoder: Decoder) -> list[Place]:
+    """All that adapters of a decoder may change, in the order of its modules."""
+    found = [Place(Target("input", "embedding", (decoder.dim,)), "input", decoder)]
+    for path, module in decoder.named_modules():
+        inside = re.match(r"blocks\.(\d+)\.", path)
+        layer = int(inside[1]) if inside else None
+        if isinstance(module, Linear):
+            kind: Kind = "linear" if module.stack is None else "experts"
+            stack = () if module.stack is None else (module.stack,)
+            for name, rows in module.blocks.items():
+                shape = (*stack, rows, module.in_features)
+                found.append(Place(Target(kind, f"{path}.{name}", shape, layer), name, module))
+    for layer, block in enumerate(decoder.blocks):
+        mixer: Any = block.mixer
+        target = Target("state", f"blocks.{layer}.mixer.state", (), layer, mixer.prefix_shapes())
+        found.append(Place(target, "state", mixer))
+    return found
+
+
+def adapt(decoder: Decoder, entries: Spec | dict[str, Spec]) -> None:
+    """Put adapters on a decoder and let nothing else learn.
+
+    Args:
+        decoder: Without adapters.
+        entries: What `Decoder.config["adapter"]` holds: one adapter, which goes by the name
+            "default", or several by name.
+
+    Raises:
+        ValueError: Nothing matches the targets, or the class cannot change what matches; the
+            message names both.
+    """
+    if "class_path" in entries:
+        entries = {"default": entries}
+    places = list_targets(decoder)
+    for parameter in decoder.parameters():
+        parameter.requires_grad_(False)
+    for entry, spec in entries.items():
+        for place in _matching(decoder, spec, places):
+            made = build("adapter", spec, place.target)
+            if isinstance(place.module, Linear):
+                place.module.attach(entry, place.name, made)
+            elif place.name == "input":
+                _register(decoder, "prompt", entry, made)
+            else:
+                _register(place.module, "prefix", entry, made)
+
+
+def _register(module: Any, name: str, entry: str, adapter: nn.Module) -> None:
+    """Hold an adapter of a decoder's input, or of a mixer's state, under its entry's name."""
+    if getattr(module, f"has_{name}"):
+        other = next(iter(getattr(module, name)))
+        raise ValueError(f"the adapters {other} and {entry} are both a {name}: one decoder has one")
+    setattr(module, name, nn.ModuleDict({entry: adapter}))
+    setattr(module, f"has_{name}", True)
+
+
+def _matching(decoder: Decoder, spec: Spec, places: list[Place]) -> list[Place]:
+    """The places that an adapter's targets and layers name, each of a kind that it can change."""
+    cls: type[Adapter] = find("adapter", spec["class_path"])  # type: ignore[assignment]
+    arguments = spec.get("init_args", {})
+    _check_declared(cls)
+    targets = arguments.get("targets")
+    targets = list(cls.default_targets) if targets is None else targets
+    if isinstance(targets, str) or not targets:
+        raise ValueError(
+            f"{cls.__name__}: targets={targets!r} must be a list of names of blocks, such as "
+            f"[query, value], or of regular expressions"
+        )
+    layers = arguments.get("layers")
+    for layer in layers or []:
+        if not 0 <= layer < decoder.depth:
+            raise ValueError(
+                f"{cls.__name__}: layer {layer} is not one of 0 to {decoder.depth - 1}"
+            )
+    found = []
+    for wanted in targets:
+        named = [place for place in places if place.name == wanted or _matches(wanted, place)]
+        hits = [p for p in named if layers is None or p.target.layer in (*layers, None)]
+        if not hits:
+            names = sorted({place.name for place in places})
+            within = "" if layers is None or not named else f" in the layers {layers}"
+            raise ValueError(
+                f"{cls.__name__}: nothing here is called {wanted!r}{within}; "
+                f"{nearest(wanted, names)}; or give a regular expression for a whole path such as "
+                f"{places[1].target.path}"
+            )
+        found += [place for place in hits if place not in found]
+    for place in found:
+        _check_place(cls, place, decoder)
+    return found
+
+
+def _matches(pattern: str, place: Place) -> bool:
+    try:
+        return re.fullmatch(pattern, place.target.path) is not None
+    except re.error as error:
+        raise ValueError(f"target {pattern!r} is not a valid regular expression: {error}") from None
+
+
+def _check_declared(cls: type[Adapter]) -> None:
+    """What the class says of itself must be there.
+
+    Raises:
+        ValueError: It declares a kind whose method it lacks, or is mergeable without `delta`.
+    """
+    linear = {"linear", "experts"} & set(cls.kinds)
+    if linear and not (cls.says("output") or cls.says("delta")):
+        raise ValueError(f"{cls.__name__} changes a Linear: it needs output(x, y) or delta(weight)")
+    if cls.mergeable and not cls.says("delta"):
+        raise ValueError(f"{cls.__name__} is declared mergeable: it needs delta(weight)")
+    for kind, method in (("input", "prompt"), ("state", "prefix")):
+        if kind in cls.kinds and not cls.says(method):
+            raise ValueError(f"{cls.__name__} declares the kind {kind!r}: it needs {method}()")
+
+
+def _check_place(cls: type[Adapter], place: Place, decoder: Decoder) -> None:
+    """Refuse what a class cannot change, by name."""
+    kind, path, module = place.target.kind, place.target.path, place.module
+    if kind not in cls.kinds:
+        raise ValueError(
+            f"{cls.__name__} cannot change {path}, of the kind {kind!r}: it declares "
+            f"{', '.join(cls.kinds)}"
+        )
+    if isinstance(module, Linear):
+        if module.weight_is_read and not cls.says("delta"):
+            raise ValueError(
+                f"{cls.__name__} cannot change {path}: its weight is read in the place of a call, "
+                "and the class has no delta(weight)"
+            )
+        if module is decoder.head and decoder.tie_weights:
+            raise ValueError(
+                f"{cls.__name__} cannot change {path}: the head is the embedding's table "
+                "(tie_weights), which would change too; leave it out of targets"
+            )
+    if kind == "state" and place.target.state is None:
+        raise ValueError(
+            f"{cls.__name__} cannot change {path}: {type(module).__name__} handles documents "
+            "itself and has no prefix_shapes(), which says what it can start from"
+        )
+
+
+def adapter_modules(decoder: Decoder) -> Iterator[tuple[str, Adapter]]:
+    """Every adapter module of a decoder, with its path."""
+    for path, module in decoder.named_modules():
+        if isinstance(module, Adapter):
+            yield path, module
+
+
+def start_adapters(decoder: Decoder) -> None:
+    """Start every adapter of a Linear from the weight that it changes, once that is loaded."""
+    for module in decoder.modules():
+        if isinstance(module, Linear):
+            for name, adapter in module.adapters():
+                with torch.no_grad():
+                    adapter.start(module.base_weight()[..., module.rows(name), :])
+
+
+def merge(decoder: Decoder) -> Decoder:
+    """Put all adapters into the weights of a decoder, in place: a plain decoder again.
+
+    It computes the same, to rounding, and all of it learns.
+
+    Raises:
+        ValueError: It has none, or one that cannot be merged; the message names it, and nothing
+            has changed.
+    """
+    if not decoder.config.get("adapter"):
+        raise ValueError("this decoder has no adapter to merge")
+    for path, adapter in adapter_modules(decoder):
+        if not adapter.mergeable:
+            raise ValueError(
+                f"{type(adapter).__name__} at {path} cannot be merged: it stays beside the model"
+            )
+    for module in decoder.modules():
+        if isinstance(module, Linear):
+            module.merge()
+    return _plain(decoder)
+
+
+def remove(decoder: Decoder) -> Decoder:
+    """Take all adapters off a decoder, in place: the base again, bit for bit; all of it learns."""
+    for module in decoder.modules():
+        if isinstance(module, Linear):
+            module.detach_adapters()
+    holders: list[tuple[Any, str]] = [(block.mixer, "prefix") for block in decoder.blocks]
+    for holder, name in [(decoder, "prompt"), *holders]:
+        if getattr(holder, f"has_{name}"):
+            delattr(holder, name)
+            setattr(holder, f"has_{name}", False)
+    return _plain(decoder)
+
+
+def _plain(decoder: Decoder) -> Decoder:
+    decoder.config["adapter"] = None
+    for parameter in decoder.parameters():
+        parameter.requires_grad_(True)
+    return decoder
