@@ -27,6 +27,7 @@ and a part is swapped by naming another class for its slot. All parts share thre
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -350,6 +351,28 @@ class Embedding(nn.Module):
         None, the base class's answer: they are counted. Tasks give their batches' positions
         themselves; this serves prompts that come as text.
         """
+        return None
+
+    def bind(self, task: Any, *, training: bool = False) -> dict[str, Any]:
+        """Learn from the task what the constructor left open: which tokens are digits, say.
+
+        A wrapper hands this on to the embedding inside, and so the two below.
+
+        Args:
+            task: Such as an `archzoo.tasks.Task`, prepared.
+            training: It will be trained on, and not only asked.
+
+        Returns:
+            The constructor's arguments that changed, for the decoder's configuration.
+        """
+        return {}
+
+    def check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Warn of prompts, lists of tokens, that training cannot have prepared for."""
+
+    @property
+    def coverage(self) -> int | None:
+        """Digits of the longest number that training can have covered; None: it has no limit."""
         return None
 
     def forward(self, tokens: Tensor, state: State, context: Context) -> tuple[Tensor, State]:

@@ -269,6 +269,18 @@ class Decoder(nn.Module):
             elif isinstance(module, Embedding):
                 nn.init.normal_(module.weight, std=self.init_std)
 
+    def bind(self, task: Any, *, training: bool = False) -> None:
+        """Tell the embedding what a task knows; `config`, and so a checkpoint, knows it then too.
+
+        Args:
+            task: Such as an `archzoo.tasks.Task`, prepared.
+            training: It will be trained on, and not only asked.
+
+        Raises:
+            ValueError: The embedding cannot serve this task.
+        """
+        self.config["embedding"]["init_args"] |= self.embedding.bind(task, training=training)
+
     def init_state(
         self,
         batch_size: int,

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from archzoo.block import FORMS
 from archzoo.decoder import Decoder
-from archzoo.embeddings.digits import digit_embedding
 from archzoo.numerics import for_float64
 from archzoo.states import State, nbytes, reorder
 from archzoo.tasks.writing import PLAIN, Writing, writing_of
@@ -230,8 +229,7 @@ def generate(
     rows = encode(prompts, tokenizer, model.vocab_size, writing)
     if stop_token is None and tokenizer is not None:
         stop_token = tokenizer.stop_token
-    if (counting := digit_embedding(model)) is not None:
-        counting.watch_text(rows)  # here, where no device needs to be asked
+    model.embedding.check_prompts(rows)  # here, where no device needs to be asked
     sampler = Sampler(len(rows), temperature, top_k, top_p, seed)
     writers = [
         _Writer(row, prompt, tokenizer, on_token, writing) for row, prompt in enumerate(rows)

@@ -18,7 +18,6 @@ import torch
 from torch.nn import functional as F
 
 import archzoo
-from archzoo.embeddings.digits import bind_digits
 from archzoo.tasks.arithmetic import Addition
 from archzoo.tasks.stream import IGNORED
 
@@ -29,7 +28,7 @@ def step(name: str, embedding: str | None, task: Addition, device: str) -> Calla
     """A function that trains for one step, and waits for the device."""
     torch.manual_seed(0)
     model = archzoo.create_model(name, embedding=embedding).to(device)
-    bind_digits(model, task.tokenizer, task.longest_run, training=True)
+    model.bind(task, training=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     batch = {key: entry.to(device) for key, entry in task.train_dataloader().batch(0).items()}
     on_gpu = device == "cuda"

@@ -23,7 +23,6 @@ import torch
 from harness import in_turn, write_rows
 
 import archzoo
-from archzoo.embeddings.digits import bind_digits
 from archzoo.tasks import (
     Addition,
     BitwiseOr,
@@ -93,7 +92,7 @@ def rates() -> list[dict[str, Any]]:
 def step_of(preset: str, task: Addition, device: str) -> Callable[[Batch], Any]:
     """A training step: forward, backward, AdamW; bfloat16 products on a GPU."""
     net = archzoo.create_model(preset, vocab_size=task.vocab_size)
-    bind_digits(net, task.tokenizer, task.longest_run, training=True)
+    net.bind(task, training=True)
     net = net.to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=device == "cuda" or None)
 

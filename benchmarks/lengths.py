@@ -28,14 +28,15 @@ from rich.console import Console
 from rich.table import Table
 
 from archzoo.analysis.figures import legend, pyplot, save
-from archzoo.analysis.grid import AT_ONCE, Examiner, Key, coverage_of, examine
+from archzoo.analysis.grid import AT_ONCE, Examiner, Key, examine
 from archzoo.checkpoint import Pretrained, load
 from archzoo.tasks.stream import build
 
 
 def by_length(found: Pretrained, lengths: list[int], count: int) -> dict[int, float]:
     """Exact match of problems of two numbers of n digits each, for each n."""
-    exercise = build(found.task).exercise if found.task else None
+    asked = build(found.task) if found.task else None
+    exercise = next(iter(getattr(asked, "exercises", {}).values()), None)
     if exercise is None or found.tokenizer is None:
         raise ValueError("a run was not trained on problems, such as those of Addition")
     device = found.model.head.weight.device.type
@@ -81,7 +82,7 @@ def main() -> None:
                 "checkpoint": given.checkpoint,
                 "parameters": found.model.parameter_count(),
                 "trained_digits": trained,
-                "coverage": coverage_of(found.model) or "",
+                "coverage": found.model.embedding.coverage or "",
                 "problems": given.problems,
                 "inside": round(float(np.mean([matches[n] for n in lengths if n <= trained])), 4),
                 "beyond": round(float(np.mean(beyond)), 4) if beyond else "",

@@ -3,6 +3,7 @@
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning
 import numpy as np
@@ -17,10 +18,11 @@ from archzoo.block import init_place, make_context
 from archzoo.checkpoint import from_pretrained, save_pretrained
 from archzoo.embeddings.abacus import AbacusEmbedding
 from archzoo.embeddings.counter_random import SHIFTS, integers, random_bits, uniform
-from archzoo.embeddings.digits import bind_digits
+from archzoo.embeddings.token import TokenEmbedding
 from archzoo.generation import generate
 from archzoo.tasks import counter_random
 from archzoo.tasks.arithmetic import Addition, exact_match
+from archzoo.tasks.stream import Task
 from archzoo.tasks.tokenizers import CharacterTokenizer
 from archzoo.training.module import LanguageModel
 
@@ -33,6 +35,11 @@ def abacus(**arguments) -> AbacusEmbedding:
     """Over the tokenizer of sums, in evaluation mode."""
     given = {"digit_tokens": list(range(10)), "operator_tokens": [10, 11]} | arguments
     return AbacusEmbedding(14, 8, **given).eval()
+
+
+def task_of(longest_run, tokenizer=TOKENIZER):
+    """What a task says of its numbers."""
+    return SimpleNamespace(tokenizer=tokenizer, longest_run=longest_run)
 
 
 def rows(part, tokens, examples=None, documents=None):
@@ -318,7 +325,7 @@ def test_a_task_fills_what_was_left_open(tmp_path):
     tokens = torch.tensor([TOKENIZER.encode("12+345=663")])
     with pytest.raises(ValueError, match="digit_tokens is not set"):
         net(tokens)
-    bind_digits(net, TOKENIZER, 8, training=True)
+    net.bind(task_of(8), training=True)
     assert net.embedding.coverage == 58
     assert net.config["embedding"]["init_args"] == {
         "coupled": True,
@@ -332,12 +339,12 @@ def test_a_task_fills_what_was_left_open(tmp_path):
     again, _ = from_pretrained(tmp_path / "model")
     assert torch.equal(again(tokens).logits, net(tokens).logits)
     with pytest.warns(UserWarning, match="59 digits lies beyond the 58"):
-        bind_digits(again, TOKENIZER, 59)
+        again.bind(task_of(59))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        bind_digits(again, TOKENIZER, 58)
+        again.bind(task_of(58))
     with pytest.raises(ValueError, match="rows=128 is too small"):
-        bind_digits(again, TOKENIZER, 90, training=True)
+        again.bind(task_of(90), training=True)
 
 
 def test_a_wrapped_abacus_is_told_too():
@@ -347,16 +354,58 @@ def test_a_wrapped_abacus_is_told_too():
         vocab_size=14,
         embedding={"class_path": "RandomisedPositions", "init_args": {"embedding": inner}},
     )
-    bind_digits(net, TOKENIZER, 4, training=True)
+    net.bind(task_of(4), training=True)
     assert net.embedding.embedding.digit_tokens == tuple(range(10))
     assert net.config["embedding"]["init_args"]["embedding"]["init_args"]["longest_run"] == 4
-    assert archzoo.Decoder(**net.config).embedding.embedding.coverage == 9
+    assert archzoo.Decoder(**net.config).embedding.coverage == 9
+
+
+def test_training_widens_and_what_is_only_asked_is_held_against_it():
+    """In one call: the longest number of training, and the longest that validation asks."""
+    net = model(max_shift=5)
+    task = SimpleNamespace(tokenizer=TOKENIZER, longest_run=4, longest_asked=10, operators="+=")
+    with pytest.warns(UserWarning, match="10 digits lies beyond the 9"):
+        net.bind(task, training=True)
+    assert net.embedding.coverage == 9
+    assert net.config["embedding"]["init_args"]["longest_run"] == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net.bind(task)  # what is only tested asks by its own numbers
+
+
+def test_a_task_that_says_nothing_of_numbers_can_be_trained_on():
+    """`Task` itself knows no numbers; its tokenizer says which tokens are digits."""
+    net = model(max_shift=5)
+    net.bind(SimpleNamespace(tokenizer=TOKENIZER), training=True)
+    assert net.config["embedding"]["init_args"]["digit_tokens"] == list(range(10))
+    assert not {"longest_run", "operators", "coupling"} & vars(Task).keys()
+
+
+class Counted(TokenEmbedding):
+    """An embedding of one's own that asks the task for its vocabulary."""
+
+    def __init__(self, vocab_size, dim, *, known=None):
+        super().__init__(vocab_size, dim)
+        self.known = known
+
+    def bind(self, task, *, training=False):
+        self.known = task.tokenizer.vocab_size
+        return {"known": self.known}
+
+
+def test_an_embedding_of_ones_own_is_bound_by_the_trainer():
+    net = LanguageModel("transformer_micro", embedding=Counted)
+    trainer = lightning.Trainer(
+        max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    trainer.fit(net, Addition(digits=1, batch_size=2))
+    assert net.net.config["embedding"]["init_args"] == {"known": net.net.vocab_size}
 
 
 def test_a_wrapper_around_plain_words_needs_nothing():
     net = archzoo.create_model("transformer_micro", vocab_size=14, embedding="RandomisedPositions")
     before = json.dumps(net.config)
-    bind_digits(net, TOKENIZER, 4, training=True)
+    net.bind(task_of(4), training=True)
     assert json.dumps(net.config) == before
 
 
@@ -374,14 +423,14 @@ def test_words_and_rows_start_large_unless_the_head_is_tied_to_them():
 def test_other_embeddings_are_left_alone_and_merged_digits_refused():
     net = archzoo.create_model("transformer_micro", vocab_size=14)
     before = json.dumps(net.config)
-    bind_digits(net, TOKENIZER, 4, training=True)
+    net.bind(task_of(4), training=True)
     assert json.dumps(net.config) == before
 
     class Merges(CharacterTokenizer):
         digit_tokens = None
 
     with pytest.raises(ValueError, match="each digit to be one token"):
-        bind_digits(model(), Merges("0123456789+="), 4)
+        model().bind(task_of(4, Merges("0123456789+=")))
 
 
 def test_a_batch_of_sums_is_read_as_it_is_written():
@@ -461,7 +510,7 @@ def learn_to_add(steps):
     torch.manual_seed(0)
     net = archzoo.create_model("abacus_tiny").train()
     task = Addition(digits=3, batch_size=64)
-    bind_digits(net, task.tokenizer, task.longest_run, training=True)
+    net.bind(task, training=True)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)
     loader, losses = task.train_dataloader(), []
     for step in range(steps):

@@ -1,5 +1,7 @@
 """Position coupling: the ids on lines written by hand, shifts, cuts, and a model's decoding."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,13 +10,17 @@ from hypothesis import strategies as st
 import archzoo
 from archzoo.block import make_context
 from archzoo.embeddings.coupling import PositionCoupling, coupled_positions
-from archzoo.embeddings.digits import bind_digits
 from archzoo.generation import generate
 from archzoo.tasks.arithmetic import Addition
 from archzoo.tasks.tokenizers import CharacterTokenizer
 
 TOKENIZER = CharacterTokenizer("0123456789+=", special=True)
 SIGNS = TOKENIZER.encode("+=")
+
+
+def task_of(longest_run, coupling=None):
+    """What a task says of its numbers."""
+    return SimpleNamespace(tokenizer=TOKENIZER, longest_run=longest_run, coupling=coupling)
 
 
 def positions(text, prompt, documents=None):
@@ -181,13 +187,13 @@ def model(**arguments):
 def test_a_task_says_how_it_writes_and_one_without_positions_is_refused():
     net = model()
     with pytest.raises(ValueError, match=r"takes its positions from the task.* coupled"):
-        bind_digits(net, TOKENIZER, 4, training=True)
-    bind_digits(net, TOKENIZER, 4, training=True, coupling="plain")
+        net.bind(task_of(4), training=True)
+    net.bind(task_of(4, coupling="plain"), training=True)
     stored = net.config["embedding"]["init_args"]
     assert (stored["prompt"], stored["longest_run"]) == ("plain", 4)
     assert stored["operator_tokens"] == SIGNS
     with pytest.raises(ValueError, match="are plain, and the task writes them reversed"):
-        bind_digits(net, TOKENIZER, 4, coupling="reversed")
+        net.bind(task_of(4, coupling="reversed"))
     with pytest.raises(ValueError, match="prompt is not set"):
         coupling().prompt_positions(torch.zeros(1, 3, dtype=torch.int64))
 

@@ -14,7 +14,6 @@ from archzoo.analysis import grid
 from archzoo.analysis.grid import Examiner, Journal, Key, examine, grid_command
 from archzoo.checkpoint import save_pretrained
 from archzoo.cli import main
-from archzoo.embeddings.digits import bind_digits
 from archzoo.generation import generate
 from archzoo.tasks import Addition, Mixed, Multiplication, Sorting, Subtraction, digit_arrays
 from archzoo.tasks.problems import together
@@ -167,7 +166,7 @@ def test_a_pass_gives_what_lines_give_alone(name, arguments):
     task = Addition(digits=3)
     torch.manual_seed(0)
     net = archzoo.create_model(name, vocab_size=task.vocab_size, init_std=0.3, **arguments)
-    bind_digits(net, task.tokenizer, task.longest_run, training=True)
+    net.bind(task, training=True)
     net = net.double().eval()
     examiner = Examiner(net, task, np.arange(task.vocab_size))
     problems = together([task.cell(i, j, 5) for i, j in ((1, 2), (3, 3), (2, 6))])

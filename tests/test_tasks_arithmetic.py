@@ -23,7 +23,7 @@ from archzoo.tasks import (
     Subtraction,
     arithmetic,
     build,
-    digits,
+    digit_arrays,
     draw,
     exact_match,
     stream,
@@ -74,16 +74,18 @@ def test_digit_arrays_calculate_as_python_does(size, other, seed):
     a = [draws.randrange(10 ** draws.randint(0, size)) for _ in range(8)]
     b = [draws.randrange(10 ** draws.randint(0, other)) for _ in range(8)]
     wide = max(size, other)
-    first, second = digits.from_integers(a, wide), digits.from_integers(b, wide)
+    first, second = digit_arrays.from_integers(a, wide), digit_arrays.from_integers(b, wide)
     pairs = list(zip(a, b, strict=True))
-    assert digits.to_integers(first) == a
-    assert digits.length(first).tolist() == [len(str(number)) for number in a]
-    assert digits.to_integers(digits.add(first, second)) == [a + b for a, b in pairs]
-    difference, negative = digits.subtract(first, second)
-    assert digits.to_integers(difference) == [abs(a - b) for a, b in pairs]
+    assert digit_arrays.to_integers(first) == a
+    assert digit_arrays.length(first).tolist() == [len(str(number)) for number in a]
+    assert digit_arrays.to_integers(digit_arrays.add(first, second)) == [a + b for a, b in pairs]
+    difference, negative = digit_arrays.subtract(first, second)
+    assert digit_arrays.to_integers(difference) == [abs(a - b) for a, b in pairs]
     assert negative.tolist() == [a < b for a, b in pairs]
-    narrow = digits.from_integers(b, other)  # factors may differ in size
-    assert digits.to_integers(digits.multiply(first, narrow)) == [a * b for a, b in pairs]
+    narrow = digit_arrays.from_integers(b, other)  # factors may differ in size
+    assert digit_arrays.to_integers(digit_arrays.multiply(first, narrow)) == [
+        a * b for a, b in pairs
+    ]
 
 
 def longest_carry(a, b):
@@ -101,7 +103,7 @@ def longest_carry(a, b):
 
 def test_the_longest_carry_of_sums_done_by_hand():
     pairs = [(12, 34), (15, 5), (95, 5), (999, 1), (5995, 15), (1999, 8001), (50505, 50505)]
-    a, b = (digits.from_integers(numbers, 6) for numbers in zip(*pairs, strict=True))
+    a, b = (digit_arrays.from_integers(numbers, 6) for numbers in zip(*pairs, strict=True))
     assert longest_carry(a, b).tolist() == [0, 1, 2, 3, 2, 4, 1]
 
 
@@ -129,7 +131,7 @@ def test_lines_say_what_python_says(
         hints=hints,
     )
     problems = task.problems("train", start + np.arange(6))
-    operands = [digits.to_integers(number) for number in problems.operands]
+    operands = [digit_arrays.to_integers(number) for number in problems.operands]
     for a, b, line in zip(*operands, task.text(problems), strict=True):
         assert task.parse(line) == (a, b, ANSWERS[sign](a, b))
         if hints:  # the same letter for the same place
@@ -236,7 +238,7 @@ def test_the_docstring_draws_an_example(task, columns):
 
 def test_the_operation_of_the_module_s_docstring_works():
     text = inspect.cleandoc(arithmetic.__doc__).partition("::\n\n")[2]
-    scope = {"np": np, "less": digits.less, "TwoNumbers": arithmetic.TwoNumbers}
+    scope = {"np": np, "less": digit_arrays.less, "TwoNumbers": arithmetic.TwoNumbers}
     exec(textwrap.dedent(text), scope)
     task = scope["Maximum"](digits=30, reverse=False)
     for (a, b), line in zip(
@@ -475,7 +477,7 @@ def test_held_out_problems_are_asked_within_text_that_is_not_trained_on():
                 a, b, c = task.exercise.parse(found.strip())
                 assert a + b == c and answer == str(c)[::-1] + "\n"
                 assert max(len(str(a)), len(str(b))) <= size
-                problem = digits.from_integers([a], 9), digits.from_integers([b], 9)
+                problem = digit_arrays.from_integers([a], 9), digit_arrays.from_integers([b], 9)
                 lengths = np.array([[len(str(a))], [len(str(b))]])
                 both = arithmetic.Problems(np.stack(problem), lengths, np.zeros(1, np.int64))
                 assert task.exercise.is_held_out(both).all()

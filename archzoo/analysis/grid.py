@@ -32,7 +32,6 @@ from archzoo.analysis.figures import legend, pyplot, save
 from archzoo.analysis.tables import show
 from archzoo.block import Router
 from archzoo.decoder import Decoder
-from archzoo.embeddings.digits import digit_embedding
 
 if TYPE_CHECKING:
     from archzoo.tasks.problems import Exercise, Problems
@@ -305,7 +304,8 @@ def grid_command(
     if precision == "auto":
         half = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bfloat16" if half else "float32"
-    exercises = build(found.task, **(data or {})).exercises if found.task else {}
+    asked = build(found.task, **(data or {})) if found.task else None
+    exercises = getattr(asked, "exercises", {})
     if not exercises or found.tokenizer is None:
         raise ValueError(f"{path} was not trained on problems, such as those of Addition")
     task = task or next(iter(exercises))
@@ -328,7 +328,7 @@ def grid_command(
         for counts in examine(examiner, missing, problems, tokens, advance):
             journal.add(counts)
     show(_table(journal, exercise, digits, diagonal or 0))
-    if (coverage := coverage_of(found.model)) is not None:
+    if (coverage := found.model.embedding.coverage) is not None:
         print(f"training can have covered numbers of up to {coverage} digits")
     print(f"wrote {journal.path}")
     figure = journal.path.with_suffix(".png")
@@ -373,12 +373,6 @@ def _bar(total: int, done: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=total, completed=done)
         yield lambda problems: progress.advance(task, problems)
-
-
-def coverage_of(decoder: Decoder) -> int | None:
-    """The longest run of digits that training can have covered; None: no embedding says it."""
-    embedding = digit_embedding(decoder)
-    return None if embedding is None else embedding.coverage
 
 
 def _mean(journal: Journal, sizes: list[tuple[int, int]]) -> float:
@@ -428,7 +422,7 @@ def _draw(
 
     size = np.arange(1, digits + 1)
     # Hinted numbers have letters between their digits, so that every run of digits is one.
-    coverage = None if exercise.hints else coverage_of(decoder)
+    coverage = None if exercise.hints else decoder.embedding.coverage
     part, first_part = exercise.answer_parts
     figure, panels = plt.subplots(2, 2, figsize=(11, 10), layout="constrained")
     (cells, line), (places, chains) = panels

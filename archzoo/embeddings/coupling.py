@@ -20,7 +20,7 @@ from torch import Tensor
 
 from archzoo.documents import Context, make_context
 from archzoo.embeddings.counter_random import STARTS, examples_of, integers, random_bits
-from archzoo.embeddings.digits import Coupling, DigitEmbedding, DigitTokenizer, count_digits
+from archzoo.embeddings.digits import Coupling, DigitEmbedding, DigitTask, count_digits
 from archzoo.states import State
 
 
@@ -155,21 +155,15 @@ class PositionCoupling(DigitEmbedding):
         """What the coverage is made of."""
         return f"max_position={self.max_position}"
 
-    def bind(
-        self,
-        tokenizer: DigitTokenizer,
-        longest_run: int | None = None,
-        *,
-        coupling: Coupling | None = None,
-        **known: Any,
-    ) -> dict[str, Any]:
+    def bind(self, task: DigitTask, *, training: bool = False) -> dict[str, Any]:
         """As any digit embedding's; and the task must give coupled positions."""
+        coupling = getattr(task, "coupling", None)
         if coupling is None:
             raise ValueError(
                 "PositionCoupling takes its positions from the task, and this one gives none: "
                 "set its argument coupled, or take AbacusEmbedding"
             )
-        changed = super().bind(tokenizer, longest_run, **known)
+        changed = super().bind(task, training=training)
         if self.prompt is None:
             self.prompt = changed["prompt"] = coupling
         elif self.prompt != coupling:

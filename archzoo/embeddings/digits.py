@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from archzoo.derivatives import followed
 from archzoo.documents import Context
@@ -28,6 +28,23 @@ class DigitTokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Text to tokens."""
+
+
+class DigitTask(Protocol):
+    """What is asked of a task.
+
+    It may also say, where its texts hold problems and numbers:
+
+    - ``longest_run``: digits of the longest number in training, answers included.
+    - ``longest_asked``: the same in all that validation asks.
+    - ``operators``: the signs of its problems, the last one followed by the answer.
+    - ``coupling``: how the numbers of a problem are written, "reversed" or "plain", where its
+      batches hold coupled positions.
+    """
+
+    @property
+    def tokenizer(self) -> DigitTokenizer:
+        """The task's."""
 
 
 def count_digits(is_digit: Tensor, context: Context, before: Tensor | None) -> Tensor:
@@ -64,7 +81,7 @@ def count_digits(is_digit: Tensor, context: Context, before: Tensor | None) -> T
 class DigitEmbedding(RowEmbedding):
     """An embedding that must know which tokens are digits, and how long a number may be.
 
-    Both come from the task where they are not given; see `bind_digits`.
+    Both come from the task where they are not given; see `bind`.
 
     Args:
         vocab_size: Tokens.
@@ -134,18 +151,15 @@ class DigitEmbedding(RowEmbedding):
 
     # ------------------------------------------------------------------------ what a task knows
 
-    def bind(
-        self,
-        tokenizer: DigitTokenizer,
-        longest_run: int | None = None,
-        *,
-        training: bool = False,
-        operators: str = "+=",
-        coupling: Coupling | None = None,
-    ) -> dict[str, Any]:
+    def bind(self, task: DigitTask, *, training: bool = False) -> dict[str, Any]:
         """Fill what was left at None from a task, or hold what is known against it.
 
-        The arguments are those of `bind_digits`.
+        In training its numbers widen what is covered, and those that are only asked are checked
+        against that; else all are.
+
+        Args:
+            task: Any; see `DigitTask` for what it may say.
+            training: It will be trained on.
 
         Returns:
             The arguments that changed, for the decoder's configuration.
@@ -154,6 +168,8 @@ class DigitEmbedding(RowEmbedding):
             ValueError: A tokenizer whose digits are not tokens of their own, or numbers too long
                 for the table.
         """
+        tokenizer, operators = task.tokenizer, getattr(task, "operators", "+=")
+        longest_run = getattr(task, "longest_run", None)
         changed: dict[str, Any] = {}
         name = type(self).__name__
         if self.digit_tokens is None:
@@ -184,6 +200,9 @@ class DigitEmbedding(RowEmbedding):
             if self.longest_run is None or longest_run > self.longest_run:
                 self.longest_run = changed["longest_run"] = longest_run
                 self.check_rows()
+            longest_asked = getattr(task, "longest_asked", None) or longest_run
+            if longest_asked != longest_run:
+                self.check_coverage(longest_asked)
         elif longest_run is not None:
             self.check_coverage(longest_run)
         return changed
@@ -216,11 +235,14 @@ class DigitEmbedding(RowEmbedding):
         )
         return False
 
-    def watch_text(self, rows: Sequence[Sequence[int]]) -> None:
+    def check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
         """Check the coverage of texts, lists of tokens on the host, unless it was warned of."""
         digits = frozenset(self.digit_tokens or ())
         runs = [
-            len(list(run)) for row in rows for is_, run in groupby(row, digits.__contains__) if is_
+            len(list(run))
+            for prompt in prompts
+            for is_digit, run in groupby(prompt, digits.__contains__)
+            if is_digit
         ]
         if not self._warned:
             self._warned = not self.check_coverage(max(runs, default=0))
@@ -230,46 +252,3 @@ class DigitEmbedding(RowEmbedding):
         at_hand = runs.device.type == "cpu" and not followed()
         if not self.training and not self._warned and at_hand:
             self._warned = not self.check_coverage(int(runs.max()))
-
-
-def digit_embedding(decoder: nn.Module) -> DigitEmbedding | None:
-    """The embedding of a decoder that counts digits, inside of a wrapper or alone; None: none."""
-    embedding: Any = decoder.embedding
-    while hasattr(embedding, "embedding"):
-        embedding = embedding.embedding
-    return embedding if isinstance(embedding, DigitEmbedding) else None
-
-
-def bind_digits(
-    decoder: nn.Module,
-    tokenizer: DigitTokenizer,
-    longest_run: int | None = None,
-    *,
-    training: bool = False,
-    operators: str = "+=",
-    coupling: Coupling | None = None,
-) -> None:
-    """Tell a decoder's digit embedding what the task knows; other embeddings need nothing.
-
-    What was left at None in its configuration is filled there too, so that a checkpoint knows.
-
-    Args:
-        decoder: Any `Decoder`.
-        tokenizer: Of the task.
-        longest_run: Digits of the task's longest number. None: unknown.
-        training: The task will be trained on, so its numbers widen what is covered; otherwise
-            they are checked against it.
-        operators: The signs of the task's problems, the last one followed by the answer.
-        coupling: How a task that gives coupled positions writes the numbers of its problems:
-            "reversed" or "plain". None: it gives none.
-    """
-    embedding: Any = decoder.embedding
-    spec: dict[str, Any] = decoder.config["embedding"]  # type: ignore[index, assignment]
-    while hasattr(embedding, "embedding"):  # a wrapper around another embedding
-        # Nothing is said of one that is there by default, which is a plain one.
-        embedding, spec = embedding.embedding, spec["init_args"].get("embedding", {})
-    if isinstance(embedding, DigitEmbedding):
-        changed = embedding.bind(
-            tokenizer, longest_run, training=training, operators=operators, coupling=coupling
-        )
-        spec["init_args"].update(changed)

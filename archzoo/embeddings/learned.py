@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -119,7 +120,8 @@ class RandomisedPositions(Embedding):
                 f"text_length={text_length} must lie in 1 .. longest={longest}: each token needs "
                 "a position of its own"
             )
-        self.embedding = build("embedding", describe("embedding", embedding), vocab_size, dim)
+        self.spec = describe("embedding", embedding)
+        self.embedding = build("embedding", self.spec, vocab_size, dim)
         if type(self.embedding).prompt_positions is not Embedding.prompt_positions:
             raise ValueError(
                 f"{type(self.embedding).__name__} stands where its task says, so no positions can "
@@ -143,6 +145,22 @@ class RandomisedPositions(Embedding):
     ) -> State:
         """The inner embedding's."""
         return self.embedding.init_state(batch_size, capacity=capacity, device=device, dtype=dtype)
+
+    def bind(self, task: Any, *, training: bool = False) -> dict[str, Any]:
+        """The inner embedding's."""
+        changed = self.embedding.bind(task, training=training)
+        self.spec = self.spec | {"init_args": self.spec["init_args"] | changed}
+        return {"embedding": self.spec} if changed else {}
+
+    def check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
+        """The inner embedding's."""
+        self.embedding.check_prompts(prompts)
+
+    @property
+    def coverage(self) -> int | None:
+        """The inner embedding's."""
+        covered: int | None = self.embedding.coverage
+        return covered
 
     def place(self, context: Context) -> Context:
         """The context with positions spread over 0 .. longest - 1."""

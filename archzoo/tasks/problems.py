@@ -7,7 +7,7 @@ its classes, in arithmetic.py and sorting.py. Nothing runs over the examples one
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -142,6 +142,14 @@ class Exercise(Task):
     A class says which problems there are by `operators`, `shape`, `draws`, `candidates`, `hashes`,
     `listed` and `columns`.
 
+    Attributes:
+        operators: the signs of its problems, the last one followed by the answer.
+        coupling: how a task whose batches hold coupled positions (`positions`) writes the numbers
+            of a problem, "reversed" or "plain"; None: it gives no positions.
+        longest_run: digits of the longest number in training, answers included.
+        longest_asked: the same in all that validation asks.
+        exercises: by name, the tasks whose problems it asks: itself.
+
     Args:
         spans: of both parts of the size, first and last value.
         **arguments: all arguments of the class, as it was called; those of `Sorting` at least.
@@ -149,6 +157,8 @@ class Exercise(Task):
 
     metrics = ("token_accuracy", "exact_match")
     tokenizer: CharacterTokenizer
+    operators: str
+    coupling: Literal["reversed", "plain"] | None = None
     # Before there was a common vocabulary every task had its own, and no number was 0.
     added: ClassVar[dict[str, Any]] = {"vocabulary": "own", "zero": False}
     axes: ClassVar[tuple[str, str]]  # what the two parts of a size are
@@ -173,7 +183,7 @@ class Exercise(Task):
                 raise ValueError(f"{name} {arguments[name]} is not positive")
         if min(ood_digits, default=1) < 1:
             raise ValueError(f"ood_digits {ood_digits} holds a length that is not positive")
-        self.exercise, self.exercises = self, {type(self).__name__: self}
+        self.exercises = {type(self).__name__: self}
         self.beyond = tuple(ood_digits)
         self.spans = spans
         self.extent = (spans[0][1], spans[1][1])

@@ -101,11 +101,11 @@ class Arithmetic(Task):
             for name, given in tasks.items()
         }
         parts = list(self.exercises.values())
-        self.parts, self.exercise = parts, parts[0]
+        self.parts = parts
         self.tokenizer = parts[0].tokenizer
         self.context_length = max(part.context_length for part in parts)
-        self.longest_run = max(cast(int, part.longest_run) for part in parts)
-        self.longest_asked = max(cast(int, part.longest_asked) for part in parts)
+        self.longest_run = max(part.longest_run for part in parts)
+        self.longest_asked = max(part.longest_asked for part in parts)
         signs = dict.fromkeys("".join(part.operators[:-1] for part in parts))
         self.operators = "".join(signs) + "="
         self.beyond = (*self.exercises, *(ood_digits or ()))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import import_module
 from inspect import signature
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import lightning
 import numpy as np
@@ -187,15 +187,8 @@ class Task(lightning.LightningDataModule):
         metrics: which of "perplexity", "token_accuracy", "exact_match" say something here.
         tokenizer: set once `prepare` has run.
         context_length: tokens of the longest row.
-        longest_run: digits of the longest number in training, answers included; None: unknown.
-        longest_asked: the same in all that validation asks.
-        operators: the signs of its problems, the last one followed by the answer.
-        coupling: how a task whose batches hold coupled positions (`positions`) writes the numbers
-            of a problem, "reversed" or "plain"; None: it gives no positions.
         beyond: what every validation asks as well, each with a loader (`beyond_loader`) and an
             exact match of its own: lengths that no training example has, or names.
-        exercise: the task, an `Exercise`, that makes the problems it asks; None: it asks none.
-        exercises: by name, where problems are of several tasks; `exercise` is the first.
         arguments: what the task was made with, plain data.
         other_vocabulary: what to do where weights were trained with another vocabulary.
         added: arguments that came later, and what each is for a checkpoint that does not name it.
@@ -204,18 +197,12 @@ class Task(lightning.LightningDataModule):
     metrics: tuple[str, ...] = ()
     tokenizer: Tokenizer
     context_length: int
-    longest_run: int | None = None
-    longest_asked: int | None = None
-    operators: str = "+="
-    coupling: Literal["reversed", "plain"] | None = None
     beyond: tuple[int | str, ...] = ()
-    exercise: Task | None = None
     other_vocabulary = "give the task their tokenizer, which lies beside them"
     added: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
-        self.exercises: dict[str, Any] = {}
         self.arguments = arguments
         if arguments["batch_size"] < 1:
             raise ValueError(f"batch_size {arguments['batch_size']} is not positive")

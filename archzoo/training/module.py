@@ -19,7 +19,6 @@ from archzoo._version import __version__
 from archzoo.block import Aux
 from archzoo.checkpoint import load, read_safely, weights_digest
 from archzoo.decoder import Decoder
-from archzoo.embeddings.digits import bind_digits
 from archzoo.numerics import WITHOUT_FLOAT64
 from archzoo.parts import find
 from archzoo.registry import build_decoder, check_size, count_parameters, create_model, get_preset
@@ -239,22 +238,7 @@ class LanguageModel(lightning.LightningModule):
                     "the weights were trained with another vocabulary than this task's: "
                     + task.other_vocabulary
                 )
-            bind_digits(
-                self.net,
-                task.tokenizer,
-                task.longest_run,
-                training=stage == "fit",
-                operators=task.operators,
-                coupling=task.coupling,
-            )
-            if stage == "fit" and task.longest_asked != task.longest_run:  # longer: is it covered?
-                bind_digits(
-                    self.net,
-                    task.tokenizer,
-                    task.longest_asked,
-                    operators=task.operators,
-                    coupling=task.coupling,
-                )
+            self.net.bind(task, training=stage == "fit")
 
     def configure_model(self) -> None:
         """Under Lightning's ModelParallelStrategy: FSDP2, block by block (Zhao et al., 2304.11277).
