@@ -130,26 +130,7 @@ class TwoNumbers(Exercise):
             )
         if coupled:
             self.coupling = "reversed" if reverse else "plain"
-        super().__init__(
-            ((min_digits, digits), (min_digits, digits)),
-            digits=digits,
-            min_digits=min_digits,
-            reverse=reverse,
-            reverse_answer=reverse_answer,
-            zero_padded=zero_padded,
-            hints=hints,
-            coupled=coupled,
-            held_out=held_out,
-            batch_size=batch_size,
-            steps_per_epoch=steps_per_epoch,
-            validation_examples=validation_examples,
-            test_examples=test_examples,
-            ood_digits=ood_digits,
-            ood_examples=ood_examples,
-            seed=seed,
-            vocabulary=vocabulary,
-            zero=zero,
-        )
+        super().__init__(((min_digits, digits), (min_digits, digits)))
 
     # What an operation says.
 

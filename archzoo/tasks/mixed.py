@@ -96,12 +96,6 @@ class Mixed(Text):
             )
         if lines < 1:
             raise ValueError(f"lines {lines} is not positive")
-        del self.arguments["carry_state"]
-        self.arguments |= {
-            "problems": problems,
-            "problem_arguments": problem_arguments,
-            "lines": lines,
-        }
         self.exercise, self.lines = exercise, lines
         self.exercises = exercise.exercises
         self.characters = "\n" + exercise.tokenizer.characters

@@ -151,8 +151,9 @@ class Exercise(Task):
         exercises: by name, the tasks whose problems it asks: itself.
 
     Args:
-        spans: of both parts of the size, first and last value.
-        **arguments: all arguments of the class, as it was called; those of `Sorting` at least.
+        spans: of both parts of the size, first and last value. All else is read off what the class
+            was made with, which are the arguments of `Sorting` at least.
+        **arguments: of those, what its constructor does not take.
     """
 
     metrics = ("token_accuracy", "exact_match")
@@ -169,9 +170,11 @@ class Exercise(Task):
     def __init__(
         self,
         spans: tuple[tuple[int, int], tuple[int, int]],
+        /,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
+        arguments = self.arguments
         held_out, ood_digits = arguments["held_out"], arguments["ood_digits"] or []
         if held_out < 2:
             raise ValueError(

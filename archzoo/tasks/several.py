@@ -76,23 +76,7 @@ class Arithmetic(Task):
         seed: int = 0,
         zero: bool = True,
     ) -> None:
-        super().__init__(
-            tasks=tasks,
-            digits=digits,
-            reverse=reverse,
-            reverse_answer=reverse_answer,
-            zero_padded=zero_padded,
-            hints=hints,
-            held_out=held_out,
-            batch_size=batch_size,
-            steps_per_epoch=steps_per_epoch,
-            validation_examples=validation_examples,
-            test_examples=test_examples,
-            ood_digits=ood_digits,
-            ood_examples=ood_examples,
-            seed=seed,
-            zero=zero,
-        )
+        super().__init__()
         if not tasks:
             raise ValueError("tasks is empty: name at least one, such as {Addition: {}}")
         self.steps_per_epoch, self.seed = steps_per_epoch, seed

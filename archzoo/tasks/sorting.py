@@ -76,23 +76,7 @@ class Sorting(Exercise):
             if value < 1:
                 raise ValueError(f"{name} {value} is not positive")
         self.shape((numbers, digits))  # there must be keys for all
-        super().__init__(
-            ((1, numbers), (1, digits)),
-            numbers=numbers,
-            digits=digits,
-            reverse=reverse,
-            hints=hints,
-            held_out=held_out,
-            batch_size=batch_size,
-            steps_per_epoch=steps_per_epoch,
-            validation_examples=validation_examples,
-            test_examples=test_examples,
-            ood_digits=ood_digits,
-            ood_examples=ood_examples,
-            seed=seed,
-            vocabulary=vocabulary,
-            zero=zero,
-        )
+        super().__init__(((1, numbers), (1, digits)))
 
     def shape(self, extent: tuple[int, int]) -> tuple[int, int]:
         if extent[0] > len(LETTERS):

@@ -8,12 +8,14 @@ has used.
 
 from __future__ import annotations
 
+import functools
+import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import import_module
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any, ClassVar
 
 import lightning
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from archzoo.tasks.counter_random import Integers
 from archzoo.tasks.tokenizers import Tokenizer
-from archzoo.trust import check_arguments, check_path, find_class, load_installed, strings
+from archzoo.trust import check_arguments, check_path, find_class, load_installed, shown, strings
 
 Batch = dict[str, Tensor]
 
@@ -164,8 +166,45 @@ _NO_EXAMPLES = {
 }
 
 
+def _noting_arguments(construct: Callable[..., None]) -> Callable[..., None]:
+    """A task's constructor that writes down what it is given, before it runs.
+
+    Of the class that is made, that is what `Task.config` says: all that its constructor takes, the
+    defaults of the class it derives from among them where it hands ``**arguments`` on to that one.
+    """
+    takes = signature(construct)
+    left_out = {n for n, p in takes.parameters.items() if p.kind is p.POSITIONAL_ONLY} | {"self"}
+    others = [n for n, p in takes.parameters.items() if p.kind is Parameter.VAR_KEYWORD]
+
+    @functools.wraps(construct)
+    def noting(self: Task, *given: Any, **named: Any) -> None:
+        called = takes.bind(self, *given, **named)
+        passed = {*called.arguments, *named}
+        called.apply_defaults()
+        values = dict(called.arguments)
+        for name in others:
+            values |= values.pop(name)
+        values = {
+            name: os.fspath(value) if isinstance(value, os.PathLike) else value
+            for name, value in values.items()
+            if name not in left_out
+        }
+        if not hasattr(self, "_config"):
+            self._config, self._hands_on = values, bool(others)
+        elif self._hands_on:  # what it left to this class's defaults; what it fixed is its own
+            self._config |= {name: values[name] for name in values.keys() - passed}
+            self._hands_on = bool(others)
+        self.arguments = getattr(self, "arguments", {}) | values
+        construct(self, *given, **named)
+
+    return noting
+
+
 class Task(lightning.LightningDataModule):
     """A data set with its tokenizer and the metrics that fit it.
+
+    What the constructor of a class of your own takes is written down when it is called, for
+    checkpoints: it should be plain data.
 
     A batch is a dict of tensors, all (batch, time) unless said otherwise:
 
@@ -189,7 +228,8 @@ class Task(lightning.LightningDataModule):
         context_length: tokens of the longest row.
         beyond: what every validation asks as well, each with a loader (`beyond_loader`) and an
             exact match of its own: lengths that no training example has, or names.
-        arguments: what the task was made with, plain data.
+        arguments: what the task was made with, plain data; of the classes that it derives from,
+            what those were made with.
         other_vocabulary: what to do where weights were trained with another vocabulary.
         added: arguments that came later, and what each is for a checkpoint that does not name it.
     """
@@ -201,12 +241,28 @@ class Task(lightning.LightningDataModule):
     other_vocabulary = "give the task their tokenizer, which lies beside them"
     added: ClassVar[dict[str, Any]] = {}
 
+    arguments: dict[str, Any]
+    _config: dict[str, Any]  # of them, what makes the task again
+    _hands_on: bool  # whether the constructor that was noted last hands **arguments on
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        if "__init__" in vars(cls):
+            cls.__init__ = _noting_arguments(cls.__init__)  # type: ignore[method-assign]
+
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
-        self.arguments = arguments
-        if arguments["batch_size"] < 1:
-            raise ValueError(f"batch_size {arguments['batch_size']} is not positive")
-        self.batch_size: int = arguments["batch_size"]
+        self.arguments = getattr(self, "arguments", {}) | arguments
+        if not hasattr(self, "_config"):  # of a class without a constructor of its own
+            self._config = arguments
+        if "batch_size" not in self.arguments:
+            raise ValueError(
+                f"{type(self).__name__} has no batch_size: let its constructor take one, or give "
+                "super().__init__(batch_size=...) a number"
+            )
+        if self.arguments["batch_size"] < 1:
+            raise ValueError(f"batch_size {self.arguments['batch_size']} is not positive")
+        self.batch_size: int = self.arguments["batch_size"]
         # How many batches, and examples in them, had been used when a run took this batch size up.
         self._used = (0, 0)
 
@@ -259,8 +315,18 @@ class Task(lightning.LightningDataModule):
         return self.tokenizer.stop_token
 
     def config(self) -> dict[str, Any]:
-        """The class and its arguments, plain data from which `build` makes the task again."""
-        return {"class_path": _name(type(self)), "init_args": dict(self.arguments)}
+        """The class and its arguments, plain data from which `build` makes the task again.
+
+        Raises:
+            ValueError: An argument is something else.
+        """
+        for name, value in self._config.items():
+            if not _is_plain(value):
+                raise ValueError(
+                    f"{type(self).__name__}: {name}={shown(value)} is not plain data, so no "
+                    "checkpoint could hold it: take numbers, texts, lists and mappings of them"
+                )
+        return {"class_path": _name(type(self)), "init_args": dict(self._config)}
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides which examples training sees and in which order, plain data by name.
@@ -269,7 +335,7 @@ class Task(lightning.LightningDataModule):
         stand in a batch, how many are validated on and where files lie is no part of it.
         """
         self.prepare()
-        given = {name: self.arguments[name] for name in self.arguments.keys() - _NO_EXAMPLES}
+        given = {name: self._config[name] for name in self._config.keys() - _NO_EXAMPLES}
         tokenizer = getattr(self, "tokenizer", None)
         return given | ({"tokenizer": tokenizer.fingerprint()} if tokenizer else {})
 
@@ -401,7 +467,8 @@ def named(config: Any) -> tuple[type[Task], dict[str, Any]]:
         except ValueError as error:
             raise ValueError(f"unknown task: {error}") from None
     check_arguments(task, arguments, f"task {name}")
-    return task, task.added | arguments
+    takes = signature(task).parameters  # a constructor of one's own may not take what came later
+    return task, {n: value for n, value in task.added.items() if n in takes} | arguments
 
 
 def readable(
@@ -463,6 +530,14 @@ def _name(task: type[Task]) -> str:
     # Our own go by the name that is imported and configured, not by the file they stand in.
     ours = task.__module__.startswith("archzoo.tasks.")
     return f"{'archzoo.tasks' if ours else task.__module__}.{task.__qualname__}"
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(entry) for key, entry in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (str, int, float, bool)
 
 
 def _tasks(base: type[Task]) -> Iterator[type[Task]]:

@@ -83,17 +83,7 @@ class Text(Task):
         cache_dir: str | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(
-            path=str(path),
-            tokenizer=str(tokenizer),
-            vocab_size=vocab_size,
-            context_length=context_length,
-            batch_size=batch_size,
-            carry_state=carry_state,
-            validation_fraction=validation_fraction,
-            cache_dir=None if cache_dir is None else str(cache_dir),
-            seed=seed,
-        )
+        super().__init__()
         for name, value in (("path", path), ("cache_dir", cache_dir), ("tokenizer", tokenizer)):
             if value is not None and not str(value).strip():  # Path takes it for this directory
                 raise ValueError(f"{name} is empty: name one, or leave {name} out for its default")
