@@ -13,11 +13,11 @@ and a part is swapped by naming another class for its slot. All parts share thre
   from piece to piece. Left padding and packing are the same thing seen from here: a part must
   give each document what it would give it alone. `Context` carries what a part needs to know of
   this, built once a call.
-* **State.** What a part carries from one call to the next: a dict or list of tensors with the
-  batch on axis 0, and of plain ints that hold for all rows. It goes in and comes back; no module
-  hides any of it. ``None`` in means "start empty and keep nothing", and ``None`` comes back. A
-  call consumes the state it is given (it may write into it where gradients are off): whoever
-  wants to keep one calls `fork` first.
+* **State.** What a part carries from one call to the next: a dict of tensors with the batch on
+  axis 0, of plain ints that hold for all rows, and of dicts and lists of these. It goes in and
+  comes back; no module hides any of it. ``None`` in means "start empty and keep nothing", and
+  ``None`` comes back. A call consumes the state it is given (it may write into it where gradients
+  are off): whoever wants to keep one calls `fork` first.
 * **aux.** A feed-forward returns an `Aux` beside its output: tensors by name. Its `losses` are
   added to the training loss, its `metrics` are averaged and logged, its `sums` are summed over
   micro-batches and ranks and handed to `FeedForward.after_step`, and its `pools` are summed over
@@ -224,23 +224,27 @@ class Mixer(nn.Module):
             outputs.append(y)
         return torch.cat(outputs, dim=1), state
 
-    def chunkwise(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+    def chunkwise(
+        self, x: Tensor, state: State | None, context: Context
+    ) -> tuple[Tensor, State | None]:
         """Any time, from any state; state None starts empty. The base class folds `step`."""
         if state is None:
             state = self.start_state(x.shape[0], device=x.device, dtype=x.dtype)
         return self.recurrent(x, state, context)
 
-    def parallel(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+    def parallel(
+        self, x: Tensor, state: State | None, context: Context
+    ) -> tuple[Tensor, State | None]:
         """All tokens at once; the same contract as `chunkwise`, which the base class calls."""
         return self.chunkwise(x, state, context)
 
-    def choose_form(self, x: Tensor, state: State) -> str:
+    def choose_form(self, x: Tensor, state: State | None) -> str:
         """The form that runs when none is asked for: by facts alone, never by training mode."""
         return "recurrent" if x.shape[1] == 1 and state is not None else "parallel"
 
     def forward(
-        self, x: Tensor, state: State, context: Context, form: str | None = None
-    ) -> tuple[Tensor, State]:
+        self, x: Tensor, state: State | None, context: Context, form: str | None = None
+    ) -> tuple[Tensor, State | None]:
         """Mix x (batch, time, dim) and hand back y and the state after it.
 
         Args:
@@ -375,7 +379,9 @@ class Embedding(nn.Module):
         """Digits of the longest number that training can have covered; None: it has no limit."""
         return None
 
-    def forward(self, tokens: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+    def forward(
+        self, tokens: Tensor, state: State | None, context: Context
+    ) -> tuple[Tensor, State | None]:
         """Tokens (batch, time) to x (batch, time, dim); state None comes back as None."""
         raise NotImplementedError
 
@@ -440,11 +446,11 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        state: State,
+        state: State | None,
         context: Context,
         injected: Tensor | None = None,
         form: str | None = None,
-    ) -> tuple[Tensor, State, Aux]:
+    ) -> tuple[Tensor, State | None, Aux]:
         """X (batch, time, dim) to (x, the mixer's state, the feed-forward's aux).
 
         `injected`, of x's shape, is added first: input injection, as looped models use it.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, overload
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,21 @@ BiasFactory = Callable[[int], Bias]
 LinearFactory = Callable[[int, dict[str, int]], Linear]
 AdapterFactory = Callable[[Target], Adapter]
 
+if TYPE_CHECKING:  # what torch's list holds, it does not say
+
+    class Blocks(nn.ModuleList):
+        """The blocks of a decoder, from bottom to top."""
+
+        def __iter__(self) -> Iterator[Block]: ...
+        @overload
+        def __getitem__(self, idx: slice) -> Self: ...
+        @overload
+        def __getitem__(self, idx: int) -> Block: ...
+        def __getitem__(self, idx: int | slice) -> Self | Block: ...
+
+else:
+    Blocks = nn.ModuleList
+
 
 class Output(NamedTuple):
     """What a call of a decoder gives.
@@ -44,7 +59,7 @@ class Output(NamedTuple):
     """
 
     logits: Tensor
-    state: State
+    state: State | None
     aux: list[Aux]
 
 
@@ -193,7 +208,8 @@ class Decoder(nn.Module):
         config = self.config
 
         def make_norm() -> nn.Module:
-            kind = {"rms": RMSNorm, "layer": nn.LayerNorm}.get(norm)
+            kinds: dict[str, Callable[..., nn.Module]] = {"rms": RMSNorm, "layer": nn.LayerNorm}
+            kind = kinds.get(norm)
             if kind is None:
                 raise ValueError(f"norm={norm!r} is neither rms nor layer")
             return kind(dim, eps=norm_eps)
@@ -201,8 +217,8 @@ class Decoder(nn.Module):
         if norm_placement not in ("pre", "post"):
             raise ValueError(f"norm_placement={norm_placement!r} is neither pre nor post")
         mixers = config["pattern"] or [config["mixer"]]
-        self.embedding = build("embedding", config["embedding"], vocab_size, dim)
-        self.blocks = nn.ModuleList()
+        self.embedding: Embedding = build("embedding", config["embedding"], vocab_size, dim)
+        self.blocks = Blocks()
         for layer in range(depth):
             mixed = build("mixer", mixers[layer % len(mixers)], dim, heads)
             if rotary:
@@ -299,7 +315,7 @@ class Decoder(nn.Module):
         """
         device, dtype = device or self.device, dtype or self.dtype
         options: Any = {"capacity": capacity, "device": device, "dtype": dtype}
-        mixers: list[Any] = [block.mixer for block in self.blocks] * self.loops
+        mixers: list[Mixer] = [block.mixer for block in self.blocks] * self.loops
         return {
             "place": interface.init_place(batch_size, device),
             "embedding": self.embedding.init_state(batch_size, **options),
@@ -319,14 +335,14 @@ class Decoder(nn.Module):
     def hidden(
         self,
         tokens: Tensor,
-        state: State = None,
+        state: State | None = None,
         documents: Tensor | None = None,
         examples: Tensor | None = None,
         form: str | None = None,
         loops: int | None = None,
         free_loops: int = 0,
         positions: Tensor | None = None,
-    ) -> tuple[Tensor, State, list[Aux]]:
+    ) -> tuple[Tensor, State | None, list[Aux]]:
         """`forward` up to the head: x (batch, time, dim) after the last norm, state, aux.
 
         Args:
@@ -360,14 +376,14 @@ class Decoder(nn.Module):
     def _hidden(
         self,
         tokens: Tensor,
-        state: State,
+        state: State | None,
         documents: Tensor | None,
         examples: Tensor | None,
         form: str | None,
         loops: int | None,
         free_loops: int,
         positions: Tensor | None,
-    ) -> tuple[Tensor, State, list[Aux]]:
+    ) -> tuple[Tensor, State | None, list[Aux]]:
         """`hidden` of inputs whose kind is right."""
         batch_size, time = tokens.shape
         if state is not None and self.training and self.embedding.trains_on_whole_documents:
@@ -395,8 +411,11 @@ class Decoder(nn.Module):
                 f"{free_loops} free loops and {loops} more: at least one must follow the free "
                 f"ones, and a state needs {self.loops} in all"
             )
-        before = state["blocks"] if keep else [None] * self.depth * (free_loops + loops)
-        x, embedded = self.embedding(tokens, state["embedding"] if keep else None, context)
+        before: Sequence[State | None] = [None] * self.depth * (free_loops + loops)
+        if state is not None:
+            before = state["blocks"]
+        carried = None if state is None else state["embedding"]
+        x, embedded = self.embedding(tokens, carried, context)
         if self.dropout:
             x = nn.functional.dropout(x, self.dropout, self.training)
         text = None  # where the text's own tokens stand, if prompts stand between them
@@ -404,7 +423,7 @@ class Decoder(nn.Module):
             adapter: Any = next(iter(self.prompt.values()))
             x, context, text = insert_prompts(x, context, adapter.prompt())
         embedding = x
-        after: list[State] = []
+        after: list[State | None] = []
         aux: list[Aux] = []
         if free_loops:
             with torch.no_grad():
@@ -423,11 +442,11 @@ class Decoder(nn.Module):
         self,
         x: Tensor,
         embedding: Tensor,
-        before: list[State],
+        before: Sequence[State | None],
         context: Context,
         form: str | None,
         loop: int,
-        after: list[State],
+        after: list[State | None],
         aux: list[Aux],
     ) -> Tensor:
         """The stack once; the blocks' states go to `after`, and what they say beside to `aux`."""
@@ -450,7 +469,7 @@ class Decoder(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        state: State = None,
+        state: State | None = None,
         documents: Tensor | None = None,
         examples: Tensor | None = None,
         form: str | None = None,
@@ -504,7 +523,7 @@ class Decoder(nn.Module):
                 f"{kind} of {len(entries)} {type(entries).__name__} entries for {self.depth} "
                 f"layers: give a list of one dict a layer, [layer.{kind} for layer in aux]"
             )
-        parts: list[Any] = [block.feed_forward for block in self.blocks]
+        parts = [block.feed_forward for block in self.blocks]
         return zip(parts, entries, strict=True)
 
     def parameter_count(self) -> int:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from archzoo.block import FORMS
-from archzoo.decoder import Decoder
+from archzoo.decoder import Decoder, Output
 from archzoo.numerics import for_float64
 from archzoo.states import State, nbytes, reorder
 from archzoo.tasks.writing import PLAIN, Writing, writing_of
@@ -373,7 +373,7 @@ class _Carrying:
 
     def __init__(self, model: Decoder, capacity: int) -> None:
         self.model, self.capacity = model, capacity
-        self.state: State = None
+        self.state: State | None = None
         self.ended_bytes = 0  # of the state of rows that have ended
 
     def read(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
@@ -384,7 +384,7 @@ class _Carrying:
             self.state = self.model.init_state(tokens.shape[0], capacity=self.capacity)
             form = None
             positions = self.model.embedding.prompt_positions(tokens, documents)
-        output = self.model(
+        output: Output = self.model(
             tokens, self.state, documents, form=form, logits_to_keep=1, positions=positions
         )
         self.state = output.state
@@ -418,7 +418,7 @@ class _Recomputing:
                 self.positions = torch.cat([self.positions, self.positions[:, -1:] + 1], dim=1)
         self.pieces.append(tokens)
         tokens = torch.cat(self.pieces, dim=1)
-        output = self.model(
+        output: Output = self.model(
             tokens,
             None,
             self.documents,

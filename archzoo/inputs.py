@@ -6,12 +6,15 @@ ends in an error anyway is looked at only then, so that a right input pays nothi
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from archzoo.states import State
+
+if TYPE_CHECKING:
+    from archzoo.decoder import Decoder
 
 
 def check_tokens(tokens: Any) -> Tensor:
@@ -84,13 +87,13 @@ def check_state(state: Any, batch_size: int, blocks: int) -> None:
 
 
 def explain(
-    decoder: nn.Module, tokens: Tensor, state: State, positions: Tensor | None
+    decoder: Decoder, tokens: Tensor, state: State | None, positions: Tensor | None
 ) -> str | None:
     """What is wrong with the input of a call that has failed, in one line; None: nothing here.
 
     Only the CPU is asked for numbers: elsewhere a question could fail, too.
     """
-    weight: Tensor = decoder.embedding.weight  # type: ignore[assignment, union-attr]
+    weight = decoder.embedding.weight
     if weight.device != tokens.device:
         return (
             f"tokens are on {tokens.device}, the model on {weight.device}: move one to the other, "
@@ -102,7 +105,7 @@ def explain(
             before = -1 if positions is None else int(positions.min())
         except RuntimeError:  # under a transform there are no numbers
             return None
-        known = int(decoder.vocab_size)  # type: ignore[arg-type]
+        known = decoder.vocab_size
         if low < 0 or high >= known:
             wrong = low if low < 0 else high
             return (
@@ -113,14 +116,14 @@ def explain(
             return f"position {before} is not valid: positions are 0 or more"
     if state is None:
         return None
-    begun = decoder.init_state(tokens.shape[0], device="meta")  # type: ignore[operator]
+    begun = decoder.init_state(tokens.shape[0], device="meta")
     differs = _difference(begun, state, tokens.device, "state")
     if differs is None:
         return None
     return f"{differs}: it is another model's, or was made before this one was cast or moved"
 
 
-def _difference(wanted: State, given: State, device: torch.device, where: str) -> str | None:
+def _difference(wanted: Any, given: Any, device: torch.device, where: str) -> str | None:
     """Where a state differs in structure from one that begins, in words; None: it does not."""
     if isinstance(wanted, dict):
         if not isinstance(given, dict) or not wanted.keys() <= given.keys():

@@ -197,7 +197,8 @@ class Linear(nn.Linear):
         weight = self.base_weight()[..., self.rows(name), :]
         for other, before in self.adapters():
             if before is adapter:
-                return adapter.delta(weight)
+                change: Tensor = adapter.delta(weight)
+                return change
             if other == name:
                 weight = weight + before.delta(weight).to(weight.dtype)
         raise AssertionError("an adapter of another Linear")

@@ -88,7 +88,8 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
     if not composed or (weight is not None and weight.dtype != x.dtype):
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     if torch.is_grad_enabled():
-        return _RMSNorm.apply(x, weight, eps)
+        y: Tensor = _RMSNorm.apply(x, weight, eps)
+        return y
     normed = _inverse_root_mean_square(x, eps).mul(x)
     return normed if weight is None else normed.mul_(weight)
 

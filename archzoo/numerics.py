@@ -104,7 +104,8 @@ def once_per_call(tensor: Tensor, key: Hashable, compute: Callable[[], Computed]
     key = (torch.is_inference_mode_enabled(), key)  # what is made there is of no use to gradients
     if key not in kept:
         kept[key] = compute()
-    return kept[key]
+    found: Computed = kept[key]
+    return found
 
 
 def of_this_call(tensor: Tensor) -> Tensor:
@@ -146,4 +147,5 @@ class KeepsFloat32(nn.Module):
                 return tensor.to(moved.device)
             return moved
 
-        return super()._apply(careful, recurse)
+        super()._apply(careful, recurse)
+        return self

@@ -2,48 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-State = Any  # a pytree: dict | list of Tensor (batch first) | int | bool | None
+#: What a part carries, by name: tensors, batch first; ints and bools that hold for all rows; and
+#: dicts and lists of these. `State | None` where None is "start empty and keep nothing".
+State = dict[str, Any]
+
+Tree = TypeVar("Tree")  # a state, or a part of one
 
 
-def map_state(function: Callable[..., Tensor], *states: State) -> State:
+def map_state(function: Callable[..., Tensor], *states: Tree) -> Tree:
     """Apply a function to corresponding tensors of states of one structure; ints pass through."""
+    mapped: Tree = _mapped(function, states)
+    return mapped
+
+
+def _mapped(function: Callable[..., Tensor], states: Sequence[Any]) -> Any:
     first = states[0]
     if isinstance(first, Tensor):
         return function(*states)
     if isinstance(first, dict):
-        return {name: map_state(function, *(state[name] for state in states)) for name in first}
+        return {name: _mapped(function, [state[name] for state in states]) for name in first}
     if isinstance(first, list | tuple):
-        return [map_state(function, *entries) for entries in zip(*states, strict=True)]
+        return [_mapped(function, entries) for entries in zip(*states, strict=True)]
     return first
 
 
-def fork(state: State) -> State:
+def fork(state: Tree) -> Tree:
     """A copy that a later call cannot touch (calls consume the state they are given)."""
     return map_state(torch.clone, state)
 
 
-def reorder(state: State, rows: Tensor) -> State:
+def reorder(state: Tree, rows: Tensor) -> Tree:
     """Pick rows of the batch, with repetition: (kept,) int64, as beam search does."""
     return map_state(lambda leaf: leaf.index_select(0, rows.to(leaf.device)), state)
 
 
-def detach(state: State) -> State:
+def detach(state: Tree) -> Tree:
     """Cut the gradient: truncated back-propagation calls it between windows."""
     return map_state(torch.Tensor.detach, state)
 
 
-def to(state: State, device: torch.device | str) -> State:
+def to(state: Tree, device: torch.device | str) -> Tree:
     """Move a state to another device. Its dtypes are the parts' own choice and stay."""
     return map_state(lambda leaf: leaf.to(device), state)
 
 
-def nbytes(state: State) -> int:
+def nbytes(state: State | None) -> int:
     """Bytes that the tensors of a state take."""
     sizes: list[int] = []
 
@@ -55,7 +64,7 @@ def nbytes(state: State) -> int:
     return sum(sizes)
 
 
-def select_rows(rows: Tensor, chosen: State, other: State) -> State:
+def select_rows(rows: Tensor, chosen: Tree, other: Tree) -> Tree:
     """Row by row: `chosen` where rows (batch,) bool is True, else `other`."""
 
     def select(a: Tensor, b: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ class Examiner:
                 documents=given.get("documents"),
                 positions=given.get("positions"),
             )
-            predicted = self.decoder.head(x).argmax(-1)
+            predicted: Tensor = self.decoder.head(x).argmax(-1)
         return predicted == given["labels"]
 
     def _casting(self) -> AbstractContextManager[Any]:

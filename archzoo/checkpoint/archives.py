@@ -221,7 +221,8 @@ def _with_attributes(function: Any, _kind: Any, arguments: Any, *_: Any) -> Stor
     """`torch._tensor._rebuild_from_type_v2`: a tensor with Python's attributes, which are left."""
     if function is not _tensor:
         raise ValueError("a tensor of another kind")
-    return _tensor(*arguments)
+    rebuilt: Stored = _tensor(*arguments)
+    return rebuilt
 
 
 def _key(value: Any) -> Any:

@@ -34,7 +34,7 @@ def checkpointing(subject: Subject) -> str:
     decoder = decoder_with(subject).train()
     tokens = subject.tokens(2, 24, decoder.vocab_size)
     examples = torch.tensor([[5], [6]]).expand(2, 24)
-    starts: list[tuple[int, State]] = [(0, None)]
+    starts: list[tuple[int, State | None]] = [(0, None)]
     if not decoder.embedding.trains_on_whole_documents:
         with torch.no_grad():
             first = decoder(tokens[:, :8], decoder.init_state(2), examples=examples[:, :8])

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from archzoo import block as interface
 from archzoo.contract.subject import Subject
 from archzoo.documents import Context
-from archzoo.states import State
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -34,7 +33,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     if got.shape != want.shape or not got.isfinite().all():
         return float("inf")
     scale = want.norm().item()
-    return (got - want).norm().item() / (scale if scale else 1.0)
+    return float((got - want).norm().item() / (scale if scale else 1.0))
 
 
 def expect_same(got: Tensor, want: Tensor, tolerance: float, what: str) -> float:
@@ -64,7 +63,7 @@ def context_of(
     )
 
 
-def leaves_of(state: State) -> Iterator[Any]:
+def leaves_of(state: Any) -> Iterator[Any]:
     """The tensors, ints and whatever else a state holds."""
     if isinstance(state, dict):
         state = list(state.values())
@@ -75,7 +74,7 @@ def leaves_of(state: State) -> Iterator[Any]:
         yield state
 
 
-def tensors_of(state: State) -> list[Tensor]:
+def tensors_of(state: Any) -> list[Tensor]:
     """The tensors a state holds."""
     return [leaf for leaf in leaves_of(state) if isinstance(leaf, Tensor)]
 

@@ -43,7 +43,7 @@ class Stand(NamedTuple):
     state: State
     place: Any
 
-    def map(self, function: Callable[[State], State]) -> Stand:
+    def map(self, function: Callable[[Any], Any]) -> Stand:
         return Stand(function(self.state), function(self.place))
 
 

@@ -66,7 +66,7 @@ class Subject:
     @property
     def dim(self) -> int:
         """Width of the vectors that go in."""
-        return self.sizes["dim"]
+        return int(self.sizes["dim"])
 
     def make(self, dtype: torch.dtype = torch.float64, **sizes: int) -> Any:
         """Build the part; the same weights each time, a little off whatever they start at.

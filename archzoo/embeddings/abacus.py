@@ -134,7 +134,9 @@ class AbacusEmbedding(DigitEmbedding):
         """run: (batch,) int64, digits of the number that the text stopped in."""
         return {"run": torch.zeros(batch_size, dtype=torch.int64, device=device)}
 
-    def positions(self, tokens: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+    def positions(
+        self, tokens: Tensor, state: State | None, context: Context
+    ) -> tuple[Tensor, State | None]:
         """The row of each token, (batch, time) int64, and the state after them."""
         kinds = self.known_kinds()
         shifted = self.training and self.max_shift > 0
@@ -165,7 +167,9 @@ class AbacusEmbedding(DigitEmbedding):
             rows = torch.where(rows > 0, rows + integers(bits, self.max_shift + 1), rows)
         return rows.clamp(max=self.rows - 1), state
 
-    def forward(self, tokens: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+    def forward(
+        self, tokens: Tensor, state: State | None, context: Context
+    ) -> tuple[Tensor, State | None]:
         """Tokens (batch, time) int64 to x (batch, time, dim)."""
         rows, state = self.positions(tokens, state, context)
         return self.look_up(tokens, rows), state

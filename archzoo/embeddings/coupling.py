@@ -190,7 +190,9 @@ class PositionCoupling(DigitEmbedding):
             prompt=self.prompt,
         )
 
-    def forward(self, tokens: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+    def forward(
+        self, tokens: Tensor, state: State | None, context: Context
+    ) -> tuple[Tensor, State | None]:
         """Tokens (batch, time) int64 to x (batch, time, dim)."""
         rows = context.positions
         self.watch(rows - 1)

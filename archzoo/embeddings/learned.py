@@ -51,7 +51,9 @@ class LearnedPositions(RowEmbedding):
         super().__init__(vocab_size, dim, longest)
         self.longest, self.max_start, self.seed = longest, max_start, seed
 
-    def forward(self, tokens: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+    def forward(
+        self, tokens: Tensor, state: State | None, context: Context
+    ) -> tuple[Tensor, State | None]:
         """Tokens (batch, time) int64 to x (batch, time, dim).
 
         Raises:
@@ -144,7 +146,10 @@ class RandomisedPositions(Embedding):
         dtype: torch.dtype | None = None,
     ) -> State:
         """The inner embedding's."""
-        return self.embedding.init_state(batch_size, capacity=capacity, device=device, dtype=dtype)
+        inner: State = self.embedding.init_state(
+            batch_size, capacity=capacity, device=device, dtype=dtype
+        )
+        return inner
 
     def bind(self, task: Any, *, training: bool = False) -> dict[str, Any]:
         """The inner embedding's."""
@@ -187,7 +192,9 @@ class RandomisedPositions(Embedding):
         ids = positions + (share * room).floor().long().clamp(min=0)
         return context._replace(positions=(ids * valid).to(device))
 
-    def forward(self, tokens: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+    def forward(
+        self, tokens: Tensor, state: State | None, context: Context
+    ) -> tuple[Tensor, State | None]:
         """The inner embedding's x; `place` has changed the context."""
         x, state = self.embedding(tokens, state, context)
         return x, state

@@ -23,6 +23,8 @@ class TokenEmbedding(Embedding):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(vocab_size, dim))
 
-    def forward(self, tokens: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+    def forward(
+        self, tokens: Tensor, state: State | None, context: Context
+    ) -> tuple[Tensor, State | None]:
         """Tokens (batch, time) int64 to x (batch, time, dim)."""
         return F.embedding(tokens, self.weight), state

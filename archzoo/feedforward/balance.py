@@ -52,7 +52,8 @@ def mean_over_tokens(values: Tensor, valid: Tensor | None = None) -> Tensor:
     if valid is None:
         return values.mean(dim=0)
     share = valid.to(values.dtype) / valid.sum().clamp(min=1)
-    return torch.tensordot(share, values, dims=1)
+    mean: Tensor = torch.tensordot(share, values, dims=1)
+    return mean
 
 
 @lru_cache(maxsize=256)

@@ -42,7 +42,7 @@ def _triton() -> Any:
 @functools.lru_cache(maxsize=1)
 def known_triton() -> bool:
     """Whether this Triton is one whose inner parts are known."""
-    return _triton().__version__.startswith(_RUN_WITH)
+    return str(_triton().__version__).startswith(_RUN_WITH)
 
 
 def padded_width(width: int, dtype: torch.dtype) -> int:
@@ -110,7 +110,8 @@ def stream_of(tensor: Tensor) -> int | None:
     """The stream to launch on, None where the interpreter runs."""
     if not tensor.is_cuda:
         return None
-    return _find_stream()(tensor.get_device())
+    stream: int = _find_stream()(tensor.get_device())
+    return stream
 
 
 class Launch:

@@ -77,18 +77,26 @@ class Attention(Mixer):
 
     def step(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
         """One token against the cache."""
-        return self.parallel(x, state, context)
+        y, after = self.parallel(x, state, context)
+        assert after is not None  # one was given
+        return y, after
 
-    def chunkwise(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+    def chunkwise(
+        self, x: Tensor, state: State | None, context: Context
+    ) -> tuple[Tensor, State | None]:
         """The same as `parallel`: attention has no shorter way."""
         return self.parallel(x, state, context)
 
-    def parallel(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+    def parallel(
+        self, x: Tensor, state: State | None, context: Context
+    ) -> tuple[Tensor, State | None]:
         """X (batch, time, dim) against itself and whatever the state holds."""
         qk, v = self.query_key_value(x).split_with_sizes(self.widths, -1)
         return self.attend(qk, v, state, context)
 
-    def attend(self, qk: Tensor, v: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+    def attend(
+        self, qk: Tensor, v: Tensor, state: State | None, context: Context
+    ) -> tuple[Tensor, State | None]:
         """`parallel` from the projections on.
 
         Args:
@@ -239,6 +247,7 @@ class _Attend(torch.autograd.Function):
         added = mask
         if mask is not None and mask.dtype == torch.bool:
             added = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+        y: Tensor
         y, kept = _FORWARD(q, k, v, 0.0, causal, attn_mask=added)
         ctx.save_for_backward(q, k, v, added, y, kept)
         ctx.causal = causal

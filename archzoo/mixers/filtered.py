@@ -71,13 +71,17 @@ class FilteredAttention(Attention):
         dim = self.second.out_features
         return super().prefix_shapes() | {"filter_input": (dim,), "filter_hidden": (dim // 2,)}
 
-    def parallel(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+    def parallel(
+        self, x: Tensor, state: State | None, context: Context
+    ) -> tuple[Tensor, State | None]:
         """X (batch, time, dim) against itself and whatever the state holds."""
         u, state = self.filter(x, state, context)
         query_key = self.query_key_value.part(u, "query", "key")
         return self.attend(query_key, self.query_key_value.part(x, "value"), state, context)
 
-    def filter(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+    def filter(
+        self, x: Tensor, state: State | None, context: Context
+    ) -> tuple[Tensor, State | None]:
         """X (batch, time, dim) to u of the same shape, and the state after it."""
         start: Any = None
         start_hidden: Any = None

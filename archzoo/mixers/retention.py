@@ -15,7 +15,7 @@ makes the three forms one function.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -194,7 +194,7 @@ class Retention(KeepsFloat32, Mixer):
         dtype = at_least_float32(dtype or self.output.dtype)
         return {"memory": torch.zeros(shape, device=device, dtype=dtype)}
 
-    def choose_form(self, x: Tensor, state: State) -> str:
+    def choose_form(self, x: Tensor, state: State | None) -> str:
         """Recurrent for one token, parallel for few, chunkwise for many and on a GPU."""
         if x.shape[1] == 1 and state is not None:
             return "recurrent"
@@ -208,7 +208,7 @@ class Retention(KeepsFloat32, Mixer):
         return qk, v, gate[0] if gate else None
 
     def unpack(
-        self, x: Tensor, state: State
+        self, x: Tensor, state: State | None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """What `project` gives, and the S of a state (None without one)."""
         return *self.project(x), None if state is None else state["memory"]
@@ -233,7 +233,7 @@ class Retention(KeepsFloat32, Mixer):
 
     def finish(
         self, o: Tensor, gate: Tensor | None, memory: Tensor | None, dtype: torch.dtype
-    ) -> tuple[Tensor, State]:
+    ) -> tuple[Tensor, Any]:
         """Head norm, gate, output projection: o (batch, time, heads, value_dim) to y; and S packed.
 
         The opposite of `unpack`.
@@ -250,7 +250,9 @@ class Retention(KeepsFloat32, Mixer):
         y = self.output(y if gate is None else F.silu(gate) * y)
         return y, None if memory is None else {"memory": memory}
 
-    def parallel(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+    def parallel(
+        self, x: Tensor, state: State | None, context: Context
+    ) -> tuple[Tensor, State | None]:
         """``o = ((Q K^T) * D) V``: O(time^2) work, (heads, time, time) memory.
 
         D, the decay mask, holds k's scale and o's normaliser. What a state brings along is added,
@@ -268,7 +270,9 @@ class Retention(KeepsFloat32, Mixer):
                 memory = memory * D.across + (k * D.final).mT @ v
         return self.finish(o.transpose(1, 2).contiguous(), gate, memory, x.dtype)
 
-    def chunkwise(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+    def chunkwise(
+        self, x: Tensor, state: State | None, context: Context
+    ) -> tuple[Tensor, State | None]:
         """Time in chunks: O(time * (chunk_size + key_dim)) work a channel.
 
         By a kernel where there is one for these tensors, see `archzoo.kernels.retention`, else by

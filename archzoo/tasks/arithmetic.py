@@ -253,7 +253,8 @@ def _listed(first: int, second: int, held_out: int, ordered: bool, zero: bool) -
     a, b = (np.arange(low, 10**length) for low, length in zip(least, (first, second), strict=True))
     hashes = [hash_of(from_integers(a, first))[:, None], hash_of(from_integers(b, second))]
     found = np.stack(np.nonzero(are_held_out(_join(*hashes, ordered=ordered), held_out)))
-    return found[:, shuffled(found.shape[1])] + np.array([[a[0]], [b[0]]])
+    listed: Integers = found[:, shuffled(found.shape[1])] + np.array([[a[0]], [b[0]]])
+    return listed
 
 
 def _columns(least: int) -> list[list[tuple[int, int]]]:
@@ -408,7 +409,8 @@ class BitwiseOr(TwoNumbers):
         return _join(*map(hash_of, marked), ordered=self.ordered)
 
     def is_held_out(self, problems: Problems) -> Flags:
-        return super().is_held_out(problems) & (problems.operands[:, 0] == 0).all(axis=0)
+        held: Flags = super().is_held_out(problems) & (problems.operands[:, 0] == 0).all(axis=0)
+        return held
 
     def listed(self, first: int, second: int) -> Problems:
         owners = (0, 1) if first == second else (int(first > second),)

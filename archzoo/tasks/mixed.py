@@ -213,4 +213,5 @@ class Mixed(Text):
         bits = random_bits(self.seed, _LINES, numbers, lengths.shape[1]).T >> np.uint64(32)
         chosen = (bits * count[:, -1:].astype(np.uint64)) >> np.uint64(32)
         chosen = np.sort(chosen.astype(np.int64), axis=1)
-        return (count[:, None] > chosen[..., None]).argmax(axis=2)
+        place: Integers = (count[:, None] > chosen[..., None]).argmax(axis=2)
+        return place

@@ -470,7 +470,8 @@ class Exercise(Task):
 
     def letters_from(self, letters: Integers, places: Integers) -> Digits:
         """Tokens of the letters so many places after the first: (examples,), (columns,) -> both."""
-        return self.letter_tokens[(letters[:, None] + places) % len(LETTERS)]
+        tokens: Digits = self.letter_tokens[(letters[:, None] + places) % len(LETTERS)]
+        return tokens
 
     # Inside.
 
@@ -562,7 +563,8 @@ def are_held_out(hashes: Bits, held_out: int) -> Flags:
 
     The hash 0, that of zeros alone, would be held out by every number, and is by none.
     """
-    return (mix(hashes) % np.uint64(held_out) == 0) & (hashes != 0)
+    held: Flags = (mix(hashes) % np.uint64(held_out) == 0) & (hashes != 0)
+    return held
 
 
 def shuffled(count: int) -> Integers:

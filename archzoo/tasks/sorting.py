@@ -107,7 +107,8 @@ class Sorting(Exercise):
     def hashes(self, problems: Problems) -> Bits:
         numbers, digits, _ = problems.operands.shape
         flat = problems.operands.transpose(1, 0, 2).reshape(digits, -1)
-        return hash_of(flat).reshape(numbers, -1).sum(axis=0)
+        summed: Bits = hash_of(flat).reshape(numbers, -1).sum(axis=0)
+        return summed
 
     def listed(self, first: int, second: int) -> Problems | None:
         if first * second > 4:  # 9,999 lists

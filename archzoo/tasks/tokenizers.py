@@ -349,7 +349,8 @@ class _Words:
         lengths = self._starts[which + 1] - self._starts[which]
         shift = self._starts[which] - (np.cumsum(lengths) - lengths)
         places = np.arange(int(lengths.sum())) + np.repeat(shift, lengths)
-        return self._tokens[places].astype(np.int64)
+        joined: NDArray[np.int64] = self._tokens[places].astype(np.int64)
+        return joined
 
 
 def _splits_at_blanks(library: tokenizers.Tokenizer) -> bool:

@@ -369,7 +369,8 @@ class LanguageModel(lightning.LightningModule):
         seen = labels.numel() if documents is None else (documents >= 0).sum()
         self._count("tokens", torch.as_tensor(seen, device=self.device))
         self._watch(loss.detach())
-        return loss
+        summed: Tensor = loss
+        return summed
 
     def _divide_gradients(self) -> None:
         """Make the gradients of an accumulation those of its labelled tokens' mean.
@@ -768,7 +769,7 @@ class LanguageModel(lightning.LightningModule):
             return mine
         states: list[Any] = [None] * self.trainer.world_size
         torch.distributed.all_gather_object(states, mine)
-        return states[0] | {"others": states[1:]}
+        return {**states[0], "others": states[1:]}
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # which is no usual method

@@ -240,9 +240,10 @@ _Dumper.add_representer(
 
 def written(settings: Mapping[str, Any]) -> str:
     """Settings as one text for the parser, which reads the same from it."""
-    return yaml.dump(
+    text: str = yaml.dump(
         dict(settings), Dumper=_Dumper, allow_unicode=True, default_flow_style=True, width=1 << 20
     )
+    return text
 
 
 # ---------------------------------------------------------------------------- checking

@@ -289,7 +289,8 @@ def retention(
         return o, final if leave else None
     work, q, k, v = launch.find_work(q, k, v, *facts, scale, leave)
     if torch.is_grad_enabled():
-        return _Eager.apply(q, k, v, state, work, facts)
+        o, final = _Eager.apply(q, k, v, state, work, facts)
+        return o, final
     o, final, *_ = launch.forward(q, work, k, v, *facts, False)
     return o, final
 
