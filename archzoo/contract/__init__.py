@@ -10,7 +10,7 @@ The table of all checks and what runs them stand here; beside them
 
 - subject.py: what is checked, and at which sizes;
 - measure.py: how, and how exactly;
-- mixers.py, feedforward.py, positions.py: the checks of each slot;
+- mixers.py, feedforward.py, positions.py, adapters.py: the checks of each slot;
 - in_decoder.py: those that need a decoder around the part.
 """
 
@@ -20,7 +20,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from archzoo.contract import feedforward, in_decoder, mixers, positions
+from archzoo.contract import adapters, feedforward, in_decoder, mixers, positions
 from archzoo.contract.measure import Violation, first_line, relative_error
 from archzoo.contract.subject import SIZES, Subject
 
@@ -94,6 +94,21 @@ CHECKS: dict[str, dict[str, Check]] = {
         "interface": positions.bias_interface,
         "casts": positions.bias_precision,
         "gradients": positions.bias_gradients,
+    },
+    "linear": {
+        "interface": adapters.linear_interface,
+        "gradients": adapters.linear_gradients,
+        "in a decoder": adapters.linear_model,
+    },
+    "adapter": {
+        "interface": adapters.adapter_interface,
+        "identity at start": adapters.adapter_start,
+        "gradients": adapters.adapter_gradients,
+        "forms equal": adapters.adapter_forms,
+        "named blocks": adapters.adapter_blocks,
+        "merged": adapters.adapter_merged,
+        "save and load": adapters.adapter_saved,
+        "casts": adapters.adapter_casts,
     },
 }
 
@@ -190,7 +205,8 @@ def examine(part: Any, *, seed: int = 0, **arguments: Any) -> Report:
     """All checks of a part, in order; nothing is printed or raised."""
     subject = Subject(part, arguments, seed)
     try:
-        subject.make()
+        if SIZES[subject.slot]:  # others are built by their checks
+            subject.make()
     except Exception as error:  # no rule can be asked, so it is said once
         detail = _raised(error)
         if isinstance(error, TypeError):

@@ -26,6 +26,8 @@ SIZES: dict[str, dict[str, int]] = {
     "embedding": {"vocab_size": 29, "dim": 32},
     "rotary": {"head_dim": 16},
     "bias": {"heads": 4},
+    "linear": {},  # its blocks of rows have names: see `archzoo.contract.adapters`
+    "adapter": {},  # built by the decoders that it is checked in
 }
 
 

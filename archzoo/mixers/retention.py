@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from archzoo.block import Mixer, Rotary
 from archzoo.derivatives import transformed
-from archzoo.documents import Context
+from archzoo.documents import Context, since_start
 from archzoo.kernels import retention as kernels
 from archzoo.kernels.retention.reference import Decays, decays, inverse_root_sum, retain
 from archzoo.linear import Linear
@@ -250,6 +250,32 @@ class Retention(KeepsFloat32, Mixer):
         y = self.output(y if gate is None else F.silu(gate) * y)
         return y, None if memory is None else {"memory": memory}
 
+    def prefix_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The S that every document starts from: (heads, key_dim, value_dim)."""
+        return {"memory": (self.heads, self.head_dim, self.value_dim)}
+
+    def from_prefix(
+        self, qk: Tensor, o: Tensor, memory: Tensor | None, log_decay: Tensor, context: Context
+    ) -> tuple[Tensor, Tensor | None]:
+        """Add what an adapter's S_0 gives documents that began here, whatever computed the rest.
+
+        Retention is linear in its state, so from S_0 in the place of 0 it is
+        ``o_n + gamma^n q_n S_0 / sqrt(s_n)`` and ``S_n + gamma^n S_0``, n counted from 1.
+        """
+        if not self.has_prefix:
+            return o, memory
+        initial = self.learned_prefix()["memory"].to(log_decay.dtype)
+        count, begun = since_start(context)
+        with without_autocast(o.device):
+            decay = (count[..., None] * log_decay).exp() * begun[..., None]  # (batch, time, heads)
+            q, _ = self.rotated(cast(qk, log_decay.dtype), context)
+            q = q * self.normaliser(log_decay, context)
+            q = q * (decay * context.valid[..., None])[..., None]
+            o = o + torch.einsum("bthk,hkv->bthv", q, initial).to(o.dtype)
+            if memory is not None:
+                memory = memory + decay[:, -1, :, None, None] * initial
+        return o, memory
+
     def parallel(
         self, x: Tensor, state: State | None, context: Context
     ) -> tuple[Tensor, State | None]:
@@ -268,7 +294,9 @@ class Retention(KeepsFloat32, Mixer):
             if memory is not None:
                 o = o + (q * D.initial) @ memory
                 memory = memory * D.across + (k * D.final).mT @ v
-        return self.finish(o.transpose(1, 2).contiguous(), gate, memory, x.dtype)
+        o = o.transpose(1, 2).contiguous()
+        o, memory = self.from_prefix(qk, o, memory, log_decay, context)
+        return self.finish(o, gate, memory, x.dtype)
 
     def chunkwise(
         self, x: Tensor, state: State | None, context: Context
@@ -294,12 +322,14 @@ class Retention(KeepsFloat32, Mixer):
                 context.starts if context.packed else None,
                 context.valid if context.packed else None,
             )
+            o, memory = self.from_prefix(qk, o, memory, log_decay, context)
             return self.finish(o, gate, memory, x.dtype)
         with without_autocast(x.device):
             q, k, v = self.widen(qk, v, context, log_decay.dtype)
             q = q * self.normaliser(log_decay, context)
             how = {"scale": scale, "chunk_size": self.chunk_size}
             o, memory = retain(q, k, v, log_decay, memory, context, **how)
+        o, memory = self.from_prefix(qk, o, memory, log_decay, context)
         return self.finish(o, gate, memory, x.dtype)
 
     def step(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
@@ -313,6 +343,7 @@ class Retention(KeepsFloat32, Mixer):
             o, memory = kernels.retention_step(
                 q, k * self.head_dim**-0.5, v, log_decay, memory, context.positions, *seen
             )
+            o, memory = self.from_prefix(qk, o, memory, log_decay, context)
             return self.finish(o, gate, memory, x.dtype)
         batch, heads = x.shape[0], self.heads
         with without_autocast(x.device):
@@ -330,4 +361,5 @@ class Retention(KeepsFloat32, Mixer):
                 memory.mul_(gamma).addcmul_(k, v, value=self.head_dim**-0.5)
             o = torch.bmm(q.view(batch * heads, 1, -1), memory.flatten(0, 1))
             o = o.view(batch, 1, heads, -1)
+        o, memory = self.from_prefix(qk, o, memory, log_decay, context)
         return self.finish(o, gate, memory, x.dtype)

@@ -1,0 +1,354 @@
+"""What is checked of adapters and of Linears: in small decoders of every kind of part."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from archzoo.adapters import KINDS, Adapter
+from archzoo.adapters.attach import adapter_modules, list_targets, merge, remove
+from archzoo.checkpoint import from_pretrained, save_pretrained
+from archzoo.contract.measure import (
+    MODEL_VALUES,
+    VALUES,
+    Violation,
+    by_dtype,
+    expect_live_weights,
+    expect_same,
+    expect_zero,
+    gradients_of,
+    reloaded,
+)
+from archzoo.contract.subject import BATCH, Subject
+from archzoo.decoder import Decoder
+from archzoo.linear import Linear
+
+MIXTURE = {
+    "class_path": "MixtureOfExperts",
+    "init_args": {"experts": 4, "router": "AttentionRouter"},
+}
+
+#: Decoders that hold every kind of target between them.
+MODELS: dict[str, dict[str, Any]] = {
+    "Attention": {"mixer": "Attention"},
+    "Retention": {"mixer": "Retention"},
+    "FilteredAttention and experts": {"mixer": "FilteredAttention", "feed_forward": MIXTURE},
+}
+#: What an adapter of each kind is put on where its own targets are not given.
+TARGETS = {
+    "linear": [r"blocks\.\d+\.(mixer|feed_forward)\.\w+\.(query|value|output|up|down|gate)"],
+    "router": [r".*\.router\.projection\.router_\w+"],
+    "experts": [r".*\.experts\.\w+\.(gate|up|down)"],
+    "input": ["input"],
+    "state": ["state"],
+}
+DOCUMENTS = torch.tensor([[-1] * 4 + [0] * 16, [0] * 7 + [1] * 9 + [-1] * 4, [0] * 20])
+
+
+def targets_of(cls: type[Adapter], model: str) -> list[str]:
+    """Every target of a model that the class says it can change."""
+    kinds = list(cls.kinds)
+    if "linear" in kinds and cls.says("delta"):
+        kinds.append("router")  # type: ignore[arg-type]
+    if "experts" not in model:
+        kinds = [kind for kind in kinds if kind not in ("experts", "router")]
+    return [pattern for kind in kinds for pattern in TARGETS[kind]]
+
+
+def adapted(
+    subject: Subject, model: str, dtype: torch.dtype = torch.float64, **arguments: Any
+) -> tuple[Decoder, Decoder]:
+    """A small decoder with the subject on all that it can change, and the same without."""
+    options = dict(subject.arguments) | arguments
+    options.setdefault("targets", targets_of(subject.part, model))
+    sizes = {"vocab_size": 29, "dim": 32, "depth": 2, "heads": 4, "width": 48, "init_std": 0.2}
+    made = []
+    for adapter in (functools.partial(subject.part, **options), None):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(subject.seed)
+            made.append(Decoder(**sizes, **MODELS[model], adapter=adapter).to(dtype).eval())
+    return made[0], made[1]
+
+
+def models_of(subject: Subject) -> Iterator[str]:
+    """The models that hold something the subject can change."""
+    found = False
+    for model in MODELS:
+        if targets_of(subject.part, model):
+            found = True
+            yield model
+    if not found:
+        raise Violation(f"kinds {subject.part.kinds} are none of {', '.join(KINDS)}")
+
+
+def moved(subject: Subject, decoder: Decoder) -> Decoder:
+    """The decoder with its adapters a little off where they start, as training would move them."""
+    with torch.no_grad():
+        for _, adapter in adapter_modules(decoder):
+            for parameter in adapter.parameters():
+                parameter.add_(0.1 * subject.draw(*parameter.shape, dtype=parameter.dtype))
+    return decoder
+
+
+def logits_of(decoder: Decoder, tokens: Tensor, **options: Any) -> Tensor:
+    """Without gradients, as decoding computes them."""
+    with torch.no_grad():
+        return decoder(tokens, **options).logits
+
+
+# ---------------------------------------------------------------------------- adapters
+
+
+def adapter_interface(subject: Subject) -> str:
+    """It declares known kinds and has their methods; what it does not declare is refused."""
+    cls = subject.part
+    unknown = [kind for kind in cls.kinds if kind not in KINDS]
+    if unknown or not cls.kinds:
+        raise Violation(f"kinds {cls.kinds!r} must name some of {', '.join(KINDS)}")
+    for model in models_of(subject):
+        decoder, _ = adapted(subject, model)
+        if not list(adapter_modules(decoder)):
+            raise Violation(f"nothing of {model} is adapted")
+    for kind in KINDS:
+        if kind in cls.kinds:
+            continue
+        try:
+            adapted(subject, "FilteredAttention and experts", targets=TARGETS[kind])
+        except ValueError as error:
+            if cls.__name__ not in str(error):
+                raise Violation(f"{kind} is refused without naming the class: {error}") from None
+        else:
+            raise Violation(f"the kind {kind!r} is not declared, and still adapted")
+    return f"changes {', '.join(cls.kinds)}; the others are refused"
+
+
+def adapter_start(subject: Subject) -> str:
+    """Where `identity_at_start` is declared, nothing changes before training."""
+    if not subject.part.identity_at_start:
+        return "not declared"
+    worst = 0.0
+    for model in models_of(subject):
+        decoder, base = adapted(subject, model)
+        tokens = subject.tokens(BATCH, 20, decoder.vocab_size)
+        got, want = (logits_of(net, tokens, documents=DOCUMENTS) for net in (decoder, base))
+        what = f"{model}: adapted at the start against the base (identity_at_start is declared)"
+        worst = max(worst, expect_same(got, want, VALUES[torch.float64], what))
+    return f"float64 {worst:.0e}"
+
+
+def adapter_gradients(subject: Subject) -> str:
+    """Gradients reach all of the adapter and nothing else; a step moves nothing of the base."""
+    count = 0
+    for model in models_of(subject):
+        decoder, base = adapted(subject, model)
+        moved(subject, decoder).train()
+        tokens = subject.tokens(BATCH, 20, decoder.vocab_size)
+        output = decoder(tokens, documents=DOCUMENTS)
+        loss = output.logits.square().mean()
+        loss = loss + sum((v for aux in output.aux for v in aux.losses.values()), torch.zeros(()))
+        learned = {id(p) for _, adapter in adapter_modules(decoder) for p in adapter.parameters()}
+        for name, parameter in decoder.named_parameters():
+            if parameter.requires_grad != (id(parameter) in learned):
+                which = "is frozen" if id(parameter) in learned else "of the base learns"
+                raise Violation(f"{model}: the parameter {name!r} {which}")
+        expect_live_weights(decoder, loss)
+        loss.backward()
+        torch.optim.AdamW(decoder.parameters(), lr=0.1).step()
+        decoder.after_step([aux.sums for aux in output.aux])
+        after = decoder.state_dict()
+        for name, tensor in base.state_dict().items():
+            if not torch.equal(after[name], tensor):
+                raise Violation(f"{model}: training the adapter changes {name!r} of the base")
+        count += len(learned)
+    return f"{count} parameters learn, the base stays bit for bit"
+
+
+def adapter_forms(subject: Subject) -> str:
+    """The adapted model is one function: forms, pieces, padding and packing agree."""
+    worst: dict[torch.dtype, float] = {}
+    for model in models_of(subject):
+        for dtype in (torch.float64, torch.float32):
+            decoder, _ = adapted(subject, model, dtype)
+            moved(subject, decoder)
+            tokens = subject.tokens(BATCH, 20, decoder.vocab_size)
+            for documents in (None, DOCUMENTS):
+                valid = torch.ones_like(DOCUMENTS, dtype=torch.bool)
+                valid = valid if documents is None else documents >= 0
+                want = logits_of(decoder, tokens, documents=documents, form="recurrent")
+                grown = decoder(tokens, documents=documents).logits  # gradients on
+                state, pieces = decoder.init_state(BATCH, capacity=20), []
+                for begin, end in ((0, 9), (9, 10), (10, 20)):
+                    here = None if documents is None else documents[:, begin:end]
+                    with torch.no_grad():
+                        output = decoder(tokens[:, begin:end], state, here)
+                    state = output.state
+                    pieces.append(output.logits)
+                whole = logits_of(decoder, tokens, documents=documents)
+                for how, got in (
+                    ("whole", whole),
+                    ("in pieces", torch.cat(pieces, 1)),
+                    ("with gradients", grown),
+                ):
+                    what = f"{model}, logits {how} against recurrent, {dtype}"
+                    error = expect_same(got[valid], want[valid], MODEL_VALUES[dtype], what)
+                    worst[dtype] = max(worst.get(dtype, 0.0), error)
+    return by_dtype(worst)
+
+
+def adapter_blocks(subject: Subject) -> str:
+    """On a named block of a fused matrix it changes that block's rows, and no other's."""
+    if "linear" not in subject.part.kinds:
+        return "it changes no Linear"
+    decoder, _ = adapted(subject, "Attention", targets=["key"])
+    moved(subject, decoder)
+    linear: Any = decoder.blocks[0].mixer.query_key_value  # type: ignore[union-attr]
+    x = subject.draw(5, 32)
+    with torch.no_grad():
+        change = linear(x) - linear.product(x)
+        own = linear.rows("key")
+        if not change[:, own].abs().max():
+            raise Violation("targets=['key'] changes nothing of the rows of key")
+        change[:, own] = 0
+        if change.abs().max():
+            raise Violation("targets=['key'] changes rows of other blocks")
+        parts = torch.cat([linear.part(x, "query"), linear.part(x, "key", "value")], dim=-1)
+        expect_same(parts, linear(x), VALUES[torch.float64], "blocks one by one against all")
+    only, _ = adapted(subject, "Attention", targets=["key"], layers=[1])
+    if {int(path.split(".")[1]) for path, _ in adapter_modules(only)} != {1}:
+        raise Violation("layers=[1] adapts other layers")
+    return "its rows alone, its layers alone"
+
+
+def adapter_merged(subject: Subject) -> str:
+    """Merged it computes what it computed beside the weights; else merging is refused by name."""
+    cls, worst = subject.part, 0.0
+    for model in models_of(subject):
+        decoder, base = adapted(subject, model)
+        moved(subject, decoder)
+        tokens = subject.tokens(BATCH, 20, decoder.vocab_size)
+        want = logits_of(decoder, tokens, documents=DOCUMENTS)
+        if not cls.mergeable:
+            try:
+                merge(decoder)
+            except ValueError as error:
+                if cls.__name__ not in str(error):
+                    raise Violation(f"merging is refused without its name: {error}") from None
+                continue
+            raise Violation("it is not declared mergeable, and still merged")
+        got = logits_of(merge(decoder), tokens, documents=DOCUMENTS)
+        what = f"{model}: merged against beside the weights"
+        worst = max(worst, expect_same(got, want, VALUES[torch.float64], what))
+        if decoder.state_dict().keys() != base.state_dict().keys():
+            raise Violation(f"{model}: merged, it still holds parameters of the adapter")
+    return f"float64 {worst:.0e}" if cls.mergeable else "not declared, and refused by name"
+
+
+def adapter_saved(subject: Subject) -> str:
+    """Saved and loaded bit for bit, stale weights never read, removed without a trace."""
+    for model in models_of(subject):
+        decoder, base = adapted(subject, model)
+        tokens = subject.tokens(BATCH, 20, decoder.vocab_size)
+        before = logits_of(decoder, tokens)
+        moved(subject, decoder)
+        want = logits_of(decoder, tokens)
+        if torch.equal(before, want):
+            raise Violation(f"{model}: its parameters have changed, and the logits have not")
+        fresh, _ = adapted(subject, model)
+        if not torch.equal(logits_of(reloaded(decoder, fresh), tokens), want):
+            raise Violation(f"{model}: loaded, it gives other logits")
+        with tempfile.TemporaryDirectory() as directory:
+            save_pretrained(Path(directory) / "model", decoder)
+            loaded, _ = from_pretrained(Path(directory) / "model")
+            if not torch.equal(logits_of(loaded.eval(), tokens), want):
+                raise Violation(f"{model}: save_pretrained and back, it gives other logits")
+        if not torch.equal(logits_of(remove(decoder), tokens), logits_of(base, tokens)):
+            raise Violation(f"{model}: removed, it leaves the base changed")
+    return "bit for bit"
+
+
+def adapter_casts(subject: Subject) -> str:
+    """In half precision nothing but rounding changes."""
+    worst = 0.0
+    for model in models_of(subject):
+        if "experts" in model:
+            continue  # rounding changes what a router chooses
+        half, _ = adapted(subject, model, torch.float32)
+        full = moved(subject, half).bfloat16()
+        tokens = subject.tokens(BATCH, 20, half.vocab_size)
+        got = logits_of(full, tokens)
+        if got.dtype != torch.bfloat16:
+            raise Violation(f"{model}: a bfloat16 model gives {got.dtype}")
+        want = logits_of(full.float(), tokens)
+        worst = max(worst, expect_same(got, want, 5e-2, f"{model}: bfloat16 against float32"))
+    return f"bfloat16 {worst:.0e}"
+
+
+# ---------------------------------------------------------------------------- Linears
+
+
+def linear_interface(subject: Subject) -> str:
+    """Shapes, dtypes, blocks one by one as all at once, a stack, and its weight where it is read."""
+    blocks = {"first": 12, "second": 20}
+    for dtype in (torch.float64, torch.float32):
+        part = subject.part(32, blocks, **subject.arguments).to(dtype)
+        x = subject.draw(3, 5, 32, dtype=dtype)
+        y = part(x)
+        if y.shape != (3, 5, 32) or y.dtype != dtype:
+            raise Violation(f"{tuple(y.shape)} {y.dtype} from (3, 5, 32) {dtype}: rows are 32")
+        if part.dtype != dtype:
+            raise Violation(f"dtype says {part.dtype} of a {dtype} Linear")
+        apart = torch.cat([part.part(x, "first"), part.part(x, "second")], dim=-1)
+        expect_same(apart, y, VALUES[dtype], "block by block against all at once")
+    if part.effective_weight().shape != (32, 32):
+        raise Violation(f"effective_weight has shape {tuple(part.effective_weight().shape)}")
+    stack = subject.part(32, blocks, stack=4, **subject.arguments)
+    if stack.effective_weight().shape != (4, 32, 32):
+        raise Violation("effective_weight of a stack of 4 is not (4, rows, columns)")
+    return "whole, by blocks, stacked"
+
+
+def linear_gradients(subject: Subject) -> str:
+    """Every weight gets a gradient, and each row sees its own x alone."""
+    part = subject.part(32, {"first": 12, "second": 20}, bias=True, **subject.arguments).double()
+    x = subject.draw(4, 32).requires_grad_()
+    y = part(x)
+    expect_live_weights(part, y.square().sum())
+    (slope,) = gradients_of(y[1].square().sum(), [x])
+    slope[1] = 0
+    expect_zero(slope, "a row sees another row")
+    return "every weight has one"
+
+
+def linear_model(subject: Subject) -> str:
+    """In a decoder, in every Linear of its blocks: forms agree, and it saves and loads."""
+    worst = 0.0
+    for model in MODELS:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(subject.seed)
+            linear = functools.partial(subject.part, **subject.arguments)
+            sizes = {"vocab_size": 29, "dim": 32, "depth": 2, "heads": 4, "width": 48}
+            decoder = Decoder(**sizes, **MODELS[model], linear=linear).double().eval()
+        holds = [m for m in decoder.blocks.modules() if isinstance(m, Linear)]
+        if not any(isinstance(module, subject.part) for module in holds):
+            raise Violation(f"{model}: no Linear is built as one")
+        tokens = subject.tokens(BATCH, 20, decoder.vocab_size)
+        want = logits_of(decoder, tokens, documents=DOCUMENTS, form="recurrent")
+        got = logits_of(decoder, tokens, documents=DOCUMENTS)
+        valid = DOCUMENTS >= 0
+        what = f"{model}: logits against the recurrent form's"
+        worst = max(worst, expect_same(got[valid], want[valid], VALUES[torch.float64], what))
+        with tempfile.TemporaryDirectory() as directory:
+            save_pretrained(Path(directory) / "model", decoder)
+            loaded, _ = from_pretrained(Path(directory) / "model")
+        again = logits_of(loaded.double().eval(), tokens, documents=DOCUMENTS)
+        if not torch.equal(again, got):
+            raise Violation(f"{model}: saved and loaded, it gives other logits")
+        if not list_targets(decoder):
+            raise Violation(f"{model}: adapters find nothing to change")
+    return f"float64 {worst:.0e}"
