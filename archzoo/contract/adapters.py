@@ -34,6 +34,14 @@ MIXTURE = {
     "init_args": {"experts": 4, "router": "AttentionRouter"},
 }
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 29,
+    "dim": 32,
+    "depth": 2,
+    "heads": 4,
+    "width": 48,
+    "init_std": 0.2,
+}
 #: Decoders that hold every kind of target between them.
 MODELS: dict[str, dict[str, Any]] = {
     "Attention": {"mixer": "Attention"},
@@ -67,12 +75,11 @@ def adapted(
     """A small decoder with the subject on all that it can change, and the same without."""
     options = dict(subject.arguments) | arguments
     options.setdefault("targets", targets_of(subject.part, model))
-    sizes = {"vocab_size": 29, "dim": 32, "depth": 2, "heads": 4, "width": 48, "init_std": 0.2}
     made = []
     for adapter in (functools.partial(subject.part, **options), None):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(subject.seed)
-            made.append(Decoder(**sizes, **MODELS[model], adapter=adapter).to(dtype).eval())
+            made.append(Decoder(**SIZES, **MODELS[model], adapter=adapter).to(dtype).eval())
     return made[0], made[1]
 
 
@@ -99,7 +106,8 @@ def moved(subject: Subject, decoder: Decoder) -> Decoder:
 def logits_of(decoder: Decoder, tokens: Tensor, **options: Any) -> Tensor:
     """Without gradients, as decoding computes them."""
     with torch.no_grad():
-        return decoder(tokens, **options).logits
+        logits: Tensor = decoder(tokens, **options).logits
+    return logits
 
 
 # ---------------------------------------------------------------------------- adapters
@@ -207,7 +215,7 @@ def adapter_blocks(subject: Subject) -> str:
         return "it changes no Linear"
     decoder, _ = adapted(subject, "Attention", targets=["key"])
     moved(subject, decoder)
-    linear: Any = decoder.blocks[0].mixer.query_key_value  # type: ignore[union-attr]
+    linear: Any = decoder.blocks[0].mixer.query_key_value
     x = subject.draw(5, 32)
     with torch.no_grad():
         change = linear(x) - linear.product(x)
@@ -293,7 +301,7 @@ def adapter_casts(subject: Subject) -> str:
 
 
 def linear_interface(subject: Subject) -> str:
-    """Shapes, dtypes, blocks one by one as all at once, a stack, and its weight where it is read."""
+    """Shapes, dtypes, blocks one by one as all at once, a stack, and the weight that is read."""
     blocks = {"first": 12, "second": 20}
     for dtype in (torch.float64, torch.float32):
         part = subject.part(32, blocks, **subject.arguments).to(dtype)
@@ -332,8 +340,7 @@ def linear_model(subject: Subject) -> str:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(subject.seed)
             linear = functools.partial(subject.part, **subject.arguments)
-            sizes = {"vocab_size": 29, "dim": 32, "depth": 2, "heads": 4, "width": 48}
-            decoder = Decoder(**sizes, **MODELS[model], linear=linear).double().eval()
+            decoder = Decoder(**SIZES, **MODELS[model], linear=linear).double().eval()
         holds = [m for m in decoder.blocks.modules() if isinstance(m, Linear)]
         if not any(isinstance(module, subject.part) for module in holds):
             raise Violation(f"{model}: no Linear is built as one")
