@@ -190,7 +190,7 @@ def call(function: Callable[..., Any], program: str, arguments: list[str]) -> in
     import docstring_parser
     from jsonargparse import ArgumentParser
 
-    from archzoo.parts import nearest
+    from archzoo.names import nearest
 
     class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from archzoo.decoder import Decoder
-from archzoo.parts import nearest
+from archzoo.names import nearest
 from archzoo.trust import load_installed, machine_memory
 
 FAMILIES = ("transformer", "retnet", "yuan", "skywork", "abacus")  # a module of archzoo.models each

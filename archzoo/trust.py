@@ -26,6 +26,8 @@ from glob import glob
 from pathlib import Path
 from typing import Any, Literal, Union
 
+from archzoo.names import nearest
+
 #: Modules that the user had imported by ``--import``, to say them again.
 asked_for: list[str] = []
 
@@ -132,8 +134,6 @@ def check_arguments(cls: type, arguments: Mapping[str, Any], whose: str) -> None
     known, takes_any = parameters_of(cls)
     for name, value in arguments.items():
         if name not in known and not takes_any:
-            from archzoo.parts import nearest
-
             raise ValueError(f"{whose} has no argument {name!r}; {nearest(str(name), list(known))}")
         hint = known.get(name, Any)
         if not _fits(value, hint):

@@ -11,7 +11,8 @@ from torch import nn
 
 from archzoo.adapters import Adapter, Kind, Target
 from archzoo.linear import Linear
-from archzoo.parts import Spec, build, find, nearest
+from archzoo.names import nearest
+from archzoo.parts import Spec, build, find
 
 if TYPE_CHECKING:
     from archzoo.decoder import Decoder

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from archzoo.analysis.figures import legend, pyplot, save
 from archzoo.analysis.tables import show
-from archzoo.parts import nearest
+from archzoo.names import nearest
 
 # What is compared where no metric is named: the first of these that every run has.
 USUAL = ("validation/exact_match/ood", "validation/exact_match", "validation/loss", "train/loss")

@@ -11,7 +11,7 @@ from rich.table import Table
 from archzoo.analysis.tables import Screen, show
 from archzoo.decoder import Decoder
 from archzoo.models import ACTIVE_PARAMETERS, WITHIN, sized_as_named
-from archzoo.parts import nearest
+from archzoo.names import nearest
 from archzoo.registry import build_decoder, get_preset, list_models
 from archzoo.states import nbytes
 

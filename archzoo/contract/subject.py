@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from archzoo.block import FORMS
-from archzoo.parts import SLOTS, list_parts, nearest
+from archzoo.names import nearest
+from archzoo.parts import SLOTS, list_parts
 from archzoo.trust import import_for_user
 
 LONGEST = 300  # tokens in the longest text that a check makes

@@ -32,6 +32,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from archzoo import parts
 from archzoo.checkpoint import load, read_safely
 from archzoo.decoder import Decoder
+from archzoo.names import nearest
 from archzoo.tasks.stream import Task, import_all, known_tasks, named, readable, since
 from archzoo.training import settings
 from archzoo.training.callbacks import (
@@ -694,7 +695,7 @@ def _no_checkpoint(path: str) -> NoReturn:
         hint = f": give {' or '.join(inside[:2])}" if inside else " and holds no .ckpt file"
         raise FileNotFoundError(f"{path} is a directory{hint}")
     known = sorted(map(str, Path().glob("runs/*/*.ckpt")))
-    hint = f"; {parts.nearest(path, known)}" if known else ""
+    hint = f"; {nearest(path, known)}" if known else ""
     raise FileNotFoundError(f"there is no checkpoint {path}{hint}")
 
 

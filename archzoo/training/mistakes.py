@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from archzoo.parts import SLOTS, list_parts, nearest
+from archzoo.names import nearest
+from archzoo.parts import SLOTS, list_parts
 from archzoo.training.settings import kinds_of, subclasses
 from archzoo.trust import find_class
 

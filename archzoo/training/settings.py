@@ -27,7 +27,8 @@ from lightning.pytorch.plugins import LayerSync
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 
-from archzoo.parts import SLOTS, nearest
+from archzoo.names import nearest
+from archzoo.parts import SLOTS
 from archzoo.tasks.stream import Task, known_tasks
 from archzoo.trust import (
     check_arguments,

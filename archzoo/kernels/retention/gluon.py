@@ -48,19 +48,19 @@ def _chunk(walked, walk, start, stop, CHUNK: gl.constexpr, REVERSE: gl.constexpr
 
 
 @gluon.jit
-def _power(log2_decay, exponent):
+def power(log2_decay, exponent):
     """gamma^exponent, the exponent cut at 0 from below."""
     return gl.exp2(gl.maximum(exponent, 0).to(gl.float32) * log2_decay)
 
 
 @gluon.jit
-def _log2_decay(log_decay_ptr, head):
+def log2_decay_of(log_decay_ptr, head):
     """log2 gamma of one head, finite: see `triton._load_log_decay`."""
     return gl.maximum(gl.load(log_decay_ptr + head).to(gl.float32), -1.0e4) * LOG2_E
 
 
 @gluon.jit
-def _slices(
+def slices_of(
     pointer, batch, head, stride_batch, stride_time, stride_head, time, WIDTH: gl.constexpr,
     ROWS: gl.constexpr,
 ):  # fmt: skip
@@ -98,7 +98,7 @@ def _weigh(
         gap = rows[:, None] - columns[None, :]
     else:
         gap = columns[None, :] - rows[:, None]
-    decay = gl.where(gap >= 0, _power(log2_decay, gap), 0.0)
+    decay = gl.where(gap >= 0, power(log2_decay, gap), 0.0)
     if SCALE:
         token = rows if REVERSE else columns
         normaliser = gl.load(normaliser_row + begin + token, mask=token < size, other=0.0)
@@ -208,8 +208,8 @@ def _multiply(
             rank = size - 1 - index
         else:
             rank = index
-        arrive = _power(log2_decay, rank + SHIFT)
-        leave = _power(log2_decay, size - SHIFT - rank)
+        arrive = power(log2_decay, rank + SHIFT)
+        leave = power(log2_decay, size - SHIFT - rank)
         keep = gl.exp2(size.to(gl.float32) * log2_decay)
         if SCALE:
             if REVERSE:
@@ -326,7 +326,7 @@ def stream_kernel(
     row_wide = row.to(gl.int64)
     batch = (row // heads).to(gl.int64)
     head = (row % heads).to(gl.int64)
-    log2_decay = _log2_decay(log_decay_ptr, head)
+    log2_decay = log2_decay_of(log_decay_ptr, head)
     start = piece * EACH * segment
     stop = gl.minimum(start + EACH * segment, time)
     normaliser_row = normaliser_ptr + (row % normaliser_rows).to(gl.int64) * time
@@ -339,10 +339,10 @@ def stream_kernel(
     TILES: gl.constexpr = BLOCK_A // WIDE
     box: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     square: gl.constexpr = gl.NVMMASharedLayout(2 * CHUNK, 16, 2)
-    a_desc = _slices(a_ptr, batch, head, a_batch, a_time, a_head, time, A, CHUNK)
-    b_desc = _slices(b_ptr, batch, head, b_batch, b_time, b_head, time, A, CHUNK)
-    c_desc = _slices(c_ptr, batch, head, c_batch, c_time, c_head, time, C, CHUNK)
-    out_desc = _slices(out_ptr, batch, head, out_batch, out_time, out_head, time, C, CHUNK)
+    a_desc = slices_of(a_ptr, batch, head, a_batch, a_time, a_head, time, A, CHUNK)
+    b_desc = slices_of(b_ptr, batch, head, b_batch, b_time, b_head, time, A, CHUNK)
+    c_desc = slices_of(c_ptr, batch, head, c_batch, c_time, c_head, time, C, CHUNK)
+    out_desc = slices_of(out_ptr, batch, head, out_batch, out_time, out_head, time, C, CHUNK)
     a_room = gl.allocate_shared_memory(gl.bfloat16, [STAGES * TILES, CHUNK, WIDE], box)
     b_room = gl.allocate_shared_memory(gl.bfloat16, [STAGES * TILES, CHUNK, WIDE], box)
     c_room = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, CHUNK, WIDE], box)
@@ -431,9 +431,9 @@ def _add_up(
     for walked in range(walk):
         begin, size = _chunk(walked, walk, start, stop, CHUNK, not REVERSE)
         if REVERSE:
-            leave = _power(log2_decay, begin - start + 1 + index)
+            leave = power(log2_decay, begin - start + 1 + index)
         else:
-            leave = _power(log2_decay, stop - 1 - begin - index)
+            leave = power(log2_decay, stop - 1 - begin - index)
         if REVERSE and SCALE:
             leave *= gl.load(normaliser_row + begin + index, mask=index < size, other=0.0)
         stage = walked % STAGES
@@ -486,7 +486,7 @@ def segment_sums_kernel(
     piece = gl.program_id(2) + SKIP
     batch = (row // heads).to(gl.int64)
     head = (row % heads).to(gl.int64)
-    log2_decay = _log2_decay(log_decay_ptr, head)
+    log2_decay = log2_decay_of(log_decay_ptr, head)
     start = piece * segment
     stop = gl.minimum(start + segment, time)
     row_column = (tile // COLUMNS) * BLOCK_B
@@ -496,8 +496,8 @@ def segment_sums_kernel(
 
     TILES: gl.constexpr = BLOCK_B // WIDE
     box: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    b_desc = _slices(b_ptr, batch, head, b_batch, b_time, b_head, time, B, CHUNK)
-    c_desc = _slices(c_ptr, batch, head, c_batch, c_time, c_head, time, C, CHUNK)
+    b_desc = slices_of(b_ptr, batch, head, b_batch, b_time, b_head, time, B, CHUNK)
+    c_desc = slices_of(c_ptr, batch, head, c_batch, c_time, c_head, time, C, CHUNK)
     b_room = gl.allocate_shared_memory(gl.bfloat16, [STAGES * TILES, CHUNK, WIDE], box)
     c_room = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, CHUNK, WIDE], box)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

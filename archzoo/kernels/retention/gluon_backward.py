@@ -39,7 +39,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from archzoo.kernels.retention.gluon import WIDE, _log2_decay, _power, _slices
+from archzoo.kernels.retention.gluon import WIDE, log2_decay_of, power, slices_of
 
 # How a group's four warps hold 64 x 64 numbers: as products give them, and as a left factor.
 TILE: gl.constexpr = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
@@ -115,9 +115,9 @@ def _queries(
     row = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, TILE))
     column = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, TILE))
     gap = row[:, None] - column[None, :]
-    decay = gl.where(gap >= 0, _power(log2_decay, gap), 0.0)
-    arrive = _power(log2_decay, row + 1)
-    remember = _power(log2_decay, CHUNK - 1 - column)
+    decay = gl.where(gap >= 0, power(log2_decay, gap), 0.0)
+    arrive = power(log2_decay, row + 1)
+    remember = power(log2_decay, CHUNK - 1 - column)
     across = gl.exp2(CHUNK * log2_decay)
     zeros = gl.zeros([CHUNK, CHUNK], gl.float32, TILE)
     pairs = gl.cdiv(stop - start, 2 * CHUNK)
@@ -186,7 +186,7 @@ def _keys(
     row = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, TILE))
     column = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, TILE))
     gap = column[None, :] - row[:, None]
-    decay = gl.where(gap >= 0, _power(log2_decay, gap), 0.0)
+    decay = gl.where(gap >= 0, power(log2_decay, gap), 0.0)
     zeros = gl.zeros([CHUNK, CHUNK], gl.float32, TILE)
     walk = 2 * gl.cdiv(stop - start, 2 * CHUNK)
     for walked in range(walk):
@@ -204,7 +204,7 @@ def _keys(
         own = own * decay * normaliser[None, :]
         weights = gl.convert_layout(own.to(gl.bfloat16), LEFT)
         out = warpgroup_mma_wait(0, deps=(out,))
-        out *= _power(log2_decay, size - 1 - row)[:, None]
+        out *= power(log2_decay, size - 1 - row)[:, None]
         out = warpgroup_mma(weights, q_room.index(stage), out, is_async=True)
         out, weights = warpgroup_mma_wait(0, deps=(out, weights))
         gl.thread_barrier()
@@ -225,8 +225,8 @@ def _values(
     row = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, TILE))
     column = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, TILE))
     gap = column[None, :] - row[:, None]
-    decay = gl.where(gap >= 0, _power(log2_decay, gap), 0.0)
-    leave = _power(log2_decay, column + 1)
+    decay = gl.where(gap >= 0, power(log2_decay, gap), 0.0)
+    leave = power(log2_decay, column + 1)
     zeros = gl.zeros([CHUNK, CHUNK], gl.float32, TILE)
     offset = row[:, None] + column[None, :] * WIDE
     if HAS_ENTERING:
@@ -259,7 +259,7 @@ def _values(
         own = own * decay * normaliser[None, :]
         weights = gl.convert_layout(own.to(gl.bfloat16), LEFT)
         out = warpgroup_mma_wait(0, deps=(out,))
-        out *= _power(log2_decay, size - 1 - row)[:, None]
+        out *= power(log2_decay, size - 1 - row)[:, None]
         out = warpgroup_mma(weights, do_room.index(stage), out, is_async=True)
         # Meanwhile D before the chunk.
         do = do_room.index(stage).permute((1, 0)).load(TILE)
@@ -301,7 +301,7 @@ def backward_kernel(
     program_wide = program.to(gl.int64)
     batch = (program // heads).to(gl.int64)
     head = (program % heads).to(gl.int64)
-    log2_decay = _log2_decay(log_decay_ptr, head)
+    log2_decay = log2_decay_of(log_decay_ptr, head)
     start = piece * segment
     stop = gl.minimum(start + segment, time)
     normaliser_row = normaliser_ptr + (program % normaliser_rows).to(gl.int64) * time
@@ -313,13 +313,13 @@ def backward_kernel(
     leaving = leaving_ptr + program_wide * WIDE * WIDE
 
     box: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    q_desc = _slices(q_ptr, batch, head, q_batch, q_time, q_head, time, WIDE, CHUNK)
-    k_desc = _slices(k_ptr, batch, head, k_batch, k_time, k_head, time, WIDE, CHUNK)
-    v_desc = _slices(v_ptr, batch, head, v_batch, v_time, v_head, time, WIDE, CHUNK)
-    do_desc = _slices(do_ptr, batch, head, do_batch, do_time, do_head, time, WIDE, CHUNK)
-    dq_desc = _slices(dq_ptr, batch, head, dq_batch, dq_time, dq_head, time, WIDE, CHUNK)
-    dk_desc = _slices(dk_ptr, batch, head, dk_batch, dk_time, dk_head, time, WIDE, CHUNK)
-    dv_desc = _slices(dv_ptr, batch, head, dv_batch, dv_time, dv_head, time, WIDE, CHUNK)
+    q_desc = slices_of(q_ptr, batch, head, q_batch, q_time, q_head, time, WIDE, CHUNK)
+    k_desc = slices_of(k_ptr, batch, head, k_batch, k_time, k_head, time, WIDE, CHUNK)
+    v_desc = slices_of(v_ptr, batch, head, v_batch, v_time, v_head, time, WIDE, CHUNK)
+    do_desc = slices_of(do_ptr, batch, head, do_batch, do_time, do_head, time, WIDE, CHUNK)
+    dq_desc = slices_of(dq_ptr, batch, head, dq_batch, dq_time, dq_head, time, WIDE, CHUNK)
+    dk_desc = slices_of(dk_ptr, batch, head, dk_batch, dk_time, dk_head, time, WIDE, CHUNK)
+    dv_desc = slices_of(dv_ptr, batch, head, dv_batch, dv_time, dv_head, time, WIDE, CHUNK)
     kept_desc = tma.make_tensor_descriptor(
         kept_ptr + program_wide * pairs * WIDE * WIDE,
         [pairs * WIDE, WIDE], [WIDE, 1], [WIDE, WIDE], box,
