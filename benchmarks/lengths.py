@@ -36,12 +36,12 @@ from archzoo.tasks.stream import build
 def by_length(found: Pretrained, lengths: list[int], count: int) -> dict[int, float]:
     """Exact match of problems of two numbers of n digits each, for each n."""
     asked = build(found.task) if found.task else None
-    exercise = next(iter(getattr(asked, "exercises", {}).values()), None)
-    if exercise is None or found.tokenizer is None:
+    synthetic = next(iter(getattr(asked, "synthetic_tasks", {}).values()), None)
+    if synthetic is None or found.tokenizer is None:
         raise ValueError("a run was not trained on problems, such as those of Addition")
     device = found.model.head.weight.device.type
     precision = "bfloat16" if device == "cuda" else "float32"
-    examiner = Examiner(found.model, exercise, exercise.tokens_of(found.tokenizer), precision)
+    examiner = Examiner(found.model, synthetic, synthetic.tokens_of(found.tokenizer), precision)
     keys = [Key("cell", n, n) for n in lengths]
     matches: dict[int, float] = {}
     with warnings.catch_warnings():

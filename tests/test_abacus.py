@@ -363,7 +363,7 @@ def test_a_wrapped_abacus_is_told_too():
 def test_training_widens_and_what_is_only_asked_is_held_against_it():
     """In one call: the longest number of training, and the longest that validation asks."""
     net = model(max_shift=5)
-    task = SimpleNamespace(tokenizer=TOKENIZER, longest_run=4, longest_asked=10, operators="+=")
+    task = SimpleNamespace(tokenizer=TOKENIZER, longest_run=4, longest_tested=10, operators="+=")
     with pytest.warns(UserWarning, match="10 digits lies beyond the 9"):
         net.bind(task, training=True)
     assert net.embedding.coverage == 9

@@ -280,10 +280,10 @@ def test_other_tokens_and_other_tasks(tmp_path, monkeypatch):
         grid_command(str(tmp_path / "mixed"), **asked)
     grid_command(str(tmp_path / "mixed"), **asked, data={"path": str(text)})
     assert (tmp_path / "mixed" / "grid.png").exists()
-    tokens = task.exercise.tokens_of(task.tokenizer)
-    line = task.exercise.lines(task.exercise.problems("train", np.arange(1)))
+    tokens = task.synthetic.tokens_of(task.tokenizer)
+    line = task.synthetic.lines(task.synthetic.problems("train", np.arange(1)))
     written = task.tokenizer.decode(tokens[line.tokens[0]].tolist())
-    assert written == task.exercise.text(task.exercise.problems("train", np.arange(1)))[0] + "\n"
+    assert written == task.synthetic.text(task.synthetic.problems("train", np.arange(1)))[0] + "\n"
     sorting = Sorting()
     model = archzoo.create_model("retnet_micro", vocab_size=sorting.vocab_size)
     save_pretrained(tmp_path / "sorting", model, sorting.tokenizer, sorting.config())

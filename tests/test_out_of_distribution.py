@@ -139,7 +139,7 @@ def test_lengths_that_training_cannot_cover_are_named_before_it_begins(longest, 
     model = LanguageModel("abacus_micro", embedding=embedding)
     trainer = lightning.Trainer(max_steps=0, logger=False, accelerator="cpu", barebones=True)
     task = Addition(digits=2, ood_digits=[3, longest])
-    assert (task.longest_run, task.longest_asked) == (3, longest + 1)
+    assert (task.longest_run, task.longest_tested) == (3, longest + 1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(model, task)

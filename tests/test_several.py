@@ -42,9 +42,10 @@ def test_a_row_is_what_its_own_task_trains():
     batch = task.train_dataloader().batch(2)
     numbers = 1200 + np.arange(600)
     own = {
-        name: part.text(part.problems("train", numbers)) for name, part in task.exercises.items()
+        name: part.text(part.problems("train", numbers))
+        for name, part in task.synthetic_tasks.items()
     }
-    assert isinstance(task.exercises["Subtraction"], Subtraction)
+    assert isinstance(task.synthetic_tasks["Subtraction"], Subtraction)
     found = list(lines(task, batch))
     assert all(line == own[owner(line)][row] for row, line in enumerate(found))
     counts = np.unique([owner(line) for line in found], return_counts=True)[1]
@@ -82,7 +83,7 @@ def test_what_is_held_out_is_never_trained_on():
     }
     for split in ("validation", "test"):
         loaders = task.val_dataloader() if split == "validation" else task.test_dataloader()
-        assert len(loaders) == 4 and task.asked_beside(split) == tuple(TASKS)
+        assert len(loaders) == 4 and task.extra_evaluations(split) == tuple(TASKS)
         asked = [[line for batch in loader for line in lines(task, batch)] for loader in loaders]
         assert sorted(asked[0]) == sorted(itertools.chain(*asked[1:]))
         for name, own in zip(TASKS, asked[1:], strict=True):
@@ -92,18 +93,18 @@ def test_what_is_held_out_is_never_trained_on():
         # Of every task, from the first batch on.
         assert {owner(line) for line in asked[0][:3]} == set(TASKS)
     sums = Addition(held_out=5)
-    for part, other in ((task.exercises["Addition"], sums),):
+    for part, other in ((task.synthetic_tasks["Addition"], sums),):
         problems = part.problems("validation", np.arange(part.rows("validation")))
         assert other.is_held_out(problems).all()
 
 
 def test_longer_problems_of_all_tasks_are_asked():
     task = make(ood_digits=[6], ood_examples=30)
-    assert task.beyond == ("Addition", "Subtraction", "Sorting", 6)
-    asked = [line for batch in task.beyond_loader(6) for line in lines(task, batch)]
+    assert task.extra_validation == ("Addition", "Subtraction", "Sorting", 6)
+    asked = [line for batch in task.extra_validation_loader(6) for line in lines(task, batch)]
     assert len(asked) == 30 and {owner(line) for line in asked} == set(TASKS)
     assert max(map(len, re.findall("[0-9]+", "".join(asked[:10])))) >= 6
-    assert task.longest_asked == 7 and task.longest_run == 4
+    assert task.longest_tested == 7 and task.longest_run == 4
     assert task.operators == "+-:,="
 
 

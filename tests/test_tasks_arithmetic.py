@@ -445,7 +445,7 @@ def test_a_window_is_the_text_with_problems_between_its_lines():
     numbers = (5 * 32 + np.arange(32))[:, None] * 2 + np.arange(2)
     for row in range(32):
         written = task.tokenizer.decode([*batch["tokens"][row], batch["labels"][row, -1]])
-        expected = task.exercise.text(task.exercise.problems("train", numbers[row]))
+        expected = task.synthetic.text(task.synthetic.problems("train", numbers[row]))
         for line in expected:
             assert re.search(rf"(^|\n){re.escape(line)}\n", written)
             written = re.sub(rf"(^|\n){re.escape(line)}\n", r"\1", written, count=1)
@@ -464,7 +464,7 @@ def test_a_window_is_the_text_with_problems_between_its_lines():
 def test_held_out_problems_are_asked_within_text_that_is_not_trained_on():
     task = mixed(problem_arguments={"digits": 4, "ood_digits": [7], "validation_examples": 70})
     text, problems, longer = task.val_dataloader()
-    assert task.beyond == ("problems", 7)
+    assert task.extra_validation == ("problems", 7)
     assert (text.batch(0)["labels"] != IGNORED).all()
     for loader, size in ((problems, 4), (longer, 7)):
         seen = 0
@@ -474,13 +474,13 @@ def test_held_out_problems_are_asked_within_text_that_is_not_trained_on():
                 assert answer.endswith("\n")
                 written = task.tokenizer.decode([*tokens, labels[-1].clamp(min=0)])
                 [found] = re.findall(r"(?:^|\n)([0-9]+\+[0-9]+=[0-9]+\n)", written)
-                a, b, c = task.exercise.parse(found.strip())
+                a, b, c = task.synthetic.parse(found.strip())
                 assert a + b == c and answer == str(c)[::-1] + "\n"
                 assert max(len(str(a)), len(str(b))) <= size
                 problem = digit_arrays.from_integers([a], 9), digit_arrays.from_integers([b], 9)
                 lengths = np.array([[len(str(a))], [len(str(b))]])
                 both = arithmetic.Problems(np.stack(problem), lengths, np.zeros(1, np.int64))
-                assert task.exercise.is_held_out(both).all()
+                assert task.synthetic.is_held_out(both).all()
                 seen += 1
         assert seen == (70 if size == 4 else 200)
 
@@ -495,7 +495,7 @@ def test_any_tokenizer_that_splits_digits_holds_both(tokenizer, tmp_path):
     batch = task.train_dataloader().batch(0)
     for row, tokens in enumerate(batch["tokens"].tolist()):
         written = task.tokenizer.decode([*tokens, batch["labels"][row, -1].item()])
-        for line in task.exercise.text(task.exercise.problems("train", row * 2 + np.arange(2))):
+        for line in task.synthetic.text(task.synthetic.problems("train", row * 2 + np.arange(2))):
             assert f"{line}\n" in written
 
 
@@ -504,7 +504,7 @@ def test_any_tokenizer_that_splits_digits_holds_both(tokenizer, tmp_path):
     [
         ({"problems": "Text"}, "Text cannot stand in a text"),
         ({"lines": 0}, "lines 0 is not positive"),
-        ({"context_length": 20}, "no room for 2 problems of up to 13 tokens: take 26"),
+        ({"context_length": 20}, "too short for 2 problems of up to 13 tokens: take 26"),
         ({"problem_arguments": {"digits": 0}}, "min_digits 1 is not between 1 and digits 0"),
     ],
 )

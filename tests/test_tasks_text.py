@@ -113,7 +113,7 @@ def test_pieces_and_split_lose_nothing(tmp_path_factory, content, fraction, piec
     ((_, border),), _ = corpus.split(fraction)
     assert 0 <= border < corpus.size == len(content.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("archzoo.tasks.text.PIECE", piece)
+        patch.setattr("archzoo.tasks.text.CHUNK", piece)
         pieces = [*corpus.texts((0, border)), *corpus.texts((border, corpus.size))]
     assert "".join(pieces) == content
     assert all(len(text.encode()) <= 2 * piece + 3 for text in pieces[1:]) or "\n" in content
@@ -123,7 +123,7 @@ def test_cutting_into_pieces_does_not_change_the_tokens(text, monkeypatch):
     content = (DATA / "shakespeare.txt").read_text()[:40_000].replace("\n\n", "\n \n\n   ")
     whole = text(content, tokenizer="bpe", vocab_size=500)
     whole.prepare()
-    monkeypatch.setattr("archzoo.tasks.text.PIECE", 300)
+    monkeypatch.setattr("archzoo.tasks.text.CHUNK", 300)
     cut = text(content, tokenizer=next(Path(whole.arguments["cache_dir"]).glob("text-*")))
     cut.prepare()
     assert cut._cache != whole._cache
@@ -480,7 +480,7 @@ def test_what_can_be_done_with_a_binary_file_is_said(text, tmp_path, content, wa
 )
 @pytest.mark.parametrize("tokenizer", ["characters", "bpe"])
 def test_odd_texts_are_encoded_without_loss(text, content, tokenizer, monkeypatch):
-    monkeypatch.setattr("archzoo.tasks.text.PIECE", 1000)  # bytes encoded at once
+    monkeypatch.setattr("archzoo.tasks.text.CHUNK", 1000)  # bytes encoded at once
     sizes = {"vocab_size": 260, "validation_fraction": 0.4, "context_length": 1}
     task = text(content, tokenizer=tokenizer, **sizes)
     task.prepare()
@@ -568,7 +568,7 @@ def test_a_given_tokenizer_that_does_not_know_the_text(text, tmp_path):
         ({"context_length": 0}, ValueError, "context_length 0 is not positive"),
         ({"validation_fraction": 1.0}, ValueError, "validation_fraction 1.0 is not between"),
         ({"batch_size": 0}, ValueError, "batch_size 0 is not positive"),
-        ({"path": ""}, ValueError, "path is empty: name one, or leave path out"),
+        ({"path": ""}, ValueError, "path is empty: name one, or omit path"),
         ({"cache_dir": " "}, ValueError, "cache_dir is empty"),
         ({"tokenizer": ""}, ValueError, "tokenizer is empty"),
     ],
@@ -610,5 +610,5 @@ def test_a_text_goes_on_with_another_batch_size(text):
     rows = {tuple(row) for row in torch.cat(seen)[:windows].tolist()}
     assert len(rows) == windows
     lanes = text(numbers(400), batch_size=5, carry_state=True)
-    with pytest.raises(ValueError, match="began with 3, so it goes on with 3"):
+    with pytest.raises(ValueError, match="began with 3, so it can only continue with 3"):
         lanes.load_state_dict({"batches": 5, "examples": 15, "batch_size": 3})

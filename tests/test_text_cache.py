@@ -82,7 +82,7 @@ def test_what_was_damaged_is_made_again(text, tmp_path, damage, capsys):
     capsys.readouterr()
     task = text()
     assert torch.equal(first(task), whole)
-    assert "is damaged: it is made again" in capsys.readouterr().err
+    assert "is damaged: it is rebuilt" in capsys.readouterr().err
     assert {file.name: file.read_bytes() for file in entry(tmp_path).iterdir()} == before
     text().prepare()
     assert capsys.readouterr().err == ""
@@ -209,7 +209,7 @@ def test_pieces_are_learned_from_a_part_and_that_is_said(text, capsys, monkeypat
     monkeypatch.setattr("archzoo.tasks.text.SAMPLE", 1000)
     text(CONTENT, tokenizer="bpe", vocab_size=260).prepare()
     said = capsys.readouterr().err
-    assert "bpe learns its pieces from 0.0 MB of the" in said and "to encode (bpe)" in said
+    assert "bpe learns its subwords from 0.0 MB of the" in said and "to encode (bpe)" in said
 
 
 @pytest.mark.parametrize("terminal", [True, False])

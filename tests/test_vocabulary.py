@@ -58,9 +58,9 @@ def test_a_configuration_from_before_keeps_its_tokens_and_its_problems():
     hinted = Addition(hints=True, **BEFORE)
     assert hinted.tokenizer.encode("A1z+=") == [12, 1, 62, 10, 11]
     # Problems within a text, whose arguments stand in a place of their own.
-    inside = build({"class_path": "archzoo.tasks.Mixed", "init_args": {}}).exercise
+    inside = build({"class_path": "archzoo.tasks.Mixed", "init_args": {}}).synthetic
     assert inside.arguments | BEFORE == inside.arguments
-    assert Mixed(problem_arguments={"vocabulary": "shared"}).exercise.vocab_size == 96
+    assert Mixed(problem_arguments={"vocabulary": "shared"}).synthetic.vocab_size == 96
 
 
 def test_numbers_of_one_digit_may_be_nought():

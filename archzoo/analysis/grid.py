@@ -34,7 +34,7 @@ from archzoo.block import Router
 from archzoo.decoder import Decoder
 
 if TYPE_CHECKING:
-    from archzoo.tasks.problems import Exercise, Problems
+    from archzoo.tasks.problems import Problems, SyntheticTask
 
 COLUMNS = ("kind", "first", "second", "part", "problems", "right", "run")
 AT_ONCE = {"cpu": 2**14, "cuda": 2**17}  # tokens in a pass
@@ -70,19 +70,19 @@ class Examiner:
 
     Args:
         decoder: In evaluation mode.
-        exercise: Makes the problems and writes them down.
-        tokens: Which token of the model's stands for each of the exercise's own.
+        synthetic: The task that generates the problems and writes them down.
+        tokens: Which token of the model's stands for each of the task's own.
         precision: "float32", or "bfloat16" for its matrix products.
     """
 
     def __init__(
         self,
         decoder: Decoder,
-        exercise: Exercise,
+        synthetic: SyntheticTask,
         tokens: NDArray[np.int64],
         precision: str = "float32",
     ) -> None:
-        self.decoder, self.exercise, self.tokens = decoder.eval(), exercise, tokens
+        self.decoder, self.synthetic, self.tokens = decoder.eval(), synthetic, tokens
         self.device = decoder.device
         self.precision = precision
         # A line's padding comes last, where no token sees it; only routers, which count tokens,
@@ -91,9 +91,9 @@ class Examiner:
 
     def write(self, problems: Problems) -> dict[str, Tensor]:
         """A batch in the model's tokens, and `places`: the digit of the answer that a label is."""
-        lines = self.exercise.lines(problems, positions=True)
+        lines = self.synthetic.lines(problems, positions=True)
         assert lines.positions is not None
-        tokens, asked = self.tokens[lines.tokens], lines.asked[:, 1:]
+        tokens, asked = self.tokens[lines.tokens], lines.labelled[:, 1:]
         positions = lines.positions[:, 1:]
         places = np.where(asked & (positions > 1), positions - 2, NOWHERE)
         places[np.arange(asked.shape[1]) == lines.lengths[:, None] - 2] = -1
@@ -106,7 +106,7 @@ class Examiner:
         if self.marks_padding:
             padding = np.arange(asked.shape[1]) >= lines.lengths[:, None]
             batch["documents"] = -padding.astype(np.int64)
-        if self.exercise.coupling is not None:
+        if self.synthetic.coupling is not None:
             batch["positions"] = lines.positions[:, :-1]
         return {
             name: torch.from_numpy(np.ascontiguousarray(entry)) for name, entry in batch.items()
@@ -156,19 +156,19 @@ def examine(
     """
     from archzoo.tasks.problems import together
 
-    exercise = examiner.exercise
+    synthetic = examiner.synthetic
 
     def make(some: list[Key]) -> tuple[dict[str, Tensor], list[int]]:
         parts = [
-            exercise.chained(key.first, key.part, count)
+            synthetic.chained(key.first, key.part, count)
             if key.kind == "chain"
-            else exercise.cell(key.first, key.second, count)
+            else synthetic.cell(key.first, key.second, count)
             for key in some
         ]
         return examiner.write(together(parts)), [part.examples for part in parts]
 
     with ThreadPoolExecutor(AHEAD) as pool:
-        passes = iter(_passes(exercise, keys, count, at_once))
+        passes = iter(_passes(synthetic, keys, count, at_once))
         waiting = deque((some, pool.submit(make, some)) for some in islice(passes, AHEAD))
         while waiting:
             some, made = waiting.popleft()
@@ -180,10 +180,12 @@ def examine(
             progress(len(some))
 
 
-def _passes(exercise: Exercise, keys: list[Key], count: int, at_once: int) -> Iterator[list[Key]]:
+def _passes(
+    synthetic: SyntheticTask, keys: list[Key], count: int, at_once: int
+) -> Iterator[list[Key]]:
     """Keys in the order of their lines' lengths, as many in a pass as `at_once` tokens hold."""
     some: list[Key] = []
-    for width, key in sorted((exercise.width(key.first, key.second), key) for key in keys):
+    for width, key in sorted((synthetic.width(key.first, key.second), key) for key in keys):
         if some and (len(some) + 1) * count * width > at_once:
             yield some
             some = []
@@ -305,44 +307,44 @@ def grid_command(
         half = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bfloat16" if half else "float32"
     asked = build(found.task, **(data or {})) if found.task else None
-    exercises = getattr(asked, "exercises", {})
-    if not exercises or found.tokenizer is None:
+    synthetic_tasks = getattr(asked, "synthetic_tasks", {})
+    if not synthetic_tasks or found.tokenizer is None:
         raise ValueError(f"{path} was not trained on problems, such as those of Addition")
-    task = task or next(iter(exercises))
-    if task not in exercises:
-        raise ValueError(f"task {task}: {path} was trained on {', '.join(exercises)}")
-    exercise: Exercise = exercises[task]
-    examiner = Examiner(found.model, exercise, exercise.tokens_of(found.tokenizer), precision)
-    digits = digits or 2 * max(exercise.extent)
+    task = task or next(iter(synthetic_tasks))
+    if task not in synthetic_tasks:
+        raise ValueError(f"task {task}: {path} was trained on {', '.join(synthetic_tasks)}")
+    synthetic: SyntheticTask = synthetic_tasks[task]
+    examiner = Examiner(found.model, synthetic, synthetic.tokens_of(found.tokenizer), precision)
+    digits = digits or 2 * max(synthetic.extent)
     name = f"grid_{path.stem}" if path.is_file() else "grid"
-    name += f"_{task}" if len(exercises) > 1 else ""
+    name += f"_{task}" if len(synthetic_tasks) > 1 else ""
     place = Path(directory) if directory else path.parent if path.is_file() else path
     run = f"{weights_digest(found.model.state_dict())[:12]}-{problems}-{precision}"
     journal = Journal(place / f"{name}.csv", run)
 
-    keys = _keys(exercise, digits, diagonal or 0)
+    keys = _keys(synthetic, digits, diagonal or 0)
     missing = [key for key in keys if key not in journal.counts]
     with warnings.catch_warnings(), _bar(len(keys), len(keys) - len(missing)) as advance:
         warnings.simplefilter("ignore")  # beyond the covered lengths: the picture says so
         tokens = at_once or AT_ONCE.get(kind, AT_ONCE["cpu"])
         for counts in examine(examiner, missing, problems, tokens, advance):
             journal.add(counts)
-    show(_table(journal, exercise, digits, diagonal or 0))
+    show(_table(journal, synthetic, digits, diagonal or 0))
     if (coverage := found.model.embedding.coverage) is not None:
         print(f"training can have covered numbers of up to {coverage} digits")
     print(f"wrote {journal.path}")
     figure = journal.path.with_suffix(".png")
-    _draw(journal, exercise, digits, diagonal or 0, found.model, figure)
+    _draw(journal, synthetic, digits, diagonal or 0, found.model, figure)
     print(f"drew {figure}")
 
 
-def _keys(exercise: Exercise, digits: int, diagonal: int) -> list[Key]:
+def _keys(synthetic: SyntheticTask, digits: int, diagonal: int) -> list[Key]:
     """Every cell up to a size, the diagonal beyond, and chains at the longest sizes."""
     span = range(1, digits + 1)
     keys = [Key("cell", first, second) for first in span for second in span]
     keys += [Key("cell", size, size) for size in range(digits + 1, diagonal + 1)]
-    if exercise.carries:
-        trained = min(max(exercise.extent), digits)
+    if synthetic.carries:
+        trained = min(max(synthetic.extent), digits)
         for size in {trained, (trained + digits) // 2, digits} - {1, 2}:
             keys += [Key("chain", size, size, chain) for chain in range(size + 1)]
     return keys
@@ -382,7 +384,7 @@ def _mean(journal: Journal, sizes: list[tuple[int, int]]) -> float:
     return sum(rates) / len(rates) if rates else math.nan
 
 
-def _table(journal: Journal, exercise: Exercise, digits: int, diagonal: int) -> Table:
+def _table(journal: Journal, synthetic: SyntheticTask, digits: int, diagonal: int) -> Table:
     table = Table(box=None, header_style="bold")
     table.add_column("sizes")
     for heading in ("cells", "exact match"):
@@ -395,26 +397,31 @@ def _table(journal: Journal, exercise: Exercise, digits: int, diagonal: int) -> 
 
     span = range(1, digits + 1)
     every = [(i, j) for i in span for j in span]
-    trained = [size for size in every if _is_trained(exercise, size)]
-    (low, high), (lowest, highest) = exercise.spans
+    trained = [size for size in every if _is_trained(synthetic, size)]
+    (low, high), (lowest, highest) = synthetic.spans
     add(f"trained: {low} to {high} by {lowest} to {highest}", trained)
-    add(f"beyond, up to {digits}", [size for size in every if not _is_trained(exercise, size)])
-    first = max(exercise.extent)
+    add(f"beyond, up to {digits}", [size for size in every if not _is_trained(synthetic, size)])
+    first = max(synthetic.extent)
     for size in sorted({first, *range(first + 1, digits + 1), *range(digits + 1, diagonal + 1)}):
         if size <= first + 5 or size % 5 == 0:
             add(f"{size} by {size}", [(size, size)])
     return table
 
 
-def _is_trained(exercise: Exercise, size: tuple[int, int]) -> bool:
-    return all(low <= part <= high for part, (low, high) in zip(size, exercise.spans, strict=True))
+def _is_trained(synthetic: SyntheticTask, size: tuple[int, int]) -> bool:
+    return all(low <= part <= high for part, (low, high) in zip(size, synthetic.spans, strict=True))
 
 
 # ---------------------------------------------------------------------------- the picture
 
 
 def _draw(
-    journal: Journal, exercise: Exercise, digits: int, diagonal: int, decoder: Decoder, path: Path
+    journal: Journal,
+    synthetic: SyntheticTask,
+    digits: int,
+    diagonal: int,
+    decoder: Decoder,
+    path: Path,
 ) -> None:
     plt = pyplot()
     from matplotlib.patches import Rectangle
@@ -422,8 +429,8 @@ def _draw(
 
     size = np.arange(1, digits + 1)
     # Hinted numbers have letters between their digits, so that every run of digits is one.
-    coverage = None if exercise.hints else decoder.embedding.coverage
-    part, first_part = exercise.answer_parts
+    coverage = None if synthetic.hints else decoder.embedding.coverage
+    part, first_part = synthetic.answer_parts
     figure, panels = plt.subplots(2, 2, figsize=(11, 10), layout="constrained")
     (cells, line), (places, chains) = panels
 
@@ -431,7 +438,7 @@ def _draw(
     shown = cells.imshow(
         rates, origin="lower", vmin=0, vmax=1, cmap="viridis", extent=(0.5, digits + 0.5) * 2
     )
-    (low, high), (lowest, highest) = exercise.spans
+    (low, high), (lowest, highest) = synthetic.spans
     cells.add_patch(
         Rectangle(
             (lowest - 0.5, low - 0.5),
@@ -445,7 +452,7 @@ def _draw(
     )
     note = ""
     if coverage is not None:
-        covered = np.array([[exercise.answer_size(i, j) <= coverage for j in size] for i in size])
+        covered = np.array([[synthetic.answer_size(i, j) <= coverage for j in size] for i in size])
         if not covered.all() and covered.any():
             # Steps between the cells, not lines through their middles.
             fine = np.repeat(np.repeat(covered, 8, axis=0), 8, axis=1)
@@ -456,7 +463,7 @@ def _draw(
         else:
             reach = "all" if covered.all() else "nothing"
             note = f"\n(covered: {reach} of this map, answers of at most {coverage} digits)"
-    cells.set(title="exact match", ylabel=exercise.axes[0], xlabel=exercise.axes[1] + note)
+    cells.set(title="exact match", ylabel=synthetic.axes[0], xlabel=synthetic.axes[1] + note)
     legend(cells)
     figure.colorbar(shown, ax=cells)
 
@@ -467,9 +474,9 @@ def _draw(
     middle, low_end, high_end = np.array([_interval(*pair) for pair in counts]).T
     line.fill_between(lengths[asked], low_end[asked], high_end[asked], alpha=0.25, linewidth=0)
     line.plot(lengths[asked], middle[asked], ".-")
-    line.axvline(max(exercise.extent) + 0.5, color="red", label="trained")
+    line.axvline(max(synthetic.extent) + 0.5, color="red", label="trained")
     if coverage is not None:
-        reached = [n for n in lengths.tolist() if exercise.answer_size(n, n) <= coverage]
+        reached = [n for n in lengths.tolist() if synthetic.answer_size(n, n) <= coverage]
         if len(reached) < longest:
             line.axvline(len(reached) + 0.5, color="orange", label="covered")
     line.set(title="both of one size (95 % intervals)", ylim=(-0.03, 1.03), xlabel="size")
@@ -489,7 +496,7 @@ def _draw(
         aspect="auto",
         extent=(-0.5, len(indices) + 0.5, 0.5, longest + 0.5),
     )
-    places.axhline(max(exercise.extent) + 0.5, color="red")
+    places.axhline(max(synthetic.extent) + 0.5, color="red")
     if coverage is not None and coverage < len(indices) and part == "digit":
         places.axvline(coverage - 0.5, color="orange")
     places.set(
@@ -503,7 +510,7 @@ def _draw(
     places.set_xticks([*ticks, len(indices)], [*map(str, ticks), "stop"])
     figure.colorbar(shown, ax=places)
 
-    if exercise.carries:
+    if synthetic.carries:
         for n in sorted({key.first for key in journal.counts if key.kind == "chain"}):
             values = [journal.rate("chain", n, n, chain) for chain in range(n + 1)]
             chains.plot(range(n + 1), values, ".-", label=f"{n} digits")

@@ -36,7 +36,7 @@ class DigitTask(Protocol):
     It may also say, where its texts hold problems and numbers:
 
     - ``longest_run``: digits of the longest number in training, answers included.
-    - ``longest_asked``: the same in all that validation asks.
+    - ``longest_tested``: the same over everything that is validated on.
     - ``operators``: the signs of its problems, the last one followed by the answer.
     - ``coupling``: how the numbers of a problem are written, "reversed" or "plain", where its
       batches hold coupled positions.
@@ -200,9 +200,9 @@ class DigitEmbedding(RowEmbedding):
             if self.longest_run is None or longest_run > self.longest_run:
                 self.longest_run = changed["longest_run"] = longest_run
                 self.check_rows()
-            longest_asked = getattr(task, "longest_asked", None) or longest_run
-            if longest_asked != longest_run:
-                self.check_coverage(longest_asked)
+            longest_tested = getattr(task, "longest_tested", None) or longest_run
+            if longest_tested != longest_run:
+                self.check_coverage(longest_tested)
         elif longest_run is not None:
             self.check_coverage(longest_run)
         return changed

@@ -36,7 +36,7 @@ from archzoo.tasks.digit_arrays import (
     subtract,
     to_integers,
 )
-from archzoo.tasks.problems import LETTERS, Columns, Exercise, Problems, are_held_out, shuffled
+from archzoo.tasks.problems import LETTERS, Columns, Problems, SyntheticTask, are_held_out, shuffled
 from archzoo.tasks.stream import IGNORED
 
 _LISTED = 6  # digits of both operands together up to which all problems are listed
@@ -46,11 +46,11 @@ def exact_match(logits: Tensor, labels: Tensor) -> Tensor:
     """Whether every answer token of a row is the most likely one, given the right ones before it.
 
     For a causal model without noise this is what greedy generation gives: the first token that is
-    not the most likely one fails both. A row without labels fills a batch up; leave it out.
+    not the most likely one fails both. A row without labels is padding of the batch; ignore it.
 
     Args:
         logits: (batch, time, vocab_size).
-        labels: (batch, time), -100 where nothing is asked.
+        labels: (batch, time), -100 at unlabelled positions.
 
     Returns:
         (batch,) bool.
@@ -58,7 +58,7 @@ def exact_match(logits: Tensor, labels: Tensor) -> Tensor:
     return ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(-1)
 
 
-class TwoNumbers(Exercise):
+class TwoNumbers(SyntheticTask):
     """An operation on two numbers, `a+b=c`; a class of it has a `sign` and says how to `solve`.
 
     Both operands' lengths are uniform on min_digits..digits, so every pair of lengths comes equally
@@ -71,18 +71,19 @@ class TwoNumbers(Exercise):
         reverse_answer: the same for the answer alone; null: as the operands.
         zero_padded: write both operands with as many digits as the longer one has, and the answer
             with as many as it could have, zeros in front.
-        hints: put a letter before each digit that says which place of its number it has, the same
+        hints: put a letter before each digit that says which digit of its number it is, the same
             in all numbers of a problem, from a random letter on.
-        coupled: give the model position ids, for PositionCoupling: digits of the same place have
-            the same one. The answer must be reversed.
+        coupled: give the model position ids, for PositionCoupling: digits of equal significance
+            have the same one. The answer must be reversed.
         held_out: one problem in this many is held out of training; at least 2.
         batch_size: examples in a batch, all ranks together.
         steps_per_epoch: batches in what Lightning calls an epoch; the stream itself never ends.
         validation_examples: held-out problems to validate on.
         test_examples: held-out problems to test on.
-        ood_digits: lengths, beyond `digits`, that every validation asks as well: held-out problems
-            of two numbers of so many digits each (`validation/exact_match/8`, ..., and their mean,
-            `validation/exact_match/ood`, by which best.ckpt is then chosen).
+        ood_digits: out-of-distribution lengths, longer than `digits`, that every validation runs
+            as well: held-out problems of two numbers of that many digits each
+            (`validation/exact_match/8`, ..., and their mean, `validation/exact_match/ood`, by
+            which best.ckpt is then chosen).
         ood_examples: problems of each of those lengths.
         seed: chooses the training examples.
         vocabulary: shared gives the signs and letters of all tasks of problems a token each, so
@@ -195,10 +196,12 @@ class TwoNumbers(Exercise):
             self.sign(self.operators[0]),
             self.number(b, lengths[1], letters),
             self.sign("="),
-            self.number(answers, answer_lengths, letters, reverse=self.reverse_answer, asked=True),
+            self.number(
+                answers, answer_lengths, letters, reverse=self.reverse_answer, labelled=True
+            ),
         ]
         if negative is not None:
-            parts.insert(4, self.sign("-", asked=True, present=negative))
+            parts.insert(4, self.sign("-", labelled=True, present=negative))
         return parts
 
     # Text.
@@ -270,7 +273,7 @@ _COLUMNS = np.array([pairs + [(0, 0)] * (_CHOICES.max() - len(pairs)) for pairs 
 
 
 class Addition(TwoNumbers):
-    """Sums such as `12+345=357`: the model reads the problem and is asked for the answer.
+    """Sums such as `12+345=357`: the model reads the problem and predicts the answer.
 
     With `reverse`, all three numbers are written least significant digit first, the order in which
     one adds: 814 + 6 = 820 becomes `418+6=028`. Each digit is one token, and so are `+`, `=`, the
@@ -306,8 +309,8 @@ class Addition(TwoNumbers):
         # The first half of a draw makes a column, the second half of the first one says where the
         # chain begins.
         begins = below(bits, digits - chains + 1)[digits]
-        place = np.arange(digits)[:, None] - begins.astype(np.int64)
-        kinds = ((place >= 0) & (place < chains)) + 1 * ((place == 0) & (chains > 0))
+        column = np.arange(digits)[:, None] - begins.astype(np.int64)
+        kinds = ((column >= 0) & (column < chains)) + 1 * ((column == 0) & (chains > 0))
         kinds[-1] += 3  # no leading zeros
         choices = below(bits[:digits], np.concatenate([_CHOICES[kinds]] * 2))[:digits]
         pairs = _COLUMNS[kinds, choices].astype(np.uint8)  # (digits, examples, 2)
@@ -362,22 +365,22 @@ class Multiplication(TwoNumbers):
 class BitwiseOr(TwoNumbers):
     """The bitwise or of two vectors of zeros and ones of which one is all zeros.
 
-    The other has a single one, and is the shorter one, so the task is to find a place and to copy
-    a length. Vectors are aligned at their first place with `reverse`, as in the paper: in terms of
-    numbers, the least significant bit comes first::
+    The other has a single one, and is the shorter one, so the task is to find a position and to
+    copy a length. Vectors are aligned at their first position with `reverse`, as in the paper: in
+    terms of numbers, the least significant bit comes first::
 
         position    0    1    2    3    4    5    6    7    8    9   10
         token       1    0    |    0    0    0    =    1    0    0 stop
         label       .    .    .    .    .    .    1    0    0 stop    .
 
     There are few such problems, min(i, j) of lengths i and j (twice as many where i = j), so one
-    in 4 is held out, where it is one in 20 elsewhere. A one in the first place is never held out:
-    every pair of lengths has something to train on.
+    in 4 is held out, where it is one in 20 elsewhere. A one at the first position is never held
+    out: every pair of lengths has something to train on.
 
     Source: McLeish et al., arXiv 2405.17399.
 
     Args:
-        digits: places of the longer vector.
+        digits: length of the longer vector.
         held_out: as for the other operations, and so are all others; zero means nothing here.
         **arguments: the same.
     """
@@ -394,18 +397,18 @@ class BitwiseOr(TwoNumbers):
     def candidates(self, bits: Bits, sizes: Integers, extent: tuple[int, int]) -> Problems:
         problems = self.blank(sizes.shape[1], extent)
         first = sizes[0] < sizes[1]
-        place, coin = below(bits[:1], np.stack([sizes.min(axis=0), np.full(len(first), 2)]))
+        position, coin = below(bits[:1], np.stack([sizes.min(axis=0), np.full(len(first), 2)]))
         owner = np.where(sizes[0] == sizes[1], coin, 1 - first)
-        problems.operands[owner, place, np.arange(len(first))] = 1
+        problems.operands[owner, position, np.arange(len(first))] = 1
         problems.lengths[:] = sizes
         if self.hints:
             problems.letters[:] = below(bits[1:], len(LETTERS))[0]
         return problems
 
     def hashes(self, problems: Problems) -> Bits:
-        # A place that is there counts one, so that vectors of other lengths are others.
-        places = np.arange(problems.operands.shape[1])[:, None]
-        marked = problems.operands + (places < problems.lengths[:, None]).astype(np.uint8)
+        # Every position in a vector adds one, so that vectors of different lengths differ.
+        positions = np.arange(problems.operands.shape[1])[:, None]
+        marked = problems.operands + (positions < problems.lengths[:, None]).astype(np.uint8)
         return _join(*map(hash_of, marked), ordered=self.ordered)
 
     def is_held_out(self, problems: Problems) -> Flags:
@@ -414,7 +417,7 @@ class BitwiseOr(TwoNumbers):
 
     def listed(self, first: int, second: int) -> Problems:
         owners = (0, 1) if first == second else (int(first > second),)
-        every = [(owner, place) for owner in owners for place in range(min(first, second))]
+        every = [(owner, position) for owner in owners for position in range(min(first, second))]
         problems = self.blank(len(every), (first, second))
         problems.operands[*np.array(every).T, np.arange(len(every))] = 1
         problems.lengths[:] = [[first], [second]]

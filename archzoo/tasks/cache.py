@@ -1,4 +1,4 @@
-"""Encoded texts on disk: made once, checked whenever they are used, made again where damaged.
+"""Encoded texts on disk: made once, checked whenever they are used, rebuilt where damaged.
 
 An entry is a folder, named by a digest of the text and of all that decides how it is encoded. Its
 `meta.json` holds a digest of each of its files and of itself, so that nothing is read that was not
@@ -92,8 +92,8 @@ def fill(folder: Path, recipe: list[Any], write: Callable[[Path], dict[str, Any]
     except OSError as error:
         raise OSError(
             error.errno,
-            f"cannot write the encoded text to {folder.parent} ({error.strerror}): make room "
-            "or set cache_dir to another place",
+            f"cannot write the encoded text to {folder.parent} ({error.strerror}): free some disk "
+            "space or set cache_dir to another directory",
         ) from None
     finally:
         if partial is not None:
@@ -183,14 +183,14 @@ def cache_command(clear: bool = False, directory: str | None = None) -> None:
     """Show the encoded texts that are kept, or remove them.
 
     A text is encoded once for each tokenizer and kept, so that the next run begins at once. What
-    is removed is made again when it is needed.
+    is removed is rebuilt when it is needed.
 
     Args:
         clear: Remove all of them.
         directory: Where they are. None: ~/.cache/archzoo, as without data.cache_dir.
     """
-    place = home(directory)
-    folders = sorted(place.glob(f"{PREFIX}*")) if place.is_dir() else []
+    root = home(directory)
+    folders = sorted(root.glob(f"{PREFIX}*")) if root.is_dir() else []
     folders = [folder for folder in folders if folder.is_dir() and not folder.is_symlink()]
     total = 0
     for folder in folders:
@@ -200,7 +200,7 @@ def cache_command(clear: bool = False, directory: str | None = None) -> None:
         if clear:
             shutil.rmtree(folder)
     texts = "1 encoded text" if len(folders) == 1 else f"{len(folders)} encoded texts"
-    print(f"{place}: {texts}, {megabytes(total)}" + (" removed" if clear and folders else ""))
+    print(f"{root}: {texts}, {megabytes(total)}" + (" removed" if clear and folders else ""))
 
 
 def _source(folder: Path) -> str:

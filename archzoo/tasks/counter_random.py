@@ -1,4 +1,4 @@
-"""Random numbers as a function of (seed, stream, number), with no generator that moves on."""
+"""Counter-based random numbers: a function of (seed, stream, number), no generator with a state."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def random_bits(seed: int, stream: int, numbers: Integers, draws: int, start: in
 
     Args:
         seed: any integer.
-        stream: keeps uses of one seed apart.
+        stream: separates different uses of one seed.
         numbers: (examples,) int64.
         draws: how many values per number.
         start: the first draw's index.

@@ -1,7 +1,7 @@
 """Numbers of any length as arrays of digits, and arithmetic on all of them at once.
 
 A number is a column of an array (digits, examples) of uint8, least significant digit first, zeros
-beyond its end: 100 digits work like 3, and no step runs over the examples.
+after its end: 100 digits work like 3, and no step runs over the examples.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def subtract(a: Digits, b: Digits) -> tuple[Digits, Flags]:
 def multiply(a: Digits, b: Digits) -> Digits:
     """(digits, examples) and (other digits, examples) -> (digits + other digits, examples)."""
     columns = np.zeros((len(a) + len(b), a.shape[1]), np.uint32)
-    for place, digit in enumerate(a):
-        columns[place : place + len(b)] += digit * b.astype(np.uint32)
+    for shift, digit in enumerate(a):
+        columns[shift : shift + len(b)] += digit * b.astype(np.uint32)
     carry = np.zeros_like(columns[0])
     product = np.empty(columns.shape, np.uint8)
     for column, total in enumerate(columns):

@@ -12,7 +12,7 @@ import torch
 from archzoo.tasks import tokenizers
 from archzoo.tasks.counter_random import Integers, random_bits
 from archzoo.tasks.digit_arrays import Flags
-from archzoo.tasks.problems import Exercise
+from archzoo.tasks.problems import SyntheticTask
 from archzoo.tasks.stream import IGNORED, Batch, Loader, build
 from archzoo.tasks.text import Corpus, Text
 from archzoo.tasks.tokenizers import Tokenizer
@@ -29,12 +29,12 @@ class Mixed(Text):
         token     4  1  +  4  =  8  1 \n  m  b  l  y  ␣  t  h  a
         label     .  .  .  .  8  1 \n  m  b  l  y  ␣  t  h  a  n
 
-    The loss is that of the text and of the answers; a problem itself cannot be foreseen, so it is
-    not asked for. A line end takes the place of the stop token.
+    The loss is that of the text and of the answers; a problem itself cannot be predicted, so it is
+    unlabelled. A line end replaces the stop token.
 
     Training windows hold `lines` problems, at lines of the text that are a function of (seed,
-    window); what the text has to give way for falls off the window's end. Validation measures the
-    text as it is (`validation/loss`, `validation/perplexity`), and held-out problems within it
+    window); text that no longer fits is cut off at the window's end. Validation measures the text
+    as it is (`validation/loss`, `validation/perplexity`), and held-out problems within it
     (`validation/exact_match/problems`, and those of `ood_digits`).
 
     Args:
@@ -60,7 +60,7 @@ class Mixed(Text):
             the tokenizer's tokens.
     """
 
-    exercise: Exercise
+    synthetic: SyntheticTask
 
     def __init__(
         self,
@@ -88,24 +88,24 @@ class Mixed(Text):
         )
         name = problems if "." in problems else f"archzoo.tasks.{problems}"
         settings = (problem_arguments or {}) | {"seed": seed}
-        exercise = build({"class_path": name, "init_args": settings})
-        if not isinstance(exercise, Exercise) or exercise.coupling:
+        synthetic = build({"class_path": name, "init_args": settings})
+        if not isinstance(synthetic, SyntheticTask) or synthetic.coupling:
             raise ValueError(
                 f"problems: {problems} cannot stand in a text; take Addition or another task of "
                 "problems, not coupled"
             )
         if lines < 1:
             raise ValueError(f"lines {lines} is not positive")
-        self.exercise, self.lines = exercise, lines
-        self.exercises = exercise.exercises
-        self.characters = "\n" + exercise.tokenizer.characters
-        self.longest_run, self.longest_asked = exercise.longest_run, exercise.longest_asked
-        self.operators = exercise.operators
-        self.beyond = ("problems", *exercise.beyond)
-        longest = exercise.context_length + 1
+        self.synthetic, self.lines = synthetic, lines
+        self.synthetic_tasks = synthetic.synthetic_tasks
+        self.characters = "\n" + synthetic.tokenizer.characters
+        self.longest_run, self.longest_tested = synthetic.longest_run, synthetic.longest_tested
+        self.operators = synthetic.operators
+        self.extra_validation = ("problems", *synthetic.extra_validation)
+        longest = synthetic.context_length + 1
         if context_length < lines * longest:
             raise ValueError(
-                f"context_length {context_length} has no room for {lines} problems of up to "
+                f"context_length {context_length} is too short for {lines} problems of up to "
                 f"{longest} tokens: take {lines * longest} or more, or fewer lines"
             )
 
@@ -113,7 +113,7 @@ class Mixed(Text):
 
     def prepare(self) -> None:
         super().prepare()
-        self._table = self.exercise.tokens_of(self.tokenizer)
+        self._table = self.synthetic.tokens_of(self.tokenizer)
 
     def _learn(self, corpus: Corpus, train: Any) -> Tokenizer:
         if self.arguments["tokenizer"] != "characters":
@@ -127,21 +127,21 @@ class Mixed(Text):
         batch = super().training_batch(number, rows)
         windows = batch["examples"][:, 0].numpy()
         numbers = windows[:, None] * self.lines + np.arange(self.lines)
-        problems = self.exercise.batch(self.exercise.problems("train", numbers.reshape(-1)))
+        problems = self.synthetic.batch(self.synthetic.problems("train", numbers.reshape(-1)))
         return self._insert(batch, problems, text=True)
 
-    def beyond_loader(self, length: Any) -> Loader:
+    def extra_validation_loader(self, length: Any) -> Loader:
         self.prepare()
-        exercise = self.exercise
+        synthetic = self.synthetic
         if length == "problems":
-            found = exercise.problems("validation", np.arange(exercise.rows("validation")))
+            found = synthetic.problems("validation", np.arange(synthetic.rows("validation")))
         else:
-            found = exercise.cell(length, length, exercise.arguments["ood_examples"])
+            found = synthetic.cell(length, length, synthetic.arguments["ood_examples"])
         windows = (self._tokens("validation") - 1) // self.context_length
-        longest = exercise.batch(found)["tokens"].shape[1] + 1
+        longest = synthetic.batch(found)["tokens"].shape[1] + 1
         if not windows or longest > self.context_length:
             raise ValueError(
-                f"problems of up to {longest} tokens are asked within the text that is kept for "
+                f"problems of up to {longest} tokens do not fit in the text that is kept for "
                 f"validation, {self._tokens('validation')} tokens, in windows of context_length "
                 f"{self.context_length}: take a longer text, or other windows"
             )
@@ -149,7 +149,7 @@ class Mixed(Text):
         def make(number: int, rows: Integers) -> Batch:
             numbers = number * self.batch_size + rows
             batch = self._read("validation", numbers % windows * self.context_length, numbers)
-            return self._insert(batch, exercise.batch(found.take(numbers)), text=False)
+            return self._insert(batch, synthetic.batch(found.take(numbers)), text=False)
 
         return Loader(make, self.batch_size, found.examples, self, training=False)
 
@@ -159,41 +159,41 @@ class Mixed(Text):
         Args:
             batch: (windows, time), without padding.
             problems: (windows * k, time of their own): k for each window.
-            text: whether the text is asked for too.
+            text: whether the text is labelled too.
         """
         # Each problem with its last token, a line end, in (windows, k, columns).
         windows, width = len(batch["tokens"]), self.context_length + 1
         tokens = torch.cat([problems["tokens"], problems["tokens"][:, :1]], dim=1).numpy()
-        asked: Flags = np.zeros(tokens.shape, np.bool_)
+        labelled: Flags = np.zeros(tokens.shape, np.bool_)
         labels = problems["labels"].numpy()
-        asked[:, 1:] = labels != IGNORED
-        tokens[asked] = labels[labels != IGNORED]
-        lengths = np.where(asked, np.arange(1, asked.shape[1] + 1), 0).max(axis=1)
+        labelled[:, 1:] = labels != IGNORED
+        tokens[labelled] = labels[labels != IGNORED]
+        lengths = np.where(labelled, np.arange(1, labelled.shape[1] + 1), 0).max(axis=1)
         count = len(lengths) // windows
         lengths = lengths.reshape(windows, count)
         tokens = self._table[tokens].reshape(windows, count, -1)
-        asked = asked.reshape(tokens.shape)
+        labelled = labelled.reshape(tokens.shape)
 
         window = torch.cat([batch["tokens"], batch["labels"][:, -1:]], dim=1).numpy()
         numbers = batch["examples"][:, 0].numpy()
         places = self._line_starts(window, numbers, lengths)
         result = np.empty((windows, width), np.int64)
-        wanted = np.zeros((windows, width), np.bool_)
+        with_label = np.zeros((windows, width), np.bool_)
         columns, row = np.arange(width), np.arange(windows)[:, None]
-        # The text moves on by what stands before it; beyond the window's end it is lost.
+        # The text shifts by what is inserted before it; what passes the window's end is lost.
         moved = columns + ((columns >= places[..., None]) * lengths[..., None]).sum(axis=1)
         kept = moved < width
         result[np.broadcast_to(row, kept.shape)[kept], moved[kept]] = window[kept]
-        wanted[np.broadcast_to(row, kept.shape)[kept], moved[kept]] = text
+        with_label[np.broadcast_to(row, kept.shape)[kept], moved[kept]] = text
         begins = places + np.cumsum(lengths, axis=1) - lengths
-        place = begins[..., None] + np.arange(tokens.shape[2])
+        target = begins[..., None] + np.arange(tokens.shape[2])
         written = np.arange(tokens.shape[2]) < lengths[..., None]
-        rows = np.broadcast_to(row[..., None], place.shape)[written]
-        result[rows, place[written]] = tokens[written]
-        wanted[rows, place[written]] = asked[written]
+        rows = np.broadcast_to(row[..., None], target.shape)[written]
+        result[rows, target[written]] = tokens[written]
+        with_label[rows, target[written]] = labelled[written]
         return {
             "tokens": torch.from_numpy(result[:, :-1].copy()),
-            "labels": torch.from_numpy(np.where(wanted[:, 1:], result[:, 1:], IGNORED)),
+            "labels": torch.from_numpy(np.where(with_label[:, 1:], result[:, 1:], IGNORED)),
             "examples": batch["examples"],
         }
 
@@ -207,11 +207,11 @@ class Mixed(Text):
         """
         starts = np.zeros(window.shape, np.bool_)
         starts[:, 0] = True  # a window's first token may follow a problem, too
-        starts[:, 1:] = window[:, :-1] == self._table[self.exercise.stop]
+        starts[:, 1:] = window[:, :-1] == self._table[self.synthetic.stop]
         starts &= np.arange(window.shape[1]) <= window.shape[1] - lengths.sum(axis=1)[:, None]
         count = np.cumsum(starts, axis=1)
         bits = random_bits(self.seed, _LINES, numbers, lengths.shape[1]).T >> np.uint64(32)
         chosen = (bits * count[:, -1:].astype(np.uint64)) >> np.uint64(32)
         chosen = np.sort(chosen.astype(np.int64), axis=1)
-        place: Integers = (count[:, None] > chosen[..., None]).argmax(axis=2)
-        return place
+        starts_at: Integers = (count[:, None] > chosen[..., None]).argmax(axis=2)
+        return starts_at

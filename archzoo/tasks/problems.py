@@ -1,7 +1,8 @@
-"""Problems with an answer, made as they are needed, of which some are never trained on.
+"""Synthetic tasks: problems with an answer, generated as they are needed, some of them held out.
 
-`Exercise` is the stream, the split and the writing of lines; which problems there are is said by
-its classes, in arithmetic.py and sorting.py. Nothing runs over the examples one by one.
+`SyntheticTask` is the stream, the split and the writing of lines; which problems there are is said
+by its classes, in arithmetic.py and sorting.py. Nothing runs over the examples one by one. All
+random numbers are counter-based, so that example n is a function of the seed and n.
 """
 
 from __future__ import annotations
@@ -57,13 +58,13 @@ class Columns(NamedTuple):
         symbols: (examples or 1, columns) uint8, tokens of the task's own tokenizer.
         present: (examples or 1, columns) bool.
         positions: (columns,) int64, as `Task` describes those of a batch.
-        asked: whether they belong to the answer.
+        labelled: whether they belong to the answer.
     """
 
     symbols: Digits
     present: Flags
     positions: Integers
-    asked: bool
+    labelled: bool
 
 
 class Lines(NamedTuple):
@@ -72,19 +73,19 @@ class Lines(NamedTuple):
     Attributes:
         tokens: (examples, columns) uint8, filled up with pad.
         lengths: (examples,) int64, tokens before that.
-        asked: (examples, columns) bool, the answer and the stop token.
+        labelled: (examples, columns) bool, the answer and the stop token.
         positions: (examples, columns) int64, or None where they were not wanted.
     """
 
     tokens: Digits
     lengths: Integers
-    asked: Flags
+    labelled: Flags
     positions: Integers | None
 
     def take(self, rows: slice | Integers) -> Lines:
         """Some of them."""
         positions = None if self.positions is None else self.positions[rows]
-        return Lines(self.tokens[rows], self.lengths[rows], self.asked[rows], positions)
+        return Lines(self.tokens[rows], self.lengths[rows], self.labelled[rows], positions)
 
 
 def batch_of(lines: Lines, numbers: Integers) -> Batch:
@@ -94,7 +95,7 @@ def batch_of(lines: Lines, numbers: Integers) -> Batch:
     padding = np.arange(width) >= lines.lengths[:, None]
     batch = {
         "tokens": torch.from_numpy(tokens[:, :-1].copy()),
-        "labels": torch.from_numpy(np.where(lines.asked[:, 1:], tokens[:, 1:], IGNORED)),
+        "labels": torch.from_numpy(np.where(lines.labelled[:, 1:], tokens[:, 1:], IGNORED)),
         "documents": torch.from_numpy(-padding.astype(np.int64)),
         "examples": torch.from_numpy(np.repeat(numbers[:, None], width, 1)),
     }
@@ -120,16 +121,16 @@ class Blocks:
     def __call__(self, number: int, rows: Integers) -> Lines:
         """The given rows of batch `number`."""
         several = max(BLOCK // len(rows), 1)
-        block, place = divmod(number, several)
+        block, index = divmod(number, several)
         key = (block, rows.tobytes())
         if self._last is None or self._last[0] != key:
             batches = block * several + np.arange(several)[:, None]
             self._last = key, self.make((batches * self.batch_size + rows).reshape(-1))
-        return self._last[1].take(slice(place * len(rows), (place + 1) * len(rows)))
+        return self._last[1].take(slice(index * len(rows), (index + 1) * len(rows)))
 
 
-class Exercise(Task):
-    """Problems that end with `=`, and are asked for the answer.
+class SyntheticTask(Task):
+    """Synthetic problems that end with `=`; the labels are the answer.
 
     A problem has a size, two whole numbers: the digits of its two operands, say. Training example
     n is a function of (seed, n) alone; both parts of its size are uniform, so every size comes
@@ -147,8 +148,8 @@ class Exercise(Task):
         coupling: how a task whose batches hold coupled positions (`positions`) writes the numbers
             of a problem, "reversed" or "plain"; None: it gives no positions.
         longest_run: digits of the longest number in training, answers included.
-        longest_asked: the same in all that validation asks.
-        exercises: by name, the tasks whose problems it asks: itself.
+        longest_tested: the same in all that validation asks.
+        synthetic_tasks: by name, the tasks whose problems it asks: itself.
 
     Args:
         spans: of both parts of the size, first and last value. All else is read off what the class
@@ -178,16 +179,16 @@ class Exercise(Task):
         held_out, ood_digits = arguments["held_out"], arguments["ood_digits"] or []
         if held_out < 2:
             raise ValueError(
-                f"held_out {held_out} leaves nothing to train on: it is one problem in how many, "
-                "so take 2 or more"
+                f"held_out {held_out} leaves nothing to train on: one problem in held_out is kept "
+                "out of training, so take 2 or more"
             )
         for name in ("steps_per_epoch", "validation_examples", "test_examples", "ood_examples"):
             if arguments[name] < 1:
                 raise ValueError(f"{name} {arguments[name]} is not positive")
         if min(ood_digits, default=1) < 1:
             raise ValueError(f"ood_digits {ood_digits} holds a length that is not positive")
-        self.exercises = {type(self).__name__: self}
-        self.beyond = tuple(ood_digits)
+        self.synthetic_tasks = {type(self).__name__: self}
+        self.extra_validation = tuple(ood_digits)
         self.spans = spans
         self.extent = (spans[0][1], spans[1][1])
         self.reverse: bool = arguments["reverse"]
@@ -204,9 +205,9 @@ class Exercise(Task):
         self.letter_tokens = np.array(self.tokenizer.encode(letters), np.uint8)
         self.context_length = self.width(*self.extent) - 1  # the last token is only ever a label
         # Letters stand between the digits of hinted numbers.
-        sizes = [self.extent, *zip(self.beyond, self.beyond, strict=True)]
+        sizes = [self.extent, *zip(self.extra_validation, self.extra_validation, strict=True)]
         runs = [1 if self.hints else int(self.answer_size(*size)) for size in sizes]
-        self.longest_run, self.longest_asked = runs[0], max(runs)
+        self.longest_run, self.longest_tested = runs[0], max(runs)
         self._evaluation: dict[str, Problems] = {}
         self._sizes: dict[str, Integers] = {}
         self._blocks = Blocks(self._training_lines, self.batch_size)
@@ -237,7 +238,7 @@ class Exercise(Task):
         raise NotImplementedError
 
     def draws(self, extent: tuple[int, int]) -> int:
-        """How many times 64 random bits make a problem up to a size."""
+        """How many random numbers of 64 bits make a problem up to a size."""
         raise NotImplementedError
 
     def answer_size(self, first: Any, second: Any) -> Any:
@@ -297,7 +298,7 @@ class Exercise(Task):
         numbers = number * self.batch_size + rows
         return self.batch(self.problems(split, numbers), numbers, self.context_length)
 
-    def beyond_loader(self, length: Any) -> Loader:
+    def extra_validation_loader(self, length: Any) -> Loader:
         problems = self.cell(length, length, self.arguments["ood_examples"])
         if not problems.examples:
             raise ValueError(
@@ -322,8 +323,7 @@ class Exercise(Task):
     def tokens_of(self, tokenizer: Tokenizer) -> Integers:
         """Which token of another tokenizer stands for each of this task's own.
 
-        A line end stands for the stop token where the other has none; a token that fills up is
-        never looked at.
+        A line end stands for the stop token where the other has none; padding is never looked at.
 
         Raises:
             ValueError: a digit or a sign is not one token there.
@@ -406,22 +406,22 @@ class Exercise(Task):
             pairs = zip(entries, shapes, strict=True)
             return np.concatenate([np.broadcast_to(*pair) for pair in pairs], axis=1)
 
-        # Row by row, `place` holds as many columns as `present`, in the same order.
+        # Row by row, `filled` holds as many columns as `present`, in the same order.
         present = side_by_side([part.present for part in parts])
         lengths = np.count_nonzero(present, axis=1)
         columns = np.arange(int(lengths.max(initial=1)) if width is None else width + 1)
-        place = columns < lengths[:, None]
-        tokens = np.full(place.shape, self.pad, np.uint8)
-        tokens[place] = side_by_side([part.symbols for part in parts])[present]
-        asked_from = sum(
-            shape[1] for part, shape in zip(parts, shapes, strict=True) if not part.asked
+        filled = columns < lengths[:, None]
+        tokens = np.full(filled.shape, self.pad, np.uint8)
+        tokens[filled] = side_by_side([part.symbols for part in parts])[present]
+        answer_from = sum(
+            shape[1] for part, shape in zip(parts, shapes, strict=True) if not part.labelled
         )
-        begin = np.count_nonzero(present[:, :asked_from], axis=1)
+        begin = np.count_nonzero(present[:, :answer_from], axis=1)
         ids = None
         if positions:
-            ids = np.zeros(place.shape, np.int64)
-            ids[place] = side_by_side([part.positions for part in parts])[present]
-        return Lines(tokens, lengths, place & (columns >= begin[:, None]), ids)
+            ids = np.zeros(filled.shape, np.int64)
+            ids[filled] = side_by_side([part.positions for part in parts])[present]
+        return Lines(tokens, lengths, filled & (columns >= begin[:, None]), ids)
 
     def text(self, problems: Problems) -> list[str]:
         """Problems and answers as they are written."""
@@ -430,14 +430,14 @@ class Exercise(Task):
         return [self.tokenizer.decode(row[:count]) for row, count in rows]
 
     def _parts(self, problems: Problems) -> list[Columns]:
-        return [*self.columns(problems), self.sign(self.stop, asked=True)]
+        return [*self.columns(problems), self.sign(self.stop, labelled=True)]
 
-    def sign(self, sign: str | int, *, asked: bool = False, present: Any = True) -> Columns:
+    def sign(self, sign: str | int, *, labelled: bool = False, present: Any = True) -> Columns:
         """One column that is a sign or a token, in all lines or in those of `present`."""
         token = sign if isinstance(sign, int) else self.tokenizer.encode(sign)[0]
         one = np.full((1, 1), token, np.uint8)
         operator = isinstance(sign, str) and sign in self.operators
-        return Columns(one, np.reshape(present, (-1, 1)), np.full(1, int(operator)), asked)
+        return Columns(one, np.reshape(present, (-1, 1)), np.full(1, int(operator)), labelled)
 
     def number(
         self,
@@ -446,7 +446,7 @@ class Exercise(Task):
         letters: Integers,
         *,
         reverse: bool | None = None,
-        asked: bool = False,
+        labelled: bool = False,
     ) -> Columns:
         """The columns of a number.
 
@@ -455,7 +455,7 @@ class Exercise(Task):
             lengths: (examples,).
             letters: (examples,), the hint of the units.
             reverse: least significant digit first; None: as all numbers.
-            asked: whether it belongs to the answer.
+            labelled: whether it belongs to the answer.
         """
         places = np.arange(len(digits))
         if not (self.reverse if reverse is None else reverse):
@@ -466,7 +466,7 @@ class Exercise(Task):
             symbols = np.stack([hints, symbols], axis=2).reshape(len(symbols), -1)
             present, positions = np.repeat(present, 2, axis=1), np.repeat(positions, 2)
             positions[::2] = 0
-        return Columns(symbols, present, positions, asked)
+        return Columns(symbols, present, positions, labelled)
 
     def letters_from(self, letters: Integers, places: Integers) -> Digits:
         """Tokens of the letters so many places after the first: (examples,), (columns,) -> both."""
@@ -476,7 +476,7 @@ class Exercise(Task):
     # Inside.
 
     def blank(self, count: int, extent: tuple[int, int] | None = None) -> Problems:
-        """Room for problems up to a size."""
+        """Empty arrays for problems up to a size."""
         operands, digits = self.shape(extent or self.extent)
         return Problems(
             np.zeros((operands, digits, count), np.uint8),
@@ -498,8 +498,8 @@ class Exercise(Task):
         """Draws problems of given sizes that are held out, or are not.
 
         Problem n is the first of its own sequence of candidates that is wanted, so it depends on n
-        alone; only the examples still without one go into the next round. `make` takes the place
-        of `candidates`.
+        alone; only the examples still without one go into the next round. `make` replaces
+        `candidates`.
         """
         draws = self.draws(extent)
         tries = self.held_out if wanted else 1  # at once: as many as it takes on average
@@ -591,7 +591,7 @@ def together(parts: list[Problems]) -> Problems:
 
 
 def _put(problems: Problems, rows: Integers, others: Problems) -> None:
-    """Writes others, which may have fewer operands or digits, in the place of some problems."""
+    """Overwrites some problems with others, which may have fewer operands or digits."""
     operands, digits, _ = others.operands.shape
     problems.operands[:operands, :digits, rows] = others.operands
     problems.operands[:operands, digits:, rows] = 0

@@ -1,4 +1,4 @@
-"""Several tasks of problems in one stream."""
+"""Several synthetic tasks in one stream."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from archzoo.tasks.counter_random import Integers, random_bits
 from archzoo.tasks.digit_arrays import below
-from archzoo.tasks.problems import Blocks, Exercise, Lines, batch_of
+from archzoo.tasks.problems import Blocks, Lines, SyntheticTask, batch_of
 from archzoo.tasks.stream import Batch, Loader, Task, build
 
 _PARTS = 7  # the stream of random bits that chooses a task for each example
@@ -23,7 +23,7 @@ _COMMON = {
 
 
 class Arithmetic(Task):
-    """Problems of several tasks in one stream, each of them as often as the others.
+    """Problems of several synthetic tasks in one stream, each of them as often as the others.
 
     A batch of sums and differences of up to 3 digits, least significant digit first, holds lines
     such as `2+236=436` and `4-9=-5`, each as its own task trains it. All have the shared
@@ -31,8 +31,8 @@ class Arithmetic(Task):
 
     Training example n is a function of (seed, n) alone, and so is the task it comes from. Problems
     are held out by each task's own rule, so that a problem which one of them holds out is held out
-    here, too. Validation and test ask those of all tasks in turn, and give the exact match of each
-    (`validation/exact_match/Addition`, `test/exact_match/Addition`).
+    here, too. Validation and test take those of all tasks in turn, and give the exact match of
+    each (`validation/exact_match/Addition`, `test/exact_match/Addition`).
 
     Args:
         tasks: by the name of each task, those of its arguments that differ from the ones below,
@@ -47,7 +47,8 @@ class Arithmetic(Task):
         steps_per_epoch: batches in what Lightning calls an epoch; the stream itself never ends.
         validation_examples: held-out problems to validate on, of all tasks together.
         test_examples: held-out problems to test on, of all tasks together.
-        ood_digits: lengths that every validation asks as well, of all tasks; see Addition.
+        ood_digits: out-of-distribution lengths that every validation runs as well, of all tasks;
+            see Addition.
         ood_examples: problems of each of those lengths, of all tasks together.
         seed: chooses the training examples.
         zero: whether a number of one digit may be 0.
@@ -80,23 +81,22 @@ class Arithmetic(Task):
         if not tasks:
             raise ValueError("tasks is empty: name at least one, such as {Addition: {}}")
         self.steps_per_epoch, self.seed = steps_per_epoch, seed
-        self.exercises = {
-            name.rpartition(".")[2]: self._exercise(name, given or {})
-            for name, given in tasks.items()
+        self.synthetic_tasks = {
+            name.rpartition(".")[2]: self._part(name, given or {}) for name, given in tasks.items()
         }
-        parts = list(self.exercises.values())
+        parts = list(self.synthetic_tasks.values())
         self.parts = parts
         self.tokenizer = parts[0].tokenizer
         self.context_length = max(part.context_length for part in parts)
         self.longest_run = max(part.longest_run for part in parts)
-        self.longest_asked = max(part.longest_asked for part in parts)
+        self.longest_tested = max(part.longest_tested for part in parts)
         signs = dict.fromkeys("".join(part.operators[:-1] for part in parts))
         self.operators = "".join(signs) + "="
-        self.beyond = (*self.exercises, *(ood_digits or ()))
+        self.extra_validation = (*self.synthetic_tasks, *(ood_digits or ()))
         self._blocks = Blocks(self._training_lines, batch_size)
         self._turns: dict[str, tuple[Integers, Integers]] = {}
 
-    def _exercise(self, name: str, given: dict[str, Any]) -> Exercise:
+    def _part(self, name: str, given: dict[str, Any]) -> SyntheticTask:
         """One of the tasks, written as all are."""
         wrong = sorted(_COMMON & given.keys())
         if wrong:
@@ -117,12 +117,12 @@ class Arithmetic(Task):
         if known is not None:  # Sorting has no reverse_answer, nor zero_padded
             settings = {k: v for k, v in settings.items() if k in known or k in given}
         try:
-            exercise = build({"class_path": full, "init_args": settings})
+            synthetic = build({"class_path": full, "init_args": settings})
         except (TypeError, ValueError) as error:
             raise ValueError(f"tasks.{name}: {error}") from None
-        if not isinstance(exercise, Exercise):
+        if not isinstance(synthetic, SyntheticTask):
             raise ValueError(f"tasks.{name} is not a task of problems, such as Addition")
-        return exercise
+        return synthetic
 
     def config(self) -> dict[str, Any]:
         written = dict.fromkeys("".join(part.written for part in self.parts))
@@ -147,16 +147,16 @@ class Arithmetic(Task):
         owners, turns = self._in_turn(split)
         return batch_of(self._lines(split, owners[numbers], turns[numbers]), numbers)
 
-    def asked_beside(self, split: str) -> tuple[int | str, ...]:
-        return self.beyond if split == "validation" else tuple(self.exercises)
+    def extra_evaluations(self, split: str) -> tuple[int | str, ...]:
+        return self.extra_validation if split == "validation" else tuple(self.synthetic_tasks)
 
-    def beyond_loader(self, length: Any) -> Loader:
-        return self.loader_beside("validation", length)
+    def extra_validation_loader(self, length: Any) -> Loader:
+        return self.extra_evaluation_loader("validation", length)
 
-    def loader_beside(self, split: str, name: Any) -> Loader:
-        if name not in self.exercises:
+    def extra_evaluation_loader(self, split: str, name: Any) -> Loader:
+        if name not in self.synthetic_tasks:
             return self._longer_loader(name)
-        owner = list(self.exercises).index(name)
+        owner = list(self.synthetic_tasks).index(name)
         rows = self.parts[owner].rows(split)
         owners, turns = np.full(rows, owner), np.arange(rows)
 
@@ -181,7 +181,7 @@ class Arithmetic(Task):
         joined = Lines(
             np.concatenate([lines.tokens for lines in whole]),
             np.concatenate([lines.lengths for lines in whole]),
-            np.concatenate([lines.asked for lines in whole]),
+            np.concatenate([lines.labelled for lines in whole]),
             None,
         )
 
@@ -211,7 +211,7 @@ class Arithmetic(Task):
             rows, part = np.flatnonzero(owners == owner), self.parts[owner]
             found = part.lines(part.problems(split, numbers[rows]), self.context_length)
             lines.tokens[rows], lines.lengths[rows] = found.tokens, found.lengths
-            lines.asked[rows] = found.asked
+            lines.labelled[rows] = found.labelled
         return lines
 
     def _in_turn(self, split: str) -> tuple[Integers, Integers]:

@@ -8,10 +8,10 @@ import numpy as np
 
 from archzoo.tasks.counter_random import Bits, Integers
 from archzoo.tasks.digit_arrays import below, from_bits, from_integers, hash_of, length, words
-from archzoo.tasks.problems import LETTERS, Columns, Exercise, Problems
+from archzoo.tasks.problems import LETTERS, Columns, Problems, SyntheticTask
 
 
-class Sorting(Exercise):
+class Sorting(SyntheticTask):
     """Numbers to sort, each with a key: `A:52,B:7,C:31=B,C,A`.
 
     2 and 7, least significant digit first, are trained as::
@@ -39,8 +39,8 @@ class Sorting(Exercise):
         steps_per_epoch: batches in what Lightning calls an epoch; the stream itself never ends.
         validation_examples: held-out problems to validate on.
         test_examples: held-out problems to test on.
-        ood_digits: sizes that every validation asks as well: 12 stands for 12 numbers of up to 12
-            digits; see `Addition`.
+        ood_digits: out-of-distribution sizes that every validation runs as well: 12 stands for 12
+            numbers of up to 12 digits; see `Addition`.
         ood_examples: problems of each of those sizes.
         seed: chooses the training examples.
         vocabulary: as for two numbers.
@@ -151,7 +151,7 @@ class Sorting(Exercise):
         answered = side_by_side((follows, 1), (there, 1))
         ranks = np.stack([np.ones(numbers, np.int64), np.arange(numbers) + 2], axis=1).reshape(-1)
         return [
-            Columns(symbols, present, positions, asked=False),
+            Columns(symbols, present, positions, labelled=False),
             self.sign("="),
-            Columns(answer, answered, ranks, asked=True),
+            Columns(answer, answered, ranks, labelled=True),
         ]

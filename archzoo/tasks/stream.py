@@ -41,21 +41,21 @@ class Loader:
     A pass gives the batches 0, 1, ... of an evaluation, or the next `len(loader)` batches of
     training, whose numbers run on from pass to pass.
 
-    Where a training pass begins is asked of the running `lightning.Trainer`, whose checkpoints
-    hold the number of completed batches. So a resumed run goes on with the batch after the last
-    one that it was trained on: in the middle of an epoch, of an accumulation, or of a batch.
-    Outside a trainer, `state_dict` and `load_state_dict` keep the place.
+    A training pass begins where the running `lightning.Trainer` says, whose checkpoints hold the
+    number of completed batches. So a resumed run continues with the batch after the last one that
+    it was trained on: in the middle of an epoch, of gradient accumulation, or of a batch.
+    Outside a trainer, `state_dict` and `load_state_dict` keep the position.
 
-    Lightning leaves a loader of this kind alone: there is no sampler to replace, and because the
-    length is known it fetches nothing ahead. What is made ahead for a GPU is made again after a
-    resume.
+    Lightning does not touch a loader of this kind: there is no sampler to replace, and because the
+    length is known it prefetches nothing. Batches that were prepared ahead for a GPU are prepared
+    again after a resume.
 
     Args:
         make: (batch number, rows) -> batch, a pure function; rows is (rows,) int64.
         batch_size: rows of a batch, all ranks together.
         rows: rows of one pass. Training stops at whole batches, an evaluation's last batch may be
             smaller.
-        task: the task whose trainer is asked for ranks and progress.
+        task: the task whose trainer knows the ranks and the progress.
         training: whether the numbers run on from pass to pass.
     """
 
@@ -116,17 +116,17 @@ class Loader:
     def batch(self, number: int, rank: int = 0, ranks: int = 1) -> Batch:
         """The rows of one rank in batch `number`.
 
-        Every rank gets the same number of rows. Where an evaluation's last batch does not share
-        out evenly, rows without any label fill the gap.
+        Every rank gets the same number of rows. Where an evaluation's last batch does not divide
+        evenly, rows without any label fill the gap.
         """
         rows = self.batch_size
         if not self.training:
             rows = min(rows, self.rows - number * self.batch_size)
-        share = -(-rows // ranks)
-        mine = np.arange(rank * share, (rank + 1) * share)
+        rows_per_rank = -(-rows // ranks)
+        mine = np.arange(rank * rows_per_rank, (rank + 1) * rows_per_rank)
         mine_here = np.minimum(mine, rows - 1)
         if self.training:
-            number, first = self.task.place_of(number)
+            number, first = self.task.start_of(number)
             mine_here = mine_here + first
         batch = self.make(number, mine_here)
         if mine[-1] >= rows:
@@ -138,13 +138,13 @@ class Loader:
         return {"batches": self.batches}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on after the batches that `state` counts."""
+        """Continues after the batches that `state` counts."""
         self.batches = state["batches"]
 
 
 def _rank(trainer: lightning.Trainer | None) -> tuple[int, int]:
-    share = trainer.distributed_sampler_kwargs if trainer is not None else None
-    return (share["rank"], share["num_replicas"]) if share else (0, 1)
+    sampler = trainer.distributed_sampler_kwargs if trainer is not None else None
+    return (sampler["rank"], sampler["num_replicas"]) if sampler else (0, 1)
 
 
 def _on_gpu(trainer: lightning.Trainer | None) -> bool:
@@ -153,7 +153,7 @@ def _on_gpu(trainer: lightning.Trainer | None) -> bool:
 
 
 def _pinned(batch: Batch) -> Batch:
-    """In memory that a GPU copies from while its program goes on."""
+    """In pinned memory, from which a GPU copies asynchronously."""
     return {name: tensor.pin_memory() for name, tensor in batch.items()}
 
 
@@ -210,14 +210,14 @@ class Task(lightning.LightningDataModule):
 
     - `tokens`: int64.
     - `labels`: int64, already shifted: `labels[:, t]` is what the logits at t should say, -100
-      where nothing is asked.
+      where the position is unlabelled.
     - `documents`: int64, which document a token belongs to; -1 is padding, at the ends of a row.
       Absent: a row is one document.
     - `examples`: int64, the number of the example that the token belongs to.
     - `positions`: int64, only where the task couples positions: digits of equal significance have
       the same one, from 2 for units; operators have 1, all others 0.
-    - `continues`: bool (batch,), only where state is carried: this row goes on where the same row
-      of the previous batch ended.
+    - `continues`: bool (batch,), only where state is carried: this row continues where the same
+      row of the previous batch ended.
 
     `batch_size` counts the rows of all ranks together, so one configuration trains on the same
     batches whatever the number of devices.
@@ -226,8 +226,9 @@ class Task(lightning.LightningDataModule):
         metrics: which of "perplexity", "token_accuracy", "exact_match" say something here.
         tokenizer: set once `prepare` has run.
         context_length: tokens of the longest row.
-        beyond: what every validation asks as well, each with a loader (`beyond_loader`) and an
-            exact match of its own: lengths that no training example has, or names.
+        extra_validation: further sets that every validation runs, each with a loader
+            (`extra_validation_loader`) and an exact match of its own: out-of-distribution
+            lengths, which no training example has, or names.
         arguments: what the task was made with, plain data; of the classes that it derives from,
             what those were made with.
         other_vocabulary: what to do where weights were trained with another vocabulary.
@@ -237,12 +238,12 @@ class Task(lightning.LightningDataModule):
     metrics: tuple[str, ...] = ()
     tokenizer: Tokenizer
     context_length: int
-    beyond: tuple[int | str, ...] = ()
+    extra_validation: tuple[int | str, ...] = ()
     other_vocabulary = "give the task their tokenizer, which lies beside them"
     added: ClassVar[dict[str, Any]] = {}
 
     arguments: dict[str, Any]
-    _config: dict[str, Any]  # of them, what makes the task again
+    _config: dict[str, Any]  # of them, what rebuilds the task
     _hands_on: bool  # whether the constructor that was noted last hands **arguments on
 
     def __init_subclass__(cls, **settings: Any) -> None:
@@ -284,17 +285,17 @@ class Task(lightning.LightningDataModule):
         """Rows of one pass over the split "train", "validation" or "test"."""
         raise NotImplementedError
 
-    def beyond_loader(self, length: Any) -> Loader:
-        """One pass over the held-out problems of one entry of `beyond`."""
+    def extra_validation_loader(self, length: Any) -> Loader:
+        """One pass over the held-out problems of one entry of `extra_validation`."""
         raise NotImplementedError
 
-    def asked_beside(self, split: str) -> tuple[int | str, ...]:
-        """What "validation" or "test" asks beside itself, each with an exact match of its own."""
-        return self.beyond if split == "validation" else ()
+    def extra_evaluations(self, split: str) -> tuple[int | str, ...]:
+        """Further sets that "validation" or "test" runs, each with an exact match of its own."""
+        return self.extra_validation if split == "validation" else ()
 
-    def loader_beside(self, split: str, name: Any) -> Loader:
-        """One pass over the held-out problems of one entry of `asked_beside`."""
-        return self.beyond_loader(name)
+    def extra_evaluation_loader(self, split: str, name: Any) -> Loader:
+        """One pass over the held-out problems of one entry of `extra_evaluations`."""
+        return self.extra_validation_loader(name)
 
     def batch_rows(self, split: str) -> int:
         """Rows of a whole batch."""
@@ -331,21 +332,21 @@ class Task(lightning.LightningDataModule):
     def fingerprint(self) -> dict[str, Any]:
         """What decides which examples training sees and in which order, plain data by name.
 
-        A run that goes on with the same entries goes on in the same stream. How many examples
-        stand in a batch, how many are validated on and where files lie is no part of it.
+        A run that resumes with the same entries continues the same stream. The batch size, the
+        number of validation examples and where files lie are not part of it.
         """
         self.prepare()
         given = {name: self._config[name] for name in self._config.keys() - _NO_EXAMPLES}
         tokenizer = getattr(self, "tokenizer", None)
         return given | ({"tokenizer": tokenizer.fingerprint()} if tokenizer else {})
 
-    # Going on.
+    # Resuming.
 
-    def place_of(self, number: int) -> tuple[int, int]:
+    def start_of(self, number: int) -> tuple[int, int]:
         """The training batch and the row of it where batch `number` of a run begins.
 
-        They are `number` and 0, unless the run began with another batch size: it goes on with the
-        first example that it has not used.
+        They are `number` and 0, unless the run began with another batch size: it continues with
+        the first example that it has not used.
         """
         batches, examples = self._used
         if number < batches:  # as batches that a run overfits are, which are always the same
@@ -367,7 +368,7 @@ class Task(lightning.LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on after what was used, and says where the stream is another one."""
+        """Continues after what was used, and warns where the stream is a different one."""
         if self.trainer is not None and self.trainer.state.fn != "fit":
             return
         self._used = state_dict["batches"], state_dict["examples"]
@@ -381,7 +382,7 @@ class Task(lightning.LightningDataModule):
         ]
         if differ:
             warnings.warn(
-                "the run goes on with other examples than it began with: " + "; ".join(differ),
+                "the run continues with other examples than it began with: " + "; ".join(differ),
                 stacklevel=2,
             )
 
@@ -407,8 +408,10 @@ class Task(lightning.LightningDataModule):
 
     def _loaders(self, split: str) -> Loader | list[Loader]:
         loader = self.evaluation_loader(split)
-        beside = [self.loader_beside(split, name) for name in self.asked_beside(split)]
-        return [loader, *beside] if beside else loader
+        extra = [
+            self.extra_evaluation_loader(split, name) for name in self.extra_evaluations(split)
+        ]
+        return [loader, *extra] if extra else loader
 
     def predict_dataloader(self) -> Loader:
         return self.evaluation_loader("test")
@@ -430,7 +433,7 @@ def import_all() -> None:
 
 
 def build(config: dict[str, Any], **given: Any) -> Task:
-    """Makes a task again from its `Task.config`, which may come from a stranger's checkpoint.
+    """Rebuilds a task from its `Task.config`, which may come from a stranger's checkpoint.
 
     Only classes of archzoo and classes that are already imported are made, for importing what a
     configuration names would run the stranger's code. What the task reads lies under the current
@@ -438,7 +441,7 @@ def build(config: dict[str, Any], **given: Any) -> Task:
 
     Args:
         config: The class and its arguments.
-        **given: Arguments that take the place of the configuration's, whatever they are.
+        **given: Arguments that replace the configuration's, whatever they are.
 
     Raises:
         ValueError: `class_path` names no task that is known, or `init_args` do not suit it.
@@ -479,7 +482,7 @@ def readable(
     Args:
         task: The class.
         arguments: Without `cache_dir`, which is the user's own to choose, they are handed back.
-        given: Names of arguments that are not asked about: the user gives another value.
+        given: Names of arguments that are not checked: the user gives another value.
 
     Raises:
         ValueError: One leads elsewhere; the message says what allows it.
@@ -488,11 +491,11 @@ def readable(
     kept = {name: value for name, value in arguments.items() if name != "cache_dir"}
     default = signature(task).parameters.get("path")
     implied = {} if default is None else {"path": default.default}
-    for place, text in strings(implied | kept):
-        if place[0] not in given:
-            name = ".".join(place)
+    for key_path, text in strings(implied | kept):
+        if key_path[0] not in given:
+            name = ".".join(key_path)
             try:
-                check_path(text, always=place[-1] == "path")
+                check_path(text, always=key_path[-1] == "path")
             except ValueError as error:
                 raise ValueError(
                     f"its task's {name}={error}: if you mean that, give --data.{name} {text}"
@@ -510,7 +513,7 @@ def since(config: Any) -> dict[str, Any]:
     """What a configuration that a run wrote means by the arguments that came after it.
 
     A run writes down every argument, so one that lacks only some of `Task.added` is older than
-    those; one that lacks others too was written by hand, and leaves them at their defaults.
+    those; one that lacks others too was written by hand, and they stay at their defaults.
 
     Args:
         config: `data` of a configuration file, anything at all.
@@ -555,7 +558,7 @@ def draw(task: Task, row: int = 0, columns: int = 16) -> str:
         columns: positions to draw at most.
 
     Returns:
-        Three lines; `.` asks for nothing.
+        Three lines; `.` is an unlabelled position.
     """
     batch = task.train_dataloader().batch(0)
     tokens = batch["tokens"][row, :columns].tolist()

@@ -21,7 +21,7 @@ from archzoo.tasks.counter_random import Integers, random_bits
 from archzoo.tasks.stream import IGNORED, Batch, Task
 from archzoo.tasks.tokenizers import Tokenizer
 
-PIECE = 1 << 16  # bytes encoded at once: enough for speed, little beside a model
+CHUNK = 1 << 16  # bytes encoded at once: enough for speed, little beside a model
 SAMPLE = 4_000_000  # bytes that a tokenizer learns from: unigram takes 30 times as much memory
 RECORDS = {".jsonl", ".ndjson", ".csv", ".tsv"}  # names of files that are not text as it stands
 # How gzip, zip, xz, zstd, bzip2, 7z and parquet begin.
@@ -44,8 +44,8 @@ class Text(Task):
 
     Windows lie side by side and come in an order that is a function of (seed, epoch), cut at
     another offset in every epoch. With `carry_state` they come in the order of the text instead:
-    each row of a batch is a lane, a contiguous part of the text, and goes on where the same row of
-    the batch before ended (`continues`), for truncated back-propagation through time.
+    each row of a batch is a lane, a contiguous part of the text, and continues where the same row
+    of the batch before ended (`continues`), for truncated back-propagation through time.
 
     The encoded text is cached under a name made from the text's content and the tokenizer, and
     mapped into memory, never loaded.
@@ -54,7 +54,7 @@ class Text(Task):
         path: a file or folder of UTF-8 text, or a pattern such as data/*.txt.
         tokenizer: characters, bpe, unigram, or the path of a tokenizer.json or sentencepiece
             .model.
-        vocab_size: tokens to learn; null takes all characters of the text, or 4,096 pieces.
+        vocab_size: tokens to learn; null takes all characters of the text, or 4,096 subwords.
         context_length: tokens of a window.
         batch_size: windows in a batch, all ranks together.
         carry_state: read the text in order, in lanes, instead of shuffled windows.
@@ -86,7 +86,7 @@ class Text(Task):
         super().__init__()
         for name, value in (("path", path), ("cache_dir", cache_dir), ("tokenizer", tokenizer)):
             if value is not None and not str(value).strip():  # Path takes it for this directory
-                raise ValueError(f"{name} is empty: name one, or leave {name} out for its default")
+                raise ValueError(f"{name} is empty: name one, or omit {name} for its default")
         if context_length < 1:
             raise ValueError(f"context_length {context_length} is not positive")
         if not 0 < validation_fraction < 1:
@@ -119,7 +119,7 @@ class Text(Task):
             if arguments["vocab_size"] not in (None, given.vocab_size):
                 raise ValueError(
                     f"vocab_size {arguments['vocab_size']} does not fit {arguments['tokenizer']}, "
-                    f"which has {given.vocab_size} tokens: leave vocab_size out"
+                    f"which has {given.vocab_size} tokens: omit vocab_size"
                 )
             recipe += [given.fingerprint()]
         folder = cache.entry(arguments["cache_dir"], recipe)
@@ -149,11 +149,11 @@ class Text(Task):
         """Encodes the text into the cache, and says what takes long."""
         name = self.arguments["tokenizer"]
         if folder.exists():
-            cache.say(f"{folder} is damaged: it is made again")
+            cache.say(f"{folder} is damaged: it is rebuilt")
         if corpus.size > SAMPLE:
             cache.say(f"{corpus.path}: {cache.megabytes(corpus.size)} to encode ({name})")
         try:
-            cache.fill(folder, recipe, lambda place: self._encode(corpus, given, place))
+            cache.fill(folder, recipe, lambda partial: self._encode(corpus, given, partial))
         except BaseException as error:
             if not isinstance(error, Exception):  # Ctrl-C and the like
                 cache.say(f"{corpus.path} was not encoded to its end: nothing was kept of it")
@@ -168,8 +168,8 @@ class Text(Task):
         fitting = self.trainer is None or self.trainer.state.fn == "fit"
         if fitting and self.carry_state and began != self.batch_size:
             raise ValueError(
-                f"batch_size {self.batch_size}: with carry_state a text is read in so many lanes, "
-                f"and this run began with {began}, so it goes on with {began}"
+                f"batch_size {self.batch_size}: with carry_state a text is read in that many "
+                f"lanes, and this run began with {began}, so it can only continue with {began}"
             )
         super().load_state_dict(state_dict)
 
@@ -213,11 +213,11 @@ class Text(Task):
             return tokenizers.learn_characters(corpus.texts((0, corpus.size)), vocab_size)
         learn = tokenizers.learn_bpe if name == "bpe" else tokenizers.learn_unigram
         size = sum(stop - start for start, stop in train)
-        stride = -(-size // SAMPLE)  # pieces from all over the training part
+        stride = -(-size // SAMPLE)  # chunks from all over the training part
         if stride > 1:
             cache.say(
-                f"{name} learns its pieces from {cache.megabytes(size // stride)} of the "
-                f"{cache.megabytes(size)} to train on, from all over them"
+                f"{name} learns its subwords from {cache.megabytes(size // stride)} of the "
+                f"{cache.megabytes(size)} to train on, sampled from all over them"
             )
         texts = corpus.texts(*train)
         return learn((text for n, text in enumerate(texts) if n % stride == 0), vocab_size)
@@ -269,7 +269,7 @@ class Text(Task):
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
             order, offset = _order(self.seed, epoch, self._windows)
-            # Windows may shift by what the last one leaves free, at most by one window.
+            # Windows may shift by what remains after the last one, at most by one window.
             free = min(
                 self._tokens("train") - self._windows * self.context_length, self.context_length
             )
@@ -284,7 +284,7 @@ class Text(Task):
 
     @property
     def _windows(self) -> int:
-        # One window less than fits makes room to shift them all.
+        # One window less than fits, so that all of them can be shifted.
         return max(1, (self._tokens("train") - self.context_length) // self.context_length)
 
     def _lanes(self, split: str, number: int, rows: Integers) -> Batch:
@@ -299,7 +299,7 @@ class Text(Task):
     def _read(
         self, split: str, starts: Integers, numbers: Integers, stops: Integers | None = None
     ) -> Batch:
-        """Reads windows; what lies at `stops` (the end of the text) or beyond becomes padding."""
+        """Reads windows; what lies at `stops` (the end of the text) or after it becomes padding."""
         assert self._cache is not None
         last = self._tokens(split) - 1
         places = starts[:, None] + np.arange(self.context_length + 1)
@@ -340,7 +340,7 @@ def _order(seed: int, epoch: int, windows: int) -> tuple[Integers, int]:
 
 
 class Corpus:
-    """UTF-8 files read as one text, a piece at a time.
+    """UTF-8 files read as one text, a chunk at a time.
 
     Files follow each other in the order of their names, hidden ones are left out; a line end is
     put between two files where there is none.
@@ -404,7 +404,7 @@ class Corpus:
         return beginnings, ends
 
     def texts(self, *spans: Span) -> Iterator[str]:
-        """The text of each span in turn, in pieces that end with a line if possible.
+        """The text of each span in turn, in chunks that end with a line if possible.
 
         Raises:
             ValueError: the text is not UTF-8.
@@ -419,7 +419,7 @@ class Corpus:
                     yield "\n"
                 with open(path, "rb") as file:
                     file.seek(begin)
-                    for content, offset in _pieces(file.read, begin, end):
+                    for content, offset in _chunks(file.read, begin, end):
                         before = _decode(content, path, offset)
                         yield before
 
@@ -429,7 +429,7 @@ def _is_json_lines(path: Path) -> bool:
     if path.suffix.lower() != ".json":
         return False
     with open(path, "rb") as file:
-        line = file.readline(PIECE).strip()
+        line = file.readline(CHUNK).strip()
     if not line.startswith(b"{") or not line.endswith(b"}"):
         return False
     try:
@@ -447,7 +447,7 @@ def _border(path: Path, size: int, fraction: float) -> int:
     back = min(border, 3)  # a character has at most three bytes after its first
     with open(path, "rb") as file:
         file.seek(border - back)
-        block = file.read(back + PIECE)
+        block = file.read(back + CHUNK)
     line = border + block.find(b"\n", back) + 1 - back
     if border < line < size:
         return line
@@ -456,11 +456,11 @@ def _border(path: Path, size: int, fraction: float) -> int:
     return border
 
 
-def _pieces(read: Any, begin: int, end: int) -> Iterator[tuple[bytes, int]]:
-    """Cuts what `read` gives into pieces, each with its offset."""
+def _chunks(read: Any, begin: int, end: int) -> Iterator[tuple[bytes, int]]:
+    """Cuts what `read` gives into chunks, each with its offset."""
     rest, position = b"", begin
     while position < end:
-        block = read(min(PIECE, end - position))
+        block = read(min(CHUNK, end - position))
         if not block:
             raise ValueError("the text became shorter while it was read")
         position += len(block)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 NAMES = ("characters", "bpe", "unigram")
 STOP, PAD = "<stop>", "<pad>"
-DEFAULT_VOCAB_SIZE = 4096  # of learned pieces; characters take as many as the text has
+DEFAULT_VOCAB_SIZE = 4096  # of learned subwords; characters take as many as the text has
 
 
 class Tokenizer(ABC):
@@ -59,7 +59,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def files(self) -> dict[str, bytes]:
-        """File names and contents from which `from_files` makes the tokenizer again."""
+        """File names and contents from which `from_files` rebuilds the tokenizer."""
 
     def encode_many(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
         """`encode` for several texts, as arrays; may run on several cores."""
@@ -140,7 +140,7 @@ class Tokenizer(ABC):
 
 
 class CharacterTokenizer(Tokenizer):
-    """One token a character, in the order given; then, where asked for, a stop and a pad token.
+    """One token a character, in the order given; then, optionally, a stop and a pad token.
 
     It looks characters up in a table instead of running the `tokenizers` library, which takes
     1.5 s for a megabyte where this takes 0.01 s. Its file is a `tokenizer.json` of that library.
@@ -173,12 +173,12 @@ class CharacterTokenizer(Tokenizer):
     def _encode(self, text: str) -> NDArray[np.int32]:
         tokens: NDArray[np.int32] = self._table[np.minimum(_codes(text), len(self._table) - 1)]
         if len(tokens) and tokens.min() < 0:
-            place = int(np.argmax(tokens < 0))
+            index = int(np.argmax(tokens < 0))
             known = self.characters if len(self.characters) <= 100 else self.characters[:100] + "…"
             raise ValueError(
-                f"character {text[place]!r} (U+{ord(text[place]):04X}) at position {place} is not "
-                f"one of the {len(self.characters)} that this tokenizer knows ({known!r}): leave "
-                "it out, or train with a tokenizer that knows all text, bpe or unigram"
+                f"character {text[index]!r} (U+{ord(text[index]):04X}) at position {index} is not "
+                f"one of the {len(self.characters)} that this tokenizer knows ({known!r}): remove "
+                "it, or train with a tokenizer that knows all text, bpe or unigram"
             )
         return tokens
 
@@ -225,7 +225,7 @@ def learn_characters(texts: Iterable[str], vocab_size: int | None = None) -> Cha
     return CharacterTokenizer("".join(map(chr, found.tolist())))
 
 
-# ---------------------------------------------------------------------------- pieces
+# ---------------------------------------------------------------------------- subwords
 
 
 class LibraryTokenizer(Tokenizer):
@@ -354,10 +354,10 @@ class _Words:
 
 
 def _splits_at_blanks(library: tokenizers.Tokenizer) -> bool:
-    """Whether a tokenizer is one that `learn_bpe` makes: no token goes on behind a word's end.
+    """Whether a tokenizer is one that `learn_bpe` makes: no token crosses a word's end.
 
-    Byte-level splitting lets blanks begin a piece, or stand alone, but never end one that has
-    anything else in it; which piece the last of them begins is decided by what follows.
+    Byte-level splitting lets blanks begin a subword, or be one, but never end one that has
+    anything else in it; which subword the last of them begins is decided by what follows.
     """
     made = json.loads(library.to_str())
     return bool(
@@ -385,7 +385,7 @@ def learn_bpe(texts: Iterable[str], vocab_size: int | None = None) -> LibraryTok
     """Byte-level BPE: the 256 bytes, then the most frequent merges; every digit is one token.
 
     Raises:
-        ValueError: `vocab_size` has no room for the bytes.
+        ValueError: `vocab_size` is too small for the bytes.
     """
     from tokenizers import Tokenizer as Library
     from tokenizers import models, pre_tokenizers, trainers
@@ -463,7 +463,7 @@ def learn_unigram(texts: Iterable[str], vocab_size: int | None = None) -> Senten
     The text is taken as it is: no normalisation, blanks and line ends are kept.
 
     Raises:
-        ValueError: `vocab_size` has no room for the bytes and the frequent characters.
+        ValueError: `vocab_size` is too small for the bytes and the frequent characters.
     """
     import sentencepiece
 
@@ -511,10 +511,10 @@ def _last_sentence(error: Exception) -> str:
 
 
 def from_files(files: dict[str, bytes]) -> Tokenizer:
-    """Makes the tokenizer again whose `Tokenizer.files` these are.
+    """Rebuilds the tokenizer whose `Tokenizer.files` these are.
 
     Raises:
-        ValueError: the content is no tokenizer.
+        ValueError: the content is not a valid tokenizer.
     """
     if len(files) != 1:
         raise ValueError(f"a tokenizer is one file, not {len(files)}: {', '.join(files)}")
@@ -574,8 +574,8 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        # Tokens already shown stay for one round: some decoders write a piece differently at the
-        # beginning of a text.
+        # Tokens already shown stay for one round: some decoders write a subword differently at
+        # the beginning of a text.
         self._shown: list[int] = []
         self._pending: list[int] = []
         self._sent = 0  # characters of the pending tokens that were handed out

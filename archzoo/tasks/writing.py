@@ -1,8 +1,8 @@
 """How a task writes the numbers of a text, between a person who types and a model that reads.
 
-A model of ``Addition(reverse=True)`` was trained on ``71+52=24`` and is asked ``17+25=``. Every way
-of asking a model in text goes through `writing_of`: what a person types is put as the task writes
-it, and what the model answers is put back.
+A model of ``Addition(reverse=True)`` was trained on ``71+52=24``, but a user types ``17+25=``.
+Every way of prompting a model with text goes through `writing_of`: what a user types is converted
+to how the task writes it, and the model's answer is converted back.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Writing(NamedTuple):
         reverse: The numbers of problems stand least significant digit first.
         reverse_answer: The same of what follows ``=``.
         zero_padded: The numbers of a problem have as many digits as its longest.
-        hints: A letter before each digit says which place of its number it has.
+        hints: A letter before each digit says which digit of its number it is.
         in_text: Problems stand in a text whose other numbers are written as people do: a problem
             is what has no blank in it and a ``=``.
         characters: All that its texts are made of. None: whatever has a token.
@@ -45,7 +45,7 @@ class Writing(NamedTuple):
         if unknown:
             raise ValueError(
                 f"character {unknown[0]!r} in {text!r} is not one of those that the model was "
-                f"trained on ({self.characters!r}): leave it out"
+                f"trained on ({self.characters!r}): remove it"
             )
         if self.is_plain:
             return text
@@ -61,8 +61,8 @@ class Writing(NamedTuple):
     def _problem(self, line: str) -> str:
         if self.hints and re.search(f"{HINT}[0-9]", line):
             return line  # typed as the task writes it: hints cannot be told from keys
-        asked, equal, answer = line.partition("=")
-        numbers = re.findall("[0-9]+", asked)
+        problem, equal, answer = line.partition("=")
+        numbers = re.findall("[0-9]+", problem)
         longest = max(map(len, numbers), default=0) if self.zero_padded else 0
         keys = [letter for letter in line if letter in LETTERS]
         first = LETTERS.index(keys[0]) if keys and self.hints else 0
@@ -76,9 +76,9 @@ class Writing(NamedTuple):
                 places = list(units_first)
             return "".join(places if reverse else reversed(places))
 
-        asked = re.sub("[0-9]+", lambda n: number(n[0].zfill(longest), self.reverse), asked)
+        problem = re.sub("[0-9]+", lambda n: number(n[0].zfill(longest), self.reverse), problem)
         answer = re.sub("[0-9]+", lambda n: number(n[0], self.reverse_answer), answer)
-        return asked + equal + answer
+        return problem + equal + answer
 
     def reader(self, prompt: str) -> Reader:
         """What turns a model's text back while it comes, behind a prompt that the task wrote."""
@@ -94,7 +94,7 @@ PLAIN = Writing()  # as people do
 
 
 class Reader:
-    """Text in pieces as a person reads it: a number waits until its last digit is there.
+    """Streamed text as a person reads it: a number waits until its last digit is there.
 
     Args:
         writing: Of the task.
@@ -110,7 +110,7 @@ class Reader:
         self.answering = "=" in re.split(self._ends, prompt)[-1]
 
     def push(self, text: str) -> str:
-        """Takes a piece, returns what is now certain, maybe nothing."""
+        """Takes more text, returns what is now certain, maybe nothing."""
         if self._held is None:
             return text
         text = self.waiting + text
@@ -127,19 +127,19 @@ class Reader:
     def _read(self, text: str) -> str:
         # Problems, what separates them, problems, ...
         parts = re.split(f"({self._ends})", text)
-        for place in range(0, len(parts), 2):
-            if place:
+        for index in range(0, len(parts), 2):
+            if index:
                 self.answering = False
-            asked, equal, answer = ("", "", parts[place])
+            problem, equal, answer = ("", "", parts[index])
             if not self.answering:
-                asked, equal, answer = parts[place].partition("=")
+                problem, equal, answer = parts[index].partition("=")
                 self.answering = bool(equal)
             if equal or not self.writing.in_text:
-                asked = self._turn(asked, self.writing.reverse)
-            parts[place] = asked + equal + self._turn(answer, self.writing.reverse_answer)
+                problem = self._reverse(problem, self.writing.reverse)
+            parts[index] = problem + equal + self._reverse(answer, self.writing.reverse_answer)
         return "".join(parts)
 
-    def _turn(self, text: str, reverse: bool) -> str:
+    def _reverse(self, text: str, reverse: bool) -> str:
         def number(found: re.Match[str]) -> str:
             digits = found[0][1::2] if self.writing.hints else found[0]
             return digits[::-1] if reverse else digits

@@ -23,7 +23,9 @@ from archzoo.training.files import MetricsFile
 from archzoo.training.loop import ResumingFitLoop
 from archzoo.training.module import LanguageModel
 
-OUT_OF_DISTRIBUTION = "validation/exact_match/ood"  # the mean over the lengths of `Task.beyond`
+OUT_OF_DISTRIBUTION = (
+    "validation/exact_match/ood"  # the mean over `Task.extra_validation`'s lengths
+)
 
 
 class Checkpoints(Checkpoint):

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from archzoo.numerics import at_least_float32
 
 IGNORED = -100  # a label that asks for nothing, as in torch.nn.functional.cross_entropy
-PIECE = 2**25  # logits at once: 128 MiB in float32
+CHUNK = 2**25  # logits at once: 128 MiB in float32
 
 
 class Scores(NamedTuple):
@@ -50,7 +50,7 @@ def check_labels(batch: dict[str, Any]) -> Tensor:
     return labels.long()
 
 
-def total_loss(x: Tensor, head: nn.Linear, labels: Tensor, piece: int = PIECE) -> Tensor:
+def total_loss(x: Tensor, head: nn.Linear, labels: Tensor, piece: int = CHUNK) -> Tensor:
     """The sum over tokens of ``-log softmax(head(x))[label]``, in nats.
 
     Where the logits would be more than `piece` numbers, they are computed piece by piece, and
@@ -76,7 +76,7 @@ def total_loss(x: Tensor, head: nn.Linear, labels: Tensor, piece: int = PIECE) -
     return torch.stack(parts).sum()
 
 
-def score(x: Tensor, head: nn.Linear, labels: Tensor, piece: int = PIECE) -> Scores:
+def score(x: Tensor, head: nn.Linear, labels: Tensor, piece: int = CHUNK) -> Scores:
     """Loss and most likely token at every position; arguments as `total_loss`'s."""
     x, labels = x.flatten(0, 1), labels.flatten()
     rows = max(piece // head.out_features, 1)

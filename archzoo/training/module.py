@@ -129,7 +129,7 @@ class LanguageModel(lightning.LightningModule):
         self.decoder: Decoder | None = None
         # Sums over an evaluation: of losses, and what was right of how many tokens or answers.
         self._evaluated: dict[str, Tensor] = {}
-        self._beyond: tuple[int | str, ...] = ()  # of `Task.asked_beside`
+        self._beyond: tuple[int | str, ...] = ()  # of `Task.extra_evaluations`
         #: The latest logged values, plain floats, for whoever displays them.
         self.latest: dict[str, float] = {}
         self._totals: dict[str, Tensor] = {}  # sums since the last row of the log
@@ -632,7 +632,7 @@ class LanguageModel(lightning.LightningModule):
 
     def _begin_evaluation(self, split: str) -> None:
         self._carried.pop(split, None)
-        self._beyond = self.task.asked_beside(split) if self.task else ()
+        self._beyond = self.task.extra_evaluations(split) if self.task else ()
         names = ("token_accuracy", "exact_match", *(f"exact_match/{name}" for name in self._beyond))
         none = torch.zeros(2, dtype=torch.int64, device=self.device)
         loss = torch.zeros((), dtype=widest(self.device), device=self.device)
