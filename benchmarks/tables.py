@@ -185,7 +185,7 @@ def arms(name: str, against: str, more: dict[str, str]) -> str:
             values = [float(row[column]) for row in rows if row.get(column)]
             cells.append(f"{statistics.fmean(values):.{digits}f}" if values else "")
         found.append(cells)
-    headings = ["arm", "runs", "parameters", "a token meets", "best validation loss"]
+    headings = ["arm", "runs", "parameters", "active", "best validation loss"]
     headings += [f"against `{against}`", *(TITLES[column] for column in more)]
     return markdown(headings, found)
 
