@@ -19,7 +19,7 @@ from archzoo import block
 from archzoo.adapters import Adapter
 from archzoo.linear import Linear
 from archzoo.names import nearest
-from archzoo.trust import find_class, load_installed
+from archzoo.trust import find_class, load_installed, name_of
 
 SLOTS: dict[str, type[nn.Module]] = {
     "mixer": block.Mixer,
@@ -132,7 +132,7 @@ def describe(slot: str, part: Part) -> Spec:
         if arguments.get(name) is not None:
             arguments[name] = describe(name, arguments[name])
     own = list_parts(slot).get(cls.__name__) is cls
-    path = cls.__name__ if own else f"{cls.__module__}.{cls.__qualname__}"
+    path = cls.__name__ if own else name_of(cls)
     return {"class_path": path, "init_args": _plain(arguments)}
 
 

@@ -23,8 +23,10 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from glob import glob
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal, Union
+from weakref import WeakValueDictionary
 
 from archzoo.names import nearest
 
@@ -48,29 +50,99 @@ def find_class(path: str, kind: type | tuple[type, ...] = object) -> type:
     """
     if not isinstance(path, str):
         raise ValueError(f"{path!r} is not a class's name")
-    names = path.split(".")
-    for count in range(len(names) - 1, 0, -1):
-        module = sys.modules.get(".".join(names[:count]))
-        if module is None:
-            continue
-        found: Any = module
-        for name in names[count:]:
-            # Through `vars`, for a module's own __getattr__ may import.
-            found = vars(found).get(name) if found is module or inspect.isclass(found) else None
-        if found is None:
-            break
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    found = _imported(path)
+    if found is None:
+        found = _others.get(path)
+    if found is None and WITHIN in path:
+        plain = path.partition("#")[0]  # numbers are of the process that gave them
+        found = next((cls for cls in _last_first(kinds) if _path(cls) == plain), None)
+    if found is not None:
         if not inspect.isclass(found) or not issubclass(found, kind):
-            kinds = kind if isinstance(kind, tuple) else (kind,)
             wanted = " or ".join(entry.__name__ for entry in kinds)
             raise ValueError(f"{path!r} is not a {wanted}: name a class that derives from one")
         return found
     module_name = path.rpartition(".")[0]
+    if WITHIN in path:
+        raise ValueError(
+            f"{path!r} is defined in a function that has not run here: run it first, or define the "
+            "class at the top of a module"
+        )
+    if module_name == "__main__":
+        raise ValueError(
+            f"{path!r} was defined in a notebook or a prompt and is not defined here: define it "
+            "first, or put it into a module of its own"
+        )
     if module_name in sys.modules:
         raise ValueError(f"{path!r} is not there: {module_name} has no class of that name")
     raise ValueError(
         f"{path!r} is not imported, and nothing is imported because a file or a setting names it: "
         f"if you trust that module, give --import {module_name or path} (in Python: import it)"
     )
+
+
+WITHIN = ".<locals>."  # in the path of a class that a function defines
+
+# Classes that no module leads to, by the name that they were given: those defined in a function,
+# and those that were defined anew since.
+_others: WeakValueDictionary[str, type] = WeakValueDictionary()
+
+
+def name_of(cls: type) -> str:
+    """The name under which plain data holds a class, and `find_class` finds it again.
+
+    It is the import path. A class of the script that is run goes by the script's name, under which
+    another program can import it. A class that no module leads to, as one defined in a function,
+    is found in this process, for as long as it lives; where two have one path, the second goes by
+    a number too.
+    """
+    path = _path(cls)
+    if _imported(path) is cls:
+        return path
+    names = chain([] if _imported(path) else [path], (f"{path}#{number}" for number in count(2)))
+    name = next(name for name in names if _others.get(name, cls) is cls)
+    _others[name] = cls
+    return name
+
+
+def _path(cls: type) -> str:
+    # The second: in a process that multiprocessing has started.
+    of_script = cls.__module__ in ("__main__", "__mp_main__")
+    return f"{(of_script and _script()) or cls.__module__}.{cls.__qualname__}"
+
+
+def _script() -> str | None:
+    """The name under which the script that runs could be imported; None: there is none."""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    name = str(spec.name) if spec else Path(getattr(main, "__file__", None) or "").stem
+    usable = all(map(str.isidentifier, name.split("."))) and name not in sys.modules
+    return name if usable else None
+
+
+def _imported(path: str) -> Any:
+    """What a module that is imported holds at a path; None: there is no such thing."""
+    names, script = path.split("."), _script()
+    for length in range(len(names) - 1, 0, -1):
+        name = ".".join(names[:length])
+        module = sys.modules.get("__main__" if name == script else name)
+        if module is None:
+            continue
+        found: Any = module
+        for name in names[length:]:
+            # Through `vars`, for a module's own __getattr__ may import.
+            found = vars(found).get(name) if found is module or inspect.isclass(found) else None
+        return found
+    return None
+
+
+def _last_first(kinds: Iterable[type]) -> Iterator[type]:
+    """All classes that derive from some, those defined last first."""
+    for kind in kinds:
+        children: list[type] = type.__subclasses__(kind)
+        for child in reversed(children):
+            yield child
+            yield from _last_first([child])
 
 
 def import_for_user(name: str) -> types.ModuleType:

@@ -27,6 +27,7 @@ import os
 import re
 import tempfile
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import formatannotation, signature
@@ -53,6 +54,7 @@ from archzoo.decoder import Decoder
 from archzoo.numerics import KeepsFloat32
 from archzoo.parts import SLOTS, find
 from archzoo.registry import build_decoder
+from archzoo.trust import WITHIN, strings
 
 if TYPE_CHECKING:
     from archzoo.tasks.stream import Task
@@ -220,7 +222,7 @@ def _check_order(directory: Any, model: Any, tokenizer: Any, task: Any) -> None:
 
 
 def _check_parts(config: dict[str, Any]) -> None:
-    """Refuse a part that `Decoder(**config)` would not find, such as a class in a function."""
+    """Refuse a part that would not be found again; warn of one that a function defines."""
     slots = ("mixer", "feed_forward", "embedding", "rotary", "bias")
     named = [(slot, config[slot]) for slot in slots if config[slot]]
     named += [("mixer", spec) for spec in config["pattern"] or []]
@@ -229,6 +231,13 @@ def _check_parts(config: dict[str, Any]) -> None:
             find(slot, spec["class_path"])
         except ValueError as error:
             raise ValueError(f"{error}: define it at the top of a module, to save it") from None
+    for place, text in strings(config):
+        if place[-1] == "class_path" and WITHIN in text:
+            warnings.warn(
+                f"{text!r} is defined in a function: what is saved can be loaded only where that "
+                "function has run; define it at the top of a module, and it can be imported",
+                stacklevel=3,
+            )
 
 
 def _check_rebuilds(model: Decoder, directory: str | os.PathLike[str]) -> None:

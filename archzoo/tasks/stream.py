@@ -25,7 +25,15 @@ from torch import Tensor
 
 from archzoo.tasks.counter_random import Integers
 from archzoo.tasks.tokenizers import Tokenizer
-from archzoo.trust import check_arguments, check_path, find_class, load_installed, shown, strings
+from archzoo.trust import (
+    check_arguments,
+    check_path,
+    find_class,
+    load_installed,
+    name_of,
+    shown,
+    strings,
+)
 
 Batch = dict[str, Tensor]
 
@@ -532,7 +540,7 @@ def since(config: Any) -> dict[str, Any]:
 def _name(task: type[Task]) -> str:
     # Our own go by the name that is imported and configured, not by the file they stand in.
     ours = task.__module__.startswith("archzoo.tasks.")
-    return f"{'archzoo.tasks' if ours else task.__module__}.{task.__qualname__}"
+    return f"archzoo.tasks.{task.__qualname__}" if ours else name_of(task)
 
 
 def _is_plain(value: Any) -> bool:
