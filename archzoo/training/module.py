@@ -7,8 +7,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterable
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable
+from typing import Any, Literal
 
 import lightning
 import torch
@@ -29,15 +29,18 @@ from archzoo.tasks.writing import writing_of
 from archzoo.training.losses import IGNORED, check_labels, score, total_loss
 from archzoo.training.optim import decay_groups, learning_rate_schedule, regroup
 from archzoo.training.progressive import passes
+from archzoo.training.random_state import (
+    bring_back_random_state,
+    gather_random_states,
+    random_state,
+)
+from archzoo.training.ranks import pooled_losses, sum_over_ranks
 
 # A swap is fair where the parameters agree to this; `match: parameters` keeps to it.
 MATCHED = 0.01
 # What may be replaced without making it another architecture.
 SIZES = ("vocab_size", "dim", "depth", "heads", "tie_weights", "context_length")
 HARMLESS = ("context_length", "dropout", "init_std", "activation_checkpointing")
-
-Key = TypeVar("Key", bound=Hashable)
-ByLayer = dict[tuple[int, str], Tensor]  # entries of aux, by layer and name
 
 
 class LanguageModel(lightning.LightningModule):
@@ -134,7 +137,7 @@ class LanguageModel(lightning.LightningModule):
         self.latest: dict[str, float] = {}
         self._totals: dict[str, Tensor] = {}  # sums since the last row of the log
         self._alike: tuple[tuple[str, ...], Tensor, Tensor] | None = None  # the same, in one tensor
-        self._sums: ByLayer = {}  # of aux, since the last optimizer step
+        self._sums: list[dict[str, Tensor]] = []  # of aux, since the last optimizer step
         self._labelled: Tensor | None = None  # tokens of all ranks since the last optimizer step
         self._scale: Tensor | None = None  # what the losses since then were divided by
         self._skipped = 0  # optimizer steps that changed nothing, for a gradient overflowed
@@ -241,36 +244,12 @@ class LanguageModel(lightning.LightningModule):
             self.net.bind(task, training=stage == "fit")
 
     def configure_model(self) -> None:
-        """Under Lightning's ModelParallelStrategy: FSDP2, block by block (Zhao et al., 2304.11277).
+        """Under Lightning's ModelParallelStrategy: cut the weights among the ranks."""
+        if self.device_mesh is not None and not self._sharded:
+            from archzoo.training.sharding import shard  # takes a while to import
 
-        Parameters stay float32, gathered a block at a time; autocast casts what is computed, as on
-        one device, so that routers and norms see what they see there.
-        """
-        mesh = self.device_mesh
-        if mesh is None or self._sharded:
-            return
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-        from torch.distributed.tensor import Shard
-
-        ranks = mesh["data_parallel"]
-        if ranks.size() < self.trainer.world_size:
-            raise ValueError(
-                f"the strategy has data_parallel_size={ranks.size()} for {self.trainer.world_size} "
-                "processes: no part here is tensor parallel, so set data_parallel_size to the "
-                "number of processes and tensor_parallel_size to 1"
-            )
-
-        def place(parameter: torch.nn.Parameter) -> Shard | None:
-            """Experts that do not share out evenly are cut along their widths instead."""
-            uneven = parameter.dim() == 3 and parameter.shape[0] % ranks.size()
-            return Shard(1) if uneven and parameter.shape[1] % ranks.size() == 0 else None
-
-        for parameter in self.net.parameters():  # some lie in long rows, which cannot be cut
-            parameter.data = parameter.data.contiguous()
-        for part in (*self.net.blocks, self.net):
-            fully_shard(part, mesh=ranks, shard_placement_fn=place)
-        register_fsdp_forward_method(self.net, "hidden")  # what training calls
-        self._sharded = True
+            shard(self.net, self.device_mesh, self.trainer.world_size)
+            self._sharded = True
 
     @property
     def task(self) -> Task | None:
@@ -338,9 +317,9 @@ class LanguageModel(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         labels = check_labels(batch)
         asked = (labels != IGNORED).sum()
-        everywhere = self._over_ranks(asked)
+        everywhere = sum_over_ranks(self.trainer, asked)
         if batch_idx % self.trainer.accumulate_grad_batches == 0:  # as Lightning drops gradients
-            self._sums.clear()
+            self._sums = [{} for _ in range(self.net.depth)]
             self._labelled = self._scale = None
         self._labelled = everywhere if self._labelled is None else self._labelled + everywhere
         if self._scale is None:
@@ -353,7 +332,7 @@ class LanguageModel(lightning.LightningModule):
             self.net.loops, self.progressive_loss, self.progressive_seed, self.steps_taken
         ):
             x, aux = self._hidden(batch, "train", loops, free)
-            pooled = self._pooled_losses(aux)
+            pooled = pooled_losses(self.trainer, self.net, aux)
             total = weight * total_loss(x, self.net.head, labels)
             loss = loss + total * ranks / self._scale
             self._count("loss", total, asked, weight)
@@ -362,8 +341,9 @@ class LanguageModel(lightning.LightningModule):
                 if values:
                     share = tokens.to(total.dtype) / self._scale
                     loss = loss + weight * share * torch.stack(values).sum()
-            for key, value in _by_layer(layer.sums for layer in aux).items():
-                self._sums[key] = self._sums.get(key, 0) + value.detach()
+            for mine, layer in zip(self._sums, aux, strict=True):
+                for name, value in layer.sums.items():
+                    mine[name] = mine.get(name, 0) + value.detach()
             self._count_alike(scalars(aux) | scalars(pooled))
         documents = batch.get("documents")
         seen = labels.numel() if documents is None else (documents >= 0).sum()
@@ -396,19 +376,6 @@ class LanguageModel(lightning.LightningModule):
     def steps_taken(self) -> int:
         """Optimizer steps that changed the weights: all but those that loss scaling skipped."""
         return self.trainer.global_step - self._skipped
-
-    def _pooled_losses(self, aux: list[Aux]) -> list[Aux]:
-        """The losses of all ranks' tokens, from the sums that each rank hands out.
-
-        Their value is the same everywhere. Gradients are averaged over ranks later on, so each
-        rank's part of a sum is scaled for the mean to be the gradient of all tokens together.
-        """
-        mine = _by_layer(layer.pools for layer in aux)
-        ranks = self.trainer.world_size
-        ours = self._all_over_ranks({key: value.detach() for key, value in mine.items()})
-        for key, value in mine.items():
-            ours[key] = ours[key] + ranks * (value - value.detach())
-        return self.net.pooled_losses(_layers(ours, self.net.depth)) if ours else []
 
     def _count(
         self, name: str, value: Tensor, weight: Tensor | None = None, times: float = 1.0
@@ -536,10 +503,9 @@ class LanguageModel(lightning.LightningModule):
             super().optimizer_step(epoch, batch_idx, optimizer, closure)
         finally:
             hook.remove()
-        sums = self._all_over_ranks(self._sums)
-        self._sums.clear()
+        sums, self._sums = sum_over_ranks(self.trainer, self._sums), []
         if self._stepped:
-            self.net.after_step(_layers(sums, self.net.depth))
+            self.net.after_step(sums)
         else:
             self._skipped += 1
         step = self.trainer.global_step + 1
@@ -558,26 +524,6 @@ class LanguageModel(lightning.LightningModule):
         if self._stepped or not by_step:
             super().lr_scheduler_step(scheduler, metric)
 
-    def _all_over_ranks(self, entries: dict[Key, Tensor]) -> dict[Key, Tensor]:
-        """Each entry's sum over the ranks: all of one dtype in one go."""
-        if self.trainer.world_size == 1:
-            return dict(entries)
-        sums: dict[Key, Tensor] = {}
-        for dtype in dict.fromkeys(value.dtype for value in entries.values()):  # in equal order
-            alike = {key: value for key, value in entries.items() if value.dtype == dtype}
-            flat = self._over_ranks(torch.cat([value.flatten() for value in alike.values()]))
-            parts = flat.split([value.numel() for value in alike.values()])
-            for (key, value), part in zip(alike.items(), parts, strict=True):
-                sums[key] = part.view_as(value)
-        return sums
-
-    def _over_ranks(self, value: Tensor) -> Tensor:
-        if self.trainer.world_size == 1:
-            return value
-        reduced = self.trainer.strategy.reduce(value.clone(), reduce_op="sum")  # it works in place
-        assert isinstance(reduced, Tensor)
-        return reduced
-
     @property
     def log_every(self) -> int:
         """Optimizer steps from one row of the log to the next."""
@@ -589,7 +535,7 @@ class LanguageModel(lightning.LightningModule):
         now = time.perf_counter()
         row = {}
         self._settle()
-        for name, entry in self._all_over_ranks(self._totals).items():
+        for name, entry in sum_over_ranks(self.trainer, self._totals).items():
             if name == "tokens":
                 row["tokens_per_second"] = entry.item() / (now - self._clock)
             else:
@@ -641,7 +587,7 @@ class LanguageModel(lightning.LightningModule):
     def _end_evaluation(self, split: str) -> None:
         if self.cut_short or self.trainer.sanity_checking:
             return
-        sums = self._all_over_ranks(self._evaluated)
+        sums = sum_over_ranks(self.trainer, self._evaluated)
         seen = {name: entry.tolist() for name, entry in sums.items()}
         loss = seen.pop("loss") / max(seen["token_accuracy"][1], 1)
         means = {name: right / max(count, 1) for name, (right, count) in seen.items()}
@@ -753,23 +699,15 @@ class LanguageModel(lightning.LightningModule):
                 for name, content in self.task.tokenizer.files().items()
             }
         self._settle()
+        random = random_state()
+        if self.cut_short and self._random_before is not None:
+            random = self._random_before
         checkpoint["training"] = {
             "totals": dict(self._totals),
             "skipped": self._skipped,
             "carried": dict(self._carried),
-            "random": self._random_states(),
+            "random": gather_random_states(random, self.trainer.world_size),
         }
-
-    def _random_states(self) -> dict[str, Any]:
-        """`random_state` of the first rank, and a list of those of the others."""
-        mine = random_state()
-        if self.cut_short and self._random_before is not None:
-            mine = self._random_before
-        if self.trainer.world_size == 1:
-            return mine
-        states: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(states, mine)
-        return {**states[0], "others": states[1:]}
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # which is no usual method
@@ -868,16 +806,9 @@ class LanguageModel(lightning.LightningModule):
             name: value.to(self.device, widest(self.device) if value.is_floating_point() else None)
             for name, value in self._totals.items()
         }
-        rank = self.global_rank
         # Last of all, so that nothing draws in between.
-        if self._random is not None:
-            states = [self._random, *self._random.get("others", ())]
-            set_random_state(states[rank if rank < len(states) else 0])
-            if rank >= len(states):  # the run had fewer ranks
-                fork_random(rank)
-            self._random = None
-        elif rank:
-            fork_random(rank)
+        bring_back_random_state(self._random, self.global_rank)
+        self._random = None
         self._clock = time.perf_counter()
 
 
@@ -888,19 +819,6 @@ def scalars(aux: list[Aux]) -> dict[str, Tensor]:
         for kind, entries in (("loss", layer.losses), ("metric", layer.metrics)):
             found |= {f"{kind}/{name}/{number}": entry.detach() for name, entry in entries.items()}
     return found
-
-
-def _by_layer(layers: Iterable[dict[str, Tensor]]) -> ByLayer:
-    """The entries of all layers in one dict, to be added up in one go."""
-    return {(n, name): value for n, mine in enumerate(layers) for name, value in mine.items()}
-
-
-def _layers(entries: ByLayer, depth: int) -> list[dict[str, Tensor]]:
-    """The opposite of `_by_layer`."""
-    layers: list[dict[str, Tensor]] = [{} for _ in range(depth)]
-    for (number, name), value in entries.items():
-        layers[number][name] = value
-    return layers
 
 
 def widest(device: torch.device) -> torch.dtype:
@@ -944,30 +862,6 @@ def tokenizer_files(checkpoint: dict[str, Any]) -> dict[str, bytes]:
     ):
         raise ValueError("the checkpoint holds no tokenizer where it should")
     return {str(name): bytes(content.flatten().tolist()) for name, content in files.items()}
-
-
-def random_state() -> dict[str, Any]:
-    """Where torch's generators stand, which dropout draws from."""
-    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Put torch's generators where `random_state` saw them, on the devices that are here."""
-    torch.set_rng_state(state["cpu"].cpu())
-    cuda = state.get("cuda", [])
-    if torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([entry.cpu() for entry in cuda])
-
-
-def fork_random(rank: int) -> None:
-    """Let a rank draw numbers of its own: a function of the first rank's to come, and of `rank`.
-
-    All ranks come here with equal generators, having made equal weights.
-    """
-    torch.manual_seed(int(torch.randint(2**62, ())) + rank)
 
 
 def peak_memory(device: torch.device) -> int:
