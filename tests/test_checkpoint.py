@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import MICRO, micro
 from safetensors import safe_open
 
 import archzoo
@@ -37,14 +38,10 @@ def same(first: Decoder, second: Decoder) -> bool:
     )
 
 
-def micro(name: str = "retnet_micro", **arguments: object) -> Decoder:
-    return archzoo.create_model(name, **arguments)
-
-
 # ---------------------------------------------------------------------------- round trips
 
 
-@pytest.mark.parametrize("name", ["retnet_micro", "transformer_micro"])
+@pytest.mark.parametrize("name", MICRO)
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import MICRO
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
@@ -17,7 +18,6 @@ import archzoo
 from archzoo.mixers.attention import attend_all, attend_plainly
 from archzoo.norm import rms_norm
 
-MICRO = [name for name in archzoo.list_models() if name.endswith("_micro")]
 VOCABULARY = 12
 Weights = dict[str, Tensor]
 
@@ -209,7 +209,7 @@ def test_hessians_of_one_weight_agree(name: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["parallel", "chunkwise", "recurrent"])
-@pytest.mark.parametrize("name", ["retnet_micro", "transformer_micro"])
+@pytest.mark.parametrize("name", MICRO)
 def test_every_form_with_packed_documents(name: str, form: str) -> None:
     """Padding, where a head's output is 0 and a root has no slope, stays out of derivatives."""
     net = make(name, heads=2)
@@ -238,7 +238,7 @@ def test_blocks_computed_again_take_the_weights_they_took() -> None:
 
 def test_a_state_under_transforms_is_not_written_into() -> None:
     """Where gradients are off a call writes into its state; a transform's must get a new one."""
-    for name in ("retnet_micro", "transformer_micro"):
+    for name in MICRO:
         net = make(name).eval()
         weights = weights_of(net)
         tokens = torch.randint(0, VOCABULARY, (2, 5))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import MICRO, micro
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -26,7 +27,7 @@ from archzoo.mixers.retention import Retention
 from archzoo.tasks.tokenizers import CharacterTokenizer, Tokenizer, learn_bpe
 from archzoo.tasks.writing import Writing
 
-MODELS = ["retnet_micro", "transformer_micro", "hybrid"]
+MODELS = [*MICRO, "hybrid"]
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [8], [9, 10, 11]]
 
 
@@ -35,7 +36,7 @@ def make(name: str, **arguments: object) -> Decoder:
     torch.manual_seed(1)
     if name == "hybrid":
         name, arguments = "retnet_micro", {"pattern": ["Retention", "Attention"], **arguments}
-    model = archzoo.create_model(name, **arguments)
+    model = micro(name, **arguments)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from families import MICRO, micro
 
 import archzoo
 from archzoo.block import Aux, make_context
@@ -11,10 +12,10 @@ from archzoo.block import Aux, make_context
 TOKENS = torch.arange(22).view(2, 11)
 
 
-def looped(family="transformer", **arguments):
+def looped(name="transformer_micro", **arguments):
     torch.manual_seed(0)
     arguments = {"init_std": 0.2, "depth": 2} | arguments
-    return archzoo.create_model(f"{family}_micro", **arguments).double()
+    return micro(name, **arguments).double()
 
 
 def unrolled(model):
@@ -63,9 +64,9 @@ def test_every_choice_changes_the_model_and_no_parameter_count():
     assert torch.equal(again(TOKENS).logits, outputs[3])
 
 
-@pytest.mark.parametrize("family", ["transformer", "retnet"])
-def test_a_state_for_each_run_of_the_stack(family):
-    model = looped(family, loops=3, injection="loop").eval()
+@pytest.mark.parametrize("name", MICRO)
+def test_a_state_for_each_run_of_the_stack(name):
+    model = looped(name, loops=3, injection="loop").eval()
     with torch.no_grad():
         whole = model(TOKENS).logits
         state = model.init_state(2)

@@ -9,7 +9,6 @@ import archzoo
 from archzoo import parts, registry
 from archzoo.mixers.retention import Retention
 
-FAMILIES = ("transformer", "retnet")
 SIZES = ("micro", "tiny", "small", "base")
 
 
@@ -18,42 +17,30 @@ def count(name, **overrides):
         return archzoo.create_model(name, **overrides).parameter_count()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("size", SIZES)
-def test_every_family_comes_in_four_sizes(family, size):
-    assert f"{family}_{size}" in archzoo.list_models()
-    preset = registry.get_preset(f"{family}_{size}")
-    assert preset.paper.startswith("arXiv ") and "Ingredients" in preset.about
-    assert preset.arguments["context_length"]
-
-
 def test_listing_takes_wildcards():
     assert archzoo.list_models("ret*") == [f"retnet_{size}" for size in SIZES]
     assert archzoo.list_models("nothing*") == []
 
 
-@pytest.mark.parametrize(("size", "millions"), [("small", 30), ("base", 110)])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_sizes_are_what_the_names_promise(family, size, millions):
-    assert 0.85 * millions < count(f"{family}_{size}") / 1e6 < 1.15 * millions
-
-
 @pytest.mark.parametrize("size", SIZES[1:])  # in micro, a width rounded up to 8 is coarse
-def test_families_are_of_one_size(size):
-    counts = [count(f"{family}_{size}") for family in FAMILIES]
+def test_retention_and_attention_are_compared_at_one_size(size):
+    counts = [count(f"transformer_{size}"), count(f"retnet_{size}")]
     assert abs(counts[0] - counts[1]) <= 0.01 * max(counts)
 
 
-@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("mixer", ["Attention", "Retention"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_matched_swaps_agree_within_one_percent(family, mixer, size):
-    name = f"{family}_{size}"
+@pytest.mark.parametrize("name", archzoo.list_models())
+def test_matched_swaps_agree_within_one_percent(name, mixer):
+    swap = {"mixer": mixer, "bias": "none" if mixer == "Retention" else None}
     want = count(name)
-    matched = count(name, mixer=mixer, match="parameters")
+    if count(name, width=1, **swap) > 1.01 * want:  # a narrow feed-forward, which leaves no room
+        with pytest.raises(ValueError, match="no feed-forward width gives"):
+            count(name, match="parameters", **swap)
+        return
+    matched = count(name, match="parameters", **swap)
     assert abs(matched - want) <= 0.01 * want
     if registry.get_preset(name).arguments["mixer"] != mixer:
-        assert count(name, mixer=mixer) != want, "a swap changes the count unless it is matched"
+        assert count(name, **swap) != want, "a swap changes the count unless it is matched"
 
 
 @pytest.mark.parametrize("value_factor", [1.0, 2.0])

@@ -12,6 +12,7 @@ import weakref
 import hypothesis
 import pytest
 import torch
+from families import MICRO, micro
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -584,12 +585,12 @@ def test_output_at_init_is_neither_lost_nor_loud():
     assert 0.005 < y.std() < 0.5
 
 
-@pytest.mark.parametrize("family", ["retnet", "transformer"])
-def test_activations_at_init_do_not_grow_with_depth(family):
+@pytest.mark.parametrize("name", MICRO)
+def test_activations_at_init_do_not_grow_with_depth(name):
     tokens = torch.randint(64, (2, 64))
     sizes = []
     for depth in (2, 8, 32):
-        model = archzoo.create_model(f"{family}_micro", depth=depth)
+        model = micro(name, depth=depth)
         model.norm = torch.nn.Identity()
         with torch.no_grad():
             sizes.append(model.hidden(tokens)[0].square().mean().sqrt().item())

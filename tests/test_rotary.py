@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import MICRO, micro
 from safetensors.torch import load_file
 
 import archzoo
@@ -368,10 +369,10 @@ def test_parallel_equals_step_under_every_scaling(arguments, dtype, tolerance):
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8}
 
 
-def dynamic(family="transformer", **arguments):
+def dynamic(name="transformer_micro", **arguments):
     torch.manual_seed(3)
     spec = {"class_path": "RotaryEmbedding", "init_args": DYNAMIC | arguments}
-    return archzoo.create_model(f"{family}_micro", rotary=spec, init_std=0.2).double().eval()
+    return micro(name, rotary=spec, init_std=0.2).double().eval()
 
 
 @torch.no_grad()
@@ -397,11 +398,11 @@ def test_dynamic_scaling_rotates_each_position_by_the_base_of_the_length_so_far(
         RotaryEmbedding(2, **DYNAMIC)
 
 
-@pytest.mark.parametrize("family", ["transformer", "retnet"])
+@pytest.mark.parametrize("name", MICRO)
 @torch.no_grad()
-def test_under_dynamic_scaling_a_text_is_read_as_it_is_alone(family):
+def test_under_dynamic_scaling_a_text_is_read_as_it_is_alone(name):
     """Whatever lies beside it, however it is cut, and however long it may yet become."""
-    model, tokens = dynamic(family), torch.randint(64, (2, 20))
+    model, tokens = dynamic(name), torch.randint(64, (2, 20))
     whole = model(tokens).logits
     for sizes in ([1] * 20, [15, 1, 4], [12, 8]):
         for capacity in (None, 20, 500):
@@ -417,7 +418,7 @@ def test_under_dynamic_scaling_a_text_is_read_as_it_is_alone(family):
     packed = model(beside, documents=documents).logits
     torch.testing.assert_close(packed[:1, 8:], short, rtol=1e-11, atol=1e-11)
     # Up to the trained length nothing is scaled, and beyond it something is.
-    plain = dynamic(family, rope_type="default")(tokens).logits
+    plain = dynamic(name, rope_type="default")(tokens).logits
     torch.testing.assert_close(whole[:, :8], plain[:, :8], rtol=1e-11, atol=1e-11)
     assert (whole[:, 12:] - plain[:, 12:]).abs().max() > 1e-4
 

@@ -3,6 +3,7 @@
 import lightning
 import pytest
 import torch
+from families import MICRO
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.nn import functional as F
@@ -199,9 +200,9 @@ def test_auxiliary_losses_weigh_by_labelled_tokens(balance, over):
     assert not torch.allclose(found.found[0][name], plain[0][name], rtol=0.1)
 
 
-@pytest.mark.parametrize("preset", ["retnet_micro", "yuan_micro"])
+@pytest.mark.parametrize("preset", MICRO)
 def test_an_accumulation_carries_the_state_from_micro_batch_to_micro_batch(preset):
-    arguments = {"preset": preset, "mixer": "Retention"}
+    arguments = {"preset": preset, "mixer": "Retention", "embedding": "TokenEmbedding"}
     batches = cut(UNEVEN, carried=True)
     found = trained(make(**arguments), batches, EACH).found
     assert_same(found, by_hand(make(**arguments), batches))

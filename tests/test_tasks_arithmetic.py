@@ -9,6 +9,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+from families import MICRO, micro
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -402,12 +403,12 @@ def test_chains_are_as_long_as_asked(size):
 
 
 @tasks
-@pytest.mark.parametrize("model", ["transformer_micro", "retnet_micro"])
+@pytest.mark.parametrize("model", MICRO)
 def test_exact_match_is_what_greedy_generation_gives(name, model):
     """One teacher-forced pass over lines of many lengths, against decoding each problem."""
     task = make(name, 24, **({"numbers": 3} if name is Sorting else {"digits": 5}))
     torch.manual_seed(1)
-    net = archzoo.create_model(model, vocab_size=task.vocab_size).double().eval()
+    net = micro(model, vocab_size=task.vocab_size).double().eval()
     with torch.no_grad():
         for parameter in net.parameters():
             if parameter.dim() > 1:

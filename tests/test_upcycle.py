@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import MICRO, micro
 
 import archzoo
 from archzoo.cli import main
@@ -18,6 +19,8 @@ NORMED = {
     "balance": "squared_mean",
     "adaptive": True,
 }
+PLAIN = {"class_path": "GatedFeedForward", "init_args": {}}
+DENSE = [name for name in MICRO if micro(name).config["feed_forward"] == PLAIN]
 SIGMOID = {"router": {"class_path": "LinearRouter", "init_args": {"score": "sigmoid"}}}
 
 
@@ -26,9 +29,9 @@ def off(**init_args):
 
 
 @pytest.mark.parametrize("mixture", [{}, ATTENTION, NORMED, SIGMOID], ids=str)
-@pytest.mark.parametrize("name", ["transformer_micro", "retnet_micro"])
+@pytest.mark.parametrize("name", DENSE)
 def test_first_logits_are_the_dense_models(name, mixture):
-    dense = archzoo.create_model(name, init_std=0.2, tie_weights=True).double()
+    dense = micro(name, init_std=0.2, tie_weights=True).double()
     kept = copy.deepcopy(dense.state_dict())
     sparse = upcycle(dense, **mixture)
     tokens = torch.randint(64, (2, 20))

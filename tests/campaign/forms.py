@@ -106,8 +106,8 @@ def decoder_arguments(draw: random.Random) -> dict[str, Any]:
     else:
         arguments["mixer"] = _mixer(draw, draw.choice(kinds), heads, head_dim)
     if draw.random() < 0.25:  # a preset, of which some things are changed
-        family = draw.choice(["transformer", "retnet", "yuan", "skywork", "abacus"])
-        kept = {"vocab_size": VOCABULARY, "init_std": 0.3, "preset": f"{family}_micro"}
+        family = draw.choice(archzoo.list_models("*_micro"))
+        kept = {"vocab_size": VOCABULARY, "init_std": 0.3, "preset": family}
         swapped = ["feed_forward", "norm", "norm_placement", "loops", "injection", "tie_weights"]
         kept |= {key: arguments[key] for key in draw.sample(swapped, k=draw.randint(0, 3))}
         kept["embedding"] = arguments["embedding"]
