@@ -49,8 +49,8 @@ class Key(NamedTuple):
         kind: "cell": problems of one size, answered rightly. "place": a digit of the answer of
             these, the units' part 0, given the right ones before it; -1 is the stop token.
             "chain": problems of one size in which something is carried through `part` columns.
-        first, second: the size.
-        part: of a place or a chain; 0 for a cell.
+        first, second: The size.
+        part: Of a place or a chain; 0 for a cell.
     """
 
     kind: str

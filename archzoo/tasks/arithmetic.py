@@ -65,31 +65,31 @@ class TwoNumbers(SyntheticTask):
     often; then the digits are uniform, without leading zeros.
 
     Args:
-        digits: digits of the longest operand.
-        min_digits: digits of the shortest operand.
-        reverse: write numbers least significant digit first.
-        reverse_answer: the same for the answer alone; null: as the operands.
-        zero_padded: write both operands with as many digits as the longer one has, and the answer
+        digits: Digits of the longest operand.
+        min_digits: Digits of the shortest operand.
+        reverse: Write numbers least significant digit first.
+        reverse_answer: The same for the answer alone; null: as the operands.
+        zero_padded: Write both operands with as many digits as the longer one has, and the answer
             with as many as it could have, zeros in front.
-        hints: put a letter before each digit that says which digit of its number it is, the same
+        hints: Put a letter before each digit that says which digit of its number it is, the same
             in all numbers of a problem, from a random letter on.
-        coupled: give the model position ids, for PositionCoupling: digits of equal significance
+        coupled: Give the model position ids, for PositionCoupling: digits of equal significance
             have the same one. The answer must be reversed.
-        held_out: one problem in this many is held out of training; at least 2.
-        batch_size: examples in a batch, all ranks together.
-        steps_per_epoch: batches in what Lightning calls an epoch; the stream itself never ends.
-        validation_examples: held-out problems to validate on.
-        test_examples: held-out problems to test on.
-        ood_digits: out-of-distribution lengths, longer than `digits`, that every validation runs
+        held_out: One problem in this many is held out of training; at least 2.
+        batch_size: Examples in a batch, all ranks together.
+        steps_per_epoch: Batches in what Lightning calls an epoch; the stream itself never ends.
+        validation_examples: Held-out problems to validate on.
+        test_examples: Held-out problems to test on.
+        ood_digits: Out-of-distribution lengths, longer than `digits`, that every validation runs
             as well: held-out problems of two numbers of that many digits each
             (`validation/exact_match/8`, ..., and their mean, `validation/exact_match/ood`, by
             which best.ckpt is then chosen).
-        ood_examples: problems of each of those lengths.
-        seed: chooses the training examples.
+        ood_examples: Problems of each of those lengths.
+        seed: Chooses the training examples.
         vocabulary: shared gives the signs and letters of all tasks of problems a token each, so
             that a model that was trained on one can be adapted to another; own gives them only to
             those that this task writes.
-        zero: whether a number of one digit may be 0.
+        zero: Whether a number of one digit may be 0.
 
     Raises:
         ValueError: an argument is out of range.
@@ -140,7 +140,7 @@ class TwoNumbers(SyntheticTask):
 
         Args:
             a: (digits, examples).
-            b: the same.
+            b: The same.
             lengths: (2, examples).
         """
         raise NotImplementedError
@@ -380,9 +380,9 @@ class BitwiseOr(TwoNumbers):
     Source: McLeish et al., arXiv 2405.17399.
 
     Args:
-        digits: length of the longer vector.
-        held_out: as for the other operations, and so are all others; zero means nothing here.
-        **arguments: the same.
+        digits: Length of the longer vector.
+        held_out: As for the other operations, and so are all others; zero means nothing here.
+        **arguments: The same.
     """
 
     operators = "|="

@@ -62,9 +62,9 @@ def fill(folder: Path, recipe: list[Any], write: Callable[[Path], dict[str, Any]
     A process that reads the entry meanwhile sees old files or new ones, which hold the same.
 
     Args:
-        folder: of the entry.
-        recipe: what it is made from.
-        write: writes the files into a folder, and says what `read` shall give, plain data.
+        folder: Of the entry.
+        recipe: What it is made from.
+        write: Writes the files into a folder, and says what `read` shall give, plain data.
 
     Raises:
         OSError: it cannot be written; nothing has changed.
@@ -141,8 +141,8 @@ class Progress:
     What takes less than two seconds says nothing.
 
     Args:
-        label: what is done.
-        total: bytes of it.
+        label: What is done.
+        total: Bytes of it.
     """
 
     def __init__(self, label: str, total: int) -> None:

@@ -30,11 +30,11 @@ def random_bits(seed: int, stream: int, numbers: Integers, draws: int, start: in
     alone, not on a library's version.
 
     Args:
-        seed: any integer.
-        stream: separates different uses of one seed.
+        seed: Any integer.
+        stream: Separates different uses of one seed.
         numbers: (examples,) int64.
-        draws: how many values per number.
-        start: the first draw's index.
+        draws: How many values per number.
+        start: The first draw's index.
 
     Returns:
         (draws, examples) uint64.

@@ -102,7 +102,7 @@ def from_bits(bits: Bits, lengths: Integers, *, zero: bool = False) -> Digits:
     Args:
         bits: (draws, examples); half of a draw makes a digit.
         lengths: (numbers, examples), 0 for no number; numbers * digits = 2 * draws.
-        zero: whether a number of one digit may be 0.
+        zero: Whether a number of one digit may be 0.
 
     Returns:
         (numbers, digits, examples).

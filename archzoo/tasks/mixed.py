@@ -38,21 +38,21 @@ class Mixed(Text):
     (`validation/exact_match/problems`, and those of `ood_digits`).
 
     Args:
-        problems: the task that they come from, such as Addition.
-        problem_arguments: of that task; its batch_size, steps_per_epoch, test_examples and seed
+        problems: The task that they come from, such as Addition.
+        problem_arguments: Of that task; its batch_size, steps_per_epoch, test_examples and seed
             mean nothing here, and what is not named is as it was before there were `vocabulary`
             (own) and `zero` (false). With vocabulary shared, a tokenizer of characters knows the
             signs of all tasks.
-        lines: problems in a window.
-        path: as for Text, and so are all that follow.
-        tokenizer: the same; digits and signs must be tokens of their own, as in all that are
+        lines: Problems in a window.
+        path: As for Text, and so are all that follow.
+        tokenizer: The same; digits and signs must be tokens of their own, as in all that are
             learned here.
-        vocab_size: the same.
-        context_length: the same.
-        batch_size: the same.
-        validation_fraction: the same.
-        cache_dir: the same.
-        seed: of the windows' order, the training problems, and where they stand.
+        vocab_size: The same.
+        context_length: The same.
+        batch_size: The same.
+        validation_fraction: The same.
+        cache_dir: The same.
+        seed: Of the windows' order, the training problems, and where they stand.
 
     Raises:
         FileNotFoundError: there is no such text or tokenizer.
@@ -159,7 +159,7 @@ class Mixed(Text):
         Args:
             batch: (windows, time), without padding.
             problems: (windows * k, time of their own): k for each window.
-            text: whether the text is labelled too.
+            text: Whether the text is labelled too.
         """
         # Each problem with its last token, a line end, in (windows, k, columns).
         windows, width = len(batch["tokens"]), self.context_length + 1

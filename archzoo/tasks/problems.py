@@ -58,7 +58,7 @@ class Columns(NamedTuple):
         symbols: (examples or 1, columns) uint8, tokens of the task's own tokenizer.
         present: (examples or 1, columns) bool.
         positions: (columns,) int64, as `Task` describes those of a batch.
-        labelled: whether they belong to the answer.
+        labelled: Whether they belong to the answer.
     """
 
     symbols: Digits
@@ -110,8 +110,8 @@ class Blocks:
     A call of numpy's costs more than its work.
 
     Args:
-        make: of example numbers, a pure function.
-        batch_size: rows of a batch.
+        make: Of example numbers, a pure function.
+        batch_size: Rows of a batch.
     """
 
     def __init__(self, make: Callable[[Integers], Lines], batch_size: int) -> None:
@@ -144,17 +144,17 @@ class SyntheticTask(Task):
     `listed` and `columns`.
 
     Attributes:
-        operators: the signs of its problems, the last one followed by the answer.
-        coupling: how a task whose batches hold coupled positions (`positions`) writes the numbers
+        operators: The signs of its problems, the last one followed by the answer.
+        coupling: How a task whose batches hold coupled positions (`positions`) writes the numbers
             of a problem, "reversed" or "plain"; None: it gives no positions.
-        longest_run: digits of the longest number in training, answers included.
-        longest_tested: the same in all that validation asks.
-        synthetic_tasks: by name, the tasks whose problems it asks: itself.
+        longest_run: Digits of the longest number in training, answers included.
+        longest_tested: The same in all that validation asks.
+        synthetic_tasks: By name, the tasks whose problems it asks: itself.
 
     Args:
-        spans: of both parts of the size, first and last value. All else is read off what the class
+        spans: Of both parts of the size, first and last value. All else is read off what the class
             was made with, which are the arguments of `Sorting` at least.
-        **arguments: of those, what its constructor does not take.
+        **arguments: Of those, what its constructor does not take.
     """
 
     metrics = ("token_accuracy", "exact_match")
@@ -255,7 +255,7 @@ class SyntheticTask(Task):
         Args:
             bits: (draws, examples).
             sizes: (2, examples).
-            extent: the largest size, which the shape of the result follows.
+            extent: The largest size, which the shape of the result follows.
         """
         raise NotImplementedError
 
@@ -395,9 +395,9 @@ class SyntheticTask(Task):
         """Problems as rows of tokens, each with its answer.
 
         Args:
-            problems: to write.
-            width: columns, less the last one, which is only ever a label. None: as few as fit.
-            positions: whether they are wanted too.
+            problems: To write.
+            width: Columns, less the last one, which is only ever a label. None: as few as fit.
+            positions: Whether they are wanted too.
         """
         parts = self._parts(problems)
         shapes = [(problems.examples, part.symbols.shape[1]) for part in parts]
@@ -454,8 +454,8 @@ class SyntheticTask(Task):
             digits: (digits, examples).
             lengths: (examples,).
             letters: (examples,), the hint of the units.
-            reverse: least significant digit first; None: as all numbers.
-            labelled: whether it belongs to the answer.
+            reverse: Least significant digit first; None: as all numbers.
+            labelled: Whether it belongs to the answer.
         """
         places = np.arange(len(digits))
         if not (self.reverse if reverse is None else reverse):

@@ -35,23 +35,23 @@ class Arithmetic(Task):
     each (`validation/exact_match/Addition`, `test/exact_match/Addition`).
 
     Args:
-        tasks: by the name of each task, those of its arguments that differ from the ones below,
+        tasks: By the name of each task, those of its arguments that differ from the ones below,
             such as `{Addition: {digits: 5}, Multiplication: {}}`.
-        digits: of the longest number, of every task.
-        reverse: write numbers least significant digit first.
-        reverse_answer: the same for the answer alone; null: as the operands.
-        zero_padded: as for Addition; Sorting pads nothing.
-        hints: as for Addition.
-        held_out: one problem in this many is held out of training; null: as each task does.
-        batch_size: examples in a batch, all ranks together.
-        steps_per_epoch: batches in what Lightning calls an epoch; the stream itself never ends.
-        validation_examples: held-out problems to validate on, of all tasks together.
-        test_examples: held-out problems to test on, of all tasks together.
-        ood_digits: out-of-distribution lengths that every validation runs as well, of all tasks;
+        digits: Of the longest number, of every task.
+        reverse: Write numbers least significant digit first.
+        reverse_answer: The same for the answer alone; null: as the operands.
+        zero_padded: As for Addition; Sorting pads nothing.
+        hints: As for Addition.
+        held_out: One problem in this many is held out of training; null: as each task does.
+        batch_size: Examples in a batch, all ranks together.
+        steps_per_epoch: Batches in what Lightning calls an epoch; the stream itself never ends.
+        validation_examples: Held-out problems to validate on, of all tasks together.
+        test_examples: Held-out problems to test on, of all tasks together.
+        ood_digits: Out-of-distribution lengths that every validation runs as well, of all tasks;
             see Addition.
-        ood_examples: problems of each of those lengths, of all tasks together.
-        seed: chooses the training examples.
-        zero: whether a number of one digit may be 0.
+        ood_examples: Problems of each of those lengths, of all tasks together.
+        seed: Chooses the training examples.
+        zero: Whether a number of one digit may be 0.
 
     Raises:
         ValueError: an argument is out of range, or a task cannot be one of several.

@@ -30,21 +30,21 @@ class Sorting(SyntheticTask):
     Source: McLeish et al., arXiv 2405.17399.
 
     Args:
-        numbers: how many to sort at most.
-        digits: of the longest number.
-        reverse: write numbers least significant digit first.
-        hints: as for two numbers.
-        held_out: one problem in this many is held out of training; at least 2.
-        batch_size: examples in a batch, all ranks together.
-        steps_per_epoch: batches in what Lightning calls an epoch; the stream itself never ends.
-        validation_examples: held-out problems to validate on.
-        test_examples: held-out problems to test on.
-        ood_digits: out-of-distribution sizes that every validation runs as well: 12 stands for 12
+        numbers: How many to sort at most.
+        digits: Of the longest number.
+        reverse: Write numbers least significant digit first.
+        hints: As for two numbers.
+        held_out: One problem in this many is held out of training; at least 2.
+        batch_size: Examples in a batch, all ranks together.
+        steps_per_epoch: Batches in what Lightning calls an epoch; the stream itself never ends.
+        validation_examples: Held-out problems to validate on.
+        test_examples: Held-out problems to test on.
+        ood_digits: Out-of-distribution sizes that every validation runs as well: 12 stands for 12
             numbers of up to 12 digits; see `Addition`.
-        ood_examples: problems of each of those sizes.
-        seed: chooses the training examples.
-        vocabulary: as for two numbers.
-        zero: the same.
+        ood_examples: Problems of each of those sizes.
+        seed: Chooses the training examples.
+        vocabulary: As for two numbers.
+        zero: The same.
 
     Raises:
         ValueError: an argument is out of range.

@@ -60,11 +60,11 @@ class Loader:
 
     Args:
         make: (batch number, rows) -> batch, a pure function; rows is (rows,) int64.
-        batch_size: rows of a batch, all ranks together.
-        rows: rows of one pass. Training stops at whole batches, an evaluation's last batch may be
+        batch_size: Rows of a batch, all ranks together.
+        rows: Rows of one pass. Training stops at whole batches, an evaluation's last batch may be
             smaller.
-        task: the task whose trainer knows the ranks and the progress.
-        training: whether the numbers run on from pass to pass.
+        task: The task whose trainer knows the ranks and the progress.
+        training: Whether the numbers run on from pass to pass.
     """
 
     def __init__(
@@ -231,16 +231,16 @@ class Task(lightning.LightningDataModule):
     batches whatever the number of devices.
 
     Attributes:
-        metrics: which of "perplexity", "token_accuracy", "exact_match" say something here.
-        tokenizer: set once `prepare` has run.
-        context_length: tokens of the longest row.
-        extra_validation: further sets that every validation runs, each with a loader
+        metrics: Which of "perplexity", "token_accuracy", "exact_match" say something here.
+        tokenizer: Set once `prepare` has run.
+        context_length: Tokens of the longest row.
+        extra_validation: Further sets that every validation runs, each with a loader
             (`extra_validation_loader`) and an exact match of its own: out-of-distribution
             lengths, which no training example has, or names.
-        arguments: what the task was made with, plain data; of the classes that it derives from,
+        arguments: What the task was made with, plain data; of the classes that it derives from,
             what those were made with.
-        other_vocabulary: what to do where weights were trained with another vocabulary.
-        added: arguments that came later, and what each is for a checkpoint that does not name it.
+        other_vocabulary: What to do where weights were trained with another vocabulary.
+        added: Arguments that came later, and what each is for a checkpoint that does not name it.
     """
 
     metrics: tuple[str, ...] = ()
@@ -561,9 +561,9 @@ def draw(task: Task, row: int = 0, columns: int = 16) -> str:
     """Draws one row of the first training batch as a table of inputs and labels.
 
     Args:
-        task: any task.
-        row: which row of the batch.
-        columns: positions to draw at most.
+        task: Any task.
+        row: Which row of the batch.
+        columns: Positions to draw at most.
 
     Returns:
         Three lines; `.` is an unlabelled position.

@@ -51,16 +51,16 @@ class Text(Task):
     mapped into memory, never loaded.
 
     Args:
-        path: a file or folder of UTF-8 text, or a pattern such as data/*.txt.
+        path: A file or folder of UTF-8 text, or a pattern such as data/*.txt.
         tokenizer: characters, bpe, unigram, or the path of a tokenizer.json or sentencepiece
             .model.
-        vocab_size: tokens to learn; null takes all characters of the text, or 4,096 subwords.
-        context_length: tokens of a window.
-        batch_size: windows in a batch, all ranks together.
-        carry_state: read the text in order, in lanes, instead of shuffled windows.
-        validation_fraction: part of the text that is kept for validation.
-        cache_dir: where the encoded text is kept; null means ~/.cache/archzoo.
-        seed: chooses the order of the windows.
+        vocab_size: Tokens to learn; null takes all characters of the text, or 4,096 subwords.
+        context_length: Tokens of a window.
+        batch_size: Windows in a batch, all ranks together.
+        carry_state: Read the text in order, in lanes, instead of shuffled windows.
+        validation_fraction: Part of the text that is kept for validation.
+        cache_dir: Where the encoded text is kept; null means ~/.cache/archzoo.
+        seed: Chooses the order of the windows.
 
     Raises:
         FileNotFoundError: there is no such text or tokenizer.
@@ -346,7 +346,7 @@ class Corpus:
     put between two files where there is none.
 
     Args:
-        path: a file, a folder, or a pattern of file names.
+        path: A file, a folder, or a pattern of file names.
 
     Raises:
         FileNotFoundError: there is nothing.

@@ -37,8 +37,8 @@ class Tokenizer(ABC):
     """Text to token ids and back.
 
     Attributes:
-        stop_token: the token that ends a text, None where there is none.
-        pad_token: the token that fills rows up, None where there is none.
+        stop_token: The token that ends a text, None where there is none.
+        pad_token: The token that fills rows up, None where there is none.
     """
 
     stop_token: int | None = None
@@ -146,8 +146,8 @@ class CharacterTokenizer(Tokenizer):
     1.5 s for a megabyte where this takes 0.01 s. Its file is a `tokenizer.json` of that library.
 
     Args:
-        characters: each character once.
-        special: whether there are a stop and a pad token.
+        characters: Each character once.
+        special: Whether there are a stop and a pad token.
     """
 
     def __init__(self, characters: str, *, special: bool = False) -> None:
@@ -236,7 +236,7 @@ class LibraryTokenizer(Tokenizer):
     off. A special token's name within a text is text like any other.
 
     Args:
-        library: the library's tokenizer, which is changed accordingly.
+        library: The library's tokenizer, which is changed accordingly.
     """
 
     def __init__(self, library: tokenizers.Tokenizer) -> None:
@@ -304,7 +304,7 @@ class _Words:
     that follow it, see `_splits_at_blanks`.
 
     Args:
-        encode_many: of the tokenizer, for words that are new.
+        encode_many: Of the tokenizer, for words that are new.
     """
 
     MOST, LONGEST = 200_000, 64  # words that are remembered, and characters of such a word
@@ -410,7 +410,7 @@ class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece model: learned here, or anyone's.
 
     Args:
-        model: the bytes of a `.model` file.
+        model: The bytes of a `.model` file.
     """
 
     def __init__(self, model: bytes) -> None:
@@ -569,7 +569,7 @@ class StreamDecoder:
     """Turns tokens into text while they come, a character only when all of its bytes are there.
 
     Args:
-        tokenizer: what decodes.
+        tokenizer: What decodes.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
