@@ -74,16 +74,25 @@ SHELL = [line for line in commands() if not line.startswith("make ")]
 
 
 def test_its_shell_commands_run_in_order(checkout: Path) -> None:
-    for line in SHELL:
-        words = shlex.split(line)
-        words[0] = {"python": sys.executable, "archzoo": str(BIN / "archzoo")}[words[0]]
-        if "fit" in words:  # the whole of it is `make train`
-            steps = "6" if "--ckpt_path" in words else "3"  # resumed, it has to go on
-            words += ["--trainer.max_steps", steps, "--trainer.val_check_interval", "3"]
-            words += ["--trainer.limit_val_batches", "1"]
-        if "test" in words:
-            words += ["--trainer.limit_test_batches", "2"]
-        assert run(words, checkout).strip()
+    for code, shown in blocks("bash"):
+        printed = ""
+        for line in code.splitlines():
+            words = shlex.split(line)
+            if words[0] == "make":
+                continue
+            words[0] = {"python": sys.executable, "archzoo": str(BIN / "archzoo")}[words[0]]
+            if "fit" in words:  # the whole of it is `make train`
+                steps = "6" if "--ckpt_path" in words else "3"  # resumed, it has to go on
+                words += ["--trainer.max_steps", steps, "--trainer.val_check_interval", "3"]
+                words += ["--trainer.limit_val_batches", "1"]
+            if "test" in words:
+                words += ["--trainer.limit_test_batches", "2"]
+            added = run(words, checkout)
+            assert added.strip()
+            printed += added
+        if printed:
+            lines = [line for line in shown.splitlines() if line.strip() not in ("", "...")]
+            assert [line for line in lines if line not in printed.splitlines()] == []
 
 
 def train(checkout: Path, *variables: str) -> str:
