@@ -203,11 +203,23 @@ class Mixer(nn.Module):
         return tensors
 
     def step(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
-        """One token, x (batch, 1, dim): the recurrent form. It defines the mixer."""
+        """One token, x (batch, 1, dim): the recurrent form. It defines the mixer.
+
+        Args:
+            x: (batch, 1, dim).
+            state: From `init_state` or the call before; it is consumed.
+            context: Of the same tokens.
+        """
         raise NotImplementedError(f"{type(self).__name__} needs step(x, state, context)")
 
     def recurrent(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
-        """Fold `step` over x (batch, time, dim)."""
+        """Fold `step` over x (batch, time, dim).
+
+        Args:
+            x: (batch, time, dim).
+            state: As for `step`.
+            context: Of the same tokens.
+        """
         guarded = context.packed and not self.handles_documents
         if x.shape[1] == 1 and not guarded:  # decoding: one step, no detours
             return self.step(x, state, context)
@@ -227,7 +239,13 @@ class Mixer(nn.Module):
     def chunkwise(
         self, x: Tensor, state: State | None, context: Context
     ) -> tuple[Tensor, State | None]:
-        """Any time, from any state; state None starts empty. The base class folds `step`."""
+        """Any time, from any state; state None starts empty. The base class folds `step`.
+
+        Args:
+            x: (batch, time, dim).
+            state: As for `step`. None: nothing came before.
+            context: Of the same tokens.
+        """
         if state is None:
             state = self.start_state(x.shape[0], device=x.device, dtype=x.dtype)
         return self.recurrent(x, state, context)
@@ -235,7 +253,13 @@ class Mixer(nn.Module):
     def parallel(
         self, x: Tensor, state: State | None, context: Context
     ) -> tuple[Tensor, State | None]:
-        """All tokens at once; the same contract as `chunkwise`, which the base class calls."""
+        """All tokens at once; the same contract as `chunkwise`, which the base class calls.
+
+        Args:
+            x: (batch, time, dim).
+            state: As for `chunkwise`.
+            context: Of the same tokens.
+        """
         return self.chunkwise(x, state, context)
 
     def choose_form(self, x: Tensor, state: State | None) -> str:
@@ -338,7 +362,14 @@ class Embedding(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> State:
-        """As a mixer's. The base class carries nothing."""
+        """As a mixer's. The base class carries nothing.
+
+        Args:
+            batch_size: Rows.
+            capacity: Tokens that the caller expects.
+            device: Where the state lives.
+            dtype: Of x.
+        """
         return {}
 
     def place(self, context: Context) -> Context:
@@ -399,6 +430,11 @@ class Rotary(nn.Module):
         """`forward` for q and k side by side: (batch, time, heads + key heads, head_dim).
 
         A rotation that treats both alike does them in one go, which in decoding saves a tenth.
+
+        Args:
+            qk: (batch, time, heads + key heads, head_dim).
+            heads: Of q; the others are k's.
+            positions: (batch, time) int.
         """
         q, k = qk[:, :, :heads], qk[:, :, heads:]
         return self.forward(q, k, positions, positions)

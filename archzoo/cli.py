@@ -185,6 +185,11 @@ def call(function: Callable[..., Any], program: str, arguments: list[str]) -> in
     Parameters without a default are positional, and so are those that Python says are; a list
     takes all arguments that follow. Booleans are switches: the name alone means true, and true or
     false may follow.
+
+    Args:
+        function: Its signature and docstring are the command's arguments and help.
+        program: What the usage line calls it.
+        arguments: Of the command line, behind the program's name.
     """
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     import docstring_parser

@@ -66,6 +66,11 @@ def check_beside(tokens: Tensor, **given: Any) -> None:
 def check_state(state: Any, batch_size: int, blocks: int) -> None:
     """The outside of a state; what the parts keep in it is theirs.
 
+    Args:
+        state: Whatever was given.
+        batch_size: Rows of the tokens.
+        blocks: States of blocks that the decoder keeps: one for each run of each.
+
     Raises:
         ValueError: No state of a decoder, one of another batch, or one of another depth.
     """
@@ -92,6 +97,12 @@ def explain(
     """What is wrong with the input of a call that has failed, in one line; None: nothing here.
 
     Only the CPU is asked for numbers: elsewhere a question could fail, too.
+
+    Args:
+        decoder: That failed.
+        tokens: (batch, time) int64.
+        state: As it was given.
+        positions: As they were given.
     """
     weight = decoder.embedding.weight
     if weight.device != tokens.device:

@@ -59,6 +59,11 @@ def constant(
 
     Decays and frequencies live as Python floats and come through here, so that no cast of a
     model can touch them, as it would touch a buffer.
+
+    Args:
+        values: Any numbers.
+        device: Where the tensor lies. None: torch's default device.
+        dtype: Of the tensor.
     """
     # What is made under a transform or a mode (fake tensors) is of its kind, and is not kept.
     if not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()):
@@ -94,6 +99,11 @@ def once_per_call(tensor: Tensor, key: Hashable, compute: Callable[[], Computed]
     is kept beside them while they live. `key` names the computation, its numbers and whatever
     other tensors it reads. Nothing that needs a gradient may go through here. Beside any other
     tensor, which its owner may change in place, nothing is kept.
+
+    Args:
+        tensor: Beside which the result is kept: the positions of a `Context`.
+        key: What tells this computation from others.
+        compute: Called without arguments where nothing is kept yet.
     """
     # The compiler finds common subexpressions itself; a transform's tensors end with it.
     if followed():

@@ -65,7 +65,13 @@ def nbytes(state: State | None) -> int:
 
 
 def select_rows(rows: Tensor, chosen: Tree, other: Tree) -> Tree:
-    """Row by row: `chosen` where rows (batch,) bool is True, else `other`."""
+    """Row by row: `chosen` where rows (batch,) bool is True, else `other`.
+
+    Args:
+        rows: (batch,) bool.
+        chosen: Where True.
+        other: Where False, of the same structure.
+    """
 
     def select(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(rows.view(-1, *(1,) * (a.dim() - 1)), a, b)

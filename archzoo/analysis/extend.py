@@ -225,7 +225,14 @@ def extend_command(
 def windows_of(
     found: Pretrained, length: int, windows: int, data: dict[str, Any] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Whole windows of the validation text, (windows, length), and the tokens that follow."""
+    """Whole windows of the validation text, (windows, length), and the tokens that follow.
+
+    Args:
+        found: A checkpoint's content.
+        length: Tokens of a window.
+        windows: How many at most.
+        data: Arguments of its task that shall differ, such as `path`.
+    """
     from archzoo.checkpoint import task_of
 
     if found.task is None or "context_length" not in found.task["init_args"]:
@@ -263,7 +270,14 @@ def table(readings: list[Reading]) -> Table:
 
 
 def draw(readings: list[Reading], trained: int, tail: int, path: Path) -> None:
-    """Perplexity against length, of the window and of its tail."""
+    """Perplexity against length, of the window and of its tail.
+
+    Args:
+        readings: Of every scaling and length.
+        trained: The length that the model was trained on, in tokens.
+        tail: How many tokens at the end of a window are shown by themselves.
+        path: Of the figure.
+    """
     plt = pyplot()
     from matplotlib.ticker import MaxNLocator
 

@@ -182,7 +182,14 @@ class ContractError(AssertionError):
 
 
 def run_check(part: Any, name: str, *, seed: int = 0, **arguments: Any) -> Finding:
-    """One check of a part, by its name; each draws its own numbers from the seed."""
+    """One check of a part, by its name; each draws its own numbers from the seed.
+
+    Args:
+        part: As for `check`.
+        name: Of the check, among those of the part's slot.
+        seed: Of what it draws.
+        **arguments: Of the part's constructor.
+    """
     subject = Subject(part, arguments, seed)
     try:
         return Finding(name, True, CHECKS[subject.slot][name](subject))
@@ -202,7 +209,13 @@ def _raised(error: Exception) -> str:
 
 
 def examine(part: Any, *, seed: int = 0, **arguments: Any) -> Report:
-    """All checks of a part, in order; nothing is printed or raised."""
+    """All checks of a part, in order; nothing is printed or raised.
+
+    Args:
+        part: As for `check`.
+        seed: Of what the checks draw.
+        **arguments: Of the part's constructor.
+    """
     subject = Subject(part, arguments, seed)
     try:
         if SIZES[subject.slot]:  # others are built by their checks

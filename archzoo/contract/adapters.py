@@ -72,7 +72,14 @@ def targets_of(cls: type[Adapter], model: str) -> list[str]:
 def adapted(
     subject: Subject, model: str, dtype: torch.dtype = torch.float64, **arguments: Any
 ) -> tuple[Decoder, Decoder]:
-    """A small decoder with the subject on all that it can change, and the same without."""
+    """A small decoder with the subject on all that it can change, and the same without.
+
+    Args:
+        subject: The adapter.
+        model: Name of a preset.
+        dtype: Of both decoders.
+        **arguments: Of the adapter, beside the subject's own.
+    """
     options = dict(subject.arguments) | arguments
     options.setdefault("targets", targets_of(subject.part, model))
     made = []
@@ -104,7 +111,13 @@ def moved(subject: Subject, decoder: Decoder) -> Decoder:
 
 
 def logits_of(decoder: Decoder, tokens: Tensor, **options: Any) -> Tensor:
-    """Without gradients, as decoding computes them."""
+    """Without gradients, as decoding computes them.
+
+    Args:
+        decoder: Any.
+        tokens: (batch, time).
+        **options: Of the call.
+    """
     with torch.no_grad():
         logits: Tensor = decoder(tokens, **options).logits
     return logits

@@ -37,7 +37,14 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def expect_same(got: Tensor, want: Tensor, tolerance: float, what: str) -> float:
-    """The error, or a `Violation` that names what differs."""
+    """The error, or a `Violation` that names what differs.
+
+    Args:
+        got: Any tensor.
+        want: What it should be.
+        tolerance: Largest relative error, as `relative_error` measures it.
+        what: Of which the violation speaks.
+    """
     if got.shape != want.shape:
         raise Violation(f"{what}: shape {tuple(got.shape)} instead of {tuple(want.shape)}")
     if not got.isfinite().all():
@@ -57,7 +64,13 @@ def expect_zero(gradient: Tensor | None, what: str) -> None:
 def context_of(
     x: Tensor, documents: Tensor | None = None, place: Any = None
 ) -> tuple[Context, Any]:
-    """The context of x (batch, time, ...) after `place`, and the place that follows."""
+    """The context of x (batch, time, ...) after `place`, and the place that follows.
+
+    Args:
+        x: (batch, time, ...).
+        documents: (batch, time) int, or None: one document a row.
+        place: Where the text before x ended; None: nothing came before.
+    """
     return interface.make_context(
         x.shape[0], x.shape[1], documents=documents, place=place, device=x.device
     )
@@ -96,7 +109,14 @@ def gradients_of(scalar: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
 def expect_true_gradient(
     function: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, subject: Subject
 ) -> float:
-    """Hold autograd to a finite difference, along one random direction of x and all weights."""
+    """Hold autograd to a finite difference, along one random direction of x and all weights.
+
+    Args:
+        function: Of x, by the module's weights.
+        module: Whose weights get gradients too.
+        x: Any floats, in float64.
+        subject: Whose generator draws the direction.
+    """
     x = x.clone().requires_grad_()
     wanted = [x, *(p for p in module.parameters() if p.requires_grad)]
     y = function(x)
@@ -135,7 +155,13 @@ def expect_live_weights(module: nn.Module, scalar: Tensor) -> None:
 
 
 def expect_untouched(given: Tensor, before: Tensor, what: str) -> None:
-    """A part may not write into what it is given."""
+    """A part may not write into what it is given.
+
+    Args:
+        given: What the part was given, after the call.
+        before: A copy of it from before.
+        what: Of which the violation speaks.
+    """
     if not torch.equal(given, before):
         raise Violation(f"{what} is changed in place: others still need it")
 

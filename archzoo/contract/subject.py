@@ -89,7 +89,13 @@ class Subject:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(dtype)
 
     def tokens(self, batch: int, time: int, vocab_size: int) -> Tensor:
-        """Random tokens (batch, time)."""
+        """Random tokens (batch, time).
+
+        Args:
+            batch: Rows.
+            time: Tokens in each.
+            vocab_size: They lie below it.
+        """
         return torch.randint(vocab_size, (batch, time), generator=self.generator)
 
     def lengths(self) -> list[int]:

@@ -137,7 +137,13 @@ class AbacusEmbedding(DigitEmbedding):
     def positions(
         self, tokens: Tensor, state: State | None, context: Context
     ) -> tuple[Tensor, State | None]:
-        """The row of each token, (batch, time) int64, and the state after them."""
+        """The row of each token, (batch, time) int64, and the state after them.
+
+        Args:
+            tokens: (batch, time) int64.
+            state: Of `init_state`, or None.
+            context: Of the same tokens.
+        """
         kinds = self.known_kinds()
         shifted = self.training and self.max_shift > 0
         examples = examples_of(context, "max_shift=0") if shifted else None

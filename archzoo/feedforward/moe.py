@@ -157,14 +157,29 @@ class Experts(nn.Module):
 
     @staticmethod
     def gather(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor) -> Tensor:
-        """X (tokens, dim) to (tokens, k, dim)."""
+        """X (tokens, dim) to (tokens, k, dim).
+
+        Args:
+            x: (tokens, dim).
+            gate_up: (experts, 2 width, dim).
+            down: (experts, dim, width).
+            indices: (tokens, k) int64, the chosen experts.
+        """
         hidden = torch.einsum("td,tkhd->tkh", x, gate_up[indices])
         hidden = swiglu(hidden.flatten(0, 1)).view(*indices.shape, down.shape[-1])
         return torch.einsum("tkh,tkdh->tkd", hidden, down[indices])
 
     @staticmethod
     def dense(x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor) -> Tensor:
-        """X (tokens, dim) to the weighted sum over experts, of the same shape."""
+        """X (tokens, dim) to the weighted sum over experts, of the same shape.
+
+        Args:
+            x: (tokens, dim).
+            weights: (tokens, k), of the chosen experts.
+            gate_up: (experts, 2 width, dim).
+            down: (experts, dim, width).
+            indices: (tokens, k) int64, the chosen experts.
+        """
         chosen = indices[:, :, None] == torch.arange(len(down), device=indices.device)
         share = (weights[:, :, None] * chosen).sum(dim=1)  # (tokens, experts)
         hidden = torch.einsum("td,ehd->eth", x, gate_up)
@@ -173,7 +188,14 @@ class Experts(nn.Module):
 
     @staticmethod
     def loop(rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
-        """Rows (assignments, dim) sorted by expert, to the same; those behind are not computed."""
+        """Rows (assignments, dim) sorted by expert, to the same; those behind are not computed.
+
+        Args:
+            rows: (assignments, dim), sorted by expert.
+            gate_up: (experts, 2 width, dim).
+            down: (experts, dim, width).
+            ends: (experts,) int64, the row behind each expert's last.
+        """
         sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
         rest = len(rows) - sum(sizes)
         # An expert without rows still gets a gradient, of zeros, as ranks that reduce theirs
@@ -187,7 +209,13 @@ class Experts(nn.Module):
 
     @staticmethod
     def grouped(rows: Tensor, matrices: Matrices, ends: Tensor) -> Tensor:
-        """Rows (assignments, dim) sorted by expert, to the same; those behind are not computed."""
+        """Rows (assignments, dim) sorted by expert, to the same; those behind are not computed.
+
+        Args:
+            rows: (assignments, dim), sorted by expert.
+            matrices: Of all experts.
+            ends: (experts,) int64, the row behind each expert's last.
+        """
         hidden = swiglu(multiply(rows, matrices.gate_up, matrices.stored[0], ends))
         return multiply(hidden, matrices.down, matrices.stored[1], ends)
 

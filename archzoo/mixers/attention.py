@@ -148,6 +148,14 @@ class Attention(Mixer):
 
         They are not rotated (Li and Liang, arXiv 2101.00190), and to a bias they stand in front
         of a document's first token.
+
+        Args:
+            q: (batch, heads, queries, head_dim).
+            k: (batch, kv_heads, keys, head_dim).
+            v: Shaped like k.
+            mask: As `mask` gives it.
+            causal: The same.
+            context: Of the queries.
         """
         prefix = self.learned_prefix()
         keys, values = prefix["keys"].to(k.dtype), prefix["values"].to(v.dtype)
@@ -178,6 +186,13 @@ class Attention(Mixer):
 
         The mask is bool (batch or 1, 1, queries, keys), or with a bias float
         (batch or 1, heads, queries, keys).
+
+        Args:
+            q: (batch, heads, queries, head_dim).
+            k: (batch, kv_heads, keys, head_dim), those of the queries last.
+            context: Of the queries.
+            key_positions: (batch, keys) int, for a bias; None: there is none.
+            key_documents: (batch, keys) int; None: one document a row, without padding.
         """
         queries, keys = q.shape[2], k.shape[2]
         if self.bias is None and key_documents is None and (queries == 1 or queries == keys):
@@ -223,7 +238,15 @@ def attend_all(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: boo
 
 
 def attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """`attend_all` of operations that have all derivatives."""
+    """`attend_all` of operations that have all derivatives.
+
+    Args:
+        q: (batch, heads, queries, head_dim).
+        k: (batch, kv_heads, keys, head_dim).
+        v: Shaped like k.
+        mask: As `Attention.mask` gives it.
+        causal: The same.
+    """
     queries, keys, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     q = rearrange(q * q.shape[-1] ** -0.5, "b (h g) q d -> b h g q d", g=group)
     scores = rearrange(q @ k[:, :, None].mT, "b h g q k -> b (h g) q k")
@@ -292,6 +315,13 @@ def extend(
 
     Where gradients are off they go into the room there is, and the given state is consumed;
     where they are on, new tensors are made, since the old ones may be needed by a backward pass.
+
+    Args:
+        state: The cache.
+        k: (batch, kv_heads, time, head_dim), already rotated.
+        v: Shaped like k.
+        positions: (batch, time) int, to be kept too; None: no bias reads them.
+        documents: (batch, time) int, to be kept too; None: no padding, one document a row.
     """
     length, time = state["length"], k.shape[2]
     after = dict(state)

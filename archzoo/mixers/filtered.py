@@ -82,7 +82,13 @@ class FilteredAttention(Attention):
     def filter(
         self, x: Tensor, state: State | None, context: Context
     ) -> tuple[Tensor, State | None]:
-        """X (batch, time, dim) to u of the same shape, and the state after it."""
+        """X (batch, time, dim) to u of the same shape, and the state after it.
+
+        Args:
+            x: (batch, time, dim).
+            state: Of which the last token's vectors are read; None: nothing came before.
+            context: Of the same tokens.
+        """
         start: Any = None
         start_hidden: Any = None
         if state is not None:

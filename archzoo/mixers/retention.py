@@ -223,6 +223,12 @@ class Retention(KeepsFloat32, Mixer):
         """Q, k, v (batch, time, heads, size) in the dtype of sums over time.
 
         q and k come rotated, not scaled; k and v are 0 at padding.
+
+        Args:
+            qk: (batch, time, 2 heads, key_dim), q and k side by side.
+            v: (batch, time, heads, value_dim).
+            context: Of the same tokens.
+            dtype: Of sums over time.
         """
         q, k = self.rotated(cast(qk, dtype), context)
         v = cast(v, dtype)
@@ -237,6 +243,12 @@ class Retention(KeepsFloat32, Mixer):
         """Head norm, gate, output projection: o (batch, time, heads, value_dim) to y; and S packed.
 
         The opposite of `unpack`.
+
+        Args:
+            o: (batch, time, heads, value_dim).
+            gate: (batch, time, heads * value_dim), before its SiLU; None: there is none.
+            memory: S after the last token; None: it is not kept.
+            dtype: Of y.
         """
         # At padding o is exactly 0, and with eps 0 the norm would make NaN of it, which the next
         # layer's sums would spread. 1e-24 is lost beside anything else, and its root survives
@@ -261,6 +273,13 @@ class Retention(KeepsFloat32, Mixer):
 
         Retention is linear in its state, so from S_0 in the place of 0 it is
         ``o_n + gamma^n q_n S_0 / sqrt(s_n)`` and ``S_n + gamma^n S_0``, n counted from 1.
+
+        Args:
+            qk: (batch, time, 2 heads, key_dim), q and k side by side.
+            o: (batch, time, heads, value_dim), of documents that began from 0.
+            memory: S after the last token, likewise; None: it is not kept.
+            log_decay: log gamma of each head.
+            context: Of the same tokens.
         """
         if not self.has_prefix:
             return o, memory

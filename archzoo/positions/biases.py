@@ -70,6 +70,11 @@ def t5_buckets(distance: Tensor, buckets: int, furthest: int) -> Tensor:
 
     ``n`` for n < half, then ``half + floor(log(n / half) / log(furthest / half) * half)``, the
     last bucket at most.
+
+    Args:
+        distance: Int, at least 0, of any shape.
+        buckets: How many there are.
+        furthest: The distance at which the last one begins.
     """
     half = buckets // 2
     far_away = distance.clamp(min=half).to(torch.float32)  # whatever torch's default dtype is

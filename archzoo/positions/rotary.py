@@ -58,6 +58,11 @@ def ntk_base(base: float, rotary_dim: int, factor: float) -> float:
 
     Source: bloc97, "NTK-Aware Scaled RoPE", 2023; Peng et al., YaRN, arXiv 2309.00071, eq. 16.
 
+    Args:
+        base: Of RoPE's frequencies, such as 10,000.
+        rotary_dim: Channels that are rotated.
+        factor: Target length over trained length.
+
     Raises:
         ValueError: Fewer than 4 channels, whose one pair has no slower one beside it.
     """

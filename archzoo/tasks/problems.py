@@ -316,7 +316,13 @@ class SyntheticTask(Task):
     def batch(
         self, problems: Problems, numbers: Integers | None = None, width: int | None = None
     ) -> Batch:
-        """A batch of problems, of the given example numbers, `width` or as few columns as fit."""
+        """A batch of problems, of the given example numbers, `width` or as few columns as fit.
+
+        Args:
+            problems: To write, a row each.
+            numbers: Their example numbers. None: 0, 1, 2, ...
+            width: Columns. None: as few as fit.
+        """
         lines = self.lines(problems, width, positions=self.coupling is not None)
         return batch_of(lines, np.arange(problems.examples) if numbers is None else numbers)
 
@@ -363,6 +369,11 @@ class SyntheticTask(Task):
         """Held-out problems of one size: `count`, or as many as there are where they are few.
 
         Problem n is a function of the size and n alone.
+
+        Args:
+            first: Digits of the first operand.
+            second: Digits of the second one.
+            count: How many are wanted.
         """
         if (found := self.listed(first, second)) is not None:
             return found.take(np.arange(min(count, found.examples)))
@@ -380,6 +391,11 @@ class SyntheticTask(Task):
         """Held-out problems of one size in which something is carried through `chain` columns.
 
         Only where `carries`; random problems hardly hold chains of four.
+
+        Args:
+            digits: Of both operands.
+            chain: Columns that something is carried through.
+            count: How many are wanted.
         """
         raise NotImplementedError
 
@@ -433,7 +449,13 @@ class SyntheticTask(Task):
         return [*self.columns(problems), self.sign(self.stop, labelled=True)]
 
     def sign(self, sign: str | int, *, labelled: bool = False, present: Any = True) -> Columns:
-        """One column that is a sign or a token, in all lines or in those of `present`."""
+        """One column that is a sign or a token, in all lines or in those of `present`.
+
+        Args:
+            sign: A character, or a token.
+            labelled: Whether it belongs to the answer.
+            present: (examples,) bool, or one for all.
+        """
         token = sign if isinstance(sign, int) else self.tokenizer.encode(sign)[0]
         one = np.full((1, 1), token, np.uint8)
         operator = isinstance(sign, str) and sign in self.operators

@@ -126,6 +126,11 @@ class Loader:
 
         Every rank gets the same number of rows. Where an evaluation's last batch does not divide
         evenly, rows without any label fill the gap.
+
+        Args:
+            number: Of the batch, from 0.
+            rank: Of the process.
+            ranks: How many processes share the batch.
         """
         rows = self.batch_size
         if not self.training:
@@ -286,7 +291,13 @@ class Task(lightning.LightningDataModule):
         raise NotImplementedError
 
     def evaluation_batch(self, split: str, number: int, rows: Integers) -> Batch:
-        """The given rows of batch `number` of the split "validation" or "test"."""
+        """The given rows of batch `number` of the split "validation" or "test".
+
+        Args:
+            split: "validation" or "test".
+            number: Of the batch, from 0.
+            rows: Which of its rows.
+        """
         raise NotImplementedError
 
     def rows(self, split: str) -> int:

@@ -77,7 +77,14 @@ def total_loss(x: Tensor, head: nn.Linear, labels: Tensor, piece: int = CHUNK) -
 
 
 def score(x: Tensor, head: nn.Linear, labels: Tensor, piece: int = CHUNK) -> Scores:
-    """Loss and most likely token at every position; arguments as `total_loss`'s."""
+    """Loss and most likely token at every position.
+
+    Args:
+        x: (batch, time, dim), before the head.
+        head: To logits.
+        labels: (batch, time), -100 where nothing is asked.
+        piece: Logits that are held at once.
+    """
     x, labels = x.flatten(0, 1), labels.flatten()
     rows = max(piece // head.out_features, 1)
     losses, predicted = [], []

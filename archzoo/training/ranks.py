@@ -43,6 +43,11 @@ def pooled_losses(trainer: lightning.Trainer, decoder: Decoder, aux: list[Aux]) 
 
     Their value is the same everywhere. Gradients are averaged over ranks later on, so each rank's
     part of a sum is scaled for the mean to be the gradient of all tokens together.
+
+    Args:
+        trainer: Of the ranks.
+        decoder: Whose feed-forwards say what their pools mean.
+        aux: Of this rank, a layer each.
     """
     mine = [layer.pools for layer in aux]
     if not any(mine):

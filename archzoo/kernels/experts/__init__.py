@@ -91,7 +91,13 @@ def _dispatch(keys: Tensor, experts: int, dropped: bool) -> tuple[Tensor, Tensor
 def spread_rows(x: Tensor, dispatch: Dispatch, k: int, dtype: torch.dtype) -> Tensor:
     """Each token's vector to the rows of its k assignments: (tokens, d) to (assignments, d).
 
-    ``rows[inverse[t k + j]] = x[t]``, in `dtype`.
+    ``rows[inverse[t k + j]] = x[t]``.
+
+    Args:
+        x: (tokens, d).
+        dispatch: Where each assignment's row lies.
+        k: Assignments of a token.
+        dtype: Of the rows.
     """
     if dispatch.order is None:
         rows: Tensor = _Spread.apply(x, dispatch.inverse, dispatch.ends, k, dtype)
@@ -104,6 +110,11 @@ def collect_rows(rows: Tensor, weights: Tensor, dispatch: Dispatch) -> Tensor:
     """The weighted sum of each token's rows: (assignments, d) and (tokens, k) to (tokens, d).
 
     ``y[t] = sum_j w[t, j] rows[inverse[t k + j]]``, in the weights' dtype; dropped rows add 0.
+
+    Args:
+        rows: (assignments, d), as `spread_rows` lays them out.
+        weights: (tokens, k).
+        dispatch: Where each assignment's row lies.
     """
     if dispatch.order is None:
         y: Tensor = _Collect.apply(rows, weights, dispatch.inverse, dispatch.ends)
