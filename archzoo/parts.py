@@ -19,6 +19,7 @@ from archzoo import block
 from archzoo.adapters import Adapter
 from archzoo.linear import Linear
 from archzoo.names import nearest
+from archzoo.public import names_of
 from archzoo.trust import find_class, load_installed, name_of
 
 SLOTS: dict[str, type[nn.Module]] = {
@@ -32,23 +33,9 @@ SLOTS: dict[str, type[nn.Module]] = {
     "adapter": Adapter,
 }
 
-# Where the zoo's own parts are defined.
-MODULES = (
-    "archzoo.adapters.lora",
-    "archzoo.mixers.attention",
-    "archzoo.mixers.filtered",
-    "archzoo.mixers.retention",
-    "archzoo.feedforward.dense",
-    "archzoo.feedforward.moe",
-    "archzoo.feedforward.routers",
-    "archzoo.embeddings.abacus",
-    "archzoo.positions.biases",
-    "archzoo.embeddings.coupling",
-    "archzoo.embeddings.token",
-    "archzoo.embeddings.learned",
-    "archzoo.positions.rotary",
-    "archzoo.linear",
-)
+# Where the zoo's own parts are defined: the modules of these rooms that have a public name.
+ROOMS = ("mixers", "feedforward", "embeddings", "positions", "adapters", "linear")
+MODULES = tuple(dict.fromkeys(m for m in names_of("archzoo").values() if m.split(".")[1] in ROOMS))
 
 #: The part that stands for "none" in a slot; without a bias there is no part, which the decoder
 #: knows, and the other slots cannot be empty.

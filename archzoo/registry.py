@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import importlib
+import pkgutil
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +13,6 @@ import torch
 from archzoo.decoder import Decoder
 from archzoo.names import nearest
 from archzoo.trust import load_installed, machine_memory
-
-FAMILIES = ("transformer", "retnet", "yuan", "skywork", "abacus")  # a module of archzoo.models each
 
 
 class Preset(NamedTuple):
@@ -60,8 +60,8 @@ def _load() -> None:
     if _loaded:
         return
     _loaded = True  # first: what is imported here calls `register_model`
-    for family in FAMILIES:
-        importlib.import_module(f"archzoo.models.{family}")
+    for family in pkgutil.iter_modules([str(Path(__file__).parent / "models")]):
+        importlib.import_module(f"archzoo.models.{family.name}")
 
 
 def _load_all() -> None:

@@ -161,16 +161,11 @@ def room_page(room: str, names: list[str]) -> str:
 
 
 def api_index() -> str:
-    names = ast.literal_eval(
-        next(
-            node.value
-            for node in ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8")).body
-            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "_NAMES"
-        )
-    )
+    stub = (PACKAGE / "__init__.pyi").read_text(encoding="utf-8")
+    words = [line.split() for line in stub.splitlines()]  # from MODULE import NAME as NAME
+    names = {name: place for _, place, _, name, *_ in words if not name.startswith("_")}
     exported = "\n".join(
-        f"| [`archzoo.{name}`][archzoo.{place}.{name}] | `archzoo.{place}` |"
-        for name, place in names.items()
+        f"| [`archzoo.{name}`][{place}.{name}] | `{place}` |" for name, place in names.items()
     )
     lines = []
     for room in rooms():

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 # From bottom to top: a module imports from its own line and from those above it. A room is a
 # directory or a module at the top of archzoo/, or a module that stands apart from its directory.
 ROOMS = """
-    _version derivatives names
+    _version derivatives names public
     numerics
     documents states
     norm linear

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from archzoo.public import names_of
 from archzoo.tasks.counter_random import Integers
 from archzoo.tasks.tokenizers import Tokenizer
 from archzoo.trust import (
@@ -447,8 +448,8 @@ class Task(lightning.LightningDataModule):
 
 def import_all() -> None:
     """Import every task of archzoo, so that their names alone are enough to find them."""
-    for module in ("arithmetic", "sorting", "several", "text", "mixed"):
-        import_module(f"archzoo.tasks.{module}")
+    for module in dict.fromkeys(names_of("archzoo.tasks").values()):
+        import_module(module)
 
 
 def build(config: dict[str, Any], **given: Any) -> Task:

@@ -1,0 +1,14 @@
+from archzoo.tasks.arithmetic import Addition as Addition
+from archzoo.tasks.arithmetic import BitwiseOr as BitwiseOr
+from archzoo.tasks.arithmetic import Multiplication as Multiplication
+from archzoo.tasks.arithmetic import Subtraction as Subtraction
+from archzoo.tasks.arithmetic import exact_match as exact_match
+from archzoo.tasks.mixed import Mixed as Mixed
+from archzoo.tasks.several import Arithmetic as Arithmetic
+from archzoo.tasks.sorting import Sorting as Sorting
+from archzoo.tasks.stream import Task as Task
+from archzoo.tasks.stream import build as build
+from archzoo.tasks.stream import draw as draw
+from archzoo.tasks.text import Text as Text
+from archzoo.tasks.tokenizers import StreamDecoder as StreamDecoder
+from archzoo.tasks.tokenizers import Tokenizer as Tokenizer
