@@ -350,6 +350,9 @@ class Embedding(nn.Module):
 
     weight: Tensor
 
+    #: True: the table starts as the class draws it, and not as the decoder draws matrices.
+    keeps_init = False
+
     #: True: in training it draws by the whole of a document, which therefore may not come in
     #: pieces: the decoder refuses a state then.
     trains_on_whole_documents = False

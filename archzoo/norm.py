@@ -51,11 +51,11 @@ class _RMSNorm(torch.autograd.Function):
         return normed if weight is None else normed.mul_(weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
         if differentiated_again():
             compute = functools.partial(_plain, eps=ctx.eps)
-            return *plain_gradients(compute, (x, weight), (grad,)), None  # type: ignore[return-value]
+            return *plain_gradients(compute, (x, weight), (grad,)), None
         along_x = grad * x
         grad_weight = None
         if weight is None:

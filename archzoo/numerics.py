@@ -122,7 +122,7 @@ def of_this_call(tensor: Tensor) -> Tensor:
     """The tensor by another name, beside which `once_per_call` keeps things: a call's own."""
     if not torch.compiler.is_compiling() and "computed" not in tensor.__dict__:
         tensor = tensor.view_as(tensor)
-        tensor.computed = {}  # type: ignore[attr-defined]
+        tensor.__dict__["computed"] = {}
     return tensor
 
 

@@ -38,7 +38,7 @@ class RowEmbedding(Embedding):
         self.rows, self.std = rows, std
         if std is not None:
             for table in (self, self.table):
-                table.keeps_init = True  # type: ignore[assignment]
+                table.keeps_init = True
                 with torch.no_grad():
                     table.weight.mul_(std)
 

@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from archzoo.block import Rotary
 from archzoo.numerics import at_least_float32, cast, constant, for_float64, once_per_call
+
+if TYPE_CHECKING:
+    from archzoo.decoder import Decoder
 
 Frequencies = tuple[float, ...]
 
@@ -520,7 +523,7 @@ def from_rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def scale_rotary(decoder: nn.Module, **arguments: Any) -> None:
+def scale_rotary(decoder: Decoder, **arguments: Any) -> None:
     """Give a trained decoder another scaling, in place: numbers on the host, and no weight.
 
     ``scale_rotary(model, rope_type="yarn", factor=4)``: the base, and whatever else was set,
@@ -533,7 +536,7 @@ def scale_rotary(decoder: nn.Module, **arguments: Any) -> None:
     Raises:
         ValueError: A mixer that rotates in another way, or arguments that do not fit.
     """
-    mixers = [block.mixer for block in decoder.blocks]  # type: ignore[union-attr]
+    mixers: list[Any] = [block.mixer for block in decoder.blocks]
     for mixer in mixers:
         rotary = getattr(mixer, "rotary", None)
         if type(rotary) is not RotaryEmbedding:
@@ -541,7 +544,7 @@ def scale_rotary(decoder: nn.Module, **arguments: Any) -> None:
                 f"{type(mixer).__name__} rotates by {type(rotary).__name__}: only "
                 "RotaryEmbedding can be scaled"
             )
-    config: dict[str, Any] = decoder.config  # type: ignore[assignment]
+    config = decoder.config
     settled = (config["rotary"] or {}).get("init_args", {}) | arguments
     length = settled.get("original_max_position_embeddings") or config["context_length"]
     if settled.get("rope_type") in ("dynamic", "yarn", "llama3"):

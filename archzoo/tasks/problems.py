@@ -200,8 +200,9 @@ class SyntheticTask(Task):
         letters = LETTERS if self.hints or self.has_keys else ""
         self.written = "0123456789" + self.operators + letters
         self.tokenizer = CharacterTokenizer(self._vocabulary(), special=True)
-        self.stop: int = self.tokenizer.stop_token  # type: ignore[assignment]
-        self.pad: int = self.tokenizer.pad_token  # type: ignore[assignment]
+        stop, pad = self.tokenizer.stop_token, self.tokenizer.pad_token
+        assert stop is not None and pad is not None  # they are special tokens
+        self.stop, self.pad = stop, pad
         self.letter_tokens = np.array(self.tokenizer.encode(letters), np.uint8)
         self.context_length = self.width(*self.extent) - 1  # the last token is only ever a label
         # Letters stand between the digits of hinted numbers.

@@ -353,8 +353,9 @@ def summarise_load(
 
 def _version(coefficient: float | Tensor) -> int:
     """How often a coefficient was written over."""
-    counted = isinstance(coefficient, Tensor) and not coefficient.is_inference()
-    return coefficient._version if counted else 0  # type: ignore[union-attr]
+    if isinstance(coefficient, Tensor) and not coefficient.is_inference():
+        return coefficient._version
+    return 0
 
 
 class _Summarise(torch.autograd.Function):
