@@ -533,7 +533,7 @@ def generate_command(
     answers is turned back: type and read ordinary numbers.
 
     Args:
-        checkpoint: A run's .ckpt file, or a directory written by archzoo.save_pretrained.
+        checkpoint: A run's directory, a .ckpt file, or a directory of archzoo.save_pretrained.
         prompt: One text or several.
         max_tokens: The most that is written for a prompt.
         temperature: Divides the logits before a token is drawn; 0 takes the likeliest token.
@@ -553,8 +553,7 @@ def generate_command(
     """
     from archzoo.checkpoint import load
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer, _ = load(checkpoint, device)
+    model, tokenizer, _ = load(checkpoint, device or "auto")
     if tokenizer is None:
         raise ValueError(f"{checkpoint} holds no tokenizer, so it takes no text")
     stop_token = None

@@ -195,6 +195,128 @@ def test_a_part_from_outside_comes_back(tmp_path: Path, monkeypatch: pytest.Monk
     assert written == archzoo.generate(model, tokens, max_tokens=4, form="parallel").tokens
 
 
+CONSTRUCTED = """
+import numpy as np
+import torch
+from archzoo import PlainFeedForward
+
+HANN = np.hanning(7)[1:-1]
+
+
+class Tabled(PlainFeedForward):
+    def __init__(self, dim, width):
+        super().__init__(dim, width)
+        self.make(torch.tensor([float(number) for number in HANN]))
+
+    def forward(self, x, context):
+        y, aux = super().forward(x, context)
+        return y * self.table().to(y).sum(), aux
+
+
+class Kept(Tabled):
+    "A buffer that is saved, from Python numbers: the file gives it back."
+    def make(self, numbers):
+        self.register_buffer("kept", numbers)
+    def table(self):
+        return self.kept
+
+
+class FromNumpy(Tabled):
+    "A buffer that no file holds, from numpy."
+    def make(self, numbers):
+        self.register_buffer("made", torch.from_numpy(HANN), persistent=False)
+    def table(self):
+        return self.made
+
+
+class Made(FromNumpy):
+    "The same from Python numbers."
+    def make(self, numbers):
+        self.register_buffer("made", numbers, persistent=False)
+
+
+class Hidden(Tabled):
+    "A tensor that is no buffer, where nobody looks."
+    def make(self, numbers):
+        self.table = lambda: numbers
+
+
+class Asked(Tabled):
+    "A number that is asked of a tensor."
+    def make(self, numbers):
+        self.total = float(numbers.sum())
+    def table(self):
+        return torch.tensor([self.total])
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "draws"), [("Kept", 0), ("FromNumpy", 0), ("Made", 1), ("Hidden", 1), ("Asked", 1)]
+)
+def test_what_a_part_makes_in_its_constructor_is_there(
+    name: str, draws: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights are put into a model that was built without memory, wherever that gives all of it."""
+    (tmp_path / "a_constructed_module.py").write_text(CONSTRUCTED)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("a_constructed_module")
+    model = micro(feed_forward=f"a_constructed_module.{name}").eval()
+    archzoo.save_pretrained(tmp_path / "model", model)
+    drawn = []
+
+    def drawing(decoder: Decoder) -> None:
+        if decoder.head.weight.device.type != "meta":
+            drawn.append(decoder)
+
+    monkeypatch.setattr(Decoder, "draw_weights", drawing)
+    again, _ = archzoo.from_pretrained(tmp_path / "model")
+    assert len(drawn) == draws
+    assert same(model, again)
+    tokens = torch.randint(64, (2, 9))
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("name", archzoo.list_models("*_micro"))
+def test_weights_are_loaded_without_drawing_any(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Built once, without memory; what no file holds, such as which tokens are digits, is there."""
+    digits = {"digit_tokens": list(range(10)), "operator_tokens": [10, 11]}
+    model = archzoo.create_model(name)
+    if name == "abacus_micro":
+        spec = model.config["embedding"]
+        spec = spec | {"init_args": spec["init_args"] | digits}
+        model = archzoo.create_model(name, embedding=spec)
+    archzoo.save_pretrained(tmp_path, model.eval())
+    built = []
+
+    def building(decoder: Decoder) -> None:
+        built.append(decoder.head.weight.device.type)
+
+    monkeypatch.setattr(Decoder, "draw_weights", building)
+    again, _ = archzoo.from_pretrained(tmp_path)
+    assert built == ["meta"]
+    assert same(model, again)
+    for mine, theirs in zip(model.buffers(), again.buffers(), strict=True):
+        assert torch.equal(mine, theirs)
+    tokens = torch.randint(model.vocab_size, (2, 9))
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
+def test_a_runs_directory_stands_for_its_last_checkpoint(run: Path) -> None:
+    assert same(archzoo.from_pretrained(run)[0], archzoo.from_pretrained(run.parent)[0])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="auto takes the GPU")
+def test_auto_takes_what_there_is(tmp_path: Path) -> None:
+    archzoo.save_pretrained(tmp_path, micro())
+    assert load(tmp_path, "auto").model.device.type == "cpu"
+    with pytest.raises(ValueError, match="'cuda' cannot be used here, take cpu"):
+        load(tmp_path, "cuda")
+
+
 def test_a_part_that_could_not_be_found_again_is_not_saved(tmp_path: Path) -> None:
     model = micro()
     model.config["mixer"] = {"class_path": "gone.Mixer", "init_args": {}}
@@ -274,8 +396,10 @@ def test_missing_files(saved: Path, tmp_path: Path) -> None:
     refused(saved, FileNotFoundError, r"holds no model\.safetensors")
     (saved / "config.json").unlink()
     refused(saved, FileNotFoundError, r"holds no config\.json$")
+    (saved / "best.ckpt").touch()
+    refused(saved, FileNotFoundError, r"holds no config\.json; did you mean .*best\.ckpt\?")
     (saved / "last.ckpt").touch()
-    refused(saved, FileNotFoundError, r"holds no config\.json; did you mean .*last\.ckpt\?")
+    refused(saved, ValueError, r"last\.ckpt is")
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.99])

@@ -4,8 +4,10 @@ import csv
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import lightning
@@ -14,7 +16,10 @@ import torch
 import yaml
 
 import archzoo
+from archzoo.checkpoint import load, task_of, tokenizer_files
+from archzoo.checkpoint.archives import Archive
 from archzoo.cli import COMMANDS, main, usage
+from archzoo.decoder import Decoder
 from archzoo.tasks import Text
 
 ROOT = Path(__file__).parent.parent
@@ -518,6 +523,81 @@ class Bomb:
 def trained(here):
     fit()
     return Path("runs/micro/last.ckpt")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "test --ckpt_path {} --trainer.accelerator cpu",
+        "validate --ckpt_path {} --trainer.accelerator cpu",
+        "predict --ckpt_path {} --trainer.accelerator cpu",
+        "fit --ckpt_path {} --trainer.max_steps 5 --trainer.accelerator cpu",
+        "generate {} 1+1= --max_tokens 2 --device cpu",
+        "grid {} --digits 1 --problems 2 --device cpu",
+        "upcycle {} --out moe --experts 2",
+        "fit --model.weights {} --name again --trainer.max_steps 1 --trainer.accelerator cpu",
+        "curves {} --metric train/loss",
+    ],
+    ids=lambda command: command.replace("--ckpt_path ", "").partition(" {}")[0],
+)
+def test_a_runs_directory_stands_for_its_last_checkpoint(trained, command, capsys):
+    """Of every command that takes a checkpoint; and where a run is asked for, for the run."""
+    for path in (trained.parent, trained):
+        assert main(command.format(path).split()) == 0, capsys.readouterr().err
+        if Path("moe").exists():
+            shutil.rmtree("moe")
+
+
+def test_weights_to_train_from_are_read_once(trained, monkeypatch):
+    """Into one model, without drawing any; the task and its tokenizer need none of them."""
+    read, drawn = [], []
+    tensor, draw = Archive.tensor, Decoder.draw_weights
+
+    def reading(archive, stored):
+        read.append(stored)
+        return tensor(archive, stored)
+
+    def drawing(decoder):
+        drawn.append(decoder.head.weight.device.type)
+        draw(decoder)
+
+    monkeypatch.setattr(Archive, "tensor", reading)
+    monkeypatch.setattr(Decoder, "draw_weights", drawing)
+    count = len(archzoo.from_pretrained(trained)[0].state_dict())
+    whole = len(read)
+    read.clear()
+    drawn.clear()
+    arguments = ["--trainer.max_steps", "1", "--trainer.accelerator", "cpu", "--name", "again"]
+    assert main(["fit", "--model.weights", str(trained), *arguments]) == 0
+    assert "cpu" not in drawn
+    assert drawn == ["meta"]
+    files = len(stored()["tokenizer"])
+    assert whole == count + files and len(read) == count + 2 * files
+    assert stored("runs/again/last.ckpt")["base"]
+
+
+def test_a_text_is_read_by_the_tokenizer_of_the_weights(here, monkeypatch, capsys):
+    """Where they lie; what a run says of it can be run again, and resumed."""
+    Path("a.txt").write_text("abcdefgh\n" * 200)
+    Path("b.txt").write_text("hgfe\n" * 400)
+    data = ["--data", "Text", "--data.context_length", "8", "--data.cache_dir", "cache"]
+    quick = ["--trainer.accelerator", "cpu", "--trainer.val_check_interval", "1"]
+    preset = ["--model.preset", "transformer_micro", "--name", "a", "--trainer.max_steps", "1"]
+    assert main(["fit", *preset, *data, "--data.path", "a.txt", *quick]) == 0
+    weights = ["--model.weights", "runs/a", "--name", "b", "--trainer.max_steps", "1"]
+    Path("a.txt").write_text("hgfe\n" * 400)  # another text, of fewer characters
+    assert main(["fit", *weights, *quick]) == 0, capsys.readouterr().err
+    assert stored("runs/b/last.ckpt")["tokenizer"].keys() == {"tokenizer.json"}
+    files = [tokenizer_files(stored(f"runs/{name}/last.ckpt")) for name in "ab"]
+    assert files[0] == files[1]
+    assert "runs/a/last.ckpt" in Path("runs/b/config.yaml").read_text()
+    resumed = ["fit", "--ckpt_path", "runs/b", "--trainer.max_steps", "2"]
+    assert main([*resumed, *quick]) == 0, capsys.readouterr().err
+    assert main(["fit", "--config", "runs/b/config.yaml", "--name", "c", *quick]) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(tempfile, "TemporaryDirectory", None)
+        found = load("runs/b")
+        assert task_of(found).tokenizer.files() == files[0]
 
 
 @pytest.mark.parametrize("command", ["test", "fit"])

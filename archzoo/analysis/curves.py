@@ -32,6 +32,12 @@ class Curve(NamedTuple):
     values: list[float]
 
 
+def directory_of(run: str) -> Path:
+    """A run's directory, which a file in it stands for too: its checkpoint, say."""
+    path = Path(run)
+    return path.parent if path.is_file() else path
+
+
 def read_log(run: Path) -> list[dict[str, str]]:
     """The rows of a run's log.
 
@@ -77,7 +83,7 @@ def curves_command(
     """Compare a metric over the steps of several runs, such as seeds of one experiment.
 
     Args:
-        runs: Directories of runs.
+        runs: Directories of runs, or their checkpoints.
         metric: A column of their metrics.csv. None: the exact match beyond the trained lengths,
             else that within them, else the validation loss, else the training loss.
         lower: Lower is better, as it is anyway where a metric ends in loss or perplexity.
@@ -88,7 +94,7 @@ def curves_command(
         FileNotFoundError: A directory holds no run.
         ValueError: A run has no such metric.
     """
-    paths = [Path(run) for run in runs]
+    paths = [directory_of(run) for run in runs]
     metric = metric or usual_metric(paths)
     curves = [read(path, metric) for path in paths]
     show(_table(curves, metric, lower or metric.endswith(LOWER)))

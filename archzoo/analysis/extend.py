@@ -191,12 +191,10 @@ def extend_command(
         ValueError: It does not rotate by RotaryEmbedding, has no text to read, or a number does
             not fit.
     """
-    from archzoo.checkpoint import CONFIG, load
+    from archzoo.checkpoint import load, locate
 
-    path = Path(checkpoint)
-    if path.is_dir() and not (path / CONFIG).exists() and (path / "last.ckpt").exists():
-        path = path / "last.ckpt"
-    found = load(path, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    path = locate(checkpoint)
+    found = load(path, device or "auto")
     trained = found.model.context_length
     if trained is None:
         raise ValueError(f"{checkpoint} does not say how long the texts of its training were")

@@ -291,18 +291,15 @@ def grid_command(
         FileNotFoundError: There is no such checkpoint.
         ValueError: It was not trained on problems, or a number is out of its range.
     """
-    from archzoo.checkpoint import CONFIG, load, weights_digest
+    from archzoo.checkpoint import load, locate, weights_digest
     from archzoo.tasks.stream import build
 
-    path = Path(checkpoint)
-    if path.is_dir() and not (path / CONFIG).exists() and (path / "last.ckpt").exists():
-        path = path / "last.ckpt"
     for name, value in (("digits", digits), ("problems", problems), ("at_once", at_once)):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    found = load(path, device)
-    kind = torch.device(device).type
+    path = locate(checkpoint)
+    found = load(path, device or "auto")
+    kind = found.model.device.type
     if precision == "auto":
         half = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bfloat16" if half else "float32"

@@ -146,16 +146,13 @@ def router_command(
         FileNotFoundError: There is no such checkpoint.
         ValueError: It has no router, or no task to take data from.
     """
-    from archzoo.checkpoint import CONFIG, load
+    from archzoo.checkpoint import load, locate
 
-    path = Path(checkpoint)
-    if path.is_dir() and not (path / CONFIG).exists() and (path / "last.ckpt").exists():
-        path = path / "last.ckpt"
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    found = load(path, device)
+    path = locate(checkpoint)
+    found = load(path, device or "auto")
     if batches < 1:
         raise ValueError(f"batches={batches} must be at least 1")
-    layers = examine(found.model, _validation_data(found, batches, device, data or {}))
+    layers = examine(found.model, _validation_data(found, batches, data or {}))
     show(_table(layers))
     if figure is not None:
         _draw(layers, _history(path.parent / "metrics.csv"), Path(figure))
@@ -163,14 +160,16 @@ def router_command(
 
 
 def _validation_data(
-    found: Pretrained, batches: int, device: str, data: dict[str, Any]
+    found: Pretrained, batches: int, data: dict[str, Any]
 ) -> list[dict[str, Tensor]]:
     """The first batches of the validation split, with the model's own tokenizer."""
     from archzoo.checkpoint import task_of
 
     loader = task_of(found, **data).evaluation_loader("validation")
     first = [batch for batch, _ in zip(loader, range(batches), strict=False)]
-    return [{name: entry.to(device) for name, entry in batch.items()} for batch in first]
+    return [
+        {name: entry.to(found.model.device) for name, entry in batch.items()} for batch in first
+    ]
 
 
 def _table(layers: list[Layer]) -> Table:

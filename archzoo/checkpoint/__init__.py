@@ -28,6 +28,7 @@ import re
 import tempfile
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import formatannotation, signature
@@ -38,6 +39,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from archzoo._version import __version__
 from archzoo.checkpoint.archives import (
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from archzoo.tasks.tokenizers import Tokenizer
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+LAST = "last.ckpt"  # of a run's directory
 # Arguments of `Decoder` that older checkpoints do not hold.
 ADDED = {"loops", "injection", "linear", "adapter"}
 DIGEST = "digest"  # in the weights' metadata, and in a run's checkpoint
@@ -245,7 +248,7 @@ def _check_rebuilds(model: Decoder, directory: str | os.PathLike[str]) -> None:
     config = json.loads(json.dumps(model.config))
     built, held = (
         {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}
-        for decoder in (_shapes_of(config, Path(directory)), model)
+        for decoder in (_shapes_of(config, Path(directory))[0], model)
     )
     for name in built | held:
         if held.get(name) != built.get(name):
@@ -269,8 +272,9 @@ def from_pretrained(
     """A model, in evaluation mode, and its tokenizer (None where it has none).
 
     Args:
-        path: A directory written by `save_pretrained`, or a Lightning checkpoint of a run.
-        device: Where the model goes. None: the CPU.
+        path: A directory written by `save_pretrained`, a Lightning checkpoint of a run, or a run's
+            directory, which stands for its last.ckpt.
+        device: Where the model goes; "auto": a GPU where there is one. None: the CPU.
 
     Raises:
         FileNotFoundError: There is no such file, or none of ours in the directory.
@@ -281,19 +285,13 @@ def from_pretrained(
     return found.model, found.tokenizer
 
 
-def _check_device(device: torch.device | str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a build without CUDA
-        reason = str(error).strip().partition("\n")[0]
-        usable = "cpu or cuda" if torch.cuda.is_available() else "cpu"
-        raise ValueError(
-            f"device={str(device)!r} cannot be used here, take {usable}: {reason}"
-        ) from None
+def locate(path: str | os.PathLike[str]) -> Path:
+    """The checkpoint that a path means: of a run's directory its last.ckpt, else the path itself.
 
-
-def load(path: str | os.PathLike[str], device: torch.device | str | None = None) -> Pretrained:
-    """`from_pretrained`, with the task beside the model."""
+    Raises:
+        TypeError: It is not a path.
+        FileNotFoundError: There is nothing.
+    """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"a checkpoint is given by its path, and this is a {type(path).__name__}")
     path = Path(path)
@@ -301,11 +299,40 @@ def load(path: str | os.PathLike[str], device: torch.device | str | None = None)
         path = path.parent
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
-    _check_device(device or "cpu")
+    last = path / LAST
+    return last if path.is_dir() and not (path / CONFIG).exists() and last.exists() else path
+
+
+def device_of(name: torch.device | str | None) -> torch.device:
+    """The device of a name; "auto": a GPU where there is one; None: the CPU.
+
+    Raises:
+        ValueError: It cannot be used here.
+    """
+    gpu = torch.cuda.is_available()
+    found = ("cuda" if gpu else "cpu") if name == "auto" else name or "cpu"
+    try:
+        return torch.empty(0, device=found).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a build without CUDA
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"device={str(name)!r} cannot be used here, take {'cpu or cuda' if gpu else 'cpu'}: "
+            f"{reason}"
+        ) from None
+
+
+def load(path: str | os.PathLike[str], device: torch.device | str | None = None) -> Pretrained:
+    """`from_pretrained`, with the task beside the model.
+
+    Args:
+        path: As for `from_pretrained`.
+        device: Where the model goes; "auto": a GPU where there is one. None: the CPU.
+    """
+    path, device = locate(path), device_of(device)
     found = _read_directory(path) if path.is_dir() else _read_lightning(path)
     _check_vocabulary(found.model, found.tokenizer, str(path))
     found.model.task = found.task
-    return found._replace(model=found.model.to(device or "cpu").eval())
+    return found._replace(model=found.model.to(device).eval())
 
 
 def task_of(found: Pretrained, **changes: Any) -> Task:
@@ -323,19 +350,32 @@ def task_of(found: Pretrained, **changes: Any) -> Task:
 
     if found.task is None:
         raise ValueError("the checkpoint does not say what it was trained on: there is no task")
-    arguments = found.task.get("init_args") or {}
-    with tempfile.TemporaryDirectory(prefix="archzoo-") as directory:
-        if "tokenizer" in arguments and found.tokenizer is not None:
-            for name, content in found.tokenizer.files().items():
-                (Path(directory) / name).write_bytes(content)
-                changes["tokenizer"] = str(Path(directory) / name)
-            changes["vocab_size"] = None
-        task = build(found.task, **changes)
-        task.prepare()
+    if "tokenizer" in (found.task.get("init_args") or {}) and found.tokenizer is not None:
+        changes |= {"tokenizer": found.tokenizer, "vocab_size": None}
+    task = build(found.task, **changes)
+    task.prepare()
     return task
 
 
-def _read_directory(path: Path) -> Pretrained:
+def read_task(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, Any] | None, Tokenizer | None]:
+    """What a model was trained on and its tokenizer, as `load` gives them; no weights are read.
+
+    Args:
+        path: As for `from_pretrained`.
+    """
+    path = locate(path)
+    if path.is_dir():
+        config = _read_config(path)
+        return config.get("task"), _named_tokenizer(config.get("tokenizer"), path)
+    with Archive(path) as archive:
+        _check_run(archive.content, path)
+        return archive.content.get("task"), _run_tokenizer(archive, path)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The configuration in a directory, once it is sure that it is one."""
     try:
         config = read_json(path / CONFIG)
     except FileNotFoundError:
@@ -344,8 +384,13 @@ def _read_directory(path: Path) -> Pretrained:
         raise FileNotFoundError(f"{path} holds no {CONFIG}{hint}") from None
     if not isinstance(config, dict) or not isinstance(config.get("decoder"), dict):
         raise ValueError(f"{path / CONFIG} is no configuration of archzoo: it has no 'decoder'")
-    task, tokenizer = config.get("task"), _named_tokenizer(config.get("tokenizer"), path)
-    _check_task(task, path / CONFIG)
+    _check_task(config.get("task"), path / CONFIG)
+    return config
+
+
+def _read_directory(path: Path) -> Pretrained:
+    config = _read_config(path)
+    tokenizer = _named_tokenizer(config.get("tokenizer"), path)
     with _weights_file(path / WEIGHTS) as (file, metadata, held):
 
         def read(name: str) -> Tensor:
@@ -356,7 +401,7 @@ def _read_directory(path: Path) -> Pretrained:
         sources |= {n: first for n, first in metadata.items() if first in held and n not in held}
         model = _build(config["decoder"], held, read, sources, path, metadata.get(DIGEST))
     model.base = _text(config.get("base"))
-    return Pretrained(model, tokenizer, task)
+    return Pretrained(model, tokenizer, config.get("task"))
 
 
 @contextmanager
@@ -411,13 +456,7 @@ def _read_lightning(path: Path) -> Pretrained:
     with Archive(path) as archive:
         content = archive.content
         config, held = _check_run(content, path)
-        files = content.get("tokenizer") or {}
-        if not isinstance(files, dict) or not all(isinstance(f, Stored) for f in files.values()):
-            raise ValueError(f"{path} holds no tokenizer where it should")
-        if sum(file.nbytes for file in files.values()) > TOKENIZER_LONGEST:
-            raise ValueError(f"{path} holds a tokenizer of more than {TOKENIZER_LONGEST:,} bytes")
-        texts = {str(n): bytes(archive.tensor(f).reshape(-1).numpy()) for n, f in files.items()}
-        tokenizer = _tokenizer(texts, path) if texts else None
+        tokenizer = _run_tokenizer(archive, path)
         sources = {name: name for name in held}
         model = _build(
             config,
@@ -429,6 +468,36 @@ def _read_lightning(path: Path) -> Pretrained:
         )
         model.base = _text(content.get("base"))
     return Pretrained(model, tokenizer, content.get("task"))
+
+
+def _run_tokenizer(archive: Archive, path: Path) -> Tokenizer | None:
+    """The tokenizer that a run's checkpoint holds."""
+    files = archive.content.get("tokenizer") or {}
+    if isinstance(files, dict):
+        stored = {name: file for name, file in files.items() if isinstance(file, Stored)}
+        if sum(file.nbytes for file in stored.values()) > TOKENIZER_LONGEST:
+            raise ValueError(f"{path} holds a tokenizer of more than {TOKENIZER_LONGEST:,} bytes")
+        files = files | {name: archive.tensor(file) for name, file in stored.items()}
+    contents = tokenizer_files({"tokenizer": files}, str(path))
+    return _tokenizer(contents, path) if contents else None
+
+
+def tokenizer_files(checkpoint: dict[str, Any], whose: str = "the checkpoint") -> dict[str, bytes]:
+    """The tokenizer's files that a run's checkpoint holds, for `tokenizers.from_files`.
+
+    Args:
+        checkpoint: Its content.
+        whose: For messages.
+
+    Raises:
+        ValueError: It holds something else there, as a damaged file may.
+    """
+    files = checkpoint.get("tokenizer") or {}
+    if not isinstance(files, dict) or not all(
+        isinstance(content, Tensor) and content.dtype == torch.uint8 for content in files.values()
+    ):
+        raise ValueError(f"{whose} holds no tokenizer where it should")
+    return {str(name): content.cpu().flatten().numpy().tobytes() for name, content in files.items()}
 
 
 def _decoder_weights(content: dict[str, Any]) -> dict[str, Any]:
@@ -663,7 +732,7 @@ def _build(
         path: For messages.
         digest: Of the weights, where the file has one.
     """
-    model = _expected(config, held, sources, path)
+    model, made = _expected(config, held, sources, path)
     expected = model.state_dict(keep_vars=True)
     misfit = f"{path}: {MISFIT}"
     if digest is None:
@@ -676,10 +745,12 @@ def _build(
         for name in names[1:]:
             if sources[name] != sources[first] and not _same(weights[name], weights[first]):
                 raise ValueError(f"{misfit}: {first} and {name} differ, which are one tensor in it")
-    if _is_plain(model):
+    if made is not None:
+        del expected
         _assign(model, weights)
-        return model
-    model = _decoder(config, path)
+        if _is_whole(model, made):
+            return model
+        model = _decoder(config, path)
     for name, tensor in model.state_dict(keep_vars=True).items():
         tensor.data = tensor.data.to(weights[name].dtype)
     model.load_state_dict(weights)
@@ -688,8 +759,10 @@ def _build(
 
 def _expected(
     config: dict[str, Any], held: Mapping[str, Stored], sources: dict[str, str], path: Path
-) -> Decoder:
+) -> tuple[Decoder, _Made | None]:
     """The decoder of a configuration, without its weights, once it is sure that they fit it.
+
+    Beside it stands what `_shapes_of` gives.
 
     Args:
         config: As for `_build`, and so are the others.
@@ -699,7 +772,7 @@ def _expected(
     """
     _check_settings(config, path)
     _check_sizes(config, held, path)
-    model = _shapes_of(config, path)
+    model, made = _shapes_of(config, path)
     expected = model.state_dict(keep_vars=True)
     misfit = f"{path}: {MISFIT}"
     # A tensor of several names may stand under one of them, or under each: other tools write both.
@@ -719,7 +792,7 @@ def _expected(
         if entry.dtype not in wanted:
             given, kind = (str(d).removeprefix("torch.") for d in (entry.dtype, wanted[0]))
             raise ValueError(f"{misfit}: {name} is {given} where {kind} or the like is expected")
-    return model
+    return model, made
 
 
 def _names_of_each(tensors: Mapping[str, Tensor]) -> list[list[str]]:
@@ -732,7 +805,7 @@ def _names_of_each(tensors: Mapping[str, Tensor]) -> list[list[str]]:
 
 def _decoder(config: dict[str, Any], path: Path) -> Decoder:
     try:
-        with torch.random.fork_rng(devices=[]):  # the first weights are drawn, for nothing
+        with torch.random.fork_rng(devices=[]):  # of a part that needs its weights' values
             return build_decoder(config)
     except ValueError as error:
         raise ValueError(f"{path}: {_first_line(error)}") from error
@@ -740,23 +813,57 @@ def _decoder(config: dict[str, Any], path: Path) -> Decoder:
         raise ValueError(f"{path} describes no decoder: {_first_line(error)}") from error
 
 
-def _shapes_of(config: dict[str, Any], path: Path) -> Decoder:
-    """The decoder of a configuration without memory for its weights, where its parts allow it."""
+class _Made(TorchFunctionMode):
+    """Sees every tensor that is made within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[weakref.ref[Tensor]] = []
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        found = result if isinstance(result, list | tuple) else (result,)
+        self.tensors += [weakref.ref(entry) for entry in found if isinstance(entry, Tensor)]
+        return result
+
+    def without_memory(self) -> bool:
+        """Whether someone still holds one that has no values, being on the meta device."""
+        return any((tensor := made()) is not None and tensor.is_meta for made in self.tensors)
+
+
+def _shapes_of(config: dict[str, Any], path: Path) -> tuple[Decoder, _Made | None]:
+    """The decoder of a configuration without memory for its weights, and what was made for it.
+
+    None where a part of the user's needs its weights' values: the decoder has memory then.
+    """
     try:
-        with torch.device("meta"):
-            return _decoder(config, path)
+        with torch.device("meta"), _Made() as made:
+            return _decoder(config, path), made
     except ValueError:
-        return _decoder(config, path)  # a part of the user's may need its weights' values
+        return _decoder(config, path), None
 
 
-def _is_plain(model: Decoder) -> bool:
-    """Whether its state dict is all that it takes: no part from outside, nothing kept beside."""
-    state = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
-    return all(
-        type(module).__module__.partition(".")[0] in ("archzoo", "torch")
-        and all(id(t) in state for t in module._buffers.values() if t is not None)
-        for module in model.modules()
-    )
+def _is_whole(model: Decoder, made: _Made) -> bool:
+    """Whether a model that was built without memory has all its values, now that it has weights.
+
+    Parts of the zoo fill a buffer that no file holds themselves when a model is moved. A part of
+    the user's may keep a tensor anywhere, as it was made in its constructor.
+    """
+    own = [module for module in model.modules() if _is_own(module)]
+    for module in own:
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+    if len(own) < len(list(model.modules())) and made.without_memory():
+        return False
+    model.to("cpu")
+    return True
+
+
+def _is_own(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] in ("archzoo", "torch")
 
 
 def _assign(model: Decoder, weights: Mapping[str, Tensor]) -> None:

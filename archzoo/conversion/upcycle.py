@@ -95,7 +95,7 @@ def upcycle_command(
     """Make a mixture of experts of a dense checkpoint; its first logits are the dense model's.
 
     Args:
-        checkpoint: A run's .ckpt file, or a directory written by archzoo.save_pretrained.
+        checkpoint: A run's directory, a .ckpt file, or a directory of archzoo.save_pretrained.
         output: The directory that is written; the same as --out.
         out: The directory that is written; there must be none yet.
         experts: Copies of each feed-forward.

@@ -180,6 +180,13 @@ _NO_EXAMPLES = {
 }
 
 
+def _noted(value: Any) -> Any:
+    """An argument as plain data, where its kind is known; a checkpoint holds its tokenizer."""
+    if isinstance(value, Tokenizer):
+        return "given"
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
 def _noting_arguments(construct: Callable[..., None]) -> Callable[..., None]:
     """A task's constructor that writes down what it is given, before it runs.
 
@@ -198,11 +205,7 @@ def _noting_arguments(construct: Callable[..., None]) -> Callable[..., None]:
         values = dict(called.arguments)
         for name in others:
             values |= values.pop(name)
-        values = {
-            name: os.fspath(value) if isinstance(value, os.PathLike) else value
-            for name, value in values.items()
-            if name not in left_out
-        }
+        values = {n: _noted(value) for n, value in values.items() if n not in left_out}
         if not hasattr(self, "_config"):
             self._config, self._hands_on = values, bool(others)
         elif self._hands_on:  # what it left to this class's defaults; what it fixed is its own

@@ -52,8 +52,8 @@ class Text(Task):
 
     Args:
         path: A file or folder of UTF-8 text, or a pattern such as data/*.txt.
-        tokenizer: characters, bpe, unigram, or the path of a tokenizer.json or sentencepiece
-            .model.
+        tokenizer: characters, bpe, unigram, or the path of a tokenizer.json, of a sentencepiece
+            .model, or of a checkpoint; in Python a Tokenizer as well.
         vocab_size: Tokens to learn; null takes all characters of the text, or 4,096 subwords.
         context_length: Tokens of a window.
         batch_size: Windows in a batch, all ranks together.
@@ -93,7 +93,10 @@ class Text(Task):
             raise ValueError(f"validation_fraction {validation_fraction} is not between 0 and 1")
         if not str(path):
             raise ValueError("path is empty: give a UTF-8 file, a folder of them, or a pattern")
-        tokenizers.check_name(str(tokenizer))
+        # Not in the signature, which is the command line's too: an object cannot be typed there.
+        self._given = tokenizer if isinstance(tokenizer, Tokenizer) else None
+        if self._given is None:
+            tokenizers.check_name(str(tokenizer))
         self.context_length = context_length
         self.carry_state = carry_state
         self.seed = seed
@@ -115,7 +118,7 @@ class Text(Task):
             recipe += [arguments["tokenizer"], arguments["vocab_size"]]
             recipe += [self.characters] if self.characters else []
         else:
-            given = Tokenizer.load(arguments["tokenizer"])
+            given = self._given or Tokenizer.load(arguments["tokenizer"])
             if arguments["vocab_size"] not in (None, given.vocab_size):
                 raise ValueError(
                     f"vocab_size {arguments['vocab_size']} does not fit {arguments['tokenizer']}, "

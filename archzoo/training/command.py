@@ -14,7 +14,6 @@ import os
 import re
 import shlex
 import sys
-import tempfile
 import traceback
 import warnings
 from pathlib import Path
@@ -30,7 +29,7 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from archzoo import parts
-from archzoo.checkpoint import load, read_safely
+from archzoo.checkpoint import locate, read_safely, read_task, tokenizer_files
 from archzoo.decoder import Decoder
 from archzoo.names import nearest
 from archzoo.tasks.stream import Task, import_all, known_tasks, named, readable, since
@@ -45,7 +44,7 @@ from archzoo.training.directory import RunDirectory
 from archzoo.training.ending import SIGNALS, Ended, say
 from archzoo.training.files import CheckpointFiles, MetricsFile
 from archzoo.training.mistakes import explain
-from archzoo.training.module import LanguageModel, tokenizer_files
+from archzoo.training.module import LanguageModel
 from archzoo.trust import asked_for, load_installed
 
 BESIDE = "the run's directory"  # stands for it until its name is known
@@ -204,7 +203,6 @@ class CommandLine(LightningCLI):
         logger = _option(arguments, "--trainer.logger")
         if logger == "TensorBoardLogger" and not _option(arguments, "--trainer.logger.save_dir"):
             arguments += ["--trainer.logger.save_dir", BESIDE]
-        self._tokenizer_directory = tempfile.TemporaryDirectory(prefix="archzoo-")
         weights = _option(arguments, "--model.weights")
         if weights and not any(a.startswith(("--config", "-c", "--data")) for a in arguments):
             arguments = ["--config", settings.written(self._data_of(weights)), *arguments]
@@ -213,7 +211,10 @@ class CommandLine(LightningCLI):
             if path:
                 arguments = [*_without(arguments, "--ckpt_path"), "--ckpt_path", path]
         if path and path not in ("last", "best"):
-            checkpoint = read_safely(path) if Path(path).is_file() else _no_checkpoint(path)
+            path, given = _file_of(path), path
+            if path != given:
+                arguments = [*_without(arguments, "--ckpt_path"), "--ckpt_path", path]
+            checkpoint = read_safely(path)
             beside = Path(path).parent / "config.yaml"
             if command == "fit" and not _option(arguments, "--config") and beside.is_file():
                 arguments = ["--config", _settings_beside(beside, arguments), *arguments]
@@ -237,42 +238,39 @@ class CommandLine(LightningCLI):
         if odd:
             raise ValueError(f"{path}: a run's checkpoint does not hold the setting {odd[0]!r}")
         settings.check({"model": model}, path)
-        return {"model": model, "data": self._data(task, tokenizer_files(checkpoint), path, given)}
+        own = path if tokenizer_files(checkpoint) else None
+        return {"model": model, "data": self._data(task, own, path, given)}
 
     def _data_of(self, weights: str) -> dict[str, Any]:
         """The task that weights were trained on, with their own tokenizer."""
-        found = load(weights, "cpu")
-        if found.task is None:
+        task, tokenizer = read_task(weights)
+        if task is None:
             raise ValueError(f"{weights} does not say what it was trained on: give --data")
-        files = found.tokenizer.files() if found.tokenizer is not None else {}
-        return {"data": self._data(found.task, files, weights, [])}
+        own = None if tokenizer is None else str(locate(weights))
+        return {"data": self._data(task, own, weights, [])}
 
-    def _data(
-        self, task: Any, files: dict[str, bytes], path: str, given: list[str]
-    ) -> dict[str, Any]:
-        """A checkpoint's task as `data`; what it reads lies under the current directory."""
+    def _data(self, task: Any, own: str | None, path: str, given: list[str]) -> dict[str, Any]:
+        """A checkpoint's task as `data`; what it reads lies under the current directory.
+
+        Args:
+            task: As the checkpoint describes it.
+            own: Where the model's own tokenizer is read from, for a task that would learn another
+                from its text. None: it has none.
+            path: Of the checkpoint, for messages.
+            given: What the command line says.
+        """
         try:
             cls, arguments = named(task)
             options = {argument.partition("=")[0] for argument in given}
             ways = ("--data.", "--data.init_args.")
             instead = {n for n in arguments if any(f"{way}{n}" in options for way in ways)}
-            arguments = readable(cls, arguments, {*instead, *(["tokenizer"] if files else [])})
+            arguments = readable(cls, arguments, {*instead, *(["tokenizer"] if own else [])})
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        arguments = self._with_tokenizer(arguments, files)
+        if own and "tokenizer" in arguments:
+            arguments |= {"tokenizer": own, "vocab_size": None}
         settings.check({"data": {"class_path": task["class_path"], "init_args": arguments}}, path)
         return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": arguments}
-
-    def _with_tokenizer(self, arguments: dict[str, Any], files: dict[str, bytes]) -> dict[str, Any]:
-        """A task's arguments with the model's own tokenizer, not one learned anew from a text."""
-        arguments = dict(arguments)
-        if "tokenizer" in arguments:
-            for name, content in files.items():
-                path = Path(self._tokenizer_directory.name, Path(name).name)
-                path.write_bytes(content)
-                arguments["tokenizer"] = str(path)
-            arguments["vocab_size"] = None
-        return arguments
 
     def _parse_ckpt_path(self) -> None:
         """Done in `parse_arguments`, before anything is required."""
@@ -309,9 +307,9 @@ class CommandLine(LightningCLI):
         if config.resume == "auto" and last.is_file():
             config.ckpt_path = str(last)
         if config.ckpt_path in ("last", "best"):
-            path = self.directory / f"{config.ckpt_path}.ckpt"
-            config.ckpt_path = str(path) if path.is_file() else _no_checkpoint(str(path))
+            config.ckpt_path = str(self.directory / f"{config.ckpt_path}.ckpt")
         if config.ckpt_path:
+            config.ckpt_path = _file_of(config.ckpt_path)
             _mean_what_it_meant(config)
         _check_trainer(config.trainer)
         settings.check_amounts(config.data)
@@ -393,8 +391,6 @@ class CommandLine(LightningCLI):
                 f"{self.config[subcommand].ckpt_path} is damaged, or another model's: "
                 f"{type(error).__name__} {error} while it was restored"
             ) from error
-        finally:
-            self._tokenizer_directory.cleanup()
 
     def _say_how_to_go_on(self, end: Ended) -> None:
         """After a run was ended by a signal: what is saved, and the command that resumes it."""
@@ -553,7 +549,7 @@ def _of_named_run(command: str, path: str | None, arguments: list[str]) -> str |
     if not name:
         raise ValueError(f"--ckpt_path {path} needs --name, --config or a path: of which run?")
     found = run / f"{path}.ckpt"
-    return str(found) if found.is_file() else _no_checkpoint(str(found))
+    return _file_of(str(found))
 
 
 def _without(arguments: list[str], name: str) -> list[str]:
@@ -689,7 +685,10 @@ def _mean_what_it_meant(config: Any) -> None:
             config.data.init_args[name] = value
 
 
-def _no_checkpoint(path: str) -> NoReturn:
+def _file_of(path: str) -> str:
+    """The checkpoint that --ckpt_path means: a file, or that of a run's directory."""
+    if Path(path).exists() and (found := locate(path)).is_file():
+        return str(found)
     if Path(path).is_dir():
         inside = sorted(map(str, Path(path).glob("*.ckpt")), reverse=True)  # last before best
         hint = f": give {' or '.join(inside[:2])}" if inside else " and holds no .ckpt file"

@@ -17,7 +17,7 @@ from torch import Tensor
 from archzoo import block as interface
 from archzoo._version import __version__
 from archzoo.block import Aux
-from archzoo.checkpoint import load, read_safely, weights_digest
+from archzoo.checkpoint import load, read_safely, tokenizer_files, weights_digest
 from archzoo.decoder import Decoder
 from archzoo.numerics import WITHOUT_FLOAT64
 from archzoo.parts import find
@@ -183,11 +183,12 @@ class LanguageModel(lightning.LightningModule):
         found = load(weights, "cpu")
         if found.tokenizer is not None:
             self._vocabulary = found.tokenizer.files()
-        decoder = build_decoder(found.model.config | given)
-        state = found.model.state_dict()
-        decoder.load_state_dict(state)
-        decoder.base = weights_digest(state)
-        return decoder
+        decoder, state = found.model.train(), found.model.state_dict()
+        if given:
+            decoder = build_decoder(decoder.config | given)
+            decoder.load_state_dict(state)
+        decoder.task, decoder.base = None, weights_digest(state)
+        return decoder.to(torch.get_default_dtype())  # in which training keeps weights
 
     @property
     def net(self) -> Decoder:
@@ -848,20 +849,6 @@ def clip_by_norm(parameters: list[torch.nn.Parameter], largest: float) -> Tensor
 def _counts(right: Tensor, asked: Tensor) -> Tensor:
     """How many of both, (2,) int64."""
     return torch.stack([right.sum(), asked.sum()])
-
-
-def tokenizer_files(checkpoint: dict[str, Any]) -> dict[str, bytes]:
-    """The tokenizer's files that a checkpoint holds, for `archzoo.tasks.tokenizers.from_files`.
-
-    Raises:
-        ValueError: It holds something else there, as a damaged file may.
-    """
-    files = checkpoint.get("tokenizer") or {}
-    if not isinstance(files, dict) or not all(
-        isinstance(content, Tensor) and content.dtype == torch.uint8 for content in files.values()
-    ):
-        raise ValueError("the checkpoint holds no tokenizer where it should")
-    return {str(name): bytes(content.flatten().tolist()) for name, content in files.items()}
 
 
 def peak_memory(device: torch.device) -> int:
