@@ -1,5 +1,8 @@
 from archzoo._version import __version__ as __version__
 from archzoo.adapters import Adapter as Adapter
+from archzoo.adapters.attach import adapt as adapt
+from archzoo.adapters.attach import merge_adapters as merge_adapters
+from archzoo.adapters.attach import remove_adapters as remove_adapters
 from archzoo.adapters.lora import LoRA as LoRA
 from archzoo.block import Bias as Bias
 from archzoo.block import Block as Block

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from archzoo import block as interface
 from archzoo.adapters import Adapter, Target
-from archzoo.adapters.attach import adapt, start_adapters
+from archzoo.adapters.attach import attach, start_adapters
 from archzoo.adapters.prompts import insert_prompts
 from archzoo.block import Aux, Bias, Block, Embedding, FeedForward, Mixer, Rotary, Router
 from archzoo.derivatives import transformed
@@ -22,7 +22,7 @@ from archzoo.documents import Context
 from archzoo.inputs import check_beside, check_state, check_tokens, explain
 from archzoo.linear import Linear
 from archzoo.norm import RMSNorm
-from archzoo.parts import NONE, Spec, build, describe, describe_adapters
+from archzoo.parts import NONE, Spec, build, describe, describe_adapters, named_adapters
 from archzoo.states import State
 
 MixerFactory = Callable[[int, int], Mixer]
@@ -88,7 +88,9 @@ class Decoder(nn.Module):
         linear: What every Linear of the mixers and feed-forwards is: built as
             linear(in_features, blocks); embedding, head and routers keep theirs [Linear].
         adapter: What alone is trained, beside weights that stay: built as adapter(target) for
-            each target that matches, or several by name: {sums: {class_path: LoRA}} [none].
+            each target that matches [none].
+        adapters: Several by name, such as {sums: LoRA, style: {class_path: LoRA}}, each a name
+            or class_path and init_args; it takes the place of adapter.
         norm: "rms" or "layer" ["rms"].
         norm_placement: "pre" (x + f(norm x)) or "post" (norm(x + f(x))) ["pre"].
         norm_eps: Of the norms ["1e-6"].
@@ -131,7 +133,8 @@ class Decoder(nn.Module):
         rotary: Literal["none"] | RotaryFactory | None = None,
         bias: Literal["none"] | BiasFactory | None = None,
         linear: LinearFactory | None = None,
-        adapter: AdapterFactory | dict[str, Any] | None = None,
+        adapter: AdapterFactory | None = None,
+        adapters: dict[str, Any] | None = None,
         norm: Literal["rms", "layer"] | None = None,
         norm_placement: Literal["pre", "post"] | None = None,
         norm_eps: float | None = None,
@@ -193,7 +196,8 @@ class Decoder(nn.Module):
             "rotary": describe("rotary", rotary) if rotary else None,
             "bias": describe("bias", bias) if bias else None,
             "linear": describe("linear", linear) if linear else None,
-            "adapter": describe_adapters(adapter) if adapter else None,
+            "adapter": describe("adapter", adapter) if adapter and not adapters else None,
+            "adapters": describe_adapters(adapters) if adapters else None,
             "norm": norm,
             "norm_placement": norm_placement,
             "norm_eps": norm_eps,
@@ -234,8 +238,8 @@ class Decoder(nn.Module):
         self.head = Linear(dim, {"head": vocab_size})
         self.draw_weights()
         self._tie()
-        if config["adapter"]:
-            adapt(self, config["adapter"])
+        if named := named_adapters(config):
+            attach(self, named)
 
     def _tie(self) -> None:
         if self.tie_weights:
@@ -509,7 +513,7 @@ class Decoder(nn.Module):
 
     def after_step(self, sums: list[dict[str, Tensor]]) -> None:
         """Hand each layer's sums to its feed-forward."""
-        if self.config["adapter"]:  # the base stays, its coefficients and experts' biases too
+        if named_adapters(self.config):  # the base stays, its coefficients and experts' biases too
             return
         for part, mine in self._with_each_layer(sums, "sums"):
             part.after_step(mine)

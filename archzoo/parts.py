@@ -123,17 +123,27 @@ def describe(slot: str, part: Part) -> Spec:
     return {"class_path": path, "init_args": _plain(arguments)}
 
 
-def describe_adapters(adapter: Any) -> Spec | dict[str, Spec]:
-    """One adapter, or several by name, as plain data."""
-    if not isinstance(adapter, dict) or "class_path" in adapter:
-        return describe("adapter", adapter)
-    for name in adapter:
+def describe_adapters(adapters: dict[str, Part]) -> dict[str, Spec]:
+    """Several adapters by name, as plain data.
+
+    Raises:
+        ValueError: A name that cannot be part of a parameter's, or no adapter under it.
+    """
+    if not isinstance(adapters, dict) or "class_path" in adapters:
+        raise ValueError(f"adapters {adapters!r} must hold adapters by name; adapter takes one")
+    for name in adapters:
         if not (isinstance(name, str) and name.isidentifier()):
             raise ValueError(
                 f"adapter name {name!r} is not valid: take letters, digits and _, for it becomes "
                 "part of the parameters' names"
             )
-    return {name: describe("adapter", part) for name, part in adapter.items()}
+    return {name: describe("adapter", part) for name, part in adapters.items()}
+
+
+def named_adapters(config: dict[str, Any]) -> dict[str, Spec]:
+    """The adapters of `Decoder.config` by name, in order; one alone goes by the name "default"."""
+    one, several = config.get("adapter"), config.get("adapters")
+    return several or ({"default": one} if one else {})
 
 
 def build(slot: str, spec: Spec, *sizes: Any, **given: Any) -> Any:

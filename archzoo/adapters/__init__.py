@@ -13,6 +13,7 @@ and then trains nothing else. An adapter changes one of four kinds of things:
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ class Target(NamedTuple):
     state: dict[str, tuple[int, ...]] | None = None
 
 
-class Adapter(nn.Module):
+class Adapter(nn.Module, ABC):
     """A change of one target: ``__init__(self, target, *, targets=None, layers=None, ...)``.
 
     The decoder builds one for each target that matches. What a class declares below is checked by
@@ -72,9 +73,9 @@ class Adapter(nn.Module):
     ) -> None:
         super().__init__()
 
+    @abstractmethod
     def reset_parameters(self) -> None:
         """Draw the parameters anew."""
-        raise NotImplementedError(f"{type(self).__name__} needs reset_parameters()")
 
     def start(self, weight: Tensor) -> None:
         """Start from the weight (..., rows, columns) that it will change; called once it is known.

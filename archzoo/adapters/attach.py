@@ -12,7 +12,7 @@ from torch import nn
 from archzoo.adapters import Adapter, Kind, Target
 from archzoo.linear import Linear
 from archzoo.names import nearest
-from archzoo.parts import Spec, build, find
+from archzoo.parts import Spec, build, describe, describe_adapters, find, named_adapters
 
 if TYPE_CHECKING:
     from archzoo.decoder import Decoder
@@ -51,20 +51,44 @@ def list_targets(decoder: Decoder) -> list[Place]:
     return found
 
 
-def adapt(decoder: Decoder, entries: Spec | dict[str, Spec]) -> None:
+def adapt(decoder: Decoder, adapter: Any) -> Decoder:
+    """Put adapters on a trained decoder, in place: they alone learn, from the weights as they are.
+
+    Args:
+        decoder: Without adapters.
+        adapter: A class, a partial of one, its name or plain data; or a dict of several by name.
+
+    Raises:
+        ValueError: It has adapters already, nothing matches the targets, or the class cannot
+            change what matches.
+    """
+    if named_adapters(decoder.config):
+        raise ValueError(
+            "the model has adapters already: leave adapter out to go on training them, or merge "
+            "them first (archzoo.merge_adapters)"
+        )
+    several = isinstance(adapter, dict) and "class_path" not in adapter
+    described = describe_adapters(adapter) if several else describe("adapter", adapter)
+    config = {"adapters" if several else "adapter": described}
+    attach(decoder, named_adapters(config))
+    decoder.config |= config
+    for _, module in adapter_modules(decoder):
+        module.to(decoder.device, decoder.dtype).train(decoder.training)
+    start_adapters(decoder)
+    return decoder
+
+
+def attach(decoder: Decoder, entries: dict[str, Spec]) -> None:
     """Put adapters on a decoder and let nothing else learn.
 
     Args:
         decoder: Without adapters.
-        entries: What `Decoder.config["adapter"]` holds: one adapter, which goes by the name
-            "default", or several by name.
+        entries: Plain data by the adapters' names, as `archzoo.parts.named_adapters` gives it.
 
     Raises:
         ValueError: Nothing matches the targets, or the class cannot change what matches; the
             message names both.
     """
-    if "class_path" in entries:
-        entries = {"default": entries}
     places = list_targets(decoder)
     for parameter in decoder.parameters():
         parameter.requires_grad_(False)
@@ -189,7 +213,7 @@ def start_adapters(decoder: Decoder) -> None:
                     adapter.start(module.base_weight()[..., module.rows(name), :])
 
 
-def merge(decoder: Decoder) -> Decoder:
+def merge_adapters(decoder: Decoder) -> Decoder:
     """Put all adapters into the weights of a decoder, in place: a plain decoder again.
 
     It computes the same, to rounding, and all of it learns.
@@ -198,7 +222,7 @@ def merge(decoder: Decoder) -> Decoder:
         ValueError: It has none, or one that cannot be merged; the message names it, and nothing
             has changed.
     """
-    if not decoder.config.get("adapter"):
+    if not named_adapters(decoder.config):
         raise ValueError("this decoder has no adapter to merge")
     for path, adapter in adapter_modules(decoder):
         if not adapter.mergeable:
@@ -211,7 +235,7 @@ def merge(decoder: Decoder) -> Decoder:
     return _plain(decoder)
 
 
-def remove(decoder: Decoder) -> Decoder:
+def remove_adapters(decoder: Decoder) -> Decoder:
     """Take all adapters off a decoder, in place: the base again, bit for bit; all of it learns."""
     for module in decoder.modules():
         if isinstance(module, Linear):
@@ -225,7 +249,7 @@ def remove(decoder: Decoder) -> Decoder:
 
 
 def _plain(decoder: Decoder) -> Decoder:
-    decoder.config["adapter"] = None
+    decoder.config |= {"adapter": None, "adapters": None}
     for parameter in decoder.parameters():
         parameter.requires_grad_(True)
     return decoder

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
 
+from archzoo.adapters.attach import adapter_modules
 from archzoo.analysis.tables import Screen, show
+from archzoo.checkpoint import load
 from archzoo.decoder import Decoder
 from archzoo.models import ACTIVE_PARAMETERS, WITHIN, sized_as_named
 from archzoo.names import nearest
@@ -54,10 +57,10 @@ class Row(NamedTuple):
     paper: str
 
 
-def describe(name: str) -> Row:
-    """The facts of a preset; nothing is allocated."""
-    preset = get_preset(name)
-    decoder = _on_meta(preset.arguments)
+def describe(name: str, arguments: dict[str, Any] | None = None) -> Row:
+    """The facts of a preset, or of a decoder by its arguments; nothing is allocated."""
+    preset = get_preset(name) if arguments is None else None
+    decoder = _on_meta(preset.arguments if preset else arguments or {})
     config = decoder.config
 
     def state(tokens: int) -> int:
@@ -74,7 +77,7 @@ def describe(name: str) -> Row:
         active=active_parameters(decoder),
         state_1k=state(1_024),
         state_16k=state(16_384),
-        paper=preset.paper,
+        paper=preset.paper if preset else "",
     )
 
 
@@ -112,15 +115,20 @@ def show_command(name: str) -> None:
     """Show one model: its architecture, parts and sizes.
 
     Args:
-        name: Of a preset; `archzoo list` shows them.
+        name: Of a preset, which `archzoo list` shows; or a checkpoint: a file, or a directory of a
+            run or of `archzoo.save_pretrained`.
     """
-    preset = get_preset(name)
-    row = describe(name)
-    print(preset.about.strip(), end="\n\n")
+    if os.path.exists(name):
+        arguments = load(name, "cpu").model.config
+    else:
+        preset = get_preset(name)
+        arguments = preset.arguments
+        print(preset.about.strip(), end="\n\n")
+    row = describe(name, arguments)
     console = Screen(highlight=False)
     if not console.is_terminal:
         console.width = 200  # a file has room for a long setting
-    decoder = _on_meta(preset.arguments)
+    decoder = _on_meta(arguments)
     settings = Table(box=None, show_header=False)
     for key, value in decoder.config.items():
         if value is not None:
@@ -151,6 +159,10 @@ def parameters_by_part(decoder: Decoder) -> Iterator[tuple[str, str, int]]:
         seen.update(id(p) for p in fresh)
         return sum(p.numel() for p in fresh)
 
+    adapters: list[Any] = [module for _, module in adapter_modules(decoder)]
+    if adapters:
+        names = " + ".join(dict.fromkeys(type(module).__name__ for module in adapters))
+        yield f"{len(adapters)} x adapter", names, sum(map(count, adapters))
     yield "embedding", type(decoder.embedding).__name__, count(decoder.embedding)
     for part in ("mixer", "feed_forward"):
         modules = [getattr(block, part) for block in decoder.blocks]
@@ -211,6 +223,8 @@ def _short(spec: dict[str, Any]) -> str:
 
 def _written(value: Any) -> str:
     """A setting as YAML would have it."""
+    if isinstance(value, dict) and "class_path" not in value:  # adapters by name
+        return ", ".join(f"{name}: {_written(entry)}" for name, entry in value.items())
     if isinstance(value, dict):
         arguments = ", ".join(f"{k}: {_written(v)}" for k, v in value.get("init_args", {}).items())
         return _short(value) + (f" ({arguments})" if arguments else "")

@@ -54,7 +54,7 @@ from archzoo.checkpoint.archives import (
 )
 from archzoo.decoder import Decoder
 from archzoo.numerics import KeepsFloat32
-from archzoo.parts import SLOTS, find
+from archzoo.parts import SLOTS, find, named_adapters
 from archzoo.registry import build_decoder
 from archzoo.trust import WITHIN, strings
 
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 LAST = "last.ckpt"  # of a run's directory
 # Arguments of `Decoder` that older checkpoints do not hold.
-ADDED = {"loops", "injection", "linear", "adapter"}
+ADDED = {"loops", "injection", "linear", "adapter", "adapters"}
 DIGEST = "digest"  # in the weights' metadata, and in a run's checkpoint
 TOKENIZER_LONGEST = 2**26  # bytes of a tokenizer's file
 MISFIT = "the weights do not fit the configuration"
@@ -226,8 +226,9 @@ def _check_order(directory: Any, model: Any, tokenizer: Any, task: Any) -> None:
 
 def _check_parts(config: dict[str, Any]) -> None:
     """Refuse a part that would not be found again; warn of one that a function defines."""
-    slots = ("mixer", "feed_forward", "embedding", "rotary", "bias")
+    slots = [slot for slot in SLOTS if slot in config and slot != "adapter"]
     named = [(slot, config[slot]) for slot in slots if config[slot]]
+    named += [("adapter", spec) for spec in named_adapters(config).values()]
     named += [("mixer", spec) for spec in config["pattern"] or []]
     for slot, spec in named:
         try:
@@ -586,6 +587,9 @@ def _check_settings(config: dict[Any, Any], path: Path) -> None:
                 raise ValueError(
                     f"{path}: {name}={_short(value)}: a decoder needs a whole number of at least 1"
                 )
+        elif name == "adapters" and isinstance(value, dict):
+            for entry in value.values():
+                _check_part("adapter", entry, path)
         elif name in SLOTS:
             _check_part(name, value, path)
         elif not _fits(value, parameters[name].annotation):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from archzoo.adapters import KINDS, Adapter
-from archzoo.adapters.attach import adapter_modules, list_targets, merge, remove
+from archzoo.adapters.attach import adapter_modules, list_targets, merge_adapters, remove_adapters
 from archzoo.checkpoint import from_pretrained, save_pretrained
 from archzoo.contract.measure import (
     MODEL_VALUES,
@@ -256,13 +256,13 @@ def adapter_merged(subject: Subject) -> str:
         want = logits_of(decoder, tokens, documents=DOCUMENTS)
         if not cls.mergeable:
             try:
-                merge(decoder)
+                merge_adapters(decoder)
             except ValueError as error:
                 if cls.__name__ not in str(error):
                     raise Violation(f"merging is refused without its name: {error}") from None
                 continue
             raise Violation("it is not declared mergeable, and still merged")
-        got = logits_of(merge(decoder), tokens, documents=DOCUMENTS)
+        got = logits_of(merge_adapters(decoder), tokens, documents=DOCUMENTS)
         what = f"{model}: merged against beside the weights"
         worst = max(worst, expect_same(got, want, VALUES[torch.float64], what))
         if decoder.state_dict().keys() != base.state_dict().keys():
@@ -288,7 +288,7 @@ def adapter_saved(subject: Subject) -> str:
             loaded, _ = from_pretrained(Path(directory) / "model")
             if not torch.equal(logits_of(loaded.eval(), tokens), want):
                 raise Violation(f"{model}: save_pretrained and back, it gives other logits")
-        if not torch.equal(logits_of(remove(decoder), tokens), logits_of(base, tokens)):
+        if not torch.equal(logits_of(remove_adapters(decoder), tokens), logits_of(base, tokens)):
             raise Violation(f"{model}: removed, it leaves the base changed")
     return "bit for bit"
 

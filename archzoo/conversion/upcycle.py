@@ -18,6 +18,7 @@ from archzoo.decoder import Decoder
 from archzoo.documents import make_context
 from archzoo.feedforward.dense import GatedFeedForward
 from archzoo.feedforward.moe import MixtureOfExperts
+from archzoo.parts import named_adapters
 from archzoo.registry import build_decoder
 
 
@@ -37,7 +38,7 @@ def upcycle(dense: Decoder, *, seed: int = 0, **mixture: Any) -> Decoder:
         ValueError: The feed-forwards are no SwiGLU, or the mixture's first output would not be the
             dense one's, since weights do not sum to 1 or shared experts come on top.
     """
-    if dense.config.get("adapter"):
+    if named_adapters(dense.config):
         raise ValueError("a model with adapters cannot be upcycled: merge them first")
     spec = dense.config["feed_forward"]
     gated = all(type(block.feed_forward) is GatedFeedForward for block in dense.blocks)

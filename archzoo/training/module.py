@@ -16,11 +16,12 @@ from torch import Tensor
 
 from archzoo import block as interface
 from archzoo._version import __version__
+from archzoo.adapters.attach import adapt
 from archzoo.block import Aux
 from archzoo.checkpoint import load, read_safely, tokenizer_files, weights_digest
 from archzoo.decoder import Decoder
 from archzoo.numerics import WITHOUT_FLOAT64
-from archzoo.parts import find
+from archzoo.parts import find, named_adapters
 from archzoo.registry import build_decoder, check_size, count_parameters, create_model, get_preset
 from archzoo.states import State
 from archzoo.tasks.stream import Batch, Task
@@ -75,8 +76,8 @@ class LanguageModel(lightning.LightningModule):
         match: "parameters": set the feed-forward's width so that the model holds as many
             parameters as the preset without the swapped parts, within 1 %.
         weights: A checkpoint or a directory of `archzoo.save_pretrained` whose weights training
-            starts from, such as `archzoo upcycle` writes. The architecture is its own, and
-            what is saved keeps their digest as `base`.
+            starts from, such as `archzoo upcycle` writes. The architecture is its own but for an
+            adapter, and what is saved keeps their digest as `base`.
         learning_rate: The peak, per optimizer step.
         warmup_steps: Optimizer steps from 0 to the peak.
         schedule: "cosine", which runs until the trainer's last step, or "constant".
@@ -172,6 +173,7 @@ class LanguageModel(lightning.LightningModule):
     def _start_from(self, weights: str) -> Decoder:
         """The model that a checkpoint or directory holds, to be trained on."""
         given = {n: value for n, value in self.architecture.items() if value is not None}
+        adapter = given.pop("adapters", given.pop("adapter", None))
         refused = [name for name in given if name not in HARMLESS]
         if self.preset is not None or self.match is not None or refused:
             names = [n for n in ("preset", "match") if getattr(self, n) is not None] + refused
@@ -188,7 +190,8 @@ class LanguageModel(lightning.LightningModule):
             decoder = build_decoder(decoder.config | given)
             decoder.load_state_dict(state)
         decoder.task, decoder.base = None, weights_digest(state)
-        return decoder.to(torch.get_default_dtype())  # in which training keeps weights
+        decoder = decoder.to(torch.get_default_dtype())  # in which training keeps weights
+        return adapt(decoder, adapter) if adapter else decoder
 
     @property
     def net(self) -> Decoder:
@@ -261,6 +264,9 @@ class LanguageModel(lightning.LightningModule):
     def about(self) -> str:
         """One line: which model, how many parameters, and whether a swap is a fair one."""
         count = self.net.parameter_count()
+        if named_adapters(self.net.config):
+            learned = sum(p.numel() for p in self.net.parameters() if p.requires_grad)
+            return f"{count:,} parameters, of which {learned:,} learn: {learned / count:.1%}"
         if self.preset is None:
             return f"{count:,} parameters"
         swapped = [
@@ -868,6 +874,10 @@ def _in_full(name: str, value: Any) -> Any:
     if isinstance(value, list):
         return [_in_full("mixer", entry) for entry in value]
     if not isinstance(value, dict):
+        return value
+    if name == "adapters":
+        return {entry: _in_full("adapter", spec) for entry, spec in value.items()}
+    if "class_path" not in value:  # a part's own argument that is a dict
         return value
     parameters = inspect.signature(find(name, value["class_path"])).parameters
     defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}

@@ -278,6 +278,11 @@ def check_value(key: str, value: Any) -> None:
             for named in ARGUMENTS:
                 for name, entry in (value.get(named) or {}).items():
                     check_value(f"{key}.{name}", entry)
+        elif key == "model.adapters":  # by name
+            for name, entry in value.items():
+                if not isinstance(entry, str | dict):
+                    raise ValueError(f"{key}.{name}: {shown(entry)} is not an adapter")
+                check_value("model.adapter", entry)
         elif kinds and key != "data":
             raise ValueError(
                 f"{key} is {shown(value)}: it takes a class's name, or class_path and init_args"

@@ -1,0 +1,546 @@
+"""Adapters and the house Linear: what they compute, what they leave alone, what they declare."""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+
+import archzoo
+from archzoo.adapters import Adapter, Target
+from archzoo.adapters.attach import adapter_modules, list_targets
+from archzoo.block import Mixer
+from archzoo.contract import CHECKS, examine, run_check
+from archzoo.contract.measure import relative_error
+from archzoo.linear import Linear
+from archzoo.numerics import head_size
+
+GOLDEN = Path(__file__).parent / "golden" / "adaptation_lora.safetensors"
+MICRO = ("transformer_micro", "retnet_micro", "yuan_micro", "skywork_micro")
+
+
+# ---------------------------------------------------------------------------- adapters of a test
+
+
+class Scale(Adapter):
+    """(IA)^3: each row of y times a learned number; it says both output and delta."""
+
+    default_targets = ("value",)
+    mergeable = True
+
+    def __init__(self, target, *, targets=None, layers=None):
+        super().__init__(target, targets=targets, layers=layers)
+        self.scale = nn.Parameter(torch.empty(target.shape[-2]))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.ones_(self.scale)
+
+    def output(self, x, y):
+        return y * (self.scale - 1)
+
+    def delta(self, weight):
+        return weight * (self.scale - 1)[:, None]
+
+
+class Weighed(Adapter):
+    """W + m * W0: only the change of the weight is known, and it starts from that weight."""
+
+    kinds = ("linear", "experts")
+    mergeable = True
+
+    def __init__(self, target, *, targets=None, layers=None):
+        super().__init__(target, targets=targets, layers=layers)
+        self.amount = nn.Parameter(torch.empty(target.shape))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.zeros_(self.amount)
+
+    def delta(self, weight):
+        return self.amount.tanh()
+
+
+class Gated(Adapter):
+    """What is added depends on the token, so it cannot be merged."""
+
+    def __init__(self, target, *, targets=None, layers=None):
+        super().__init__(target, targets=targets, layers=layers)
+        rows, columns = target.shape
+        self.gate = nn.Parameter(torch.empty(columns))
+        self.vector = nn.Parameter(torch.empty(rows))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.normal_(self.gate)
+        nn.init.zeros_(self.vector)
+
+    def output(self, x, y):
+        return torch.sigmoid(x @ self.gate)[..., None] * self.vector
+
+
+class Prefix(Adapter):
+    """A learned state that every document starts from."""
+
+    kinds = ("state",)
+    default_targets = ("state",)
+    identity_at_start = False
+
+    def __init__(self, target, *, targets=None, layers=None, length: int = 3):
+        super().__init__(target, targets=targets, layers=layers)
+        for name, shape in target.state.items():
+            shape = [size or length for size in shape]
+            self.register_parameter(f"of_{name}", nn.Parameter(torch.empty(shape)))
+        self.names = list(target.state)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.5)
+
+    def prefix(self):
+        return {name: getattr(self, f"of_{name}") for name in self.names}
+
+
+class Prompt(Adapter):
+    """Vectors before the text of every document."""
+
+    kinds = ("input",)
+    default_targets = ("input",)
+    identity_at_start = False
+
+    def __init__(self, target, *, targets=None, layers=None, length: int = 4):
+        super().__init__(target, targets=targets, layers=layers)
+        self.vectors = nn.Parameter(torch.empty(length, *target.shape))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.normal_(self.vectors)
+
+    def prompt(self):
+        return self.vectors
+
+
+class RunningMean(Mixer):
+    """A newcomer's mixer, which knows nothing of prefixes."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        head_size(dim, heads)
+        self.value = nn.Linear(dim, dim)
+
+    def init_state(self, batch_size, *, capacity=None, device=None, dtype=None):
+        shape = (batch_size, 1, self.value.out_features)
+        return {"total": torch.zeros(shape, device=device, dtype=dtype)}
+
+    def step(self, x, state, context):
+        total = 0.9 * state["total"] + self.value(x)
+        return torch.tanh(total) * x, {"total": total}
+
+
+class Doubled(Linear):
+    """y = 2 x W^T + b."""
+
+    def product(self, x, rows=None):
+        y = super().product(x, rows)
+        return (
+            y + y if self.bias is None else 2 * y - (self.bias if rows is None else self.bias[rows])
+        )
+
+    def base_weight(self):
+        return 2 * self.weight
+
+
+# ---------------------------------------------------------------------------- the rules
+
+
+@pytest.mark.parametrize("cls", [archzoo.LoRA, Scale, Weighed, Gated, Prefix, Prompt])
+@pytest.mark.parametrize("rule", CHECKS["adapter"])
+def test_adapters_keep_the_rules(cls, rule):
+    finding = run_check(cls, rule)
+    assert finding.passed, finding.detail
+
+
+@pytest.mark.parametrize("options", [{"rank": 3, "rank_stabilised": True}, {"alpha": -2.0}])
+def test_lora_keeps_the_rules_with_options(options):
+    report = examine(archzoo.LoRA, **options)
+    assert report.passed, report.failures
+
+
+@pytest.mark.parametrize("cls", [Linear, Doubled])
+@pytest.mark.parametrize("rule", CHECKS["linear"])
+def test_linears_keep_the_rules(cls, rule):
+    finding = run_check(cls, rule)
+    assert finding.passed, finding.detail
+
+
+class NotAtStart(Scale):
+    def reset_parameters(self):
+        nn.init.constant_(self.scale, 1.1)
+
+
+class Dead(Scale):
+    def __init__(self, target, *, targets=None, layers=None):
+        super().__init__(target, targets=targets, layers=layers)
+        self.unused = nn.Parameter(torch.zeros(3))
+
+
+class Frozen(Scale):
+    def __init__(self, target, *, targets=None, layers=None):
+        super().__init__(target, targets=targets, layers=layers)
+        self.scale.requires_grad_(False)
+
+
+class Wrong(Scale):
+    """Called it does one thing, merged another."""
+
+    def delta(self, weight):
+        return super().delta(weight) * 1.001
+
+
+class Careless(Scale):
+    """It writes into what it is given."""
+
+    def output(self, x, y):
+        x.mul_(1.01)
+        return super().output(x, y)
+
+
+class Restless(Scale):
+    def output(self, x, y):
+        return super().output(x, y) + 1e-3 * x.mean(dim=-2, keepdim=True).mean(-1, keepdim=True)
+
+
+class Unsaved(Scale):
+    def __init__(self, target, *, targets=None, layers=None):
+        super().__init__(target, targets=targets, layers=layers)
+        self.hidden = torch.randn(())
+
+    def output(self, x, y):
+        return super().output(x, y) * self.hidden
+
+    def delta(self, weight):
+        return super().delta(weight) * self.hidden
+
+
+class Undeclared(Scale):
+    kinds = ("linear", "spoon")
+
+
+@pytest.mark.parametrize(
+    ("cls", "rule", "says"),
+    [
+        (Undeclared, "interface", "must name some of"),
+        (NotAtStart, "identity at start", "identity_at_start is declared"),
+        (Dead, "gradients", "unused' gets no gradient"),
+        (Frozen, "gradients", "scale' is frozen"),
+        (Wrong, "merged", "merged against beside the weights"),
+        (Restless, "forms equal", "logits"),
+        (Unsaved, "save and load", "other logits"),
+    ],
+)
+def test_each_rule_can_be_broken(cls, rule, says):
+    finding = run_check(cls, rule)
+    assert not finding.passed
+    assert says in finding.detail
+
+
+# ---------------------------------------------------------------------------- LoRA
+
+
+@pytest.mark.parametrize("case", ["sq", "tall", "wide"])
+def test_lora_gives_the_golden_numbers_and_gradients(case):
+    """peft's, with and without a bias and rank-stabilised scale."""
+    with safe_open(GOLDEN, "pt") as file:
+        about = file.metadata()[f"{case}.config"]
+    golden = {k.removeprefix(f"{case}."): v for k, v in load_file(GOLDEN).items() if case in k}
+    settings = dict(entry.split(": ") for entry in about.strip("{}").replace('"', "").split(", "))
+    out, width = golden["weight"].shape
+    linear = Linear(width, {"value": out}, bias="bias" in golden).double()
+    lora = archzoo.LoRA(
+        Target("linear", "value", (out, width)),
+        rank=int(settings["r"]),
+        alpha=float(settings["lora_alpha"]),
+        rank_stabilised=settings["use_rslora"] == "true",
+    ).double()
+    linear.attach("default", "value", lora)
+    with torch.no_grad():
+        linear.weight.copy_(golden["weight"])
+        if "bias" in golden:
+            linear.bias.copy_(golden["bias"])
+        assert relative_error(linear(golden["x"]), golden["y_init"]) < 1e-12
+        lora.first.copy_(golden["A"])
+        lora.second.copy_(golden["B"])
+    x = golden["x"].clone().requires_grad_()
+    y = linear(x)
+    assert relative_error(y, golden["y"]) < 1e-12
+    grads = torch.autograd.grad(y, (x, lora.first, lora.second), golden["gy"])
+    for got, name in zip(grads, ("x", "A", "B"), strict=True):
+        assert relative_error(got, golden[f"grad.{name}"]) < 1e-12
+    with torch.no_grad():
+        assert relative_error(linear.effective_weight(), golden["merged"]) < 1e-12
+
+
+def test_loras_dropout_is_of_x_and_of_training_alone():
+    torch.manual_seed(0)
+    lora = archzoo.LoRA(Target("linear", "value", (6, 400)), rank=2, dropout=0.5)
+    nn.init.normal_(lora.second)
+    x = torch.ones(1000, 400)
+    y = torch.zeros(1000, 6)
+    mean = lora.output(x, y).mean(0)
+    assert not torch.equal(lora.output(x, y), lora.output(x, y))
+    whole = lora.eval().output(x, y)
+    assert torch.equal(whole, lora.output(x, y))
+    torch.testing.assert_close(mean, whole[0], atol=0.4, rtol=0)
+
+
+def test_loras_changes_add_up_and_follow_their_order():
+    """Several adapters on one block: each sees what those before it made."""
+    net = archzoo.create_model(
+        "transformer_micro", vocab_size=20, adapters={"a": "LoRA", "b": Scale, "c": "LoRA"}
+    ).double()
+    linear = net.blocks[0].mixer.query_key_value
+    for _, module in adapter_modules(net):
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    a, b, c = (linear.adapter_modules[name]["value"] for name in "abc")
+    weight = linear.weight[linear.rows("value")]
+    w = weight + a.scale * a.second @ a.first
+    w = w * b.scale[:, None] + c.scale * c.second @ c.first
+    x = torch.randn(3, net.dim, dtype=torch.float64)
+    torch.testing.assert_close(linear(x)[:, linear.rows("value")], F.linear(x, w))
+    torch.testing.assert_close(linear.effective_weight()[linear.rows("value")], w)
+
+
+# ---------------------------------------------------------------------------- seams
+
+
+@pytest.mark.parametrize("name", MICRO)
+def test_every_matrix_of_the_blocks_can_be_adapted(name):
+    """No Linear is left that an adapter would find silently dead."""
+    net = archzoo.create_model(
+        name,
+        vocab_size=20,
+        adapter=functools.partial(archzoo.LoRA, targets=[r"blocks\..*\.(?!state$)\w+"]),
+    )
+    plain = [
+        n
+        for n, m in net.blocks.named_modules()
+        if isinstance(m, nn.Linear) and not isinstance(m, Linear)
+    ]
+    assert not plain
+    for path, module in net.blocks.named_modules():
+        if isinstance(module, Linear):
+            assert {block for block, _ in module.adapters()} == set(module.blocks), path
+    for _, module in adapter_modules(net):
+        nn.init.normal_(module.second, std=0.1)
+    net(torch.randint(20, (4, 12))).logits.square().sum().backward()
+    dead = [n for n, p in net.named_parameters() if p.requires_grad and not p.grad.abs().max()]
+    # A token's experts are few, and those that no token chose learn nothing.
+    assert not [n for n in dead if "experts" not in n]
+
+
+def test_a_bare_state_is_what_reading_the_tokens_leaves():
+    """A prefix made of the state after some tokens: as if they had been read."""
+    net = archzoo.create_model("retnet_micro", vocab_size=20, adapter=Prefix, rotary="none")
+    net = net.double().eval()
+    base = archzoo.create_model("retnet_micro", vocab_size=20, rotary="none").double().eval()
+    base.load_state_dict(archzoo.remove_adapters(net).state_dict())
+    net = archzoo.adapt(net, Prefix)
+    before, text = torch.randint(20, (1, 5)), torch.randint(20, (1, 7))
+    # The normaliser counts positions, which start anew behind a prefix: give them.
+    with torch.no_grad():
+        state = base(before, base.init_state(1)).state
+        want = base(text, state, positions=torch.arange(7)[None]).logits
+        for block, mixed in zip(
+            net.blocks, base(before, base.init_state(1)).state["blocks"], strict=True
+        ):
+            block.mixer.prefix["default"].of_memory.copy_(mixed["memory"][0])
+        got = net(text).logits
+    assert relative_error(got, want) < 1e-12
+
+
+def test_a_prefix_is_what_attention_reads_before_the_text():
+    """Keys and values of tokens, without positions: as if those tokens had been read."""
+    arguments = {"vocab_size": 20, "rotary": "none"}
+    adapter = functools.partial(Prefix, length=5)
+    net = archzoo.create_model("transformer_micro", adapter=adapter, **arguments)
+    net = net.double().eval()
+    before, text = torch.randint(20, (1, 5)), torch.randint(20, (1, 7))
+    base = archzoo.create_model("transformer_micro", **arguments).double().eval()
+    base.load_state_dict({k: v for k, v in net.state_dict().items() if ".prefix." not in k})
+    with torch.no_grad():
+        state = base(before, base.init_state(1)).state
+        for block, mixed in zip(net.blocks, archzoo.block.fork(state)["blocks"], strict=True):
+            block.mixer.prefix["default"].of_keys.copy_(mixed["keys"][0, :, :5])
+            block.mixer.prefix["default"].of_values.copy_(mixed["values"][0, :, :5])
+        want = base(text, state).logits
+        assert relative_error(net(text).logits, want) < 1e-12
+
+
+def test_a_prompt_is_what_embedded_tokens_before_the_text_give():
+    net = archzoo.create_model("yuan_micro", vocab_size=20, adapter=Prompt).double().eval()
+    before, text = torch.randint(20, (1, 4)), torch.randint(20, (1, 7))
+    with torch.no_grad():
+        net.prompt["default"].vectors.copy_(net.embedding.weight[before[0]])
+        got = net(text).logits
+        archzoo.remove_adapters(net)
+        want = net(torch.cat([before, text], 1)).logits[:, 4:]
+    assert relative_error(got, want) < 1e-12
+
+
+@pytest.mark.parametrize("cls", [Prefix, Prompt])
+def test_a_newcomers_mixer_starts_from_a_prefix_and_a_prompt(cls):
+    net = archzoo.create_model("retnet_micro", vocab_size=20, mixer=RunningMean, adapter=cls)
+    net = net.double().eval()
+    tokens = torch.randint(20, (2, 15))
+    documents = torch.tensor([[-1] * 3 + [0] * 12, [0] * 5 + [1] * 10])
+    with torch.no_grad():
+        together = net(tokens, documents=documents).logits
+        for row, begin, end in ((0, 3, 15), (1, 0, 5), (1, 5, 15)):
+            alone = net(tokens[row : row + 1, begin:end]).logits
+            assert relative_error(together[row : row + 1, begin:end], alone) < 1e-12
+        state, pieces = net.init_state(2), []
+        for begin, end in ((0, 4), (4, 5), (5, 15)):
+            output = net(tokens[:, begin:end], state, documents[:, begin:end])
+            state = output.state
+            pieces.append(output.logits)
+    valid = documents >= 0
+    assert relative_error(torch.cat(pieces, 1)[valid], together[valid]) < 1e-12
+
+
+def test_the_effective_weight_is_computed_once_and_never_stale():
+    net = archzoo.create_model(
+        "yuan_micro",
+        vocab_size=20,
+        adapter=functools.partial(archzoo.LoRA, targets=["router_value"]),
+    )
+    linear = net.blocks[0].feed_forward.router.projection
+    lora = linear.adapter_modules["default"]["router_value"]
+    with torch.no_grad():
+        first = linear.effective_weight()
+        assert linear.effective_weight() is first
+        lora.second.add_(1.0)
+        second = linear.effective_weight()
+        assert not torch.equal(second, first)
+        linear.weight.add_(1.0)
+        torch.testing.assert_close(linear.effective_weight(), second + 1)
+        net.double()
+        assert linear.effective_weight().dtype == torch.float64
+    assert linear.effective_weight().requires_grad
+    with torch.inference_mode():
+        torch.testing.assert_close(linear.effective_weight(), second.double() + 1)
+
+
+# ---------------------------------------------------------------------------- in words
+
+
+@pytest.mark.parametrize(
+    ("adapter", "says"),
+    [
+        ({"targets": ["quary"]}, "LoRA: nothing here is called 'quary'; nearest: query"),
+        ({"targets": "query"}, r"targets='query' must be a list"),
+        ({"targets": []}, "must be a list"),
+        ({"targets": ["("]}, "is not a valid regular expression"),
+        ({"layers": [2]}, "layer 2 is not one of 0 to 1"),
+        ({"targets": ["state"]}, "LoRA cannot change blocks.0.mixer.state, of the kind 'state'"),
+        ({"rank": 0}, "rank=0 must be at least 1"),
+        ({"dropout": 1.0}, "dropout=1.0 must lie in"),
+        ({"rnk": 4}, "LoRA has no argument 'rnk'; nearest: rank"),
+    ],
+)
+def test_mistakes_are_answered_in_a_line(adapter, says):
+    spec = {"class_path": "LoRA", "init_args": adapter}
+    with pytest.raises(ValueError, match=says):
+        archzoo.create_model("retnet_micro", vocab_size=20, adapter=spec)
+
+
+def test_what_cannot_be_adapted_is_refused_by_name():
+    with pytest.raises(ValueError, match="the head is the embedding's table"):
+        archzoo.create_model(
+            "transformer_micro",
+            vocab_size=20,
+            tie_weights=True,
+            adapter=functools.partial(archzoo.LoRA, targets=["head"]),
+        )
+    with pytest.raises(ValueError, match=r"Gated cannot change .*router.*has no delta"):
+        archzoo.create_model(
+            "yuan_micro", vocab_size=20, adapter=functools.partial(Gated, targets=["router_query"])
+        )
+    net = archzoo.create_model("retnet_micro", vocab_size=20)
+    with pytest.raises(ValueError, match="no adapter to merge"):
+        archzoo.merge_adapters(net)
+    archzoo.adapt(net, "LoRA")
+    with pytest.raises(ValueError, match="has adapters already"):
+        archzoo.adapt(net, "LoRA")
+    with pytest.raises(ValueError, match="must hold adapters by name"):
+        archzoo.create_model("retnet_micro", vocab_size=20, adapters={"class_path": "LoRA"})
+    with pytest.raises(ValueError, match=r"adapter name 'a\.b' is not valid"):
+        archzoo.create_model("retnet_micro", vocab_size=20, adapters={"a.b": "LoRA"})
+    with pytest.raises(ValueError, match="are both a prefix"):
+        archzoo.create_model("retnet_micro", vocab_size=20, adapters={"a": Prefix, "b": Prefix})
+
+
+def test_adapting_leaves_the_base_as_it_is_and_goes_where_it_lies():
+    net = archzoo.create_model("skywork_micro", vocab_size=20).bfloat16().eval()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    archzoo.adapt(net, "LoRA")
+    for _, module in adapter_modules(net):
+        assert not module.training
+        assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+    assert net.config["adapter"] == {"class_path": "LoRA", "init_args": {}}
+    archzoo.remove_adapters(net)
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+    assert net.state_dict().keys() == before.keys()
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    assert net.config["adapter"] is None
+
+
+def test_the_targets_of_a_decoder_are_named_by_place():
+    net = archzoo.create_model("retnet_micro", vocab_size=20)
+    places = {place.target.path: place.target for place in list_targets(net)}
+    wanted = places["blocks.1.mixer.query_key_value_gate.value"]
+    assert (wanted.kind, wanted.shape, wanted.layer) == ("linear", (64, 32), 1)
+    assert {"embedding", "blocks.0.mixer.state", "head.head"} <= places.keys()
+
+
+# ---------------------------------------------------------------------------- Linears
+
+
+def test_a_linears_blocks_are_its_rows():
+    linear = Linear(4, {"query": 3, "key": 2, "value": 5})
+    assert linear.rows("key") == slice(3, 5)
+    assert linear.rows("query", "key") == slice(0, 5)
+    with pytest.raises(ValueError, match="no block 'gate'; there are query, key, value"):
+        linear.rows("gate")
+    with pytest.raises(ValueError, match="do not lie side by side"):
+        linear.rows("query", "value")
+
+
+def test_the_slot_linear_builds_all_but_head_and_routers():
+    net = archzoo.create_model("yuan_micro", vocab_size=20, linear=Doubled)
+    for path, module in net.named_modules():
+        if isinstance(module, Linear):
+            spared = ".router." in path or path == "head"
+            assert isinstance(module, Doubled) != spared, path
+    assert net.config["linear"]["class_path"].endswith("Doubled")
+    again = archzoo.Decoder(**net.config)
+    again.load_state_dict(net.state_dict())
+    tokens = torch.randint(20, (2, 9))
+    assert torch.equal(again(tokens).logits, net(tokens).logits)
+    with pytest.raises(ValueError, match="stack is set by the part that it stands in"):
+        archzoo.create_model(
+            "retnet_micro",
+            vocab_size=20,
+            linear={"class_path": "Linear", "init_args": {"stack": 2}},
+        )
+
+
+def test_a_model_says_its_dtype_and_device():
+    net = archzoo.create_model("retnet_micro", vocab_size=20).bfloat16()
+    assert net.dtype == torch.bfloat16
+    assert net.device == torch.device("cpu")
