@@ -15,6 +15,7 @@ import archzoo
 from archzoo.adapters import Adapter, Target
 from archzoo.adapters.attach import adapter_modules, list_targets
 from archzoo.block import Mixer
+from archzoo.cli import main
 from archzoo.contract import CHECKS, examine, run_check
 from archzoo.contract.measure import relative_error
 from archzoo.linear import Linear
@@ -549,3 +550,61 @@ def test_a_model_says_its_dtype_and_device():
     net = archzoo.create_model("retnet_micro", vocab_size=20).bfloat16()
     assert net.dtype == torch.bfloat16
     assert net.device == torch.device("cpu")
+
+
+# ---------------------------------------------------------------------------- as a user runs it
+
+
+def test_a_checkpoint_is_adapted_resumed_and_read_from_the_command_line(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    run = ["--data", "Addition", "--data.digits", "1", "--trainer.accelerator", "cpu"]
+    steps = ["--trainer.max_steps", "2", "--trainer.default_root_dir"]
+    assert main(["fit", "--model.preset", "skywork_micro", *run, *steps, "base"]) == 0
+    (base,) = tmp_path.glob("base/**/last.ckpt")
+    lora = ["--model.adapter", "LoRA", "--model.adapter.targets", "[query,up]"]
+    assert main(["fit", "--model.weights", str(base), *lora, *steps, "lora"]) == 0
+    assert "parameters, of which" in capsys.readouterr().out
+    (adapted,) = tmp_path.glob("lora/**/last.ckpt")
+    before, after = (archzoo.from_pretrained(path)[0].state_dict() for path in (base, adapted))
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    moved = [name for name in after if name not in before and name.endswith("second")]
+    assert moved
+    assert all(after[name].abs().max() > 0 for name in moved)
+    optimizer = torch.load(adapted, weights_only=True)["optimizer_states"][0]
+    assert len(optimizer["state"]) == len(after) - len(before)
+    # Its own settings run again, it is resumed, read, shown, and not adapted twice.
+    config = str(adapted.parent / "config.yaml")
+    assert main(["fit", "--config", config, "--trainer.default_root_dir", "again"]) == 0
+    (again,) = tmp_path.glob("again/**/last.ckpt")
+    repeated = archzoo.from_pretrained(again)[0].state_dict()
+    assert all(torch.equal(repeated[name], tensor) for name, tensor in after.items())
+    assert main(["fit", "--ckpt_path", str(adapted), "--trainer.max_steps", "3"]) == 0
+    assert main(["generate", str(adapted), "1+2=", "--max_tokens", "2"]) == 0
+    capsys.readouterr()
+    assert main(["show", str(adapted)]) == 0
+    assert "LoRA (targets: query, up" in capsys.readouterr().out
+    assert main(["fit", "--model.weights", str(adapted), *lora, *steps, "twice"]) == 1
+    assert "has adapters already" in capsys.readouterr().err
+
+
+def test_several_adapters_stand_by_name_in_a_configuration(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = """
+model:
+  preset: retnet_micro
+  adapters:
+    sums: LoRA
+    style: {class_path: LoRA, init_args: {targets: [up], rank: 3}}
+data: {class_path: Addition, init_args: {digits: 1}}
+trainer: {max_steps: 1, accelerator: cpu, default_root_dir: two}
+"""
+    (tmp_path / "two.yaml").write_text(text)
+    assert main(["fit", "--config", "two.yaml"]) == 0
+    (path,) = tmp_path.glob("two/**/last.ckpt")
+    net, _ = archzoo.from_pretrained(path)
+    assert list(net.config["adapters"]) == ["sums", "style"]
+    assert main(["fit", "--ckpt_path", str(path), "--trainer.max_steps", "2"]) == 0
+    config = str(path.parent / "config.yaml")
+    assert main(["fit", "--config", config, "--trainer.default_root_dir", "again"]) == 0

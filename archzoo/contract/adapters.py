@@ -302,7 +302,7 @@ def adapter_casts(subject: Subject) -> str:
         decoder, base = adapted(subject, model, torch.float32)
         moved(subject, decoder, 0.01)  # or the model would be one of larger weights
         tokens = subject.tokens(BATCH, 20, decoder.vocab_size)
-        errors = []
+        errors: list[float] = []
         for net in (base, decoder):
             got = logits_of(net.bfloat16(), tokens)
             if got.dtype != torch.bfloat16:

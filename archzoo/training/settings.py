@@ -242,7 +242,12 @@ _Dumper.add_representer(
 def written(settings: Mapping[str, Any]) -> str:
     """Settings as one text for the parser, which reads the same from it."""
     text: str = yaml.dump(
-        dict(settings), Dumper=_Dumper, allow_unicode=True, default_flow_style=True, width=1 << 20
+        dict(settings),
+        Dumper=_Dumper,
+        allow_unicode=True,
+        default_flow_style=True,
+        width=1 << 20,
+        sort_keys=False,
     )
     return text
 
