@@ -764,6 +764,32 @@ def test_every_family_trains_and_comes_back(tmp_path, name):
     assert shorter.global_step == 13
 
 
+def test_an_optimizers_state_may_number_parameters_otherwise():
+    """As FSDP2's does, which numbers them in the model's order and not group by group."""
+    net = archzoo.create_model("transformer_micro")
+    sizes = [len(group["params"]) for group in decay_groups(net, 0.1)]
+    theirs = torch.randperm(sum(sizes)).tolist()  # of the parameters in the order of the groups
+    state = {
+        "state": {number: {"place": place} for place, number in enumerate(theirs)},
+        "param_groups": [{"params": theirs[: sizes[0]]}, {"params": theirs[sizes[0] :]}],
+    }
+    found = regroup(state, net)
+    numbers = [number for group in found["param_groups"] for number in group["params"]]
+    assert [found["state"][number]["place"] for number in numbers] == list(range(sum(sizes)))
+
+
+def test_weights_that_the_strategy_has_loaded_are_not_looked_for(tmp_path):
+    """FSDP2 takes them out of the checkpoint before the module sees it."""
+    make_trainer(tmp_path, max_steps=1).fit(LanguageModel("retnet_micro"), addition())
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    del checkpoint["state_dict"]
+    model = LanguageModel("retnet_micro", vocab_size=addition().vocab_size)
+    with pytest.raises(ValueError, match="the checkpoint holds no weights"):
+        model.on_load_checkpoint(checkpoint)
+    model._sharded = True
+    model.on_load_checkpoint(checkpoint)
+
+
 def test_an_optimizers_state_lies_as_the_weights_do() -> None:
     """A fused step takes weights and state as they lie, and both lay otherwise before."""
     path = Path(__file__).parent / "checkpoints" / "retnet_micro.ckpt"

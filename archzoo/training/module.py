@@ -760,7 +760,8 @@ class LanguageModel(lightning.LightningModule):
                     f"the checkpoint holds another model: {name} is {theirs.get(name)} in it and "
                     f"{ours} here"
                 )
-        self._check_weights_fit(checkpoint.get("state_dict"))
+        if not self._sharded:  # under FSDP2 Lightning has put the weights in their place by itself
+            self._check_weights_fit(checkpoint.get("state_dict"))
         files = checkpoint.get("tokenizer")
         if self.task is not None and files is not None:
             # Made again first: a file may say of truncating and the like what is switched off now.

@@ -65,7 +65,7 @@ def regroup(state: dict[str, Any], decoder: Decoder) -> dict[str, Any]:
     as they lie, and would pair numbers that do not belong together.
 
     Args:
-        state: Its `state_dict`, in which parameters are numbered group by group.
+        state: Its `state_dict`. Torch numbers parameters group by group, FSDP2 as the model does.
         decoder: Whose parameters it moved.
 
     Returns:
@@ -84,7 +84,8 @@ def regroup(state: dict[str, Any], decoder: Decoder) -> dict[str, Any]:
     sizes = [len(group["params"]) for group in state["param_groups"]]
     if sizes != [len(group) for group in before if group] or not all(map(len, now)):
         return state
-    place = {id(entry): number for number, entry in enumerate(before[0] + before[1])}
+    theirs = [number for group in state["param_groups"] for number in group["params"]]
+    place = {id(entry): n for entry, n in zip(before[0] + before[1], theirs, strict=True)}
     moved = {
         number: state["state"][place[id(entry)]]
         for number, entry in enumerate(now[0] + now[1])
