@@ -25,6 +25,8 @@ class Errs(nn.Module):
     The tokens that it is given hold the right answer, all but the stop token.
     """
 
+    device = torch.device("cpu")
+
     def __init__(self, task, errs):
         super().__init__()
         self.task, self.errs = task, errs
