@@ -9,11 +9,12 @@ and a part is swapped by naming another class for its slot. All parts share thre
 
 * **Documents.** A row of a batch holds one or more documents, each a run of tokens with one
   number; -1 marks padding, which stands only at the ends of a row. The runs decide, not the
-  numbers: a number that comes again after another begins another document, within a piece and
-  from piece to piece. Left padding and packing are the same thing seen from here: a part must
+  numbers: a number that comes again after another begins another document, within a call and
+  from call to call. Left padding and packing are the same thing seen from here: a part must
   give each document what it would give it alone. `Context` carries what a part needs to know of
   this, built once a call.
-* **State.** What a part carries from one call to the next: a dict of tensors with the batch on
+* **State.** What a part carries from one call to the next, such as a KV cache: a dict of tensors
+  with the batch on
   axis 0, of plain ints that hold for all rows, and of dicts and lists of these. It goes in and
   comes back; no module hides any of it. ``None`` in means "start empty and keep nothing", and
   ``None`` comes back. A call consumes the state it is given (it may write into it where gradients
@@ -36,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import register_dataclass
 
-from archzoo.documents import Context, init_place, make_context
+from archzoo.documents import Context, init_cursor, init_place, make_context
 from archzoo.numerics import (
     KeepsFloat32,
     at_least_float32,
@@ -75,6 +76,7 @@ __all__ = [
     "for_float64",
     "fork",
     "head_size",
+    "init_cursor",
     "init_place",
     "make_context",
     "map_state",
@@ -164,7 +166,7 @@ class Mixer(nn.Module):
 
         Args:
             batch_size: Rows.
-            capacity: Tokens that the caller expects; a growing cache makes room for them.
+            capacity: Tokens that the caller expects; a KV cache allocates its buffer for them.
             device: Where the state lives.
             dtype: The dtype of x; sums over time are kept in float32 at least.
         """
@@ -182,7 +184,7 @@ class Mixer(nn.Module):
         return {name: tuple(leaf.shape[1:]) for name, leaf in leaves if isinstance(leaf, Tensor)}
 
     def start_state(self, batch_size: int, **options: Any) -> State:
-        """`init_state`, or the prefix in its place: what the first document starts from.
+        """`init_state`, or the prefix instead of it: the initial state of the first document.
 
         A mixer that handles documents puts its prefix in where a document begins.
         """
@@ -225,7 +227,7 @@ class Mixer(nn.Module):
             return self.step(x, state, context)
         outputs = []
         for t in range(x.shape[1]):
-            here = context.piece(t, t + 1)
+            here = context.segment(t, t + 1)
             if guarded:
                 fresh = self.start_state(x.shape[0], device=x.device, dtype=x.dtype)
                 state = select_rows(here.starts[:, 0], fresh, state)
@@ -263,7 +265,7 @@ class Mixer(nn.Module):
         return self.chunkwise(x, state, context)
 
     def choose_form(self, x: Tensor, state: State | None) -> str:
-        """The form that runs when none is asked for: by facts alone, never by training mode."""
+        """The form that runs when none is given: chosen by the sizes, never by training mode."""
         return "recurrent" if x.shape[1] == 1 and state is not None else "parallel"
 
     def forward(
@@ -279,7 +281,7 @@ class Mixer(nn.Module):
         """
         form = form or self.choose_form(x, state)
         if form not in FORMS:
-            raise ValueError(f"form {form!r} is none of {', '.join(FORMS)}")
+            raise ValueError(f"form {form!r} is not one of {', '.join(FORMS)}")
         keep = state is not None
         if not keep and (form == "recurrent" or self.has_prefix):
             state = self.start_state(x.shape[0], device=x.device, dtype=x.dtype)
@@ -311,7 +313,7 @@ class Routing(NamedTuple):
         probabilities: (tokens, experts), the full distribution.
         raw_logits: (tokens, experts), before any normalisation; a z-loss reads these.
         x: (tokens, dim) or None: what the router was given, again. Experts that take it from here
-            leave the router to add up both gradients of x, in one pass with its own.
+            let the router add up both gradients of x, in one pass with its own.
     """
 
     weights: Tensor
@@ -353,8 +355,8 @@ class Embedding(nn.Module):
     #: True: the table starts as the class draws it, and not as the decoder draws matrices.
     keeps_init = False
 
-    #: True: in training it draws by the whole of a document, which therefore may not come in
-    #: pieces: the decoder refuses a state then.
+    #: True: in training it draws for a document as a whole, which must therefore come in one call:
+    #: the decoder refuses a state then.
     trains_on_whole_documents = False
 
     def init_state(
@@ -375,12 +377,16 @@ class Embedding(nn.Module):
         """
         return {}
 
-    def place(self, context: Context) -> Context:
+    def assign_positions(self, context: Context) -> Context:
         """The context as every part shall see it, this one included.
 
-        A method that chooses where tokens stand (randomised positions) puts its own positions in
-        the place of the counted ones; all others leave them.
+        A method that chooses positions itself (randomised positions) replaces the counted ones;
+        all others return the context unchanged.
         """
+        return self.place(context)
+
+    def place(self, context: Context) -> Context:
+        """Deprecated name of `assign_positions`."""
         return context
 
     def prompt_positions(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor | None:
@@ -398,7 +404,7 @@ class Embedding(nn.Module):
 
         Args:
             task: Such as an `archzoo.tasks.Task`, prepared.
-            training: It will be trained on, and not only asked.
+            training: It will be trained on, and not only evaluated.
 
         Returns:
             The constructor's arguments that changed, for the decoder's configuration.

@@ -64,11 +64,13 @@ COMMANDS = {
     "cache": Command(
         "show or remove the encoded texts that are kept", "tasks.cache", "cache_command"
     ),
-    "check": Command("hold a class of yours to the interface", "contract", "check_command"),
+    "check": Command(
+        "check that a class of yours implements the interface", "contract", "check_command"
+    ),
 }
 
-# What a person can do something about, and so needs no traceback.
-MISTAKES = (ValueError, OSError, ArithmeticError)
+# Errors that the user can fix, which need no traceback.
+USER_ERRORS = (ValueError, OSError, ArithmeticError)
 
 LONGEST = 1_000  # characters of an error's line
 
@@ -79,8 +81,8 @@ DEPENDENCIES = ("torch", "lightning", "docstring_parser", "jsonargparse", "rich"
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line; its exit status.
 
-    A mistake of the user's is answered by one line on stderr. ARCHZOO_DEBUG=1 in the environment
-    shows the traceback as well.
+    A user error is reported in one line on stderr. ARCHZOO_DEBUG=1 in the environment shows the
+    traceback as well.
 
     Args:
         arguments: What follows the program's name; None: `sys.argv`.
@@ -104,7 +106,7 @@ def _main(given: list[str]) -> int:
             asked_for[:] = modules
             for module in modules:
                 import_for_user(module)
-    except MISTAKES as error:
+    except USER_ERRORS as error:
         return complain(error)
     name, *rest = given or [""]
     if not rest and name in ("", "-h", "--help"):
@@ -118,11 +120,11 @@ def _main(given: list[str]) -> int:
     try:
         return dispatch(name, rest)
     except BrokenPipeError:
-        raise  # an OSError, and no mistake
-    except MISTAKES as error:
+        raise  # an OSError, but not a user error
+    except USER_ERRORS as error:
         return complain(error)
     except ModuleNotFoundError as error:
-        if error.name is None:  # raised by hand, by a library that says what it asks for
+        if error.name is None:  # raised by hand, by a library that says what it needs
             return complain(error)
         if error.name not in DEPENDENCIES or os.environ.get("ARCHZOO_DEBUG"):
             raise

@@ -54,7 +54,7 @@ class Output(NamedTuple):
 
     Attributes:
         logits: (batch, time or logits_to_keep, vocab_size).
-        state: To go on from, or None where none was given.
+        state: The final state, to continue from, or None where none was given.
         aux: What each layer says beside: losses, metrics, sums and pools.
     """
 
@@ -80,7 +80,7 @@ class Decoder(nn.Module):
         context_length: Longest text seen in training, in tokens; stored, never a limit.
         mixer: Over time: built as mixer(dim, heads) [Attention].
         pattern: Mixers by name, or by class_path and init_args, tiled over the depth, such as
-            [Retention, Retention, Attention]; it takes the place of mixer.
+            [Retention, Retention, Attention]; it replaces mixer.
         feed_forward: Over channels: built as feed_forward(dim, width) [GatedFeedForward].
         embedding: Of tokens: built as embedding(vocab_size, dim) [TokenEmbedding].
         rotary: On q and k: built as rotary(head_dim) [each mixer's own]; none: NoRotation.
@@ -100,14 +100,14 @@ class Decoder(nn.Module):
             branch take init_std / sqrt(2 depth) [0.02].
         activation_checkpointing: Recompute blocks in the backward pass instead of keeping them
             [False].
-        loops: The stack of blocks runs so often, with the same weights and a state for each run
-            [1].
-        injection: Add the embedding again: "layer", before every block; "loop", before every run
-            of the stack; or "none" ["none"].
+        loops: Recurrences: how many times the stack of blocks is applied, with the same weights
+            and a state for each iteration [1].
+        injection: Add the embedding again: "layer", before every block; "loop", before every
+            iteration of the stack; or "none" ["none"].
 
     Attributes:
         task: What it was trained on, as `Task.config` gives it, or None. It is saved with the
-            model, and says how numbers are written in the text that the model is asked in.
+            model, and says how numbers are written in prompts.
         base: The digest of the weights that its training started from
             (`archzoo.checkpoint.weights_digest`), or None: they were drawn.
     """
@@ -182,7 +182,7 @@ class Decoder(nn.Module):
         self.loops = loops
         self.injection = injection or "none"
         if self.injection not in ("none", "layer", "loop"):
-            raise ValueError(f"injection={injection!r} is none of none, layer and loop")
+            raise ValueError(f"injection={injection!r} is not one of none, layer and loop")
         bias = None if bias == "none" else bias
         norm, norm_placement = norm or "rms", norm_placement or "pre"
         #: All it takes to build this decoder again, as plain data: `Decoder(**config)`.
@@ -294,7 +294,7 @@ class Decoder(nn.Module):
 
         Args:
             task: Such as an `archzoo.tasks.Task`, prepared.
-            training: It will be trained on, and not only asked.
+            training: It will be trained on, and not only evaluated.
 
         Raises:
             ValueError: The embedding cannot serve this task.
@@ -313,7 +313,7 @@ class Decoder(nn.Module):
 
         Args:
             batch_size: Rows.
-            capacity: Tokens expected in all; caches make room for them at once.
+            capacity: Tokens expected in all; KV caches allocate their buffers for them at once.
             device: Default: the weights' device.
             dtype: Of activations. Default: the weights' dtype.
         """
@@ -321,7 +321,7 @@ class Decoder(nn.Module):
         options: Any = {"capacity": capacity, "device": device, "dtype": dtype}
         mixers: list[Mixer] = [block.mixer for block in self.blocks] * self.loops
         return {
-            "place": interface.init_place(batch_size, device),
+            "place": interface.init_cursor(batch_size, device),  # the key is in saved states
             "embedding": self.embedding.init_state(batch_size, **options),
             "blocks": [mixer.start_state(batch_size, **options) for mixer in mixers],
         }
@@ -344,7 +344,7 @@ class Decoder(nn.Module):
         examples: Tensor | None = None,
         form: str | None = None,
         loops: int | None = None,
-        free_loops: int = 0,
+        no_grad_loops: int = 0,
         positions: Tensor | None = None,
     ) -> tuple[Tensor, State | None, list[Aux]]:
         """`forward` up to the head: x (batch, time, dim) after the last norm, state, aux.
@@ -357,14 +357,14 @@ class Decoder(nn.Module):
             form: The same.
             loops: Runs of the stack with gradients; None: all of them. Progressive loss, in
                 which looped models are trained, takes a random number.
-            free_loops: Runs before those, without gradients.
+            no_grad_loops: Runs before those, without gradients.
             positions: As for `forward`.
         """
         tokens = check_tokens(tokens)
         check_beside(tokens, documents=documents, examples=examples, positions=positions)
         if state is not None:
             check_state(state, len(tokens), self.depth * self.loops)
-        given = (tokens, state, documents, examples, form, loops, free_loops, positions)
+        given = (tokens, state, documents, examples, form, loops, no_grad_loops, positions)
         if torch.compiler.is_compiling():
             return self._hidden(*given)
         try:
@@ -385,7 +385,7 @@ class Decoder(nn.Module):
         examples: Tensor | None,
         form: str | None,
         loops: int | None,
-        free_loops: int,
+        no_grad_loops: int,
         positions: Tensor | None,
     ) -> tuple[Tensor, State | None, list[Aux]]:
         """`hidden` of inputs whose kind is right."""
@@ -393,29 +393,29 @@ class Decoder(nn.Module):
         if state is not None and self.training and self.embedding.trains_on_whole_documents:
             raise ValueError(
                 f"{type(self.embedding).__name__} draws positions for whole documents in training, "
-                "and each piece of a text would draw others: give no state, or call eval() first"
+                "and each segment of a text would draw others: give no state, or call eval() first"
             )
-        context, place = interface.make_context(
+        context, cursor = interface.make_context(
             batch_size,
             time,
             documents=documents,
             examples=examples,
             positions=positions,
-            place=None if state is None else state["place"],
+            cursor=None if state is None else state["place"],
             device=tokens.device,
         )
-        placed = self.embedding.place(context)
+        placed = self.embedding.assign_positions(context)
         if placed is not context:
             placed = placed._replace(positions=interface.of_this_call(placed.positions))
         context = placed
         keep = state is not None
-        loops = self.loops - free_loops if loops is None else loops
-        if loops < 1 or free_loops < 0 or (keep and free_loops + loops != self.loops):
+        loops = self.loops - no_grad_loops if loops is None else loops
+        if loops < 1 or no_grad_loops < 0 or (keep and no_grad_loops + loops != self.loops):
             raise ValueError(
-                f"{free_loops} free loops and {loops} more: at least one must follow the free "
-                f"ones, and a state needs {self.loops} in all"
+                f"{no_grad_loops} iterations without gradients and {loops} with: at least one "
+                f"must have gradients, and a state needs {self.loops} in all"
             )
-        before: Sequence[State | None] = [None] * self.depth * (free_loops + loops)
+        before: Sequence[State | None] = [None] * self.depth * (no_grad_loops + loops)
         if state is not None:
             before = state["blocks"]
         carried = None if state is None else state["embedding"]
@@ -429,15 +429,15 @@ class Decoder(nn.Module):
         embedding = x
         after: list[State | None] = []
         aux: list[Aux] = []
-        if free_loops:
+        if no_grad_loops:
             with torch.no_grad():
-                for loop in range(free_loops):
+                for loop in range(no_grad_loops):
                     x = self._run(x, embedding, before, context, form, loop, after, [])
-        for loop in range(free_loops, free_loops + loops):
+        for loop in range(no_grad_loops, no_grad_loops + loops):
             x = self._run(x, embedding, before, context, form, loop, after, aux)
         if loops > 1:
             aux = [_over_loops(aux[layer :: self.depth]) for layer in range(self.depth)]
-        state = {"place": place, "embedding": embedded, "blocks": after} if keep else None
+        state = {"place": cursor, "embedding": embedded, "blocks": after} if keep else None
         if text is not None:
             x = x.gather(1, text[..., None].expand(-1, -1, x.shape[-1]))
         return self.norm(x), state, aux
@@ -488,13 +488,13 @@ class Decoder(nn.Module):
             state: From `init_state` or the call before; it is consumed. None: start empty, and
                 get none back.
             documents: (batch, time) ints: contiguous runs, -1 for padding at the ends of a row.
-                None: each row goes on with the document it is in.
+                None: each row continues the document it is in.
             examples: (batch, time) ints: the task's example numbers, for parts that draw by them.
             form: "parallel", "chunkwise" or "recurrent"; None: what is fastest here.
-            logits_to_keep: Only of the last so many tokens, 0 or more; None: of all.
-            positions: (batch, time) ints, 0 or more, for methods whose task says where tokens
-                stand (position coupling). None: counted within the document, or on from the
-                last of the piece before.
+            logits_to_keep: Only of the last tokens, this many, 0 or more; None: of all.
+            positions: (batch, time) ints, 0 or more, for methods that take positions from the
+                task (position coupling). None: counted within the document, or on from the last
+                of the call before.
 
         Raises:
             ValueError: An input that is not what is said here; the message says what to give.
@@ -542,13 +542,13 @@ def _whole(size: Any) -> bool:
 def _with_these_weights(block: nn.Module) -> Callable[..., Any]:
     """The block as it is now: computed again, it must take the tensors that it takes now.
 
-    `torch.func.functional_call` puts others in their place for the forward pass alone, and the
-    backward pass would make the block again of its own.
+    `torch.func.functional_call` replaces them for the forward pass alone, and the backward pass
+    would recompute the block with its own.
     """
     held = dict(chain(block.named_parameters(), block.named_buffers()))
-    # FSDP puts whole tensors in the place of its pieces (DTensor) by itself, each time.
-    pieces = any(type(tensor) not in (Tensor, nn.Parameter) for tensor in held.values())
-    if pieces or torch.compiler.is_compiling():
+    # FSDP replaces its shards (DTensor) by whole tensors by itself, each time.
+    sharded = any(type(tensor) not in (Tensor, nn.Parameter) for tensor in held.values())
+    if sharded or torch.compiler.is_compiling():
         return block
 
     def run(*arguments: Any) -> Any:
@@ -561,7 +561,7 @@ def _with_these_weights(block: nn.Module) -> Callable[..., Any]:
 
 
 def _over_loops(runs: list[Aux]) -> Aux:
-    """One layer's aux over its runs: the sum of each entry, and the mean of a metric."""
+    """One layer's aux over its iterations: the sum of each entry, and the mean of a metric."""
     whole = Aux()
     for aux in runs:
         for kind in ("losses", "metrics", "sums", "pools"):

@@ -9,7 +9,7 @@ plain form is made of torch's own operations, and so has all of them and goes th
   is it itself transformed? Then `plain_gradients` makes the gradients of the plain form.
 
 `torch.autograd.function.once_differentiable` answers neither: it hands out constants where the
-gradient that arrives needs none, and `torch.autograd.grad` leaves its error out of the graph.
+incoming gradient needs none, and `torch.autograd.grad` drops its error from the graph.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ def plain_gradients(
     Args:
         compute: The plain form.
         inputs: What it takes; those without gradient get None.
-        grads: Of its outputs; None where nothing arrives.
+        grads: Of its outputs; None where there is no incoming gradient.
     """
     with torch.enable_grad():
-        # Aliases: an input given twice gets the gradient of each place on its own.
+        # Aliases: an input given twice gets the gradient of each occurrence separately.
         given = [x.view_as(x) if x is not None and x.requires_grad else x for x in inputs]
         made = compute(*given)
         outputs = made if isinstance(made, tuple) else (made,)

@@ -1,4 +1,4 @@
-"""Where a text's tokens stand: documents, positions, and the context that every part is given."""
+"""Documents and positions of a text's tokens, and the context that every part is given."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Context(NamedTuple):
 
     Attributes:
         documents: int64, which document of its row a token belongs to, counted from 0 over all
-            pieces, whatever numbers the caller gave; -1 is padding.
+            segments of the text, whatever numbers the caller gave; -1 is padding.
         positions: int64, counted from 0 within the document, or as the caller gives them.
         valid: bool, not padding.
         starts: bool, the first token of its document.
         examples: int64 or None, the task's example numbers, when it gives them.
         packed: False says that no row holds padding or a second document, in this call or before
-            it, so masks may be skipped. A plain bool: no device is asked.
+            it, so masks may be skipped. A plain bool: reading it never waits for a device.
     """
 
     documents: Tensor
@@ -32,7 +32,7 @@ class Context(NamedTuple):
     examples: Tensor | None = None
     packed: bool = False
 
-    def piece(self, begin: int, end: int) -> Context:
+    def segment(self, begin: int, end: int) -> Context:
         """The same for the tokens begin..end-1."""
         return Context(
             self.documents[:, begin:end],
@@ -43,12 +43,16 @@ class Context(NamedTuple):
             self.packed,
         )
 
+    def piece(self, begin: int, end: int) -> Context:
+        """Deprecated name of `segment`."""
+        return self.segment(begin, end)
+
 
 def since_start(context: Context) -> tuple[Tensor, Tensor]:
     """How far each token is into a document that began in this call.
 
     Returns:
-        (batch, time): the document's tokens so far, this one counted, padding left out; and bool,
+        (batch, time): the document's tokens so far, this one counted, padding not; and bool,
         whether it began in this call and the token is part of it.
     """
     count = context.valid.cumsum(dim=1)
@@ -57,8 +61,8 @@ def since_start(context: Context) -> tuple[Tensor, Tensor]:
     return count - count.gather(1, start.clamp(min=0)) + 1, start >= 0
 
 
-def init_place(batch_size: int, device: torch.device | str | None = None) -> dict[str, Any]:
-    """The place before the first token: no document yet (-1), position -1, nothing packed."""
+def init_cursor(batch_size: int, device: torch.device | str | None = None) -> dict[str, Any]:
+    """The cursor before the first token: no document yet (-1), position -1, nothing packed."""
     before = torch.full((batch_size,), -1, dtype=torch.int64, device=device)
     return {
         "documents": before,
@@ -68,6 +72,9 @@ def init_place(batch_size: int, device: torch.device | str | None = None) -> dic
     }
 
 
+init_place = init_cursor  #: Deprecated name.
+
+
 def make_context(
     batch_size: int,
     time: int,
@@ -75,27 +82,27 @@ def make_context(
     documents: Tensor | None = None,
     examples: Tensor | None = None,
     positions: Tensor | None = None,
-    place: dict[str, Any] | None = None,
+    cursor: dict[str, Any] | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[Context, dict[str, Any]]:
-    """Build the context of a piece of text, and the place where it ends.
+    """Build the context of a segment of text, and the cursor at its end.
 
     Args:
         batch_size: Rows.
-        time: Tokens in each row of this piece.
+        time: Tokens in each row of this segment.
         documents: (batch, time) ints, -1 for padding; a token whose number is not that of the
-            token before it begins a document. None: each row goes on with the document it is in
+            token before it begins a document. None: each row continues the document it is in
             (or is one whole document, where nothing came before).
         examples: (batch, time) ints of the task, or None.
-        positions: (batch, time) ints, 0 or more, in the place of the counted ones; a piece
-            without any counts on from the last. None: counted within the document.
-        place: Where the piece before this one ended: the caller's number of each row's last
-            document, how many have begun, and the position of the last token, as `init_place`
+        positions: (batch, time) ints, 0 or more, instead of counted ones; a segment without any
+            counts on from the last. None: counted within the document.
+        cursor: Where the segment before this one ended: the caller's number of each row's last
+            document, how many have begun, and the position of the last token, as `init_cursor`
             and this function return it. None: nothing came before.
         device: Where the tensors live.
 
     Returns:
-        The context, and the place after the piece.
+        The context, and the cursor after the segment.
 
     Raises:
         ValueError: Documents, examples or positions of another shape than (batch, time).
@@ -107,16 +114,16 @@ def make_context(
                 f"{name} has shape {tuple(given.shape)}, the tokens {(batch_size, time)}: "
                 "give one number for every token"
             )
-    if documents is None and (place is None or not place["packed"]):
+    if documents is None and (cursor is None or not cursor["packed"]):
         # One document a row, and its number is 0: nothing to compute but positions.
         zero = constant((0,), device, torch.int64).expand(batch_size, time)
         valid = constant((True,), device, torch.bool).expand(batch_size, time)
-        if time > 1 or place is None:
+        if time > 1 or cursor is None:
             counted = torch.arange(time, device=device).expand(batch_size, time)
-            if place is not None:
-                counted = counted + (place["positions"][:, None] + 1)
+            if cursor is not None:
+                counted = counted + (cursor["positions"][:, None] + 1)
         else:
-            counted = place["positions"].view(batch_size, 1) + 1
+            counted = cursor["positions"].view(batch_size, 1) + 1
         positions = of_this_call(counted if positions is None else _copied(positions))
         context = Context(zero, positions, valid, counted == 0, examples)
         after = {
@@ -128,38 +135,38 @@ def make_context(
         return context, after
 
     index = torch.arange(time, device=device)
-    place = place or init_place(batch_size, device)
-    if documents is None:  # each row goes on with its last document
-        documents = place["documents"].clamp(min=0)[:, None].expand(batch_size, time)
+    cursor = cursor or init_cursor(batch_size, device)
+    if documents is None:  # each row continues its last document
+        documents = cursor["documents"].clamp(min=0)[:, None].expand(batch_size, time)
     documents = documents.to(torch.int64)
     valid = documents >= 0
-    # The token before a token, padding left out: a document goes on behind padding between pieces.
+    # The token before a token, skipping padding: a document continues after padding between calls.
     last_valid = torch.where(valid, index, -1).cummax(dim=1).values
     before = F.pad(last_valid[:, :-1], (1, 0), value=-1)
     previous = documents.gather(1, before.clamp(min=0))
-    previous = torch.where(before >= 0, previous, place["documents"][:, None])
+    previous = torch.where(before >= 0, previous, cursor["documents"][:, None])
     starts = valid & (documents != previous)
-    # Position within the document: tokens since its start, where that lies in this piece (index of
-    # the last start so far; -1: none), else counted on from the place before.
+    # Position within the document: tokens since its start, where that lies in this segment (index
+    # of the last start so far; -1: none), else counted on from the cursor.
     count = valid.cumsum(dim=1)
     last_start = torch.where(starts, index, -1).cummax(dim=1).values
     if positions is None:
         within = count - count.gather(1, last_start.clamp(min=0))
-        went_on = place["positions"][:, None] + count
-        positions = torch.where(last_start >= 0, within, went_on)
+        continued = cursor["positions"][:, None] + count
+        positions = torch.where(last_start >= 0, within, continued)
     positions = of_this_call(positions.long() * valid)
-    begun = place["begun"][:, None] + starts.cumsum(dim=1)
-    # The place after: the last token that is not padding; an all-padding piece moves nothing.
+    begun = cursor["begun"][:, None] + starts.cumsum(dim=1)
+    # The new cursor: the last token that is not padding; a segment of padding moves nothing.
     last = last_valid[:, -1]
     seen, at = last >= 0, last.clamp(min=0)[:, None]
-    place = {
-        "documents": torch.where(seen, documents.gather(1, at)[:, 0], place["documents"]),
+    cursor = {
+        "documents": torch.where(seen, documents.gather(1, at)[:, 0], cursor["documents"]),
         "begun": begun[:, -1].clone(),  # a view would keep all counts alive
-        "positions": torch.where(seen, positions.gather(1, at)[:, 0], place["positions"]),
+        "positions": torch.where(seen, positions.gather(1, at)[:, 0], cursor["positions"]),
         "packed": True,
     }
     runs = torch.where(valid, begun - 1, -1)
-    return Context(runs, positions, valid, starts, examples, True), place
+    return Context(runs, positions, valid, starts, examples, True), cursor
 
 
 def _copied(given: Tensor) -> Tensor:

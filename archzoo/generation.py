@@ -214,7 +214,7 @@ def generate(
     """
     form = form or "recurrent"
     if form not in FORMS:
-        raise ValueError(f"form {form!r} is none of {', '.join(FORMS)}")
+        raise ValueError(f"form {form!r} is not one of {', '.join(FORMS)}")
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens} must be at least 1")
     writing = writing_of(model.task)
@@ -333,7 +333,8 @@ def encode(
         wrong = [token for token in row if not 0 <= token < vocab_size]
         if wrong:
             raise ValueError(
-                f"token {wrong[0]} in prompt {number} is none of the model's 0 to {vocab_size - 1}"
+                f"token {wrong[0]} in prompt {number} is not one of the model's 0 to "
+                f"{vocab_size - 1}"
             )
         rows.append(row)
     return rows

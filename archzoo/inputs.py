@@ -1,6 +1,6 @@
 """Wrong inputs of a decoder, each answered by one line: the value, the rule, the way out.
 
-What would be wrong in silence is checked before a call, by facts that no device is asked for. What
+What would be wrong in silence is checked before a call, without waiting for a device. What
 ends in an error anyway is looked at only then, so that a right input pays nothing.
 """
 
@@ -72,14 +72,14 @@ def check_state(state: Any, batch_size: int, blocks: int) -> None:
         blocks: States of blocks that the decoder keeps: one for each run of each.
 
     Raises:
-        ValueError: No state of a decoder, one of another batch, or one of another depth.
+        ValueError: Not a state of a decoder, or one of another batch or depth.
     """
     if isinstance(state, tuple) and hasattr(state, "logits"):
         raise ValueError("the state is a whole output: give its .state")
     if not isinstance(state, dict) or not {"place", "embedding", "blocks"} <= state.keys():
         raise ValueError(
             f"the state is a {type(state).__name__} that no decoder made: begin with "
-            "model.init_state(batch_size), and go on with what a call gave"
+            "model.init_state(batch_size), and continue with the state that a call returned"
         )
     rows = len(state["place"]["positions"])
     if rows != batch_size:
@@ -96,7 +96,7 @@ def explain(
 ) -> str | None:
     """What is wrong with the input of a call that has failed, in one line; None: nothing here.
 
-    Only the CPU is asked for numbers: elsewhere a question could fail, too.
+    Values are read on the CPU only: on another device reading them could fail, too.
 
     Args:
         decoder: That failed.
@@ -114,7 +114,7 @@ def explain(
         try:
             low, high = (int(number) for number in tokens.aminmax())
             before = -1 if positions is None else int(positions.min())
-        except RuntimeError:  # under a transform there are no numbers
+        except RuntimeError:  # under a transform there are no values
             return None
         known = decoder.vocab_size
         if low < 0 or high >= known:
@@ -147,8 +147,8 @@ def _difference(wanted: Any, given: Any, device: torch.device, where: str) -> st
         entries = [(index, *pair) for index, pair in enumerate(zip(wanted, given, strict=True))]
     elif isinstance(wanted, Tensor):
         if not isinstance(given, Tensor):
-            return f"the {where} is a {type(given).__name__}, and no tensor"
-        # A cache begins without room, and grows along that axis.
+            return f"the {where} is a {type(given).__name__}, not a tensor"
+        # A cache begins with a buffer of length 0, and grows along that axis.
         same = len(wanted.shape) == len(given.shape) and all(
             ours in (0, theirs) for ours, theirs in zip(wanted.shape, given.shape, strict=True)
         )

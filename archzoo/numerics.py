@@ -127,7 +127,7 @@ def of_this_call(tensor: Tensor) -> Tensor:
 
 
 def head_size(dim: int, heads: int) -> int:
-    """Dim / heads, or one clear line where that is no whole number."""
+    """Dim / heads, or one clear line where that is not an integer."""
     if heads < 1 or dim % heads:
         near = [n for n in range(1, dim + 1) if dim % n == 0]
         near = sorted(sorted(near, key=lambda n: abs(n - heads))[:4])

@@ -117,7 +117,7 @@ def create_model(name: str, match: str | None = None, **overrides: Any) -> Decod
     if match != "parameters":
         raise ValueError(f"match={match!r}: the only thing to match is 'parameters'")
     if "width" in given:
-        raise ValueError(f"match='parameters' sets the width: leave width={given['width']} out")
+        raise ValueError(f"match='parameters' sets the width: omit width={given['width']}")
     sizes = {"vocab_size", "dim", "depth", "heads", "tie_weights", "context_length"}
     reference = preset.arguments | {key: given[key] for key in sizes & set(given)}
     return build_decoder(arguments | {"width": matching_width(arguments, reference)})

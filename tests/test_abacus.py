@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import archzoo
-from archzoo.block import init_place, make_context
+from archzoo.block import init_cursor, make_context
 from archzoo.checkpoint import from_pretrained, save_pretrained
 from archzoo.embeddings.abacus import AbacusEmbedding
 from archzoo.embeddings.counter_random import SHIFTS, integers, random_bits, uniform
@@ -124,13 +124,13 @@ def test_any_text_cut_anywhere_gives_the_ids_of_the_rule(data):
     part = abacus()
     assert torch.equal(rows(part, tokens, documents=documents), want)
     for cut in range(1, time):
-        state, place, found = part.init_state(1), init_place(1), []
+        state, cursor, found = part.init_state(1), init_cursor(1), []
         for piece in (slice(0, cut), slice(cut, time)):
-            context, place = make_context(
+            context, cursor = make_context(
                 1,
                 tokens[:, piece].shape[1],
                 documents=None if documents is None else documents[:, piece],
-                place=place,
+                cursor=cursor,
             )
             ids, state = part.positions(tokens[:, piece], state, context)
             found.append(ids)
@@ -262,7 +262,7 @@ def test_coverage_warns_beyond_shift_and_run_and_not_before(coupled):
         tokens = torch.zeros(1, run, dtype=torch.int64)
         part._warned = False
         if run > 10:
-            with pytest.warns(UserWarning, match=rf"{run} digits lies beyond the 10 .*=6 .*=4"):
+            with pytest.warns(UserWarning, match=rf"{run} digits is longer than the 10 .*=6 .*=4"):
                 rows(part, tokens)
         else:
             with warnings.catch_warnings():
@@ -273,7 +273,7 @@ def test_coverage_warns_beyond_shift_and_run_and_not_before(coupled):
 def test_a_run_too_long_for_the_table_reads_its_last_row_and_warns_once():
     part = abacus(max_shift=2, longest_run=3, rows=6)
     tokens = torch.zeros(1, 9, dtype=torch.int64)
-    with pytest.warns(UserWarning, match="9 digits lies beyond the 5"):
+    with pytest.warns(UserWarning, match="9 digits is longer than the 5"):
         assert rows(part, tokens)[0].tolist() == [1, 2, 3, 4, 5, 5, 5, 5, 5]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -289,7 +289,7 @@ def test_generation_warns_by_the_length_of_its_prompts(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         generate(net, texts, max_tokens=1, tokenizer=TOKENIZER)
-    with pytest.warns(UserWarning, match="6 digits lies beyond the 5"):
+    with pytest.warns(UserWarning, match="6 digits is longer than the 5"):
         generate(net, [*texts, "123456+1="], max_tokens=1, tokenizer=TOKENIZER)
 
 
@@ -338,7 +338,7 @@ def test_a_task_fills_what_was_left_open(tmp_path):
     save_pretrained(tmp_path / "model", net.eval(), TOKENIZER)
     again, _ = from_pretrained(tmp_path / "model")
     assert torch.equal(again(tokens).logits, net(tokens).logits)
-    with pytest.warns(UserWarning, match="59 digits lies beyond the 58"):
+    with pytest.warns(UserWarning, match="59 digits is longer than the 58"):
         again.bind(task_of(59))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -364,7 +364,7 @@ def test_training_widens_and_what_is_only_asked_is_held_against_it():
     """In one call: the longest number of training, and the longest that validation asks."""
     net = model(max_shift=5)
     task = SimpleNamespace(tokenizer=TOKENIZER, longest_run=4, longest_tested=10, operators="+=")
-    with pytest.warns(UserWarning, match="10 digits lies beyond the 9"):
+    with pytest.warns(UserWarning, match="10 digits is longer than the 9"):
         net.bind(task, training=True)
     assert net.embedding.coverage == 9
     assert net.config["embedding"]["init_args"]["longest_run"] == 4
@@ -491,7 +491,7 @@ def test_a_run_learns_from_its_task_resumes_to_the_bit_and_warns_beyond_its_reac
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         warnings.filterwarnings("ignore", ".*LeafSpec.*")
         trainer.test(module, Addition(digits=7, test_examples=4, batch_size=4), verbose=False)
-    with pytest.warns(UserWarning, match="9 digits lies beyond the 8"):
+    with pytest.warns(UserWarning, match="9 digits is longer than the 8"):
         trainer.test(module, Addition(digits=8, test_examples=4, batch_size=4), verbose=False)
 
 

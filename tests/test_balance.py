@@ -441,7 +441,7 @@ def test_no_token_at_all_is_no_division_by_zero():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"balance": "even"}, "balance='even' is none of"),
+        ({"balance": "even"}, "balance='even' is not one of"),
         ({"balance": "none", "adaptive": True}, "adaptive=True needs a loss"),
         ({"coefficient": -1.0}, "coefficient=-1.0 must be at least 0"),
         ({"z_coefficient": -1.0}, "z_coefficient=-1.0"),

@@ -40,30 +40,30 @@ def one_by_one(documents):
 
 
 def test_without_documents_a_row_is_one():
-    context, place = make_context(2, 4)
+    context, cursor = make_context(2, 4)
     assert context.positions.tolist() == [[0, 1, 2, 3]] * 2
     assert context.starts.tolist() == [[True, False, False, False]] * 2
     assert context.valid.all() and not context.packed
-    context, place = make_context(2, 3, place=place)
+    context, cursor = make_context(2, 3, cursor=cursor)
     assert context.positions.tolist() == [[4, 5, 6]] * 2
     assert not context.starts.any() and not context.packed
 
 
 def test_padding_and_packing():
     documents = rows([-1, -1, 3, 3, 3], [0, 0, 7, 7, -1])
-    context, place = make_context(2, 5, documents=documents)
+    context, cursor = make_context(2, 5, documents=documents)
     assert context.positions.tolist() == [[0, 0, 0, 1, 2], [0, 1, 0, 1, 0]]
     assert context.starts.tolist() == [
         [False, False, True, False, False],
         [True, False, True, False, False],
     ]
     assert torch.equal(context.valid, documents >= 0) and context.packed
-    assert place["documents"].tolist() == [3, 7] and place["positions"].tolist() == [2, 1]
+    assert cursor["documents"].tolist() == [3, 7] and cursor["positions"].tolist() == [2, 1]
 
 
 def test_a_document_goes_on_where_none_is_named():
-    _, place = make_context(2, 5, documents=rows([-1, -1, 3, 3, 3], [0, 0, 7, 7, -1]))
-    context, place = make_context(2, 2, place=place)
+    _, cursor = make_context(2, 5, documents=rows([-1, -1, 3, 3, 3], [0, 0, 7, 7, -1]))
+    context, cursor = make_context(2, 2, cursor=cursor)
     assert context.documents.tolist() == [[0, 0], [1, 1]]  # counted along the row
     assert context.positions.tolist() == [[3, 4], [2, 3]]
     assert not context.starts.any() and context.packed
@@ -71,34 +71,34 @@ def test_a_document_goes_on_where_none_is_named():
 
 def test_a_document_goes_on_behind_padding():
     """Pieces of different lengths in one batch are padded on the left, the second one too."""
-    _, place = make_context(2, 3, documents=rows([-1, 0, 0], [0, 0, 0]))
-    context, place = make_context(2, 3, documents=rows([0, 0, 0], [-1, -1, 0]), place=place)
+    _, cursor = make_context(2, 3, documents=rows([-1, 0, 0], [0, 0, 0]))
+    context, cursor = make_context(2, 3, documents=rows([0, 0, 0], [-1, -1, 0]), cursor=cursor)
     assert context.positions.tolist() == [[2, 3, 4], [0, 0, 3]]
     assert not context.starts.any()
-    assert place["positions"].tolist() == [4, 3]
+    assert cursor["positions"].tolist() == [4, 3]
 
 
 def test_a_row_of_padding_moves_nothing():
-    _, place = make_context(2, 2, documents=rows([5, 5], [6, 6]))
-    context, after = make_context(2, 2, documents=rows([-1, -1], [6, 8]), place=place)
+    _, cursor = make_context(2, 2, documents=rows([5, 5], [6, 6]))
+    context, after = make_context(2, 2, documents=rows([-1, -1], [6, 8]), cursor=cursor)
     assert after["documents"].tolist() == [5, 8] and after["positions"].tolist() == [1, 0]
     assert context.starts.tolist() == [[False, False], [False, True]]
 
 
 def test_runs_decide_what_a_document_is_and_not_their_numbers():
     """A number that comes again is another document, in one piece and in the next."""
-    context, place = make_context(1, 7, documents=rows([4, 4, 7, 4, 4, -1, 4]))
+    context, cursor = make_context(1, 7, documents=rows([4, 4, 7, 4, 4, -1, 4]))
     assert context.documents.tolist() == [[0, 0, 1, 2, 2, -1, 2]]
     assert context.positions.tolist() == [[0, 1, 0, 0, 1, 0, 2]]
-    context, place = make_context(1, 4, documents=rows([0, 0, 4, 4]), place=place)
+    context, cursor = make_context(1, 4, documents=rows([0, 0, 4, 4]), cursor=cursor)
     assert context.documents.tolist() == [[3, 3, 4, 4]]
-    context, _ = make_context(1, 2, place=place)
+    context, _ = make_context(1, 2, cursor=cursor)
     assert context.documents.tolist() == [[4, 4]] and not context.starts.any()
 
 
 def test_padding_alone_before_the_first_token():
-    _, place = make_context(1, 2, documents=rows([-1, -1]))
-    context, _ = make_context(1, 2, place=place)
+    _, cursor = make_context(1, 2, documents=rows([-1, -1]))
+    context, _ = make_context(1, 2, cursor=cursor)
     assert context.documents.tolist() == [[0, 0]]
     assert context.positions.tolist() == [[0, 1]] and context.starts.tolist() == [[True, False]]
 
@@ -114,21 +114,21 @@ def test_pieces_are_the_whole(data):
         texts.append([-1] * left + numbers)
     time = max(*map(len, texts), 1)
     documents = torch.tensor([text + [-1] * (time - len(text)) for text in texts])
-    whole, end_place = make_context(2, time, documents=documents)
+    whole, end_cursor = make_context(2, time, documents=documents)
     want_positions, want_starts = one_by_one(documents)
     assert torch.equal(whole.positions, want_positions)
     assert torch.equal(whole.starts, want_starts)
     cuts = data.draw(st.lists(st.integers(1, time), max_size=3))
     ends = sorted({0, time, *cuts})
-    place = block.init_place(2)
+    cursor = block.init_cursor(2)
     for begin, end in itertools.pairwise(ends):
-        context, place = make_context(
-            2, end - begin, documents=documents[:, begin:end], place=place
+        context, cursor = make_context(
+            2, end - begin, documents=documents[:, begin:end], cursor=cursor
         )
         for field in ("documents", "positions", "valid", "starts"):
-            assert torch.equal(getattr(context, field), getattr(whole.piece(begin, end), field))
-    assert torch.equal(place["documents"], end_place["documents"])
-    assert torch.equal(place["positions"], end_place["positions"])
+            assert torch.equal(getattr(context, field), getattr(whole.segment(begin, end), field))
+    assert torch.equal(cursor["documents"], end_cursor["documents"])
+    assert torch.equal(cursor["positions"], end_cursor["positions"])
 
 
 @pytest.mark.parametrize("name", ["documents", "examples"])

@@ -168,7 +168,7 @@ def test_numbers_beyond_the_table_warn_and_tables_too_small_are_refused():
     part = coupling().eval()
     assert part.coverage == 19
     rows(part, torch.arange(21)[None])
-    with pytest.warns(UserWarning, match="20 digits lies beyond the 19 .*max_position=20"):
+    with pytest.warns(UserWarning, match="20 digits is longer than the 19 .*max_position=20"):
         rows(part, torch.arange(22)[None])
     with pytest.raises(ValueError, match="max_position=20 is too small: an answer of 20"):
         coupling(longest_run=20)

@@ -554,7 +554,7 @@ def test_a_state_of_another_batch_is_refused(family):
 
 
 def test_unknown_form_is_refused(family):
-    with pytest.raises(ValueError, match="form 'sideways' is none of parallel, chunkwise"):
+    with pytest.raises(ValueError, match="form 'sideways' is not one of parallel, chunkwise"):
         micro(family)(torch.zeros((1, 3), dtype=torch.int64), form="sideways")
 
 
@@ -624,7 +624,7 @@ def test_examples_reach_the_embedding():
     model(torch.zeros((2, 3), dtype=torch.int64), examples=examples)
     assert torch.equal(model.embedding.seen, examples)
     context, _ = make_context(2, 3, examples=examples)
-    assert torch.equal(context.piece(1, 3).examples, examples[:, 1:])
+    assert torch.equal(context.segment(1, 3).examples, examples[:, 1:])
 
 
 # ---------------------------------------------------------------------------- training

@@ -111,7 +111,7 @@ def test_the_command_writes_a_table_and_a_figure(checkpoint, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--rotary.rope_type", "yan"], "'yan' is none of linear, ntk, dynamic, yarn, llama3"),
+        (["--rotary.rope_type", "yan"], "'yan' is not one of linear, ntk, dynamic, yarn, llama3"),
         (["--rotary.factor", "0.5"], "factor=0.5 would shorten the reach"),
         (["--rotary.faktor", "4"], "nearest: --rotary.factor"),
         (["--tail", "17"], "tail=17 must lie in 1 .. 16"),

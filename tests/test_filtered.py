@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import archzoo
-from archzoo.block import init_place, make_context
+from archzoo.block import init_cursor, make_context
 from archzoo.contract import relative_error
 from archzoo.mixers.filtered import FilteredAttention
 
@@ -65,9 +65,9 @@ def test_filter_gives_the_golden_numbers_and_gradients():
 )
 def test_filter_in_pieces_gives_the_golden_numbers(cuts, name):
     golden, mixer = load()
-    state, place, pieces = mixer.init_state(2, dtype=DOUBLE), init_place(2), []
+    state, cursor, pieces = mixer.init_state(2, dtype=DOUBLE), init_cursor(2), []
     for begin, end in zip(list(cuts)[:-1], list(cuts)[1:], strict=True):
-        context, place = make_context(2, end - begin, place=place)
+        context, cursor = make_context(2, end - begin, cursor=cursor)
         u, state = mixer.filter(golden["x"][:, begin:end], state, context)
         pieces.append(u)
     assert relative_error(torch.cat(pieces, dim=1), golden[name]) < 1e-12

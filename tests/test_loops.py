@@ -83,7 +83,7 @@ def test_a_state_for_each_run_of_the_stack(name):
 def test_free_loops_compute_the_same_and_carry_no_gradient():
     model = looped(loops=3, injection="none")
     full, _, _ = model.hidden(TOKENS)
-    got, _, _ = model.hidden(TOKENS, free_loops=1)
+    got, _, _ = model.hidden(TOKENS, no_grad_loops=1)
     torch.testing.assert_close(got, full, rtol=1e-12, atol=1e-12)
     (embedding,) = torch.autograd.grad(
         got.square().sum(), [model.embedding.weight], allow_unused=True
@@ -93,7 +93,7 @@ def test_free_loops_compute_the_same_and_carry_no_gradient():
     # With injection the embedding comes in again later; what the free loops made is a constant.
     model = looped(loops=3, injection="loop")
     weights = list(model.blocks.parameters())
-    got, _, _ = model.hidden(TOKENS, free_loops=2)
+    got, _, _ = model.hidden(TOKENS, no_grad_loops=2)
     found = torch.autograd.grad((got**3).sum(), [*weights, model.embedding.weight])
     context, _ = make_context(*TOKENS.shape)
     embedding, _ = model.embedding(TOKENS, None, context)
@@ -116,8 +116,8 @@ def test_fewer_loops_than_the_model_has():
     once = looped(loops=1, injection="loop")
     once.load_state_dict(model.state_dict())
     assert torch.equal(model.hidden(TOKENS, loops=1)[0], once.hidden(TOKENS)[0])
-    with pytest.raises(ValueError, match="3 free loops and 0 more"):
-        model.hidden(TOKENS, free_loops=3)
+    with pytest.raises(ValueError, match="3 iterations without gradients and 0 with"):
+        model.hidden(TOKENS, no_grad_loops=3)
     with pytest.raises(ValueError, match="a state needs 3 in all"):
         model.hidden(TOKENS, model.init_state(2), loops=1)
 
@@ -138,7 +138,7 @@ def test_losses_and_sums_add_up_over_the_runs_and_metrics_are_averaged():
     model = looped(loops=3)
     for block in model.blocks:
         block.feed_forward = Counts(model.dim, model.width).double()
-    _, _, aux = model.hidden(TOKENS, free_loops=1)
+    _, _, aux = model.hidden(TOKENS, no_grad_loops=1)
     assert aux == [Aux({"l": 4}, {"m": 3}, {"s": 10})] * 2
     model.after_step([layer.sums for layer in aux])
     assert [block.feed_forward.got for block in model.blocks] == [{"s": 10}] * 2
@@ -164,7 +164,7 @@ def test_branches_start_smaller_by_the_depth_that_is_run():
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [({"loops": 0}, "loops=0 must be"), ({"injection": "linear"}, "is none of none, layer")],
+    [({"loops": 0}, "loops=0 must be"), ({"injection": "linear"}, "is not one of none, layer")],
 )
 def test_refused(arguments, words):
     with pytest.raises(ValueError, match=words):

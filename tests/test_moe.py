@@ -235,7 +235,7 @@ def test_the_way_is_chosen_by_facts():
     with torch.no_grad():
         assert aligned.choose_backend(2, torch.float32, cpu) == "gather"
         assert aligned.choose_backend(many, torch.float32, cpu) == "loop"
-    with pytest.raises(ValueError, match="backend 'fast' is none of loop, grouped, gather"):
+    with pytest.raises(ValueError, match="backend 'fast' is not one of loop, grouped, gather"):
         aligned(torch.randn(2, 64), torch.rand(2, 1), torch.zeros(2, 1, dtype=int), "fast")
 
 

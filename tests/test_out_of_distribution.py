@@ -146,7 +146,7 @@ def test_lengths_that_training_cannot_cover_are_named_before_it_begins(longest, 
     said = [str(entry.message) for entry in caught if "covered" in str(entry.message)]
     assert len(said) == beyond
     if beyond:
-        assert "number of 7 digits lies beyond the 6" in said[0]
+        assert "number of 7 digits is longer than the 6" in said[0]
 
 
 def test_lengths_must_be_positive():

@@ -203,7 +203,7 @@ def test_retention_takes_randomised_positions_in_all_forms():
 
 def ids(part, documents, examples):
     context, _ = make_context(*documents.shape, documents=documents, examples=examples)
-    return part.place(context).positions
+    return part.assign_positions(context).positions
 
 
 def test_learned_positions_count_within_the_document_and_start_at_random():
@@ -231,7 +231,7 @@ def test_a_text_beyond_the_table_is_refused():
     part = LearnedPositions(29, 8, longest=10).eval()
     tokens = torch.zeros(1, 11, dtype=torch.int64)
     part(tokens[:, :10], None, make_context(1, 10)[0])
-    with pytest.raises(ValueError, match="position 10 lies beyond the 10"):
+    with pytest.raises(ValueError, match="position 10 is not one of the 10"):
         part(tokens, None, make_context(1, 11)[0])
 
 
@@ -289,7 +289,7 @@ def test_evaluation_spreads_texts_evenly_and_draws_nothing():
 
 
 def test_positions_of_a_task_are_not_drawn():
-    with pytest.raises(ValueError, match="PositionCoupling stands where its task says"):
+    with pytest.raises(ValueError, match="PositionCoupling takes its positions from the task"):
         RandomisedPositions(29, 8, embedding="PositionCoupling")
 
 

@@ -16,7 +16,7 @@ def test_runs_are_drawn_as_the_rule_says(loops):
     counts = torch.zeros(loops, loops + 1)
     for step in range(4000):
         (one,) = passes(loops, 1.0, 3, step)
-        counts[one.free_loops, one.loops] += 1
+        counts[one.no_grad_loops, one.loops] += 1
     assert counts.sum() == 4000
     for free in range(loops):
         most = min(loops - free, max(loops // 2, 1))
@@ -86,21 +86,21 @@ def test_gradients_are_those_computed_by_hand(tmp_path, share):
     net, batch = module.net, seen.batch
     net.load_state_dict(seen.weights, strict=False)
     (drawn,) = passes(4, 1.0, 5, 2)
-    assert drawn.free_loops, "a step without free runs would prove little"
+    assert drawn.no_grad_loops, "a step without free runs would prove little"
 
-    def loss(loops, free_loops):
+    def loss(loops, no_grad_loops):
         context, _ = make_context(*batch["tokens"].shape, documents=batch["documents"])
         embedding, _ = net.embedding(batch["tokens"], None, context)
         x = embedding
-        for loop in range(free_loops + loops):
+        for loop in range(no_grad_loops + loops):
             x = x + embedding if loop else x
             for block in net.blocks:
                 x, _, _ = block(x, None, context)
-            if loop < free_loops:
+            if loop < no_grad_loops:
                 x = x.detach()
         return F.cross_entropy(net.head(net.norm(x)).flatten(0, 1), batch["labels"].flatten())
 
-    total = (1 - share) * loss(4, 0) + share * loss(drawn.loops, drawn.free_loops)
+    total = (1 - share) * loss(4, 0) + share * loss(drawn.loops, drawn.no_grad_loops)
     names, weights = zip(*net.named_parameters(), strict=True)
     want = dict(zip(names, torch.autograd.grad(total, weights), strict=True))
     for name in names:

@@ -164,9 +164,9 @@ def test_overriding_a_preset_leaves_the_preset():
         (
             "retnet_micro",
             {"feed_forward": {"class_path": "GatedFeedForward", "init_args": {"activation": "x"}}},
-            "activation='x' is none of silu, gelu, relu",
+            "activation='x' is not one of silu, gelu, relu",
         ),
-        ("retnet_micro", {"match": "parameters", "width": 64}, "leave width=64 out"),
+        ("retnet_micro", {"match": "parameters", "width": 64}, "omit width=64"),
         ("retnet_micro", {"norm": "batch"}, "neither rms nor layer"),
         ("retnet_micro", {"norm_placement": "mid"}, "neither pre nor post"),
         ("retnet_micro", {"dropout": 1.0}, r"must lie in \[0, 1\)"),

@@ -471,7 +471,7 @@ def test_scaling_keeps_what_was_set_and_knows_the_trained_length():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"rope_type": "ntkk"}, "rope_type='ntkk' is none of default, linear, ntk"),
+        ({"rope_type": "ntkk"}, "rope_type='ntkk' is not one of default, linear, ntk"),
         ({"factor": 0.5}, "factor=0.5 would shorten"),
         ({"rope_type": "yarn", "factor": 2.0}, "original_max_position_embeddings=None"),
         ({"partial_rotary_factor": 0.05}, r"head_dim=16 \* 0.05 gives 0 channels"),

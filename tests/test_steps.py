@@ -102,7 +102,7 @@ def by_hand(model, batches, each=EACH):
                 net.loops, model.progressive_loss, model.progressive_seed, taken
             ):
                 x, after, aux = net.hidden(
-                    tokens, state, batch.get("documents"), loops=loops, free_loops=free
+                    tokens, state, batch.get("documents"), loops=loops, no_grad_loops=free
                 )
                 pooled = net.pooled_losses([layer.pools for layer in aux])
                 loss = F.cross_entropy(

@@ -170,9 +170,9 @@ def test_positions_are_drawn_on_the_cpu(device: None) -> None:
     documents = torch.tensor([[0, 0, 0, 1, 1, 1], [-1, -1, 3, 3, 3, 3]])
     want, _ = make_context(2, 6, documents=documents, examples=examples)
     found, _ = make_context(2, 6, documents=move(documents), examples=move(examples), device=DEVICE)
-    drawn = embedding.place(found).positions
+    drawn = embedding.assign_positions(found).positions
     assert isinstance(drawn, There)
-    assert torch.equal(drawn.inner, embedding.place(want).positions)
+    assert torch.equal(drawn.inner, embedding.assign_positions(want).positions)
 
 
 def test_the_stand_in_refuses_float64(device: None) -> None:

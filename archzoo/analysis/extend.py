@@ -59,7 +59,7 @@ class Scaling:
     def __post_init__(self) -> None:
         known = get_args(RopeType)[1:]
         if self.rope_type is not None and self.rope_type not in known:
-            raise ValueError(f"rope_type={self.rope_type!r} is none of {', '.join(known)}")
+            raise ValueError(f"rope_type={self.rope_type!r} is not one of {', '.join(known)}")
         if self.factor is not None and self.factor < 1:
             raise ValueError(f"factor={self.factor} would shorten the reach: take 1 or more")
 

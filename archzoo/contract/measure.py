@@ -62,17 +62,17 @@ def expect_zero(gradient: Tensor | None, what: str) -> None:
 
 
 def context_of(
-    x: Tensor, documents: Tensor | None = None, place: Any = None
+    x: Tensor, documents: Tensor | None = None, cursor: Any = None
 ) -> tuple[Context, Any]:
-    """The context of x (batch, time, ...) after `place`, and the place that follows.
+    """The context of x (batch, time, ...) after `cursor`, and the cursor that follows.
 
     Args:
         x: (batch, time, ...).
         documents: (batch, time) int, or None: one document a row.
-        place: Where the text before x ended; None: nothing came before.
+        cursor: Where the text before x ended; None: nothing came before.
     """
     return interface.make_context(
-        x.shape[0], x.shape[1], documents=documents, place=place, device=x.device
+        x.shape[0], x.shape[1], documents=documents, cursor=cursor, device=x.device
     )
 
 

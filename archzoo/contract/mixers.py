@@ -37,40 +37,40 @@ from archzoo.contract.subject import BATCH, LONGEST, Subject
 from archzoo.states import State
 
 
-class Stand(NamedTuple):
-    """Where a text stopped: the part's state, and the place of its rows."""
+class Carried(NamedTuple):
+    """Where a text stopped: the part's state, and the cursor of its rows."""
 
     state: State
-    place: Any
+    cursor: Any
 
-    def map(self, function: Callable[[Any], Any]) -> Stand:
-        return Stand(function(self.state), function(self.place))
+    def map(self, function: Callable[[Any], Any]) -> Carried:
+        return Carried(function(self.state), function(self.cursor))
 
 
-def _start(mixer: Mixer, x: Tensor, capacity: int | None = None) -> Stand:
+def _start(mixer: Mixer, x: Tensor, capacity: int | None = None) -> Carried:
     batch = x.shape[0]
     state = mixer.init_state(batch, capacity=capacity, device=x.device, dtype=x.dtype)
-    return Stand(state, interface.init_place(batch, x.device))
+    return Carried(state, interface.init_cursor(batch, x.device))
 
 
 def _walk(
     mixer: Mixer,
     x: Tensor,
     plan: Sequence[tuple[int, str | None]],
-    stand: Stand | None = None,
+    carried: Carried | None = None,
     documents: Tensor | None = None,
-) -> tuple[Tensor, Stand]:
+) -> tuple[Tensor, Carried]:
     """Run x (batch, time, dim) in pieces of (length, form), handing the state on."""
-    state, place = stand or _start(mixer, x)
+    state, cursor = carried or _start(mixer, x)
     outputs, begin = [], 0
     for length, form in plan:
         end = begin + length
         piece = None if documents is None else documents[:, begin:end]
-        context, place = context_of(x[:, begin:end], piece, place)
+        context, cursor = context_of(x[:, begin:end], piece, cursor)
         y, state = mixer(x[:, begin:end], state, context, form)
         outputs.append(y)
         begin = end
-    return torch.cat(outputs, dim=1), Stand(state, place)
+    return torch.cat(outputs, dim=1), Carried(state, cursor)
 
 
 def _whole(
@@ -90,7 +90,7 @@ def mixer_interface(subject: Subject) -> str:
     x = subject.draw(BATCH, 7, subject.dim, dtype=torch.float32)
     context, _ = context_of(x)
     with torch.no_grad():
-        given = mixer.step(x[:, :1], _start(mixer, x).state, context.piece(0, 1))
+        given = mixer.step(x[:, :1], _start(mixer, x).state, context.segment(0, 1))
         if not (isinstance(given, tuple) and len(given) == 2 and given[1] is not None):
             what = "y and None" if isinstance(given, tuple) else f"a {type(given).__name__}"
             raise Violation(f"step returns {what}: it must return y and the state after the token")
@@ -177,9 +177,9 @@ def mixer_reach(subject: Subject) -> str:
         if not gradient[:, :-1].abs().max():
             raise Violation(f"{form}: the last of {time} tokens sees none before it: it must mix")
     x = subject.draw(2, 9, subject.dim)
-    place = interface.init_place(2)
-    place["positions"] += 70_000
-    context, _ = context_of(x, None, place)
+    cursor = interface.init_cursor(2)
+    cursor["positions"] += 70_000
+    context, _ = context_of(x, None, cursor)
     worst = 0.0
     with torch.no_grad():
         want = mixer(x, None, context, "recurrent")[0]
@@ -274,7 +274,7 @@ def mixer_documents(subject: Subject) -> str:
             (f"{a} then {b}", [(cut, a), (40 - cut, b)]) for a in FORMS for b in FORMS if a != b
         ]
         for name, plan in ways:
-            y, stand = _walk(mixer, x, plan, documents=documents)
+            y, carried = _walk(mixer, x, plan, documents=documents)
             outputs = [("from a state", y)]
             if len(plan) == 1:
                 outputs.append(("without one", _whole(mixer, x, plan[0][1], documents)))
@@ -292,7 +292,7 @@ def mixer_documents(subject: Subject) -> str:
                         worst = max(worst, expect_same(here, want, VALUES[torch.float64], what))
             behind = F.pad(tail, (0, 0, 3, 0), value=9.0)  # the next piece may be padded, too
             numbers = F.pad(torch.tensor(last)[:, None].expand(-1, 4), (3, 0), value=-1)
-            y, _ = _walk(mixer, behind, [(5, plan[-1][1]), (2, "recurrent")], stand, numbers)
+            y, _ = _walk(mixer, behind, [(5, plan[-1][1]), (2, "recurrent")], carried, numbers)
             y = y[:, 3:]
             for index, kind in enumerate(rows):
                 want = alone[last[index]][0, sizes[last[index]] :]
@@ -330,8 +330,8 @@ def _owns_its_tensors(mixer: Mixer, x: Tensor) -> None:
     """A state may not be a small view of something large."""
     for form in FORMS:
         with torch.no_grad():
-            _, stand = _walk(mixer, x, [(x.shape[1], form)])
-        for tensor in tensors_of(stand.state):
+            _, carried = _walk(mixer, x, [(x.shape[1], form)])
+        for tensor in tensors_of(carried.state):
             held, own = tensor.untyped_storage().nbytes(), tensor.numel() * tensor.element_size()
             if held > 2 * own:
                 raise Violation(
@@ -353,15 +353,15 @@ def mixer_state(subject: Subject) -> str:
     for first, then in (("recurrent", "recurrent"), ("chunkwise", "parallel")):
         plan = [(2, then), (more - 2, "recurrent")]
         with torch.no_grad():
-            _, stand = _walk(mixer, x[:, :time], [(time, first)])
+            _, carried = _walk(mixer, x[:, :time], [(time, first)])
             ways = {
-                "forked": stand.map(interface.fork),
-                "saved and loaded": stand.map(saved_and_loaded),
-                "moved": stand.map(lambda state: interface.to(interface.fork(state), "cpu")),
+                "forked": carried.map(interface.fork),
+                "saved and loaded": carried.map(saved_and_loaded),
+                "moved": carried.map(lambda state: interface.to(interface.fork(state), "cpu")),
             }
-            reordered = stand.map(lambda state: interface.reorder(state, rows))
+            reordered = carried.map(lambda state: interface.reorder(state, rows))
             want = _whole(mixer, x)[:, time:]
-            _walk(mixer, rest, plan, stand)  # consumes the state; its copies must not notice
+            _walk(mixer, rest, plan, carried)  # consumes the state; its copies must not notice
             for name, copied in ways.items():
                 got, _ = _walk(mixer, rest, plan, copied)
                 what = f"a state {name} after {first}: goes on as the one it was made from"
@@ -370,8 +370,8 @@ def mixer_state(subject: Subject) -> str:
             what = f"rows of a state reordered after {first}: every tensor has the batch first"
             worst = max(worst, expect_same(got, want[rows], VALUES[torch.float64], what))
         past = x[:, :time].clone().requires_grad_()
-        _, stand = _walk(mixer, past, [(time, first)])
-        cut, _ = _walk(mixer, rest, plan, stand.map(interface.detach))
+        _, carried = _walk(mixer, past, [(time, first)])
+        cut, _ = _walk(mixer, rest, plan, carried.map(interface.detach))
         what = "a detached state goes on as the whole does"
         worst = max(worst, expect_same(cut, want, VALUES[torch.float64], what))
         expect_zero(gradients_of(cut.sum(), [past])[0], "a detached state lets a gradient through")
@@ -449,10 +449,10 @@ def _sums_are_wide(mixer: Mixer, x: Tensor, when: str) -> None:
     """
     x = x.clone().requires_grad_()
     for form in FORMS:
-        _, stand = _walk(mixer, x[:, :32], [(32, form)])
-        shapes = [tensor.shape for tensor in tensors_of(stand.state)]
-        _, stand = _walk(mixer, x[:, 32:], [(x.shape[1] - 32, form)], stand)
-        for tensor, shape in zip(tensors_of(stand.state), shapes, strict=False):
+        _, carried = _walk(mixer, x[:, :32], [(32, form)])
+        shapes = [tensor.shape for tensor in tensors_of(carried.state)]
+        _, carried = _walk(mixer, x[:, 32:], [(x.shape[1] - 32, form)], carried)
+        for tensor, shape in zip(tensors_of(carried.state), shapes, strict=False):
             if not tensor.requires_grad or tensor.shape != shape:
                 continue
             real = torch.view_as_real(tensor) if tensor.is_complex() else tensor

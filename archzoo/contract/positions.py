@@ -58,12 +58,12 @@ def embedding_pieces(subject: Subject) -> str:
     tokens = subject.tokens(BATCH, 40, vocab_size)
 
     def run(tokens: Tensor, ends: Sequence[int], documents: Tensor | None = None) -> Tensor:
-        state, place = part.init_state(len(tokens)), interface.init_place(len(tokens))
+        state, cursor = part.init_state(len(tokens)), interface.init_cursor(len(tokens))
         outputs = []
         for begin, end in itertools.pairwise([0, *ends]):
             piece = None if documents is None else documents[:, begin:end]
-            context, place = context_of(tokens[:, begin:end], piece, place)
-            context = part.place(context)
+            context, cursor = context_of(tokens[:, begin:end], piece, cursor)
+            context = part.assign_positions(context)
             x, state = part(tokens[:, begin:end], state, context)
             state = interface.map_state(torch.clone, state)
             at = context.positions.to(x.dtype)[..., None].expand(len(tokens), -1, 1)
@@ -74,7 +74,7 @@ def embedding_pieces(subject: Subject) -> str:
 
     with torch.no_grad():
         whole = run(tokens, [40])
-        stateless = part(tokens, None, part.place(context_of(tokens)[0]))[0]
+        stateless = part(tokens, None, part.assign_positions(context_of(tokens)[0]))[0]
         if not torch.equal(stateless, whole[..., :-1]):
             raise Violation("without a state it gives other numbers than from an empty one")
         cuts = sorted(subject.random.sample(range(1, 40), k=3))
@@ -110,7 +110,7 @@ def embedding_training(subject: Subject) -> str:
         context, _ = interface.make_context(
             *some.shape, documents=documents, examples=examples[rows, begin:end]
         )
-        context = part.place(context)
+        context = part.assign_positions(context)
         return part(some, None, context)[0], context.positions
 
     everything = slice(None)

@@ -1,4 +1,4 @@
-"""Abacus: each digit knows its place in its number.
+"""Abacus: each digit knows its index in its number.
 
 A digit's row is its index in its run of digits, counted from 1 and shifted in training by a random
 number, so that short numbers train the rows that long ones will read::
@@ -28,7 +28,7 @@ from archzoo.states import State
 
 
 class AbacusEmbedding(DigitEmbedding):
-    """``x_t = norm(words[token_t] + table[row_t])``, the row a digit's place in its number.
+    """``x_t = norm(words[token_t] + table[row_t])``, the row a digit's index in its number.
 
     Rows: digits read their index in the run, from 1; all other tokens share row 0, a learned row
     like any other. Coupled, digits read one row more, and the operators read row 1, just below the
@@ -37,8 +37,8 @@ class AbacusEmbedding(DigitEmbedding):
     ``k ~ U{0 .. max_shift}``, a function of (seed, example number); in evaluation k = 0.
 
     Only rows 1 to ``max_shift + longest_run`` are ever trained, so longer runs of digits cannot
-    work: evaluation beyond that warns (on the CPU when it meets one; on other devices, which are
-    not asked, where a task says how long its numbers are).
+    work: evaluation on longer ones warns (on the CPU when it sees one; on other devices, which
+    must not synchronise, where a task says how long its numbers are).
 
     Digits must be tokens of their own, written least significant first. The state is the index
     where the text stopped, (batch,) int64.
@@ -58,7 +58,7 @@ class AbacusEmbedding(DigitEmbedding):
         rows: Of the table; max_shift + longest_run + 1 are needed, coupled one more.
         normalise: RMS norm of the sum.
         std: Standard deviation of words and rows at the start. They want to be large: each moves
-            little against its size then, and rows that training meets rarely stay apart from each
+            little against its size then, and rows that are rarely trained stay distinct from each
             other. None: the decoder's init_std, for a head that is tied to the words.
         seed: Of the shifts.
 
@@ -102,7 +102,7 @@ class AbacusEmbedding(DigitEmbedding):
         self.check_rows()
 
     def check_rows(self) -> None:
-        """Refuse a table that max_shift and the longest run do not fit in."""
+        """Refuse a table that is too small for max_shift and the longest run."""
         needed = self.max_shift + (self.longest_run or 1) + 1 + self.coupled
         if self.rows < needed:
             raise ValueError(
@@ -113,8 +113,8 @@ class AbacusEmbedding(DigitEmbedding):
     @property
     def coverage(self) -> int:
         """The longest run of digits all of whose rows training can have reached."""
-        room = self.rows - 1 - self.coupled
-        return room if self.longest_run is None else min(room, self.max_shift + self.longest_run)
+        most = self.rows - 1 - self.coupled
+        return most if self.longest_run is None else min(most, self.max_shift + self.longest_run)
 
     @property
     def reason(self) -> str:

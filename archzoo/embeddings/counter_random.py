@@ -1,8 +1,8 @@
-"""Random numbers as a function of (seed, example number), on the device where the numbers live.
+"""Counter-based random numbers: a function of (seed, example number), on the numbers' device.
 
 What a position method draws in training must not depend on batch size, packing, the rank that
 computes a row, or the point where a run was resumed, and must be the same where a block is
-recomputed or compiled. A generator that moves on gives none of this; a hash of the example number
+recomputed or compiled. A generator with a state gives none of this; a hash of the example number
 gives all. It is the generator of `archzoo.tasks.counter_random.random_bits`, bit for bit, in torch.
 """
 
@@ -15,7 +15,7 @@ from archzoo.documents import Context
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 0xFFFFFFFFFFFFFFFF
 
-# Keep uses of one seed apart, and from those of the tasks, which count from 0.
+# Streams: they separate the uses of one seed, also from those of the tasks, which count from 0.
 SHIFTS, STARTS, SUBSETS, LOOPS = 101, 102, 103, 104
 
 
@@ -56,7 +56,7 @@ def random_bits(seed: int, stream: int, numbers: Tensor, draws: int | Tensor = 0
 
     Args:
         seed: Any integer.
-        stream: Keeps uses of one seed apart.
+        stream: Separates different uses of one seed.
         numbers: int64 of any shape.
         draws: k, an int or int64 of a shape that fits.
 

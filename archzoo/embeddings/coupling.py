@@ -1,6 +1,6 @@
-"""Position coupling: tokens that must be looked at together share a position.
+"""Position coupling: tokens that belong together share a position.
 
-Digits of equal significance have equal positions, wherever they stand, and the operators stand
+Digits of equal significance have equal positions, wherever they stand, and the operators come
 just below the units. The answer is written least significant digit first; the numbers of the
 problem as people write them, or reversed as well::
 
@@ -70,7 +70,7 @@ class PositionCoupling(DigitEmbedding):
     """``x_t = norm(words[token_t] + table[position_t])``, positions coupled by the task.
 
     The batches of the task hold them (``positions``, as `coupled_positions` makes them), and a
-    text goes on by counting, which is right for an answer whose units come first. In training
+    text continues by counting, which is right for an answer whose units come first. In training
     every position but 0 is shifted by one k for all of an example, ``k ~ U{0 .. max_position -
     m}``, m the largest position of the example, a function of (seed, example number): whatever
     its length, an example may reach the table's last row. In evaluation k = 0. Since m is known
@@ -199,8 +199,8 @@ class PositionCoupling(DigitEmbedding):
         if self.training:
             way_out = "AbacusEmbedding with max_shift=0"
             bits = random_bits(self.seed, STARTS, examples_of(context, way_out))
-            room = self.max_position - largest_of_document(rows, context)
-            rows = torch.where(rows > 0, rows + integers(bits, room.clamp(min=0) + 1), rows)
+            most = self.max_position - largest_of_document(rows, context)
+            rows = torch.where(rows > 0, rows + integers(bits, most.clamp(min=0) + 1), rows)
         return self.look_up(tokens, rows.clamp(max=self.max_position)), state
 
 

@@ -1,4 +1,4 @@
-"""Digits in text: where each stands in its number, and what embeddings that ask so share."""
+"""Digits in text: the index of each in its number, and what the embeddings that read it share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPERATOR, DIGIT = 1, 2  # what a token is; 0: anything else
 
 
 class DigitTokenizer(Protocol):
-    """What is asked of a tokenizer; those of the tasks have it."""
+    """What a tokenizer must have; those of the tasks do."""
 
     @property
     def digit_tokens(self) -> list[int] | None:
@@ -31,7 +31,7 @@ class DigitTokenizer(Protocol):
 
 
 class DigitTask(Protocol):
-    """What is asked of a task.
+    """What a task must have.
 
     It may also say, where its texts hold problems and numbers:
 
@@ -51,17 +51,17 @@ def count_digits(is_digit: Tensor, context: Context, before: Tensor | None) -> T
     """The index of each digit in its run, from 1; 0 elsewhere.
 
     With ``m_t`` = 1 on digits, ``c_t = m_t (c_{t-1} + 1)``, in closed form: the tokens so far less
-    the tokens up to the last one that is no digit. A document starts a run; padding is seen
-    through, since a document may go on behind it.
+    the tokens up to the last one that is not a digit. A document starts a run; padding is ignored,
+    since a document may continue after it.
 
     Args:
         is_digit: (batch, time) bool.
         context: Of the same tokens.
-        before: (batch,) int64, the count where the piece before this one ended. None: nothing
+        before: (batch,) int64, the count where the segment before this one ended. None: nothing
             came before.
 
     Returns:
-        (batch, time) int64; at padding the count before it, as the document may go on.
+        (batch, time) int64; at padding the count before it, as the document may continue.
     """
     if before is None:
         before = torch.zeros(len(is_digit), dtype=torch.int64, device=is_digit.device)
@@ -134,7 +134,7 @@ class DigitEmbedding(RowEmbedding):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DigitEmbedding:
         super()._apply(fn, recurse)
-        self._sort_tokens()  # `to_empty` leaves a buffer undefined, and no file holds this one
+        self._sort_tokens()  # `to_empty` makes the buffer undefined, and the state dict lacks it
         return self
 
     def known_kinds(self) -> Tensor:
@@ -152,10 +152,10 @@ class DigitEmbedding(RowEmbedding):
     # ------------------------------------------------------------------------ what a task knows
 
     def bind(self, task: DigitTask, *, training: bool = False) -> dict[str, Any]:
-        """Fill what was left at None from a task, or hold what is known against it.
+        """Fill arguments that are None from a task, or check it against those that are known.
 
-        In training its numbers widen what is covered, and those that are only asked are checked
-        against that; else all are.
+        In training its numbers extend the coverage, and those that are only validated on are
+        checked against it; otherwise all are.
 
         Args:
             task: Any; see `DigitTask` for what it may say.
@@ -188,7 +188,7 @@ class DigitEmbedding(RowEmbedding):
             changed["operator_tokens"] = [token for (token,) in signs]
             self.operator_tokens = self._checked("operator_tokens", changed["operator_tokens"])
         elif self.operators and self.operator_tokens and training:
-            # A model that goes on with another task meets signs that the first one did not have.
+            # A model that is trained further on another task sees signs that the first one lacked.
             signs = [tokenizer.encode(sign) for sign in operators]
             new = [s[0] for s in signs if len(s) == 1 and s[0] not in self.operator_tokens]
             if new:
@@ -210,7 +210,7 @@ class DigitEmbedding(RowEmbedding):
     # ------------------------------------------------------------------------ how far it reaches
 
     def check_rows(self) -> None:
-        """Refuse a table that the numbers of training do not fit in."""
+        """Refuse a table that is too small for the numbers of training."""
         raise NotImplementedError
 
     @property
@@ -224,11 +224,11 @@ class DigitEmbedding(RowEmbedding):
         raise NotImplementedError
 
     def check_coverage(self, run: int) -> bool:
-        """Warn where a run of so many digits reads rows that were never trained; False then."""
+        """Warn where a run of that many digits reads rows that were never trained; False then."""
         if run <= self.coverage:
             return True
         warnings.warn(
-            f"a number of {run} digits lies beyond the {self.coverage} that training can have "
+            f"a number of {run} digits is longer than the {self.coverage} that training can have "
             f"covered ({self.reason}): its last digits read rows that were never trained. Train "
             f"with a larger {self.reason.partition('=')[0]}, or on longer numbers",
             stacklevel=2,

@@ -68,7 +68,7 @@ class LearnedPositions(RowEmbedding):
             last = int(rows.max())
             if last >= self.longest:
                 raise ValueError(
-                    f"position {last} lies beyond the {self.longest} that LearnedPositions knows: "
+                    f"position {last} is not one of the {self.longest} that LearnedPositions has: "
                     "take a larger longest, or a shorter text"
                 )
         return self.look_up(tokens, rows), state
@@ -83,11 +83,11 @@ class RandomisedPositions(Embedding):
         id_t = t + floor(U_(t) (longest - n + 1)),   U_(0) <= U_(1) <= ... sorted uniform numbers
 
     so that rotations, biases and tables are trained as far as `longest`, whatever the length. In
-    evaluation nothing is drawn: ``id_t = floor(t longest / text_length)``, evenly spaced, which a
-    text may go on with token by token.
+    evaluation nothing is drawn: ``id_t = floor(t longest / text_length)``, evenly spaced, so that
+    a text can be continued token by token.
 
     Source: Ruoss et al., arXiv 2305.16843, section 3. There one sample serves a batch and
-    evaluation draws as well; here each document has its own, and evaluation repeats itself.
+    evaluation draws as well; here each document has its own, and evaluation is deterministic.
 
     Training takes whole documents in a call. Not for mixers that count tokens by their positions:
     retention's normaliser is one.
@@ -126,8 +126,8 @@ class RandomisedPositions(Embedding):
         self.embedding = build("embedding", self.spec, vocab_size, dim)
         if type(self.embedding).prompt_positions is not Embedding.prompt_positions:
             raise ValueError(
-                f"{type(self.embedding).__name__} stands where its task says, so no positions can "
-                "be drawn for it: take it alone"
+                f"{type(self.embedding).__name__} takes its positions from the task, so none can "
+                "be drawn for it: use it alone"
             )
         self.longest, self.text_length, self.seed = longest, text_length, seed
 
@@ -167,9 +167,9 @@ class RandomisedPositions(Embedding):
         covered: int | None = self.embedding.coverage
         return covered
 
-    def place(self, context: Context) -> Context:
+    def assign_positions(self, context: Context) -> Context:
         """The context with positions spread over 0 .. longest - 1."""
-        context = self.embedding.place(context)
+        context = self.embedding.assign_positions(context)
         positions = context.positions
         if not self.training:
             spread = torch.div(positions * self.longest, self.text_length, rounding_mode="floor")
@@ -187,14 +187,14 @@ class RandomisedPositions(Embedding):
         totals = gaps.new_zeros(rows, time + 1).scatter_add(1, document, gaps * valid)
         sums = (gaps * valid).cumsum(dim=1)
         begin = torch.where(starts, sums - gaps, 0).cummax(dim=1).values
-        share = (sums - begin) / (totals.gather(1, document) + after)
-        room = self.longest - lengths.gather(1, document) + 1
-        ids = positions + (share * room).floor().long().clamp(min=0)
+        fraction = (sums - begin) / (totals.gather(1, document) + after)
+        choices = self.longest - lengths.gather(1, document) + 1
+        ids = positions + (fraction * choices).floor().long().clamp(min=0)
         return context._replace(positions=(ids * valid).to(device))
 
     def forward(
         self, tokens: Tensor, state: State | None, context: Context
     ) -> tuple[Tensor, State | None]:
-        """The inner embedding's x; `place` has changed the context."""
+        """The inner embedding's x; `assign_positions` has changed the context."""
         x, state = self.embedding(tokens, state, context)
         return x, state

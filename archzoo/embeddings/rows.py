@@ -1,4 +1,4 @@
-"""A table of words and a table of rows: what the position methods that see tokens share."""
+"""A table of words and a table of rows: the base of the position methods that see tokens."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class RowEmbedding(Embedding):
                     table.weight.mul_(std)
 
     def reset_parameters(self) -> None:
-        """Words and rows with the standard deviation given; without one the decoder draws them."""
+        """Draw words and rows with the standard deviation given; without one the decoder does."""
         if self.std is not None:
             nn.init.normal_(self.weight, std=self.std)
             nn.init.normal_(self.table.weight, std=self.std)

@@ -268,7 +268,7 @@ class Balance(KeepsFloat32):
         if over not in ("rank", "ranks"):
             raise ValueError(f"balance_over={over!r} is neither rank nor ranks")
         if kind not in ("none", "switch", "squared_mean"):
-            raise ValueError(f"balance={kind!r} is none of none, switch, squared_mean")
+            raise ValueError(f"balance={kind!r} is not one of none, switch, squared_mean")
         if adaptive and kind == "none":
             raise ValueError("adaptive=True needs a loss: set balance to switch or squared_mean")
         for name, value in (("coefficient", coefficient), ("z_coefficient", z_coefficient)):

@@ -22,7 +22,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def find_activation(name: str) -> Callable[[Tensor], Tensor]:
     """The function of a name, or one clear line that names those there are."""
     if name not in ACTIVATIONS:
-        raise ValueError(f"activation={name!r} is none of {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"activation={name!r} is not one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 

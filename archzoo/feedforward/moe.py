@@ -128,7 +128,7 @@ class Experts(nn.Module):
         dtype, k = gate_up.dtype, indices.shape[1]
         backend = backend or self.choose_backend(indices.numel(), dtype, x.device)
         if backend not in BACKENDS:
-            raise ValueError(f"backend {backend!r} is none of {', '.join(BACKENDS)}")
+            raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
         if backend in ("gather", "dense") and kept is not None:
             weights = weights * kept
         if backend == "dense":

@@ -91,7 +91,7 @@ class T5Bias(Bias):
     Args:
         heads: Of attention.
         buckets: Rows of the table, half of them one distance each.
-        furthest: From this distance on all share the last bucket.
+        furthest: All distances from this one on use the last bucket.
     """
 
     def __init__(self, heads: int, *, buckets: int = 32, furthest: int = 128) -> None:
@@ -165,8 +165,8 @@ class KERPLE(Bias):
 class FIRE(Bias):
     """``mlp(psi(i - j) / psi(max(i, L)))``, ``psi(x) = log(c x + 1)``; c, L and the mlp learned.
 
-    The mlp is 1 to `width` to heads with a ReLU. Up to L tokens it sees the distance alone, beyond
-    that the distance as a share of the query's position, so that no input is ever out of range.
+    The mlp is 1 to `width` to heads with a ReLU. Up to L tokens it sees the distance alone, after
+    that the distance as a fraction of the query's position, so that no input is ever out of range.
 
     Source: Li et al., Functional Interpolation for Relative Positions, arXiv 2310.04418, section
     3.2, eq. 6 to 8.
@@ -205,11 +205,11 @@ class FIRE(Bias):
         dtype = at_least_float32(self.slope.dtype)
         distance = distances(query_positions, key_positions)
         queries = query_positions[: len(distance), :, None].to(dtype)
-        # Absolute values: a step beyond 0 must not make a logarithm of a negative number.
+        # Absolute values: a step past 0 must not take the logarithm of a negative number.
         slope = self.slope.to(dtype).abs()
         threshold = (self.threshold * self.multiplier.to(dtype)).abs()
         reach = (slope * torch.maximum(queries, threshold)).log1p()
-        share = (slope * distance.to(dtype)).log1p() / reach.clamp(min=1e-6)
+        fraction = (slope * distance.to(dtype)).log1p() / reach.clamp(min=1e-6)
         inner, shift = self.inner.weight.to(dtype), self.inner.bias.to(dtype)
-        hidden = F.relu(F.linear(share[..., None], inner, shift))
+        hidden = F.relu(F.linear(fraction[..., None], inner, shift))
         return rearrange(F.linear(hidden, self.outer.weight.to(dtype)), "b q k h -> b h q k")

@@ -246,7 +246,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
         wide = cast(x, torch.float64 if table.dtype == torch.complex128 else torch.float32)
         wide = wide.view(batch, time, heads, pairs, 2)
         if wide.storage_offset() % 2 or any(stride % 2 for stride in wide.stride()[:-1]):
-            wide = wide.contiguous()  # beside values of odd width a pair is no complex number
+            wide = wide.contiguous()  # at an odd offset a pair cannot be viewed as complex
         turned = torch.view_as_real(torch.view_as_complex(wide) * table)
     return cast(turned.view(batch, time, heads, channels), x.dtype)
 
@@ -311,7 +311,7 @@ class RotaryEmbedding(_Rotation):
         factor: s >= 1, the length to reach over the trained length.
         original_max_position_embeddings: L, tokens of the texts in training; dynamic, yarn and
             llama3 need it.
-        partial_rotary_factor: Share of the channels that is rotated: the first of each head.
+        partial_rotary_factor: Fraction of the channels that is rotated: the first of each head.
         attention_factor: yarn: what rotated queries and keys are multiplied with. None: by factor.
         beta_fast: yarn: turns in L from which a pair stays as it is.
         beta_slow: yarn: turns in L up to which a pair is divided by the factor.
@@ -341,9 +341,9 @@ class RotaryEmbedding(_Rotation):
     ) -> None:
         rotary_dim = int(head_dim * partial_rotary_factor)
         if not 0 < partial_rotary_factor <= 1 or rotary_dim < 2 or rotary_dim % 2:
-            share = "" if partial_rotary_factor == 1 else f" * {partial_rotary_factor}"
+            fraction = "" if partial_rotary_factor == 1 else f" * {partial_rotary_factor}"
             raise ValueError(
-                f"head_dim={head_dim}{share} gives {rotary_dim} channels to rotate: a rotation "
+                f"head_dim={head_dim}{fraction} gives {rotary_dim} channels to rotate: a rotation "
                 "needs pairs of channels"
             )
         if factor < 1:
@@ -382,7 +382,7 @@ class RotaryEmbedding(_Rotation):
             )
         else:
             known = ", ".join(get_args(RopeType))
-            raise ValueError(f"rope_type={rope_type!r} is none of {known}")
+            raise ValueError(f"rope_type={rope_type!r} is not one of {known}")
         super().__init__(head_dim, frequencies, amplitude)
         self.base, self.rotary_dim = base, rotary_dim
         if rope_type == "dynamic":
@@ -462,7 +462,7 @@ _HUGGING_FACE_NAMES: dict[str, tuple[str, ...]] = {
 }
 
 
-#: All that is read at all. Hugging Face's code reads as much: a type leaves out what is not its.
+#: All keys that are read. Hugging Face's code does the same: a type ignores keys of other types.
 _READ = frozenset(
     ["rope_type", "type", "rope_theta", "partial_rotary_factor", "mscale", "mscale_all_dim"]
 ).union(*_HUGGING_FACE_NAMES.values())
@@ -505,9 +505,9 @@ def from_rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     theta = found.get("rope_theta", config.get("rope_theta"))
     if theta is not None:
         arguments["base"] = float(theta)
-    share = found.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if share is not None and share != 1:
-        arguments["partial_rotary_factor"] = share
+    fraction = found.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if fraction is not None and fraction != 1:
+        arguments["partial_rotary_factor"] = fraction
     for name in _HUGGING_FACE_NAMES[kind]:
         if found.get(name) is not None:
             arguments[name] = found[name]
@@ -524,7 +524,7 @@ def from_rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def scale_rotary(decoder: Decoder, **arguments: Any) -> None:
-    """Give a trained decoder another scaling, in place: numbers on the host, and no weight.
+    """Give a trained decoder another scaling, in place; it changes no weight.
 
     ``scale_rotary(model, rope_type="yarn", factor=4)``: the base, and whatever else was set,
     stays unless it is named; a length that the scaling needs is the decoder's `context_length`.

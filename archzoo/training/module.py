@@ -289,7 +289,7 @@ class LanguageModel(lightning.LightningModule):
     # ------------------------------------------------------------------------ loss
 
     def _hidden(
-        self, batch: Batch, split: str, loops: int | None = None, free_loops: int = 0
+        self, batch: Batch, split: str, loops: int | None = None, no_grad_loops: int = 0
     ) -> tuple[Tensor, list[Aux]]:
         """Vectors before the head, (batch, time, dim), and aux; carries the state of a split."""
         tokens = batch["tokens"]
@@ -301,7 +301,7 @@ class LanguageModel(lightning.LightningModule):
             examples=batch.get("examples"),
             positions=batch.get("positions"),
             loops=loops,
-            free_loops=free_loops,
+            no_grad_loops=no_grad_loops,
         )
         if state is not None:
             self._carried[split] = interface.detach(state)

@@ -20,12 +20,12 @@ class Pass(NamedTuple):
     Attributes:
         weight: Of its loss.
         loops: Runs with gradients; None: all that the model has.
-        free_loops: Runs before those, without gradients.
+        no_grad_loops: Runs before those, without gradients.
     """
 
     weight: float
     loops: int | None = None
-    free_loops: int = 0
+    no_grad_loops: int = 0
 
 
 def passes(loops: int, share: float, seed: int, step: int) -> list[Pass]:
