@@ -14,9 +14,9 @@ from archzoo.feedforward.balance import (
     capacity,
     count_assignments,
     gate_ratios,
+    load_fractions,
     load_metrics,
     mean_over_tokens,
-    shares,
     squared_mean_loss,
     switch_loss,
     virtual_drop_rate,
@@ -52,7 +52,7 @@ def test_switch_loss_is_one_at_balance_and_known_at_collapse():
     for on in (1, 2, 4):
         counts = torch.zeros(8, dtype=torch.int64)
         counts[:on] = 10
-        got = switch_loss(collapsed(8, on), shares(counts))
+        got = switch_loss(collapsed(8, on), load_fractions(counts))
         assert got.item() == pytest.approx(8 / on, abs=1e-6)
 
 
@@ -271,7 +271,7 @@ def test_load_metrics_at_balance_and_collapse():
     assert even["unused"] == 0
     counts = torch.zeros(8, dtype=torch.int64)
     counts[2] = 10
-    one = load_metrics(shares(counts))
+    one = load_metrics(load_fractions(counts))
     assert one["max_violation"].item() == pytest.approx(7)
     assert one["entropy"].item() == pytest.approx(0, abs=1e-6)
     assert one["unused"].item() == pytest.approx(7 / 8)

@@ -588,7 +588,7 @@ def test_load_has_a_second_derivative(kind, adaptive):
         if way:
             given = alpha if adaptive else 0.3
             return (routers.summarise_load(probabilities, indices, kind, given, 4)[1],)
-        share = balance.shares(balance.count_assignments(indices, experts)).double()
+        share = balance.load_fractions(balance.count_assignments(indices, experts)).double()
         mean = probabilities.mean(dim=0)
         loss = balance.squared_mean_loss(mean)
         return (0.3 * (balance.switch_loss(mean, share) if kind == "switch" else loss),)

@@ -340,7 +340,7 @@ def test_parameters_that_a_token_does_not_meet():
     mixture = MixtureOfExperts(16, 8, experts=6, top_k=2, shared_experts=3)
     count = sum(p.numel() for p in mixture.parameters())
     assert count == 6 * 16 + (6 + 3) * 3 * 16 * 8
-    assert count - mixture.idle_parameters == 6 * 16 + (2 + 3) * 3 * 16 * 8
+    assert count - mixture.inactive_parameters == 6 * 16 + (2 + 3) * 3 * 16 * 8
 
 
 def test_dropping_everything_leaves_shared_experts_alone():

@@ -42,8 +42,8 @@ def test_shares_are_counted_over_all_batches_without_padding():
     assert len(seen) == 4
     for layer in layers:
         want = counts[layer.number] / (9 + 12 + 30)
-        assert layer.shares == pytest.approx(want.tolist())
-        assert sum(layer.shares) == pytest.approx(2) and layer.even == 0.5
+        assert layer.fractions == pytest.approx(want.tolist())
+        assert sum(layer.fractions) == pytest.approx(2) and layer.even == 0.5
         assert layer.shared == 2
         assert layer.values["max_violation"] == pytest.approx((want.max() / 0.5 - 1).item())
         assert "coefficient" not in layer.values

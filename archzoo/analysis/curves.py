@@ -84,8 +84,8 @@ def curves_command(
 
     Args:
         runs: Directories of runs, or their checkpoints.
-        metric: A column of their metrics.csv. None: the exact match beyond the trained lengths,
-            else that within them, else the validation loss, else the training loss.
+        metric: A column of their metrics.csv. None: the out-of-distribution exact match, else
+            that of the trained lengths, else the validation loss, else the training loss.
         lower: Lower is better, as it is anyway where a metric ends in loss or perplexity.
         figure: The picture that is drawn, such as curves.png: every run, and the mean of all from
             their least to their largest value. None: a table alone.

@@ -27,7 +27,7 @@ from archzoo.positions.rotary import RopeType, scale_rotary
 if TYPE_CHECKING:
     from archzoo.checkpoint import Pretrained
 
-IGNORED = -100  # the label of a token that is not asked for
+IGNORED = -100  # the label of an unlabelled position
 AT_ONCE = 2**15  # tokens in a batch
 UNSCALED = "none"
 #: What is compared where no type is named: (type, factor over the length's own ratio). NTK is
@@ -45,7 +45,7 @@ ALL: tuple[tuple[str, float], ...] = (
 
 @dataclass(frozen=True)
 class Scaling:
-    """How queries and keys are rotated beyond the trained length.
+    """How queries and keys are rotated past the trained length.
 
     Args:
         rope_type: linear, ntk, dynamic, yarn or llama3. None: all of them, side by side.
@@ -102,10 +102,10 @@ def perplexities(
     """
     device = decoder.device
     losses = []
-    for some, asked in _batches(tokens[:, -length:], labels[:, -length:]):
+    for some, targets in _batches(tokens[:, -length:], labels[:, -length:]):
         logits = decoder(some.to(device)).logits
         logits = logits.to(at_least_float32(logits.dtype)).transpose(1, 2)
-        losses.append(F.cross_entropy(logits, asked.to(device), reduction="none").cpu())
+        losses.append(F.cross_entropy(logits, targets.to(device), reduction="none").cpu())
     found = torch.cat(losses).double()
     return float(found.mean().exp()), float(found[:, -tail:].mean().exp())
 
@@ -184,7 +184,7 @@ def extend_command(
             None: half the trained length.
         directory: Where the table and the figure go. None: beside the checkpoint.
         device: Such as cpu or cuda. None: a GPU where there is one.
-        data: Arguments of the task that take the place of the checkpoint's: --data.path TEXT.
+        data: Arguments of the task that replace the checkpoint's: --data.path TEXT.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
@@ -210,14 +210,14 @@ def extend_command(
     readings = compare(found.model, tokens, labels, lengths, tail, rotary)
     print(f"{len(tokens)} windows; trained on {trained} tokens; tail: the last {tail}")
     show(table(readings))
-    place = Path(directory) if directory else (path if path.is_dir() else path.parent)
-    place.mkdir(parents=True, exist_ok=True)
-    with open(place / "extend.csv", "w", newline="") as file:
+    folder = Path(directory) if directory else (path if path.is_dir() else path.parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "extend.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*Reading._fields, "windows", "tail_tokens", "trained_length"])
         writer.writerows([*reading, len(tokens), tail, trained] for reading in readings)
-    draw(readings, trained, tail, place / "extend.png")
-    print(f"{place} holds extend.csv, extend.png")
+    draw(readings, trained, tail, folder / "extend.png")
+    print(f"{folder} holds extend.csv, extend.png")
 
 
 def windows_of(

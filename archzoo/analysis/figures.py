@@ -26,7 +26,7 @@ def legend(panel: Any, beside: bool = False) -> None:
     """A legend outside of a panel, where it covers nothing; none for lines without names.
 
     Args:
-        panel: Of a figure with a constrained layout, which makes room.
+        panel: Of a figure with a constrained layout, which reserves space for it.
         beside: At its right, for many or long names. Else below it.
     """
     names = panel.get_legend_handles_labels()[1]

@@ -1,8 +1,8 @@
 """`archzoo grid`: exact match at every size of problem, as a table on disk and as a picture.
 
-Every problem is answered in one teacher-forced pass: all of its answer's tokens are the likeliest
+Every problem is answered in one teacher-forced pass: all of its answer's tokens are the most likely
 ones if and only if greedy generation gives the answer, stop token included, and one pass costs as
-little as one step of generation's prompt.
+little as the prefill of a prompt.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 COLUMNS = ("kind", "first", "second", "part", "problems", "right", "run")
 AT_ONCE = {"cpu": 2**14, "cuda": 2**17}  # tokens in a pass
-NOWHERE = -2  # the place of what is no digit of an answer, and not the stop token
+NOWHERE = -2  # what is neither a digit of an answer nor the stop token
 AHEAD = 8  # passes whose problems are made while the device works, each by a thread
 
 
@@ -50,7 +50,7 @@ class Key(NamedTuple):
             these, the units' part 0, given the right ones before it; -1 is the stop token.
             "chain": problems of one size in which something is carried through `part` columns.
         first, second: The size.
-        part: Of a place or a chain; 0 for a cell.
+        part: Index of the digit, or length of the chain; 0 for a cell.
     """
 
     kind: str
@@ -59,14 +59,14 @@ class Key(NamedTuple):
     part: int = 0
 
 
-Counts = dict[Key, tuple[int, int]]  # problems, and how many of them were answered rightly
+Counts = dict[Key, tuple[int, int]]  # problems, and how many of them were answered correctly
 
 
 # ---------------------------------------------------------------------------- answering
 
 
 class Examiner:
-    """Asks a model problems, many at once.
+    """Evaluates a model on problems, many at once.
 
     Args:
         decoder: In evaluation mode.
@@ -86,25 +86,25 @@ class Examiner:
         self.device = decoder.device
         self.precision = precision
         # A line's padding comes last, where no token sees it; only routers, which count tokens,
-        # must know of it. All others are spared a mask, and a bias for each row.
+        # must know of it. Without it no mask is needed, nor a bias for each row.
         self.marks_padding = any(isinstance(part, Router) for part in decoder.modules())
 
     def write(self, problems: Problems) -> dict[str, Tensor]:
         """A batch in the model's tokens, and `places`: the digit of the answer that a label is."""
         lines = self.synthetic.lines(problems, positions=True)
         assert lines.positions is not None
-        tokens, asked = self.tokens[lines.tokens], lines.labelled[:, 1:]
+        tokens, labelled = self.tokens[lines.tokens], lines.labelled[:, 1:]
         positions = lines.positions[:, 1:]
-        places = np.where(asked & (positions > 1), positions - 2, NOWHERE)
-        places[np.arange(asked.shape[1]) == lines.lengths[:, None] - 2] = -1
+        places = np.where(labelled & (positions > 1), positions - 2, NOWHERE)
+        places[np.arange(labelled.shape[1]) == lines.lengths[:, None] - 2] = -1
         batch = {
             "tokens": tokens[:, :-1],
             "labels": tokens[:, 1:],
-            "asked": asked,
+            "labelled": labelled,
             "places": places,
         }
         if self.marks_padding:
-            padding = np.arange(asked.shape[1]) >= lines.lengths[:, None]
+            padding = np.arange(labelled.shape[1]) >= lines.lengths[:, None]
             batch["documents"] = -padding.astype(np.int64)
         if self.synthetic.coupling is not None:
             batch["positions"] = lines.positions[:, :-1]
@@ -114,8 +114,8 @@ class Examiner:
 
     @torch.no_grad()
     def answer(self, batch: dict[str, Tensor]) -> Tensor:
-        """Which of the labels are the likeliest tokens, (batch, time) bool, on the device."""
-        names = [name for name in batch if name not in ("asked", "places")]  # those are counted by
+        """Which of the labels are the most likely tokens, (batch, time) bool, on the device."""
+        names = [name for name in batch if name not in ("labelled", "places")]  # for the counts
         given = {name: batch[name].to(self.device, non_blocking=True) for name in names}
         with self._casting():
             x, _, _ = self.decoder.hidden(
@@ -197,19 +197,19 @@ def _passes(
 def _count(keys: list[Key], counts: list[int], batch: dict[str, Tensor], right: Tensor) -> Counts:
     """What a pass found; see `Key`."""
     found: Counts = {}
-    asked, places = batch["asked"].numpy(), batch["places"].numpy()
+    labelled, places = batch["labelled"].numpy(), batch["places"].numpy()
     hits = right.numpy()
     begin = 0
     for key, count in zip(keys, counts, strict=True):
         rows = slice(begin, begin + count)
         begin += count
-        found[key] = count, int((hits[rows] | ~asked[rows]).all(axis=1).sum())
+        found[key] = count, int((hits[rows] | ~labelled[rows]).all(axis=1).sum())
         if key.kind == "cell" and key.first == key.second and count:
             where = places[rows] > NOWHERE
             all_of = np.bincount(places[rows][where] + 1)
             right_of = np.bincount(places[rows][where & hits[rows]] + 1, minlength=len(all_of))
-            for place, pair in enumerate(zip(all_of.tolist(), right_of.tolist(), strict=True), -1):
-                found[Key("place", key.first, key.second, place)] = pair
+            for digit, pair in enumerate(zip(all_of.tolist(), right_of.tolist(), strict=True), -1):
+                found[Key("place", key.first, key.second, digit)] = pair
     return found
 
 
@@ -244,7 +244,7 @@ class Journal:
         self.counts |= counts
 
     def rate(self, *key: Any) -> float:
-        """The share answered rightly, nan where nothing was asked."""
+        """The fraction answered correctly, nan where there were no problems."""
         problems, right = self.counts.get(Key(*key), (0, 0))
         return right / problems if problems else math.nan
 
@@ -278,14 +278,14 @@ def grid_command(
             of archzoo.save_pretrained.
         digits: Sizes from 1 to this, in both directions. None: twice the trained ones.
         problems: Of each size.
-        diagonal: Sizes of two equal lengths beyond `digits` up to this. None: none.
+        diagonal: Sizes of two equal lengths longer than `digits`, up to this. None: none.
         directory: Where the files go. None: beside the checkpoint.
         precision: Of matrix products. auto: bfloat16 on a GPU that has it, else float32.
         at_once: Tokens in a pass. None: 16,384 on a CPU, 131,072 on a GPU.
         device: Such as cpu or cuda. None: a GPU where there is one.
         task: Which task's problems, of a checkpoint that was trained on several (Arithmetic).
             None: the first.
-        data: Arguments of the task that take the place of the checkpoint's: --data.path TEXT.
+        data: Arguments of the task that replace the checkpoint's: --data.path TEXT.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
@@ -303,8 +303,8 @@ def grid_command(
     if precision == "auto":
         half = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bfloat16" if half else "float32"
-    asked = build(found.task, **(data or {})) if found.task else None
-    synthetic_tasks = getattr(asked, "synthetic_tasks", {})
+    built = build(found.task, **(data or {})) if found.task else None
+    synthetic_tasks = getattr(built, "synthetic_tasks", {})
     if not synthetic_tasks or found.tokenizer is None:
         raise ValueError(f"{path} was not trained on problems, such as those of Addition")
     task = task or next(iter(synthetic_tasks))
@@ -315,14 +315,14 @@ def grid_command(
     digits = digits or 2 * max(synthetic.extent)
     name = f"grid_{path.stem}" if path.is_file() else "grid"
     name += f"_{task}" if len(synthetic_tasks) > 1 else ""
-    place = Path(directory) if directory else path.parent if path.is_file() else path
+    folder = Path(directory) if directory else path.parent if path.is_file() else path
     run = f"{weights_digest(found.model.state_dict())[:12]}-{problems}-{precision}"
-    journal = Journal(place / f"{name}.csv", run)
+    journal = Journal(folder / f"{name}.csv", run)
 
     keys = _keys(synthetic, digits, diagonal or 0)
     missing = [key for key in keys if key not in journal.counts]
     with warnings.catch_warnings(), _bar(len(keys), len(keys) - len(missing)) as advance:
-        warnings.simplefilter("ignore")  # beyond the covered lengths: the picture says so
+        warnings.simplefilter("ignore")  # of lengths that are not covered: the figure says so
         tokens = at_once or AT_ONCE.get(kind, AT_ONCE["cpu"])
         for counts in examine(examiner, missing, problems, tokens, advance):
             journal.add(counts)
@@ -336,7 +336,7 @@ def grid_command(
 
 
 def _keys(synthetic: SyntheticTask, digits: int, diagonal: int) -> list[Key]:
-    """Every cell up to a size, the diagonal beyond, and chains at the longest sizes."""
+    """Every cell up to a size, the diagonal after it, and chains at the longest sizes."""
     span = range(1, digits + 1)
     keys = [Key("cell", first, second) for first in span for second in span]
     keys += [Key("cell", size, size) for size in range(digits + 1, diagonal + 1)]
@@ -375,7 +375,7 @@ def _bar(total: int, done: int) -> Iterator[Callable[[int], None]]:
 
 
 def _mean(journal: Journal, sizes: list[tuple[int, int]]) -> float:
-    """The mean of the cells that were asked: every size weighs the same."""
+    """The mean of the cells that were evaluated: every size weighs the same."""
     rates = [journal.rate("cell", *size) for size in sizes]
     rates = [rate for rate in rates if not math.isnan(rate)]
     return sum(rates) / len(rates) if rates else math.nan
@@ -388,16 +388,17 @@ def _table(journal: Journal, synthetic: SyntheticTask, digits: int, diagonal: in
         table.add_column(heading, justify="right")
 
     def add(title: str, sizes: list[tuple[int, int]]) -> None:
-        asked = [size for size in sizes if journal.counts.get(Key("cell", *size), (0, 0))[0]]
-        if asked:
-            table.add_row(title, f"{len(asked):,}", f"{_mean(journal, asked):.2%}")
+        counted = [size for size in sizes if journal.counts.get(Key("cell", *size), (0, 0))[0]]
+        if counted:
+            table.add_row(title, f"{len(counted):,}", f"{_mean(journal, counted):.2%}")
 
     span = range(1, digits + 1)
     every = [(i, j) for i in span for j in span]
     trained = [size for size in every if _is_trained(synthetic, size)]
     (low, high), (lowest, highest) = synthetic.spans
     add(f"trained: {low} to {high} by {lowest} to {highest}", trained)
-    add(f"beyond, up to {digits}", [size for size in every if not _is_trained(synthetic, size)])
+    others = [size for size in every if not _is_trained(synthetic, size)]
+    add(f"out of distribution, up to {digits}", others)
     first = max(synthetic.extent)
     for size in sorted({first, *range(first + 1, digits + 1), *range(digits + 1, diagonal + 1)}):
         if size <= first + 5 or size % 5 == 0:
@@ -467,10 +468,11 @@ def _draw(
     longest = max(digits, diagonal)
     lengths = np.arange(1, longest + 1)
     counts = [journal.counts.get(Key("cell", n, n), (0, 0)) for n in lengths.tolist()]
-    asked = np.array([count > 0 for count, _ in counts])
+    counted = np.array([count > 0 for count, _ in counts])
     middle, low_end, high_end = np.array([_interval(*pair) for pair in counts]).T
-    line.fill_between(lengths[asked], low_end[asked], high_end[asked], alpha=0.25, linewidth=0)
-    line.plot(lengths[asked], middle[asked], ".-")
+    ends = low_end[counted], high_end[counted]
+    line.fill_between(lengths[counted], *ends, alpha=0.25, linewidth=0)
+    line.plot(lengths[counted], middle[counted], ".-")
     line.axvline(max(synthetic.extent) + 0.5, color="red", label="trained")
     if coverage is not None:
         reached = [n for n in lengths.tolist() if synthetic.answer_size(n, n) <= coverage]
@@ -502,7 +504,7 @@ def _draw(
         ylabel="both of this size",
     )
     steps = MaxNLocator(8, integer=True).tick_values(0, len(indices))
-    # The last place is the stop token's, and wants room for its name.
+    # The last column is the stop token's, and its label needs space.
     ticks = [int(tick) for tick in steps if 0 <= tick <= 0.93 * len(indices)]
     places.set_xticks([*ticks, len(indices)], [*map(str, ticks), "stop"])
     figure.colorbar(shown, ax=places)
@@ -521,11 +523,11 @@ def _draw(
 
 
 def _interval(problems: int, right: int) -> tuple[float, float, float]:
-    """The share of right answers and its 95 % interval (Wilson 1927)."""
+    """The fraction of correct answers and its 95 % interval (Wilson 1927)."""
     if not problems:
         return math.nan, math.nan, math.nan
     z = 1.96
-    share, spread = right / problems, z * z / problems
-    middle = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / problems + spread / (4 * problems))
-    return share, middle - half, middle + half
+    rate, spread = right / problems, z * z / problems
+    middle = (rate + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(rate * (1 - rate) / problems + spread / (4 * problems))
+    return rate, middle - half, middle + half

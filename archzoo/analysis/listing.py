@@ -40,7 +40,8 @@ class Row(NamedTuple):
         feed_forward: Class name.
         positions: What tells the model where a token stands.
         parameters: How many, shared ones once.
-        active: How many of them a token meets: without the experts that it is not sent to.
+        active: Active parameters: those that a token uses, without the experts that it is not
+            sent to.
         state_1k: Bytes of the state of one text of 1,024 tokens, in float32.
         state_16k: The same for 16,384 tokens.
         paper: Where the architecture is from.
@@ -127,7 +128,7 @@ def show_command(name: str) -> None:
     row = describe(name, arguments)
     console = Screen(highlight=False)
     if not console.is_terminal:
-        console.width = 200  # a file has room for a long setting
+        console.width = 200  # a file can hold a long setting on one line
     decoder = _on_meta(arguments)
     settings = Table(box=None, show_header=False)
     for key, value in decoder.config.items():
@@ -142,7 +143,7 @@ def show_command(name: str) -> None:
         table.add_row(part, kind, f"{count:,}", f"{count / row.parameters:.1%}")
     table.add_row("in all", "", f"{row.parameters:,}", "")
     if row.active < row.parameters:
-        table.add_row("of which a token meets", "", f"{row.active:,}", "")
+        table.add_row("of which active", "", f"{row.active:,}", "")
     show(table, console)
     console.print()
     console.print(
@@ -175,9 +176,9 @@ def parameters_by_part(decoder: Decoder) -> Iterator[tuple[str, str, int]]:
 
 
 def active_parameters(decoder: Decoder) -> int:
-    """Parameters that a token meets, shared experts among them, idle ones not."""
-    idle = (getattr(block.feed_forward, "idle_parameters", 0) for block in decoder.blocks)
-    return decoder.parameter_count() - sum(idle)
+    """Parameters that a token uses, those of shared experts included, of inactive experts not."""
+    inactive = (getattr(block.feed_forward, "inactive_parameters", 0) for block in decoder.blocks)
+    return decoder.parameter_count() - sum(inactive)
 
 
 def markdown_table(rows: list[list[str]]) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from archzoo.analysis.figures import legend, pyplot, save
 from archzoo.analysis.tables import show
 from archzoo.decoder import Decoder
-from archzoo.feedforward.balance import load_metrics, shares, virtual_drop_rate
+from archzoo.feedforward.balance import load_fractions, load_metrics, virtual_drop_rate
 from archzoo.feedforward.moe import MixtureOfExperts
 
 if TYPE_CHECKING:
@@ -49,14 +49,14 @@ class Layer(NamedTuple):
 
     Attributes:
         number: Of the layer, from 0.
-        shares: Of the tokens, by expert that the router chooses from.
+        fractions: Of the tokens, by expert that the router chooses from.
         shared: Experts beside them, each of which gets all tokens.
-        even: The share of each expert under an even load, top_k / experts.
+        even: The fraction of each expert under an even load, top_k / experts.
         values: By the names of `COLUMNS`; the coefficient where it adapts.
     """
 
     number: int
-    shares: list[float]
+    fractions: list[float]
     shared: int
     even: float
     values: dict[str, float]
@@ -108,8 +108,8 @@ def examine(decoder: Decoder, batches: Iterable[dict[str, Tensor]]) -> list[Laye
     for layer, mixture in mixtures.items():
         mine, balance = counts[layer].cpu(), mixture.balance
         total = max(int(mine.sum()), 1)
-        share = shares(mine, dtype=torch.float64)
-        values = {name: value.item() for name, value in load_metrics(share).items()}
+        fractions = load_fractions(mine, dtype=torch.float64)
+        values = {name: value.item() for name, value in load_metrics(fractions).items()}
         for name in ("max1_max2", "max2_max3"):
             if (found := ratios.get((layer, name))) is not None:
                 values[name] = found / total
@@ -118,7 +118,7 @@ def examine(decoder: Decoder, batches: Iterable[dict[str, Tensor]]) -> list[Laye
         values["similarity"] = mixture.experts.similarity().item()
         if balance.adaptive:
             values["coefficient"] = balance.alpha.item()
-        load = (mixture.top_k * share).tolist()
+        load = (mixture.top_k * fractions).tolist()
         even = mixture.top_k / len(mine)
         layers.append(Layer(layer, load, mixture.shared_experts, even, values))
     return layers
@@ -140,7 +140,7 @@ def router_command(
             where the run's metrics.csv lies beside the checkpoint. None: a table alone.
         batches: Of the validation data.
         device: Such as cpu or cuda. None: a GPU where there is one.
-        data: Arguments of the task that take the place of the checkpoint's: --data.path TEXT.
+        data: Arguments of the task that replace the checkpoint's: --data.path TEXT.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
@@ -178,11 +178,11 @@ def _table(layers: list[Layer]) -> Table:
     for heading in ("layer", "least", "most", "even", "shared", *(COLUMNS[name] for name in shown)):
         table.add_column(heading, justify="right")
     for layer in layers:
-        ends = (min(layer.shares), max(layer.shares), layer.even)
+        ends = (min(layer.fractions), max(layer.fractions), layer.even)
         cells = [f"{layer.values.get(name, math.nan):.4g}" for name in shown]
-        shares = [f"{share:.1%}" for share in ends]
-        shares.append(f"{layer.shared} x 100%" if layer.shared else "none")
-        table.add_row(str(layer.number), *shares, *cells)
+        load = [f"{fraction:.1%}" for fraction in ends]
+        load.append(f"{layer.shared} x 100%" if layer.shared else "none")
+        table.add_row(str(layer.number), *load, *cells)
     return table
 
 
@@ -205,7 +205,7 @@ def _history(path: Path) -> dict[str, dict[int, list[tuple[int, float]]]]:
 def _draw(
     layers: list[Layer], history: dict[str, dict[int, list[tuple[int, float]]]], path: Path
 ) -> None:
-    """Shares of tokens by layer and expert, how even and sharp by layer, and what changed."""
+    """Fractions of tokens by layer and expert, how even and sharp by layer, and what changed."""
     plt = pyplot()
 
     over_time = [name for name in OVER_TIME if name in history]
@@ -220,15 +220,15 @@ def _draw(
         panel.axis("off")
     numbers = [layer.number for layer in layers]
     # Every block has the same feed-forward, so the rows are of one length.
-    shares = [layer.shares + [1.0] * layer.shared for layer in layers]
-    image = load.imshow(shares, aspect="auto", vmin=0, cmap="viridis")
+    fractions = [layer.fractions + [1.0] * layer.shared for layer in layers]
+    image = load.imshow(fractions, aspect="auto", vmin=0, cmap="viridis")
     load.set(
-        title=f"share of tokens (even: {layers[0].even:.1%})",
+        title=f"fraction of tokens (even: {layers[0].even:.1%})",
         xlabel="expert, shared ones last" if layers[0].shared else "expert",
         ylabel="layer",
     )
     load.set_yticks(range(len(numbers)), [str(number) for number in numbers])
-    load.set_xticks(range(0, len(shares[0]), -(-len(shares[0]) // 16)))
+    load.set_xticks(range(0, len(fractions[0]), -(-len(fractions[0]) // 16)))
     figure.colorbar(image, ax=load)
     for panel, (title, names) in zip(panels, BY_LAYER.items(), strict=False):
         for name in names:
@@ -239,9 +239,9 @@ def _draw(
         legend(panel)
     for panel, name in zip(panels[len(BY_LAYER) :], over_time, strict=False):
         lines = history[name]
-        for place, (layer, line) in enumerate(lines.items()):
-            colour = plt.get_cmap("viridis")(0.9 * place / max(len(lines) - 1, 1))
-            named = len(lines) <= 8 or place in (0, len(lines) - 1)  # between them by colour
+        for index, (layer, line) in enumerate(lines.items()):
+            colour = plt.get_cmap("viridis")(0.9 * index / max(len(lines) - 1, 1))
+            named = len(lines) <= 8 or index in (0, len(lines) - 1)  # between them by colour
             label = f"layer {layer}" if named else None
             panel.plot(*zip(*line, strict=True), color=colour, label=label)
         panel.set(title=f"{COLUMNS[name]} over time", xlabel="step")

@@ -13,7 +13,7 @@ from rich.table import Table
 
 
 class Screen(Console):
-    """A console whose program goes on when no one reads it any more (`| head`).
+    """A console whose program continues when no one reads it any more (`| head`).
 
     Rich would end the program there, a training run included.
     """
@@ -29,7 +29,7 @@ def show(table: Table, console: Console | None = None) -> None:
     """Print a table whose lines never wrap.
 
     Where it is wider than the terminal, the columns that do not fit stand below the others, each
-    part with the first column again. Into a file or a pipe it goes in one piece.
+    part with the first column again. Into a file or a pipe it is written whole.
 
     Args:
         table: Without a box.
@@ -38,7 +38,7 @@ def show(table: Table, console: Console | None = None) -> None:
     console = console or Screen()
     # More than any table: rich would fold the cells of one that is wider than the console.
     wide = 10_000
-    room = console.width if console.is_terminal else wide
+    available = console.width if console.is_terminal else wide
     options = console.options.update(width=wide)
     for column in table.columns:
         column.no_wrap = True
@@ -48,12 +48,12 @@ def show(table: Table, console: Console | None = None) -> None:
 
     parts: list[list[int]] = [[0]]
     for number in range(1, len(table.columns)):
-        if width([*parts[-1], number]) > room and len(parts[-1]) > 1:
+        if width([*parts[-1], number]) > available and len(parts[-1]) > 1:
             parts.append([0])
         parts[-1].append(number)
-    for place, numbers in enumerate(parts):
+    for index, numbers in enumerate(parts):
         part = _part(table, numbers)
-        if place:
+        if index:
             part.title = None
             console.print()
         if not console.is_terminal:

@@ -61,7 +61,7 @@ NEEDED = (
 )
 #: Fields of a `config.json` that change no logit: what the model was made with and is called,
 #: how it starts and drops out in training, which special tokens it has, how it is sampled from.
-HARMLESS = frozenset(
+IGNORED = frozenset(
     """
     _name_or_path name_or_path _commit_hash transformers_version architectures dtype torch_dtype
     use_bfloat16 torchscript use_cache cache_implementation attn_implementation
@@ -93,9 +93,9 @@ EMPTY = frozenset(
 def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `Decoder` for a Hugging Face Llama's `config.json`.
 
-    Every field is read: known and used, known to change no logit, or refused by its name. Beyond
-    the trained length a rotation of type "dynamic" gives what Hugging Face's code gives where it
-    reads token by token.
+    Every field is read: known and used, known to change no logit, or refused by its name. Past the
+    trained length a rotation of type "dynamic" gives what Hugging Face's code gives where it reads
+    token by token.
 
     Raises:
         ValueError: The configuration is of another family, or asks for what this transformer does
@@ -160,12 +160,12 @@ def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "tie_weights": bool(take("tie_word_embeddings", False)),
     }
     for name, value in left.items():
-        if name in HARMLESS or (name in EMPTY and not value):
+        if name in IGNORED or (name in EMPTY and not value):
             continue
         raise ValueError(
-            f"this Llama has {name}={value!r}, which a plain Llama has not and this transformer "
-            "does not compute: its logits would be wrong; if the field changes no logit, leave it "
-            "out"
+            f"this Llama has {name}={value!r}, which a plain Llama does not have and this "
+            "transformer does not compute: its logits would be wrong; if the field changes no "
+            "logit, remove it"
         )
     return arguments
 
@@ -187,9 +187,9 @@ def llama_weights(
             file holds.
 
     Raises:
-        ValueError: A weight that has no place here, one that is missing, or heads that do not fit.
+        ValueError: An unexpected weight, one that is missing, or heads that do not fit.
     """
-    # Old checkpoints hold the rotation's frequencies, which are no weights.
+    # Old state dicts hold the rotation's frequencies, which are not weights.
     left = {name: w for name, w in state_dict.items() if not name.endswith("rotary_emb.inv_freq")}
 
     def take(name: str) -> Tensor:

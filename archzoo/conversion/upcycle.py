@@ -1,8 +1,8 @@
 """Upcycling: a mixture of experts that begins as the dense model it is made from.
 
 Every expert starts as a copy of the layer's dense feed-forward, and the chosen weights sum to 1, so
-the first logits are the dense model's; the router starts at random, and what it sends where pulls
-the copies apart. Source: Komatsuzaki et al., Sparse Upcycling, arXiv 2212.05055, section 2.2;
+the first logits are the dense model's; the router starts at random, and different tokens make the
+copies diverge. Source: Komatsuzaki et al., Sparse Upcycling, arXiv 2212.05055, section 2.2;
 whether it pays, and the similarity of experts as the thing to watch: Wei et al., Skywork-MoE,
 arXiv 2406.06563.
 """
@@ -35,8 +35,8 @@ def upcycle(dense: Decoder, *, seed: int = 0, **mixture: Any) -> Decoder:
         experts, unless `watch_similarity` says otherwise.
 
     Raises:
-        ValueError: The feed-forwards are no SwiGLU, or the mixture's first output would not be the
-            dense one's, since weights do not sum to 1 or shared experts come on top.
+        ValueError: The feed-forwards are not SwiGLU, or the mixture's first output would not be
+            the dense one's, since weights do not sum to 1 or shared experts are added.
     """
     if named_adapters(dense.config):
         raise ValueError("a model with adapters cannot be upcycled: merge them first")
@@ -45,7 +45,7 @@ def upcycle(dense: Decoder, *, seed: int = 0, **mixture: Any) -> Decoder:
     if not gated or spec["init_args"].get("activation", "silu") != "silu":
         raise ValueError(f"only GatedFeedForward with silu can be upcycled, this is {spec}")
     if mixture.get("shared_experts"):
-        raise ValueError("shared experts would come on top of the dense output: leave them out")
+        raise ValueError("shared experts would be added to the dense output: omit shared_experts")
     arguments = {"watch_similarity": True} | mixture
     part = {"class_path": "MixtureOfExperts", "init_args": arguments}
     with torch.random.fork_rng(devices=[]):
@@ -125,6 +125,6 @@ def upcycle_command(
     sparse = upcycle(found.model, seed=seed, **arguments)
     save_pretrained(target, sparse, found.tokenizer, found.task)
     print(
-        f"{target}: {sparse.parameter_count():,} parameters, of which a token meets "
-        f"{active_parameters(sparse):,}; the dense model held {found.model.parameter_count():,}"
+        f"{target}: {sparse.parameter_count():,} parameters, {active_parameters(sparse):,} of them "
+        f"active; the dense model had {found.model.parameter_count():,}"
     )

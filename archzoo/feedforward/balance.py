@@ -1,7 +1,7 @@
 """Balancing: what keeps a router from sending all tokens to few experts, and how even the load is.
 
-In the formulas c_j is the number of tokens sent to expert j (of n), f_j = c_j / sum(c) its share,
-P_j its mean probability. Padding is left out of all of them.
+In the formulas c_j is the number of tokens sent to expert j (of n), f_j = c_j / sum(c) its
+fraction, P_j its mean probability. None of them counts padding.
 """
 
 from __future__ import annotations
@@ -51,39 +51,39 @@ def mean_over_tokens(values: Tensor, valid: Tensor | None = None) -> Tensor:
     """The mean of values (tokens, ...) over the tokens that are not padding."""
     if valid is None:
         return values.mean(dim=0)
-    share = valid.to(values.dtype) / valid.sum().clamp(min=1)
-    mean: Tensor = torch.tensordot(share, values, dims=1)
+    weight = valid.to(values.dtype) / valid.sum().clamp(min=1)
+    mean: Tensor = torch.tensordot(weight, values, dims=1)
     return mean
 
 
 @lru_cache(maxsize=256)
-def _room_of_each(experts: int, factor: float) -> Fraction:
+def _capacity_per_assignment(experts: int, factor: float) -> Fraction:
     return Fraction(str(factor)) / experts
 
 
 def capacity(assignments: Tensor | int, experts: int, factor: float) -> Tensor | int:
-    """ceil(factor * assignments / experts): tokens that each expert has room for.
+    """ceil(factor * assignments / experts): the most tokens that each expert takes.
 
-    In whole numbers, so that no rounding adds a place: 1.1 is taken for 11/10.
+    In integers, so that no rounding adds one: 1.1 is taken for 11/10.
 
     Args:
         assignments: tokens * k, an int or an int64 tensor.
         experts: How many there are.
-        factor: The capacity factor; 1 is room for an even load.
+        factor: The capacity factor; 1 is enough for an even load.
     """
-    share = _room_of_each(experts, factor)
-    return -((-assignments * share.numerator) // share.denominator)
+    each = _capacity_per_assignment(experts, factor)
+    return -((-assignments * each.numerator) // each.denominator)
 
 
-def shares(
+def load_fractions(
     assignments: Tensor, total: Tensor | int | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """f: each expert's share of the assignments, (experts,); all 0 where there are none.
+    """f: each expert's fraction of the assignments, (experts,); all 0 where there are none.
 
     Args:
         assignments: c, (experts,) int64.
         total: Their sum, where it is known: a sum less to compute.
-        dtype: Of the shares. Torch would take its default's, which may be bfloat16.
+        dtype: Of the fractions. Torch would take its default's, which may be bfloat16.
     """
     total = assignments.sum() if total is None else total
     return assignments.to(dtype) / at_least_1(total)
@@ -100,7 +100,7 @@ def virtual_drop_rate(
     total: Tensor | int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The share of assignments that a capacity would have cut: ``sum_j relu(c_j - C) / sum(c)``.
+    """The fraction of assignments over capacity: ``sum_j relu(c_j - C) / sum(c)``.
 
     It tells how uneven the load is where nothing is dropped. C is `capacity`. Counts are summed
     over micro-batches and ranks first, so the rate does not depend on how a batch was split.
@@ -120,15 +120,15 @@ def virtual_drop_rate(
 
 
 def within_capacity(indices: Tensor, experts: int, factor: float, valid: Tensor | None) -> Tensor:
-    """Which assignments find room, by position: the first tokens of the batch come first.
+    """Which assignments are within capacity, by position: the batch's first tokens come first.
 
-    An expert takes assignments in the order of tokens until it is full; padding takes no place.
+    An expert takes assignments in the order of tokens until it is full; padding does not count.
 
     Args:
         indices: (tokens, k), the chosen experts.
         experts: How many there are.
         factor: The capacity factor. The capacity follows from the number of tokens given, padding
-            included, so that no device is asked for a count.
+            included, so that no count is read from a device.
         valid: (tokens,) bool, not padding; None: all.
 
     Returns:
@@ -138,16 +138,15 @@ def within_capacity(indices: Tensor, experts: int, factor: float, valid: Tensor 
     chosen = flat[:, None] == torch.arange(experts, device=indices.device)
     if valid is not None:
         chosen = chosen & valid.repeat_interleave(indices.shape[1])[:, None]
-    place = chosen.cumsum(dim=0).gather(1, flat[:, None])[:, 0]  # counted from 1
-    room = capacity(flat.numel(), experts, factor)
-    kept = (place <= room).view_as(indices)
+    rank = chosen.cumsum(dim=0).gather(1, flat[:, None])[:, 0]  # counted from 1
+    kept = (rank <= capacity(flat.numel(), experts, factor)).view_as(indices)
     return kept if valid is None else kept & valid[:, None]
 
 
 # ---------------------------------------------------------------------------- losses
 
 
-def switch_loss(mean_probabilities: Tensor, share: Tensor) -> Tensor:
+def switch_loss(mean_probabilities: Tensor, fractions: Tensor) -> Tensor:
     """``n sum_j f_j P_j``: 1 where the load is even, n where one expert gets it all.
 
     Its gradient goes through P alone.
@@ -156,9 +155,10 @@ def switch_loss(mean_probabilities: Tensor, share: Tensor) -> Tensor:
 
     Args:
         mean_probabilities: P, (experts,).
-        share: f, (experts,).
+        fractions: f, (experts,).
     """
-    return len(share) * torch.dot(share.to(mean_probabilities.dtype), mean_probabilities)
+    fractions = fractions.to(mean_probabilities.dtype)
+    return len(fractions) * torch.dot(fractions, mean_probabilities)
 
 
 def squared_mean_loss(mean_probabilities: Tensor) -> Tensor:
@@ -189,19 +189,19 @@ def z_loss(raw_logits: Tensor, valid: Tensor | None = None) -> Tensor:
 # ---------------------------------------------------------------------------- what to look at
 
 
-def load_metrics(share: Tensor) -> dict[str, Tensor]:
+def load_metrics(fractions: Tensor) -> dict[str, Tensor]:
     """How even a load f (experts,) is, as scalars.
 
     Returns:
         max_violation: (max c - mean c) / mean c; 0 where the load is even.
         entropy: H(f) / log n; 1 where the load is even, 0 where one expert gets it all.
-        unused: The share of experts that got nothing.
+        unused: The fraction of experts that got nothing.
     """
-    experts = len(share)
+    experts = len(fractions)
     return {
-        "max_violation": share.max() * experts - 1,
-        "entropy": torch.special.entr(share).sum() / math.log(max(experts, 2)),
-        "unused": (share == 0).to(share.dtype).mean(),
+        "max_violation": fractions.max() * experts - 1,
+        "entropy": torch.special.entr(fractions).sum() / math.log(max(experts, 2)),
+        "unused": (fractions == 0).to(fractions.dtype).mean(),
     }
 
 
@@ -218,7 +218,7 @@ def gate_ratios(probabilities: Tensor, valid: Tensor | None = None) -> dict[str,
         max1_max2 and, from three experts on, max2_max3; empty for one expert.
     """
     top, _ = largest(probabilities, min(3, probabilities.shape[-1]))
-    # A ratio beyond 1e7 says no more, and would swamp the mean.
+    # A ratio above 1e7 says no more, and would swamp the mean.
     means = mean_over_tokens(top[:, :-1] / top[:, 1:].clamp(min=1e-7), valid)
     return dict(zip(("max1_max2", "max2_max3"), means.unbind(), strict=False))
 
@@ -234,14 +234,14 @@ class Balance(KeepsFloat32):
 
         alpha <- beta alpha + (1 - beta) min(xi r, coefficient)        beta 0.99, xi 1/5
 
-    so that a layer whose load is even is left alone (Skywork-MoE, arXiv 2406.06563). It halves in
-    69 steps at best, and stays at its largest from r = 5 % on where that is 0.01. r is the share
-    of dropped assignments or, where nothing is dropped, the virtual one.
+    so that a layer whose load is even gets no loss (Skywork-MoE, arXiv 2406.06563). It halves in
+    69 steps at best, and stays at its largest from r = 5 % on where that is 0.01. r is the
+    fraction of dropped assignments or, where nothing is dropped, the virtual one.
 
     The loss takes the tokens of one micro-batch, on one rank or on all. It is convex in P: the
-    smaller these pieces, the larger its mean over them, and the stronger its pull. Over all ranks
-    it is the loss of their tokens together, however many ranks share them: the sums that it is
-    made of are handed out as `Aux.pools`, added up outside, and come back to `pooled_losses`.
+    smaller the micro-batches, the larger its mean over them, and the stronger its effect. Over all
+    ranks it is the loss of their tokens together, however many ranks there are: the sums that it
+    is made of are handed out as `Aux.pools`, added up outside, and come back to `pooled_losses`.
 
     Args:
         experts: How many there are.
@@ -319,10 +319,10 @@ class Balance(KeepsFloat32):
         by_kernels = fused(probabilities) and probabilities.dtype == torch.float32
         if valid is None and by_kernels and self.experts <= MAX_BALANCED:
             total = indices.numel()
-            room = int(capacity(total, self.experts, self.capacity_factor))
+            most = int(capacity(total, self.experts, self.capacity_factor))
             coefficient = self.alpha if self.adaptive else self.largest
             assignments, loss, seen = summarise_load(
-                probabilities, indices, kind, coefficient, room
+                probabilities, indices, kind, coefficient, most
             )
             aux = Aux()
             if loss is not None:
@@ -334,19 +334,19 @@ class Balance(KeepsFloat32):
         assignments = count_assignments(indices, self.experts, valid)
         every: Tensor | int = indices.numel() if valid is None else assignments.sum()
         mean = None if kind == "none" else mean_over_tokens(probabilities, valid)
-        share = shares(assignments, every, probabilities.dtype)
-        aux = self._losses(self._loss(mean, share), None)
-        aux.metrics |= load_metrics(share)
+        fractions = load_fractions(assignments, every, probabilities.dtype)
+        aux = self._losses(self._loss(mean, fractions), None)
+        aux.metrics |= load_metrics(fractions)
         aux.metrics["drop_rate"] = virtual_drop_rate(
             assignments, self.capacity_factor, every, probabilities.dtype
         )
         aux.metrics |= gate_ratios(probabilities.detach(), valid)
         return assignments, every, aux
 
-    def _loss(self, mean: Tensor | None, share: Tensor) -> Tensor | None:
+    def _loss(self, mean: Tensor | None, fractions: Tensor) -> Tensor | None:
         if mean is None:
             return None
-        return switch_loss(mean, share) if self.kind == "switch" else squared_mean_loss(mean)
+        return switch_loss(mean, fractions) if self.kind == "switch" else squared_mean_loss(mean)
 
     def _losses(self, loss: Tensor | None, z: Tensor | None) -> Aux:
         """The losses by their coefficients, and what is logged of them."""
@@ -384,8 +384,8 @@ class Balance(KeepsFloat32):
         tokens = pools["tokens"].clamp(min=1)
         loss = z = None
         if self.kind != "none":
-            share = shares(pools["assignments"], dtype=tokens.dtype)
-            loss = self._loss(pools["probabilities"] / tokens, share)
+            fractions = load_fractions(pools["assignments"], dtype=tokens.dtype)
+            loss = self._loss(pools["probabilities"] / tokens, fractions)
         if self.z_coefficient:
             z = pools["z"] / tokens
         return self._losses(loss, z)

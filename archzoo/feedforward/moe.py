@@ -1,7 +1,7 @@
 """Mixture of experts: a router sends each token to few of many feed-forwards.
 
-Three steps, each a piece of its own: the router decides (routers.py), the experts compute (here),
-the balance watches the load (balance.py). Nothing is dropped unless asked for.
+Three steps, each a module of its own: the router decides (routers.py), the experts compute (here),
+the balance watches the load (balance.py). Nothing is dropped unless `drop` says so.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Experts(nn.Module):
 
     Four ways to compute the same thing:
 
-    * loop: one expert after the other. The reference: any dtype, any size.
+    * loop: one expert after the other. The reference implementation: any dtype, any size.
     * grouped: `torch.nn.functional.grouped_mm`, all experts in one product.
     * gather: each assignment with a copy of its expert's weights; for a few tokens.
     * dense: every expert for every token, the others at weight 0; no choice decides what is
@@ -80,7 +80,7 @@ class Experts(nn.Module):
         self.dim, self.width, self.experts = dim, width, experts
 
     def choose_backend(self, assignments: int, dtype: torch.dtype, device: torch.device) -> str:
-        """The way that runs when none is asked for, by facts alone.
+        """The backend that runs when none is given, chosen by sizes, dtype and device.
 
         In bfloat16 grouped products are one kernel, and rows of a multiple of 16 bytes are what
         they take; in other dtypes torch itself makes a loop of them.
@@ -118,7 +118,7 @@ class Experts(nn.Module):
             backend: "loop", "grouped", "gather" or "dense"; None: `choose_backend`.
             kept: (tokens, k) bool: what is not dropped; None: nothing is. A dropped assignment
                 adds nothing and, but for "gather" and "dense", is not computed.
-            matrices: What `matrices` gave for x; None: it is asked.
+            matrices: What `matrices` gave for x; None: it is called here.
 
         Returns:
             (tokens, dim) in x's dtype.
@@ -181,10 +181,10 @@ class Experts(nn.Module):
             indices: (tokens, k) int64, the chosen experts.
         """
         chosen = indices[:, :, None] == torch.arange(len(down), device=indices.device)
-        share = (weights[:, :, None] * chosen).sum(dim=1)  # (tokens, experts)
+        gates = (weights[:, :, None] * chosen).sum(dim=1)  # (tokens, experts)
         hidden = torch.einsum("td,ehd->eth", x, gate_up)
         hidden = swiglu(hidden.flatten(0, 1)).view(len(down), len(x), down.shape[-1])
-        return torch.einsum("eth,edh,te->td", hidden, down, share.to(x.dtype))
+        return torch.einsum("eth,edh,te->td", hidden, down, gates.to(x.dtype))
 
     @staticmethod
     def loop(rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
@@ -202,9 +202,9 @@ class Experts(nn.Module):
         # together need: from unbind, which also spares the tensor of all experts that indexing
         # would fill for each in its backward pass.
         parts = rows.split([*sizes, rest])[:-1]
-        pieces = zip(parts, gate_up.unbind(), down.unbind(), strict=True)
+        experts = zip(parts, gate_up.unbind(), down.unbind(), strict=True)
         none = not any(sizes)  # then all take part, with nothing
-        results = [F.linear(swiglu(F.linear(x, a)), b) for x, a, b in pieces if len(x) or none]
+        results = [F.linear(swiglu(F.linear(x, a)), b) for x, a, b in experts if len(x) or none]
         return torch.cat([*results, rows.new_zeros(rest, rows.shape[1])])
 
     @staticmethod
@@ -247,7 +247,7 @@ class MixtureOfExperts(FeedForward):
     Args:
         dim: Width of x.
         width: Hidden width of each expert. The layer holds 3 * dim * width parameters per expert,
-            of which a token meets those of top_k and of all shared ones.
+            of which those of top_k experts and of all shared ones are active for a token.
         experts: To choose from.
         top_k: Experts a token is sent to.
         router: LinearRouter or AttentionRouter with its options: built as
@@ -308,10 +308,10 @@ class MixtureOfExperts(FeedForward):
         self.shared_experts, self.watch_similarity = shared_experts, watch_similarity
 
     @property
-    def idle_parameters(self) -> int:
-        """Parameters that a token does not meet: those of the experts it is not sent to."""
-        idle = self.experts.experts - self.top_k
-        return idle * 3 * self.experts.dim * self.experts.width
+    def inactive_parameters(self) -> int:
+        """Parameters that are not active for a token: those of experts it is not sent to."""
+        inactive = self.experts.experts - self.top_k
+        return inactive * 3 * self.experts.dim * self.experts.width
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Aux]:
         """X (batch, time, dim) to y of the same shape, and the aux of `Balance`."""

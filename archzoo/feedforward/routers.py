@@ -50,7 +50,7 @@ def normalise_logits(logits: Tensor, target: float) -> Tensor:
 
 
 class TopKRouter(KeepsFloat32, Router, ABC):
-    """What these routers share: everything behind the logits, in float32 at least.
+    """The base of these routers: everything after the logits, in float32 at least.
 
     One of your own says how a token's logits come about, and takes every option with it::
 
@@ -96,7 +96,7 @@ class TopKRouter(KeepsFloat32, Router, ABC):
         if score not in ("softmax", "sigmoid"):
             raise ValueError(f"score={score!r} is neither softmax nor sigmoid")
         if logit_norm is not None and logit_norm <= 0:
-            raise ValueError(f"logit_norm={logit_norm} must be above 0; leave it out for none")
+            raise ValueError(f"logit_norm={logit_norm} must be above 0; omit it for none")
         if logit_norm is not None and experts < 3:
             raise ValueError(
                 f"logit_norm makes a constant of {experts} experts' gate: take 3 experts or more"
@@ -165,7 +165,7 @@ class LinearRouter(TopKRouter):
     """``z = W x``: one direction per expert.
 
     Source: Shazeer et al., arXiv 1701.06538, section 2.1, without its noise. With `logit_norm` it
-    is Skywork's gate, whose bias its released code leaves out, too. It holds experts * dim
+    is Skywork's gate, whose bias its released code omits, too. It holds experts * dim
     parameters, N(0, init_std^2) at the start as the decoder's other matrices.
     """
 

@@ -1,6 +1,6 @@
 """Architectures: one file each, its paper's architecture section.
 
-The size in a preset's name promises how many parameters a token meets, so that families of one size
+The size in a preset's name promises the number of active parameters, so that families of one size
 can be compared. A family that is sized otherwise says why in its file, in a paragraph that begins
 with "Sizes:" and names those sizes.
 """

@@ -2,7 +2,7 @@
 
 Ingredients:
 
-* an embedding of words and of each digit's place in its number, their sum normalised (see
+* an embedding of words and of each digit's index in its number, their sum normalised (see
   archzoo/embeddings/abacus.py); numbers are written least significant digit first
 * no rotation: order comes from the causal mask, and in the larger sizes from a FIRE bias
 * RMSNorm before each branch and after the last block; no biases anywhere

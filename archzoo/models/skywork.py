@@ -18,13 +18,13 @@ Ingredients:
 Paper: Wei et al., Skywork-MoE, arXiv 2406.06563. Differs in that nothing is dropped: the paper
 trains with a capacity that it does not state, here the coefficient follows what a capacity factor
 of 1.25 would have dropped (set ``drop: position`` to drop it); in the start of the coefficient,
-which the paper leaves open (0.01 here); in the initialisation, which is the decoder's for all
+which the paper does not give (0.01 here); in the initialisation, which is the decoder's for all
 models; and in the number of experts of the smaller sizes (16 there, and from small size on here).
 The released model divides by the sample deviation alone, as here with 1e-6 beside the variance.
 
-Experts are 4/3 dim wide, half the transformer's feed-forward, so that a token meets as many
-parameters as in the transformer of the size, within 1 % from tiny on; the router adds dim for each
-expert. The other experts come on top.
+Experts are 4/3 dim wide, half the transformer's feed-forward, so that the active parameters are as
+many as the transformer of the size has, within 1 % from tiny on; the router adds dim for each
+expert. The inactive experts come on top.
 """
 
 from archzoo.registry import register_model

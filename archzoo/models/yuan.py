@@ -21,9 +21,9 @@ half of a head's channels there, on all here), in the initialisation, which is t
 all models but the router's (N(0, 1 / dim), see archzoo/feedforward/routers.py), and in the number
 of experts of the smaller sizes (32 there, and at base size here).
 
-Experts are dim wide, so that a token meets as many parameters as in the transformer of the size:
+Experts are dim wide, so that the active parameters are as many as the transformer of the size has:
 a block's 6 dim^2 of filtered attention and 2 * 3 dim^2 of experts are 12 dim^2 as there, and the
-router adds 3 dim for each expert. The other experts come on top.
+router adds 3 dim for each expert. The inactive experts come on top.
 """
 
 from archzoo.registry import register_model
