@@ -80,7 +80,7 @@ CHECKS: dict[str, dict[str, Check]] = {
     },
     "embedding": {
         "interface": positions.embedding_interface,
-        "pieces and documents": positions.embedding_pieces,
+        "segments and documents": positions.embedding_segments,
         "training": positions.embedding_training,
         "deterministic, save and load": positions.embedding_repeats,
         "activation checkpointing": in_decoder.checkpointing,
@@ -182,7 +182,7 @@ class ContractError(AssertionError):
 
 
 def run_check(part: Any, name: str, *, seed: int = 0, **arguments: Any) -> Finding:
-    """One check of a part, by its name; each draws its own numbers from the seed.
+    """One check of a part, by its name; each has random numbers of its own from the seed.
 
     Args:
         part: As for `check`.
@@ -220,7 +220,7 @@ def examine(part: Any, *, seed: int = 0, **arguments: Any) -> Report:
     try:
         if SIZES[subject.slot]:  # others are built by their checks
             subject.make()
-    except Exception as error:  # no rule can be asked, so it is said once
+    except Exception as error:  # no rule can be checked, so it is reported once
         detail = _raised(error)
         if isinstance(error, TypeError):
             call = f"{subject.part.__name__}({', '.join(SIZES[subject.slot])})"
@@ -232,7 +232,7 @@ def examine(part: Any, *, seed: int = 0, **arguments: Any) -> Report:
 
 
 def check(part: Any, *, seed: int = 0, show: bool = True, **arguments: Any) -> Report:
-    """Hold a part to the interface: ``archzoo.check(MyMixer, kernel=3)``.
+    """Check that a part implements the interface: ``archzoo.check(MyMixer, kernel=3)``.
 
     Args:
         part: A class that inherits from one of the interface's (`Mixer`, `FeedForward`,
@@ -246,7 +246,7 @@ def check(part: Any, *, seed: int = 0, show: bool = True, **arguments: Any) -> R
 
     Raises:
         ContractError: A rule is broken; the message names each, and by how much.
-        ValueError: `part` is no part.
+        ValueError: `part` is not a valid part.
     """
     report = examine(part, seed=seed, **arguments)
     if show:
@@ -257,7 +257,7 @@ def check(part: Any, *, seed: int = 0, show: bool = True, **arguments: Any) -> R
 
 
 def check_command(path: str, *, init_args: dict[str, Any] | None = None, seed: int = 0) -> int:
-    """Hold a class to the interface, rule by rule; exit status 1 if one is broken.
+    """Check that a class implements the interface, rule by rule; exit status 1 if one is broken.
 
     Args:
         path: module.Class, which may live in a file of the current directory; or a part's name.
@@ -266,7 +266,7 @@ def check_command(path: str, *, init_args: dict[str, Any] | None = None, seed: i
         seed: Of weights, inputs, lengths and cuts.
 
     Raises:
-        ValueError: No such class, or one that is no part.
+        ValueError: No such class, or one that is not a valid part.
     """
     report = examine(path, seed=seed, **(init_args or {}))
     report.show()

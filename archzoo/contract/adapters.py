@@ -191,7 +191,7 @@ def adapter_gradients(subject: Subject) -> str:
 
 
 def adapter_forms(subject: Subject) -> str:
-    """The adapted model is one function: forms, pieces, padding and packing agree."""
+    """The adapted model is one function: forms, segments, padding and packing agree."""
     worst: dict[torch.dtype, float] = {}
     for model in models_of(subject):
         for dtype in (torch.float64, torch.float32):
@@ -203,17 +203,17 @@ def adapter_forms(subject: Subject) -> str:
                 valid = valid if documents is None else documents >= 0
                 want = logits_of(decoder, tokens, documents=documents, form="recurrent")
                 grown = decoder(tokens, documents=documents).logits  # gradients on
-                state, pieces = decoder.init_state(BATCH, capacity=20), []
+                state, segments = decoder.init_state(BATCH, capacity=20), []
                 for begin, end in ((0, 9), (9, 10), (10, 20)):
                     here = None if documents is None else documents[:, begin:end]
                     with torch.no_grad():
                         output = decoder(tokens[:, begin:end], state, here)
                     state = output.state
-                    pieces.append(output.logits)
+                    segments.append(output.logits)
                 whole = logits_of(decoder, tokens, documents=documents)
                 for how, got in (
                     ("whole", whole),
-                    ("in pieces", torch.cat(pieces, 1)),
+                    ("in segments", torch.cat(segments, 1)),
                     ("with gradients", grown),
                 ):
                     what = f"{model}, logits {how} against recurrent, {dtype}"
@@ -289,7 +289,7 @@ def adapter_saved(subject: Subject) -> str:
             if not torch.equal(logits_of(loaded.eval(), tokens), want):
                 raise Violation(f"{model}: save_pretrained and back, it gives other logits")
         if not torch.equal(logits_of(remove_adapters(decoder), tokens), logits_of(base, tokens)):
-            raise Violation(f"{model}: removed, it leaves the base changed")
+            raise Violation(f"{model}: after removing it the base has changed")
     return "bit for bit"
 
 
@@ -329,8 +329,8 @@ def linear_interface(subject: Subject) -> str:
             raise Violation(f"{tuple(y.shape)} {y.dtype} from (3, 5, 32) {dtype}: rows are 32")
         if part.dtype != dtype:
             raise Violation(f"dtype says {part.dtype} of a {dtype} Linear")
-        apart = torch.cat([part.part(x, "first"), part.part(x, "second")], dim=-1)
-        expect_same(apart, y, VALUES[dtype], "block by block against all at once")
+        separate = torch.cat([part.part(x, "first"), part.part(x, "second")], dim=-1)
+        expect_same(separate, y, VALUES[dtype], "block by block against all at once")
     if part.effective_weight().shape != (32, 32):
         raise Violation(f"effective_weight has shape {tuple(part.effective_weight().shape)}")
     stack = subject.part(32, blocks, stack=4, **subject.arguments)

@@ -138,13 +138,13 @@ def feed_forward_casts(subject: Subject) -> str:
 
 def feed_forward_repeats(subject: Subject) -> str:
     """The same seed and input give the same bits, saved and loaded too."""
-    part, twin = subject.make(), subject.make()
+    part, same = subject.make(), subject.make()
     fresh = reloaded(part, subject.make())
     x = subject.draw(2, 9, subject.dim)
     context, _ = context_of(x)
     with torch.no_grad():
         want = part(x, context)[0]
-        for name, other in (("a second call", part), ("a twin", twin), ("a reloaded one", fresh)):
+        for name, other in (("a second call", part), ("a copy", same), ("a reloaded one", fresh)):
             if not torch.equal(other(x, context)[0], want):
                 raise Violation(f"{name} gives other numbers")
     return "bit for bit"
@@ -230,13 +230,13 @@ def router_casts(subject: Subject) -> str:
 
 def router_repeats(subject: Subject) -> str:
     """In evaluation the same token gets the same routing, saved and loaded too."""
-    router, twin = subject.make().eval(), subject.make().eval()
+    router, same = subject.make().eval(), subject.make().eval()
     fresh = reloaded(router, subject.make()).eval()
     x = subject.draw(2, 9, subject.dim)
     context, _ = context_of(x)
     with torch.no_grad():
         want = router(x, context)
-        for name, other in (("a second call", router), ("a twin", twin), ("a reloaded one", fresh)):
+        for name, other in (("a second call", router), ("a copy", same), ("a reloaded one", fresh)):
             got = other(x, context)
             if not all(torch.equal(a, b) for a, b in zip(got[:4], want[:4], strict=True)):
                 raise Violation(f"{name} gives other numbers")
@@ -265,7 +265,7 @@ def router_after_step(subject: Subject) -> str:
     context, _ = context_of(x)
     with torch.no_grad():
         want = router(x, context)
-        for name, made in (("a twin of the same counts", other), ("a reloaded one", fresh)):
+        for name, made in (("a copy given the same counts", other), ("a reloaded one", fresh)):
             got = made(x, context)
             if not all(torch.equal(a, b) for a, b in zip(got[:4], want[:4], strict=True)):
                 raise Violation(f"after a step {name} routes otherwise: what moves is a buffer")

@@ -70,14 +70,14 @@ def mixer_model(subject: Subject) -> str:
                 want = decoder(tokens, documents=given, form="recurrent").logits
                 for form in ("parallel", "chunkwise", None):
                     state = decoder.init_state(2, capacity=40)
-                    pieces = []
+                    segments = []
                     for begin, end in ((0, 13), (13, 14), (14, 40)):
                         here = None if given is None else given[:, begin:end]
                         output = decoder(tokens[:, begin:end], state, here, form=form)
                         state = output.state
-                        pieces.append(output.logits)
+                        segments.append(output.logits)
                     whole = decoder(tokens, documents=given, form=form).logits
-                    for how, got in (("whole", whole), ("in pieces", torch.cat(pieces, 1))):
+                    for how, got in (("whole", whole), ("in segments", torch.cat(segments, 1))):
                         what = f"logits {form} {how} against recurrent, {dtype}"
                         error = expect_same(got[valid], want[valid], MODEL_VALUES[dtype], what)
                         found[dtype] = max(found.get(dtype, 0.0), error)

@@ -95,7 +95,7 @@ def tensors_of(state: Any) -> list[Tensor]:
 def gradients_of(scalar: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
     """The gradients of a scalar by some tensors; zeros where no path leads.
 
-    The graph stays: the next tensor that is asked about may share a part of it.
+    The graph stays: the next call may need a part of it.
     """
     if not scalar.requires_grad:
         return [torch.zeros_like(tensor) for tensor in wanted]
@@ -151,7 +151,7 @@ def expect_live_weights(module: nn.Module, scalar: Tensor) -> None:
         if not slope.isfinite().all():
             raise Violation(f"the gradient of the parameter {name!r} is not finite")
         if not slope.abs().max():
-            raise Violation(f"the parameter {name!r} gets no gradient: training leaves it be")
+            raise Violation(f"the parameter {name!r} gets no gradient: it is never trained")
 
 
 def expect_untouched(given: Tensor, before: Tensor, what: str) -> None:

@@ -53,20 +53,20 @@ def _start(mixer: Mixer, x: Tensor, capacity: int | None = None) -> Carried:
     return Carried(state, interface.init_cursor(batch, x.device))
 
 
-def _walk(
+def _run_plan(
     mixer: Mixer,
     x: Tensor,
     plan: Sequence[tuple[int, str | None]],
     carried: Carried | None = None,
     documents: Tensor | None = None,
 ) -> tuple[Tensor, Carried]:
-    """Run x (batch, time, dim) in pieces of (length, form), handing the state on."""
+    """Run x (batch, time, dim) in segments of (length, form), each from the last one's state."""
     state, cursor = carried or _start(mixer, x)
     outputs, begin = [], 0
     for length, form in plan:
         end = begin + length
-        piece = None if documents is None else documents[:, begin:end]
-        context, cursor = context_of(x[:, begin:end], piece, cursor)
+        segment = None if documents is None else documents[:, begin:end]
+        context, cursor = context_of(x[:, begin:end], segment, cursor)
         y, state = mixer(x[:, begin:end], state, context, form)
         outputs.append(y)
         begin = end
@@ -130,7 +130,7 @@ def mixer_interface(subject: Subject) -> str:
         with torch.no_grad():
             spied(x, None, context, form)
         if ran[:1] != [form]:
-            raise Violation(f"form {form!r} was asked for, {ran[0] if ran else 'none'!r} was run")
+            raise Violation(f"form {form!r} was given, {ran[0] if ran else 'none'!r} was run")
     wide, x = subject.make(), subject.draw(BATCH, 7, subject.dim)
     before = x.clone()
     with torch.no_grad():
@@ -141,7 +141,7 @@ def mixer_interface(subject: Subject) -> str:
     try:
         mixer(x.float(), None, context, "sideways")
     except ValueError:
-        return "y as x; None for None; a plain state, batch first; the form asked for is run"
+        return "y as x; None for None; a plain state, batch first; the form given is run"
     raise Violation("an unknown form must raise ValueError")
 
 
@@ -191,10 +191,10 @@ def mixer_reach(subject: Subject) -> str:
 
 
 def mixer_handoffs(subject: Subject) -> str:
-    """A text cut anywhere, each piece in any form, gives what it gives whole."""
+    """A text cut anywhere, each segment in any form, gives what it gives whole."""
     mixer = subject.make()
-    worst, pieces = 0.0, 0
-    for time, gradients, roomy in (
+    worst, segments = 0.0, 0
+    for time, gradients, sized in (
         (subject.random.randint(200, LONGEST), False, False),
         (subject.random.randint(20, 90), False, True),
         (subject.random.randint(20, 60), True, False),
@@ -205,12 +205,12 @@ def mixer_handoffs(subject: Subject) -> str:
         for _ in range(3):
             plan = subject.plan(time)
             with torch.set_grad_enabled(gradients):
-                start = _start(mixer, x, capacity=time if roomy else None)
-                got, _ = _walk(mixer, x, plan, start)
-            what = f"pieces {plan} against the whole: the state must carry all of the past"
+                start = _start(mixer, x, capacity=time if sized else None)
+                got, _ = _run_plan(mixer, x, plan, start)
+            what = f"segments {plan} against the whole: the state must carry all of the past"
             worst = max(worst, expect_same(got, want, VALUES[torch.float64], what))
-            pieces += len(plan)
-    return f"{pieces} pieces, float64 {worst:.0e}"
+            segments += len(plan)
+    return f"{segments} segments, float64 {worst:.0e}"
 
 
 def mixer_causal(subject: Subject) -> str:
@@ -242,14 +242,14 @@ def mixer_documents(subject: Subject) -> str:
     def row(*entries: int | str) -> tuple[Tensor, Tensor]:
         """A row of 40 tokens: texts by number, and padding of garbage that fills it up."""
         missing = 40 - sum(sizes[entry] for entry in entries if isinstance(entry, int))
-        share = missing // max(sum(isinstance(entry, str) for entry in entries), 1)
+        each = missing // max(sum(isinstance(entry, str) for entry in entries), 1)
         vectors, documents = [], []
         for entry in entries:
             if isinstance(entry, int):
                 vectors.append(texts[entry][:, : sizes[entry]])
                 documents += [entry] * sizes[entry]
             else:
-                size = missing - share if entry == "rest" else share
+                size = missing - each if entry == "rest" else each
                 vectors.append(10 * garbage(size, subject.dim))
                 documents += [-1] * size
         return torch.cat(vectors, dim=1), torch.tensor([documents])
@@ -261,7 +261,7 @@ def mixer_documents(subject: Subject) -> str:
     }
     x = torch.cat([vectors for vectors, _ in rows.values()])
     documents = torch.cat([numbers for _, numbers in rows.values()])
-    last = [2, 3, 3]  # the document each row stops in, which goes on below
+    last = [2, 3, 3]  # the document each row stops in, which continues below
     tail = torch.cat([texts[n][:, sizes[n] : sizes[n] + 4] for n in last])
     worst = 0.0
     with torch.no_grad():
@@ -274,7 +274,7 @@ def mixer_documents(subject: Subject) -> str:
             (f"{a} then {b}", [(cut, a), (40 - cut, b)]) for a in FORMS for b in FORMS if a != b
         ]
         for name, plan in ways:
-            y, carried = _walk(mixer, x, plan, documents=documents)
+            y, carried = _run_plan(mixer, x, plan, documents=documents)
             outputs = [("from a state", y)]
             if len(plan) == 1:
                 outputs.append(("without one", _whole(mixer, x, plan[0][1], documents)))
@@ -290,15 +290,15 @@ def mixer_documents(subject: Subject) -> str:
                             "get what it gets alone"
                         )
                         worst = max(worst, expect_same(here, want, VALUES[torch.float64], what))
-            behind = F.pad(tail, (0, 0, 3, 0), value=9.0)  # the next piece may be padded, too
+            behind = F.pad(tail, (0, 0, 3, 0), value=9.0)  # the next segment may be padded, too
             numbers = F.pad(torch.tensor(last)[:, None].expand(-1, 4), (3, 0), value=-1)
-            y, _ = _walk(mixer, behind, [(5, plan[-1][1]), (2, "recurrent")], carried, numbers)
+            y, _ = _run_plan(mixer, behind, [(5, plan[-1][1]), (2, "recurrent")], carried, numbers)
             y = y[:, 3:]
             for index, kind in enumerate(rows):
                 want = alone[last[index]][0, sizes[last[index]] :]
                 what = (
-                    f"{kind}, {name}: a document that goes on in the next piece must find its "
-                    "state as it left it; padding neither adds nor decays"
+                    f"{kind}, {name}: a document that continues in the next segment must find its "
+                    "final state unchanged; padding neither adds nor decays"
                 )
                 worst = max(worst, expect_same(y[index], want, VALUES[torch.float64], what))
     for form in FORMS:
@@ -306,7 +306,7 @@ def mixer_documents(subject: Subject) -> str:
         y = _whole(mixer, leaf, form, documents)
         (gradient,) = gradients_of(y[2, documents[2] == 2].square().sum(), [leaf])
         expect_zero(gradient[2, documents[2] != 2], f"{form}: a document sees another, or padding")
-    return f"left, right, packed and going on, float64 {worst:.0e}; sealed from each other"
+    return f"left, right, packed, continued, float64 {worst:.0e}; documents do not mix"
 
 
 def mixer_batch(subject: Subject) -> str:
@@ -330,7 +330,7 @@ def _owns_its_tensors(mixer: Mixer, x: Tensor) -> None:
     """A state may not be a small view of something large."""
     for form in FORMS:
         with torch.no_grad():
-            _, carried = _walk(mixer, x, [(x.shape[1], form)])
+            _, carried = _run_plan(mixer, x, [(x.shape[1], form)])
         for tensor in tensors_of(carried.state):
             held, own = tensor.untyped_storage().nbytes(), tensor.numel() * tensor.element_size()
             if held > 2 * own:
@@ -341,7 +341,7 @@ def _owns_its_tensors(mixer: Mixer, x: Tensor) -> None:
 
 
 def mixer_state(subject: Subject) -> str:
-    """A state can be forked, reordered, saved, moved and cut off, and goes on as if nothing was."""
+    """A state can be forked, reordered, saved, moved and detached, and continues the same text."""
     mixer = subject.make()
     time, more = 11, 6
     x = subject.draw(BATCH, time + more, subject.dim)
@@ -353,7 +353,7 @@ def mixer_state(subject: Subject) -> str:
     for first, then in (("recurrent", "recurrent"), ("chunkwise", "parallel")):
         plan = [(2, then), (more - 2, "recurrent")]
         with torch.no_grad():
-            _, carried = _walk(mixer, x[:, :time], [(time, first)])
+            _, carried = _run_plan(mixer, x[:, :time], [(time, first)])
             ways = {
                 "forked": carried.map(interface.fork),
                 "saved and loaded": carried.map(saved_and_loaded),
@@ -361,18 +361,18 @@ def mixer_state(subject: Subject) -> str:
             }
             reordered = carried.map(lambda state: interface.reorder(state, rows))
             want = _whole(mixer, x)[:, time:]
-            _walk(mixer, rest, plan, carried)  # consumes the state; its copies must not notice
+            _run_plan(mixer, rest, plan, carried)  # consumes the state, not its copies
             for name, copied in ways.items():
-                got, _ = _walk(mixer, rest, plan, copied)
-                what = f"a state {name} after {first}: goes on as the one it was made from"
+                got, _ = _run_plan(mixer, rest, plan, copied)
+                what = f"a state {name} after {first}: it continues as the original does"
                 worst = max(worst, expect_same(got, want, VALUES[torch.float64], what))
-            got, _ = _walk(mixer, rest[rows], plan, reordered)
+            got, _ = _run_plan(mixer, rest[rows], plan, reordered)
             what = f"rows of a state reordered after {first}: every tensor has the batch first"
             worst = max(worst, expect_same(got, want[rows], VALUES[torch.float64], what))
         past = x[:, :time].clone().requires_grad_()
-        _, carried = _walk(mixer, past, [(time, first)])
-        cut, _ = _walk(mixer, rest, plan, carried.map(interface.detach))
-        what = "a detached state goes on as the whole does"
+        _, carried = _run_plan(mixer, past, [(time, first)])
+        cut, _ = _run_plan(mixer, rest, plan, carried.map(interface.detach))
+        what = "a detached state continues as the whole does"
         worst = max(worst, expect_same(cut, want, VALUES[torch.float64], what))
         expect_zero(gradients_of(cut.sum(), [past])[0], "a detached state lets a gradient through")
     return f"fork, reorder, save, move, detach: float64 {worst:.0e}"
@@ -392,15 +392,15 @@ def mixer_gradients(subject: Subject) -> str:
         want = dict(zip(wanted, gradients_of(scalar, list(wanted.values())), strict=True))
         for name in named:
             if not want[name].abs().max():
-                raise Violation(f"the parameter {name!r} gets no gradient: training leaves it be")
+                raise Violation(f"the parameter {name!r} gets no gradient: it is never trained")
         cut = subject.random.randint(1, time - 1)
         plans = [[(time, form)] for form in ("parallel", "chunkwise")]
         plans += [[(cut, a), (time - cut, b)] for a in FORMS for b in FORMS]
         for plan in plans:
-            y = _whole(mixer, x, plan[0][1]) if len(plan) == 1 else _walk(mixer, x, plan)[0]
+            y = _whole(mixer, x, plan[0][1]) if len(plan) == 1 else _run_plan(mixer, x, plan)[0]
             got = gradients_of((y * weights).sum(), list(wanted.values()))
             for name, gradient in zip(wanted, got, strict=True):
-                what = f"{dtype} gradient of {name}, pieces {plan}, against the recurrent form's"
+                what = f"{dtype} gradient of {name}, segments {plan}, against the recurrent form's"
                 error = expect_same(gradient, want[name], GRADIENTS[dtype], what)
                 found[dtype] = max(found.get(dtype, 0.0), error)
     mixer = subject.make()
@@ -449,9 +449,9 @@ def _sums_are_wide(mixer: Mixer, x: Tensor, when: str) -> None:
     """
     x = x.clone().requires_grad_()
     for form in FORMS:
-        _, carried = _walk(mixer, x[:, :32], [(32, form)])
+        _, carried = _run_plan(mixer, x[:, :32], [(32, form)])
         shapes = [tensor.shape for tensor in tensors_of(carried.state)]
-        _, carried = _walk(mixer, x[:, 32:], [(x.shape[1] - 32, form)], carried)
+        _, carried = _run_plan(mixer, x[:, 32:], [(x.shape[1] - 32, form)], carried)
         for tensor, shape in zip(tensors_of(carried.state), shapes, strict=False):
             if not tensor.requires_grad or tensor.shape != shape:
                 continue
@@ -481,7 +481,7 @@ def mixer_heads(subject: Subject) -> str:
 
 def mixer_repeats(subject: Subject) -> str:
     """The same seed and input give the same bits: nothing hidden, nothing random, no mode."""
-    mixer, twin = subject.make(), subject.make()
+    mixer, same = subject.make(), subject.make()
     x, other = subject.draw(BATCH, 30, subject.dim), subject.draw(2, 9, subject.dim)
     with torch.inference_mode():  # nothing that is made here and kept may come up in training
         _whole(mixer, x, None)
@@ -494,8 +494,8 @@ def mixer_repeats(subject: Subject) -> str:
             _whole(mixer, other, form)
             if not torch.equal(_whole(mixer, x, form), first):
                 raise Violation(f"{form}: a second call gives other numbers: a module hides state")
-            if not torch.equal(_whole(twin, x, form), first):
-                raise Violation(f"{form}: a twin of the same seed gives other numbers")
+            if not torch.equal(_whole(same, x, form), first):
+                raise Violation(f"{form}: a second module of the same seed gives other numbers")
             if not torch.equal(_whole(mixer.eval(), x, form), first):
                 raise Violation(
                     f"{form}: eval() gives other numbers than train(): forms are chosen by facts, "
@@ -528,7 +528,7 @@ def mixer_devices(subject: Subject) -> str:
         for documents in (None, numbers):
             try:
                 with torch.no_grad(), _no_autocast_on_meta():
-                    y, _ = _walk(mixer, x, [(4, form), (5, form)], documents=documents)
+                    y, _ = _run_plan(mixer, x, [(4, form), (5, form)], documents=documents)
             except (RuntimeError, NotImplementedError) as error:
                 raise Violation(
                     f"{form} on the meta device: {first_line(error)}: tensors are made on the "
@@ -553,12 +553,12 @@ def _no_autocast_on_meta() -> Iterator[None]:
     def enter(self: Any) -> Any:
         return self if self.on_meta else entered(self)
 
-    def leave(self: Any, *error: Any) -> Any:
+    def exit_(self: Any, *error: Any) -> Any:
         return None if self.on_meta else left(self, *error)
 
     with (
         mock.patch.object(kind, "__init__", init),
         mock.patch.object(kind, "__enter__", enter),
-        mock.patch.object(kind, "__exit__", leave),
+        mock.patch.object(kind, "__exit__", exit_),
     ):
         yield

@@ -51,8 +51,8 @@ def embedding_interface(subject: Subject) -> str:
     return "x of the table's dtype; None for None; weight is the table"
 
 
-def embedding_pieces(subject: Subject) -> str:
-    """Causal, row by row, the same in pieces, and each document as alone: bit for bit."""
+def embedding_segments(subject: Subject) -> str:
+    """Causal, row by row, the same in segments, and each document as alone: bit for bit."""
     part = subject.make().eval()
     vocab_size = subject.sizes["vocab_size"]
     tokens = subject.tokens(BATCH, 40, vocab_size)
@@ -61,8 +61,8 @@ def embedding_pieces(subject: Subject) -> str:
         state, cursor = part.init_state(len(tokens)), interface.init_cursor(len(tokens))
         outputs = []
         for begin, end in itertools.pairwise([0, *ends]):
-            piece = None if documents is None else documents[:, begin:end]
-            context, cursor = context_of(tokens[:, begin:end], piece, cursor)
+            segment = None if documents is None else documents[:, begin:end]
+            context, cursor = context_of(tokens[:, begin:end], segment, cursor)
             context = part.assign_positions(context)
             x, state = part(tokens[:, begin:end], state, context)
             state = interface.map_state(torch.clone, state)
@@ -79,7 +79,7 @@ def embedding_pieces(subject: Subject) -> str:
             raise Violation("without a state it gives other numbers than from an empty one")
         cuts = sorted(subject.random.sample(range(1, 40), k=3))
         for name, got, want in (
-            (f"in pieces that end at {cuts}", run(tokens, [*cuts, 40]), whole),
+            (f"in segments that end at {cuts}", run(tokens, [*cuts, 40]), whole),
             ("token by token", run(tokens, range(1, 41)), whole),
             ("without its future", run(tokens[:, :20], [20]), whole[:, :20]),
             ("one row alone", run(tokens[1:2], [40]), whole[1:2]),
@@ -96,7 +96,7 @@ def embedding_pieces(subject: Subject) -> str:
 
 
 def embedding_training(subject: Subject) -> str:
-    """What training draws is the example's own, whatever lies beside it, and a token is a token."""
+    """What training draws depends on the example alone, not on what lies beside it."""
     part = subject.make().train()
     vocab_size = subject.sizes["vocab_size"]
     tokens = subject.tokens(BATCH, 20, vocab_size)
@@ -169,7 +169,7 @@ def rotary_interface(subject: Subject) -> str:
     offset = positions.clone()
     offset[1] += 7
     q_at, k_at = part(q, k, positions.contiguous(), offset)
-    piece = part(q[:, 9:10, 1:2], k[:, 9:10, 1:2], positions[:, 9:10], positions[:, 9:10])
+    slices = part(q[:, 9:10, 1:2], k[:, 9:10, 1:2], positions[:, 9:10], positions[:, 9:10])
     both_q, both_k = part.both(torch.cat([q, k], dim=2), 4, positions)
     worst = 0.0
     for what, got, want in (
@@ -178,8 +178,8 @@ def rotary_interface(subject: Subject) -> str:
         ("k by `both` against `forward`", both_k, want_k),
         ("rows at the same positions beside a row at others", k_at[::2], want_k[::2]),
         ("k by its own positions", k_at[1:2], part(q, k, offset, offset)[1][1:2]),
-        ("one token and head alone", piece[0], want_q[:, 9:10, 1:2]),
-        ("one token and head alone", piece[1], want_k[:, 9:10, 1:2]),
+        ("one token and head alone", slices[0], want_q[:, 9:10, 1:2]),
+        ("one token and head alone", slices[1], want_k[:, 9:10, 1:2]),
     ):
         worst = max(worst, expect_same(got, want, VALUES[torch.float64], what))
     return f"float64 {worst:.0e}"
@@ -223,17 +223,18 @@ def bias_interface(subject: Subject) -> str:
     whole = part(keys, keys)
     if whole.shape not in {(BATCH, heads, 30, 30), (1, heads, 30, 30)}:
         raise Violation(f"shape {tuple(whole.shape)}, must be (batch or 1, heads, queries, keys)")
-    piece = part(keys[:, 20:23], keys[:, :23])
+    slice_ = part(keys[:, 20:23], keys[:, :23])
     causal = torch.ones(3, 23, dtype=torch.bool).tril(20)
-    what = "a piece against the whole"
-    error = expect_same(piece[..., causal], whole[:, :, 20:23, :23][..., causal], 1e-12, what)
+    what = "a slice against the whole"
+    error = expect_same(slice_[..., causal], whole[:, :, 20:23, :23][..., causal], 1e-12, what)
     rows = keys.clone()
     rows[1] += 5
-    apart = part(rows, rows).expand(BATCH, -1, -1, -1)
+    separate = part(rows, rows).expand(BATCH, -1, -1, -1)
     causal = torch.ones(30, 30, dtype=torch.bool).tril()
     what = "rows at the same positions beside a row at others"
     want = whole.expand(BATCH, -1, -1, -1)
-    error = max(error, expect_same(apart[::2][..., causal], want[::2][..., causal], 1e-12, what))
+    got = separate[::2][..., causal]
+    error = max(error, expect_same(got, want[::2][..., causal], 1e-12, what))
     far = torch.tensor([[65_535]])
     if not part(far, torch.tensor([[0, 65_535]])).isfinite().all():
         raise Violation("not finite at position 65,535")

@@ -1,4 +1,4 @@
-"""What is checked: a class with its arguments and sizes, and all that a check draws at random."""
+"""What is checked: a class with its arguments and sizes, and the random inputs of a check."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 class Subject:
-    """A class with its arguments and sizes, and everything a check draws at random.
+    """A class with its arguments and sizes, and the random inputs of its checks.
 
     Args:
         part: A class of one of the slots, a partial of one, a name, or
@@ -53,7 +53,9 @@ class Subject:
         slots = [slot for slot, base in SLOTS.items() if _is_a(part, base)]
         if not slots:
             bases = ", ".join(base.__name__ for base in SLOTS.values())
-            raise ValueError(f"{part!r} is no part: it must be a class that inherits from {bases}")
+            raise ValueError(
+                f"{part!r} is not a valid part: it must be a class that inherits from {bases}"
+            )
         self.part, self.slot, self.seed = part, slots[0], seed
         self.sizes = {name: arguments.pop(name, size) for name, size in SIZES[self.slot].items()}
         # What a class cannot do without and has no default for, it names itself.
@@ -103,7 +105,7 @@ class Subject:
         return [1, self.random.randint(2, 64), self.random.randint(200, LONGEST)]
 
     def plan(self, time: int) -> list[tuple[int, str | None]]:
-        """`time` tokens cut at random, each piece in a random form."""
+        """`time` tokens cut at random, each segment in a random form."""
         cuts = sorted(self.random.sample(range(1, time), k=min(3, time - 1)))
         ends = itertools.pairwise([0, *cuts, time])
         return [(end - begin, self.random.choice((*FORMS, None))) for begin, end in ends]

@@ -1,1 +1,1 @@
-"""Accelerator code behind the components; each kernel has its plain-PyTorch twin as reference."""
+"""Accelerator code behind the components; each kernel has a PyTorch reference implementation."""

@@ -1,7 +1,7 @@
-"""The rows that digits read, in one kernel: `archzoo.embeddings.abacus` holds the plain form.
+"""The rows that digits read, in one kernel; the reference is in `archzoo.embeddings.abacus`.
 
-Plainly they take some forty small operations on whole numbers, half of them the hash that draws a
-shift. On a GPU each is as long as its launch, and together they were 2 to 4 % of a training step.
+In PyTorch they take some forty small integer operations, half of them the hash that draws a shift.
+On a GPU each is as long as its launch, and together they were 2 to 4 % of a training step.
 
 Importing this module needs neither Triton nor a GPU.
 """
@@ -39,7 +39,7 @@ def shifted_rows(
         kinds: (vocab_size,) int8, what each token is: 2 a digit, 1 an operator, 0 anything else.
         context: Of the same tokens.
         coupled: Operators on row 1, digits from row 2 on.
-        last: The last row; those beyond read it.
+        last: The last row; digits past it read it.
         key: Of the shifts, as `archzoo.embeddings.counter_random.key_of` makes it.
         bound: Shifts are drawn from 0 .. bound - 1.
         examples: (batch, time) int64, by which they are drawn. None: nothing is shifted.

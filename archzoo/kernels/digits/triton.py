@@ -32,17 +32,17 @@ def rows_kernel(
     examples_batch, examples_time, key, bound, last,
     COUPLED: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row of the batch: the tokens so far less those up to the last that is no digit."""
+    """One row of the batch: the tokens so far less those up to the last that is not a digit."""
     row = tl.program_id(0).to(tl.int64)
-    before = tl.zeros((), tl.int32)  # tokens, padding left out
+    before = tl.zeros((), tl.int32)  # tokens, padding not counted
     broken = tl.zeros((), tl.int32)  # of them, up to the last that ended a run
     for begin in range(0, time, BLOCK):
-        place = begin + tl.arange(0, BLOCK)
-        inside = place < time
-        token = tl.load(tokens + row * tokens_batch + place * tokens_time, mask=inside, other=0)
+        position = begin + tl.arange(0, BLOCK)
+        inside = position < time
+        token = tl.load(tokens + row * tokens_batch + position * tokens_time, mask=inside, other=0)
         kind = tl.load(kinds + token, mask=inside, other=0)
-        real = tl.load(valid + row * valid_batch + place * valid_time, mask=inside, other=0)
-        start = tl.load(starts + row * starts_batch + place * starts_time, mask=inside, other=0)
+        real = tl.load(valid + row * valid_batch + position * valid_time, mask=inside, other=0)
+        start = tl.load(starts + row * starts_batch + position * starts_time, mask=inside, other=0)
         real = real.to(tl.int32)
         seen = before + tl.cumsum(real)
         ended = tl.where(kind == 2, tl.where(start != 0, seen - 1, 0), seen) * real
@@ -52,12 +52,12 @@ def rows_kernel(
             found += 1
         if SHIFTED:
             number = tl.load(
-                examples + row * examples_batch + place * examples_time, mask=inside, other=0
+                examples + row * examples_batch + position * examples_time, mask=inside, other=0
             )
             bits = mix(number.to(tl.uint64) * GOLDEN + key.to(tl.uint64))
             bits = mix(bits + GOLDEN)
             found += (((bits >> 33) * bound) >> 31).to(tl.int64)
         found = tl.where((kind > 0) & (real != 0), tl.minimum(found, last), 0)
-        tl.store(rows + row * time + place, found, mask=inside)
+        tl.store(rows + row * time + position, found, mask=inside)
         before += tl.sum(real)
         broken = tl.max(ended)

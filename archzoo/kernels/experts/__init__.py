@@ -1,9 +1,10 @@
 """What lies around the experts' products, fused: moving rows, SwiGLU, weights in a lower dtype.
 
 A mixture of experts is two grouped matrix products and much moving of memory around them. Each
-function here moves every tensor once, forward and backward, in a kernel or two, and is its plain
-PyTorch twin wherever `fused` says no: on the CPU, in float64, and under `torch.compile`, which
-fuses the plain form by itself. What a router needs is in `routers`. Measurements: docs/experts.md.
+function here moves every tensor once, forward and backward, in a kernel or two, and falls back to
+its PyTorch reference implementation wherever `fused` says no: on the CPU, in float64, and under
+`torch.compile`, which fuses that by itself. What a router needs is in `routers`. Measurements:
+docs/experts.md.
 
 Importing this module needs neither Triton nor a GPU.
 """
@@ -50,7 +51,7 @@ class Dispatch(NamedTuple):
 def make_dispatch(
     indices: Tensor, experts: int, kept: Tensor | None = None, *, kernels: bool = False
 ) -> Dispatch:
-    """Sort the assignments by expert; no device is asked for a number.
+    """Sort the assignments by expert, without synchronising with the device.
 
     Args:
         indices: (tokens, k) int64, the chosen experts.
@@ -126,15 +127,15 @@ def collect_rows(rows: Tensor, weights: Tensor, dispatch: Dispatch) -> Tensor:
 
 
 def _only_computed(rows: Tensor, dispatch: Dispatch) -> Tensor:
-    """Zeros in the place of dropped rows, in the gradient, too."""
+    """Zeros instead of dropped rows, in the gradient, too."""
     if not dispatch.dropped:
         return rows
-    place = torch.arange(len(rows), device=rows.device)
-    return rows.masked_fill((place >= dispatch.ends[-1])[:, None], 0.0)
+    index = torch.arange(len(rows), device=rows.device)
+    return rows.masked_fill((index >= dispatch.ends[-1])[:, None], 0.0)
 
 
 def _rearrange(x: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
-    """`_Rearrange`, or by indexing, which transforms see through."""
+    """`_Rearrange`, or by indexing, which `torch.func` transforms support."""
     if transformed():
         return x[order // k if k > 1 else order]
     rows: Tensor = _Rearrange.apply(x, order, inverse, k)
@@ -145,7 +146,7 @@ class _Rearrange(torch.autograd.Function):
     """``y[i] = x[order[i] // k]`` for a permutation `order` of k copies of each row of x.
 
     The backward pass gathers, too: ``dx[t] = sum_j dy[inverse[t k + j]]``, always in the same
-    order, where indexing's own would add up in whatever order threads arrive.
+    order, where indexing's own would add up in the order in which threads happen to run.
     """
 
     @staticmethod

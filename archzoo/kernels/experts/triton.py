@@ -18,8 +18,8 @@ def count_kernel(keys, counts, assignments, BLOCK: tl.constexpr):
     """counts[expert, block]: how many keys of a block are an expert's."""
     expert = tl.program_id(0)
     block = tl.program_id(1)
-    place = block * BLOCK + tl.arange(0, BLOCK)
-    key = tl.load(keys + place, mask=place < assignments, other=-1)
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    key = tl.load(keys + index, mask=index < assignments, other=-1)
     found = tl.sum((key == expert).to(tl.int32))
     tl.store(counts + expert * tl.num_programs(1) + block, found)
 
@@ -38,8 +38,8 @@ def place_kernel(
     expert = tl.program_id(0)
     block = tl.program_id(1)
     blocks = tl.num_programs(1)
-    place = block * BLOCK + tl.arange(0, BLOCK)
-    key = tl.load(keys + place, mask=place < assignments, other=experts + 1)
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    key = tl.load(keys + index, mask=index < assignments, other=experts + 1)
     if COUNTED:
         before = tl.zeros((TABLE,), tl.int32)
         slot = expert * blocks + block
@@ -50,7 +50,7 @@ def place_kernel(
     else:
         row = tl.sum((key < expert).to(tl.int32))
     here = (key == expert).to(tl.int32)
-    tl.store(inverse + place, (row + tl.cumsum(here) - 1).to(tl.int64), mask=key == expert)
+    tl.store(inverse + index, (row + tl.cumsum(here) - 1).to(tl.int64), mask=key == expert)
     last = (expert < experts) & (block == blocks - 1)
     tl.store(ends + expert, row + tl.sum(here), mask=last)
 
@@ -58,9 +58,9 @@ def place_kernel(
 @triton.jit
 def widen_kernel(x, y, size, BLOCK: tl.constexpr):
     """Copy x to y, of another dtype."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < size
-    tl.store(y + place, tl.load(x + place, mask=inside).to(y.dtype.element_ty), mask=inside)
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < size
+    tl.store(y + index, tl.load(x + index, mask=inside).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def experts_gradient_kernel(
     expert = tl.program_id(1)
     wide: tl.constexpr = (IN + IN_BLOCK - 1) // IN_BLOCK
     out = (tile // wide) * OUT_BLOCK + tl.arange(0, OUT_BLOCK)
-    place = (tile % wide) * IN_BLOCK + tl.arange(0, IN_BLOCK)
+    index = (tile % wide) * IN_BLOCK + tl.arange(0, IN_BLOCK)
     first = tl.load(ends + expert - 1, mask=expert > 0, other=0)
     last = tl.load(ends + expert)
     total = tl.zeros((OUT_BLOCK, IN_BLOCK), tl.float32)
@@ -85,14 +85,14 @@ def experts_gradient_kernel(
         row = (start + tl.arange(0, STEP)).to(tl.int64)[:, None]
         inside = (row < last) & (out < OUT)[None, :]
         left = tl.load(dy + row * OUT + out[None, :], mask=inside, other=0.0)
-        inside = (row < last) & (place < IN)[None, :]
-        right = tl.load(x + row * IN + place[None, :], mask=inside, other=0.0)
+        inside = (row < last) & (index < IN)[None, :]
+        right = tl.load(x + row * IN + index[None, :], mask=inside, other=0.0)
         if UPCAST:
             left = left.to(tl.float32)
             right = right.to(tl.float32)
         total = tl.dot(tl.trans(left), right, total)
-    at = (expert.to(tl.int64) * OUT + out[:, None]) * IN + place[None, :]
-    tl.store(d_weight + at, total, mask=(out < OUT)[:, None] & (place < IN)[None, :])
+    at = (expert.to(tl.int64) * OUT + out[:, None]) * IN + index[None, :]
+    tl.store(d_weight + at, total, mask=(out < OUT)[:, None] & (index < IN)[None, :])
 
 
 @triton.jit
@@ -172,8 +172,8 @@ def swiglu_backward_kernel(x, dy, d_x, width, BLOCK: tl.constexpr):
     gate = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x + at + width, mask=inside, other=0.0).to(tl.float32)
     gradient = tl.load(dy + row * width + column, mask=inside, other=0.0).to(tl.float32)
-    share = tl.sigmoid(gate)
-    d_gate = gradient * up * share * (1.0 + gate * (1.0 - share))
-    d_up = gradient * gate * share
+    sigmoid = tl.sigmoid(gate)
+    d_gate = gradient * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    d_up = gradient * gate * sigmoid
     tl.store(d_x + at, d_gate.to(d_x.dtype.element_ty), mask=inside)
     tl.store(d_x + at + width, d_up.to(d_x.dtype.element_ty), mask=inside)

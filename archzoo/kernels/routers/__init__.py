@@ -1,8 +1,8 @@
 """What a router computes, fused: its product, attention among experts, the choice, the load.
 
-Each function is a kernel or two each way, and its plain PyTorch twin wherever `fused` says no, as
-those of `experts`; `summarise_load` alone has its twin where it is called, in
-`archzoo.feedforward.balance`. Measurements: docs/experts.md.
+Each function is a kernel or two each way, with a PyTorch reference implementation as fallback
+wherever `fused` says no, as those of `experts`; that of `summarise_load` alone is where it is
+called, in `archzoo.feedforward.balance`. Measurements: docs/experts.md.
 
 Importing this module needs neither Triton nor a GPU.
 """
@@ -281,7 +281,8 @@ def _attend_plainly(projected: Tensor) -> Tensor:
 def _attend_options(experts: int) -> tuple[int, dict[str, int]]:
     """Tokens of a program, and how it is compiled: a thread holds one expert of a token.
 
-    Beyond 64 experts four threads share one: with all of its scores one runs out of registers.
+    Above 64 experts four threads hold one together: all of its scores do not fit in the registers
+    of one.
     """
     block = power_of_2(experts)
     tokens, warps = max(128 // block, 1), 4 if block < 128 else 16
@@ -323,7 +324,7 @@ LOSSES = {"none": 0, "switch": 1, "squared_mean": 2}
 
 
 def summarise_load(
-    probabilities: Tensor, indices: Tensor, kind: str, coefficient: float | Tensor, room: int
+    probabilities: Tensor, indices: Tensor, kind: str, coefficient: float | Tensor, capacity: int
 ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
     """What `archzoo.feedforward.balance` makes of a routing, in two kernels instead of 30.
 
@@ -332,7 +333,7 @@ def summarise_load(
         indices: (tokens, k) int64, the chosen experts.
         kind: Of the loss: "none", "switch" or "squared_mean".
         coefficient: Of the loss; a scalar float32 tensor is read now, not in the backward pass.
-        room: The capacity.
+        capacity: Tokens that each expert takes, for the virtual drop rate.
 
     Returns:
         The assignments, (experts,) int64. The loss by its coefficient, a scalar with a gradient to
@@ -341,7 +342,7 @@ def summarise_load(
         balance, the loss alone, where there is one.
     """
     assignments, loss, seen = _Summarise.apply(
-        probabilities, indices, LOSSES[kind], coefficient, room
+        probabilities, indices, LOSSES[kind], coefficient, capacity
     )
     names = ("max_violation", "entropy", "unused", "drop_rate", "balance", "max1_max2", "max2_max3")
     found = dict(zip(names, seen.unbind(), strict=False))
@@ -368,7 +369,7 @@ class _Summarise(torch.autograd.Function):
         indices: Tensor,
         kind: int,
         coefficient: float | Tensor,
-        room: int,
+        capacity: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         given = probabilities
@@ -392,7 +393,7 @@ class _Summarise(torch.autograd.Function):
             constant = float(coefficient)
         _launch(
             "summarise_kernel", (1,), (counts, sums, alpha, assignments, loss, seen, slope),
-            programs, tokens, float(tokens * k), room, math.log(max(n, 2)), constant,
+            programs, tokens, float(tokens * k), capacity, math.log(max(n, 2)), constant,
             N=n, RATIOS=ratios, KIND=kind, ADAPTIVE=alpha is not sums,
             STEP=max(8192 // block, 1), BLOCK=block, num_warps=8,
         )  # fmt: skip

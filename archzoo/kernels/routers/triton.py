@@ -24,7 +24,7 @@ def largest_kernel(
     row = tl.load(x + token[:, None] * n + column[None, :], mask=inside, other=float("-inf"))
     for j in tl.static_range(K):
         found = tl.argmax(row, axis=1)
-        # Where numbers are nan nothing is largest; what is returned must still be a place.
+        # Where numbers are nan nothing is largest; what is returned must still be an index.
         found = tl.minimum(found, n - 1)
         here = column[None, :] == found[:, None]
         value = tl.max(tl.where(here, row, float("-inf")), axis=1)
@@ -81,18 +81,18 @@ def choose_kernel(
             order = order / tl.sum(order, axis=1)[:, None]
         order += tl.load(bias + column, mask=column < n, other=0.0)[None, :]
     order = tl.where(there, order, float("-inf"))
-    place = tl.full((TOKENS, BLOCK), K, tl.int32)  # among the chosen
+    rank = tl.full((TOKENS, BLOCK), K, tl.int32)  # among the chosen
     for j in tl.static_range(K):
-        # Where numbers are nan nothing is largest; what is returned must still be a place.
+        # Where numbers are nan nothing is largest; what is returned must still be an index.
         found = tl.minimum(tl.argmax(order, axis=1), n - 1)
         tl.store(indices + token * K + j, found.to(tl.int64), mask=token < tokens)
         here = column[None, :] == found[:, None]
-        place = tl.where(here, j, place)
+        rank = tl.where(here, j, rank)
         order = tl.where(here, float("-inf"), order)
-    _, share, weight = _gate(value, there, place < K, SIGMOID, RENORMALISE)
-    tl.store(probabilities + at, share, mask=inside)
+    _, probability, weight = _gate(value, there, rank < K, SIGMOID, RENORMALISE)
+    tl.store(probabilities + at, probability, mask=inside)
     for j in tl.static_range(K):
-        mine = tl.sum(tl.where(place == j, weight, 0.0), axis=1)
+        mine = tl.sum(tl.where(rank == j, weight, 0.0), axis=1)
         tl.store(weights + token * K + j, mine, mask=token < tokens)
 
 
@@ -105,7 +105,7 @@ def choose_backward_kernel(
 ):  # fmt: skip
     """Of y = a / sum a: da = (dy - sum dy y) / sum a; of y = softmax z: dz = y (dy - sum dy y).
 
-    Rows of d_probabilities stand `stride` apart: 0 where all tokens have the same.
+    Rows of d_probabilities have the stride `stride`: 0 where all tokens have the same.
     """
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     column = tl.arange(0, BLOCK)
@@ -122,16 +122,16 @@ def choose_backward_kernel(
         if WEIGHTS:
             gradient = tl.load(d_weights + token * K + j, mask=token < tokens, other=0.0)
             of_weights += tl.where(here, gradient[:, None], 0.0)
-    scores, share, weight = _gate(value, there, chosen > 0, SIGMOID, RENORMALISE)
-    of_share = tl.zeros((TOKENS, BLOCK), tl.float32)
+    scores, probability, weight = _gate(value, there, chosen > 0, SIGMOID, RENORMALISE)
+    of_probability = tl.zeros((TOKENS, BLOCK), tl.float32)
     if PROBABILITIES:
-        place = d_probabilities + token[:, None] * stride + column[None, :]
-        of_share = tl.load(place, mask=inside, other=0.0)
+        pointers = d_probabilities + token[:, None] * stride + column[None, :]
+        of_probability = tl.load(pointers, mask=inside, other=0.0)
     if RENORMALISE:
         of_weights -= tl.sum(of_weights * weight, axis=1)[:, None]
     if SIGMOID:
-        of_share -= tl.sum(of_share * share, axis=1)[:, None]
-        result = of_share / tl.sum(scores, axis=1)[:, None]
+        of_probability -= tl.sum(of_probability * probability, axis=1)[:, None]
+        result = of_probability / tl.sum(scores, axis=1)[:, None]
         if RENORMALISE:
             kept = tl.where(chosen > 0, scores, 0.0)
             of_weights = tl.where(chosen > 0, of_weights, 0.0) / tl.sum(kept, axis=1)[:, None]
@@ -141,8 +141,10 @@ def choose_backward_kernel(
         if RENORMALISE:
             result = of_weights * weight
         else:
-            of_share += of_weights
-        result += share * (of_share - tl.sum(of_share * share, axis=1)[:, None])
+            of_probability += of_weights
+        result += probability * (
+            of_probability - tl.sum(of_probability * probability, axis=1)[:, None]
+        )
     tl.store(d_logits + at, result, mask=inside)
 
 
@@ -167,8 +169,8 @@ def survey_kernel(
         found = tl.load(indices + token * K + j, mask=there, other=-1)
         chosen += (column[None, :] == found[:, None]).to(tl.int32)
     tl.store(counts + program * N + column, tl.sum(chosen, axis=0), mask=column < N)
-    place = sums + program * (N + RATIOS)
-    tl.store(place + column, tl.sum(row, axis=0), mask=column < N)
+    base = sums + program * (N + RATIOS)
+    tl.store(base + column, tl.sum(row, axis=0), mask=column < N)
     if RATIOS > 0:
         rest = tl.where(inside, row, -1.0)
         above = tl.max(rest, axis=1)
@@ -176,16 +178,16 @@ def survey_kernel(
             first = tl.argmax(rest, axis=1)
             rest = tl.where(column[None, :] == first[:, None], -1.0, rest)
             largest = tl.max(rest, axis=1)
-            # A ratio beyond 1e7 says no more, and would swamp the mean.
+            # A ratio above 1e7 says no more, and would swamp the mean.
             ratio = tl.where(there, above / tl.maximum(largest, 1e-7), 0.0)
-            tl.store(place + N + j, tl.sum(ratio))
+            tl.store(base + N + j, tl.sum(ratio))
             above = largest
 
 
 @triton.jit
 def summarise_kernel(
     counts, sums, alpha, assignments, loss, seen, slope,
-    programs, tokens, total, room, log_experts, coefficient,
+    programs, tokens, total, capacity, log_experts, coefficient,
     N: tl.constexpr, RATIOS: tl.constexpr, KIND: tl.constexpr, ADAPTIVE: tl.constexpr,
     STEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -203,19 +205,19 @@ def summarise_kernel(
         program = (start + tl.arange(0, STEP))[:, None]
         here = (program < programs) & inside[None, :]
         taken += tl.load(counts + program * N + expert[None, :], mask=here, other=0)
-        place = program * (N + RATIOS)
-        added += tl.load(sums + place + expert[None, :], mask=here, other=0.0)
+        base = program * (N + RATIOS)
+        added += tl.load(sums + base + expert[None, :], mask=here, other=0.0)
         if RATIOS > 0:
             here = (program < programs) & (of_ratio < RATIOS)[None, :]
-            ratios += tl.load(sums + place + N + of_ratio[None, :], mask=here, other=0.0)
+            ratios += tl.load(sums + base + N + of_ratio[None, :], mask=here, other=0.0)
     count = tl.sum(taken, axis=0)
     tl.store(assignments + expert, count.to(tl.int64), mask=inside)
-    share = count.to(tl.float32) / total
+    fraction = count.to(tl.float32) / total
     if KIND > 0:
         probability = tl.sum(added, axis=0) / tokens
         if KIND == 1:  # n sum f P
-            value = tl.sum(share * probability) * N
-            change = share * N
+            value = tl.sum(fraction * probability) * N
+            change = fraction * N
         else:  # sum (P - 1/n)^2
             centred = tl.where(inside, probability - 1.0 / N, 0.0)
             value = tl.sum(centred * centred)
@@ -225,12 +227,12 @@ def summarise_kernel(
         tl.store(loss, coefficient * value)
         tl.store(slope + expert, coefficient * change / tokens, mask=inside)
         tl.store(seen + 4, value)
-    tl.store(seen, tl.max(share) * N - 1.0)
-    entropy = -tl.sum(tl.where(share > 0.0, share * tl.log(tl.maximum(share, 1e-30)), 0.0))
+    tl.store(seen, tl.max(fraction) * N - 1.0)
+    entropy = -tl.sum(tl.where(fraction > 0.0, fraction * tl.log(tl.maximum(fraction, 1e-30)), 0.0))
     tl.store(seen + 1, entropy / log_experts)
     unused = tl.sum((inside & (count == 0)).to(tl.float32))
     tl.store(seen + 2, unused / N)
-    over = tl.sum(tl.where(inside, tl.maximum(count - room, 0), 0))
+    over = tl.sum(tl.where(inside, tl.maximum(count - capacity, 0), 0))
     tl.store(seen + 3, over.to(tl.float32) / total)
     if RATIOS > 0:
         mean = tl.sum(ratios, axis=0) / tokens
@@ -300,26 +302,26 @@ def attend_backward_kernel(
     """
     at, inside, q, k, v, q_log2, top = _attending(projected, tokens, EXPERTS, TOKENS, BLOCK)
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    place = token[:, None] * EXPERTS + tl.arange(0, BLOCK)[None, :]
-    gradient = tl.load(dz + place, mask=inside, other=0.0)
+    offsets = token[:, None] * EXPERTS + tl.arange(0, BLOCK)[None, :]
+    gradient = tl.load(dz + offsets, mask=inside, other=0.0)
     scores, total, mixed = _sums(q_log2, k, v, top, EXPERTS, BLOCK)
     z = mixed / total
-    share = gradient / total  # dz_i A_ij is a score by this; 0 where there is no expert i
+    scaled = gradient / total  # dz_i A_ij is a score by this; 0 where there is no expert i
     centred = _along(v) - z[None, :, :]
-    d_q = share * tl.sum(scores * centred * _along(k), axis=0)
+    d_q = scaled * tl.sum(scores * centred * _along(k), axis=0)
     tl.store(d_projected + at, d_q, mask=inside)
     # The scores again, the tile the other way round: (BLOCK of i, TOKENS, BLOCK of j).
     scores = tl.exp2(_along(q_log2) * k[None, :, :] - _along(top))
-    d_v = tl.sum(scores * _along(share), axis=0)
+    d_v = tl.sum(scores * _along(scaled), axis=0)
     centred = v[None, :, :] - _along(z)
-    d_k = tl.sum(scores * centred * _along(share * q), axis=0)
+    d_k = tl.sum(scores * centred * _along(scaled * q), axis=0)
     tl.store(d_projected + at + EXPERTS, d_k, mask=inside)
     tl.store(d_projected + at + 2 * EXPERTS, d_v, mask=inside)
 
 
-# A float32 number is the sum of two that the matrix unit takes: tf32 keeps 11 of 24 bits. Of their
-# four products the smallest is below float32's own rounding and left out. The matrix unit also cuts
-# what it adds up, so its sums are kept to STEP terms, small products first, and those are added as
+# A float32 number is the sum of two that tensor cores take: tf32 keeps 11 of 24 bits. Of their four
+# products the smallest is below float32's own rounding and omitted. Tensor cores also truncate what
+# they add up, so their sums are kept to STEP terms, small products first, and those are added as
 # float32 numbers are.
 
 
@@ -347,14 +349,14 @@ def split_kernel(
 ):  # fmt: skip
     """The weight (columns, dim) in two; and transposed, (dim, padded), with zeros behind."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    inside = (column < COLUMNS) & (place < DIM)
-    value = tl.load(weight + column * DIM + place, mask=inside, other=0.0)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = (column < COLUMNS) & (channel < DIM)
+    value = tl.load(weight + column * DIM + channel, mask=inside, other=0.0)
     first, second = _split(value)
-    tl.store(high + column * DIM + place, first, mask=inside)
-    tl.store(low + column * DIM + place, second, mask=inside)
-    at = tl.trans(place * PADDED + column)
-    inside = tl.trans((column < PADDED) & (place < DIM))
+    tl.store(high + column * DIM + channel, first, mask=inside)
+    tl.store(low + column * DIM + channel, second, mask=inside)
+    at = tl.trans(channel * PADDED + column)
+    inside = tl.trans((column < PADDED) & (channel < DIM))
     tl.store(high_t + at, tl.trans(first), mask=inside)
     tl.store(low_t + at, tl.trans(second), mask=inside)
 
