@@ -579,7 +579,7 @@ class MovesWhatACastRounds(MovesByCounts):
         (RoundsItsAngles, "casts", "'frequency'"),
         (RoundsWherePositionsAreFar, "casts", "65,535"),
         (RotatesTogetherOtherwise, "interface", "by `both`"),
-        (BiasesByIndex, "interface", "a piece against the whole"),
+        (BiasesByIndex, "interface", "a slice against the whole"),
         (HandsOutAnotherX, "interface", "x must be what the router was given"),
         (RoutesInHalf, "interface", "weights is torch.bfloat16"),
         (RoutesTwiceToOne, "interface", "twice"),

@@ -75,7 +75,7 @@ def test_the_same_seed_gives_the_same_routers():
         ({"router": off(renormalise=False)}, "off a sum of 1"),
         ({"router": off(renormalise=False, score="sigmoid")}, "renormalise to true"),
         ({"top_k": 1}, "off a sum of 1"),
-        ({"shared_experts": 1}, "shared experts would come on top"),
+        ({"shared_experts": 1}, "shared experts would be added"),
         ({"expert": 4}, "no argument 'expert'; nearest: experts"),
     ],
 )
