@@ -514,7 +514,7 @@ def test_mixer_by_kernels_is_the_plain_mixer(monkeypatch, packed_rows):
             grads = torch.autograd.grad(
                 (y, last), (*leaves, *mixer.parameters()), (d_y.to(y.dtype), d_last)
             )
-            after, _ = make_context(batch, 1, place=place, device=DEVICE)
+            after, _ = make_context(batch, 1, cursor=place, device=DEVICE)
             with torch.no_grad():
                 step, state = mixer(x[:, :1], {"memory": last.clone()}, after, "recurrent")
         return y, last, *grads, step, state["memory"]

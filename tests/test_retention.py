@@ -206,7 +206,7 @@ def test_forms_and_hand_offs_agree(data):
             assert relative_error(whole(mixer, x, form), want) < 1e-12
         state, place, pieces = mixer.init_state(2), None, []
         for begin, end, form in zip(ends, ends[1:], forms, strict=False):
-            context, place = make_context(2, end - begin, place=place)
+            context, place = make_context(2, end - begin, cursor=place)
             y, state = mixer(x[:, begin:end], state, context, form)
             pieces.append(y)
     assert relative_error(torch.cat(pieces, dim=1), want) < 1e-12
@@ -231,7 +231,7 @@ def test_gradients_agree_across_forms(data):
     }
     found = []
     for form in FORMS:
-        y, state = mixer(x, {"memory": memory}, make_context(2, time, place=place)[0], form)
+        y, state = mixer(x, {"memory": memory}, make_context(2, time, cursor=place)[0], form)
         scalar = (y * weights).sum() + state["memory"].square().sum()
         found.append(torch.autograd.grad(scalar, [x, memory, *mixer.parameters()]))
     for others in found[:2]:
@@ -301,7 +301,7 @@ def test_rotation_is_relative(form):
         for position in (999, 99_999)  # s_n has long converged at both
     ]
     outputs = [
-        mixer(x, mixer.init_state(1), make_context(1, 12, place=place)[0], form)[0] for place in at
+        mixer(x, mixer.init_state(1), make_context(1, 12, cursor=place)[0], form)[0] for place in at
     ]
     assert relative_error(*outputs) < 1e-10
 
@@ -412,7 +412,7 @@ def test_65_536_tokens_are_finite_and_right_in_float32():
             "packed": False,
         }
         more = torch.randn(1, 20, 8)
-        context, _ = make_context(1, 20, place=place)
+        context, _ = make_context(1, 20, cursor=place)
         got, _ = mixer(more, stands[0], context, "recurrent")
         want, _ = exact(more.double(), stands[1], context, "recurrent")
         assert relative_error(got, want) < 1e-5
