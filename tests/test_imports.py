@@ -35,6 +35,7 @@ ROOMS = """
     models
     tasks
     checkpoint
+    tasks.text tasks.mixed
     generation
     analysis
     conversion contract

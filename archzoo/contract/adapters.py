@@ -102,7 +102,13 @@ def models_of(subject: Subject) -> Iterator[str]:
 
 
 def moved(subject: Subject, decoder: Decoder, by: float = 0.1) -> Decoder:
-    """The decoder with its adapters a little off where they start, as training would move them."""
+    """The decoder with its adapters a little off where they start, as training would move them.
+
+    Args:
+        subject: Whose generator draws the moves.
+        decoder: With adapters, which are changed in place.
+        by: Standard deviation of the moves.
+    """
     with torch.no_grad():
         for _, adapter in adapter_modules(decoder):
             for parameter in adapter.parameters():

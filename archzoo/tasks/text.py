@@ -31,6 +31,22 @@ _FORMAT = 3  # of the cache; another number makes old caches unused
 Span = tuple[int, int]  # bytes of a corpus, from the first to before the second
 
 
+def tokenizer_at(path: str) -> Tokenizer:
+    """The tokenizer of a file, as `Tokenizer.load` reads it, or that of a run's checkpoint.
+
+    Raises:
+        ValueError: The checkpoint holds none.
+    """
+    if not path.endswith(".ckpt") or not Path(path).is_file():
+        return Tokenizer.load(path)
+    from archzoo.checkpoint import read_task
+
+    own = read_task(path)[1]
+    if own is None:
+        raise ValueError(f"{path} holds no tokenizer")
+    return own
+
+
 class Text(Task):
     r"""The next token of a text: any UTF-8 file, or all files of a folder in the order of names.
 
@@ -118,7 +134,7 @@ class Text(Task):
             recipe += [arguments["tokenizer"], arguments["vocab_size"]]
             recipe += [self.characters] if self.characters else []
         else:
-            given = self._given or Tokenizer.load(arguments["tokenizer"])
+            given = self._given or tokenizer_at(arguments["tokenizer"])
             if arguments["vocab_size"] not in (None, given.vocab_size):
                 raise ValueError(
                     f"vocab_size {arguments['vocab_size']} does not fit {arguments['tokenizer']}, "

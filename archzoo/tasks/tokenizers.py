@@ -81,8 +81,6 @@ class Tokenizer(ABC):
     def load(path: str | Path) -> Tokenizer:
         """Reads a `tokenizer.json` or a sentencepiece `.model`, or the directory that holds one.
 
-        A checkpoint (`.ckpt`) of a run gives the one that the run used.
-
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: the file is something else.
@@ -99,12 +97,6 @@ class Tokenizer(ABC):
                 f"no tokenizer at {path}: give a tokenizer.json, a sentencepiece .model, or one of "
                 + ", ".join(NAMES)
             )
-        if path.suffix == ".ckpt":
-            from archzoo.checkpoint import read_task
-
-            if (own := read_task(path)[1]) is None:
-                raise ValueError(f"{path} holds no tokenizer")
-            return own
         try:
             return from_files({path.name: path.read_bytes()})
         except ValueError as error:
