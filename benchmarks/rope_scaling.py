@@ -20,6 +20,17 @@ from archzoo.analysis.extend import Reading, compare, draw, table, windows_of
 from archzoo.checkpoint import load
 
 
+def means_of(every: list[list[Reading]]) -> list[Reading]:
+    """The geometric means of several runs' perplexities, reading by reading."""
+    return [
+        same[0]._replace(
+            window=statistics.geometric_mean(reading.window for reading in same),
+            tail=statistics.geometric_mean(reading.tail for reading in same),
+        )
+        for same in zip(*every, strict=True)
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path)
@@ -38,13 +49,7 @@ def main() -> None:
         every.append(compare(found.model, tokens, labels, lengths, tail))
         facts = {"trained_length": trained, "windows": len(tokens), "tail_tokens": tail}
         rows += [{"run": path.name} | facts | reading._asdict() for reading in every[-1]]
-    means = [
-        same[0]._replace(
-            window=statistics.geometric_mean(reading.window for reading in same),
-            tail=statistics.geometric_mean(reading.tail for reading in same),
-        )
-        for same in zip(*every, strict=True)
-    ]
+    means = means_of(every)
     print(f"{len(every)} runs: geometric means of their perplexities")
     Console(width=160).print(table(means))
     path = write_rows("float32-claims-rope_scaling-lengths", rows, on_gpu=on_gpu)

@@ -151,10 +151,37 @@ def rope_scaling() -> str:
     names = {"none": "none", "ntk": "NTK", "ntk x2": "NTK, twice the ratio", "yarn": "YaRN"}
     found = []
     for scaling in dict.fromkeys(row["scaling"] for row in rows):
-        mine = [(float(r["tail"]), float(r["window"])) for r in rows if r["scaling"] == scaling]
-        pairs = [f"{tail:#.3g}, {window:#.3g}" for tail, window in mine]
-        found.append([names.get(scaling, scaling), *pairs])
+        cells = [names.get(scaling, scaling)]
+        for length in lengths:
+            mine = [r for r in rows if (r["scaling"], r["length"]) == (scaling, length)]
+            tails = [float(r["tail"]) for r in mine]
+            window = statistics.geometric_mean(float(r["window"]) for r in mine)
+            spread = f" ({min(tails):#.3g} to {max(tails):#.3g})" if len(tails) > 1 else ""
+            cells.append(f"{statistics.geometric_mean(tails):#.3g}{spread}, {window:#.3g}")
+        found.append(cells)
     return markdown(["scaling", *(f"{int(length):,}" for length in lengths)], found)
+
+
+def learning_rates() -> str:
+    """Exact match and loss on held-out sums at the last step, by learning rate and mixer."""
+    found: dict[str, dict[str, list[Row]]] = {}
+    for row in rows_of(f"{H200}-float32-claims-addition_learning_rates"):
+        mixer, _, rate = row["arm"].partition("_")
+        found.setdefault(rate, {}).setdefault(mixer, []).append(row)
+    mixers = ("retention", "attention")
+    lines = []
+    for rate in sorted(found, key=float):
+        cells = [rate]
+        for mixer in mixers:
+            rows = found[rate][mixer]
+            match = [float(row["validation/exact_match/last"]) for row in rows]
+            loss = statistics.fmean(float(row["validation/loss/last"]) for row in rows)
+            cells += [", ".join(f"{100 * value:.1f}" for value in match), f"{loss:#.2g}"]
+        lines.append(cells)
+    headings = ["learning rate"]
+    for mixer in mixers:
+        headings += [f"{mixer}: exact match, %", "mean loss"]
+    return markdown(headings, lines)
 
 
 # ---------------------------------------------------------------------------- mixtures
@@ -165,13 +192,15 @@ def arms(name: str, against: str, more: dict[str, str]) -> str:
     by_arm: dict[str, list[Row]] = {}
     for row in rows_of(f"{H200}-bfloat16-claims-{name}"):
         by_arm.setdefault(row["arm"], []).append(row)
-    loss = {arm: [float(r["validation/loss/best"]) for r in rows] for arm, rows in by_arm.items()}
-    base = statistics.fmean(loss[against])
+    loss = {
+        arm: {row["seed"]: float(row["validation/loss/best"]) for row in rows}
+        for arm, rows in by_arm.items()
+    }
     order = [against, *(arm for arm in sorted(by_arm, key=_natural) if arm != against)]
     found = []
     for arm in order:
-        rows, mean = by_arm[arm], statistics.fmean(loss[arm])
-        spread = f" ± {statistics.stdev(loss[arm]):.4f}" if len(rows) > 1 else ""
+        rows, mean = by_arm[arm], statistics.fmean(loss[arm].values())
+        spread = f" ± {statistics.stdev(loss[arm].values()):.4f}" if len(rows) > 1 else ""
         short = ", cut short" if any(row.get("cut_short") for row in rows) else ""
         cells = [
             f"`{arm}`{short}",
@@ -179,7 +208,7 @@ def arms(name: str, against: str, more: dict[str, str]) -> str:
             f"{int(rows[0]['parameters']):,}",
             f"{int(rows[0]['active']):,}",
             f"{mean:.4f}{spread}",
-            "" if arm == against else f"{mean / base - 1:+.2%}".replace("%", " %"),
+            "" if arm == against else _difference(loss[arm], loss[against]),
         ]
         for column, digits in more.items():
             values = [float(row[column]) for row in rows if row.get(column)]
@@ -188,6 +217,20 @@ def arms(name: str, against: str, more: dict[str, str]) -> str:
     headings = ["arm", "runs", "parameters", "active", "best validation loss"]
     headings += [f"against `{against}`", *(TITLES[column] for column in more)]
     return markdown(headings, found)
+
+
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # 95 %, by n
+
+
+def _difference(ours: dict[str, float], theirs: dict[str, float]) -> str:
+    """The mean difference over the seeds of both, with its 95 % interval (paired, Student's t)."""
+    apart = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    mean, base = statistics.fmean(apart), statistics.fmean(theirs.values())
+    if len(apart) == 1:
+        return f"{100 * mean / base:+.2f} %"
+    half = STUDENT[len(apart)] * statistics.stdev(apart) / math.sqrt(len(apart))
+    low, high = (100 * bound / base for bound in (mean - half, mean + half))
+    return f"{100 * mean / base:+.2f} % ({low:+.2f} to {high:+.2f})"
 
 
 TITLES = {
@@ -208,18 +251,23 @@ def _natural(name: str) -> list[str]:
 
 
 def same_runs() -> str:
-    """Arms that are one run by two names: every figure of theirs is equal."""
+    """Arms that are one run by several names: every figure of theirs is equal."""
     seen: dict[tuple[str, ...], list[str]] = {}
+    seeds: dict[tuple[str, ...], list[str]] = {}
     for name in ("normalised_gate", "adaptive_balance", "moe_router", "filtered_attention"):
         for row in rows_of(f"{H200}-bfloat16-claims-{name}"):
             if row["validation/loss/best"]:
                 key = tuple(
                     value for column, value in sorted(row.items())
-                    if column.startswith(("validation/", "train/loss", "train/gradient"))
+                    if column.startswith(("validation/", "train/loss/last", "train/gradient"))
                 )  # fmt: skip
                 seen.setdefault(key, []).append(f"`{row['arm']}` of `{name}`")
-    several = [names for names in seen.values() if len(names) > 1]
-    lines = [f"{' and '.join(names)}: the same figures, to the last digit" for names in several]
+                seeds.setdefault(key, []).append(row["seed"])
+    several: dict[tuple[str, ...], list[str]] = {}
+    for key, names in seen.items():
+        if len(names) > 1:
+            several.setdefault(tuple(names), []).append(seeds[key][0])
+    lines = [f"{' and '.join(names)}: seed {', '.join(of)}" for names, of in several.items()]
     return "\n".join(f"- {line}" for line in lines) or "- none"
 
 
@@ -272,6 +320,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "abacus": abacus,
     "abacus_cpu": abacus_cpu,
     "rope_scaling": rope_scaling,
+    "learning_rates": learning_rates,
     "filtered_attention": lambda: arms("filtered_attention", "plain", {}),
     "normalised_gate": lambda: arms("normalised_gate", "none", GATE),
     "adaptive_balance": lambda: arms(
@@ -300,6 +349,7 @@ def figures() -> None:
     """Draw what has rows again."""
     import lengths
     import retention_kernels
+    from rope_scaling import means_of
 
     from archzoo.analysis.extend import Reading, draw
 
@@ -316,7 +366,10 @@ def figures() -> None:
     rows = rows_of(name)
     kinds = {"scaling": str, "length": int} | dict.fromkeys(("factor", "ratio"), float)
     kinds |= dict.fromkeys(("window", "tail"), float)
-    readings = [Reading(**{c: kinds[c](row[c]) for c in kinds}) for row in rows]
+    runs: dict[str, list[Reading]] = {}
+    for row in rows:
+        runs.setdefault(row["run"], []).append(Reading(**{c: kinds[c](row[c]) for c in kinds}))
+    readings = means_of(list(runs.values()))
     facts = (int(rows[0]["trained_length"]), int(rows[0]["tail_tokens"]))
     draw(readings, *facts, RESULTS / f"{name}.png")
     for name in (f"{H100}-bf16-retention-kernels", f"{H200}-bf16-retention-kernels"):
