@@ -583,7 +583,7 @@ def _without_adapters(module: nn.Module) -> Iterator[nn.Module]:
 def _replace_linears(part: nn.Module, spec: Spec) -> None:
     """Build every Linear of mixers and feed-forwards as the slot `linear` says."""
     for name, child in list(part.named_children()):
-        if type(child) is Linear:
+        if type(child) is Linear and (child.stack is not None or not child.weight_is_read):
             made = build(
                 "linear",
                 spec,
@@ -593,7 +593,6 @@ def _replace_linears(part: nn.Module, spec: Spec) -> None:
                 bias=child.bias is not None,
                 residual_projection=child.residual_projection,
             )
-            made.weight_is_read = child.weight_is_read
             setattr(part, name, made)
         elif not isinstance(child, Router):  # which choose in full precision
             _replace_linears(child, spec)

@@ -104,10 +104,9 @@ def explain(
         state: As it was given.
         positions: As they were given.
     """
-    weight = decoder.embedding.weight
-    if weight.device != tokens.device:
+    if decoder.device != tokens.device:
         return (
-            f"tokens are on {tokens.device}, the model on {weight.device}: move one to the other, "
+            f"tokens are on {tokens.device}, the model on {decoder.device}: move one to the other, "
             "such as by .to(device)"
         )
     if tokens.device.type == "cpu":

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archzoo.block import Bias
+from archzoo.linear import Linear
 from archzoo.numerics import at_least_float32, constant
 
 
@@ -188,10 +189,12 @@ class FIRE(Bias):
         self.slope = nn.Parameter(torch.tensor(float(slope)))
         self.multiplier = nn.Parameter(torch.ones(()))  # of the threshold
         # A constant added to all of a head's logits does nothing, so the mlp ends without a bias.
-        self.inner, self.outer = nn.Linear(1, width), nn.Linear(width, heads, bias=False)
+        self.inner = Linear(1, {"fire_inner": width}, bias=True)
+        self.outer = Linear(width, {"fire_outer": heads})
         for layer in (self.inner, self.outer):
             # At the decoder's scale of 0.02 the bias would start, and stay for long, at nothing.
-            layer.keeps_init = True  # type: ignore[assignment]
+            layer.keeps_init = True
+            layer.weight_is_read = True
 
     def reset_parameters(self) -> None:
         """C and L as given, the mlp as torch starts it."""
@@ -210,6 +213,7 @@ class FIRE(Bias):
         threshold = (self.threshold * self.multiplier.to(dtype)).abs()
         reach = (slope * torch.maximum(queries, threshold)).log1p()
         fraction = (slope * distance.to(dtype)).log1p() / reach.clamp(min=1e-6)
-        inner, shift = self.inner.weight.to(dtype), self.inner.bias.to(dtype)
+        inner, shift = self.inner.effective_weight().to(dtype), self.inner.bias.to(dtype)
         hidden = F.relu(F.linear(fraction[..., None], inner, shift))
-        return rearrange(F.linear(hidden, self.outer.weight.to(dtype)), "b q k h -> b h q k")
+        bias = F.linear(hidden, self.outer.effective_weight().to(dtype))
+        return rearrange(bias, "b q k h -> b h q k")
