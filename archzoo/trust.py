@@ -14,6 +14,7 @@ import importlib
 import importlib.metadata
 import inspect
 import os
+import re
 import site
 import sys
 import sysconfig
@@ -37,6 +38,21 @@ ENTRY_POINTS = "archzoo"  # the group that an installed package declares
 CORPORA = ("shakespeare.txt", "three_kingdoms.txt")  # in data/, beside train.py
 
 
+#: Modules whose parts moved, and where they are now; files written before name the old ones.
+MOVED = {
+    "archzoo.positions.abacus": "archzoo.embeddings.abacus",
+    "archzoo.positions.coupling": "archzoo.embeddings.coupling",
+    "archzoo.positions.embedding": "archzoo.embeddings.token",
+    "archzoo.positions.learned": "archzoo.embeddings.learned",
+}
+_OLD_PATH = re.compile(rf"\b({'|'.join(map(re.escape, MOVED))})(?=\.[A-Z]\w*\b)")
+
+
+def with_moved(text: str) -> str:
+    """A text in which every class that moved goes by its path of today."""
+    return _OLD_PATH.sub(lambda found: MOVED[found[0]], text)
+
+
 def find_class(path: str, kind: type | tuple[type, ...] = object) -> type:
     """The class at an import path, if its module is imported already and it is of a kind.
 
@@ -50,6 +66,7 @@ def find_class(path: str, kind: type | tuple[type, ...] = object) -> type:
     """
     if not isinstance(path, str):
         raise ValueError(f"{path!r} is not a class's name")
+    path = with_moved(path)
     kinds = kind if isinstance(kind, tuple) else (kind,)
     found = _imported(path)
     if found is None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -598,6 +599,58 @@ def test_a_text_is_read_by_the_tokenizer_of_the_weights(here, monkeypatch, capsy
         patched.setattr(tempfile, "TemporaryDirectory", None)
         found = load("runs/b")
         assert task_of(found).tokenizer.files() == files[0]
+
+
+OLD = """
+seed_everything: 0
+model:
+  preset: transformer_micro
+  embedding:
+    class_path: archzoo.positions.learned.RandomisedPositions
+    init_args: {longest: 64, text_length: 32, embedding: archzoo.positions.embedding.TokenEmbedding}
+data:
+  class_path: archzoo.tasks.arithmetic.Addition
+  init_args: {digits: 2, batch_size: 4, validation_examples: 8, test_examples: 12}
+trainer: {max_steps: 2, accelerator: cpu, val_check_interval: 2, log_every_n_steps: 1}
+"""
+
+
+def test_files_that_name_parts_where_they_were_before(here, capsys):
+    """A configuration, the command line, a run's checkpoint and a directory of a model."""
+    Path("old.yaml").write_text(OLD)
+    assert main(["fit", "--config", "old.yaml"]) == 0, capsys.readouterr().err
+    abacus = "archzoo.positions.abacus.AbacusEmbedding"
+    arguments = ["--model.embedding", abacus, "--model.embedding.max_shift", "4", "--name", "flag"]
+    assert main(["fit", "--config", "old.yaml", *arguments]) == 0, capsys.readouterr().err
+    coupled = ["--model.embedding=archzoo.positions.coupling.PositionCoupling", "--name=coupled"]
+    fit = ["fit", "--config", "old.yaml", *coupled, "--data.coupled", "true"]
+    assert main(fit) == 0, capsys.readouterr().err
+    model, _ = archzoo.from_pretrained("runs/old")
+    tokens = torch.randint(model.vocab_size, (2, 9))
+    settings = Path("runs/old/config.yaml").read_text()
+    assert "archzoo.positions" not in settings
+
+    content = stored("runs/old/last.ckpt")
+    embedding = content["hyper_parameters"]["embedding"]
+    embedding["class_path"] = "archzoo.positions.learned.RandomisedPositions"
+    embedding["init_args"]["embedding"]["class_path"] = "archzoo.positions.embedding.TokenEmbedding"
+    torch.save(content, "runs/old/last.ckpt")
+    path = "class_path: archzoo.positions.learned.RandomisedPositions"
+    old = re.sub(r"class_path: \S*RandomisedPositions", path, settings)
+    assert old != settings
+    Path("runs/old/config.yaml").write_text(old)
+    again, tokenizer = archzoo.from_pretrained("runs/old/last.ckpt")
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+    quick = ["--trainer.accelerator", "cpu"]
+    assert main(["test", "--ckpt_path", "runs/old", *quick]) == 0, capsys.readouterr().err
+    resumed = ["fit", "--ckpt_path", "runs/old", "--trainer.max_steps", "3"]
+    assert main([*resumed, *quick]) == 0, capsys.readouterr().err
+    archzoo.save_pretrained("model", again, tokenizer)
+    config = json.loads(Path("model/config.json").read_text())
+    config["decoder"]["embedding"] = embedding
+    Path("model/config.json").write_text(json.dumps(config))
+    again, _ = archzoo.from_pretrained("model")
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
 
 
 @pytest.mark.parametrize("command", ["test", "fit"])

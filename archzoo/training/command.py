@@ -45,7 +45,7 @@ from archzoo.training.ending import SIGNALS, Ended, say
 from archzoo.training.files import CheckpointFiles, MetricsFile
 from archzoo.training.mistakes import explain
 from archzoo.training.module import LanguageModel
-from archzoo.trust import asked_for, load_installed
+from archzoo.trust import asked_for, load_installed, with_moved
 
 BESIDE = "the run's directory"  # stands for it until its name is known
 COMMANDS = ("fit", "validate", "test", "predict")
@@ -222,7 +222,7 @@ class CommandLine(LightningCLI):
                 # Before the other arguments, so that they have the last word.
                 stored = self._stored_settings(checkpoint, path, arguments)
                 arguments = ["--config", settings.written(stored), *arguments]
-        self.config = parser.parse_args([command, *arguments])
+        self.config = parser.parse_args([command, *map(with_moved, arguments)])
 
     def _stored_settings(
         self, checkpoint: dict[str, Any], path: str, given: list[str]

@@ -880,10 +880,11 @@ def _in_full(name: str, value: Any) -> Any:
         return {entry: _in_full("adapter", spec) for entry, spec in value.items()}
     if "class_path" not in value:  # a part's own argument that is a dict
         return value
-    parameters = inspect.signature(find(name, value["class_path"])).parameters
+    cls = find(name, value["class_path"])
+    parameters = inspect.signature(cls).parameters
     defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
     given = {n: _in_full(n, argument) for n, argument in value["init_args"].items()}
-    return value | {"init_args": defaults | given}
+    return {"class_path": cls, "init_args": defaults | given}
 
 
 def _grows(decoder: Decoder) -> bool:
