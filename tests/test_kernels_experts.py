@@ -18,7 +18,7 @@ from archzoo.feedforward import balance, moe
 from archzoo.feedforward.balance import Balance
 from archzoo.feedforward.moe import MixtureOfExperts
 from archzoo.kernels import experts as kernels
-from archzoo.kernels import mixture_launch, routers
+from archzoo.kernels import launching, routers
 
 define_kernels("archzoo.kernels.experts.triton")
 define_kernels("archzoo.kernels.routers.triton")
@@ -43,7 +43,7 @@ def compare(function, *inputs, allowed, used=None):
         leaves = [leaf.requires_grad_() for leaf in leaves]
         y = function(not wide, *leaves)
         if cotangent is None:
-            assert mixture_launch.fused(y), "else the twin would be compared with itself"
+            assert launching.fused(y), "else the twin would be compared with itself"
             cotangent = torch.randn_like(y)
         picked = slice(None) if used is None else used
         if used is not None:  # rows that are never read may hold anything
@@ -322,7 +322,7 @@ def test_the_gradient_of_experts_weights_at_real_sizes(experts, out, width):
 @pytest.mark.parametrize(("tokens", "n", "k"), [(70, 8, 2), (3, 5, 3), (40, 64, 8), (1, 1, 1)])
 def test_the_largest(tokens, n, k):
     x = torch.randn(tokens, n, device=DEVICE)
-    assert mixture_launch.fused(x), "else topk would be compared with itself"
+    assert launching.fused(x), "else topk would be compared with itself"
     values, indices = routers.largest(x, k)
     assert torch.equal(values, x.topk(k).values) and torch.equal(indices, x.topk(k).indices)
 
@@ -459,8 +459,8 @@ def test_a_whole_mixture(drop, router, monkeypatch, any_tokens):
 
 
 def test_no_token_needs_no_kernel():
-    assert not mixture_launch.fused(torch.empty(0, 4, device=DEVICE))
-    assert not mixture_launch.fused(torch.empty(2, 4, device=DEVICE, dtype=torch.float64))
+    assert not launching.fused(torch.empty(0, 4, device=DEVICE))
+    assert not launching.fused(torch.empty(2, 4, device=DEVICE, dtype=torch.float64))
 
 
 # ---------------------------------------------------------------------------- further derivatives

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from archzoo.block import make_context
 from archzoo.kernels import launching
 from archzoo.kernels import retention as kernels
-from archzoo.kernels.launching import Launch, on_its_device, stream_of
+from archzoo.kernels.launching import Launch, stream_of
 from archzoo.kernels.retention import (
     available,
     launch,
@@ -42,7 +42,7 @@ def interpreter(monkeypatch):
 def nothing_prepared():
     """Some tests change the plan, which what is prepared was made by."""
     yield
-    launch.work.cache_clear()
+    launch.find_forward.cache_clear()
     plans.find_plan.cache_clear()
 
 
@@ -121,19 +121,19 @@ def check(q, k, v, log_decay, state=None, tolerance=None, **facts):
     return errors
 
 
-def small_plan(monkeypatch, scores=True, together=False):
+def small_plan(monkeypatch, scores=True, fused=False):
     """Narrow tiles and short segments, so that small sizes go through every part of the kernels.
 
-    `together` takes keys up to 16 and values up to 32 wide.
+    `fused`, the backward takes keys up to 16 and values up to 32 wide.
     """
     cut = plans.Cut(16, 16, 4, 1)
-    whole = (16, plans.Cut(16, 32, 4, 1)) if together else None
+    whole = (16, plans.Cut(16, 32, 4, 1)) if fused else None
     pair = plans.Pair(16, scores, cut, cut)
-    plan = plans.Plan(pair, pair, sums=(16, cut), together=whole)
+    plan = plans.Plan(pair, pair, sums=(16, cut), fused_backward=whole)
     monkeypatch.setattr(launch, "find_plan", lambda *_: plan)
     monkeypatch.setattr(plans, "_SEGMENT_LEAST", 32)
     monkeypatch.setattr(plans, "_SEGMENT_MULTIPLE", 32)
-    launch.work.cache_clear()
+    launch.find_forward.cache_clear()
 
 
 def random_state(batch, heads, dk, dv):
@@ -165,9 +165,9 @@ def test_matches_the_recurrence(dk, dv, time, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("form", ["scores", "in place", "together"])
+@pytest.mark.parametrize("form", ["scores", "in place", "fused"])
 def test_segments_and_splits(monkeypatch, form, dtype):
-    small_plan(monkeypatch, form == "scores", form == "together")
+    small_plan(monkeypatch, form == "scores", form == "fused")
     # A width beyond one block needs the chunk's weights made ahead.
     dk, dv = (24, 40) if form == "scores" else (16, 16)
     q, k, v = case(1, 70, 1, dk, dv, dtype)
@@ -189,35 +189,37 @@ def test_maps_join_segments_as_the_kernel_ahead_of_them(monkeypatch, small, dtyp
         times, width = (100, 260), 16
 
     def run(tensors, sums):
-        launch.work.cache_clear()
+        launch.find_forward.cache_clear()
         leaves = [x.clone().requires_grad_() for x in tensors]
         with monkeypatch.context() as patch:
-            patch.setattr(launch, "joined_sums", lambda *_: sums)
+            patch.setattr(launch, "sums_per_segment", lambda *_: sums)
             out, _ = retention(*leaves, slopes(1))
             return out, *torch.autograd.grad(out, leaves, torch.ones_like(out))
 
     for time in times:
         tensors = case(1, time, 1, width, width, dtype)
-        work, *_ = launch.find_work(*tensors, slopes(1), *(None,) * 4, True, False)
-        if work.plan.together is None:
+        inputs = launch.Inputs(*tensors, slopes(1), *(None,) * 4)
+        _, forward = launch.prepare(inputs, True, False)
+        if forward.plan.fused_backward is None:
             pytest.skip("exact float32 takes the four maps at real widths")
-        assert work.joined and time % work.cut[0]
+        segment = forward.direction.segment
+        assert forward.direction.sums and time % segment
         theirs = run(tensors, 0)
         assert all(map(torch.equal, run(tensors, 1), theirs))
         for sums in (2, 3):
-            if work.cut[0] % (sums * plans._SEGMENT_MULTIPLE) == 0:
+            if segment % (sums * plans._SEGMENT_MULTIPLE) == 0:
                 for a, b in zip(run(tensors, sums), theirs, strict=True):
                     assert error(a, b) < (1e-6 if dtype == torch.float32 else 3e-3)
 
 
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("specialised", [False, True])
 @pytest.mark.parametrize(("heads", "dk", "dv"), [(16, 64, 64), (8, 128, 256), (4, 256, 512)])
-def test_launches_hand_over_what_their_kernels_take(monkeypatch, apart, heads, dk, dv):
+def test_launches_hand_over_what_their_kernels_take(monkeypatch, specialised, heads, dk, dv):
     """Of real plans, Gluon's kernels too, which no interpreter runs: by number and name.
 
-    Those take pointers and numbers in the order of their twins, which other tests run.
+    Those take pointers and numbers in the order of Triton's kernels, which other tests run.
     """
-    from archzoo.kernels.retention import triton as twins
+    from archzoo.kernels.retention import triton
 
     made = []
 
@@ -228,74 +230,89 @@ def test_launches_hand_over_what_their_kernels_take(monkeypatch, apart, heads, d
         assert set(names[-len(constants) :]) == set(constants)
         assert len(pointers) + len(numbers) + len(constants) == len(names)
         given = len(pointers) + len(numbers)
-        assert names[:given] == getattr(twins, kernel.fn.__name__).arg_names[:given]
+        assert names[:given] == getattr(triton, kernel.fn.__name__).arg_names[:given]
         made.append(kernel)
+        return lambda stream, *tensors: handed.append((len(pointers), len(tensors)))
 
+    handed = []
     monkeypatch.setattr(launch, "Launch", note)
-    monkeypatch.setattr(launch, "_has_apart", lambda _: apart)
+    monkeypatch.setattr(launch, "_warp_specialises", lambda _: specialised)
     for batch, time in ((16, 2048), (4, 8192), (1, 32768)):
-        strides = [(time * heads * width, heads * width, width, 1) for width in (dk, dk, dv)]
-        for state, leave, arriving in itertools.product((False, True), repeat=3):
-            facts = launch.Facts(
-                (batch, time, heads, dk), dv, tuple(strides), torch.bfloat16,
-                torch.device("cuda"), torch.float32, state, False, False, False, True, leave,
-            )  # fmt: skip
-            work = launch.Work(facts)
-            work.of_o(False)
-            work.of_o(True)
-            work.backward(strides[2], arriving)
-    assert any("gluon" in kernel.fn.__module__ for kernel in made) == apart
+        for state, final, arriving in itertools.product((False, True), repeat=3):
+            problem = real_problem(batch, time, heads, dk, dv, state, final)
+            forward = launch.Forward(problem)
+            forward.find_backward(problem.strides[2], arriving)
+    assert any("gluon" in kernel.fn.__module__ for kernel in made) == specialised
 
 
-def test_segments_walked_through():
+def real_problem(batch, time, heads, dk, dv, state=False, final=False, device="cuda"):
+    strides = [(time * heads * width, heads * width, width, 1) for width in (dk, dk, dv)]
+    q, v = (batch, time, heads, dk), (batch, time, heads, dv)
+    of_state = (batch, heads, dk, dv) if state else None
+    return launch.Problem(
+        q, q, v, (heads,), of_state, None, None, False, tuple(strides), torch.bfloat16,
+        torch.float32, torch.device(device), True, final,
+    )  # fmt: skip
+
+
+def test_segments_per_program():
     """By one program of o or dv, where those have more tiles than dq and dk."""
     for dk, dv in ((128, 256), (256, 512)):
         wide = plans.find_plan(dk, dv, torch.bfloat16, True)
-        assert [plans.walked_through(wide, n, dk, dv) for n in (1, 2, 3, 4, 16)] == [1, 2, 1, 2, 2]
-        assert plans.walked_through(plans.find_plan(dk, dv, torch.bfloat16), 2, dk, dv) == 1
-    assert plans.walked_through(plans.find_plan(64, 64, torch.bfloat16, True), 2, 64, 64) == 1
+        assert [plans.segments_per_program(wide, n, dk, dv) for n in (1, 2, 3, 4, 16)] == [
+            1,
+            2,
+            1,
+            2,
+            2,
+        ]
+        assert plans.segments_per_program(plans.find_plan(dk, dv, torch.bfloat16), 2, dk, dv) == 1
+    assert plans.segments_per_program(plans.find_plan(64, 64, torch.bfloat16, True), 2, 64, 64) == 1
 
 
-@pytest.mark.parametrize("leave", [True, False])
+@pytest.mark.parametrize("final", [True, False])
 @pytest.mark.parametrize("reverse", [True, False])
-def test_states_that_enter_walks(monkeypatch, reverse, leave):
-    """The same, however many segments a program walks; those between are left to its map."""
+def test_initial_states_of_segments(monkeypatch, reverse, final):
+    """The same, however many segments a program takes; those between are left to its map."""
     small_plan(monkeypatch, scores=False)
     q, k, v = case(2, 128, 2, 16, 16, torch.float32)
-    work, *_ = launch.find_work(q, k, v, slopes(2), *(None,) * 4, True, leave)
-    monkeypatch.setattr(work, "float32", lambda shape: torch.full(shape, torch.nan, device=DEVICE))
-    table = torch.rand(work.table, device=DEVICE)
+    inputs = launch.Inputs(q, k, v, slopes(2), *(None,) * 4)
+    inputs, forward = launch.prepare(inputs, True, final)
+    forward.float32 = lambda shape: torch.full(shape, torch.nan, device=DEVICE)
+    table = torch.rand(forward.table_shape, device=DEVICE)
     found = {}
     for each in (1, 2, 4):
-        segments = launch._prepare_segments(
-            work.facts, work.plan, *work.cut, (k.stride()[:3], v.stride()[:3]), reverse, False,
-            leave, 0, each,
-        )  # fmt: skip
-        facts = slopes(2), table, None, None
-        states, final = launch._run_segments(work, segments, launch.stream_of(q), k, v, None, facts)
+        direction = forward.problem.direction(reverse, False, final)._replace(sums=0, each=each)
+        segments = forward.prepare_segments(direction, "k", "v")
+        shared = slopes(2), table, None, None
+        states, last = segments(launch.stream_of(q), k, v, None, shared)
         first = range(each - 1 if reverse else 0, 4, each)
-        assert (segments.sum is None) == (each == 4 and not leave)
+        assert (segments.sum is None) == (each == 4 and not final)
         assert states.isfinite().any((0, 1, 3, 4)).nonzero().flatten().tolist() == list(first)
-        found[each] = states[:, :, first], final
-    for each, (states, final) in found.items():
+        found[each] = states[:, :, first], last
+    for each, (states, last) in found.items():
         assert torch.equal(states, found[1][0][:, :, each - 1 if reverse else 0 :: each])
-        assert final is None if not leave else torch.equal(final, found[1][1])
+        assert last is None if not final else torch.equal(last, found[1][1])
 
 
 def test_sums_to_a_segment():
     """So many as fill the chip, none where nothing is joined; pieces hold whole chunks."""
     narrow = plans.find_plan(64, 64, torch.bfloat16, True)
-    assert plans.joined_sums(narrow, 64, 4096, 2) == 4
-    assert plans.joined_sums(narrow, 64, 2048, 4) == 1
-    assert plans.joined_sums(narrow, 1, 768, 3) == 3
-    assert plans.joined_sums(narrow, 1, 2048, 1) == plans.joined_sums(narrow, 1, 512, 64) == 0
-    assert plans.joined_sums(plans.find_plan(128, 256, torch.bfloat16), 1, 512, 4) == 0
+    assert plans.sums_per_segment(narrow, 64, 4096, 2) == 4
+    assert plans.sums_per_segment(narrow, 64, 2048, 4) == 1
+    assert plans.sums_per_segment(narrow, 1, 768, 3) == 3
+    assert (
+        plans.sums_per_segment(narrow, 1, 2048, 1)
+        == plans.sums_per_segment(narrow, 1, 512, 64)
+        == 0
+    )
+    assert plans.sums_per_segment(plans.find_plan(128, 256, torch.bfloat16), 1, 512, 4) == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("last", [False, True])
 def test_sums_of_segments(monkeypatch, last, dtype):
-    """The first level in both directions; `last`: of the segment walked last as well."""
+    """The first level in both directions; `last`: of the segment taken last as well."""
     small_plan(monkeypatch)
     monkeypatch.setattr(plans, "_SEGMENT_MULTIPLE", 16)
     time, heads, dk, dv = 150, 2, 24, 40
@@ -303,28 +320,25 @@ def test_sums_of_segments(monkeypatch, last, dtype):
     do = case(1, time, heads, dk, dv, dtype, seed=1)[2]
     state = random_state(1, heads, dk, dv) if last else None
     decay = slopes(heads)
-    work, *_ = launch.find_work(q, k, v, decay, state, None, None, None, True, last)
-    segment, segments = work.cut
+    inputs = launch.Inputs(q, k, v, decay, state, None, None, None)
+    _, forward = launch.prepare(inputs, True, last)
+    segment, segments = forward.direction[1:3]
     assert 2 < segments < time / segment + 1 and time % segment
 
-    @on_its_device
-    def run(q):
-        stream = stream_of(q)
-        normaliser = work.normalisers(stream, decay, None, None, False)
-        rooms = []
-        backward = work.backward(do.stride(), False).segments
-        for level, (b, c) in ((work.segments, (k, v)), (backward, (q, do))):
-            rooms.append(torch.full(level.room, torch.nan, device=DEVICE))
-            level.sum(stream, b, c, rooms[-1], decay, *(normaliser,) * 3)
-        return *rooms, normaliser
-
-    forward, backward, normaliser = run(q)
+    stream = stream_of(q)
+    normaliser = forward.normalisers(stream, inputs, False)
+    of_segments = []
+    backward = forward.find_backward(do.stride(), False).segments
+    for level, (b, c) in ((forward.segments, (k, v)), (backward, (q, do))):
+        of_segments.append(torch.full(level.shape, torch.nan, device=DEVICE))
+        level.sum(stream, b, c, of_segments[-1], decay, *(normaliser,) * 3)
+    ahead, back = of_segments
     for piece in range(segments):
         start, stop = piece * segment, min(piece * segment + segment, time)
         t = torch.arange(start, stop, device=DEVICE)
         for sums, b, c, distance, scale, there in (
-            (forward, k, v, stop - 1 - t, None, last or piece + 1 < segments),
-            (backward, q, do, t - start + 1, normaliser[:, start:stop], last or piece > 0),
+            (ahead, k, v, stop - 1 - t, None, last or piece + 1 < segments),
+            (back, q, do, t - start + 1, normaliser[:, start:stop], last or piece > 0),
         ):
             weight = torch.exp(decay[:, None] * distance)
             if scale is not None:
@@ -335,21 +349,21 @@ def test_sums_of_segments(monkeypatch, last, dtype):
             assert error(mine, want) < TOLERANCE[dtype] if there else mine.isnan().all()
 
 
-@pytest.mark.parametrize("plan", ["usual", "small", "together"])
+@pytest.mark.parametrize("plan", ["usual", "small", "fused"])
 @pytest.mark.parametrize("edges", [(0, 16, 64), (5, 63, 70, 71)])
 def test_packed_documents(monkeypatch, edges, plan):
     """Boundaries at chunk edges and off them; the state goes into the first document."""
     if plan != "usual":
-        small_plan(monkeypatch, together=plan == "together")
+        small_plan(monkeypatch, fused=plan == "fused")
     q, k, v = case(2, 80, 1, 16, 24, torch.float32)
     check(q, k, v, slopes(1), random_state(2, 1, 16, 24), **packed(2, 80, edges))
 
 
-@pytest.mark.parametrize("plan", ["usual", "small", "together"])
+@pytest.mark.parametrize("plan", ["usual", "small", "fused"])
 def test_padding_leaves_the_state_alone(monkeypatch, plan):
     """Padding at either end, a row of nothing else, and NaN in what is padded."""
     if plan != "usual":
-        small_plan(monkeypatch, together=plan == "together")
+        small_plan(monkeypatch, fused=plan == "fused")
     batch, time = 3, 90
     q, k, v = case(batch, time, 1, 16, 24, torch.float32)
     valid = torch.ones(batch, time, dtype=torch.bool)
@@ -406,13 +420,13 @@ def test_pieces_equal_the_whole():
 
 
 def test_what_is_prepared_serves_other_tensors():
-    """Same sizes and strides, other memory: off the copy engine's alignment, and decays too."""
+    """Same sizes and strides, other memory: off TMA's alignment, and decays too."""
     decays = slopes(4)
     for offset in (0, 1, 0, 2):
-        room = torch.randn(3, 70 * 2 * 16 + 8, generator=torch.Generator().manual_seed(offset))
-        q, k, v = (row[offset : offset + 70 * 2 * 16].view(1, 70, 2, 16) for row in room.to(DEVICE))
+        rows = torch.randn(3, 70 * 2 * 16 + 8, generator=torch.Generator().manual_seed(offset))
+        q, k, v = (row[offset : offset + 70 * 2 * 16].view(1, 70, 2, 16) for row in rows.to(DEVICE))
         check(q, k, v, decays[offset : offset + 2], random_state(1, 2, 16, 16))
-    assert launch.work.cache_info().hits > 0
+    assert launch.find_forward.cache_info().hits > 0
 
 
 def test_decays_may_lie_apart():
@@ -544,15 +558,15 @@ def test_deterministic_and_every_output_written(monkeypatch):
 
     def poison(make):
         def poisoned(*args, **kwargs):
-            room = make(*args, **kwargs)
-            return room.fill_(torch.nan if room.is_floating_point() else 0)
+            made = make(*args, **kwargs)
+            return made.fill_(torch.nan if made.is_floating_point() else 0)
 
         return poisoned
 
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
-    launch.work.cache_clear()
+    launch.find_forward.cache_clear()
     runs = []
     for _ in range(2):
         out, _ = retention(*leaves, slopes(1))
@@ -605,10 +619,10 @@ def test_step_continues_a_prefill(dtype):
 def test_a_prepared_step_is_of_its_dtypes():
     q, k, v = case(1, 1, 2, 16, 16, torch.float32)
     state = random_state(1, 2, 16, 16)
-    launch._prepare_step.cache_clear()
+    launching._find_launch.cache_clear()
     for tensors in ((q, k, v, state), (q, k.bfloat16(), v, state), (q, k, v, state.bfloat16())):
         retention_step(*tensors[:3], slopes(2), tensors[3])
-    assert launch._prepare_step.cache_info().misses == 3
+    assert launching._find_launch.cache_info().misses == 3
     with pytest.raises(ValueError, match="unit last stride"):
         retention_step(q, k, v, slopes(2), state.mT)
 
@@ -781,7 +795,7 @@ def parallel_reference(q, k, v, log_decay, d_out):
 @pytest.mark.parametrize("head", [0, 31])
 def test_long_sequences(head, heads, dk, dv, time, dtype):
     if dtype == torch.float32 and time > 5000 and dk > 64:
-        pytest.skip("kept short: exact float32 runs without matrix units")
+        pytest.skip("kept short: exact float32 runs without tensor cores")
     q, k, v = (x.requires_grad_() for x in case(1, time, heads, dk, dv, dtype))
     d_out = torch.randn_like(v)
     decay = slopes(heads, head)
@@ -815,25 +829,26 @@ def test_packed_and_padded_at_real_widths(dk, dv):
     check(q, k, v, slopes(2), random_state(batch, 2, dk, dv), valid=valid.to(DEVICE), **facts)
 
 
-@pytest.mark.skipif(not GPU, reason="copying and multiplying apart needs a Hopper GPU")
+@pytest.mark.skipif(not GPU, reason="warp specialisation needs a Hopper GPU")
 @pytest.mark.parametrize(("dk", "dv"), [(64, 64), (128, 256), (256, 512)])
 @pytest.mark.parametrize(("batch", "time"), [(2, 300), (1, 2048), (1, 4097)])
 @pytest.mark.parametrize("scale", [True, False])
 @pytest.mark.parametrize("carried", [True, False])
-def test_copying_apart_changes_nothing(monkeypatch, carried, scale, batch, time, dk, dv):
-    """The Gluon kernels, which no interpreter runs, against their twins.
+def test_warp_specialisation_changes_nothing(monkeypatch, carried, scale, batch, time, dk, dv):
+    """The Gluon kernels, which no interpreter runs, against Triton's.
 
-    A state that is carried has every segment summed; without one a program walks several.
+    A state that is carried has every segment summed; without one a program takes several.
     By chunks of the same sizes: others round at other places. So does dq of 64 x 64, which is
     normalised after its last product, and the chunks' weights of 256 x 512, made in two halves.
     """
-    if not launch._has_apart(torch.device("cuda", torch.cuda.current_device())):
+    if not launch._warp_specialises(torch.device("cuda", torch.cuda.current_device())):
         pytest.skip("not a Hopper GPU, or a Triton without Gluon")
-    apart = plans._APART_PLANS[dk, dv]
+    specialised = plans._WARP_SPECIALISED_PLANS
+    plan = specialised[dk, dv]
     chunk, _ = plans._BFLOAT16_PLANS[dk, dv].sums
-    if apart.sums[1].apart:
-        sums = (chunk, apart.sums[1]._replace(stages=3))
-        monkeypatch.setitem(plans._APART_PLANS, (dk, dv), apart._replace(sums=sums))
+    if plan.sums[1].warp_specialised:
+        sums = (chunk, plan.sums[1]._replace(stages=3))
+        monkeypatch.setitem(specialised, (dk, dv), plan._replace(sums=sums))
     plans.find_plan.cache_clear()
     tensors = case(batch, time, 2, dk, dv, torch.bfloat16)
     state = random_state(batch, 2, dk, dv)
@@ -845,13 +860,12 @@ def test_copying_apart_changes_nothing(monkeypatch, carried, scale, batch, time,
             out, _ = retention(*leaves, slopes(2), scale=scale)
             return out, *torch.autograd.grad(out, leaves, d_out)
         leaves.append(state.clone().requires_grad_())
-        q, k, v, entering = leaves
-        out, last = retention(q, k, v, slopes(2), entering, scale=scale)
+        out, last = retention(*leaves[:3], slopes(2), leaves[3], scale=scale)
         return out, last, *torch.autograd.grad((out, last), leaves, (d_out, d_last))
 
     mine = run()
-    monkeypatch.setattr(launch, "_has_apart", lambda _: False)
-    launch.work.cache_clear()
+    monkeypatch.setattr(launch, "_warp_specialises", lambda _: False)
+    launch.find_forward.cache_clear()
     for a, b in zip(mine, run(), strict=True):
         assert error(a, b) < 4e-3
 

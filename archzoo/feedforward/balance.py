@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from archzoo.block import Aux, Routing
 from archzoo.documents import Context
-from archzoo.kernels.mixture_launch import fused
+from archzoo.kernels.launching import fused
 from archzoo.kernels.routers import MAX_BALANCED, largest, summarise_load
 from archzoo.numerics import KeepsFloat32, at_least_float32
 

@@ -26,7 +26,7 @@ from archzoo.kernels.experts import (
     spread_rows,
     swiglu,
 )
-from archzoo.kernels.mixture_launch import fused
+from archzoo.kernels.launching import fused
 from archzoo.linear import Linear
 from archzoo.parts import Part, build, describe
 

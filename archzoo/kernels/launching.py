@@ -1,4 +1,4 @@
-"""What kernels need from the host: whether they run, memory as they want it, a ready launch.
+"""How every kernel is launched: whether it runs, memory as it wants it, a launch kept ready.
 
 Triton is imported at the first launch.
 """
@@ -6,15 +6,20 @@ Triton is imported at the first launch.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from archzoo.derivatives import followed
+
 TRITON_FOUND = importlib.util.find_spec("triton") is not None
+MAX_WIDTH = 8192  # of a row, which one program holds
+_FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _RUN_WITH = ("3.6.",)  # Tritons whose inner parts are known
 
 
@@ -32,6 +37,18 @@ def run_beside(x: Tensor) -> bool:
     return x.device.type == "cpu" and interpreting()
 
 
+def fused(x: Tensor, width: int = 1) -> bool:
+    """Whether the kernels of a mixture run on tensors such as x, with rows of `width`."""
+    if x.dtype not in _FUSED_DTYPES or width > MAX_WIDTH or not x.numel():
+        return False
+    return not followed() and run_beside(x)
+
+
+def on_hopper(x: Tensor) -> bool:
+    """Whether x lies on the kind of GPU that our products were written for."""
+    return torch.cuda.get_device_capability(x.device) == (9, 0)
+
+
 @functools.lru_cache(maxsize=1)
 def _triton() -> Any:
     import triton
@@ -45,14 +62,24 @@ def known_triton() -> bool:
     return str(_triton().__version__).startswith(_RUN_WITH)
 
 
+def power_of_2(n: int) -> int:
+    """The least power of two that holds n."""
+    return 1 << (n - 1).bit_length()
+
+
+def warps_for(block: int) -> int:
+    """So that a thread holds 8 numbers: 16 bytes of bfloat16 are one load."""
+    return min(max(block // 256, 1), 16)
+
+
 def padded_width(width: int, dtype: torch.dtype) -> int:
-    """The width of a result's rows in memory: of 16 bytes, for the copy engine."""
+    """The width of a result's rows in memory: a multiple of 16 bytes, for TMA."""
     size = 16 // dtype.itemsize
     return -(-width // size) * size
 
 
-def room(like: Tensor, padded: bool = False) -> Tensor:
-    """Memory for a result, (batch, time, heads, width), aligned for the copy engine.
+def result_like(like: Tensor, padded: bool = False) -> Tensor:
+    """Memory for a result, (batch, time, heads, width), aligned for TMA.
 
     Zeros where there is padding: tokens before a row's first are written by nobody.
     """
@@ -65,7 +92,7 @@ def room(like: Tensor, padded: bool = False) -> Tensor:
 
 @functools.lru_cache(maxsize=1024)
 def strides_fit(strides: tuple[tuple[int, ...], ...], itemsize: int) -> bool:
-    """Whether the copy engine takes these strides: unit last, every other of 16 bytes."""
+    """Whether TMA takes these strides: unit last, every other a multiple of 16 bytes."""
     size = 16 // itemsize
     return all(
         unit == 1 and all(stride > 0 and stride % size == 0 for stride in others)
@@ -74,13 +101,10 @@ def strides_fit(strides: tuple[tuple[int, ...], ...], itemsize: int) -> bool:
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """(batch, time, heads, width) as the copy engine wants it, copied where it is not so."""
+    """(batch, time, heads, width) as TMA takes it, copied where it is not so."""
     if tensor.data_ptr() % 16 == 0 and strides_fit((tensor.stride(),), tensor.element_size()):
         return tensor
-    *shape, width = tensor.shape
-    copy = tensor.new_empty((*shape, padded_width(width, tensor.dtype)))
-    copy[..., :width] = tensor
-    return copy[..., :width]
+    return result_like(tensor).copy_(tensor)
 
 
 def _allocate(size: int, _alignment: int, _stream: int | None) -> Tensor:
@@ -88,17 +112,18 @@ def _allocate(size: int, _alignment: int, _stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs a launcher where its first tensor lies."""
+def on_its_device(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs a method that is given tensors where the first of them lies."""
 
-    @functools.wraps(function)
-    def launch(first: Tensor, *arguments: Any) -> Any:
-        if not first.is_cuda or first.get_device() == torch.cuda.current_device():
-            return function(first, *arguments)
+    @functools.wraps(method)
+    def run(self: Any, tensors: Any, *arguments: Any) -> Any:
+        first = tensors[0]
+        if not first.is_cuda or first.get_device() == torch._C._cuda_getDevice():
+            return method(self, tensors, *arguments)
         with torch.cuda.device(first.device):
-            return function(first, *arguments)
+            return method(self, tensors, *arguments)
 
-    return launch
+    return run
 
 
 @functools.lru_cache(maxsize=1)
@@ -169,9 +194,13 @@ class Launch:
         if self.launcher is not None:
             self.launcher(*self.grid, stream, *self.compiled, *given, *self.rest)
             return
-        handle = self.kernel[self.grid](*given, *self.numbers, **self.constants, **self.options)
+        handle = self._compile(given)
         if handle is not None:  # the interpreter compiles nothing
             self._keep(handle, first.element_size())
+
+    def _compile(self, tensors: Sequence[Tensor | None]) -> Any:
+        """A launch through Triton, which finds, or compiles, the kernel for these tensors."""
+        return self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
 
     def _keep(self, handle: Any, itemsize: int) -> None:
         """The compiled kernel; where Triton is known, round its launcher written in Python."""
@@ -185,3 +214,52 @@ class Launch:
         flags = launcher.launch_cooperative_grid, launcher.launch_pdl
         self.compiled, self.hooks = (handle.function, *flags), (None, *hooks)
         self.run = launcher.launch  # last, as above
+
+    @on_its_device
+    def run_on(self, tensors: tuple[Tensor | None, ...], aligned: bool = True) -> None:
+        """Launch where the first tensor lies; `aligned`: as ever, else through Triton."""
+        if aligned:
+            self(stream_of(tensors[0]), *tensors)  # type: ignore[arg-type]
+        else:
+            self._compile(tensors)
+
+
+@functools.lru_cache(maxsize=2048)
+def _find_launch(
+    module: str,
+    kernel: str,
+    grid: tuple[int, ...],
+    numbers: tuple[float, ...],
+    constants: tuple[tuple[str, Any], ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> Launch:
+    """A launch of a kernel, kept: of all that it depends on but where its tensors lie."""
+    kernels = importlib.import_module(module)
+    named = dict(constants)
+    warps = named.pop("num_warps")
+    columns, rows = (*grid, 1)[:2]
+    return Launch(getattr(kernels, kernel), (columns, rows, 1), numbers, named, num_warps=warps)
+
+
+def launch(
+    module: str,
+    kernel: str,
+    grid: tuple[int, ...],
+    tensors: tuple[Tensor, ...],
+    *numbers: float,
+    **options: Any,
+) -> None:
+    """Run the kernel of this name, in that module, where its first tensor lies.
+
+    `grid` counts its programs; its parameters are tensors, numbers, and constants by name. It is
+    looked for once (`Launch`); tensors that do not start at 16 bytes, as torch's own all do, go
+    through Triton every time.
+    """
+    dtypes = tuple([x.dtype for x in tensors])
+    constants = tuple(options.items())
+    found = _find_launch(module, kernel, grid, numbers, constants, dtypes, tensors[0].device)
+    addresses = 0
+    for tensor in tensors:
+        addresses |= tensor.data_ptr()
+    found.run_on(tensors, addresses % 16 == 0)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from archzoo.derivatives import followed
 from archzoo.documents import Context
-from archzoo.kernels.launching import run_beside
+from archzoo.kernels.launching import launch, power_of_2, run_beside
 
 
 def available(tokens: Tensor) -> bool:
@@ -47,17 +47,15 @@ def shifted_rows(
     Returns:
         (batch, time) int64.
     """
-    from archzoo.kernels.digits import triton
-
     batch, time = tokens.shape
     numbers = tokens if examples is None else examples
     rows = torch.empty((batch, time), dtype=torch.int64, device=tokens.device)
-    with torch.cuda.device_of(tokens):
-        triton.rows_kernel[(batch,)](
-            tokens, kinds, context.valid, context.starts, numbers, rows,
-            time, *tokens.stride(), *context.valid.stride(), *context.starts.stride(),
-            *numbers.stride(), key, bound, last,
-            COUPLED=coupled, SHIFTED=examples is not None,
-            BLOCK=min(max(1 << (time - 1).bit_length(), 32), 256), num_warps=1,
-        )  # fmt: skip
+    launch(
+        "archzoo.kernels.digits.triton", "rows_kernel", (batch,),
+        (tokens, kinds, context.valid, context.starts, numbers, rows),
+        time, *tokens.stride(), *context.valid.stride(), *context.starts.stride(),
+        *numbers.stride(), key, bound, last,
+        COUPLED=coupled, SHIFTED=examples is not None,
+        BLOCK=min(max(power_of_2(time), 32), 256), num_warps=1,
+    )  # fmt: skip
     return rows

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from archzoo.derivatives import differentiated_again, plain_gradients, transformed
-from archzoo.kernels.mixture_launch import fused, launch, on_hopper, power_of_2, warps_for
+from archzoo.kernels.launching import fused, launch, on_hopper, power_of_2, warps_for
 
 KEYS = 2048  # assignments that one program counts or places
 MAX_ROWS = 1024  # of an expert on average, for our product to make the gradient of its weights

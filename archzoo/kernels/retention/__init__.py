@@ -1,11 +1,11 @@
-"""Retention as a fused kernel, and the facts by which it is chosen.
+"""Retention as a fused kernel, and when there is one.
 
     S_n = gamma S_(n-1) + k_n^T v_n        o_n = q_n S_n / sqrt(s_n)        s_n = sum_{j<=n} gamma^j
 
 `retention` computes this for a whole piece of a sequence, forward and backward, in Triton;
-`retention_step` computes it for one token and updates the state in place. The plain PyTorch form
-in `archzoo.mixers.retention` is the twin that both are tested against, and what runs wherever
-`unavailable` names a reason. Derivation and measurements: docs/kernels/; the method: Retentive
+`retention_step` computes it for one token and updates the state in place. `reference` is their
+reference implementation in plain PyTorch, and what runs wherever `unavailable` names a reason.
+Derivation and measurements: docs/kernels/; the method: Retentive
 Network, arXiv 2307.08621.
 
 Importing this module needs neither Triton nor a GPU: both are looked for at the first call.
@@ -14,20 +14,24 @@ Importing this module needs neither Triton nor a GPU: both are looked for at the
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from archzoo.derivatives import differentiated_again, transformed
-from archzoo.kernels.launching import TRITON_FOUND, interpreting, room
-from archzoo.kernels.retention import launch
+from archzoo.kernels.launching import TRITON_FOUND, interpreting, result_like
+from archzoo.kernels.retention.launch import Inputs, Problem, prepare, step
+from archzoo.kernels.retention.plans import cut_segments
 
 __all__ = ["available", "retention", "retention_step", "unavailable"]
 
 MAX_KEY_WIDTH = 256
 MAX_VALUE_WIDTH = 512
 MAX_ROWS = 2**16 - 1  # batch times heads, an axis of the grid
+_DTYPES = (torch.bfloat16, torch.float32)
+_ROCM = torch.version.hip is not None
 
 
 def unavailable(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None) -> str | None:
@@ -43,22 +47,24 @@ def unavailable(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None
         return "triton is not installed"
     if not q.is_cuda and not (interpreting() and q.device.type == "cpu"):
         return f"the kernels need a CUDA device, the tensors are on {q.device.type}"
-    if torch.version.hip is not None:
+    if _ROCM:
         return "the kernels were never run on ROCm"
     if transformed():
         return "the kernels are opaque to transforms (torch.func, forward-mode differentiation)"
-    if not q.dtype == k.dtype == v.dtype:
+    dtype, shape, dk = q.dtype, v.shape, q.shape[-1]
+    if k.dtype != dtype or v.dtype != dtype:
         return f"q, k and v have different dtypes: {q.dtype}, {k.dtype}, {v.dtype}"
-    if q.dtype not in (torch.bfloat16, torch.float32):
-        return f"the kernels take bfloat16 and float32, not {q.dtype}"
-    if q.shape[-1] > MAX_KEY_WIDTH or v.shape[-1] > MAX_VALUE_WIDTH:
+    if dtype not in _DTYPES:
+        return f"the kernels take bfloat16 and float32, not {dtype}"
+    if dk > MAX_KEY_WIDTH or shape[-1] > MAX_VALUE_WIDTH:
         return (
             f"the kernels take dk up to {MAX_KEY_WIDTH} and dv up to {MAX_VALUE_WIDTH}, "
-            f"not {q.shape[-1]} and {v.shape[-1]}"
+            f"not {dk} and {shape[-1]}"
         )
-    batch, heads = v.shape[0], v.shape[-2]
-    if batch * heads > MAX_ROWS:
-        return f"the kernels take {MAX_ROWS} rows of batch times heads, not {batch} x {heads}"
+    if shape[0] * shape[-2] > MAX_ROWS:
+        return (
+            f"the kernels take {MAX_ROWS} rows of batch times heads, not {shape[0]} x {shape[-2]}"
+        )
     if not v.numel():
         return "there are no tokens"
     if log_decay is not None and log_decay.requires_grad and torch.is_grad_enabled():
@@ -72,55 +78,49 @@ def available(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None) 
 
 
 _library = torch.library.Library("archzoo", "FRAGMENT")
-_library.define(
-    "retention(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? state, Tensor? positions, "
-    "Tensor? documents, Tensor? ranges, bool scale, bool leave) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? state, Tensor? positions, "
+    "Tensor? documents, Tensor? ranges, "
 )
 _library.define(
-    "retention_backward(Tensor do, Tensor? d_final, Tensor q, Tensor k, Tensor v, "
-    "Tensor log_decay, Tensor? state, Tensor states, Tensor normaliser, Tensor scores, "
-    "Tensor? positions, Tensor? documents, Tensor? ranges, bool scale, bool leave) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
+    f"retention({_INPUTS}bool normalise, bool final) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+_library.define(
+    f"retention_backward({_INPUTS}bool normalise, bool final, Tensor do, Tensor? d_final, "
+    "Tensor states, Tensor normaliser, Tensor scores) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _refuse(derivative: str) -> None:
+    raise NotImplementedError(
+        f"the retention kernels have no {derivative} derivative: call the model with "
+        "form='parallel', which runs without them"
+    )
 
 
 def _refuse_tangents() -> None:
     """The dispatcher would drop them: neither it nor a compiler asks an operator for a jvp."""
     if forward_ad._current_level >= 0:
-        raise NotImplementedError(
-            "the retention kernels have no forward-mode derivative: call the model with "
-            "form='parallel', which runs without them"
-        )
+        _refuse("forward-mode")
 
 
-def _operator(  # type: ignore[no-untyped-def]
-    q, k, v, log_decay, state, positions, documents, ranges, scale, leave
-):
-    """The operator's tensors: output, last state, and what is kept; empty for what is absent."""
+def _operator(*arguments: Any) -> tuple[Tensor, ...]:
+    """The operator: output, final state, and what is kept; empty for what is absent."""
     _refuse_tangents()
-    facts = (log_decay, state, positions, documents, ranges)
-    work, q, k, v = launch.find_work(q, k, v, *facts, scale, leave)
-    output = launch.forward(q, work, k, v, *facts, True, False)
-    empty = functools.partial(q.new_empty, (0,), dtype=torch.float32)
+    *tensors, normalise, final = arguments
+    inputs, forward = prepare(Inputs(*tensors), normalise, final)
+    q, v = inputs.q, inputs.v
     dtypes = (v.dtype, torch.float32, torch.float32, torch.float32, q.dtype)
-    return tuple(
-        empty(dtype=dtype) if x is None else x for x, dtype in zip(output, dtypes, strict=True)
-    )
+    found = zip(forward(inputs, True, False), dtypes, strict=True)
+    return tuple(q.new_empty((0,), dtype=dtype) if x is None else x for x, dtype in found)
 
 
-def _operator_backward(  # type: ignore[no-untyped-def]
-    do, d_final, q, k, v, log_decay, state, states, normaliser, scores, positions, documents,
-    ranges, scale, leave,
-):  # fmt: skip
+def _operator_backward(*arguments: Any) -> tuple[Tensor, ...]:
     _refuse_tangents()
-    facts = (log_decay, state, positions, documents, ranges)
-    work, q, k, v = launch.find_work(q, k, v, *facts, scale, leave)
-    *grads, d_state = launch.backward(
-        do, d_final, work, q, k, v, log_decay, state, states, normaliser, scores, documents,
-        ranges,
-    )  # fmt: skip
-    return *grads, q.new_empty((0,), dtype=torch.float32) if d_state is None else d_state
+    tensors, (normalise, final, *rest) = arguments[:8], arguments[8:]
+    inputs, forward = prepare(Inputs(*tensors), normalise, final)
+    *grads, d_state = forward.backward(inputs, *rest)
+    return *grads, inputs.q.new_empty((0,), dtype=torch.float32) if d_state is None else d_state
 
 
 for _key in ("CPU", "CUDA"):
@@ -129,61 +129,62 @@ for _key in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("archzoo::retention", lib=_library)
-def _forward_fake(  # type: ignore[no-untyped-def]
-    q, k, v, log_decay, state, positions, documents, ranges, scale, leave
-):
+def _fake(*arguments: Any) -> tuple[Tensor, ...]:
     _refuse_tangents()
-    batch, time, heads, dk = q.shape
-    dv = v.shape[-1]
-    whole = documents is None and ranges is None
-    states, states_dtype, scores = launch.kept_sizes(
-        batch, time, heads, dk, dv, q.dtype, q.device, whole
-    )
-    float32 = functools.partial(q.new_empty, dtype=torch.float32)
-    rows = heads if positions is None and ranges is None else batch * heads
+    *tensors, normalise, final = arguments
+    inputs = Inputs(*tensors)
+    problem = Problem.of(inputs, normalise, final)
+    batch, time, heads, dk, dv = problem.sizes
+    states, dtype = problem.states_shape, inputs.q.dtype
+    if states is None:
+        _, segments = cut_segments(problem.plan, batch * heads, time, dk)
+        states, dtype = (batch, heads, segments, dk, dv) if segments > 1 else (0,), torch.float32
+    float32 = functools.partial(inputs.q.new_empty, dtype=torch.float32)
     return (
-        room(v),
-        float32((batch, heads, dk, dv) if leave else (0,)),
-        q.new_empty(states, dtype=states_dtype),
-        float32((rows if scale else 0, time)),
-        q.new_empty(scores),
+        result_like(inputs.v),
+        float32((batch, heads, dk, dv) if final else (0,)),
+        float32(states, dtype=dtype),
+        float32(problem.table_shape),
+        inputs.q.new_empty(problem.scores_shape(problem.plan.by_key)),
     )
 
 
 @torch.library.register_fake("archzoo::retention_backward", lib=_library)
-def _backward_fake(  # type: ignore[no-untyped-def]
-    do, d_final, q, k, v, log_decay, state, states, normaliser, scores, positions, documents,
-    ranges, scale, leave,
-):  # fmt: skip
-    batch, _, heads, dk = q.shape
-    shape = (0,) if state is None else (batch, heads, dk, v.shape[-1])
-    return *map(room, (q, k, v)), q.new_empty(shape, dtype=torch.float32)
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs = Inputs(*arguments[:8])
+    shape = (0,) if inputs.state is None else inputs.state.shape
+    d_state = inputs.q.new_empty(shape, dtype=torch.float32)
+    return *map(result_like, inputs[:3]), d_state
 
 
-def _refuse_second_derivative() -> None:
-    if differentiated_again():
-        raise NotImplementedError(
-            "the retention kernels have no second derivative: call the model with "
-            "form='parallel', which runs without them"
-        )
-
-
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, scale, leave = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    q, k, v, log_decay, state, *rest = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output[2:])
-    ctx.facts = scale, leave
+    ctx.save_for_backward(q, k, v, state, *output[2:])
+    ctx.rest = log_decay, *rest
 
 
-def _operator_gradients(ctx, do, d_final, *_):  # type: ignore[no-untyped-def]
-    _refuse_second_derivative()
-    q, k, v, log_decay, state, *facts, states, normaliser, scores = ctx.saved_tensors
-    grad_q, grad_k, grad_v, d_state = torch.ops.archzoo.retention_backward(
-        torch.zeros_like(v) if do is None else do, d_final, q, k, v, log_decay, state, states,
-        normaliser, scores, *facts, *ctx.facts,
-    )  # fmt: skip
-    d_state = None if state is None else d_state.to(state.dtype)
-    return grad_q, grad_k, grad_v, None, d_state, None, None, None, None, None
+def _gradients(ctx: Any, do: Tensor | None, d_final: Tensor | None) -> tuple[Any, ...]:
+    """Of q, k, v and the initial state. `_Eager` leaves its forward pass in the flags' place."""
+    if differentiated_again():
+        _refuse("second")
+    q, k, v, state, states, normaliser, scores = ctx.saved_tensors
+    log_decay, positions, documents, ranges, *flags = ctx.rest
+    inputs = Inputs(q, k, v, log_decay, state, positions, documents, ranges)
+    if do is None:
+        do = torch.zeros_like(v)
+    if len(flags) == 1:
+        dq, dk, dv, d_state = flags[0].backward(inputs, do, d_final, states, normaliser, scores)
+    else:
+        dq, dk, dv, d_state = torch.ops.archzoo.retention_backward(
+            *inputs, *flags, do, d_final, states, normaliser, scores
+        )
+    return dq, dk, dv, None if state is None else d_state.to(state.dtype)
+
+
+def _operator_gradients(ctx: Any, do: Tensor, d_final: Tensor, *_: Any) -> tuple[Any, ...]:
+    dq, dk, dv, d_state = _gradients(ctx, do, d_final)
+    return dq, dk, dv, None, d_state, None, None, None, None, None
 
 
 torch.library.register_autograd(
@@ -195,28 +196,16 @@ class _Eager(torch.autograd.Function):
     """The operator without the dispatcher, whose way into Python costs more than the launches."""
 
     @staticmethod
-    def forward(ctx, q, k, v, state, work, facts):  # type: ignore[no-untyped-def]
-        o, final, *kept = launch.forward(q, work, k, v, *facts)
+    def forward(ctx: Any, q: Any, k: Any, v: Any, state: Any, inputs: Any, forward: Any) -> Any:
+        o, final, states, normaliser, scores = forward(inputs)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, state, *kept)
-        log_decay, _, _, documents, ranges = facts
-        ctx.work, ctx.facts = work, (log_decay, documents, ranges)
+        ctx.save_for_backward(q, k, v, state, states, normaliser, scores)
+        ctx.rest = inputs.log_decay, *inputs[5:], forward
         return o, final
 
     @staticmethod
-    def backward(ctx, do, d_final):  # type: ignore[no-untyped-def]
-        _refuse_second_derivative()
-        q, k, v, state, states, normaliser, scores = ctx.saved_tensors
-        log_decay, documents, ranges = ctx.facts
-        if do is None:
-            do = torch.zeros_like(v)
-        grad_q, grad_k, grad_v, d_state = launch.backward(
-            do, d_final, ctx.work, q, k, v, log_decay, state, states, normaliser, scores,
-            documents, ranges,
-        )  # fmt: skip
-        if d_state is not None:
-            d_state = d_state.to(state.dtype)
-        return grad_q, grad_k, grad_v, d_state, None, None
+    def backward(ctx: Any, do: Any, d_final: Any) -> Any:
+        return *_gradients(ctx, do, d_final), None, None
 
 
 def retention(
@@ -267,7 +256,8 @@ def retention(
         raise RuntimeError(f"no retention kernel: {reason}")
     if starts is not None and positions is None and scale:
         raise ValueError("packed documents (starts) need positions within the document")
-    leave = state is not None if return_state is None else return_state
+    if return_state is None:
+        return_state = state is not None
     log_decay = log_decay.contiguous()  # every second one of more heads', say, or one for all
     documents = ranges = None
     if positions is not None:
@@ -281,17 +271,17 @@ def retention(
         if starts is not None:
             starts = starts & valid
     if starts is not None:
-        # Equal numbers, equal documents; 0 is the document that the entering state belongs to.
+        # Equal numbers, equal documents; 0 is the document that the initial state belongs to.
         documents = starts.cumsum(1, dtype=torch.int32)
-    facts = log_decay, state, positions, documents, ranges
+    inputs = Inputs(q, k, v, log_decay, state, positions, documents, ranges)
     if torch.compiler.is_compiling() or type(q) is not Tensor:  # fake ones, say
-        o, final, *_ = torch.ops.archzoo.retention(q, k, v, *facts, scale, leave)
-        return o, final if leave else None
-    work, q, k, v = launch.find_work(q, k, v, *facts, scale, leave)
+        o, final, *_ = torch.ops.archzoo.retention(*inputs, scale, return_state)
+        return o, final if return_state else None
+    inputs, forward = prepare(inputs, scale, return_state)
     if torch.is_grad_enabled():
-        o, final = _Eager.apply(q, k, v, state, work, facts)
-        return o, final
-    o, final, *_ = launch.forward(q, work, k, v, *facts, False)
+        o, final = _Eager.apply(*inputs[:3], state, inputs, forward)
+    else:
+        o, final, *_ = forward(inputs, False)
     return o, final
 
 
@@ -333,4 +323,4 @@ def retention_step(
             "no retention kernel: a step writes into its state and has no derivative; use "
             "`retention`, or torch.no_grad()"
         )
-    return launch.step(q, k, v, log_decay, state, positions, starts, valid, scale), state
+    return step(q, k, v, log_decay, state, positions, starts, valid, scale), state

@@ -1,8 +1,8 @@
 """How the retention kernels are launched: the host's side.
 
-`archzoo.kernels.retention` is what others call. Here work of one kind, that is of the same sizes,
-strides and flags, is planned once (`plans`) and its launches are kept ready (`Work`);
-`forward`, `backward` and `step` allocate and launch.
+`Inputs` are the tensors of a call, and `Problem` is all that its launches depend on but what those
+hold: the key by which they are kept. `Forward` and `Backward` are the passes of one problem. Each
+is planned once (`plans`), with its launches ready; called, it allocates and launches.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from archzoo.kernels.launching import (
     Launch,
     aligned,
     known_triton,
+    launch,
     on_its_device,
     padded_width,
-    room,
+    result_like,
     stream_of,
     strides_fit,
 )
@@ -28,27 +29,525 @@ from archzoo.kernels.retention.plans import (
     Cut,
     Pair,
     Plan,
+    block_of,
     cut_segments,
     find_plan,
-    joined_sums,
-    power_of_2,
-    walked_through,
+    segments_per_program,
+    sums_per_segment,
 )
+
+Shape = tuple[int, ...]
+
+
+class Inputs(NamedTuple):
+    """What retention is computed of; None is what is absent. See `archzoo.kernels.retention`."""
+
+    q: Tensor  # (batch, time, heads, dk)
+    k: Tensor
+    v: Tensor  # (batch, time, heads, dv)
+    log_decay: Tensor  # (heads,)
+    state: Tensor | None  # the initial one, (batch, heads, dk, dv)
+    positions: Tensor | None  # (batch, time) int32
+    documents: Tensor | None  # (batch, time) int32, 0 is that of the initial state
+    ranges: Tensor | None  # (batch, 2) int32, the first valid token of a row and the one after all
+
+
+class Problem(NamedTuple):
+    """All that the launches depend on but what tensors hold; shapes by the names of `Inputs`."""
+
+    q: Shape
+    k: Shape
+    v: Shape
+    log_decay: Shape
+    state: Shape | None
+    positions: Shape | None
+    documents: Shape | None
+    ranges: bool  # rows are padded
+    strides: tuple[Shape, Shape, Shape]  # of q, k and v
+    dtype: torch.dtype
+    decay_dtype: torch.dtype
+    device: torch.device
+    normalise: bool  # o is divided by sqrt(s_n)
+    final: bool  # the final state is wanted
+
+    @classmethod
+    def of(cls, inputs: Inputs, normalise: bool, final: bool) -> Problem:
+        """The problem of these tensors."""
+        q, k, v, log_decay, state, positions, documents, ranges = inputs
+        # Past NamedTuple's own constructor, which takes three times as long.
+        return tuple.__new__(cls, (
+            q.shape, k.shape, v.shape, log_decay.shape,
+            None if state is None else state.shape,
+            None if positions is None else positions.shape,
+            None if documents is None else documents.shape,
+            ranges is not None, (q.stride(), k.stride(), v.stride()),
+            q.dtype, log_decay.dtype, q.device, normalise, final,
+        ))  # fmt: skip
+
+    def check(self) -> None:
+        """That the shapes belong together; else the kernels would read what lies beside.
+
+        Raises:
+            ValueError: They do not.
+        """
+        batch, time, heads, dk, dv = self.sizes
+        for name, shape, wanted in (
+            ("k", self.k, self.q),
+            ("v", self.v, (batch, time, heads, dv)),
+            ("log_decay", self.log_decay, (heads,)),
+            ("state", self.state, (batch, heads, dk, dv)),
+            ("positions", self.positions, (batch, time)),
+            ("starts", self.documents, (batch, time)),
+        ):
+            if shape not in (None, wanted):
+                raise ValueError(f"{name} has shape {tuple(shape)}, beside q of {tuple(self.q)}")
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """Batch, time, heads, dk and dv."""
+        return *self.q, self.v[-1]  # type: ignore[return-value]
+
+    @property
+    def plan(self) -> Plan:
+        whole = not (self.documents or self.ranges)
+        specialised = whole and _warp_specialises(self.device)
+        return find_plan(self.q[-1], self.v[-1], self.dtype, specialised)
+
+    def direction(self, reverse: bool, initial: bool, final: bool) -> Direction:
+        """How rows are gone through, see `Direction`."""
+        (batch, time, heads, dk, dv), plan = self.sizes, self.plan
+        segment, segments = cut_segments(plan, batch * heads, time, dk, reverse)
+        sums = 0
+        # Where rows are whole and begin and end with nothing, the maps join segments.
+        if not (initial or final or self.documents or self.ranges):
+            sums = sums_per_segment(plan, batch * heads, segment, segments)
+        each = segments_per_program(plan, segments, dk, dv)
+        return Direction(reverse, segment, segments, initial, final, sums, each)
+
+    @property
+    def table_shape(self) -> tuple[int, int]:
+        """Of the normalisers: a row for each head where all batch rows count alike; (0, time)."""
+        batch, time, heads, *_ = self.sizes
+        return (batch * heads if self.positions or self.ranges else heads) * self.normalise, time
+
+    def scores_shape(self, pair: Pair) -> Shape:
+        """Of the chunks' own weights, see `scores_kernel`; (0,) where they are not made ahead."""
+        batch, time, heads, *_ = self.sizes
+        chunks = batch * heads * -(-time // pair.chunk)
+        return (chunks * pair.chunk, pair.chunk) if pair.scores else (0,)
+
+    @property
+    def states_shape(self) -> Shape | None:
+        """Of the states before every second chunk, which a fused backward reads."""
+        batch, time, heads, dk, dv = self.sizes
+        fused = self.plan.fused_backward
+        return None if fused is None else (batch, heads, -(-time // (2 * fused[0])), dv, dk)
+
+    def constants(self, *names: str) -> dict[str, Any]:
+        """Compile-time parameters that many kernels share, those of the given names."""
+        every = {
+            "SCALE": self.normalise,
+            "HAS_DOCUMENTS": self.documents is not None,
+            "HAS_RANGES": self.ranges,
+            "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32",
+            "UPCAST": self.device.type == "cpu",
+        }
+        return {name: every[name] for name in names} if names else every
+
+
+class Direction(NamedTuple):
+    """A direction of time: how rows are cut for it, and the states at its two ends.
+
+    Forward the state is S, in reverse its gradient D.
+    """
+
+    reverse: bool
+    segment: int  # tokens
+    segments: int
+    initial: bool  # a state is given where it begins
+    final: bool  # the state where it ends is wanted
+    sums: int  # of a segment, which the maps join themselves; 0 where `join_kernel` does
+    each: int  # segments that a program of o or dv takes, one after the other
+
+
+class Segments(NamedTuple):
+    """The states at the segments' beginnings, in two levels: what each adds, and joined."""
+
+    sum: Launch | None  # None where no map needs one
+    join: Launch | None  # None where the maps join
+    shape: Shape  # of the sums, and of the states
+    final: Shape | None  # of the final state, where it is wanted
+    empty: Callable[[Shape], Tensor]
+
+    def __call__(self, stream: Any, b: Any, c: Any, initial: Any, shared: Any) -> Any:
+        """The states (what each segment adds, where the maps join), and the final one if wanted."""
+        sums = self.empty(self.shape)
+        if self.sum is not None:
+            self.sum(stream, b, c, sums, *shared)
+        if self.join is None:
+            return sums, None
+        states = self.empty(self.shape)
+        final = None if self.final is None else self.empty(self.final)
+        log_decay, _, documents, ranges = shared
+        self.join(stream, sums, states, initial, final, log_decay, documents, ranges)
+        return states, final
+
+
+class Pass:
+    """What the launches of a pass are made of. Tensors go by their names; do has these strides."""
+
+    def __init__(self, problem: Problem, do: Shape = ()) -> None:
+        self.problem, self.plan = problem, problem.plan
+        batch, self.time, self.heads, dk, dv = problem.sizes
+        self.rows = batch * self.heads
+        self.state_shape = batch, self.heads, dk, dv
+        self.float32 = functools.partial(torch.empty, dtype=torch.float32, device=problem.device)
+        q, k, v = problem.strides
+        self.widths = {"q": dk, "k": dk, "v": dv, "do": dv}
+        self.strides = {"q": q[:3], "k": k[:3], "v": v[:3], "do": do[:3]}
+        self.results = [self._result(*of) for of in ((q, dk), (k, dk), (v, dv))]
+        self.table_rows = max(problem.table_shape[0], 1)
+
+    def _contiguous(self, width: int) -> tuple[int, int, int]:
+        """Strides of a result, see `result_like`."""
+        padded = padded_width(width, self.problem.dtype)
+        return self.time * self.heads * padded, self.heads * padded, padded
+
+    def _result(self, strides: Shape, width: int) -> Callable[[Tensor], Tensor]:
+        """What allocates a result like a tensor of these strides, see `result_like`."""
+        if self.problem.ranges:
+            return functools.partial(result_like, padded=True)
+        # What does the same for contiguous tensors takes a third of the time, 0.6 us of 1.9.
+        contiguous = strides == (*self._contiguous(width), 1)
+        unpadded = width == padded_width(width, self.problem.dtype)
+        return torch.empty_like if contiguous and unpadded else result_like
+
+    def _form(self, cut: Cut, name: str) -> tuple[Any, dict[str, Any], dict[str, int]]:
+        """The kernel of this name that a cut asks for, constants that it needs, and options."""
+        if cut.warp_specialised:
+            from archzoo.kernels.retention import gluon, gluon_backward
+
+            limit, registers = cut.warp_specialised
+            kernel = getattr(gluon_backward if name == "backward_kernel" else gluon, name)
+            constants = {"STAGES": cut.stages, **self.problem.constants("SCALE")}
+            if registers:
+                constants["REGISTERS"] = registers
+            return kernel, constants, {"num_warps": 4, "maxnreg": limit}
+        from archzoo.kernels.retention import triton
+
+        constants = self.problem.constants()
+        if name == "backward_kernel":
+            constants |= {"K": self.widths["k"], "V": self.widths["v"]}
+            constants |= {"BLOCK_K": cut.block, "BLOCK_V": cut.tile}
+        else:
+            constants |= {"TILE": cut.tile}
+        return getattr(triton, name), constants, {"num_warps": cut.warps, "num_stages": cut.stages}
+
+    def prepare_segments(self, direction: Direction, b: str, c: str) -> Segments | None:
+        """The states between segments; None where there is one."""
+        from archzoo.kernels.retention import triton
+
+        reverse, segment, segments, initial, final, joined, each = direction
+        if segments == 1:
+            return None
+        batch, heads, dk, dv = self.state_shape
+        chunk, cut = self.plan.sums
+        sums = max(joined, 1)
+        kernel, constants, options = self._form(cut, "segment_sums_kernel")
+        # What one program takes last needs no sum: that counts only towards the final state.
+        left_out = 0 if final else each * sums
+        summed = segments * sums - left_out
+        of_segments = None if summed == 0 else Launch(
+            kernel,
+            (-(-dk // cut.block) * -(-dv // cut.tile), self.rows, summed),
+            (*self.strides[b], *self.strides[c], self.time, segment // sums, segments * sums,
+             heads, self.table_rows),
+            {"B": dk, "C": dv, "BLOCK_B": cut.block, "CHUNK": chunk, "REVERSE": reverse,
+             "SKIP": left_out if reverse else 0, **constants},
+            **options,
+        )  # fmt: skip
+        shape = batch, heads, segments * sums, dk, dv
+        if joined:
+            return Segments(of_segments, None, shape, None, self.float32)
+        join = Launch(
+            triton.join_kernel,
+            (-(-dk * dv // 1024), self.rows, 1),
+            (self.time, segment, segments, heads, dk * dv),
+            {"BLOCK": 1024, "REVERSE": reverse, "HAS_INITIAL": initial, "HAS_FINAL": final,
+             "EACH": each, **self.problem.constants("HAS_DOCUMENTS", "HAS_RANGES")},
+        )  # fmt: skip
+        return Segments(of_segments, join, shape, self.state_shape if final else None, self.float32)
+
+    def prepare_scores(self, pair: Pair, a: str, b: str) -> Launch | None:
+        """The chunks' own weights, where a pair of maps has them made ahead."""
+        from archzoo.kernels.retention import triton
+
+        chunks = -(-self.time // pair.chunk)
+        return Launch(
+            triton.scores_kernel,
+            (chunks, self.rows, 1),
+            (*self.strides[a], *self.strides[b], self.time, self.heads, chunks, self.table_rows),
+            {"A": self.widths[a], "BLOCK_A": min(64, pair.forward.block), "CHUNK": pair.chunk,
+             **self.problem.constants()},
+            num_warps=4, num_stages=3,
+        ) if pair.scores else None  # fmt: skip
+
+    def prepare_map(
+        self, direction: Direction, a: str, b: str, c: str, keeps: bool = False
+    ) -> tuple[Launch, ...]:
+        """out_i = sum_{j <= i} gamma^(i-j) (a_i . b_j) c_j, see `triton`: its splits.
+
+        `keeps`: the state before every second chunk is stored.
+        """
+        reverse, segment, segments, initial, final, sums, each = direction
+        width, columns = self.widths[a], self.widths[c]
+        # The state of a map of values is the other's, transposed, which alone is handed on.
+        by_key = a in ("q", "k")
+        pair = self.plan.by_key if by_key else self.plan.by_value
+        each = each if by_key else 1
+        cut = pair.reverse if reverse else pair.forward
+        kernel, constants, options = self._form(cut, "stream_kernel")
+        if cut.warp_specialised:
+            constants |= {"EACH": each}
+        else:
+            constants |= {"HAS_SCORES": pair.scores, "HAS_KEPT": keeps, "JOIN": sums}
+        return tuple(
+            Launch(
+                kernel,
+                (-(-columns // cut.tile), self.rows, segments // each),
+                (*self.strides[a], *self.strides[b], *self.strides[c], *self._contiguous(columns),
+                 self.time, segment, segments, self.heads, -(-self.time // pair.chunk), split,
+                 *((columns, 1) if by_key else (1, width)), self.table_rows,
+                 -(-self.time // (2 * pair.chunk))),
+                {"A": width, "C": columns, "BLOCK_A": cut.block, "CHUNK": pair.chunk,
+                 "REVERSE": reverse, "HAS_ENTERING": segments > 1 or initial,
+                 "HAS_LEAVING": by_key and final and segments == 1, "ADD": split > 0, **constants},
+                **options,
+            )
+            for split in range(-(-width // cut.block))
+        )  # fmt: skip
+
+    def prepare_fused_backward(self, direction: Direction) -> Launch | None:
+        """All gradients in one kernel, where a program holds the whole state."""
+        if self.plan.fused_backward is None:
+            return None
+        chunk, cut = self.plan.fused_backward
+        _, segment, segments, initial, final, sums, _ = direction
+        kernel, constants, options = self._form(cut, "backward_kernel")
+        results = (self._contiguous(self.widths[name]) for name in ("q", "k", "v"))
+        return Launch(
+            kernel,
+            (self.rows, segments, 1),
+            (*sum((*self.strides.values(), *results), ()), self.time, segment, segments,
+             self.heads, -(-self.time // (2 * chunk)), self.table_rows),
+            {"CHUNK": chunk, "HAS_ENTERING": segments > 1 or initial, "JOIN": sums,
+             "HAS_LEAVING": final and segments == 1, **constants},
+            **options,
+        )  # fmt: skip
+
+
+class Forward(Pass):
+    """The pass that makes o, with the normalisers; `backward` finds the one that follows."""
+
+    def __init__(self, problem: Problem) -> None:
+        from archzoo.kernels.retention import triton
+
+        super().__init__(problem)
+        self.direction = problem.direction(False, problem.state is not None, problem.final)
+        self.table_shape = rows, time = problem.table_shape
+        self.table_kept: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
+        self.normaliser = Launch(
+            triton.normaliser_kernel,
+            (-(-time // 512), rows, 1),
+            (time, self.heads),
+            {"BLOCK": 512, "HAS_POSITIONS": problem.positions is not None,
+             **problem.constants("HAS_RANGES")},
+        )  # fmt: skip
+        self.segments = self.prepare_segments(self.direction, "k", "v")
+        self.scores = self.prepare_scores(self.plan.by_key, "q", "k")
+        self.scores_shape = problem.scores_shape(self.plan.by_key)
+        self.states_shape = problem.states_shape
+        self.o = [self.prepare_map(self.direction, "q", "k", "v", keeps) for keeps in (False, True)]
+        self.find_backward = functools.lru_cache(maxsize=16)(self._find_backward)
+
+    def normalisers(self, stream: int | None, inputs: Inputs, reuse: bool) -> Tensor:
+        """The table of normalisers; of a call before, where that counted likewise and may be.
+
+        It is of the decays alone where rows are counted from 0. A graph being captured gets its
+        own: it lives longer than what is kept here.
+        """
+        log_decay, positions, ranges = inputs.log_decay, inputs.positions, inputs.ranges
+        reuse = reuse and positions is None and ranges is None
+        reuse = reuse and not (log_decay.is_cuda and torch.cuda.is_current_stream_capturing())
+        key = None
+        # What is made in inference mode cannot be saved for a backward to come.
+        if reuse and not (torch.is_inference_mode_enabled() or log_decay.is_inference()):
+            key = stream, log_decay.data_ptr(), log_decay._version
+            kept = self.table_kept  # once: another thread may put its own there
+            if kept is not None and kept[0] == key:
+                return kept[2]
+        table = self.float32(self.table_shape)
+        if self.problem.normalise:
+            self.normaliser(stream, table, log_decay, positions, ranges)
+        if key is not None:  # with the decays, so that no other tensor comes to lie there
+            self.table_kept = key, log_decay.detach(), table
+        return table
+
+    @on_its_device
+    def __call__(
+        self, inputs: Inputs, keep: bool = True, reuse: bool = True
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
+        """Output and final state; and, for a backward to come (keep): states, normalisers, scores.
+
+        The states are those at the segments' beginnings, float32, or those that `backward_kernel`
+        reads. What there is no use for is None; where o is not normalised the normalisers are
+        empty. `reuse`: they may be those of a call before, which nobody else may write to.
+        """
+        q, k, v, log_decay, state, _, documents, ranges = inputs
+        stream = stream_of(q)
+        normaliser = self.normalisers(stream, inputs, reuse)
+        shared = log_decay, normaliser, documents, ranges
+        initial = _state_like(state)
+        states = final = scores = written = kept = None
+        if self.segments is not None:
+            states, final = self.segments(stream, k, v, initial, shared)
+            initial = states
+        elif self.problem.final:
+            final = written = self.float32(self.state_shape)
+        if self.scores is not None:
+            scores = q.new_empty(self.scores_shape)
+            self.scores(stream, q, k, scores, *shared)
+        if keep and self.states_shape is not None:
+            states = kept = q.new_empty(self.states_shape)
+        o = self.results[2](v)
+        for run in self.o[kept is not None]:
+            run(stream, q, k, v, o, scores, *shared, initial, written, kept)
+        return o, final, states, normaliser, scores
+
+    def _find_backward(self, do: Shape, d_final: bool) -> Backward | None:
+        """By the strides of do and whether the final state has a gradient.
+
+        None where TMA does not take the strides.
+        """
+        fits = strides_fit((do,), self.problem.dtype.itemsize)
+        return Backward(self, do, d_final) if fits else None
+
+    def backward(
+        self,
+        inputs: Inputs,
+        do: Tensor,
+        d_final: Tensor | None,
+        states: Any,
+        table: Any,
+        scores: Any,
+    ) -> Any:
+        """The gradients of q, k, v and the initial state, by `Backward`.
+
+        States, the table of normalisers and scores are as the forward gave them.
+        """
+        found = None if do.data_ptr() % 16 else self.find_backward(do.stride(), d_final is not None)
+        if found is None:
+            do = aligned(do)
+            found = self.find_backward(do.stride(), d_final is not None)
+            assert found is not None
+        return found(inputs, do, d_final, states, table, scores)
+
+
+class Backward(Pass):
+    """The pass that makes dq, dk and dv: by one kernel, or by a map each.
+
+    dk and dv go in reverse, dq once more forward.
+    """
+
+    def __init__(self, forward: Forward, do: Shape, d_final: bool) -> None:
+        problem = forward.problem
+        super().__init__(problem, do)
+        reverse = problem.direction(True, d_final, problem.state is not None)
+        self.segments = self.prepare_segments(reverse, "q", "do")
+        self.fused = self.prepare_fused_backward(reverse)
+        self.dq: tuple[Launch, ...] = ()
+        self.dk: tuple[Launch, ...] = ()
+        self.dv: tuple[Launch, ...] = ()
+        self.scores = None
+        if self.fused is None:
+            self.dv = self.prepare_map(reverse, "k", "q", "do")
+            self.dk = self.prepare_map(reverse, "v", "do", "q")
+            self.dq = self.prepare_map(forward.direction, "do", "v", "k")
+            self.scores = self.prepare_scores(self.plan.by_value, "do", "v")
+        self.scores_shape = problem.scores_shape(self.plan.by_value)
+
+    @on_its_device
+    def __call__(
+        self,
+        inputs: Inputs,
+        do: Tensor,
+        d_final: Tensor | None,
+        states: Tensor | None,
+        normaliser: Tensor,
+        scores: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """dq, dk, dv, and the gradient of the initial state (None without one)."""
+        q, k, v, log_decay, state, _, documents, ranges = inputs
+        stream = stream_of(q)
+        shared = log_decay, normaliser, documents, ranges
+        initial, d_last = _state_like(state), _state_like(d_final)
+        written = d_state = None
+        if self.segments is not None:
+            initial = states
+            d_last, d_state = self.segments(stream, q, do, d_last, shared)
+        elif state is not None:
+            written = d_state = self.float32(self.state_shape)
+        like_q, like_k, like_v = self.results
+        dq, dk, dv = like_q(q), like_k(k), like_v(v)
+        if self.fused is not None:
+            self.fused(stream, q, k, v, do, dq, dk, dv, states, *shared, d_last, written)
+        else:
+            for run in self.dv:
+                run(stream, k, q, do, dv, scores, *shared, d_last, written, None)
+            if self.scores is not None:
+                scores = q.new_empty(self.scores_shape)
+                self.scores(stream, do, v, scores, *shared)
+            for run in self.dk:
+                run(stream, v, do, q, dk, scores, *shared, d_last, None, None)
+            for run in self.dq:
+                run(stream, do, v, k, dq, scores, *shared, initial, None, None)
+        if d_state is not None and documents is not None:
+            # A row that opens with a new document never looked at the initial state.
+            at = torch.zeros_like(documents[:, :1]) if ranges is None else ranges[:, :1]
+            unread = documents.gather(1, at.long()) != 0
+            d_state.masked_fill_(unread[:, :, None, None], 0.0)
+        return dq, dk, dv, d_state
+
+
+@functools.lru_cache(maxsize=256)
+def find_forward(problem: Problem) -> Forward | None:
+    """The forward pass of a problem, kept; None where TMA does not take its strides."""
+    problem.check()
+    return Forward(problem) if strides_fit(problem.strides, problem.dtype.itemsize) else None
+
+
+def prepare(inputs: Inputs, normalise: bool, final: bool) -> tuple[Inputs, Forward]:
+    """The forward pass of these tensors, and them with q, k, v as TMA takes them."""
+    q, k, v = inputs[:3]
+    found = None
+    if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 == 0:
+        found = find_forward(Problem.of(inputs, normalise, final))
+    if found is None:
+        inputs = inputs._replace(q=aligned(q), k=aligned(k), v=aligned(v))
+        found = find_forward(Problem.of(inputs, normalise, final))
+        assert found is not None
+    return inputs, found
 
 
 @functools.lru_cache(maxsize=64)
-def _has_apart(device: torch.device) -> bool:
-    """Whether kernels with copying and multiplying apart run there.
+def _warp_specialises(device: torch.device) -> bool:
+    """Whether the kernels with warp specialisation run there.
 
     They are Hopper's, and written in Gluon, which renames its functions from one Triton to the
     next: only with those that they were run with. The others' kernels are `triton`'s.
     """
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
     return hopper and known_triton()
-
-
-def _unit_last(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _state_like(tensor: Tensor | None) -> Tensor | None:
@@ -59,671 +558,18 @@ def _state_like(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-class Facts(NamedTuple):
-    """All that the work depends on but what its tensors hold."""
-
-    shape: tuple[int, int, int, int]  # batch, time, heads, dk
-    dv: int
-    strides: tuple[tuple[int, ...], ...]  # of q, k and v
-    dtype: torch.dtype
-    device: torch.device
-    decay_dtype: torch.dtype
-    state: bool  # one is given
-    positions: bool
-    documents: bool
-    ranges: bool
-    scale: bool
-    leave: bool  # the last state is wanted
-
-    def plan(self) -> Plan:
-        apart = not (self.documents or self.ranges) and _has_apart(self.device)
-        return find_plan(self.dk, self.dv, self.dtype, apart)
-
-    @property
-    def time(self) -> int:
-        return self.shape[1]
-
-    @property
-    def heads(self) -> int:
-        return self.shape[2]
-
-    @property
-    def dk(self) -> int:
-        return self.shape[3]
-
-    @property
-    def rows(self) -> int:
-        return self.shape[0] * self.shape[2]
-
-    @property
-    def normaliser_rows(self) -> int:
-        """Rows of the table of normalisers: one a head where all batch rows count alike."""
-        if not self.scale:
-            return 0
-        return self.rows if self.positions or self.ranges else self.heads
-
-    def constants(self, *names: str) -> dict[str, Any]:
-        """Compile-time parameters that many kernels share, those of the given names."""
-        every = {
-            "SCALE": self.scale,
-            "HAS_DOCUMENTS": self.documents,
-            "HAS_RANGES": self.ranges,
-            "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32",
-            "UPCAST": self.device.type == "cpu",
-        }
-        return {name: every[name] for name in names} if names else every
-
-
-def _room(facts: Facts, strides: tuple[int, ...], width: int) -> Callable[[Tensor], Tensor]:
-    """What makes room for a result like a tensor of these strides, see `room`."""
-    if facts.ranges:
-        return functools.partial(room, padded=True)
-    # What does the same for contiguous tensors takes a third of `room`'s time, 0.6 us of 1.9.
-    contiguous = strides == (*_contiguous(width, facts), 1)
-    return torch.empty_like if contiguous and width == padded_width(width, facts.dtype) else room
-
-
-def _contiguous(width: int, facts: Facts) -> tuple[int, int, int]:
-    """Strides of a result, see `room`."""
-    padded = padded_width(width, facts.dtype)
-    return facts.time * facts.heads * padded, facts.heads * padded, padded
-
-
-class Segments(NamedTuple):
-    """The two levels: sums, None where no map needs one, and joining, None where the maps join."""
-
-    sum: Launch | None
-    join: Launch | None
-    room: tuple[int, ...]  # of the sums, and of the states that enter
-    leave: bool
-
-
-def _form(facts: Facts, cut: Cut, name: str) -> tuple[Any, dict[str, Any], dict[str, int]]:
-    """The kernel of this name that a cut asks for, constants that it needs, and options."""
-    if cut.apart and name == "backward_kernel":
-        from archzoo.kernels.retention import gluon_backward
-
-        # The copying warp and three multiplying groups share out 128 registers a thread.
-        options = {"num_warps": 4, "maxnreg": 128}
-        constants = facts.constants("SCALE") | {"STAGES": cut.stages}
-        return gluon_backward.backward_kernel, constants, options
-    if cut.apart:
-        from archzoo.kernels.retention import gluon
-
-        # Three groups of four warps, of which the copying one gives its registers to the others.
-        # A narrow state alone leaves room for two programs on a multiprocessor.
-        two = name == "segment_sums_kernel" and cut.block == 128
-        constants = facts.constants("SCALE") | {"STAGES": cut.stages}
-        if name == "segment_sums_kernel":
-            constants["REGISTERS"] = 104 if two else 240
-        else:
-            # What a chunk of 64 leaves over goes to the group that makes its weights.
-            constants["REGISTERS"] = 200 if cut.block == 128 else 216
-        options = {"num_warps": 4, "maxnreg": 80 if two else 168}
-        return getattr(gluon, name), constants, options
-    from archzoo.kernels.retention import triton
-
-    constants = facts.constants()
-    if name == "backward_kernel":
-        constants |= {"K": facts.dk, "V": facts.dv, "BLOCK_K": cut.block, "BLOCK_V": cut.tile}
-    else:
-        constants |= {"TILE": cut.tile}
-    options = {"num_warps": cut.warps, "num_stages": cut.stages}
-    return getattr(triton, name), constants, options
-
-
-def _prepare_segments(
-    facts: Facts,
-    plan: Plan,
-    segment: int,
-    segments: int,
-    strides: tuple[tuple[int, ...], tuple[int, ...]],
-    reverse: bool,
-    initial: bool,
-    leave: bool,
-    joined: int,
-    each: int,
-) -> Segments:
-    """The two-level pass over (k, v), or over (q, do) backward in time.
-
-    `strides` are theirs; `initial`: a state enters; `leave`: the last one is wanted; `joined`: how
-    many sums to a segment the maps join, 0 where `join_kernel` does; `each`: segments that a
-    program of the map that follows walks.
-    """
-    from archzoo.kernels.retention import triton as kernels
-
-    chunk, cut = plan.sums
-    pieces = max(joined, 1)
-    tiles = -(-facts.dk // cut.block) * -(-facts.dv // cut.tile)
-    kernel, constants, options = _form(facts, cut, "segment_sums_kernel")
-    # What one program walks last needs no sum: that counts only towards the last state.
-    left_out = 0 if leave else each * pieces
-    summed = segments * pieces - left_out
-    sums = None if summed == 0 else Launch(
-        kernel,
-        (tiles, facts.rows, summed),
-        (*strides[0], *strides[1], facts.time, segment // pieces, segments * pieces, facts.heads,
-         max(facts.normaliser_rows, 1)),
-        {"B": facts.dk, "C": facts.dv, "BLOCK_B": cut.block, "CHUNK": chunk, "REVERSE": reverse,
-         "SKIP": left_out if reverse else 0, **constants},
-        **options,
-    )  # fmt: skip
-    batch, _, heads, dk = facts.shape
-    room = batch, heads, segments * pieces, dk, facts.dv
-    if joined:
-        return Segments(sums, None, room, leave)
-    elements = facts.dk * facts.dv
-    join = Launch(
-        kernels.join_kernel,
-        (-(-elements // 1024), facts.rows, 1),
-        (facts.time, segment, segments, facts.heads, elements),
-        {"BLOCK": 1024, "REVERSE": reverse, "HAS_INITIAL": initial, "HAS_FINAL": leave,
-         "EACH": each, **facts.constants("HAS_DOCUMENTS", "HAS_RANGES")},
-    )  # fmt: skip
-    return Segments(sums, join, room, leave)
-
-
-def _prepare_scores(
-    facts: Facts,
-    pair: Pair,
-    width: int,
-    strides_a: tuple[int, ...],
-    strides_b: tuple[int, ...],
-) -> Launch | None:
-    """The chunks' own weights, where a pair of maps has them made ahead."""
-    from archzoo.kernels.retention import triton as kernels
-
-    if not pair.scores:
-        return None
-    chunks = -(-facts.time // pair.chunk)
-    return Launch(
-        kernels.scores_kernel,
-        (chunks, facts.rows, 1),
-        (*strides_a, *strides_b, facts.time, facts.heads, chunks, max(facts.normaliser_rows, 1)),
-        {"A": width, "BLOCK_A": min(64, pair.forward.block), "CHUNK": pair.chunk,
-         **facts.constants()},
-        num_warps=4, num_stages=3,
-    )  # fmt: skip
-
-
-def _prepare_map(
-    facts: Facts,
-    pair: Pair,
-    segment: int,
-    segments: int,
-    widths: tuple[int, int],
-    strides: tuple[tuple[int, ...], ...],
-    reverse: bool,
-    transposed: bool,
-    entering: bool,
-    leaving: bool,
-    joined: int = 0,
-    each: int = 1,
-    kept: bool = False,
-) -> tuple[Launch, ...]:
-    """out_i = sum_{j <= i} gamma^(i-j) (a_i . b_j) c_j, see `triton`: its splits.
-
-    Args:
-        facts: of the pass.
-        pair: how it is cut.
-        segment: tokens a segment.
-        segments: their number.
-        widths: of a and b, and of c.
-        strides: of a, b and c.
-        reverse: whether it walks backward in time.
-        transposed: whether states are (columns, rows) of this map's.
-        entering: whether states enter the segments.
-        leaving: whether the last one is wanted.
-        joined: how many sums make up a segment, where it joins them itself; else 0.
-        each: segments that a program walks, one after the other.
-        kept: whether that before every second chunk is.
-    """
-    width, columns = widths
-    cut = pair.reverse if reverse else pair.forward
-    kernel, constants, options = _form(facts, cut, "stream_kernel")
-    if cut.apart:
-        constants |= {"EACH": each}
-    else:
-        constants |= {"HAS_SCORES": pair.scores, "HAS_KEPT": kept, "JOIN": joined}
-    stride_a, stride_c = (1, width) if transposed else (columns, 1)
-    return tuple(
-        Launch(
-            kernel,
-            (-(-columns // cut.tile), facts.rows, segments // each),
-            (*strides[0], *strides[1], *strides[2], *_contiguous(columns, facts),
-             facts.time, segment, segments, facts.heads, -(-facts.time // pair.chunk), split,
-             stride_a, stride_c, max(facts.normaliser_rows, 1), _pairs(facts.time, pair.chunk)),
-            {"A": width, "C": columns, "BLOCK_A": cut.block, "CHUNK": pair.chunk,
-             "REVERSE": reverse, "HAS_ENTERING": entering, "HAS_LEAVING": leaving,
-             "ADD": split > 0, **constants},
-            **options,
-        )
-        for split in range(-(-width // cut.block))
-    )  # fmt: skip
-
-
-def _prepare_together(
-    facts: Facts,
-    plan: Plan,
-    segment: int,
-    segments: int,
-    do: tuple[int, ...],
-    entering: bool,
-    joined: int,
-    leaving: bool,
-) -> Launch:
-    """The launch of all gradients in one walk, where a program holds the whole state."""
-    assert plan.together is not None
-    chunk, cut = plan.together
-    kernel, constants, options = _form(facts, cut, "backward_kernel")
-    key, value = _contiguous(facts.dk, facts), _contiguous(facts.dv, facts)
-    strides = sum((*facts.strides, do, key, key, value), ())
-    return Launch(
-        kernel,
-        (facts.rows, segments, 1),
-        (*strides, facts.time, segment, segments, facts.heads, _pairs(facts.time, chunk),
-         max(facts.normaliser_rows, 1)),
-        {"CHUNK": chunk, "HAS_ENTERING": entering, "JOIN": joined, "HAS_LEAVING": leaving,
-         **constants},
-        **options,
-    )  # fmt: skip
-
-
-def kept_sizes(
-    batch: int,
-    time: int,
-    heads: int,
-    dk: int,
-    dv: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    whole: bool,
-) -> tuple[tuple[int, ...], torch.dtype, tuple[int, ...]]:
-    """What a forward keeps: shape and dtype of the states, shape of the scores; (0,) where none.
-
-    `whole`: rows hold no padding and one document.
-    """
-    plan = find_plan(dk, dv, dtype, whole and _has_apart(device))
-    _, segments = cut_segments(plan, batch * heads, time, dk)
-    chunk = plan.by_key.chunk
-    scores = (batch * heads * -(-time // chunk) * chunk, chunk) if plan.by_key.scores else (0,)
-    if plan.together is not None:
-        return (batch, heads, _pairs(time, chunk), dv, dk), dtype, scores
-    return (batch, heads, segments, dk, dv) if segments > 1 else (0,), torch.float32, scores
-
-
-def _pairs(time: int, chunk: int) -> int:
-    """Pairs of chunks: so many states `backward_kernel` reads."""
-    return -(-time // (2 * chunk))
-
-
-def _scores_shape(facts: Facts, pair: Pair) -> tuple[int, ...]:
-    """Room for the chunks' own weights, see `scores_kernel`."""
-    return facts.rows * -(-facts.time // pair.chunk) * pair.chunk, pair.chunk
-
-
-class Work:
-    """What is prepared for tensors of one kind: how the work is cut, and the launches."""
-
-    def __init__(self, facts: Facts) -> None:
-        from archzoo.kernels.retention import triton as kernels
-
-        widths = facts.dk, facts.dk, facts.dv
-        self.rooms = [_room(facts, *of) for of in zip(facts.strides, widths, strict=True)]
-        facts = facts._replace(strides=tuple(strides[:3] for strides in facts.strides))
-        self.facts, self.plan = facts, facts.plan()
-        self.cut = cut_segments(self.plan, facts.rows, facts.time, facts.dk)
-        self.many = self.cut[1] > 1
-        # Where rows are whole and all begin and end with nothing, the maps join segments.
-        self.whole = not (facts.documents or facts.ranges or facts.state)
-        self.joined = 0 if facts.leave else self._joined(*self.cut)
-        self.each = walked_through(self.plan, self.cut[1], facts.dk, facts.dv)
-        batch, _, heads, dk = facts.shape
-        self.state = batch, heads, dk, facts.dv
-        self.float32 = functools.partial(torch.empty, dtype=torch.float32, device=facts.device)
-        self.backward = functools.lru_cache(maxsize=16)(self._prepare_backward)
-        q, k, v = facts.strides
-        self.table = facts.normaliser_rows, facts.time
-        self.table_kept: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
-        self.normaliser = Launch(
-            kernels.normaliser_kernel,
-            (-(-facts.time // 512), facts.normaliser_rows, 1),
-            (facts.time, facts.heads),
-            {"BLOCK": 512, "HAS_POSITIONS": facts.positions, **facts.constants("HAS_RANGES")},
-        )
-        self.kept = None
-        if self.plan.together is not None:
-            chunk, _ = self.plan.together
-            self.kept = batch, heads, _pairs(facts.time, chunk), facts.dv, dk
-        self.segments = None
-        if self.many:
-            self.segments = _prepare_segments(
-                facts, self.plan, *self.cut, (k, v), False, facts.state, facts.leave, self.joined,
-                self.each,
-            )  # fmt: skip
-        self.scores = _prepare_scores(facts, self.plan.by_key, dk, q, k)
-        of_o = functools.partial(
-            _prepare_map, facts, self.plan.by_key, *self.cut, (dk, facts.dv), (q, k, v), False,
-            False, self.many or facts.state, facts.leave and not self.many, self.joined,
-            self.each,
-        )  # fmt: skip
-        self.of_o = functools.lru_cache(maxsize=2)(of_o)
-
-    def _joined(self, segment: int, segments: int) -> int:
-        return joined_sums(self.plan, self.facts.rows, segment, segments) if self.whole else 0
-
-    def normalisers(
-        self,
-        stream: int | None,
-        log_decay: Tensor,
-        positions: Tensor | None,
-        ranges: Tensor | None,
-        reuse: bool,
-    ) -> Tensor:
-        """The table of normalisers; of a call before, where that counted likewise and may be.
-
-        It is of the decays alone where rows are counted from 0. A graph being captured gets its
-        own: it lives longer than what is kept here.
-        """
-        reuse = reuse and positions is None and ranges is None
-        reuse = reuse and not (log_decay.is_cuda and torch.cuda.is_current_stream_capturing())
-        key = None
-        # What is made in inference mode cannot be saved for a backward to come.
-        if reuse and not (torch.is_inference_mode_enabled() or log_decay.is_inference()):
-            key = stream, log_decay.data_ptr(), log_decay._version
-            kept = self.table_kept  # once: another thread may put its own there
-            if kept is not None and kept[0] == key:
-                return kept[2]
-        table = self.float32(self.table)
-        if self.facts.scale:
-            self.normaliser(stream, table, log_decay, positions, ranges)
-        if key is not None:  # with the decays, so that no other tensor comes to lie there
-            self.table_kept = key, log_decay.detach(), table
-        return table
-
-    def _prepare_backward(self, do: tuple[int, ...], arriving: bool) -> Backward | None:
-        """The backward's launches; `arriving`: the last state has a gradient.
-
-        None where the copy engine does not take the strides of do.
-        """
-        facts, plan = self.facts, self.plan
-        if not strides_fit((do,), facts.dtype.itemsize):
-            return None
-        cut = cut_segments(plan, facts.rows, facts.time, facts.dk, backward=True)
-        many = cut[1] > 1
-        do = do[:3]
-        q, k, v = facts.strides
-        dk, dv = facts.dk, facts.dv
-        joined = 0 if arriving else self._joined(*cut)
-        segments = None
-        if many:
-            segments = _prepare_segments(
-                facts, plan, *cut, (q, do), True, arriving, facts.state, joined, self.each
-            )
-        prepare = functools.partial(_prepare_map, facts)
-        arrives, leaves = many or arriving, facts.state and not many
-        together = None
-        of_v: tuple[Launch, ...] = ()
-        of_k: tuple[Launch, ...] = ()
-        of_q: tuple[Launch, ...] = ()
-        if plan.together is not None:
-            together = _prepare_together(facts, plan, *cut, do, arrives, joined, leaves)
-        else:
-            of_v = prepare(plan.by_key, *cut, (dk, dv), (k, q, do), True, False, arrives, leaves,
-                           each=self.each)  # fmt: skip
-            of_k = prepare(plan.by_value, *cut, (dv, dk), (v, do, q), True, True, arrives, False)
-            entering = many or facts.state
-            of_q = prepare(plan.by_value, *cut, (dv, dk), (do, v, k), False, True, entering, False)
-        scores = _prepare_scores(facts, plan.by_value, dv, do, v)
-        return Backward(segments, scores, together, of_v, of_k, of_q)
-
-
-class Backward(NamedTuple):
-    """The launches of a backward; the maps by their splits, empty where `together` does them."""
-
-    segments: Segments | None
-    scores: Launch | None
-    together: Launch | None
-    of_v: tuple[Launch, ...]
-    of_k: tuple[Launch, ...]
-    of_q: tuple[Launch, ...]
-
-
-Shape = tuple[int, ...]
-
-
-@functools.lru_cache(maxsize=256)
-def work(
-    q: Shape,
-    k: Shape,
-    v: Shape,
-    log_decay: Shape,
-    state: Shape | None,
-    positions: Shape | None,
-    documents: Shape | None,
-    strides: tuple[Shape, ...],
-    dtype: torch.dtype,
-    decay_dtype: torch.dtype,
-    device: torch.device,
-    ranges: bool,
-    scale: bool,
-    leave: bool,
-) -> Work | None:
-    """The work of tensors of these shapes, kept; None where the copy engine takes no such strides.
-
-    `strides` and `dtype` are those of q, k and v.
-
-    Raises:
-        ValueError: shapes that do not belong together; the kernels would read what lies beside.
-    """
-    batch, time, heads, dk = q
-    for name, shape, wanted in (
-        ("k", k, q),
-        ("v", v, (batch, time, heads, v[-1])),
-        ("log_decay", log_decay, (heads,)),
-        ("state", state, (batch, heads, dk, v[-1])),
-        ("positions", positions, (batch, time)),
-        ("starts", documents, (batch, time)),
-    ):
-        if shape not in (None, wanted):
-            raise ValueError(f"{name} has shape {tuple(shape)}, beside q of {tuple(q)}")
-    if not strides_fit(strides, dtype.itemsize):
-        return None
-    facts = Facts(
-        (batch, time, heads, dk), v[-1], strides, dtype, device, decay_dtype, state is not None,
-        positions is not None, documents is not None, ranges, scale, leave,
-    )  # fmt: skip
-    return Work(facts)
-
-
-def find_work(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    state: Tensor | None,
-    positions: Tensor | None,
-    documents: Tensor | None,
-    ranges: Tensor | None,
-    scale: bool,
-    leave: bool,
-) -> tuple[Work, Tensor, Tensor, Tensor]:
-    """The work, and q, k, v as the copy engine wants them."""
-    shapes = (
-        q.shape,
-        k.shape,
-        v.shape,
-        log_decay.shape,
-        None if state is None else state.shape,
-        None if positions is None else positions.shape,
-        None if documents is None else documents.shape,
-    )
-    rest = q.dtype, log_decay.dtype, q.device, ranges is not None, scale, leave
-    found = None
-    if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 == 0:
-        found = work(*shapes, (q.stride(), k.stride(), v.stride()), *rest)
-    if found is None:
-        q, k, v = aligned(q), aligned(k), aligned(v)
-        found = work(*shapes, (q.stride(), k.stride(), v.stride()), *rest)
-        assert found is not None
-    return found, q, k, v
-
-
-def _run_segments(
-    work: Work,
-    segments: Segments,
-    stream: int | None,
-    b: Tensor,
-    c: Tensor,
-    initial: Tensor | None,
-    facts: tuple[Tensor | None, ...],
-) -> tuple[Tensor, Tensor | None]:
-    """The two-level pass: the state that enters each segment, and the last one if wanted.
-
-    Where the maps join segments, what each adds stands for the states that enter.
-    """
-    sums = work.float32(segments.room)
-    if segments.sum is not None:
-        segments.sum(stream, b, c, sums, *facts)
-    if segments.join is None:
-        return sums, None
-    entering = work.float32(segments.room)
-    final = work.float32(work.state) if segments.leave else None
-    log_decay, _, documents, ranges = facts
-    segments.join(stream, sums, entering, initial, final, log_decay, documents, ranges)
-    return entering, final
-
-
-@on_its_device
-def forward(
-    q: Tensor,
-    work: Work,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    state: Tensor | None,
-    positions: Tensor | None,
-    documents: Tensor | None,
-    ranges: Tensor | None,
-    keep: bool = True,
-    reuse: bool = True,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
-    """Output and last state; and, for a backward to come (keep): states, normalisers, scores.
-
-    The states are those entering segments, float32, or those that `backward_kernel` reads. What
-    there is no use for is None; without `scale` the normalisers are empty. `reuse`: they may be
-    those of a call before, which nobody else may write to.
-    """
-    stream = stream_of(q)
-    normaliser = work.normalisers(stream, log_decay, positions, ranges, reuse)
-    facts = log_decay, normaliser, documents, ranges
-    source = _state_like(state)
-    states = final = leaving = scores = kept = None
-    if work.segments is not None:
-        source, final = states, _ = _run_segments(work, work.segments, stream, k, v, source, facts)
-    elif work.facts.leave:
-        final = leaving = work.float32(work.state)
-    if work.scores is not None:
-        scores = q.new_empty(_scores_shape(work.facts, work.plan.by_key))
-        work.scores(stream, q, k, scores, *facts)
-    if keep and work.kept is not None:
-        states = kept = q.new_empty(work.kept)
-    o = work.rooms[2](v)
-    for launch in work.of_o(kept is not None):
-        launch(stream, q, k, v, o, scores, *facts, source, leaving, kept)
-    return o, final, states, normaliser, scores
-
-
-@on_its_device
-def backward(
-    do: Tensor,
-    d_final: Tensor | None,
-    work: Work,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    state: Tensor | None,
-    states: Tensor | None,
-    normaliser: Tensor,
-    scores: Tensor | None,
-    documents: Tensor | None,
-    ranges: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv and the gradient of the entering state (None without one)."""
-    launches = None if do.data_ptr() % 16 else work.backward(do.stride(), d_final is not None)
-    if launches is None:
-        do = aligned(do)
-        launches = work.backward(do.stride(), d_final is not None)
-        assert launches is not None
-    stream = stream_of(q)
-    facts = log_decay, normaliser, documents, ranges
-    source, arriving = _state_like(state), _state_like(d_final)
-    leaving = d_state = None
-    if launches.segments is not None:
-        source = states
-        arriving, d_state = _run_segments(work, launches.segments, stream, q, do, arriving, facts)
-    elif state is not None:
-        leaving = d_state = work.float32(work.state)
-    room_q, room_k, room_v = work.rooms
-    grad_q, grad_k, grad_v = room_q(q), room_k(k), room_v(v)
-    if launches.together is not None:
-        launches.together(
-            stream, q, k, v, do, grad_q, grad_k, grad_v, states, *facts, arriving, leaving
-        )
-    else:
-        for launch in launches.of_v:
-            launch(stream, k, q, do, grad_v, scores, *facts, arriving, leaving, None)
-        if launches.scores is not None:
-            scores = q.new_empty(_scores_shape(work.facts, work.plan.by_value))
-            launches.scores(stream, do, v, scores, *facts)
-        for launch in launches.of_k:
-            launch(stream, v, do, q, grad_k, scores, *facts, arriving, None, None)
-        for launch in launches.of_q:
-            launch(stream, do, v, k, grad_q, scores, *facts, source, None, None)
-    if d_state is not None and documents is not None:
-        # A row that opens with a new document never looked at the state that entered.
-        at = torch.zeros_like(documents[:, :1]) if ranges is None else ranges[:, :1]
-        unread = documents.gather(1, at.long()) != 0
-        d_state.masked_fill_(unread[:, :, None, None], 0.0)
-    return grad_q, grad_k, grad_v, d_state
+def _unit_last(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _step_cut(rows: int, dk: int, dv: int) -> tuple[int, int]:
-    """Columns of the state that a program takes, and its warps: measured, docs/kernels/diary.md."""
+    """Columns of the state that a program takes, and its warps. Measured, see docs/kernels/."""
     size = rows * dk * dv
     tile = 16 if size <= 2**21 else 32 if size <= 2**22 or rows < 1024 else 64
-    tile = min(tile, power_of_2(dv))
-    return tile, 1 if power_of_2(dk) * tile <= 2048 else 4
+    tile = min(tile, block_of(dv))
+    return tile, 1 if block_of(dk) * tile <= 2048 else 4
 
 
-@functools.lru_cache(maxsize=256)
-def _prepare_step(
-    shape: tuple[int, int, int, int],
-    strides: tuple[int, ...],
-    dtypes: tuple[Any, ...],
-    device: torch.device,
-    aligned: bool,
-    scale: bool,
-) -> Launch:
-    """The launch of a step; `dtypes` (None where a tensor is absent) and `aligned` are its key."""
-    from archzoo.kernels.retention import triton as kernels
-
-    batch, heads, dk, dv = shape
-    positions, starts, valid, *_ = dtypes
-    tile, warps = _step_cut(batch * heads, dk, dv)
-    return Launch(
-        kernels.step_kernel,
-        (-(-dv // tile), batch * heads, 1),
-        (*strides, heads),
-        {"DK": dk, "DV": dv, "BLOCK_K": power_of_2(dk), "TILE": tile, "SCALE": scale,
-         "HAS_POSITIONS": positions is not None, "HAS_STARTS": starts is not None,
-         "HAS_VALID": valid is not None},
-        num_warps=warps,
-    )  # fmt: skip
-
-
-@on_its_device
 def step(
     q: Tensor,
     k: Tensor,
@@ -733,27 +579,25 @@ def step(
     positions: Tensor | None,
     starts: Tensor | None,
     valid: Tensor | None,
-    scale: bool,
+    normalise: bool,
 ) -> Tensor:
     """One token, see `archzoo.kernels.retention.retention_step`."""
     if state.stride(-1) != 1:  # a copy would not be updated in place
         raise ValueError(f"the state needs a unit last stride, it has {state.stride()}")
     q, k, v, log_decay = _unit_last(q), _unit_last(k), _unit_last(v), log_decay.contiguous()
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    facts = (positions, starts, valid)
-    strides = (
+    batch, heads, dk, dv = state.shape
+    tile, warps = _step_cut(batch * heads, dk, dv)
+    places = [x if x is None or x.dtype != torch.bool else x.view(torch.uint8)
+              for x in (positions, starts, valid)]  # fmt: skip
+    launch(
+        "archzoo.kernels.retention.triton", "step_kernel", (-(-dv // tile), batch * heads),
+        (q, k, v, o, state, log_decay, *(q if x is None else x for x in places)),
         *(x.stride(i) for x in (q, k, v, o) for i in (0, -2)),
-        *(0 if x is None else x.stride(0) for x in facts),
-        *state.stride()[:3],
-    )
-    dtypes = (
-        *(x if x is None else x.dtype for x in facts),
-        q.dtype, k.dtype, v.dtype, log_decay.dtype, state.dtype,
+        *(0 if x is None else x.stride(0) for x in places),
+        *state.stride()[:3], heads,
+        DK=dk, DV=dv, BLOCK_K=block_of(dk), TILE=tile, SCALE=normalise,
+        HAS_POSITIONS=positions is not None, HAS_STARTS=starts is not None,
+        HAS_VALID=valid is not None, num_warps=warps,
     )  # fmt: skip
-    aligned = state.data_ptr() % 16 == 0
-    launch = _prepare_step(tuple(state.shape), strides, dtypes, q.device, aligned, scale)
-    positions, starts, valid = (
-        x.view(torch.uint8) if x is not None and x.dtype == torch.bool else x for x in facts
-    )
-    launch(stream_of(q), q, k, v, o, state, log_decay, positions, starts, valid)
     return o

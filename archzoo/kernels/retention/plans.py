@@ -10,15 +10,24 @@ from typing import NamedTuple
 
 import torch
 
+from archzoo.kernels.launching import power_of_2
+
+
+class Registers(NamedTuple):
+    """Of a thread with warp specialisation: warps that copy by TMA, beside warps that multiply."""
+
+    limit: int  # on average
+    multiplying: int = 0  # what the multiplying warps take over from the copying one; 0: as given
+
 
 class Cut(NamedTuple):
-    """How a map, the sums of segments, or the backward in one walk is cut into programs."""
+    """How a map, the sums of segments, or the fused backward is cut into programs."""
 
     block: int  # rows of the state that a program holds: columns of a and b
     tile: int  # columns of the state that it holds: columns of c and of the result
     warps: int
     stages: int
-    apart: bool = False  # copying and multiplying in warps of their own, `gluon`
+    warp_specialised: Registers | None = None  # by `gluon`
 
 
 class Pair(NamedTuple):
@@ -36,8 +45,8 @@ class Plan(NamedTuple):
     by_key: Pair  # o and dv: a and b are as wide as k
     by_value: Pair  # dq and dk: a and b are as wide as v
     sums: tuple[int, Cut]  # of segments: tokens a loop step, cut
-    # dq, dk and dv in one walk: tokens a loop step, as many as o's map takes, and cut
-    together: tuple[int, Cut] | None = None
+    # dq, dk and dv in one kernel: tokens a loop step, as many as o's map takes, and cut
+    fused_backward: tuple[int, Cut] | None = None
 
 
 # Measured on an H200: docs/kernels/diary.md. Keys: the widths (dk, dv) up to which a row holds.
@@ -45,7 +54,7 @@ _BFLOAT16_PLANS: dict[tuple[int, int], Plan] = {
     (64, 64): Plan(
         *(Pair(64, False, Cut(64, 64, 4, 3), Cut(64, 64, 4, 3)),) * 2,
         sums=(64, Cut(64, 64, 4, 4)),
-        together=(64, Cut(64, 64, 4, 2)),
+        fused_backward=(64, Cut(64, 64, 4, 2)),
     ),
     (128, 128): Plan(
         *(Pair(64, False, Cut(128, 128, 8, 3), Cut(128, 128, 8, 3)),) * 2,
@@ -61,19 +70,23 @@ _BFLOAT16_PLANS: dict[tuple[int, int], Plan] = {
         sums=(64, Cut(128, 128, 8, 3)),
     ),
 }
-# The same where copying and multiplying can be kept apart, for whole rows of one document; by exact
-# widths.
-_APART_PLANS: dict[tuple[int, int], Plan] = {
-    (64, 64): _BFLOAT16_PLANS[64, 64]._replace(together=(64, Cut(64, 64, 12, 5, True))),
+# The same with warp specialisation, for whole rows of one document; by exact widths. Three groups
+# of four warps, the backward's four: what a chunk of 64 leaves over goes to the group that makes
+# its weights, and a narrow state alone leaves space for two programs on a multiprocessor.
+_NARROW, _WIDE, _SUMS = Registers(168, 200), Registers(168, 216), Registers(168, 240)
+_WARP_SPECIALISED_PLANS: dict[tuple[int, int], Plan] = {
+    (64, 64): _BFLOAT16_PLANS[64, 64]._replace(
+        fused_backward=(64, Cut(64, 64, 12, 5, Registers(128)))
+    ),
     (128, 256): Plan(
-        Pair(64, False, *(Cut(128, 128, 8, 4, True),) * 2),
-        Pair(32, False, *(Cut(256, 128, 8, 5, True),) * 2),
-        sums=(32, Cut(128, 128, 8, 6, True)),
+        Pair(64, False, *(Cut(128, 128, 8, 4, _NARROW),) * 2),
+        Pair(32, False, *(Cut(256, 128, 8, 5, _WIDE),) * 2),
+        sums=(32, Cut(128, 128, 8, 6, Registers(80, 104))),
     ),
     (256, 512): Plan(
-        Pair(32, False, *(Cut(256, 128, 8, 5, True),) * 2),
-        Pair(32, False, *(Cut(256, 128, 8, 4, True),) * 2),
-        sums=(64, Cut(256, 128, 8, 4, True)),
+        Pair(32, False, *(Cut(256, 128, 8, 5, _WIDE),) * 2),
+        Pair(32, False, *(Cut(256, 128, 8, 4, _WIDE),) * 2),
+        sums=(64, Cut(256, 128, 8, 4, _SUMS)),
     ),
 }
 # Segments are cut until the programs of dq and dk number this many: about one for each of the
@@ -88,19 +101,19 @@ _SEGMENT_MULTIPLE = 256  # of every chunk, so that they divide a segment
 _JOINED = 8
 
 
-def power_of_2(number: int) -> int:
-    """The least power of two that holds `number` and that a matrix unit takes."""
-    return max(16, 1 << (number - 1).bit_length())
+def block_of(width: int) -> int:
+    """The least power of two that holds a width and that tensor cores take."""
+    return max(16, power_of_2(width))
 
 
 @functools.lru_cache(maxsize=64)
-def find_plan(dk: int, dv: int, dtype: torch.dtype, apart: bool = False) -> Plan:
-    """The plan of these widths; `apart`: rows are whole, of one document, on Hopper."""
-    if apart and dtype == torch.bfloat16 and (dk, dv) in _APART_PLANS:
-        return _APART_PLANS[dk, dv]
-    wide_k, wide_v = power_of_2(dk), power_of_2(dv)
+def find_plan(dk: int, dv: int, dtype: torch.dtype, warp_specialised: bool = False) -> Plan:
+    """The plan of these widths; `warp_specialised`: on Hopper, for whole rows of one document."""
+    if warp_specialised and dtype == torch.bfloat16 and (dk, dv) in _WARP_SPECIALISED_PLANS:
+        return _WARP_SPECIALISED_PLANS[dk, dv]
+    wide_k, wide_v = block_of(dk), block_of(dv)
     if dtype == torch.float32:
-        # Exact float32 has no matrix unit: small tiles, so that the products fit in registers.
+        # Exact float32 has no tensor cores: small tiles, so that the products fit in registers.
         cut = Cut(64, 32, 4, 1)
         plan = Plan(*(Pair(32, wide_k > 64 or wide_v > 64, cut, cut),) * 2, sums=(32, cut))
     else:
@@ -113,7 +126,7 @@ def find_plan(dk: int, dv: int, dtype: torch.dtype, apart: bool = False) -> Plan
     def fit(cut: Cut, rows: int, columns: int) -> Cut:
         return cut._replace(block=min(cut.block, rows), tile=min(cut.tile, columns))
 
-    key, value, sums, together = plan
+    key, value, sums, fused = plan
     return plan._replace(
         by_key=key._replace(
             forward=fit(key.forward, wide_k, wide_v), reverse=fit(key.reverse, wide_k, wide_v)
@@ -122,7 +135,7 @@ def find_plan(dk: int, dv: int, dtype: torch.dtype, apart: bool = False) -> Plan
             forward=fit(value.forward, wide_v, wide_k), reverse=fit(value.reverse, wide_v, wide_k)
         ),
         sums=(sums[0], fit(sums[1], wide_k, wide_v)),
-        together=together and (together[0], fit(together[1], wide_k, wide_v)),
+        fused_backward=fused and (fused[0], fit(fused[1], wide_k, wide_v)),
     )
 
 
@@ -136,11 +149,11 @@ def cut_segments(
 ) -> tuple[int, int]:
     """Cuts time so that every map fills the chip: (tokens a segment, segments).
 
-    A backward in one walk has segments of its own, since it reads no state of the forward's.
+    A fused backward has segments of its own, since it reads no state of the forward's.
     """
     cut = plan.by_value.forward
-    if backward and plan.together is not None:
-        _, cut = plan.together
+    if backward and plan.fused_backward is not None:
+        _, cut = plan.fused_backward
     programs = rows * -(-dk // cut.tile)
     wanted = max(min(_fill(cut) // programs, time // _SEGMENT_LEAST), 1)
     if wanted == 1:
@@ -150,28 +163,28 @@ def cut_segments(
     return segment, -(-time // segment)
 
 
-def walked_through(plan: Plan, segments: int, dk: int, dv: int) -> int:
-    """Segments that a program of o or dv walks, one after the other.
+def segments_per_program(plan: Plan, segments: int, dk: int, dv: int) -> int:
+    """Segments that a program of o or dv takes, one after the other.
 
     Those maps have more tiles than dq and dk where values are wider than keys, and fill the chip
-    with fewer segments. The first level leaves out what is walked last: half, not a quarter, of
-    four segments.
+    with fewer segments. The first level leaves out what is taken last: half, not a quarter, of four
+    segments.
     """
-    if not plan.by_key.forward.apart:
+    if not plan.by_key.forward.warp_specialised:
         return 1
     each = max(-(-dv // plan.by_key.forward.tile) // -(-dk // plan.by_value.forward.tile), 1)
     return each if segments % each == 0 else 1
 
 
-def joined_sums(plan: Plan, rows: int, segment: int, segments: int) -> int:
-    """Sums to a segment that every program of a map joins itself; 0 where it joins none.
+def sums_per_segment(plan: Plan, rows: int, segment: int, segments: int) -> int:
+    """Sums of a segment that every program of a map joins itself; 0 where it joins none.
 
     More than one where whole segments would leave the chip idle.
     """
-    if plan.together is None or not 1 < segments <= _JOINED:
+    if plan.fused_backward is None or not 1 < segments <= _JOINED:
         return 0
     _, cut = plan.sums
-    pieces = max(_fill(cut) // (rows * (segments - 1)), 1)
-    while segment % (pieces * _SEGMENT_MULTIPLE):
-        pieces -= 1
-    return pieces
+    sums = max(_fill(cut) // (rows * (segments - 1)), 1)
+    while segment % (sums * _SEGMENT_MULTIPLE):
+        sums -= 1
+    return sums

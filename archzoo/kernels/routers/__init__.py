@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from archzoo.derivatives import differentiated_again, plain_gradients
-from archzoo.kernels.mixture_launch import MAX_WIDTH, fused, launch, on_hopper, power_of_2
+from archzoo.kernels.launching import MAX_WIDTH, fused, launch, on_hopper, power_of_2
 
 MAX_EXPERTS = 128  # of an attention router, whose scores among themselves one program holds
 MAX_COLUMNS = 3 * MAX_EXPERTS  # of a router's product
