@@ -252,9 +252,16 @@ def launch(
 ) -> None:
     """Run the kernel of this name, in that module, where its first tensor lies.
 
-    `grid` counts its programs; its parameters are tensors, numbers, and constants by name. It is
-    looked for once (`Launch`); tensors that do not start at 16 bytes, as torch's own all do, go
-    through Triton every time.
+    It is looked for once (`Launch`). Tensors that do not start at a multiple of 16 bytes, as those
+    of torch do, go through Triton every time.
+
+    Args:
+        module: Where the kernel is defined.
+        kernel: Its name.
+        grid: Programs, along one axis or two.
+        tensors: Its first parameters.
+        *numbers: Those that follow.
+        **options: Its constants by name, and `num_warps`.
     """
     dtypes = tuple([x.dtype for x in tensors])
     constants = tuple(options.items())
