@@ -90,7 +90,7 @@ class Decoder(nn.Module):
         adapter: What alone is trained, beside weights that stay: built as adapter(target) for
             each target that matches [none].
         adapters: Several by name, such as {sums: LoRA, style: {class_path: LoRA}}, each a name
-            or class_path and init_args; it takes the place of adapter.
+            or class_path and init_args; it replaces adapter.
         norm: "rms" or "layer" ["rms"].
         norm_placement: "pre" (x + f(norm x)) or "post" (norm(x + f(x))) ["pre"].
         norm_eps: Of the norms ["1e-6"].

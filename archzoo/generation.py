@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 #: row's text; and once as on_token(row, None, rest) when the row has ended.
 OnToken = Callable[[int, int | None, str], None]
 
-# How far the forms of a whole model may lie apart, relative root mean square.
+# How far the forms of a whole model may differ, relative root mean square.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
 
@@ -45,12 +45,12 @@ class Generation(NamedTuple):
         tokens: The new tokens of each row, without the stop token.
         texts: The same as text, what follows the prompt, its numbers as people write them; None
             without a tokenizer.
-        stopped: Whether each row ended by the stop token, and not for lack of room.
+        stopped: Whether each row ended by the stop token, and not at max_tokens.
         milliseconds_per_token: Wall time of a step, which gives every row a token; the first
             token, which comes with the prompt's pass, is left out. 0 where no other came.
         prompt_milliseconds: Wall time of the prompt's pass.
-        state_bytes: Of the state of all rows, each at its end, caches with the room they own; 0 in
-            a form that keeps none.
+        state_bytes: Of the state of all rows, each at its end, KV caches with their whole buffers;
+            0 in a form that keeps none.
         largest_difference: With check, the largest relative root mean square difference of the
             two forms' logits over all rows and steps; else None.
     """
@@ -70,13 +70,13 @@ class Generation(NamedTuple):
 def probabilities(
     logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
-    """``softmax(logits / temperature)`` in float64, cut to the likeliest tokens and renormalised.
+    """``softmax(logits / temperature)`` in float64, truncated to the most likely tokens.
 
     Args:
         logits: (batch, vocab_size).
         temperature: Above 0.
-        top_k: Keep the so many likeliest tokens (of equals, those of lower number).
-        top_p: Of what top_k left, keep the fewest likeliest tokens that hold this mass together.
+        top_k: Keep the k most likely tokens (of equals, those of lower number).
+        top_p: Of what top_k kept, keep the fewest most likely tokens with this total probability.
 
     Returns:
         (batch, vocab_size) float64; on the CPU where the logits' device has none.
@@ -112,14 +112,14 @@ def draw(probability: Tensor, uniform: Tensor) -> Tensor:
 
 
 class Sampler:
-    """Chooses each row's next token, by draws that do not depend on the other rows.
+    """Chooses each row's next token, by random numbers that do not depend on the other rows.
 
     Row r has a generator of its own, seeded with seed + r: equal prompts get different texts, and
     a prompt alone gets with seed + r what it gets as row r of a batch.
 
     Args:
         rows: Of the batch.
-        temperature: 0 takes the likeliest token.
+        temperature: 0 takes the most likely token.
         top_k: See `probabilities`.
         top_p: See `probabilities`.
         seed: Of row 0. None: drawn from torch's global generator.
@@ -144,8 +144,8 @@ class Sampler:
             raise ValueError(f"top_p={top_p} must lie in (0, 1]")
         if temperature == 0 and (top_k is not None or top_p is not None):
             raise ValueError(
-                "top_k and top_p cut what is drawn from, but temperature=0 takes the likeliest "
-                "token and draws nothing: give a temperature, such as 1"
+                "top_k and top_p limit what is sampled from, but temperature=0 takes the most "
+                "likely token and samples nothing: give a temperature, such as 1"
             )
         self.temperature, self.top_k = temperature, top_k
         self.top_p = None if top_p == 1 else top_p  # rounding would cut the least likely tokens
@@ -195,10 +195,10 @@ def generate(
         model: Any decoder. It works in evaluation mode, and is left in the mode it was in.
         prompts: One text or several (with a tokenizer), or tokens: of one prompt or of several.
         max_tokens: The most that a row may get.
-        temperature: Divides the logits before a token is drawn; 0 takes the likeliest token.
-        top_k: Draw among the so many likeliest tokens.
-        top_p: Draw among the fewest likeliest tokens that hold this probability together.
-        seed: Row r draws by seed + r. None: by torch's global generator.
+        temperature: Divides the logits before sampling; 0 takes the most likely token.
+        top_k: Sample from the k most likely tokens.
+        top_p: Sample from the fewest most likely tokens with this total probability.
+        seed: Row r is sampled by seed + r. None: by torch's global generator.
         stop_token: Ends a row. None: the tokenizer's own, where it has one.
         form: "recurrent" [the default] carries a state from step to step; "parallel" and
             "chunkwise" keep none, and recompute the whole text at every step.
@@ -229,7 +229,7 @@ def generate(
     rows = encode(prompts, tokenizer, model.vocab_size, writing)
     if stop_token is None and tokenizer is not None:
         stop_token = tokenizer.stop_token
-    model.embedding.check_prompts(rows)  # here, where no device needs to be asked
+    model.embedding.check_prompts(rows)  # here, where it needs no synchronisation with a device
     sampler = Sampler(len(rows), temperature, top_k, top_p, seed)
     writers = [
         _Writer(row, prompt, tokenizer, on_token, writing) for row, prompt in enumerate(rows)
@@ -242,8 +242,8 @@ def generate(
             tokens, documents = pad_left(rows, model.device)
             capacity = tokens.shape[1] + max_tokens
             reader = _reader(model, form, capacity)
-            twin_form = "parallel" if form == "recurrent" else "recurrent"
-            twin = _reader(model, twin_form, capacity) if check else None
+            other_form = "parallel" if form == "recurrent" else "recurrent"
+            reference = _reader(model, other_form, capacity) if check else None
             times: list[float] = []
             differences: list[float] = []
             going = list(range(len(rows)))  # the rows that have not ended
@@ -255,19 +255,19 @@ def generate(
                 times.append(1000 * (time.perf_counter() - begin))
                 if len(times) == 1 and not logits.isfinite().all():
                     raise ValueError("the model's logits are not finite: its weights are broken")
-                if twin is not None:
-                    differences.append(difference(logits, twin.read(tokens, documents)))
+                if reference is not None:
+                    differences.append(difference(logits, reference.read(tokens, documents)))
                 for row, new in zip(going, news, strict=True):
                     writers[row].write(new, stop_token)
                 tokens, documents = chosen[:, None], None
-                kept = [place for place, row in enumerate(going) if not writers[row].ended]
-                if 0 < len(kept) < len(going):  # one that has ended reads on no further
-                    places = torch.tensor(kept, device=tokens.device)
-                    tokens = tokens[places]
-                    for each in (reader, twin):
+                kept = [index for index, row in enumerate(going) if not writers[row].ended]
+                if 0 < len(kept) < len(going):  # rows that have ended are dropped from the batch
+                    indices = torch.tensor(kept, device=tokens.device)
+                    tokens = tokens[indices]
+                    for each in (reader, reference):
                         if each is not None:
-                            each.keep(places)
-                going = [going[place] for place in kept]
+                            each.keep(indices)
+                going = [going[index] for index in kept]
             for writer in writers:
                 writer.end()
     finally:
@@ -329,7 +329,7 @@ def encode(
                 "which are whole numbers"
             ) from None
         if not row:
-            raise ValueError(f"prompt {number} is empty: a model needs a token to go on from")
+            raise ValueError(f"prompt {number} is empty: a model needs a token to start from")
         wrong = [token for token in row if not 0 <= token < vocab_size]
         if wrong:
             raise ValueError(
@@ -341,7 +341,7 @@ def encode(
 
 
 def _utf8(name: str, text: str) -> str:
-    """A text, or one line where it came from bytes that are no UTF-8, as a shell may give them."""
+    """A text, or one line where it came from bytes that are not UTF-8, as a shell may give them."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -370,7 +370,7 @@ def pad_left(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tenso
 
 
 class _Carrying:
-    """Reads a piece of text after the last one and keeps a state between them."""
+    """Reads a text segment by segment and keeps the state (such as a KV cache) between them."""
 
     def __init__(self, model: Decoder, capacity: int) -> None:
         self.model, self.capacity = model, capacity
@@ -378,7 +378,7 @@ class _Carrying:
         self.ended_bytes = 0  # of the state of rows that have ended
 
     def read(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
-        """Tokens and documents (batch, time): the next piece. Logits (batch, vocab_size)."""
+        """Tokens and documents (batch, time): the next segment. Logits (batch, vocab_size)."""
         form: str | None = "recurrent"
         positions = None
         if self.state is None:  # the prompt, in one pass
@@ -392,33 +392,33 @@ class _Carrying:
         return output.logits[:, 0]
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with some of the rows, (kept,) int64."""
+        """Continue with some of the rows, (kept,) int64."""
         before = nbytes(self.state)
         self.state = reorder(self.state, rows)
         self.ended_bytes += before - nbytes(self.state)
 
 
 class _Recomputing:
-    """Reads the whole text again with each piece."""
+    """Reads the whole text again with each segment."""
 
     def __init__(self, model: Decoder, form: str) -> None:
         self.model, self.form = model, form
-        self.pieces: list[Tensor] = []
+        self.segments: list[Tensor] = []
         self.documents: Tensor | None = None
         self.positions: Tensor | None = None
 
     def read(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
         """As `_Carrying.read`."""
-        if not self.pieces:
+        if not self.segments:
             self.documents = documents
             self.positions = self.model.embedding.prompt_positions(tokens, documents)
         else:
-            if self.documents is not None:  # a row goes on with its document, which is 0
+            if self.documents is not None:  # a row continues its document, which is 0
                 self.documents = torch.cat([self.documents, torch.zeros_like(tokens)], dim=1)
             if self.positions is not None:  # and counts on
                 self.positions = torch.cat([self.positions, self.positions[:, -1:] + 1], dim=1)
-        self.pieces.append(tokens)
-        tokens = torch.cat(self.pieces, dim=1)
+        self.segments.append(tokens)
+        tokens = torch.cat(self.segments, dim=1)
         output: Output = self.model(
             tokens,
             None,
@@ -431,7 +431,7 @@ class _Recomputing:
 
     def keep(self, rows: Tensor) -> None:
         """As `_Carrying.keep`."""
-        self.pieces = [piece[rows] for piece in self.pieces]
+        self.segments = [segment[rows] for segment in self.segments]
         self.documents = None if self.documents is None else self.documents[rows]
         self.positions = None if self.positions is None else self.positions[rows]
 
@@ -443,8 +443,8 @@ def _reader(model: Decoder, form: str, capacity: int) -> _Carrying | _Recomputin
 def difference(logits: Tensor, reference: Tensor) -> float:
     """The largest relative root mean square difference of a row: both (batch, vocab_size)."""
     logits, reference = for_float64(logits).double(), for_float64(reference).double()
-    apart = (logits - reference).norm(dim=-1)
-    return float((apart / reference.norm(dim=-1).clamp(min=1e-300)).max())
+    error = (logits - reference).norm(dim=-1)
+    return float((error / reference.norm(dim=-1).clamp(min=1e-300)).max())
 
 
 def _judge(differences: list[float], dtype: torch.dtype) -> None:
@@ -470,14 +470,14 @@ class _Writer:
     ) -> None:
         self.row, self.on_token = row, on_token
         self.tokens: list[int] = []
-        self.pieces: list[str] = []
+        self.written: list[str] = []
         self.ended = self.stopped = False
         self.decoder = self.reader = None
         if tokenizer is not None:
             from archzoo.tasks.tokenizers import StreamDecoder
 
             self.decoder = StreamDecoder(tokenizer)
-            # Decoders may write a piece differently at the beginning of a text, and a character
+            # Decoders may write a subword differently at the beginning of a text, and a character
             # may begin in the prompt: the last of its tokens go first.
             for token in prompt[-16:]:
                 self.decoder.push(token)
@@ -485,7 +485,7 @@ class _Writer:
 
     @property
     def text(self) -> str:
-        return "".join(self.pieces)
+        return "".join(self.written)
 
     def write(self, token: int, stop_token: int | None) -> None:
         if self.ended:
@@ -506,7 +506,7 @@ class _Writer:
             self._tell(None, text)
 
     def _tell(self, token: int | None, text: str) -> None:
-        self.pieces.append(text)
+        self.written.append(text)
         if self.on_token is not None:
             self.on_token(self.row, token, text)
 
@@ -537,10 +537,10 @@ def generate_command(
         checkpoint: A run's directory, a .ckpt file, or a directory of archzoo.save_pretrained.
         prompt: One text or several.
         max_tokens: The most that is written for a prompt.
-        temperature: Divides the logits before a token is drawn; 0 takes the likeliest token.
-        top_k: Draw among the so many likeliest tokens.
-        top_p: Draw among the fewest likeliest tokens that hold this probability together.
-        seed: Of the draws. None: other draws every time.
+        temperature: Divides the logits before sampling; 0 takes the most likely token.
+        top_k: Sample from the k most likely tokens.
+        top_p: Sample from the fewest most likely tokens with this total probability.
+        seed: Of the sampling. None: a different one every time.
         stop: Text of the one token that ends a text. None: the tokenizer's stop token.
         form: recurrent carries a state; parallel and chunkwise recompute all at every token.
         check: Compare the logits of the recurrent and the parallel form at every token.

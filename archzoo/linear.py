@@ -1,7 +1,7 @@
 """The Linear of the house: named blocks of rows, and the one reader of a weight.
 
 Every matrix that maps vectors to vectors is a `Linear`. Where several share their input they lie in
-one matrix, which costs one product in the place of several, and each goes by a name: the rows of
+one matrix, which costs one product instead of several, and each goes by a name: the rows of
 attention's ``query_key_value`` are the blocks ``query``, ``key`` and ``value``. Whoever changes a
 trained model (`archzoo.adapters`) says what it changes by these names.
 """
@@ -43,10 +43,10 @@ class Linear(nn.Linear):
         adapted: Whether it has adapters.
     """
 
-    #: Whether its weight is read in the place of a call, by a kernel or a product of all experts.
+    #: Whether its weight is read without a call, by a kernel or a product of all experts.
     #: An adapter must then be able to say how it changes the weight.
     weight_is_read = False
-    #: Whether it has drawn itself, so that the decoder leaves it as it is.
+    #: Whether it has initialised itself, so that the decoder does not.
     keeps_init = False
     #: By the adapter's name and the block's; there once it is adapted.
     adapter_modules: nn.ModuleDict
@@ -164,7 +164,7 @@ class Linear(nn.Linear):
         return self.weight
 
     def effective_weight(self) -> Tensor:
-        """W with the change of every adapter, for whoever reads it in the place of a call.
+        """W with the change of every adapter, for whoever reads it without a call.
 
         While gradients are off it is computed once, and again when a weight of it has changed.
         """

@@ -197,7 +197,7 @@ def load_installed() -> None:
     places = {*site.getsitepackages(), site.getusersitepackages()}
     places |= {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     on_path = {os.path.realpath(entry) for entry in sys.path if entry}
-    installed = [place for place in sorted(places) if os.path.realpath(place) in on_path]
+    installed = [path for path in sorted(places) if os.path.realpath(path) in on_path]
     seen = set()
     for distribution in importlib.metadata.distributions(path=installed):
         for point in distribution.entry_points:
@@ -261,7 +261,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(value == entry and type(value) is type(entry) for entry in within)
     if hint in (None, type(None)):
         return value is None
-    if hint in (int, float):  # where a number is asked for, true is a mistake
+    if hint in (int, float):  # where a number is expected, true is a user error
         kinds = (int, float) if hint is float else (int,)
         return isinstance(value, kinds) and not isinstance(value, bool)
     if hint in (str, bool):
@@ -273,7 +273,7 @@ def _fits(value: Any, hint: Any) -> bool:
         if (origin is tuple and len(within) == len(each)) and each and len(each) != len(value):
             return False
         return not each or all(
-            _fits(entry, each[min(place, len(each) - 1)]) for place, entry in enumerate(value)
+            _fits(entry, each[min(index, len(each) - 1)]) for index, entry in enumerate(value)
         )
     if (origin or hint) is dict:
         if not isinstance(value, Mapping):

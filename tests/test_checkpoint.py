@@ -412,7 +412,7 @@ def test_truncated_weights(saved: Path, share: float) -> None:
 @pytest.mark.parametrize("content", ["", "{", "\udcff", "[]", '{"model_type": "llama"}'])
 def test_damaged_config(saved: Path, content: str) -> None:
     (saved / "config.json").write_text(content, errors="surrogateescape")
-    refused(saved, ValueError, r"config\.json is (damaged|no configuration of archzoo)")
+    refused(saved, ValueError, r"config\.json is (damaged|not a valid configuration of archzoo)")
 
 
 def test_another_vocabulary(saved: Path) -> None:
@@ -582,12 +582,12 @@ def test_objects_are_refused(run: Path) -> None:
 )
 def test_other_files_of_torch(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "other.pt")
-    refused(tmp_path / "other.pt", ValueError, "is no checkpoint|was not written by archzoo")
+    refused(tmp_path / "other.pt", ValueError, "is not a valid checkpoint|was not written by archzoo")
 
 
 def test_other_files(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello world")
-    refused(tmp_path / "text", ValueError, "is no checkpoint")
+    refused(tmp_path / "text", ValueError, "is not a valid checkpoint")
 
 
 def test_lightning_checkpoint_of_another_vocabulary(run: Path) -> None:

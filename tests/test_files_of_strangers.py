@@ -567,7 +567,7 @@ def test_wrong_types_in_a_run(tmp_path: Path) -> None:
         ({"tokenizer": {"tokenizer.json": "text"}}, "holds no tokenizer where it should"),
         ({"tokenizer": {"tokenizer.json": torch.zeros(3)}}, "run.ckpt holds no tokenizer where"),
         ({"task": "Addition"}, "task='Addition' is not valid"),
-        ({"state_dict": {"decoder.head.weight": 3}}, r"head\.weight is no tensor"),
+        ({"state_dict": {"decoder.head.weight": 3}}, r"head\.weight is not a tensor"),
     ):
         torch.save(run_content(micro()) | change, tmp_path / "run.ckpt")
         with pytest.raises(ValueError, match=message) as error:

@@ -5,7 +5,7 @@ and then trains nothing else. An adapter changes one of four kinds of things:
 
 * ``linear``: a block of a `Linear`, by its name (``query``, ``value``, ``up``, ...). It says
   `Adapter.output`, what it adds to y, or `Adapter.delta`, what it adds to W, or both. Where a
-  kernel reads the weight in the place of a call, as a router's, only `delta` can be asked.
+  kernel reads the weight instead of calling the Linear, as a router's, only `delta` is possible.
 * ``experts``: the same of a stack of matrices, one for each expert.
 * ``input``: `Adapter.prompt`, vectors that stand before the text of every document.
 * ``state``: `Adapter.prefix`, the state that every document starts from.

@@ -64,7 +64,7 @@ def adapt(decoder: Decoder, adapter: Any) -> Decoder:
     """
     if named_adapters(decoder.config):
         raise ValueError(
-            "the model has adapters already: leave adapter out to go on training them, or merge "
+            "the model has adapters already: omit adapter to continue training them, or merge "
             "them first (archzoo.merge_adapters)"
         )
     several = isinstance(adapter, dict) and "class_path" not in adapter
@@ -182,13 +182,13 @@ def _check_place(cls: type[Adapter], place: Place, decoder: Decoder) -> None:
     if isinstance(module, Linear):
         if module.weight_is_read and not cls.says("delta"):
             raise ValueError(
-                f"{cls.__name__} cannot change {path}: its weight is read in the place of a call, "
-                "and the class has no delta(weight)"
+                f"{cls.__name__} cannot change {path}: its weight is read directly instead of by "
+                "calling it, and the class has no delta(weight)"
             )
         if module is decoder.head and decoder.tie_weights:
             raise ValueError(
                 f"{cls.__name__} cannot change {path}: the head is the embedding's table "
-                "(tie_weights), which would change too; leave it out of targets"
+                "(tie_weights), which would change too; remove it from targets"
             )
     if kind == "state" and place.target.state is None:
         raise ValueError(

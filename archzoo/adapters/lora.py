@@ -31,7 +31,7 @@ class LoRA(Adapter):
         alpha: Over rank, the scale of the change.
         dropout: Of x, where the change is added to y; where a weight is read there is no x, so an
             adapted router or expert has none.
-        rank_stabilised: Scale by alpha / sqrt(rank) in the place of alpha / rank.
+        rank_stabilised: Scale by alpha / sqrt(rank) instead of alpha / rank.
 
     Raises:
         ValueError: A rank below 1, or dropout outside [0, 1).

@@ -12,7 +12,7 @@ from archzoo.numerics import of_this_call
 def insert_prompts(x: Tensor, context: Context, prompt: Tensor) -> tuple[Tensor, Context, Tensor]:
     """Put a prompt before each document that begins in this call.
 
-    A document that went on from the call before has its prompt behind it. Either way the text's
+    A document that continues from the call before has its prompt already. Either way the text's
     positions count on from the prompt's.
 
     Args:

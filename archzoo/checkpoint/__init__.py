@@ -84,7 +84,7 @@ DTYPES = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
-# The most that a checkpoint may ask for: beyond any model's use, and short of what fills a memory.
+# The largest sizes that a checkpoint may have: more than any model uses, less than fills a memory.
 LARGEST_LOOPS = 10_000
 LARGEST = {
     "batch_size": 2**16,
@@ -138,8 +138,8 @@ def save_pretrained(
 ) -> None:
     """Write a model for use: configuration, weights and tokenizer.
 
-    Everything is written beside the directory first and then moved in, so that a full disk leaves
-    what was there. Other files in the directory stay.
+    Everything is written beside the directory first and then moved in, so that a full disk does
+    not damage what was there. Other files in the directory stay.
 
     Args:
         directory: It is made where it is missing.
@@ -176,18 +176,18 @@ def save_pretrained(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as partial:
-            place = Path(partial)
+            folder = Path(partial)
             for name, content in files.items():
-                (place / name).write_bytes(content)
-            save_file(tensors, place / WEIGHTS, metadata=metadata)
+                (folder / name).write_bytes(content)
+            save_file(tensors, folder / WEIGHTS, metadata=metadata)
             # It keeps its file to the user: take what the umask left of the others' permissions.
-            (place / WEIGHTS).chmod((place / CONFIG).stat().st_mode & 0o777)
-            for name in (WEIGHTS, *files):  # or a power cut may leave a name on no content
-                with open(place / name, "rb") as file:
+            (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode & 0o777)
+            for name in (WEIGHTS, *files):  # or after a power cut a name may have no content
+                with open(folder / name, "rb") as file:
                     os.fsync(file.fileno())
             target.mkdir(exist_ok=True)
             for name in (WEIGHTS, *files):  # the configuration last: it makes the others a model
-                (place / name).replace(target / name)
+                (folder / name).replace(target / name)
     except (OSError, SafetensorError) as error:
         raise OSError(f"the model cannot be written to {directory}: {error}") from None
 
@@ -235,8 +235,8 @@ def _check_parts(config: dict[str, Any]) -> None:
             find(slot, spec["class_path"])
         except ValueError as error:
             raise ValueError(f"{error}: define it at the top of a module, to save it") from None
-    for place, text in strings(config):
-        if place[-1] == "class_path" and WITHIN in text:
+    for key_path, text in strings(config):
+        if key_path[-1] == "class_path" and WITHIN in text:
             warnings.warn(
                 f"{text!r} is defined in a function: what is saved can be loaded only where that "
                 "function has run; define it at the top of a module, and it can be imported",
@@ -337,7 +337,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str | None = None)
 
 
 def task_of(found: Pretrained, **changes: Any) -> Task:
-    """The task that a model was trained on, made again with the model's own tokenizer.
+    """The task that a model was trained on, rebuilt with the model's own tokenizer.
 
     Args:
         found: A checkpoint's content.
@@ -384,7 +384,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         hint = f"; did you mean {' or '.join(runs)}?" if runs else ""
         raise FileNotFoundError(f"{path} holds no {CONFIG}{hint}") from None
     if not isinstance(config, dict) or not isinstance(config.get("decoder"), dict):
-        raise ValueError(f"{path / CONFIG} is no configuration of archzoo: it has no 'decoder'")
+        raise ValueError(
+            f"{path / CONFIG} is not a valid configuration of archzoo: it has no 'decoder'"
+        )
     _check_task(config.get("task"), path / CONFIG)
     return config
 
@@ -530,7 +532,7 @@ def read_safely(path: str | os.PathLike[str]) -> dict[str, Any]:
         content = archive.content
         if not isinstance(content, dict):
             kind = type(content).__name__
-            raise ValueError(f"{path} is no checkpoint of a run: it holds a {kind}")
+            raise ValueError(f"{path} is not a valid checkpoint of a run: it holds a {kind}")
         ours = _is_run(content)
         if ours:
             config, held = _check_run(content, Path(path))
@@ -558,13 +560,14 @@ def _is_run(content: Any) -> bool:
 def _check_run(content: Any, path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
     """A run's settings of its decoder and what it holds of it, of the right types and sizes."""
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is no checkpoint of a run: it holds a {type(content).__name__}")
+        kind = type(content).__name__
+        raise ValueError(f"{path} is not a valid checkpoint of a run: it holds a {kind}")
     if not _is_run(content):
         raise ValueError(f"{path} was not written by archzoo's training")
     held = _decoder_weights(content)
     wrong = [name for name, tensor in held.items() if not isinstance(tensor, Stored)]
     if wrong:
-        raise ValueError(f"{path}: {wrong[0]} is no tensor")
+        raise ValueError(f"{path}: {wrong[0]} is not a tensor")
     # The decoder's arguments stand among the optimizer's, its weights among the metrics' sums.
     config = {n: content["hyper_parameters"].get(n) for n in signature(Decoder).parameters}
     _check_settings(config, path)
@@ -632,7 +635,7 @@ def _check_part(slot: str, spec: Any, path: Path) -> None:
 
 
 def _fits(value: Any, annotation: Any) -> bool:
-    """Whether plain data is what an annotation asks for; one that is not plain asks for nothing."""
+    """Whether plain data fits an annotation; one that is not of plain data fits anything."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
         return any(_fits(value, entry) for entry in inner)
@@ -871,7 +874,7 @@ def _is_own(module: nn.Module) -> bool:
 
 
 def _assign(model: Decoder, weights: Mapping[str, Tensor]) -> None:
-    """Put weights in the place of those that have no memory, laid out as the model lays them."""
+    """Replace the weights on the meta device by those given, laid out as the model lays them."""
     made: dict[int, Tensor] = {}
     used: set[int] = set()
     for name, old in model.state_dict(keep_vars=True).items():

@@ -1,6 +1,6 @@
 """Files from strangers, read as data: checkpoints of torch and JSON, within bounds, and no code.
 
-torch's own reader trusts the sizes that a checkpoint names: it allocates them, and reads beyond a
+torch's own reader trusts the sizes that a checkpoint names: it allocates them, and reads past a
 record that is shorter. Here a checkpoint is first read without its tensors' bytes; what they would
 take is known, and refused, before anything is built. Nothing in a file is ever called.
 """
@@ -59,7 +59,7 @@ class Stored(NamedTuple):
 
 
 def check_regular(path: Path_) -> None:
-    """Refuse what is no regular file: a pipe would wait for ever, a device never end.
+    """Refuse what is not a regular file: a pipe would wait for ever, a device never end.
 
     Raises:
         FileNotFoundError: Nothing is there.
@@ -204,8 +204,8 @@ def _tensor(
     if len(shape) != len(stride) or len(shape) > DEPTH:
         raise ValueError("a tensor of another number of strides than axes")
     last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-    room = record.elements * record.dtype.itemsize // dtype.itemsize
-    if math.prod(shape) and last >= room:
+    elements = record.elements * record.dtype.itemsize // dtype.itemsize
+    if math.prod(shape) and last >= elements:
         raise ValueError("a tensor that is larger than its storage")
     return Stored(shape, dtype, record.key, offset, stride)
 
@@ -292,7 +292,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
 }
 
 
-# Python's own, in Python: the one in C makes room for whatever length a file names.
+# Python's own, in Python: the one in C allocates whatever length a file names.
 class _Unpickler(pickle._Unpickler):
     """Data alone: what a pickle calls are the functions of `_KNOWN`."""
 
@@ -333,7 +333,7 @@ class _Unpickler(pickle._Unpickler):
         items = self.pop_mark()
         self.stack[-1].update(map(_key, items))
 
-    def load_bytearray8(self) -> None:  # Python's makes room for any length that is named
+    def load_bytearray8(self) -> None:  # Python's allocates any length that is named
         self.stack.append(bytes(self.read(int.from_bytes(self.read(8), "little"))))
 
     def load_build(self) -> None:  # what a state dict of torch says of its versions is left
@@ -352,15 +352,14 @@ class _Unpickler(pickle._Unpickler):
 
 
 class Archive:
-    """A checkpoint of torch: its content at once, its tensors when they are asked for.
+    """A checkpoint of torch: its content at once, its tensors when they are needed.
 
     Args:
         path: Of the file.
 
     Raises:
         FileNotFoundError: Nothing is there.
-        ValueError: It is not a checkpoint of plain data, damaged, or expands or nests beyond
-            bounds.
+        ValueError: It is not a checkpoint of plain data, damaged, or expands or nests too far.
     """
 
     def __init__(self, path: Path_) -> None:
@@ -369,7 +368,7 @@ class Archive:
         self._zip = self._open()
         try:
             self._records = self._index()
-            #: As it was saved, with `Stored` in the place of tensors.
+            #: As it was saved, with `Stored` instead of tensors.
             self.content = self._plan()
         except BaseException:
             self._zip.close()
@@ -416,7 +415,7 @@ class Archive:
         check_memory(inside, self.path)
         records = {info.filename.partition("/")[2]: info for info in infos}
         if "data.pkl" not in records:
-            raise ValueError(f"{self.path} is no checkpoint of torch: refused")
+            raise ValueError(f"{self.path} is not a valid checkpoint of torch: refused")
         check_contents(records["data.pkl"].file_size, self.path)
         return records
 
@@ -424,11 +423,11 @@ class Archive:
         content = bytearray(info.file_size)
         try:
             with self._zip.open(info) as file:  # which checks the sum that the archive keeps
-                place = 0
-                while piece := file.read(2**24):
-                    content[place : place + len(piece)] = piece
-                    place += len(piece)
-                if place != info.file_size:
+                offset = 0
+                while chunk := file.read(2**24):
+                    content[offset : offset + len(chunk)] = chunk
+                    offset += len(chunk)
+                if offset != info.file_size:
                     raise zipfile.BadZipFile("a record of another length")
         except Exception as error:  # zlib's, for one, of its own kind
             raise ValueError(f"{self.path} is damaged: {_first_line(error)}") from None

@@ -28,7 +28,7 @@ class Attention(Mixer):
     """``y_n = sum_{m <= n} softmax_m(q_n . k_m / sqrt(head_dim)) v_m``, each head alone.
 
     Grouped queries: kv_heads keys and values serve heads queries. A token sees the tokens of its
-    own document only. The state is the cache of keys and values, in room made beforehand.
+    own document only. The state is the KV cache, in preallocated buffers.
 
     Source: Vaswani et al., arXiv 1706.03762, section 3.2; grouped queries: Ainslie et al.,
     arXiv 2305.13245, section 2.2.
@@ -64,19 +64,19 @@ class Attention(Mixer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> State:
-        """Empty room for `capacity` tokens; it doubles when it is full.
+        """An empty KV cache with buffers for `capacity` tokens; they double when they are full.
 
         Returns:
-            keys, values: (batch, kv_heads, room, head_dim), of which the first `length` hold
-            tokens; positions, documents: (batch, room) int64, there once something needs them
+            keys, values: (batch, kv_heads, capacity, head_dim), of which the first `length` hold
+            tokens; positions, documents: (batch, capacity) int64, there once something needs them
             (a bias; padding or a second document).
         """
         shape = (batch_size, self.kv_heads, capacity or 0, self.head_dim)
-        room = torch.zeros(shape, device=device, dtype=dtype or self.output.dtype)
-        return {"length": 0, "keys": room, "values": room.clone()}
+        buffer = torch.zeros(shape, device=device, dtype=dtype or self.output.dtype)
+        return {"length": 0, "keys": buffer, "values": buffer.clone()}
 
     def step(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
-        """One token against the cache."""
+        """One token against the KV cache."""
         y, after = self.parallel(x, state, context)
         assert after is not None  # one was given
         return y, after
@@ -256,8 +256,8 @@ def attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal:
         scores = scores.masked_fill(~mask, float("-inf"))
     elif mask is not None:
         scores = scores + mask
-    shares = rearrange(scores.softmax(dim=-1), "b (h g) q k -> b h g q k", g=group)
-    return rearrange(shares @ v[:, :, None], "b h g q d -> b (h g) q d")
+    weights = rearrange(scores.softmax(dim=-1), "b (h g) q k -> b h g q k", g=group)
+    return rearrange(weights @ v[:, :, None], "b h g q d -> b (h g) q d")
 
 
 class _Attend(torch.autograd.Function):
@@ -311,13 +311,13 @@ def attend_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def extend(
     state: State, k: Tensor, v: Tensor, positions: Tensor | None, documents: Tensor | None
 ) -> State:
-    """Put k and v (batch, kv_heads, time, head_dim) behind the tokens in the cache.
+    """Append k and v (batch, kv_heads, time, head_dim) to the KV cache.
 
-    Where gradients are off they go into the room there is, and the given state is consumed;
+    Where gradients are off they are written into its buffers, and the given state is consumed;
     where they are on, new tensors are made, since the old ones may be needed by a backward pass.
 
     Args:
-        state: The cache.
+        state: The KV cache.
         k: (batch, kv_heads, time, head_dim), already rotated.
         v: Shaped like k.
         positions: (batch, time) int, to be kept too; None: no bias reads them.
@@ -332,18 +332,19 @@ def extend(
     if documents is not None:
         fresh.append(("documents", documents, 1))
     for name, new, axis in fresh:
-        room = state.get(name)
-        if room is None:  # the first padding: everything before belongs to document 0
-            room = new.new_zeros((new.shape[0], state["keys"].shape[2]))
+        buffer = state.get(name)
+        if buffer is None:  # the first padding: everything before belongs to document 0
+            buffer = new.new_zeros((new.shape[0], state["keys"].shape[2]))
         if torch.is_grad_enabled() or transformed():
-            after[name] = torch.cat([room.narrow(axis, 0, length), new.to(room.dtype)], dim=axis)
+            old = buffer.narrow(axis, 0, length)
+            after[name] = torch.cat([old, new.to(buffer.dtype)], dim=axis)
             continue
-        if length + time > room.shape[axis]:
+        if length + time > buffer.shape[axis]:
             shape = list(new.shape)
-            shape[axis] = max(length + time, 2 * room.shape[axis])
-            wider = room.new_zeros(shape)
-            wider.narrow(axis, 0, length).copy_(room.narrow(axis, 0, length))
-            room = wider
-        room.narrow(axis, length, time).copy_(new)
-        after[name] = room
+            shape[axis] = max(length + time, 2 * buffer.shape[axis])
+            larger = buffer.new_zeros(shape)
+            larger.narrow(axis, 0, length).copy_(buffer.narrow(axis, 0, length))
+            buffer = larger
+        buffer.narrow(axis, length, time).copy_(new)
+        after[name] = buffer
     return after

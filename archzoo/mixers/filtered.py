@@ -113,9 +113,9 @@ def previous(
 
     Args:
         x: (batch, time, width).
-        before: (batch, width), of the last token before this piece; None: there is none.
+        before: (batch, width), of the last token before this segment; None: there is none.
         context: Of the same tokens.
-        prefix: (width,), in the place of the 0 at the first.
+        prefix: (width,), instead of the 0 at the first.
     """
     if before is None:
         before = x.new_zeros((x.shape[0], x.shape[2]))
@@ -124,7 +124,7 @@ def previous(
         if prefix is not None:
             before = torch.where(context.starts[:, :1, None], prefix.to(x.dtype), before)
         return torch.cat([before, x[:, :-1]], dim=1)
-    # Behind padding comes the last token before it, which may be that of the piece before: 0.
+    # After padding comes the last token before it, which may be that of the segment before: 0.
     index = torch.arange(1, x.shape[1], device=x.device)
     last = F.pad(torch.where(context.valid[:, :-1], index, 0).cummax(dim=1).values, (1, 0))
     known = torch.cat([before, x], dim=1)
@@ -139,7 +139,7 @@ def last_valid(x: Tensor, before: Tensor, context: Context) -> Tensor:
 
     Args:
         x: (batch, time, width).
-        before: (batch, width), what it is where this piece is all padding.
+        before: (batch, width), what it is where this segment is all padding.
         context: Of the same tokens.
     """
     if not context.packed:
