@@ -207,7 +207,7 @@ def call(function: Callable[..., Any], program: str, arguments: list[str]) -> in
                 options = [o for a in self._actions for o in a.option_strings if o[:2] == "--"]
                 text = f"there is no option --{unknown}; {nearest(f'--{unknown}', options)}"
             elif "Does not validate against" in text:
-                from archzoo.training.mistakes import explain
+                from archzoo.training.user_errors import explain
 
                 text = explain(text, ())
             raise ValueError(f"{text} (see {self.prog} --help)")

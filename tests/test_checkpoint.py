@@ -582,7 +582,8 @@ def test_objects_are_refused(run: Path) -> None:
 )
 def test_other_files_of_torch(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "other.pt")
-    refused(tmp_path / "other.pt", ValueError, "is not a valid checkpoint|was not written by archzoo")
+    words = "is not a valid checkpoint|was not written by archzoo"
+    refused(tmp_path / "other.pt", ValueError, words)
 
 
 def test_other_files(tmp_path: Path) -> None:

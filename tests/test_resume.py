@@ -160,7 +160,7 @@ def fit(directory, task, *callbacks, accumulate=1, every=4, kill=None, resume=Fa
     except Killed:
         assert kill or callbacks
     except Ended:
-        assert options["signals"].asked
+        assert options["signals"].received
     return model
 
 
@@ -218,7 +218,7 @@ def test_ended_in_a_validation(tmp_path, number, every, asked, epoch):
 
     expected = go(whole, Counts())
     signals = Signals()
-    end = DuringValidation(number, lambda: setattr(signals, "asked", 15)) if asked else None
+    end = DuringValidation(number, lambda: setattr(signals, "received", 15)) if asked else None
     end = end or DuringValidation(number, kill)
     go(pieces, Counts(), end, signals=signals)
     state = torch.load(pieces / "last.ckpt")
@@ -238,7 +238,7 @@ def test_ended_by_a_signal(tmp_path, accumulate, batch):
     options = {"accumulate": accumulate, "every": 100}
     expected = fit(whole, addition(), **options)
     signals = Signals()
-    end = DuringStep(batch, lambda: setattr(signals, "asked", 15))
+    end = DuringStep(batch, lambda: setattr(signals, "received", 15))
     fit(pieces, addition(), end, **options, signals=signals)
     state = torch.load(pieces / "last.ckpt")
     # An epoch of 10 batches ends an accumulation, too.
@@ -270,12 +270,12 @@ def test_another_batch_size_goes_on_in_the_stream(tmp_path, stopped):
     ends = {
         "in a step": KillAfter(6),
         "in a validation": DuringValidation(1, kill),
-        "by a signal": DuringStep(6, lambda: setattr(signals, "asked", 15)),
+        "by a signal": DuringStep(6, lambda: setattr(signals, "received", 15)),
     }
     options = {"every": 1, "signals": signals}
     fit(tmp_path / "run", task(2), ends[stopped], **options)
     done = torch.load(tmp_path / "run/last.ckpt")["global_step"]
-    signals.asked, seen = None, Seen()
+    signals.received, seen = None, Seen()
     fit(tmp_path / "run", task(3), seen, **options, resume=True)
     assert seen.examples == list(range(2 * done, 2 * done + 3 * (15 - done)))
 

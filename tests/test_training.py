@@ -86,7 +86,7 @@ def test_loss_keeps_only_one_piece_of_the_logits():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        total_loss(x, head, labels, piece=8 * 1000)
+        total_loss(x, head, labels, chunk=8 * 1000)
     assert max(kept) < 8 * 1000 + 1
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         total_loss(x, head, labels)
@@ -444,8 +444,8 @@ def test_scalars_that_come_and_go_are_averaged_over_when_they_came():
     model = LanguageModel("retnet_micro")
     one, two, three = (torch.tensor(float(n)) for n in (1, 2, 3))
     for scalars in ({"a": one, "b": two}, {"a": three}, {}, {"b": three, "a": two}, {"a": one}):
-        model._count_alike(scalars)
-    model._settle()
+        model._accumulate(scalars)
+    model._flush()
     found = {name: entry.tolist() for name, entry in model._totals.items()}
     assert found == {"a": [7.0, 4.0], "b": [5.0, 2.0]}
 
@@ -483,7 +483,7 @@ def test_sums_are_exact_whatever_the_precision(tmp_path, precision):
 
     class Look(lightning.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-            module._settle()
+            module._flush()
             seen.append({name: value.clone() for name, value in module._totals.items()})
 
     trainer = make_trainer(

@@ -1,4 +1,4 @@
-"""What goes on beside training: checkpoints and the progress shown."""
+"""Callbacks of training: checkpoints and the progress shown."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Checkpoints(Checkpoint):
     """Keeps two checkpoints of a run: ``last.ckpt``, to resume from, and ``best.ckpt``.
 
     They are written between optimizer steps and replaced whole, and never with a loss or weights
-    that are no finite numbers, so that whatever ends a run leaves a good one behind.
+    that are not finite, so that there is a good one whatever ends a run.
 
     Args:
         every_n_steps: Optimizer steps between two writings of last.ckpt; it is also written after
             every validation and at the end.
         monitor: Metric that says which checkpoint is best, such as validation/exact_match; None:
-            exact match beyond the trained lengths where the task asks for it (`ood_digits`), else
+            out-of-distribution exact match where the task evaluates it (`ood_digits`), else
             validation/loss.
         mode: "min" or "max": which values of `monitor` are better.
     """
@@ -115,7 +115,7 @@ class Checkpoints(Checkpoint):
         batch_idx: int,
     ) -> None:
         # During an accumulation the step stays the one that was saved.
-        # The last step is saved before callbacks that average weights put these in their place.
+        # The last step is saved before callbacks that average weights replace them.
         ends = trainer.global_step == trainer.max_steps
         if ends or trainer.global_step % self.every_n_steps == 0:
             self.save_last(trainer, pl_module)
@@ -146,8 +146,8 @@ class Checkpoints(Checkpoint):
             return
         monitor, mode = self.monitor, self.mode
         if monitor is None:
-            beyond = OUT_OF_DISTRIBUTION in trainer.callback_metrics
-            monitor, mode = (OUT_OF_DISTRIBUTION, "max") if beyond else ("validation/loss", "min")
+            has_ood = OUT_OF_DISTRIBUTION in trainer.callback_metrics
+            monitor, mode = (OUT_OF_DISTRIBUTION, "max") if has_ood else ("validation/loss", "min")
         value = trainer.callback_metrics.get(monitor)
         if value is None:
             raise ValueError(
@@ -200,18 +200,18 @@ class Checkpoints(Checkpoint):
 
 
 def _comparable(value: float | None, sign: int, loss: float | None) -> tuple[float, ...]:
-    """A metric and the loss beside it, the better the smaller; what is no number comes last."""
+    """A metric and the loss beside it, the better the smaller; nan comes last."""
     numbers = (None if value is None else sign * value, loss)
     return tuple(math.inf if n is None or math.isnan(n) else n for n in numbers)
 
 
 class EndOnSignal(lightning.Callback):
-    """Ends a run that a signal asks to end: after a whole step, with last.ckpt written.
+    """Ends a run after a signal: after a whole step, with last.ckpt written.
 
     A validation is broken off; a run that is resumed begins with it.
 
     Args:
-        signals: Which notes what was asked for.
+        signals: Which notes the signal.
     """
 
     def __init__(self, signals: Signals) -> None:
@@ -231,7 +231,7 @@ class EndOnSignal(lightning.Callback):
         batch_idx: int,
     ) -> None:
         if not trainer.fit_loop.epoch_loop._should_accumulate():
-            self._end_if_asked(trainer, pl_module)
+            self._end_if_received(trainer, pl_module)
 
     def on_validation_batch_end(
         self,
@@ -246,7 +246,7 @@ class EndOnSignal(lightning.Callback):
         # In the middle of an accumulation nothing can be saved: the step comes first.
         if trainer.state.fn != "fit" or trainer.sanity_checking or loop._should_accumulate():
             return
-        if self._asked(trainer) and not loop.val_loop.batch_progress.is_last_batch:
+        if self._received(trainer) and not loop.val_loop.batch_progress.is_last_batch:
             assert isinstance(pl_module, LanguageModel)
             pl_module.cut_short = True
             # Ends the loop, not the process: callbacks that lent the model other weights for the
@@ -258,31 +258,31 @@ class EndOnSignal(lightning.Callback):
     ) -> None:
         midway = trainer.fit_loop.epoch_loop._should_accumulate()
         if trainer.state.fn == "fit" and not trainer.sanity_checking and not midway:
-            self._end_if_asked(trainer, pl_module)
+            self._end_if_received(trainer, pl_module)
 
     def on_train_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         self.signals.gentle = False  # all is written
-        self._end_if_asked(trainer, pl_module)
+        self._end_if_received(trainer, pl_module)
 
-    def _asked(self, trainer: lightning.Trainer) -> int:
+    def _received(self, trainer: lightning.Trainer) -> int:
         """The signal that any of the ranks was sent, 0 for none."""
-        asked = self.signals.asked or 0
+        received = self.signals.received or 0
         if trainer.world_size == 1:
-            return asked
+            return received
         device = trainer.strategy.root_device
-        return int(trainer.strategy.reduce(torch.tensor(asked, device=device), reduce_op="max"))
+        return int(trainer.strategy.reduce(torch.tensor(received, device=device), reduce_op="max"))
 
-    def _end_if_asked(
+    def _end_if_received(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        if not (asked := self._asked(trainer)):
+        if not (received := self._received(trainer)):
             return
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, Checkpoints):
                 callback.save_last(trainer, pl_module)
-        raise Ended(asked)
+        raise Ended(received)
 
 
 class SaveAndEndOnSignal(EndOnSignal, Checkpoint):
@@ -363,13 +363,13 @@ class ShowProgress(ProgressBar):
         if trainer.global_step % pl_module.log_every:
             return
         if self.shown is not None:
-            # The loss alone, and the speed where there is room: the lines above say the rest.
-            room = self.console.width >= 90
+            # The loss alone, and the speed where it fits: the lines above say the rest.
+            wide = self.console.width >= 90
             parts = describe(pl_module.latest, "train")
             self.shown.update(
                 self.shown.task_ids[0],
                 completed=trainer.global_step,
-                metrics="  ".join(parts[: None if room else 1]),
+                metrics="  ".join(parts[: None if wide else 1]),
             )
             return
         now = time.perf_counter()
@@ -404,7 +404,7 @@ class ShowProgress(ProgressBar):
             self._say_step(trainer, pl_module, "train")
         self._stop()
         for checkpoint in trainer.checkpoint_callbacks:
-            # A model may be best beyond the trained lengths long before the end: say both.
+            # A model may be best out of distribution long before the end: say both.
             for name, found in getattr(checkpoint, "reached", {}).items():
                 if OUT_OF_DISTRIBUTION in found:
                     about = f"{name:<4} step {found['step']:>6.0f}"
@@ -424,7 +424,7 @@ class ShowProgress(ProgressBar):
 
 
 def fold(parts: Sequence[str], width: int | None) -> list[str]:
-    """Parts two blanks apart, in as many lines as a width asks for; further ones are indented."""
+    """Parts separated by two blanks, folded to a width; further lines are indented."""
     lines = [""]
     for part in parts:
         line = f"{lines[-1]}  {part}" if lines[-1].strip() else lines[-1] + part

@@ -43,15 +43,15 @@ from archzoo.training.callbacks import (
 from archzoo.training.directory import RunDirectory
 from archzoo.training.ending import SIGNALS, Ended, say
 from archzoo.training.files import CheckpointFiles, MetricsFile
-from archzoo.training.mistakes import explain
 from archzoo.training.module import LanguageModel
+from archzoo.training.user_errors import explain
 from archzoo.trust import asked_for, load_installed, with_moved
 
-BESIDE = "the run's directory"  # stands for it until its name is known
+RUN_DIRECTORY = "the run's directory"  # a sentinel until its name is known
 COMMANDS = ("fit", "validate", "test", "predict")
 FILES = ("--model", "--trainer", "--checkpoint", "--data")  # a section may be a file of its own
 NOT_STORED = {"preset", "match", "weights"}  # a run's checkpoint holds what they led to
-ARMED = ("model", "data", "trainer", "checkpoint", "seed_everything")  # what an arm may set
+IN_VARIANTS = ("model", "data", "trainer", "checkpoint", "seed_everything")  # what one may set
 HARDWARE = ("accelerator", "devices")  # of the trainer's settings
 
 
@@ -136,12 +136,12 @@ class SaveConfig(SaveConfigCallback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self.config = self.config.clone()
-        # A run from this file is a new one, of this arm.
+        # A run from this file is a new one, of this variant.
         for name in ("ckpt_path", "resume", "arms", "arm"):
             self.config[name] = None
 
     def _save(self, trainer: Any, pl_module: Any) -> None:
-        super().setup(trainer, pl_module, "fit")  # once; when there is room: see `RunDirectory`
+        super().setup(trainer, pl_module, "fit")  # once, after `RunDirectory` is prepared
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         self._save(trainer, pl_module)
@@ -175,20 +175,21 @@ class CommandLine(LightningCLI):
             "--resume",
             type=Literal["auto"] | None,
             default=None,
-            help="auto: fit goes on from the last.ckpt of the run's directory where there is one, "
+            help="auto: fit resumes from the last.ckpt of the run's directory where there is one, "
             "and begins otherwise.",
         )
         parser.add_argument(
             "--arms",
             type=dict[str, dict[str, Any]] | None,
             default=None,
-            help="What is compared: by the name of an arm, the settings it changes in this file.",
+            help="Variants to compare: by the name of each, the settings it changes in this file.",
         )
         parser.add_argument(
             "--arm",
             type=str | None,
             default=None,
-            help="The arm of the configuration file that is run; default: the file as it stands.",
+            help="The variant of the configuration file (one of its arms) that is run; default: "
+            "the file as it stands.",
         )
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
 
@@ -202,7 +203,7 @@ class CommandLine(LightningCLI):
         path = _option(arguments, "--ckpt_path")
         logger = _option(arguments, "--trainer.logger")
         if logger == "TensorBoardLogger" and not _option(arguments, "--trainer.logger.save_dir"):
-            arguments += ["--trainer.logger.save_dir", BESIDE]
+            arguments += ["--trainer.logger.save_dir", RUN_DIRECTORY]
         weights = _option(arguments, "--model.weights")
         if weights and not any(a.startswith(("--config", "-c", "--data")) for a in arguments):
             arguments = ["--config", settings.written(self._data_of(weights)), *arguments]
@@ -299,7 +300,7 @@ class CommandLine(LightningCLI):
         config = self.config[self.subcommand]
         config.name = self.directory.name
         logger = config.trainer.get("logger.init_args")
-        if logger is not None and logger.get("save_dir") == BESIDE:
+        if logger is not None and logger.get("save_dir") == RUN_DIRECTORY:
             logger.save_dir, logger.name, logger.version = str(self.directory), "", "tensorboard"
         last = self.directory / "last.ckpt"
         if config.resume is not None and self.subcommand != "fit":
@@ -350,14 +351,14 @@ class CommandLine(LightningCLI):
     def _take_directory(self) -> None:
         config = self.config[self.subcommand]
         path = config.ckpt_path
-        goes_on = path and Path(path).resolve().parent == self.directory.resolve()
+        resumes = path and Path(path).resolve().parent == self.directory.resolve()
         if config.resume == "auto":  # it was ended before anything could be saved
             names = ("last.ckpt", "best.ckpt")
-            goes_on = goes_on or not any((self.directory / name).exists() for name in names)
-        self._run_directory = RunDirectory(self.directory, bool(goes_on))
+            resumes = resumes or not any((self.directory / name).exists() for name in names)
+        self._run_directory = RunDirectory(self.directory, bool(resumes))
 
     def _hold_directory(self) -> list[RunDirectory]:
-        """The callback that makes room in the run's directory, which is locked from now on."""
+        """The callback that prepares the run's directory, which is locked from now on."""
         self._take_directory()
         return [] if self._run_directory is None else [self._run_directory]
 
@@ -401,7 +402,7 @@ class CommandLine(LightningCLI):
         elif not any(isinstance(c, Checkpoints) for c in trainer.checkpoint_callbacks):
             say(f"{end} at step {step}; nothing is saved under trainer.enable_checkpointing: false")
         else:
-            say(f"{end}\n{last} holds all up to step {step}; to go on:")
+            say(f"{end}\n{last} holds all up to step {step}; to resume:")
             again = ["--ckpt_path", str(last)]  # with the settings that lie beside it
             if _says_all(self._given):
                 given = _without(_without(self._given, "--ckpt_path"), "--resume")
@@ -464,8 +465,8 @@ class CommandLine(LightningCLI):
 
 # ---------------------------------------------------------------------------- small helpers
 
-# Lightning's notes that are no news to anyone here: what machine this is, what else it sells, and
-# the limit that ended a run. Its others, and the reports of a profiler that was asked for, are.
+# Lightning's notes that say nothing new here: what machine this is, what else it sells, and the
+# limit that ended a run. Its others are shown, and so are the reports of a profiler.
 CHATTER = re.compile(
     r"Seed set to |available: |used: |Tip: |litlogger|litmodels|LOCAL_RANK: |^-+$"
     r"|Automatic Mixed Precision|weights_only|Restor(ing|ed) |Loaded model weights"
@@ -481,8 +482,8 @@ def _worth_saying(record: logging.LogRecord) -> bool:
 
 def _while_restoring(error: BaseException) -> bool:
     """Whether an error comes from Lightning's reading of a checkpoint's content."""
-    places = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
-    return any(Path(place).name == "checkpoint_connector.py" for place in places)
+    files = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(Path(file).name == "checkpoint_connector.py" for file in files)
 
 
 def _check_trainer(config: Any) -> None:
@@ -491,7 +492,7 @@ def _check_trainer(config: Any) -> None:
     if isinstance(interval, int | float) and not interval > 0:
         raise ValueError(
             f"trainer.val_check_interval={interval} must be above 0: steps from one validation to "
-            "the next; trainer.limit_val_batches=0 leaves validation out"
+            "the next; trainer.limit_val_batches=0 turns validation off"
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     on_cpu = config.accelerator == "cpu" or (
@@ -529,10 +530,10 @@ def _names_of(parser: Any) -> list[str]:
 def _option(arguments: list[str], name: str) -> str | None:
     """The value of an option before anything is parsed: ``--name value`` or ``--name=value``."""
     names = (name, "-c") if name == "--config" else (name,)
-    for place, argument in enumerate(arguments):
+    for index, argument in enumerate(arguments):
         key, equals, value = argument.partition("=")
         if key in names:
-            following = arguments[place + 1 : place + 2]
+            following = arguments[index + 1 : index + 2]
             return value if equals else (following[0] if following else None)
     return None
 
@@ -583,18 +584,18 @@ def _typed(command: str) -> list[str]:
 
 
 def _run_name(arguments: list[str]) -> str | None:
-    config, arm = _option(arguments, "--config"), _option(arguments, "--arm")
+    config, variant = _option(arguments, "--config"), _option(arguments, "--arm")
     if not config or not Path(config).is_file():
         return None
-    return Path(config).stem + (f"_{arm}" if arm else "")
+    return Path(config).stem + (f"_{variant}" if variant else "")
 
 
 def _with_files_read(arguments: list[str]) -> list[str]:
-    """The arguments with the content of every file in the place of its name, checked.
+    """The arguments with every file's name replaced by its content, checked.
 
-    Behind the first configuration stand the settings of --arm, which is one of its `arms`.
+    After the first configuration come the settings of --arm, a variant among its `arms`.
     """
-    arm = _option(arguments, "--arm")
+    variant = _option(arguments, "--arm")
     found: list[str] = []
     configurations = 0
     rest = iter(arguments)
@@ -611,7 +612,7 @@ def _with_files_read(arguments: list[str]) -> list[str]:
             settings.check(content, value)
             found += ["--config", settings.written(content)]
             if not configurations:
-                found += _settings_of(arm, content, value)
+                found += _settings_of(variant, content, value)
             configurations += 1
         elif option == "--data" and not value.endswith((".yaml", ".yml", ".json")):
             found += [option, value]  # a class
@@ -619,8 +620,10 @@ def _with_files_read(arguments: list[str]) -> list[str]:
             content = {option.lstrip("-"): _content(value, option)}
             settings.check(content, value)
             found += ["--config", settings.written(content)]
-    if arm is not None and not configurations:
-        raise ValueError(f"--arm {arm} needs --config FILE: an arm is one of a file's `arms`")
+    if variant is not None and not configurations:
+        raise ValueError(
+            f"--arm {variant} needs --config FILE: a variant is one of a file's `arms`"
+        )
     return found
 
 
@@ -638,20 +641,21 @@ def _content(value: str, option: str) -> dict[str, Any]:
     return content
 
 
-def _settings_of(arm: str | None, content: dict[str, Any], whose: str) -> list[str]:
-    """The settings of an arm as arguments."""
-    if arm is None:
+def _settings_of(variant: str | None, content: dict[str, Any], whose: str) -> list[str]:
+    """The settings of a variant as arguments."""
+    if variant is None:
         return []
-    arms = content.get("arms")
-    if not isinstance(arms, dict) or not isinstance(arms.get(arm), dict):
-        names = ", ".join(map(str, arms)) if isinstance(arms, dict) and arms else "none"
-        raise ValueError(f"--arm {arm}: the arms of {whose} are {names}")
+    variants = content.get("arms")
+    if not isinstance(variants, dict) or not isinstance(variants.get(variant), dict):
+        names = ", ".join(map(str, variants)) if isinstance(variants, dict) and variants else "none"
+        raise ValueError(f"--arm {variant}: the variants of {whose} are {names}")
     found = []
-    for name, value in arms[arm].items():
+    for name, value in variants[variant].items():
         section, _, rest = str(name).partition(".")
-        if (not rest and section not in ("data", "seed_everything")) or section not in ARMED:
-            raise ValueError(f"{whose}: the arm {arm} sets {name!r}: it takes {', '.join(ARMED)}")
-        settings.check({name: value}, f"{whose}: the arm {arm}")
+        if (not rest and section not in ("data", "seed_everything")) or section not in IN_VARIANTS:
+            allowed = ", ".join(IN_VARIANTS)
+            raise ValueError(f"{whose}: the variant {variant} sets {name!r}: it takes {allowed}")
+        settings.check({name: value}, f"{whose}: the variant {variant}")
         found += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
     return found
 

@@ -35,7 +35,7 @@ class Lock:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.path = directory / LOCK
-        missing = [place for place in (directory, *directory.parents) if not place.exists()]
+        missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
         directory.mkdir(parents=True, exist_ok=True)
         self._made = missing  # the innermost first
         self._file: IO[str] | None = None
@@ -68,8 +68,8 @@ class Lock:
         self._file.close()
         self._file = None
         with suppress(OSError):  # where something lies in it, it stays
-            for place in self._made:
-                place.rmdir()
+            for folder in self._made:
+                folder.rmdir()
 
 
 def _hold(file: IO[str]) -> bool:
@@ -86,20 +86,20 @@ def _hold(file: IO[str]) -> bool:
 
 
 class RunDirectory(lightning.Callback):
-    """Makes room for a run when its first step has been computed, and not before.
+    """Prepares a run's directory when its first step has been computed, and not before.
 
-    Until then a mistake may show, in data, sizes, optimizer or memory, and the run that lies in
-    the directory stays as it is. It must be the first callback, since others write.
+    Until then an error may show, in data, sizes, optimizer or memory, and the run that lies in the
+    directory stays as it is. It must be the first callback, since others write.
 
     Args:
         path: The directory.
-        goes_on: Whether the run in it is the one that goes on.
+        resumes: Whether the run in it is the one that is resumed.
     """
 
-    def __init__(self, path: Path, goes_on: bool) -> None:
+    def __init__(self, path: Path, resumes: bool) -> None:
         self.path = path
         self.lock = Lock(path)
-        found = [] if goes_on else _files(path)
+        found = [] if resumes else _files(path)
         #: What another run left here.
         self.others = found if {path / name for name in OF_A_RUN} & set(found) else []
 

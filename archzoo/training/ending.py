@@ -1,4 +1,4 @@
-"""How a run is asked to end: signals are noted first, and obeyed where nothing is lost.
+"""Signals that end a run: they are noted first, and obeyed where nothing is lost.
 
 Light to import: it stands guard while torch is still being loaded.
 """
@@ -23,7 +23,7 @@ TOGETHER = 1.0  # seconds
 
 
 class Ended(BaseException):
-    """Raised where a run ends because a signal asked for it.
+    """Raised where a run ends because of a signal.
 
     Args:
         number: Of the signal.
@@ -38,22 +38,22 @@ class Ended(BaseException):
 
 
 class Signals:
-    """Catches the signals that ask a process to end, from entering to leaving it.
+    """A context manager that catches the signals that end a process.
 
     The first one raises `Ended`, or is only noted while `gentle`: then training ends itself. A
     second one ends the process at once, whatever it does. What was ignored before, such as SIGHUP
-    under nohup, or had a handler of someone else's, is left alone.
+    under nohup, or had a handler of someone else's, is not touched.
     """
 
     def __init__(self) -> None:
-        self.asked: int | None = None  # the first signal
+        self.received: int | None = None  # the first signal
         self.gentle = False
         self._since = 0.0
         self._before: dict[int, Any] = {}
         self._watched: tuple[int, int] | None = None
 
     def __enter__(self) -> Signals:
-        self.asked, self.gentle, self._since = None, False, 0.0
+        self.received, self.gentle, self._since = None, False, 0.0
         if threading.current_thread() is not threading.main_thread():
             return self  # only the main thread may
         for number in ENDING:
@@ -73,9 +73,9 @@ class Signals:
             self._watched = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked is not None:
+        if self.received is not None:
             return  # `_wait` ends the process
-        self.asked = number
+        self.received = number
         if not self.gentle:
             raise Ended(number)
         name = signal.Signals(number).name

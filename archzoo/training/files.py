@@ -15,7 +15,7 @@ from lightning.pytorch.loggers.logger import Logger
 
 from archzoo.checkpoint import read_safely, sign
 
-# What going on from a checkpoint reads, where it is there, and what each is.
+# What resuming from a checkpoint reads, where it is there, and what each is.
 RESUMED: dict[str, type] = {
     "state_dict": dict,
     "hyper_parameters": dict,
@@ -31,13 +31,13 @@ RESUMED: dict[str, type] = {
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Write a checkpoint beside its place, then put it there: readers see the old or the new one.
+    """Write a checkpoint beside its path, then move it there: readers see the old or the new one.
 
     A run's gets the digest of its decoder's weights.
 
     Raises:
-        OSError: It could not be written, for want of room for instance; what stood at `path`
-            still stands there.
+        OSError: It could not be written, because the disk is full for instance; what was at
+            `path` is still there.
     """
     path = Path(path)
     sign(checkpoint)
@@ -47,7 +47,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
         with open(partial, "wb") as file:
             torch.save(checkpoint, file)
             file.flush()
-            os.fsync(file.fileno())  # or a power cut may leave the new name on no content
+            os.fsync(file.fileno())  # or after a power cut the new name may have no content
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
         # torch reports what its writer met as RuntimeError.
@@ -84,8 +84,8 @@ class CheckpointFiles(TorchCheckpointIO):
 class MetricsFile(Logger):
     """A CSV file with a row for everything logged: step, seconds, and a column a metric.
 
-    Every row is on disk before the next step begins, so that a run that is killed leaves its log
-    behind. A resumed run goes on in the same file: see `begin`.
+    Every row is on disk before the next step begins, so that the log of a run that is killed is
+    complete. A resumed run continues the same file: see `begin`.
 
     Args:
         path: The file; directories are made.
@@ -95,7 +95,7 @@ class MetricsFile(Logger):
         super().__init__()
         self.path = Path(path)
         self._rows = 0  # in the file, as far as this run wrote or read it
-        self._beginning: tuple[int, int | None] | None = None  # what `begin` was asked for
+        self._beginning: tuple[int, int | None] | None = None  # what `begin` was given
         self._columns: list[str] | None = None
         self._known: set[tuple[int, frozenset[str]]] = set()
         self._started = time.perf_counter()
@@ -126,8 +126,8 @@ class MetricsFile(Logger):
     def begin(self, step: int, count: int | None = None) -> None:
         """Keep the rows up to a step: a run that begins there writes the later ones again.
 
-        The others go when the first one is written, so that a run that fails before it leaves the
-        file as it was.
+        The others are removed when the first one is written, so that a run that fails before it
+        does not change the file.
 
         Args:
             step: The last whose rows stay.

@@ -1,4 +1,4 @@
-"""What a resumed run does before it goes on: a validation that its checkpoint still owes."""
+"""What a resumed run does first: a validation that its checkpoint still owes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ResumingFitLoop(_FitLoop):
 
     @classmethod
     def take_over(cls, trainer: lightning.Trainer) -> ResumingFitLoop:
-        """Make a trainer's loop this one; Lightning has no place to give one to it."""
+        """Make a trainer's loop this one; Lightning has no argument for it."""
         trainer.fit_loop.__class__ = cls
         return cast(ResumingFitLoop, trainer.fit_loop)
 

@@ -11,12 +11,12 @@ from torch.utils.checkpoint import checkpoint
 
 from archzoo.numerics import at_least_float32
 
-IGNORED = -100  # a label that asks for nothing, as in torch.nn.functional.cross_entropy
+IGNORED = -100  # the label of an unlabelled position, as in torch.nn.functional.cross_entropy
 CHUNK = 2**25  # logits at once: 128 MiB in float32
 
 
 class Scores(NamedTuple):
-    """How well each token was predicted; both (tokens,), zero where the label asks for nothing.
+    """How well each token was predicted; both (tokens,), zero at unlabelled positions.
 
     Attributes:
         losses: float, in nats.
@@ -31,13 +31,13 @@ def check_labels(batch: dict[str, Any]) -> Tensor:
     """The labels of a batch, int64; whether they lie in the vocabulary is seen later.
 
     Raises:
-        ValueError: None, no whole numbers, or other than one for every token.
+        ValueError: None, not integers, or other than one for every token.
     """
     labels = batch.get("labels")
     if not isinstance(labels, Tensor):
         raise ValueError(
             "the batch holds no labels: give it the token that should follow each token, and "
-            f"{IGNORED} where nothing is asked"
+            f"{IGNORED} at unlabelled positions"
         )
     kind = str(labels.dtype).removeprefix("torch.")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
@@ -45,28 +45,28 @@ def check_labels(batch: dict[str, Any]) -> Tensor:
     if labels.shape != batch["tokens"].shape:
         raise ValueError(
             f"labels have shape {tuple(labels.shape)}, the tokens {tuple(batch['tokens'].shape)}: "
-            f"give one for every token, {IGNORED} where nothing is asked"
+            f"give one for every token, {IGNORED} at unlabelled positions"
         )
     return labels.long()
 
 
-def total_loss(x: Tensor, head: nn.Linear, labels: Tensor, piece: int = CHUNK) -> Tensor:
+def total_loss(x: Tensor, head: nn.Linear, labels: Tensor, chunk: int = CHUNK) -> Tensor:
     """The sum over tokens of ``-log softmax(head(x))[label]``, in nats.
 
-    Where the logits would be more than `piece` numbers, they are computed piece by piece, and
-    once more in the backward pass instead of being kept.
+    Where the logits would be more than `chunk` numbers, they are computed chunk by chunk, and
+    recomputed in the backward pass instead of being kept.
 
     Args:
         x: (batch, time, dim), after the last norm.
         head: To (vocab_size).
-        labels: (batch, time) int64, -100 where nothing is asked.
-        piece: Logits to hold at once.
+        labels: (batch, time) int64, -100 at unlabelled positions.
+        chunk: Logits to hold at once.
 
     Returns:
         A scalar, float32 at least.
     """
     x, labels = x.flatten(0, 1), labels.flatten()
-    rows = max(piece // head.out_features, 1)
+    rows = max(chunk // head.out_features, 1)
     if len(x) <= rows:
         return _sum_of_losses(x, head, labels)
     parts = [
@@ -76,22 +76,22 @@ def total_loss(x: Tensor, head: nn.Linear, labels: Tensor, piece: int = CHUNK) -
     return torch.stack(parts).sum()
 
 
-def score(x: Tensor, head: nn.Linear, labels: Tensor, piece: int = CHUNK) -> Scores:
+def score(x: Tensor, head: nn.Linear, labels: Tensor, chunk: int = CHUNK) -> Scores:
     """Loss and most likely token at every position.
 
     Args:
         x: (batch, time, dim), before the head.
         head: To logits.
-        labels: (batch, time), -100 where nothing is asked.
-        piece: Logits that are held at once.
+        labels: (batch, time), -100 at unlabelled positions.
+        chunk: Logits that are held at once.
     """
     x, labels = x.flatten(0, 1), labels.flatten()
-    rows = max(piece // head.out_features, 1)
+    rows = max(chunk // head.out_features, 1)
     losses, predicted = [], []
-    for some, asked in zip(x.split(rows), labels.split(rows), strict=True):
+    for some, targets in zip(x.split(rows), labels.split(rows), strict=True):
         logits = head(some)
         logits = logits.to(at_least_float32(logits.dtype))
-        losses.append(_cross_entropy(logits, asked, "none"))
+        losses.append(_cross_entropy(logits, targets, "none"))
         predicted.append(logits.argmax(-1))
     return Scores(torch.cat(losses), torch.cat(predicted))
 
@@ -109,5 +109,5 @@ def _cross_entropy(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
         wrong = labels[((labels < 0) | (labels >= logits.shape[-1])) & (labels != IGNORED)]
         raise ValueError(
             f"label {int(wrong[0])} is not a token: the model knows 0 .. {logits.shape[-1] - 1}, "
-            f"and {IGNORED} asks for nothing"
+            f"and {IGNORED} at unlabelled positions"
         ) from None

@@ -41,7 +41,7 @@ from archzoo.training.ranks import pooled_losses, sum_over_ranks
 MATCHED = 0.01
 # What may be replaced without making it another architecture.
 SIZES = ("vocab_size", "dim", "depth", "heads", "tie_weights", "context_length")
-HARMLESS = ("context_length", "dropout", "init_std", "activation_checkpointing")
+MAY_DIFFER = ("context_length", "dropout", "init_std", "activation_checkpointing")
 
 
 class LanguageModel(lightning.LightningModule):
@@ -49,23 +49,24 @@ class LanguageModel(lightning.LightningModule):
 
     An optimizer step takes the gradient of::
 
-        L = sum over pieces of (sum over the piece's labelled tokens of -log p(label)
-                                + n_piece * sum of the piece's aux losses) / N
+        L = sum over slices of (sum over the slice's labelled tokens of -log p(label)
+                                + n_slice * sum of the slice's aux losses) / N
 
-    in nats, where a piece is what one rank sees of one micro-batch, n_piece its labelled tokens
-    and N those of all pieces of the step, however many micro-batches an epoch's end leaves it.
-    So the first term is that of the whole batch, however it is cut into micro-batches and ranks;
-    both cuts are one and the same. An aux loss (of a layer's `Aux.losses`) is its mean
-    over the pieces by their labelled tokens. For one that is itself a mean over tokens, as the
-    z-loss, that is the whole batch's where the same share of tokens is labelled in each piece. A
-    balancing loss is not linear in the tokens: cut into pieces it is another one (see `Balance`),
-    and where it takes the tokens of all ranks (`balance_over`) the micro-batch is its piece. What
-    moves by counts, experts' biases and adaptive coefficients, sees the counts of the whole step.
+    in nats, where a slice is what one rank sees of one micro-batch, n_slice its labelled tokens
+    and N those of all slices of the step, however many micro-batches of gradient accumulation an
+    epoch's end has for it. So the first term is that of the whole batch, however it is cut into
+    micro-batches and ranks: gradient accumulation and data parallelism give the same gradient. An
+    aux loss (of a layer's `Aux.losses`) is its mean over the slices by their labelled tokens. For
+    one that is itself a mean over tokens, as the z-loss, that is the whole batch's where the same
+    fraction of tokens is labelled in each slice. A balancing loss is not linear in the tokens: cut
+    into slices it is another one (see `Balance`), and where it takes the tokens of all ranks
+    (`balance_over`) the micro-batch is its slice. What moves by counts, experts' biases and
+    adaptive coefficients, sees the counts of the whole step.
 
     Weights move by AdamW (Loshchilov and Hutter, arXiv 1711.05101) with decay on matrices only, a
     linear warm-up and a cosine. A step that float16's loss scaling skips, because a gradient
     overflowed, moves nothing: no weight, bias, coefficient or learning rate, and the progressive
-    loss draws the same again.
+    loss draws the same numbers again.
 
     The decoder is made when the vocabulary is known: at once where `vocab_size` is given, else in
     `setup`, from the task the trainer runs on.
@@ -81,11 +82,11 @@ class LanguageModel(lightning.LightningModule):
         learning_rate: The peak, per optimizer step.
         warmup_steps: Optimizer steps from 0 to the peak.
         schedule: "cosine", which runs until the trainer's last step, or "constant".
-        final_learning_rate: Where the cosine ends, as a share of the peak.
+        final_learning_rate: Where the cosine ends, as a fraction of the peak.
         weight_decay: Of matrices; norms, biases and embeddings do not decay.
         betas: How fast AdamW forgets the gradient and its square.
-        progressive_loss: Share of the loss that a looped model takes from a random number of
-            runs, the first of them without gradients: see archzoo/training/progressive.py.
+        progressive_loss: Fraction of the loss that a looped model takes from a random number of
+            iterations, the first without gradients: see archzoo/training/progressive.py.
         progressive_seed: Of those numbers, which are a function of (progressive_seed, step).
         **architecture: Arguments of `Decoder`; None means the preset's value.
 
@@ -123,7 +124,7 @@ class LanguageModel(lightning.LightningModule):
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas={list(betas)} must be two numbers from 0 to below 1")
         if not 0 <= progressive_loss <= 1:
-            raise ValueError(f"progressive_loss={progressive_loss} must lie in [0, 1]: a share")
+            raise ValueError(f"progressive_loss={progressive_loss} must lie in [0, 1]: a fraction")
         self.preset, self.match = preset, match
         self.progressive_loss, self.progressive_seed = progressive_loss, progressive_seed
         self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
@@ -133,7 +134,7 @@ class LanguageModel(lightning.LightningModule):
         self.decoder: Decoder | None = None
         # Sums over an evaluation: of losses, and what was right of how many tokens or answers.
         self._evaluated: dict[str, Tensor] = {}
-        self._beyond: tuple[int | str, ...] = ()  # of `Task.extra_evaluations`
+        self._extra: tuple[int | str, ...] = ()  # of `Task.extra_evaluations`
         #: The latest logged values, plain floats, for whoever displays them.
         self.latest: dict[str, float] = {}
         self._totals: dict[str, Tensor] = {}  # sums since the last row of the log
@@ -174,13 +175,13 @@ class LanguageModel(lightning.LightningModule):
         """The model that a checkpoint or directory holds, to be trained on."""
         given = {n: value for n, value in self.architecture.items() if value is not None}
         adapter = given.pop("adapters", given.pop("adapter", None))
-        refused = [name for name in given if name not in HARMLESS]
+        refused = [name for name in given if name not in MAY_DIFFER]
         if self.preset is not None or self.match is not None or refused:
             names = [n for n in ("preset", "match") if getattr(self, n) is not None] + refused
             nothing = " ".join(f"--model.{name} null" for name in names)
             raise ValueError(
-                f"weights={weights!r} brings its own architecture: leave {', '.join(names)} out, "
-                f"or take back what a configuration file gives: {nothing}"
+                f"weights={weights!r} brings its own architecture: omit {', '.join(names)}, or "
+                f"take back what a configuration file gives: {nothing}"
             )
         found = load(weights, "cpu")
         if found.tokenizer is not None:
@@ -272,18 +273,18 @@ class LanguageModel(lightning.LightningModule):
         swapped = [
             name
             for name, value in self.architecture.items()
-            if value is not None and name not in (*SIZES, *HARMLESS)
+            if value is not None and name not in (*SIZES, *MAY_DIFFER)
         ]
         if not swapped:
             return f"{self.preset}: {count:,} parameters"
         arguments = get_preset(self.preset).arguments
         sizes = {name: self.net.config[name] for name in SIZES}
         reference = count_parameters(arguments | sizes)
-        apart = count / reference - 1
-        verdict = "matched" if abs(apart) <= MATCHED else "NOT matched"
+        difference = count / reference - 1
+        verdict = "matched" if abs(difference) <= MATCHED else "NOT matched"
         return (
             f"{self.preset} with another {', '.join(swapped)}: {count:,} parameters against "
-            f"{reference:,}, {apart:+.1%}: {verdict}"
+            f"{reference:,}, {difference:+.1%}: {verdict}"
         )
 
     # ------------------------------------------------------------------------ loss
@@ -323,8 +324,8 @@ class LanguageModel(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         labels = check_labels(batch)
-        asked = (labels != IGNORED).sum()
-        everywhere = sum_over_ranks(self.trainer, asked)
+        labelled = (labels != IGNORED).sum()
+        everywhere = sum_over_ranks(self.trainer, labelled)
         if batch_idx % self.trainer.accumulate_grad_batches == 0:  # as Lightning drops gradients
             self._sums = [{} for _ in range(self.net.depth)]
             self._labelled = self._scale = None
@@ -342,16 +343,16 @@ class LanguageModel(lightning.LightningModule):
             pooled = pooled_losses(self.trainer, self.net, aux)
             total = weight * total_loss(x, self.net.head, labels)
             loss = loss + total * ranks / self._scale
-            self._count("loss", total, asked, weight)
-            for found, tokens in ((aux, ranks * asked), (pooled, everywhere)):
+            self._count("loss", total, labelled, weight)
+            for found, tokens in ((aux, ranks * labelled), (pooled, everywhere)):
                 values = [value for layer in found for value in layer.losses.values()]
                 if values:
-                    share = tokens.to(total.dtype) / self._scale
-                    loss = loss + weight * share * torch.stack(values).sum()
+                    fraction = tokens.to(total.dtype) / self._scale
+                    loss = loss + weight * fraction * torch.stack(values).sum()
             for mine, layer in zip(self._sums, aux, strict=True):
                 for name, value in layer.sums.items():
                     mine[name] = mine.get(name, 0) + value.detach()
-            self._count_alike(scalars(aux) | scalars(pooled))
+            self._accumulate(scalars(aux) | scalars(pooled))
         documents = batch.get("documents")
         seen = labels.numel() if documents is None else (documents >= 0).sum()
         self._count("tokens", torch.as_tensor(seen, device=self.device))
@@ -398,32 +399,32 @@ class LanguageModel(lightning.LightningModule):
         before = self._totals.get(name)
         self._totals[name] = entry if before is None else before + entry
 
-    def _count_alike(self, scalars: dict[str, Tensor]) -> None:
+    def _accumulate(self, scalars: dict[str, Tensor]) -> None:
         """`_count`, each with weight 1: two operations for all, where one by one took three each.
 
-        A mixture logs some ten scalars a layer. They are kept in one tensor until `_settle`.
+        A mixture logs some ten scalars a layer. They are kept in one tensor until `_flush`.
         """
         if not scalars:
             return
         names, values = tuple(scalars), torch.stack(list(scalars.values()))
         kept = self._alike
         if kept is None or kept[0] != names:
-            self._settle()
-            # A run may go on within a row of the log.
+            self._flush()
+            # A run may resume within a row of the log.
             none = torch.zeros(2, dtype=widest(values.device), device=values.device)
             table = torch.stack([self._totals.pop(name, none) for name in names])
             kept = (names, table[:, 0], table[:, 1])
         self._alike = (names, kept[1] + values, kept[2] + 1)
 
-    def _settle(self) -> None:
-        """Put what `_count_alike` keeps among the other sums."""
+    def _flush(self) -> None:
+        """Put what `_accumulate` keeps among the other sums."""
         if self._alike is not None:
             names, sums, weights = self._alike
             self._totals |= dict(zip(names, torch.stack([sums, weights], dim=1), strict=True))
             self._alike = None
 
     def _watch(self, loss: Tensor) -> None:
-        """Notice a loss that is no number: on the CPU at once, elsewhere when it costs nothing."""
+        """Notice a non-finite loss: on the CPU at once, elsewhere when it costs nothing."""
         self._unchecked.append((self.trainer.global_step + 1, loss))
         if loss.device.type == "cpu":
             self.check_losses()
@@ -453,7 +454,7 @@ class LanguageModel(lightning.LightningModule):
         total = torch.stack([weight.detach().float().sum() for weight in self.parameters()])
         if not total.isfinite().all():
             raise FloatingPointError(
-                f"step {self.trainer.global_step} made weights that are no finite numbers"
+                f"step {self.trainer.global_step} made weights that are not finite"
             )
 
     # ------------------------------------------------------------------------ optimizer
@@ -541,7 +542,7 @@ class LanguageModel(lightning.LightningModule):
         self.check_losses()
         now = time.perf_counter()
         row = {}
-        self._settle()
+        self._flush()
         for name, entry in sum_over_ranks(self.trainer, self._totals).items():
             if name == "tokens":
                 row["tokens_per_second"] = entry.item() / (now - self._clock)
@@ -571,22 +572,22 @@ class LanguageModel(lightning.LightningModule):
         labels = check_labels(batch)
         x, _ = self._hidden(batch, split)
         losses, predicted = score(x, self.net.head, labels)
-        asked = labels != IGNORED
+        labelled = labels != IGNORED
         right = predicted.view_as(labels) == labels
-        rows = asked.any(dim=1)  # rows that only fill a batch up ask for nothing
-        exact = (right | ~asked).all(dim=1) & rows
+        rows = labelled.any(dim=1)  # rows that only pad a batch are unlabelled
+        exact = (right | ~labelled).all(dim=1) & rows
         seen = self._evaluated
-        if loader:  # the first is the split's own, the others ask for longer problems
-            seen[f"exact_match/{self._beyond[loader - 1]}"] += _counts(exact, rows)
+        if loader:  # the first is the split's own, the others hold the extra problems
+            seen[f"exact_match/{self._extra[loader - 1]}"] += _counts(exact, rows)
             return
         seen["loss"] += losses.to(seen["loss"].dtype).sum()
-        seen["token_accuracy"] += _counts(right & asked, asked)
+        seen["token_accuracy"] += _counts(right & labelled, labelled)
         seen["exact_match"] += _counts(exact, rows)
 
     def _begin_evaluation(self, split: str) -> None:
         self._carried.pop(split, None)
-        self._beyond = self.task.extra_evaluations(split) if self.task else ()
-        names = ("token_accuracy", "exact_match", *(f"exact_match/{name}" for name in self._beyond))
+        self._extra = self.task.extra_evaluations(split) if self.task else ()
+        names = ("token_accuracy", "exact_match", *(f"exact_match/{name}" for name in self._extra))
         none = torch.zeros(2, dtype=torch.int64, device=self.device)
         loss = torch.zeros((), dtype=widest(self.device), device=self.device)
         self._evaluated = {"loss": loss, **{name: none.clone() for name in names}}
@@ -600,14 +601,14 @@ class LanguageModel(lightning.LightningModule):
         means = {name: right / max(count, 1) for name, (right, count) in seen.items()}
         values = {
             "loss": loss,
-            "perplexity": math.exp(min(loss, 700)),  # beyond that no float holds it
+            "perplexity": math.exp(min(loss, 700)),  # above that it overflows
             "token_accuracy": means["token_accuracy"],
             "exact_match": means["exact_match"],
         }
         wanted = ("loss", *(self.task.metrics if self.task else values))
         row = {f"{split}/{name}": values[name] for name in wanted}
-        if self._beyond:
-            matches = {name: means[f"exact_match/{name}"] for name in self._beyond}
+        if self._extra:
+            matches = {name: means[f"exact_match/{name}"] for name in self._extra}
             row |= {f"{split}/exact_match/{name}": matches[name] for name in matches}
             longer = [match for name, match in matches.items() if isinstance(name, int)]
             if longer:
@@ -650,7 +651,7 @@ class LanguageModel(lightning.LightningModule):
         self._carried.pop("predict", None)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, str]]:
-        """Each row as text: what was read, what was asked for, and what was predicted for it.
+        """Each row as text: what was read, what was wanted, and what was predicted for it.
 
         Predictions are made with the right tokens before them (teacher forcing). Numbers are
         written as people do, whatever the task does.
@@ -660,19 +661,19 @@ class LanguageModel(lightning.LightningModule):
             raise ValueError("predict needs a task, whose tokenizer writes the predictions")
         x, _ = self._hidden(batch, "predict")
         predicted = score(x, self.net.head, labels).predicted.view_as(labels)
-        asked = (labels != IGNORED).tolist()
+        labelled = (labels != IGNORED).tolist()
         rows = []
         decode, writing = task.tokenizer.decode, writing_of(task.config())
         for row, tokens in enumerate(batch["tokens"].tolist()):
-            places = [place for place, is_asked in enumerate(asked[row]) if is_asked]
-            if not places:
+            indices = [index for index, wanted in enumerate(labelled[row]) if wanted]
+            if not indices:
                 continue
-            text = decode(tokens[: places[0] + 1])
+            text = decode(tokens[: indices[0] + 1])
             rows.append(
                 {
                     "text": writing.read(text),
-                    "asked": writing.read(decode(labels[row, places].tolist()), text),
-                    "predicted": writing.read(decode(predicted[row, places].tolist()), text),
+                    "asked": writing.read(decode(labels[row, indices].tolist()), text),
+                    "predicted": writing.read(decode(predicted[row, indices].tolist()), text),
                 }
             )
         return rows
@@ -705,7 +706,7 @@ class LanguageModel(lightning.LightningModule):
                 name: torch.frombuffer(bytearray(content), dtype=torch.uint8)
                 for name, content in self.task.tokenizer.files().items()
             }
-        self._settle()
+        self._flush()
         random = random_state()
         if self.cut_short and self._random_before is not None:
             random = self._random_before
@@ -717,7 +718,7 @@ class LanguageModel(lightning.LightningModule):
         }
 
     @classmethod
-    def load_from_checkpoint(  # type: ignore[override]  # which is no usual method
+    def load_from_checkpoint(  # type: ignore[override]  # Lightning's is not a usual method
         cls,
         checkpoint_path: str | os.PathLike[str],
         map_location: torch.device | str | None = None,
@@ -733,7 +734,7 @@ class LanguageModel(lightning.LightningModule):
             map_location: A device. None: the CPU.
             strict: Whether all of its tensors must be this module's.
             weights_only: For Lightning's sake; nothing else is ever read.
-            **arguments: Of the module, in the place of the checkpoint's.
+            **arguments: Of the module, instead of the checkpoint's.
         """
         checkpoint = read_safely(checkpoint_path)
         if not isinstance(checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY), dict):
@@ -755,12 +756,12 @@ class LanguageModel(lightning.LightningModule):
         ):
             raise ValueError("this checkpoint was not written by archzoo's training")
         for name, ours in self.net.config.items():
-            if name not in HARMLESS and _in_full(name, ours) != _in_full(name, theirs.get(name)):
+            if name not in MAY_DIFFER and _in_full(name, ours) != _in_full(name, theirs.get(name)):
                 raise ValueError(
                     f"the checkpoint holds another model: {name} is {theirs.get(name)} in it and "
                     f"{ours} here"
                 )
-        if not self._sharded:  # under FSDP2 Lightning has put the weights in their place by itself
+        if not self._sharded:  # under FSDP2 Lightning has loaded the weights by itself
             self._check_weights_fit(checkpoint.get("state_dict"))
         files = checkpoint.get("tokenizer")
         if self.task is not None and files is not None:
@@ -814,7 +815,7 @@ class LanguageModel(lightning.LightningModule):
             name: value.to(self.device, widest(self.device) if value.is_floating_point() else None)
             for name, value in self._totals.items()
         }
-        # Last of all, so that nothing draws in between.
+        # Last of all, so that nothing draws random numbers in between.
         bring_back_random_state(self._random, self.global_rank)
         self._random = None
         self._clock = time.perf_counter()
@@ -853,9 +854,9 @@ def clip_by_norm(parameters: list[torch.nn.Parameter], largest: float) -> Tensor
     return norm
 
 
-def _counts(right: Tensor, asked: Tensor) -> Tensor:
+def _counts(right: Tensor, labelled: Tensor) -> Tensor:
     """How many of both, (2,) int64."""
-    return torch.stack([right.sum(), asked.sum()])
+    return torch.stack([right.sum(), labelled.sum()])
 
 
 def peak_memory(device: torch.device) -> int:
@@ -888,7 +889,7 @@ def _in_full(name: str, value: Any) -> Any:
 
 
 def _grows(decoder: Decoder) -> bool:
-    """Whether the state takes more room for a longer text."""
+    """Whether the state takes more memory for a longer text, as a KV cache does."""
     with torch.device("meta"):
         sizes = [interface.nbytes(decoder.init_state(1, capacity=n, device="meta")) for n in (1, 2)]
     return sizes[1] > sizes[0]

@@ -19,7 +19,7 @@ def decay_groups(decoder: Decoder, weight_decay: float) -> list[dict[str, Any]]:
     rates are scales of their own, which decay would pull to a value that means something else
     (a norm's weight to 0). Embeddings are tables: a row gets a gradient only when its token
     comes, decay would shrink it at every step, and rare tokens would fade. A head that is tied
-    to the table counts as the table. What tells positions apart is a table, too, even where a
+    to the table counts as the table. What encodes positions is a table, too, even where a
     small network computes it: embeddings, rotaries and biases do not decay, with all they hold.
     Any module may say otherwise for what it holds, by an attribute ``decays``, True or False.
 
@@ -85,11 +85,11 @@ def regroup(state: dict[str, Any], decoder: Decoder) -> dict[str, Any]:
     if sizes != [len(group) for group in before if group] or not all(map(len, now)):
         return state
     theirs = [number for group in state["param_groups"] for number in group["params"]]
-    place = {id(entry): n for entry, n in zip(before[0] + before[1], theirs, strict=True)}
+    index = {id(entry): n for entry, n in zip(before[0] + before[1], theirs, strict=True)}
     moved = {
-        number: state["state"][place[id(entry)]]
+        number: state["state"][index[id(entry)]]
         for number, entry in enumerate(now[0] + now[1])
-        if place[id(entry)] in state["state"]
+        if index[id(entry)] in state["state"]
     }
     numbers = iter(range(sum(sizes)))
     groups = [

@@ -1,4 +1,4 @@
-"""Torch's random generators, which dropout draws from: saved, brought back, one a rank."""
+"""Torch's random generators, which dropout uses: saved, restored, one a rank."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def gather_random_states(mine: dict[str, Any], ranks: int) -> dict[str, Any]:
 
 
 def bring_back_random_state(gathered: dict[str, Any] | None, rank: int) -> None:
-    """Go on drawing where a run was saved; a rank that it did not have draws numbers of its own.
+    """Restore the generators of a saved run; a rank that it did not have gets one of its own.
 
     Args:
         gathered: Of `gather_random_states`, as a checkpoint holds it; None: the run begins.

@@ -122,7 +122,7 @@ def read(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         content = file.read(FILE_LARGEST + 1)
     if len(content) > FILE_LARGEST:
-        raise ValueError(f"{path} has more than {FILE_LARGEST:,} bytes: that is no configuration")
+        raise ValueError(f"{path} has more than {FILE_LARGEST:,} bytes: too long to be valid")
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
@@ -263,7 +263,7 @@ def check(settings: Mapping[str, Any], whose: str) -> None:
     """
     try:
         for name, value in settings.items():
-            if name != "arms":  # which are checked when one is taken
+            if name != "arms":  # the variants, which are checked when one is run
                 check_value(str(name), value)
     except ValueError as error:
         raise ValueError(f"{whose}: {error}") from None
@@ -378,11 +378,11 @@ def check_paths(
         ValueError: The message names the setting, the path, and what allows it.
     """
     instead = tuple(given)
-    for place, text in strings(settings):
-        key = ".".join(name for name in place if name not in ARGUMENTS)
-        if key in instead or place[-1] == "class_path":
+    for key_path, text in strings(settings):
+        key = ".".join(name for name in key_path if name not in ARGUMENTS)
+        if key in instead or key_path[-1] == "class_path":
             continue
         try:
-            check_path(text, always=place[-1] == "path")
+            check_path(text, always=key_path[-1] == "path")
         except ValueError as error:
             raise ValueError(f"{whose}: {key}={error}: give --{key} {text}, {otherwise}") from None

@@ -1,4 +1,4 @@
-"""FSDP2: a decoder's weights cut among the ranks (Zhao et al., arXiv 2304.11277)."""
+"""FSDP2: a decoder's weights sharded over the ranks (Zhao et al., arXiv 2304.11277)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from archzoo.decoder import Decoder
 
 
 def shard(decoder: Decoder, mesh: DeviceMesh, world_size: int) -> None:
-    """Cut a decoder's weights, block by block.
+    """Shard a decoder's weights, block by block.
 
     Parameters stay float32, gathered a block at a time; autocast casts what is computed, as on
     one device, so that routers and norms see what they see there.
@@ -32,13 +32,13 @@ def shard(decoder: Decoder, mesh: DeviceMesh, world_size: int) -> None:
             "number of processes and tensor_parallel_size to 1"
         )
 
-    def place(parameter: nn.Parameter) -> Shard | None:
-        """Experts that do not share out evenly are cut along their widths instead."""
+    def placement(parameter: nn.Parameter) -> Shard | None:
+        """Experts that do not divide evenly are sharded along their widths instead."""
         uneven = parameter.dim() == 3 and parameter.shape[0] % ranks.size()
         return Shard(1) if uneven and parameter.shape[1] % ranks.size() == 0 else None
 
     for parameter in decoder.parameters():  # some lie in long rows, which cannot be cut
         parameter.data = parameter.data.contiguous()
     for part in (*decoder.blocks, decoder):
-        fully_shard(part, mesh=ranks, shard_placement_fn=place)
+        fully_shard(part, mesh=ranks, shard_placement_fn=placement)
     register_fsdp_forward_method(decoder, "hidden")  # what training calls
