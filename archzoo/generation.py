@@ -19,7 +19,7 @@ from torch import Tensor
 
 from archzoo.block import FORMS
 from archzoo.decoder import Decoder, Output
-from archzoo.numerics import for_float64
+from archzoo.numerics import MODEL_TOLERANCES, for_float64
 from archzoo.states import State, nbytes, reorder
 from archzoo.tasks.writing import PLAIN, Writing, writing_of
 
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 #: Called as on_token(row, token, text) for each new token, text being what is now certain of the
 #: row's text; and once as on_token(row, None, rest) when the row has ended.
 OnToken = Callable[[int, int | None, str], None]
-
-# How far the forms of a whole model may differ, relative root mean square.
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
 
 class FormsDisagree(ArithmeticError):
@@ -95,7 +92,7 @@ def probabilities(
     return torch.zeros_like(full).scatter(-1, order, ranked)
 
 
-def draw(probability: Tensor, uniform: Tensor) -> Tensor:
+def sample(probability: Tensor, uniform: Tensor) -> Tensor:
     """The token at which the cumulated probability passes a uniform number: (batch,) int64.
 
     Args:
@@ -162,7 +159,7 @@ class Sampler:
         # Drawn on the CPU, so that a seed means the same on every device.
         numbers = [torch.rand((), generator=g, dtype=torch.float64) for g in generators]
         likely = probabilities(logits, self.temperature, self.top_k, self.top_p)
-        return draw(likely, torch.stack(numbers).to(likely.device)).to(logits.device)
+        return sample(likely, torch.stack(numbers).to(likely.device)).to(logits.device)
 
 
 # ---------------------------------------------------------------------------- writing
@@ -448,7 +445,7 @@ def difference(logits: Tensor, reference: Tensor) -> float:
 
 
 def _judge(differences: list[float], dtype: torch.dtype) -> None:
-    largest, allowed = max(differences), TOLERANCES[dtype]
+    largest, allowed = max(differences), MODEL_TOLERANCES[dtype]
     if not largest <= allowed:
         raise FormsDisagree(
             f"the recurrent and the recomputed logits differ by {largest:.1e} (relative root mean "

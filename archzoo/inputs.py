@@ -16,6 +16,9 @@ from archzoo.states import State
 if TYPE_CHECKING:
     from archzoo.decoder import Decoder
 
+#: The label of an unlabelled position, as in torch.nn.functional.cross_entropy.
+IGNORED = -100
+
 
 def check_tokens(tokens: Any) -> Tensor:
     """Tokens (batch, time) as int64.

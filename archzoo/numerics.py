@@ -18,6 +18,12 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+#: Relative RMS up to which two ways to compute the same thing agree: one part, a whole model,
+#: and gradients.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+MODEL_TOLERANCES = TOLERANCES | {torch.float32: 1e-4}
+GRADIENT_TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
+
 #: Kinds of devices that hold no float64: Apple's GPUs refuse to make one.
 WITHOUT_FLOAT64 = frozenset({"mps"})
 

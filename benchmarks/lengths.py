@@ -28,14 +28,14 @@ from rich.console import Console
 from rich.table import Table
 
 from archzoo.analysis.figures import legend, pyplot, save
-from archzoo.analysis.grid import AT_ONCE, Examiner, Key, examine
+from archzoo.analysis.grid import AT_ONCE, Examiner, Key, ask_problems
 from archzoo.checkpoint import Pretrained, load
-from archzoo.tasks.stream import build
+from archzoo.tasks.stream import build_task
 
 
 def by_length(found: Pretrained, lengths: list[int], count: int) -> dict[int, float]:
     """Exact match of problems of two numbers of n digits each, for each n."""
-    asked = build(found.task) if found.task else None
+    asked = build_task(found.task) if found.task else None
     synthetic = next(iter(getattr(asked, "synthetic_tasks", {}).values()), None)
     if synthetic is None or found.tokenizer is None:
         raise ValueError("a run was not trained on problems, such as those of Addition")
@@ -46,7 +46,7 @@ def by_length(found: Pretrained, lengths: list[int], count: int) -> dict[int, fl
     matches: dict[int, float] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what lies beyond the coverage is looked at on purpose
-        for counts in examine(examiner, keys, count, AT_ONCE[device]):
+        for counts in ask_problems(examiner, keys, count, AT_ONCE[device]):
             for key, (asked, right) in counts.items():
                 if key.kind == "cell":
                     matches[key.first] = right / asked

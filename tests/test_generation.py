@@ -17,10 +17,10 @@ import archzoo
 from archzoo.decoder import Decoder
 from archzoo.generation import (
     FormsDisagree,
-    draw,
     generate,
     generate_command,
     probabilities,
+    sample,
     state_growth,
 )
 from archzoo.mixers.retention import Retention
@@ -280,9 +280,9 @@ def test_ties_go_to_the_lower_token() -> None:
 def test_draw_inverts_the_cumulated_distribution() -> None:
     probability = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]).double()
     for uniform, token in [(0.0, 1), (0.2499, 1), (0.25, 3), (0.9999, 3), (1 - 2**-53, 3)]:
-        assert draw(probability, torch.tensor([uniform]).double()).tolist() == [token]
+        assert sample(probability, torch.tensor([uniform]).double()).tolist() == [token]
     # Rounding up to the total must not give a token of no probability.
-    assert draw(probability, torch.ones(1).double()).tolist() == [3]
+    assert sample(probability, torch.ones(1).double()).tolist() == [3]
 
 
 def test_samples_follow_the_probabilities() -> None:

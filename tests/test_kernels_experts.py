@@ -226,7 +226,7 @@ def test_rows_of_many_assignments(tokens, experts, drops):
 
 def test_weights_are_cast_and_their_gradients_back():
     weight = torch.randn(3, 50, 40, device=DEVICE, requires_grad=True)
-    lower = kernels.cast(weight, torch.bfloat16)
+    lower = kernels.cast_weight(weight, torch.bfloat16)
     assert torch.equal(lower, weight.bfloat16())
     for cotangent in (torch.randn_like(lower), torch.randn_like(lower.mT).mT):
         weight.grad = None
@@ -246,7 +246,7 @@ def test_the_gradient_of_experts_weights_is_float32(sizes, width, out):
     weight = torch.randn(len(sizes), out, width, device=DEVICE, requires_grad=True)
     rows.requires_grad_()
     assert kernels._widens(rows, weight)
-    matrices = kernels.cast(weight, torch.bfloat16)
+    matrices = kernels.cast_weight(weight, torch.bfloat16)
     y = kernels.multiply(rows, matrices, weight, ends)
     y.backward(cotangent.index_fill(0, torch.arange(ends[-1], len(rows), device=DEVICE), torch.nan))
     pieces, gradients = [], []
@@ -537,7 +537,7 @@ def test_swiglu_and_casts_have_all_derivatives():
     expect_all_derivatives(lambda _, x: (kernels.swiglu(x),), torch.randn(3, 8, device=DEVICE))
 
     def cast(way, x):
-        return (kernels.cast(x, torch.bfloat16 if way else x.dtype).to(x.dtype).square(),)
+        return (kernels.cast_weight(x, torch.bfloat16 if way else x.dtype).to(x.dtype).square(),)
 
     expect_second = (torch.randn(3, 8, device=DEVICE),)
     for got, want in zip(*(second(cast, expect_second, w) for w in (True, False)), strict=True):
@@ -553,7 +553,7 @@ def test_a_product_of_experts_has_a_second_derivative():
             return (torch.cat([x @ w.T for x, w in zip(pieces, weight, strict=True)]),)
         lower = rows.bfloat16()
         assert kernels._widens(lower, weight)
-        y = kernels.multiply(lower, kernels.cast(weight, torch.bfloat16), weight, ends)
+        y = kernels.multiply(lower, kernels.cast_weight(weight, torch.bfloat16), weight, ends)
         return (y.float(),)
 
     inputs = torch.randn(48, 16, device=DEVICE), torch.randn(3, 16, 16, device=DEVICE)

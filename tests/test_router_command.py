@@ -5,7 +5,7 @@ import torch
 
 import archzoo
 from archzoo.analysis import routing
-from archzoo.analysis.routing import examine
+from archzoo.analysis.routing import read_routers
 from archzoo.cli import main
 
 RUN = """
@@ -35,7 +35,7 @@ def test_shares_are_counted_over_all_batches_without_padding():
         block.feed_forward.router.register_forward_hook(
             lambda _, arguments, routing, layer=layer: seen.append((layer, arguments, routing))
         )
-    layers = examine(net, batches)
+    layers = read_routers(net, batches)
     for layer, (_, context), decision in seen:
         chosen = decision.indices[context.valid.flatten()]
         counts[layer] += chosen.flatten().bincount(minlength=4)
@@ -52,15 +52,15 @@ def test_shares_are_counted_over_all_batches_without_padding():
 def test_ratios_weigh_batches_by_their_tokens():
     net = mixture(experts=4)
     rows = torch.randint(64, (4, 10))
-    together = examine(net, [{"tokens": rows}])
-    apart = examine(net, [{"tokens": rows[:1]}, {"tokens": rows[1:]}])
+    together = read_routers(net, [{"tokens": rows}])
+    apart = read_routers(net, [{"tokens": rows[:1]}, {"tokens": rows[1:]}])
     for a, b in zip(together, apart, strict=True):
         assert a.values == pytest.approx(b.values, rel=1e-5)
 
 
 def test_the_model_is_left_without_a_graph_and_in_evaluation():
     net = mixture(experts=4, drop="position", capacity_factor=0.1)
-    (first, _) = examine(net, [{"tokens": torch.randint(64, (2, 12))}])
+    (first, _) = read_routers(net, [{"tokens": torch.randint(64, (2, 12))}])
     assert not net.training
     assert first.values["drop_rate"] > 0.5, "the virtual rate: nothing is dropped in evaluation"
 
@@ -83,9 +83,9 @@ def test_the_command_on_a_run(tmp_path, monkeypatch, capsys):
 
 def test_what_has_no_router_is_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match="no router: its feed-forward is GatedFeedForward"):
-        examine(archzoo.create_model("transformer_micro"), [])
+        read_routers(archzoo.create_model("transformer_micro"), [])
     with pytest.raises(ValueError, match="no batch"):
-        examine(mixture(experts=4), [])
+        read_routers(mixture(experts=4), [])
     archzoo.save_pretrained(tmp_path / "model", mixture(experts=4))
     assert main(["router", str(tmp_path / "model")]) == 1
     assert "there is no task" in capsys.readouterr().err

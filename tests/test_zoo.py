@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 import archzoo
 from archzoo import models
-from archzoo.analysis.listing import describe
+from archzoo.analysis.listing import row_of
 from archzoo.block import FORMS
 from archzoo.cli import main
 from archzoo.contract import relative_error
@@ -113,7 +113,7 @@ def test_a_preset_is_what_its_name_and_its_file_say(name: str) -> None:
     assert preset.arguments["context_length"]
     assert size in ACTIVE_PARAMETERS
     [why] = re.findall(r"^Sizes: (?:.+\n)+", preset.about, re.MULTILINE) or [""]
-    assert sized_as_named(name, describe(name).active) or re.search(rf"\b{size}\b", why)
+    assert sized_as_named(name, row_of(name).active) or re.search(rf"\b{size}\b", why)
     with torch.device("meta"):
         config = json.loads(json.dumps(archzoo.create_model(name).config))
         assert Decoder(**config).config == config

@@ -13,8 +13,10 @@ from archzoo.analysis.figures import legend, pyplot, save
 from archzoo.analysis.tables import show
 from archzoo.names import nearest
 
+#: The mean exact match over the lengths that no training example has.
+OUT_OF_DISTRIBUTION = "validation/exact_match/ood"
 # What is compared where no metric is named: the first of these that every run has.
-USUAL = ("validation/exact_match/ood", "validation/exact_match", "validation/loss", "train/loss")
+USUAL = (OUT_OF_DISTRIBUTION, "validation/exact_match", "validation/loss", "train/loss")
 LOWER = ("loss", "perplexity")  # ends of the names of what is better when lower
 
 

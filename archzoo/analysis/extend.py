@@ -21,13 +21,13 @@ from torch.nn import functional as F
 from archzoo.analysis.figures import legend, pyplot, save
 from archzoo.analysis.tables import show
 from archzoo.decoder import Decoder
+from archzoo.inputs import IGNORED
 from archzoo.numerics import at_least_float32
 from archzoo.positions.rotary import RopeType, scale_rotary
 
 if TYPE_CHECKING:
     from archzoo.checkpoint import Pretrained
 
-IGNORED = -100  # the label of an unlabelled position
 AT_ONCE = 2**15  # tokens in a batch
 UNSCALED = "none"
 #: What is compared where no type is named: (type, factor over the length's own ratio). NTK is
@@ -216,7 +216,7 @@ def extend_command(
         writer = csv.writer(file)
         writer.writerow([*Reading._fields, "windows", "tail_tokens", "trained_length"])
         writer.writerows([*reading, len(tokens), tail, trained] for reading in readings)
-    draw(readings, trained, tail, folder / "extend.png")
+    plot(readings, trained, tail, folder / "extend.png")
     print(f"{folder} holds extend.csv, extend.png")
 
 
@@ -267,7 +267,7 @@ def table(readings: list[Reading]) -> Table:
     return made
 
 
-def draw(readings: list[Reading], trained: int, tail: int, path: Path) -> None:
+def plot(readings: list[Reading], trained: int, tail: int, path: Path) -> None:
     """Perplexity against length, of the window and of its tail.
 
     Args:

@@ -135,7 +135,7 @@ class Examiner:
 # ---------------------------------------------------------------------------- the table
 
 
-def examine(
+def ask_problems(
     examiner: Examiner,
     keys: list[Key],
     count: int,
@@ -292,7 +292,7 @@ def grid_command(
         ValueError: It was not trained on problems, or a number is out of its range.
     """
     from archzoo.checkpoint import load, locate, weights_digest
-    from archzoo.tasks.stream import build
+    from archzoo.tasks.stream import build_task
 
     for name, value in (("digits", digits), ("problems", problems), ("at_once", at_once)):
         if value is not None and value < 1:
@@ -303,7 +303,7 @@ def grid_command(
     if precision == "auto":
         half = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bfloat16" if half else "float32"
-    built = build(found.task, **(data or {})) if found.task else None
+    built = build_task(found.task, **(data or {})) if found.task else None
     synthetic_tasks = getattr(built, "synthetic_tasks", {})
     if not synthetic_tasks or found.tokenizer is None:
         raise ValueError(f"{path} was not trained on problems, such as those of Addition")
@@ -324,7 +324,7 @@ def grid_command(
     with warnings.catch_warnings(), _bar(len(keys), len(keys) - len(missing)) as advance:
         warnings.simplefilter("ignore")  # of lengths that are not covered: the figure says so
         tokens = at_once or AT_ONCE.get(kind, AT_ONCE["cpu"])
-        for counts in examine(examiner, missing, problems, tokens, advance):
+        for counts in ask_problems(examiner, missing, problems, tokens, advance):
             journal.add(counts)
     show(_table(journal, synthetic, digits, diagonal or 0))
     if (coverage := found.model.embedding.coverage) is not None:

@@ -58,7 +58,7 @@ class Row(NamedTuple):
     paper: str
 
 
-def describe(name: str, arguments: dict[str, Any] | None = None) -> Row:
+def row_of(name: str, arguments: dict[str, Any] | None = None) -> Row:
     """The facts of a preset, or of a decoder by its arguments; nothing is allocated."""
     preset = get_preset(name) if arguments is None else None
     decoder = _on_meta(preset.arguments if preset else arguments or {})
@@ -93,7 +93,7 @@ def list_command(pattern: str = "*", /, markdown: bool = False) -> None:
     if not names:
         near = nearest(pattern.rstrip("*"), list_models())
         raise ValueError(f"no model is named {pattern!r}; {near}; archzoo list shows all")
-    rows = [describe(name) for name in names]
+    rows = [row_of(name) for name in names]
     if markdown:
         print(markdown_table([_cells(row) for row in rows]))
         return
@@ -125,7 +125,7 @@ def show_command(name: str) -> None:
         preset = get_preset(name)
         arguments = preset.arguments
         print(preset.about.strip(), end="\n\n")
-    row = describe(name, arguments)
+    row = row_of(name, arguments)
     console = Screen(highlight=False)
     if not console.is_terminal:
         console.width = 200  # a file can hold a long setting on one line

@@ -62,7 +62,7 @@ class Layer(NamedTuple):
     values: dict[str, float]
 
 
-def examine(decoder: Decoder, batches: Iterable[dict[str, Tensor]]) -> list[Layer]:
+def read_routers(decoder: Decoder, batches: Iterable[dict[str, Tensor]]) -> list[Layer]:
     """The load of every mixture over batches of text; padding is left out.
 
     The decoder is put into evaluation, where nothing is dropped: the drop rate is the virtual one.
@@ -152,7 +152,7 @@ def router_command(
     found = load(path, device or "auto")
     if batches < 1:
         raise ValueError(f"batches={batches} must be at least 1")
-    layers = examine(found.model, _validation_data(found, batches, data or {}))
+    layers = read_routers(found.model, _validation_data(found, batches, data or {}))
     show(_table(layers))
     if figure is not None:
         _draw(layers, _history(path.parent / "metrics.csv"), Path(figure))

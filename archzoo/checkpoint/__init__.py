@@ -347,13 +347,13 @@ def task_of(found: Pretrained, **changes: Any) -> Task:
     Raises:
         ValueError: The checkpoint names no task, or one that is not known.
     """
-    from archzoo.tasks.stream import build
+    from archzoo.tasks.stream import build_task
 
     if found.task is None:
         raise ValueError("the checkpoint does not say what it was trained on: there is no task")
     if "tokenizer" in (found.task.get("init_args") or {}) and found.tokenizer is not None:
         changes |= {"tokenizer": found.tokenizer, "vocab_size": None}
-    task = build(found.task, **changes)
+    task = build_task(found.task, **changes)
     task.prepare()
     return task
 

@@ -15,8 +15,6 @@ from archzoo.adapters import KINDS, Adapter
 from archzoo.adapters.attach import adapter_modules, list_targets, merge_adapters, remove_adapters
 from archzoo.checkpoint import from_pretrained, save_pretrained
 from archzoo.contract.measure import (
-    MODEL_VALUES,
-    VALUES,
     Violation,
     by_dtype,
     expect_live_weights,
@@ -28,6 +26,7 @@ from archzoo.contract.measure import (
 from archzoo.contract.subject import BATCH, Subject
 from archzoo.decoder import Decoder
 from archzoo.linear import Linear
+from archzoo.numerics import MODEL_TOLERANCES, TOLERANCES
 
 MIXTURE = {
     "class_path": "MixtureOfExperts",
@@ -165,7 +164,7 @@ def adapter_start(subject: Subject) -> str:
         tokens = subject.tokens(BATCH, 20, decoder.vocab_size)
         got, want = (logits_of(net, tokens, documents=DOCUMENTS) for net in (decoder, base))
         what = f"{model}: adapted at the start against the base (identity_at_start is declared)"
-        worst = max(worst, expect_same(got, want, VALUES[torch.float64], what))
+        worst = max(worst, expect_same(got, want, TOLERANCES[torch.float64], what))
     return f"float64 {worst:.0e}"
 
 
@@ -223,7 +222,7 @@ def adapter_forms(subject: Subject) -> str:
                     ("with gradients", grown),
                 ):
                     what = f"{model}, logits {how} against recurrent, {dtype}"
-                    error = expect_same(got[valid], want[valid], MODEL_VALUES[dtype], what)
+                    error = expect_same(got[valid], want[valid], MODEL_TOLERANCES[dtype], what)
                     worst[dtype] = max(worst.get(dtype, 0.0), error)
     return by_dtype(worst)
 
@@ -245,7 +244,7 @@ def adapter_blocks(subject: Subject) -> str:
         if change.abs().max():
             raise Violation("targets=['key'] changes rows of other blocks")
         parts = torch.cat([linear.part(x, "query"), linear.part(x, "key", "value")], dim=-1)
-        expect_same(parts, linear(x), VALUES[torch.float64], "blocks one by one against all")
+        expect_same(parts, linear(x), TOLERANCES[torch.float64], "blocks one by one against all")
     only, _ = adapted(subject, "Attention", targets=["key"], layers=[1])
     if {int(path.split(".")[1]) for path, _ in adapter_modules(only)} != {1}:
         raise Violation("layers=[1] adapts other layers")
@@ -270,7 +269,7 @@ def adapter_merged(subject: Subject) -> str:
             raise Violation("it is not declared mergeable, and still merged")
         got = logits_of(merge_adapters(decoder), tokens, documents=DOCUMENTS)
         what = f"{model}: merged against beside the weights"
-        worst = max(worst, expect_same(got, want, VALUES[torch.float64], what))
+        worst = max(worst, expect_same(got, want, TOLERANCES[torch.float64], what))
         if decoder.state_dict().keys() != base.state_dict().keys():
             raise Violation(f"{model}: merged, it still holds parameters of the adapter")
     return f"float64 {worst:.0e}" if cls.mergeable else "not declared, and refused by name"
@@ -336,7 +335,7 @@ def linear_interface(subject: Subject) -> str:
         if part.dtype != dtype:
             raise Violation(f"dtype says {part.dtype} of a {dtype} Linear")
         separate = torch.cat([part.part(x, "first"), part.part(x, "second")], dim=-1)
-        expect_same(separate, y, VALUES[dtype], "block by block against all at once")
+        expect_same(separate, y, TOLERANCES[dtype], "block by block against all at once")
     if part.effective_weight().shape != (32, 32):
         raise Violation(f"effective_weight has shape {tuple(part.effective_weight().shape)}")
     stack = subject.part(32, blocks, stack=4, **subject.arguments)
@@ -373,7 +372,7 @@ def linear_model(subject: Subject) -> str:
         got = logits_of(decoder, tokens, documents=DOCUMENTS)
         valid = DOCUMENTS >= 0
         what = f"{model}: logits against the recurrent form's"
-        worst = max(worst, expect_same(got[valid], want[valid], VALUES[torch.float64], what))
+        worst = max(worst, expect_same(got[valid], want[valid], TOLERANCES[torch.float64], what))
         with tempfile.TemporaryDirectory() as directory:
             save_pretrained(Path(directory) / "model", decoder)
             loaded, _ = from_pretrained(Path(directory) / "model")

@@ -11,7 +11,6 @@ from torch import Tensor
 from archzoo import block as interface
 from archzoo.block import Aux, FeedForward
 from archzoo.contract.measure import (
-    VALUES,
     Violation,
     context_of,
     expect_buffers_survive,
@@ -25,6 +24,7 @@ from archzoo.contract.measure import (
 )
 from archzoo.contract.subject import BATCH, Subject
 from archzoo.feedforward.moe import MixtureOfExperts
+from archzoo.numerics import TOLERANCES
 
 
 def feed_forward_interface(subject: Subject) -> str:
@@ -91,18 +91,18 @@ def feed_forward_tokens(subject: Subject) -> str:
     with torch.no_grad():
         alone, _ = part(x[1:2, 4:5], context_of(x[1:2, 4:5])[0])
         error = expect_same(
-            alone[0, 0], y[1, 4], VALUES[torch.float64], "a token alone against among"
+            alone[0, 0], y[1, 4], TOLERANCES[torch.float64], "a token alone against among"
         )
         documents = torch.full((BATCH, 9), -1)
         documents[:, 2:7] = 0
         padded, counts = part(x, context_of(x, documents)[0])
         trimmed, want = part(x[:, 2:7], context_of(x[:, 2:7])[0])
         what = "tokens beside padding against the same without"
-        error = max(error, expect_same(padded[:, 2:7], trimmed, VALUES[torch.float64], what))
+        error = max(error, expect_same(padded[:, 2:7], trimmed, TOLERANCES[torch.float64], what))
         for kind, name, value in _entries(_aux(part, want)):
             counted = getattr(_aux(part, counts), kind)[name]
             what = f"aux's {kind} entry {name!r} with padding or without: padding is not counted"
-            error = max(error, expect_same(counted, value, VALUES[torch.float64], what))
+            error = max(error, expect_same(counted, value, TOLERANCES[torch.float64], what))
     return f"float64 {error:.0e}; gradient to other tokens exactly 0"
 
 
@@ -132,7 +132,7 @@ def feed_forward_casts(subject: Subject) -> str:
             got, want = half(x, context_of(x)[0])[0], full(x.float(), context_of(x)[0])[0]
         if got.dtype != dtype:
             raise Violation(f"{dtype} in gives {got.dtype} out: y has the dtype of x")
-        worst = max(worst, expect_same(got, want, VALUES[dtype], f"{dtype} against float32"))
+        worst = max(worst, expect_same(got, want, TOLERANCES[dtype], f"{dtype} against float32"))
     return f"bfloat16 and float16 {worst:.0e}"
 
 
@@ -210,7 +210,7 @@ def router_tokens(subject: Subject) -> str:
         expect_zero(gradient[~own], f"a token's {name} see another token")
         what = f"{name} alone against among"
         got = getattr(alone, name)[0]
-        error = max(error, expect_same(got, value, VALUES[torch.float64], what))
+        error = max(error, expect_same(got, value, TOLERANCES[torch.float64], what))
     if not torch.equal(alone.indices[0], routing.indices[13]):
         raise Violation("a token alone chooses other experts than among others")
     trained = [p for p in router.parameters() if p.requires_grad]
@@ -292,7 +292,7 @@ def router_mixture(subject: Subject) -> str:
         with torch.no_grad():
             trimmed, _ = mixture(x[:, 2:7], context_of(x[:, 2:7])[0])
         what = f"a mixture of top_k={top_k}, tokens beside padding against the same without"
-        error = expect_same(padded[:, 2:7], trimmed, VALUES[torch.float64], what)
+        error = expect_same(padded[:, 2:7], trimmed, TOLERANCES[torch.float64], what)
         worst = max(worst, error)
         (padded.square().sum() + sum(aux.losses.values())).backward()
         mixture.after_step(aux.sums)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from archzoo import block as interface
-from archzoo.contract.measure import MODEL_VALUES, VALUES, by_dtype, expect_same, gradients_of
+from archzoo.contract.measure import by_dtype, expect_same, gradients_of
 from archzoo.contract.subject import SIZES, Subject
 from archzoo.decoder import Decoder
+from archzoo.numerics import MODEL_TOLERANCES, TOLERANCES
 from archzoo.states import State
 
 
@@ -52,7 +53,7 @@ def checkpointing(subject: Subject) -> str:
             weights = [p for p in decoder.parameters() if p.requires_grad]
             runs.append([loss, *gradients_of(loss, weights)])
         for kept, recomputed in zip(*runs, strict=True):
-            worst = max(worst, expect_same(recomputed, kept, VALUES[torch.float64], rule))
+            worst = max(worst, expect_same(recomputed, kept, TOLERANCES[torch.float64], rule))
     too = ", from an incoming state too" if len(starts) > 1 else ""
     return f"loss and gradients differ by at most {worst:.0e}{too}"
 
@@ -79,6 +80,6 @@ def mixer_model(subject: Subject) -> str:
                     whole = decoder(tokens, documents=given, form=form).logits
                     for how, got in (("whole", whole), ("in segments", torch.cat(segments, 1))):
                         what = f"logits {form} {how} against recurrent, {dtype}"
-                        error = expect_same(got[valid], want[valid], MODEL_VALUES[dtype], what)
+                        error = expect_same(got[valid], want[valid], MODEL_TOLERANCES[dtype], what)
                         found[dtype] = max(found.get(dtype, 0.0), error)
     return by_dtype(found)

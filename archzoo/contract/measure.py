@@ -16,12 +16,6 @@ from archzoo.documents import Context
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
-#: Relative RMS up to which two ways to compute the same thing agree: one part, a whole model,
-#: and gradients.
-VALUES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
-MODEL_VALUES = {torch.float64: 1e-12, torch.float32: 1e-4}
-GRADIENTS = {torch.float64: 1e-10, torch.float32: 1e-4}
-
 
 class Violation(Exception):
     """A rule is broken; the message says which, and by how much."""

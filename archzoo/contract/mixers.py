@@ -16,8 +16,6 @@ from torch.nn import functional as F
 from archzoo import block as interface
 from archzoo.block import FORMS, Mixer
 from archzoo.contract.measure import (
-    GRADIENTS,
-    VALUES,
     Violation,
     by_dtype,
     context_of,
@@ -34,6 +32,7 @@ from archzoo.contract.measure import (
     tensors_of,
 )
 from archzoo.contract.subject import BATCH, LONGEST, Subject
+from archzoo.numerics import GRADIENT_TOLERANCES, TOLERANCES
 from archzoo.states import State
 
 
@@ -161,7 +160,7 @@ def mixer_forms(subject: Subject) -> str:
                 want = _whole(mixer, x)
                 for form in ("parallel", "chunkwise", None):
                     what = f"form {form} against recurrent, {time} tokens, {dtype}"
-                    error = expect_same(_whole(mixer, x, form), want, VALUES[dtype], what)
+                    error = expect_same(_whole(mixer, x, form), want, TOLERANCES[dtype], what)
                     worst[dtype] = max(worst.get(dtype, 0.0), error)
     return by_dtype(worst)
 
@@ -186,7 +185,7 @@ def mixer_reach(subject: Subject) -> str:
         for form in ("parallel", "chunkwise"):
             what = f"{form} against recurrent at position 70,000"
             got = mixer(x, None, context, form)[0]
-            worst = max(worst, expect_same(got, want, VALUES[torch.float64], what))
+            worst = max(worst, expect_same(got, want, TOLERANCES[torch.float64], what))
     return f"sees the past in every form; forms agree at position 70,000, float64 {worst:.0e}"
 
 
@@ -208,7 +207,7 @@ def mixer_handoffs(subject: Subject) -> str:
                 start = _start(mixer, x, capacity=time if sized else None)
                 got, _ = _run_plan(mixer, x, plan, start)
             what = f"segments {plan} against the whole: the state must carry all of the past"
-            worst = max(worst, expect_same(got, want, VALUES[torch.float64], what))
+            worst = max(worst, expect_same(got, want, TOLERANCES[torch.float64], what))
             segments += len(plan)
     return f"{segments} segments, float64 {worst:.0e}"
 
@@ -228,7 +227,7 @@ def mixer_causal(subject: Subject) -> str:
         with torch.no_grad():
             changed = _whole(mixer, other, form)
         what = f"{form}: outputs to {t} change with the tokens after {t}, which they must not see"
-        expect_same(changed[:, : t + 1], y[:, : t + 1], VALUES[torch.float64], what)
+        expect_same(changed[:, : t + 1], y[:, : t + 1], TOLERANCES[torch.float64], what)
     return "gradient to the future exactly 0, in every form"
 
 
@@ -289,7 +288,7 @@ def mixer_documents(subject: Subject) -> str:
                             f"{kind}, {name}, {how}: a document of {sizes[number]} tokens must "
                             "get what it gets alone"
                         )
-                        worst = max(worst, expect_same(here, want, VALUES[torch.float64], what))
+                        worst = max(worst, expect_same(here, want, TOLERANCES[torch.float64], what))
             behind = F.pad(tail, (0, 0, 3, 0), value=9.0)  # the next segment may be padded, too
             numbers = F.pad(torch.tensor(last)[:, None].expand(-1, 4), (3, 0), value=-1)
             y, _ = _run_plan(mixer, behind, [(5, plan[-1][1]), (2, "recurrent")], carried, numbers)
@@ -300,7 +299,7 @@ def mixer_documents(subject: Subject) -> str:
                     f"{kind}, {name}: a document that continues in the next segment must find its "
                     "final state unchanged; padding neither adds nor decays"
                 )
-                worst = max(worst, expect_same(y[index], want, VALUES[torch.float64], what))
+                worst = max(worst, expect_same(y[index], want, TOLERANCES[torch.float64], what))
     for form in FORMS:
         leaf = x.clone().requires_grad_()
         y = _whole(mixer, leaf, form, documents)
@@ -322,7 +321,9 @@ def mixer_batch(subject: Subject) -> str:
             with torch.no_grad():
                 alone = _whole(mixer, x[row : row + 1], form)
             what = f"{form}: row {row} alone against in a batch of {BATCH}"
-            worst = max(worst, expect_same(alone, y[row : row + 1], VALUES[torch.float64], what))
+            worst = max(
+                worst, expect_same(alone, y[row : row + 1], TOLERANCES[torch.float64], what)
+            )
     return f"float64 {worst:.0e}; gradient to other rows exactly 0"
 
 
@@ -365,15 +366,15 @@ def mixer_state(subject: Subject) -> str:
             for name, copied in ways.items():
                 got, _ = _run_plan(mixer, rest, plan, copied)
                 what = f"a state {name} after {first}: it continues as the original does"
-                worst = max(worst, expect_same(got, want, VALUES[torch.float64], what))
+                worst = max(worst, expect_same(got, want, TOLERANCES[torch.float64], what))
             got, _ = _run_plan(mixer, rest[rows], plan, reordered)
             what = f"rows of a state reordered after {first}: every tensor has the batch first"
-            worst = max(worst, expect_same(got, want[rows], VALUES[torch.float64], what))
+            worst = max(worst, expect_same(got, want[rows], TOLERANCES[torch.float64], what))
         past = x[:, :time].clone().requires_grad_()
         _, carried = _run_plan(mixer, past, [(time, first)])
         cut, _ = _run_plan(mixer, rest, plan, carried.map(interface.detach))
         what = "a detached state continues as the whole does"
-        worst = max(worst, expect_same(cut, want, VALUES[torch.float64], what))
+        worst = max(worst, expect_same(cut, want, TOLERANCES[torch.float64], what))
         expect_zero(gradients_of(cut.sum(), [past])[0], "a detached state lets a gradient through")
     return f"fork, reorder, save, move, detach: float64 {worst:.0e}"
 
@@ -401,7 +402,7 @@ def mixer_gradients(subject: Subject) -> str:
             got = gradients_of((y * weights).sum(), list(wanted.values()))
             for name, gradient in zip(wanted, got, strict=True):
                 what = f"{dtype} gradient of {name}, segments {plan}, against the recurrent form's"
-                error = expect_same(gradient, want[name], GRADIENTS[dtype], what)
+                error = expect_same(gradient, want[name], GRADIENT_TOLERANCES[dtype], what)
                 found[dtype] = max(found.get(dtype, 0.0), error)
     mixer = subject.make()
     expect_true_gradient(
@@ -426,7 +427,7 @@ def mixer_casts(subject: Subject) -> str:
                 got = _whole(half, x, form)
                 if got.dtype != dtype:
                     raise Violation(f"{form} in {dtype} gives {got.dtype}: y has the dtype of x")
-                worst = max(worst, expect_same(got, want, VALUES[dtype], what))
+                worst = max(worst, expect_same(got, want, TOLERANCES[dtype], what))
         _sums_are_wide(half, x[:, :64], f"after .to({dtype})")
     x = subject.draw(2, 64, subject.dim, dtype=torch.float32)
     with torch.no_grad():
@@ -437,7 +438,7 @@ def mixer_casts(subject: Subject) -> str:
             with torch.no_grad():
                 got = _whole(module, x, form)
             what = f"{form} under bfloat16 autocast against without"
-            worst = max(worst, expect_same(got, want, VALUES[torch.bfloat16], what))
+            worst = max(worst, expect_same(got, want, TOLERANCES[torch.bfloat16], what))
     return f"bfloat16, float16 and autocast {worst:.0e}; sums over time stay float32"
 
 
@@ -475,7 +476,7 @@ def mixer_heads(subject: Subject) -> str:
             want = _whole(mixer, x)
             for form in ("parallel", "chunkwise"):
                 what = f"{form} against recurrent at 32 heads, {dtype}"
-                found.append(expect_same(_whole(mixer, x, form), want, VALUES[dtype], what))
+                found.append(expect_same(_whole(mixer, x, form), want, TOLERANCES[dtype], what))
     return f"forms agree to {max(found):.0e}"
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from archzoo import block as interface
 from archzoo.contract.measure import (
-    VALUES,
     Violation,
     context_of,
     expect_buffers_survive,
@@ -25,6 +24,7 @@ from archzoo.contract.measure import (
     tensors_of,
 )
 from archzoo.contract.subject import BATCH, Subject
+from archzoo.numerics import TOLERANCES
 
 
 def embedding_interface(subject: Subject) -> str:
@@ -144,7 +144,7 @@ def embedding_repeats(subject: Subject) -> str:
             if not torch.equal(other(tokens, None, context)[0], want):
                 raise Violation(f"{name} gives other numbers")
         half = part.bfloat16()(tokens, None, context)[0]
-        error = expect_same(half, want, VALUES[torch.bfloat16], "bfloat16 against float64")
+        error = expect_same(half, want, TOLERANCES[torch.bfloat16], "bfloat16 against float64")
     return f"bit for bit; bfloat16 {error:.0e}"
 
 
@@ -181,7 +181,7 @@ def rotary_interface(subject: Subject) -> str:
         ("one token and head alone", slices[0], want_q[:, 9:10, 1:2]),
         ("one token and head alone", slices[1], want_k[:, 9:10, 1:2]),
     ):
-        worst = max(worst, expect_same(got, want, VALUES[torch.float64], what))
+        worst = max(worst, expect_same(got, want, TOLERANCES[torch.float64], what))
     return f"float64 {worst:.0e}"
 
 
@@ -196,11 +196,11 @@ def rotary_precision(subject: Subject) -> str:
     want, _ = part(q.double(), q.double(), positions, positions)
     got, _ = part.bfloat16()(q, q, positions, positions)
     error = expect_same(
-        got, want, VALUES[torch.bfloat16], f"bfloat16 against float64, to {furthest:,}"
+        got, want, TOLERANCES[torch.bfloat16], f"bfloat16 against float64, to {furthest:,}"
     )
     got, _ = part(q.float(), q.float(), positions, positions)
     what = f"float32 against float64, to position {furthest:,}"
-    expect_same(got, want, VALUES[torch.float32], what)
+    expect_same(got, want, TOLERANCES[torch.float32], what)
     return f"bfloat16 {error:.0e} as far as position {furthest:,}"
 
 
@@ -253,7 +253,7 @@ def bias_precision(subject: Subject) -> str:
         with torch.no_grad():
             got, want = part(positions, positions), full(positions, positions)
         what = f"bfloat16 against float64 at position {begin:,}"
-        error = expect_same(got[..., causal], want[..., causal], VALUES[torch.bfloat16], what)
+        error = expect_same(got[..., causal], want[..., causal], TOLERANCES[torch.bfloat16], what)
         worst = max(worst, error)
     return f"bfloat16 {worst:.0e} as far as position 65,000"
 

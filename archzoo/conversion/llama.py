@@ -61,7 +61,7 @@ NEEDED = (
 )
 #: Fields of a `config.json` that change no logit: what the model was made with and is called,
 #: how it starts and drops out in training, which special tokens it has, how it is sampled from.
-IGNORED = frozenset(
+WITHOUT_EFFECT = frozenset(
     """
     _name_or_path name_or_path _commit_hash transformers_version architectures dtype torch_dtype
     use_bfloat16 torchscript use_cache cache_implementation attn_implementation
@@ -160,7 +160,7 @@ def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "tie_weights": bool(take("tie_word_embeddings", False)),
     }
     for name, value in left.items():
-        if name in IGNORED or (name in EMPTY and not value):
+        if name in WITHOUT_EFFECT or (name in EMPTY and not value):
             continue
         raise ValueError(
             f"this Llama has {name}={value!r}, which a plain Llama does not have and this "

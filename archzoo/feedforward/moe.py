@@ -19,7 +19,7 @@ from archzoo.documents import Context
 from archzoo.feedforward.balance import Balance, within_capacity
 from archzoo.feedforward.dense import GatedFeedForward
 from archzoo.kernels.experts import (
-    cast,
+    cast_weight,
     collect_rows,
     make_dispatch,
     multiply,
@@ -153,7 +153,7 @@ class Experts(nn.Module):
         if kind != "meta" and torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
         stored = (self.gate_up.effective_weight(), self.down.effective_weight())
-        return Matrices(cast(stored[0], dtype), cast(stored[1], dtype), stored)
+        return Matrices(cast_weight(stored[0], dtype), cast_weight(stored[1], dtype), stored)
 
     @staticmethod
     def gather(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from archzoo.tasks.several import Arithmetic as Arithmetic
 from archzoo.tasks.sorting import Sorting as Sorting
 from archzoo.tasks.stream import Task as Task
 from archzoo.tasks.stream import build as build
+from archzoo.tasks.stream import build_task as build_task
 from archzoo.tasks.stream import draw as draw
 from archzoo.tasks.text import Text as Text
 from archzoo.tasks.tokenizers import StreamDecoder as StreamDecoder

@@ -13,7 +13,7 @@ from archzoo.tasks import tokenizers
 from archzoo.tasks.counter_random import Integers, random_bits
 from archzoo.tasks.digit_arrays import Flags
 from archzoo.tasks.problems import SyntheticTask
-from archzoo.tasks.stream import IGNORED, Batch, Loader, build
+from archzoo.tasks.stream import IGNORED, Batch, Loader, build_task
 from archzoo.tasks.text import Corpus, Text
 from archzoo.tasks.tokenizers import Tokenizer
 
@@ -88,7 +88,7 @@ class Mixed(Text):
         )
         name = problems if "." in problems else f"archzoo.tasks.{problems}"
         settings = (problem_arguments or {}) | {"seed": seed}
-        synthetic = build({"class_path": name, "init_args": settings})
+        synthetic = build_task({"class_path": name, "init_args": settings})
         if not isinstance(synthetic, SyntheticTask) or synthetic.coupling:
             raise ValueError(
                 f"problems: {problems} cannot stand in a text; take Addition or another task of "

@@ -10,7 +10,7 @@ import numpy as np
 from archzoo.tasks.counter_random import Integers, random_bits
 from archzoo.tasks.digit_arrays import below
 from archzoo.tasks.problems import Blocks, Lines, SyntheticTask, batch_of
-from archzoo.tasks.stream import Batch, Loader, Task, build
+from archzoo.tasks.stream import Batch, Loader, Task, build_task
 
 _PARTS = 7  # the stream of random bits that chooses a task for each example
 
@@ -117,7 +117,7 @@ class Arithmetic(Task):
         if known is not None:  # Sorting has no reverse_answer, nor zero_padded
             settings = {k: v for k, v in settings.items() if k in known or k in given}
         try:
-            synthetic = build({"class_path": full, "init_args": settings})
+            synthetic = build_task({"class_path": full, "init_args": settings})
         except (TypeError, ValueError) as error:
             raise ValueError(f"tasks.{name}: {error}") from None
         if not isinstance(synthetic, SyntheticTask):

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from archzoo.inputs import IGNORED as IGNORED
 from archzoo.public import names_of
 from archzoo.tasks.counter_random import Integers
 from archzoo.tasks.tokenizers import Tokenizer
@@ -39,7 +40,6 @@ from archzoo.trust import (
 Batch = dict[str, Tensor]
 
 AHEAD = 2  # batches that wait for a GPU
-IGNORED = -100  # the label of a position without a target, as in torch.nn.functional.cross_entropy
 
 # ---------------------------------------------------------------------------- loaders
 
@@ -339,7 +339,7 @@ class Task(lightning.LightningDataModule):
         return self.tokenizer.stop_token
 
     def config(self) -> dict[str, Any]:
-        """The class and its arguments, plain data from which `build` makes the task again.
+        """The class and its arguments, plain data from which `build_task` makes the task again.
 
         Raises:
             ValueError: An argument is something else.
@@ -455,7 +455,7 @@ def import_all() -> None:
         import_module(module)
 
 
-def build(config: dict[str, Any], **given: Any) -> Task:
+def build_task(config: dict[str, Any], **given: Any) -> Task:
     """Rebuilds a task from its `Task.config`, which may come from a stranger's checkpoint.
 
     Only classes of archzoo and classes that are already imported are made, for importing what a
@@ -473,11 +473,14 @@ def build(config: dict[str, Any], **given: Any) -> Task:
     return task(**readable(task, arguments, given) | given)
 
 
+build = build_task  # its name in 0.1
+
+
 def named(config: Any) -> tuple[type[Task], dict[str, Any]]:
     """The class that a `Task.config` names, and its arguments, whose names and types are checked.
 
     Raises:
-        ValueError: As `build`.
+        ValueError: As `build_task`.
     """
     if not isinstance(config, dict) or not isinstance(config.get("class_path"), str):
         raise ValueError(f"task {config!r} must hold class_path, a name, and init_args, a mapping")

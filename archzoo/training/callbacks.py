@@ -17,15 +17,12 @@ from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from archzoo.analysis.curves import OUT_OF_DISTRIBUTION
 from archzoo.analysis.tables import Screen
 from archzoo.training.ending import Ended, Signals
 from archzoo.training.files import MetricsFile
 from archzoo.training.loop import ResumingFitLoop
 from archzoo.training.module import LanguageModel
-
-OUT_OF_DISTRIBUTION = (
-    "validation/exact_match/ood"  # the mean over `Task.extra_validation`'s lengths
-)
 
 
 class Checkpoints(Checkpoint):
@@ -365,7 +362,7 @@ class ShowProgress(ProgressBar):
         if self.shown is not None:
             # The loss alone, and the speed where it fits: the lines above say the rest.
             wide = self.console.width >= 90
-            parts = describe(pl_module.latest, "train")
+            parts = phrases(pl_module.latest, "train")
             self.shown.update(
                 self.shown.task_ids[0],
                 completed=trainer.global_step,
@@ -385,14 +382,14 @@ class ShowProgress(ProgressBar):
     def _say_step(self, trainer: lightning.Trainer, pl_module: LanguageModel, *splits: str) -> None:
         self._said, self._said_step = time.perf_counter(), trainer.global_step
         about = [f"step {trainer.global_step:>6}", f"{self._said - self._began:6.0f} s"]
-        self.say(*about, *describe(pl_module.latest, *splits))
+        self.say(*about, *phrases(pl_module.latest, *splits))
 
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         assert isinstance(pl_module, LanguageModel)
         if trainer.state.fn != "fit":
-            self.say(*describe(pl_module.latest, "validation"))
+            self.say(*phrases(pl_module.latest, "validation"))
         elif not pl_module.cut_short and not trainer.sanity_checking:
             self._say_step(trainer, pl_module, "train", "validation")
 
@@ -408,7 +405,7 @@ class ShowProgress(ProgressBar):
             for name, found in getattr(checkpoint, "reached", {}).items():
                 if OUT_OF_DISTRIBUTION in found:
                     about = f"{name:<4} step {found['step']:>6.0f}"
-                    self.say(about, *describe(found, "validation"))
+                    self.say(about, *phrases(found, "validation"))
 
     def on_exception(
         self,
@@ -420,7 +417,7 @@ class ShowProgress(ProgressBar):
 
     def on_test_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, LanguageModel)
-        self.say(*describe(pl_module.latest, "test"))
+        self.say(*phrases(pl_module.latest, "test"))
 
 
 def fold(parts: Sequence[str], width: int | None) -> list[str]:
@@ -444,7 +441,7 @@ UNITS = {
 }
 
 
-def describe(values: dict[str, float], *splits: str) -> list[str]:
+def phrases(values: dict[str, float], *splits: str) -> list[str]:
     """Logged values as a person reads them: ``loss 0.0421``, ``validation loss 0.05``, ..."""
     parts = []
     for split in splits:

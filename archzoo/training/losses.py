@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from archzoo.inputs import IGNORED
 from archzoo.numerics import at_least_float32
 
-IGNORED = -100  # the label of an unlabelled position, as in torch.nn.functional.cross_entropy
 CHUNK = 2**25  # logits at once: 128 MiB in float32
 
 

@@ -20,6 +20,7 @@ from archzoo.adapters.attach import adapt
 from archzoo.block import Aux
 from archzoo.checkpoint import load, read_safely, tokenizer_files, weights_digest
 from archzoo.decoder import Decoder
+from archzoo.inputs import IGNORED
 from archzoo.numerics import WITHOUT_FLOAT64
 from archzoo.parts import find, named_adapters
 from archzoo.registry import build_decoder, check_size, count_parameters, create_model, get_preset
@@ -27,7 +28,7 @@ from archzoo.states import State
 from archzoo.tasks.stream import Batch, Task
 from archzoo.tasks.tokenizers import from_files
 from archzoo.tasks.writing import writing_of
-from archzoo.training.losses import IGNORED, check_labels, score, total_loss
+from archzoo.training.losses import check_labels, score, total_loss
 from archzoo.training.optim import decay_groups, learning_rate_schedule, regroup
 from archzoo.training.progressive import passes
 from archzoo.training.random_state import (

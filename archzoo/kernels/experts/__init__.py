@@ -251,7 +251,7 @@ def _collect(
 # ---------------------------------------------------------------------------- weights
 
 
-def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """``weight.to(dtype)``, whose gradient comes back at the speed of memory.
 
     Torch's own copy from bfloat16 to float32 takes twice as long, and the gradient of all experts
@@ -290,7 +290,7 @@ def multiply(rows: Tensor, matrices: Tensor, weight: Tensor, ends: Tensor) -> Te
 
     Args:
         rows: Sorted by expert; those behind the last expert's are not computed.
-        matrices: (experts, out, in), what `cast` made of `weight` in the rows' dtype.
+        matrices: (experts, out, in), what `cast_weight` made of `weight` in the rows' dtype.
         weight: (experts, out, in), which gets the gradient.
         ends: (experts,) int32, where each expert's rows end.
     """
