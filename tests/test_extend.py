@@ -10,7 +10,7 @@ import archzoo
 from archzoo.analysis.extend import ALL, Scaling, compare, perplexities
 from archzoo.checkpoint import save_pretrained
 from archzoo.cli import main
-from archzoo.positions.rotary import scale_rotary
+from archzoo.conversion.rope import scale_rotary
 from archzoo.tasks import Text
 
 SIZE = 12  # tokens of the text

@@ -31,6 +31,7 @@ ROOMS = """
     embeddings mixers feedforward
     inputs
     decoder
+    conversion.rope
     registry
     models
     tasks

@@ -14,15 +14,14 @@ from safetensors.torch import load_file
 import archzoo
 from archzoo.block import fork, make_context, reorder
 from archzoo.conversion.llama import llama_config, llama_weights
+from archzoo.conversion.rope import from_rope_parameters, scale_rotary
 from archzoo.positions.rotary import (
     RotaryEmbedding,
     XPos,
     dynamic_ntk_base,
-    from_rope_parameters,
     llama3_frequencies,
     ntk_base,
     rotary_frequencies,
-    scale_rotary,
     yarn_attention_factor,
     yarn_frequencies,
 )

@@ -20,10 +20,11 @@ from torch.nn import functional as F
 
 from archzoo.analysis.figures import legend, pyplot, save
 from archzoo.analysis.tables import show
+from archzoo.conversion.rope import scale_rotary
 from archzoo.decoder import Decoder
 from archzoo.inputs import IGNORED
 from archzoo.numerics import at_least_float32
-from archzoo.positions.rotary import RopeType, scale_rotary
+from archzoo.positions.rotary import RopeType
 
 if TYPE_CHECKING:
     from archzoo.checkpoint import Pretrained

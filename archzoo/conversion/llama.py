@@ -38,7 +38,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from archzoo.positions.rotary import from_rope_parameters
+from archzoo.conversion.rope import from_rope_parameters
 
 RENAMED = {
     "input_layernorm": "mixer_norm",
