@@ -1,13 +1,13 @@
-"""The papers' claims: every arm of an experiment, with several seeds, side by side on one machine.
+"""The papers' claims: every variant of an experiment, with several seeds, on one machine.
 
     python benchmarks/claims.py configs/claims/normalised_gate.yaml --seeds 0 1 2
     python benchmarks/claims.py configs/claims/*.yaml --at_once 12 --within 9
     python benchmarks/claims.py configs/claims/moe_router.yaml --arms linear -- --model.dropout 0
 
-An arm is an entry of `arms` in a configuration file; a file without any is one arm. Each run is
+A variant is an entry of `arms` in a configuration; a file without any is one variant. Each run is
 `archzoo fit` in a process of its own, in RUNS/FILE_ARM_SEED; the seed is that of weights and data.
 What its metrics.csv says goes into results/, a row a run, one file for each configuration file;
-rows of other arms and seeds stay there. What stands behind -- goes to every run.
+rows of other variants and seeds stay there. What follows -- goes to every run.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ WINDOWS = 10  # parts of a log: its first, its last, and the highest of all say 
 
 
 class Run(NamedTuple):
-    """One process: an arm of a configuration file, with a seed."""
+    """One process: a variant of a configuration file, with a seed."""
 
     config: Path
-    arm: str | None
+    variant: str | None
     seed: int
 
     @property
     def name(self) -> str:
         """Of the run's directory."""
-        return "_".join(filter(None, (self.config.stem, self.arm, str(self.seed))))
+        return "_".join(filter(None, (self.config.stem, self.variant, str(self.seed))))
 
 
-def plan(configs: list[Path], arms: list[str] | None, seeds: list[int]) -> list[Run]:
+def plan(configs: list[Path], variants: list[str] | None, seeds: list[int]) -> list[Run]:
     """All runs, those of one seed together, so that what is cut short is whole seeds."""
     found = []
     for config in configs:
         names = yaml.safe_load(config.read_text(encoding="utf-8")).get("arms") or {None: {}}
-        found += [(config, name) for name in names if arms is None or name in arms]
-    return [Run(config, arm, seed) for seed, (config, arm) in product(seeds, found)]
+        found += [(config, name) for name in names if variants is None or name in variants]
+    return [Run(config, variant, seed) for seed, (config, variant) in product(seeds, found)]
 
 
 def prepare(configs: list[Path]) -> None:
@@ -74,11 +74,11 @@ def start(run: Run, root: Path, minutes: float, more: list[str]) -> subprocess.P
     seconds = max(int(minutes * 60), 1)
     limit = f"00:{seconds // 3600:02}:{seconds % 3600 // 60:02}:{seconds % 60:02}"
     command = [sys.executable, "-m", "archzoo", "fit", "--config", str(run.config)]
-    command += ["--arm", run.arm] if run.arm else []
+    command += ["--arm", run.variant] if run.variant else []
     command += ["--name", run.name, "--trainer.default_root_dir", str(root)]
     command += ["--seed_everything", str(run.seed), "--data.seed", str(run.seed)]
     command += ["--trainer.max_time", limit, *more]
-    environment = {"OMP_NUM_THREADS": "1"} | os.environ  # many processes share the cores
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ  # many processes use the cores
     with (root / f"{run.name}.log").open("wb") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
@@ -108,7 +108,7 @@ def run_all(runs: list[Run], root: Path, at_once: int, within: float, more: list
                 log = (root / f"{run.name}.log").read_text(errors="replace").strip()
                 print(f"{run.name}: FAILED\n" + "\n".join(log.splitlines()[-8:]), flush=True)
                 continue
-            rows[run] = {"arm": run.arm or "", "seed": run.seed} | measure(root / run.name)
+            rows[run] = {"arm": run.variant or "", "seed": run.seed} | measure(root / run.name)
             best = rows[run].get("validation/loss/best")
             short = ", CUT SHORT" if rows[run]["cut_short"] else ""
             print(f"{minutes:5.1f} min  {run.name}: validation loss {best}{short}", flush=True)
@@ -122,7 +122,7 @@ def run_all(runs: list[Run], root: Path, at_once: int, within: float, more: list
 def measure(directory: Path) -> dict[str, Any]:
     """What a run's checkpoint and log say, as one row.
 
-    * ``parameters``, ``active``: all, and those that a token meets.
+    * ``parameters``, ``active``: all, and the active ones.
     * ``validation/NAME/best`` and ``/last``, each metric by itself; ``best_step`` is the step of
       best.ckpt, which is chosen by one of them.
     * ``cut_short``: "yes" where the run ended before its max_steps or max_epochs.
@@ -206,18 +206,18 @@ def show(root: Path, runs: list[Run]) -> None:
     """A table for each configuration file: means over seeds, and their standard deviation."""
     done = [run for run in runs if (root / run.name / "last.ckpt").exists()]
     for config in dict.fromkeys(run.config for run in done):
-        arms: dict[str, list[dict[str, Any]]] = {}
+        variants: dict[str, list[dict[str, Any]]] = {}
         for run in done:
             if run.config == config:
-                arms.setdefault(run.arm or "", []).append(measure(root / run.name))
-        known = {name for rows in arms.values() for row in rows for name in row}
+                variants.setdefault(run.variant or "", []).append(measure(root / run.name))
+        known = {name for rows in variants.values() for row in rows for name in row}
         shown = [name for name in SHOWN if name in known]
         table = Table(title=config.stem, box=None, header_style="bold", title_justify="left")
         for heading in ("arm", "seeds", "parameters", "steps", *(SHOWN[name] for name in shown)):
             table.add_column(heading, justify="left" if heading == "arm" else "right")
-        for arm, rows in arms.items():
+        for variant, rows in variants.items():
             steps = f"{rows[0]['steps']}" + (" (cut short)" if rows[0]["cut_short"] else "")
-            cells = [arm, str(len(rows)), f"{rows[0]['parameters']:,}", steps]
+            cells = [variant, str(len(rows)), f"{rows[0]['parameters']:,}", steps]
             for name in shown:
                 values = [row[name] for row in rows if name in row]
                 spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
@@ -247,7 +247,7 @@ def main() -> None:
         raise SystemExit(f"error: at_once={given.at_once} must be at least 1")
     runs = plan(given.configs, given.arms, given.seeds)
     if not runs:
-        raise SystemExit(f"error: none of the files has an arm named {', '.join(given.arms)}")
+        raise SystemExit(f"error: none of the files has a variant named {', '.join(given.arms)}")
     prepare(given.configs)
     failed = run_all(runs, given.runs, given.at_once, given.within, more)
     show(given.runs, [run for run in runs if run not in failed])

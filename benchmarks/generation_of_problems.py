@@ -1,11 +1,11 @@
-"""How fast problems are made, and what share of a training step that is.
+"""How fast problems are made, and what fraction of a training step that is.
 
     python benchmarks/generation_of_problems.py
     python benchmarks/generation_of_problems.py --device cuda
 
 The rate is per second of one core's own time, so other programs on the machine change it little.
-The share is that of making a batch in the time that a training step takes, which is what training
-loses by it on a CPU. For a GPU the next batches are made while it works; there the loss is the time
+The fraction is that of making a batch in the time of a training step, which is what training loses
+by it on a CPU. For a GPU the next batches are made while it works; there the loss is the time
 of steps on new batches over that of steps on one batch, again and again.
 """
 
@@ -111,7 +111,7 @@ def step_of(preset: str, task: Addition, device: str) -> Callable[[Batch], Any]:
     return step
 
 
-def shares(device: str) -> list[dict[str, Any]]:
+def fractions(device: str) -> list[dict[str, Any]]:
     """What training spends on making its batches."""
     sizes = {
         "cpu": [("abacus_tiny", 7, 128)],
@@ -142,11 +142,11 @@ def shares(device: str) -> list[dict[str, Any]]:
             times = in_turn(sides, rounds=7, warmup=2)
         making, without = times["making"] / STEPS, times["same"] / STEPS
         loop = times["new"] / STEPS if device == "cuda" else without + making
-        share, lost = making / without, loop / without - 1
+        fraction, lost = making / without, loop / without - 1
         verdict = "met" if lost <= SHARE else "MISSED"
         print(
             f"{preset}, {digits} digits, batch {batch_size}: making {making:.3f} ms, a step "
-            f"{without:.3f} ms, share {share:.1%}; steps on new batches {loop:.3f} ms, "
+            f"{without:.3f} ms, fraction {fraction:.1%}; steps on new batches {loop:.3f} ms, "
             f"{lost:+.1%}: {verdict}",
             flush=True,
         )
@@ -156,7 +156,7 @@ def shares(device: str) -> list[dict[str, Any]]:
                 "batch_size": batch_size,
                 "making_ms": round(making, 3),
                 "step_ms": round(without, 3),
-                "share": round(share, 4),
+                "share": round(fraction, 4),
                 "step_on_new_batches_ms": round(loop, 3),
                 "lost": round(lost, 4),
                 "required": SHARE,
@@ -174,7 +174,7 @@ def main() -> None:
     if device == "cpu":
         write_rows("problems", rates())
     dtype = "float32" if device == "cpu" else "bf16"
-    write_rows(f"{dtype}-problems-share", shares(device), on_gpu=device == "cuda")
+    write_rows(f"{dtype}-problems-share", fractions(device), on_gpu=device == "cuda")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def in_turn(
 ) -> dict[str, float]:
     """Median wall milliseconds of each side; every round runs each side `repeat` times, in order.
 
-    Taken in turn, the sides share whatever else the machine is doing, so ratios hold where
+    Taken in turn, both sides see whatever else the machine is doing, so ratios hold where
     absolute times do not. Short calls are repeated within a turn: a step of decoding follows a
     step of the same model, whose weights it finds in the processor's cache.
     """

@@ -1,4 +1,4 @@
-"""Exact match against length: trained runs on sums far beyond their training, in one figure.
+"""Exact match against length: trained runs on much longer sums, in one figure.
 
     python benchmarks/lengths.py runs/claims/abacus_*
     python benchmarks/lengths.py runs/claims/abacus_coverage_* --longest 30 --checkpoint best
@@ -6,7 +6,7 @@
 Each run is a directory of `archzoo fit` on a task with operands of so many digits. Problems are
 held out, both operands have n digits, and an answer counts where every token of it is the most
 likely one (teacher-forced, which for greedy decoding is the same). A row a run goes into results/,
-and the figure beside it: a line an arm, with the spread of its seeds; the grey span is what was
+and the figure beside it: a line a variant, with the spread of its seeds; the grey span is what was
 trained, a dotted line how far positions reach.
 """
 
@@ -35,8 +35,8 @@ from archzoo.tasks.stream import build_task
 
 def by_length(found: Pretrained, lengths: list[int], count: int) -> dict[int, float]:
     """Exact match of problems of two numbers of n digits each, for each n."""
-    asked = build_task(found.task) if found.task else None
-    synthetic = next(iter(getattr(asked, "synthetic_tasks", {}).values()), None)
+    task = build_task(found.task) if found.task else None
+    synthetic = next(iter(getattr(task, "synthetic_tasks", {}).values()), None)
     if synthetic is None or found.tokenizer is None:
         raise ValueError("a run was not trained on problems, such as those of Addition")
     device = found.model.head.weight.device.type
@@ -45,11 +45,11 @@ def by_length(found: Pretrained, lengths: list[int], count: int) -> dict[int, fl
     keys = [Key("cell", n, n) for n in lengths]
     matches: dict[int, float] = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what lies beyond the coverage is looked at on purpose
+        warnings.simplefilter("ignore")  # lengths that are not covered are read on purpose
         for counts in ask_problems(examiner, keys, count, AT_ONCE[device]):
-            for key, (asked, right) in counts.items():
+            for key, (problems, right) in counts.items():
                 if key.kind == "cell":
-                    matches[key.first] = right / asked
+                    matches[key.first] = right / problems
     return matches
 
 
@@ -109,7 +109,7 @@ def show(rows: list[dict[str, Any]], lengths: list[int]) -> None:
     for heading in ("run", "inside", "beyond", *map(str, shown)):
         table.add_column(heading, justify="left" if heading == "run" else "right")
     columns = ["inside", "beyond", *(f"digits_{n}" for n in shown)]
-    for name, runs in arms_of(rows).items():
+    for name, runs in variants_of(rows).items():
         found = [(row["run"], [row[column] for column in columns]) for row in runs]
         if len(runs) > 1:
             entries = zip(*(values for _, values in found), strict=True)
@@ -120,25 +120,25 @@ def show(rows: list[dict[str, Any]], lengths: list[int]) -> None:
     Console(width=200).print(table)
 
 
-def arms_of(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Runs that differ in their seed alone, by the name of their arm.
+def variants_of(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Runs that differ in their seed alone, by the name of their variant.
 
     Run names end in the seed, as benchmarks/claims.py gives them. Runs that reach less far come
     first, else the order stays.
     """
-    arms: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    variants: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: row["coverage"] or 0):
-        arm = re.sub(r"_\d+$", "", row["run"])
-        arms.setdefault((arm, row["coverage"], row["parameters"]), []).append(row)
-    names = [arm for arm, *_ in arms]
+        variant = re.sub(r"_\d+$", "", row["run"])
+        variants.setdefault((variant, row["coverage"], row["parameters"]), []).append(row)
+    names = [variant for variant, *_ in variants]
     # Where a number at the end was none of a seed, the whole name stays.
     return {
         key[0] if names.count(key[0]) == 1 and len(runs) > 1 else runs[0]["run"]: runs
-        for key, runs in arms.items()
+        for key, runs in variants.items()
     }
 
 
-# What the arms of configs/claims/abacus*.yaml and configs/abacus_cpu.yaml are.
+# What the variants of configs/claims/abacus*.yaml and configs/abacus_cpu.yaml are.
 NAMES = {
     "coupled": "Abacus, coupled operators",
     "abacus": "Abacus",
@@ -160,7 +160,7 @@ NAMES = {
 
 
 def titles(names: list[str]) -> dict[str, str]:
-    """What tells runs apart: names without the words that all begin by and the seed all end in."""
+    """How runs differ: names without the words that all begin by and the seed all end in."""
     words = [name.split("_") for name in names]
     begin = 0
     while len(names) > 1 and all(len(w) > begin + 1 and w[begin] == words[0][begin] for w in words):
@@ -183,25 +183,25 @@ def reach(row: dict[str, Any], lengths: list[int]) -> int:
 
 
 def draw(rows: list[dict[str, Any]], lengths: list[int], path: Path) -> None:
-    """A line an arm, from the least to the largest of its seeds; what was trained is grey.
+    """A line a variant, from the least to the largest of its seeds; what was trained is grey.
 
-    How far positions reach is dotted, and where that differs from arm to arm a second panel holds
+    How far positions reach is dotted, and where that differs between variants a second panel holds
     it against how far sums are right.
     """
     plt = pyplot()
-    arms = arms_of(rows)
-    title = titles(list(arms))
-    bounds = {name: runs[0]["coverage"] for name, runs in arms.items()}
+    variants = variants_of(rows)
+    title = titles(list(variants))
+    bounds = {name: runs[0]["coverage"] for name, runs in variants.items()}
     law = len(set(bounds.values()) - {""}) > 2
     figure, panels = plt.subplots(
         1, 2, figsize=(14, 4.8), width_ratios=(2, 1), layout="constrained"
     ) if law else plt.subplots(figsize=(10, 4.8), layout="constrained")  # fmt: skip
     panel = panels[0] if law else panels
     panel.axvspan(0.5, rows[0]["trained_digits"] + 0.5, color="0.92")
-    # Arms that reach further and further are shades, others are told apart by colour and dashes.
-    shades = plt.get_cmap("plasma")(np.linspace(0, 0.88, len(arms)))
+    # Variants that reach further and further are shades, others differ by colour and dashes.
+    shades = plt.get_cmap("plasma")(np.linspace(0, 0.88, len(variants)))
     dotted: set[float] = set()
-    for number, (name, runs) in enumerate(arms.items()):
+    for number, (name, runs) in enumerate(variants.items()):
         values = np.array([[row[f"digits_{n}"] for n in lengths] for row in runs])
         color = shades[number] if law else f"C{number % 10}"
         style = "-" if law or number < 10 else "--"
@@ -217,7 +217,7 @@ def draw(rows: list[dict[str, Any]], lengths: list[int], path: Path) -> None:
         # An answer may have one digit more than the operands.
         bound = bounds[name] - 1 if bounds[name] else math.inf
         if bound < lengths[-1]:
-            shared = bound in dotted  # of several arms at one place, none has its colour
+            shared = bound in dotted  # of several variants at one length, none has its colour
             panel.axvline(bound + 0.5, color="0.4" if shared else color, linestyle=":")
             dotted.add(bound)
         if law and bounds[name]:

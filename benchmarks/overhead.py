@@ -79,9 +79,9 @@ def step_times() -> tuple[float, float]:
 
     lightning.Trainer.fit = fit  # type: ignore[method-assign]
     try:
-        with tempfile.TemporaryDirectory() as place:
+        with tempfile.TemporaryDirectory() as folder:
             command = ["fit", "--config", str(harness.ROOT / "configs" / "addition.yaml")]
-            command += ["--trainer.default_root_dir", place]
+            command += ["--trainer.default_root_dir", folder]
             command += ["--trainer.max_steps", str(WARMUP + STEPS + 1)]
             command += ["--trainer.val_check_interval", "1000000"]
             assert main(command) == 0

@@ -24,7 +24,7 @@ ALONE = ["torchscale==0.3.0", "fairscale==0.4.13"]
 
 
 def run_in_peer_environment() -> None:
-    """Return if this process runs in the peers' environment; else make it and go on there."""
+    """Return if this process runs in the peers' environment; else make it and continue there."""
     python = ENVIRONMENT / "bin" / "python"
     if Path(sys.prefix) == ENVIRONMENT:
         return

@@ -88,7 +88,7 @@ def fit(name: str, flags: dict[str, str], given: argparse.Namespace) -> Log:
         return list(csv.DictReader(file))
 
 
-def apart(log: Log, one: Log, column: str) -> list[float]:
+def differences(log: Log, one: Log, column: str) -> list[float]:
     """Relative differences of a column, from step to step."""
     pairs = [
         (float(a[column]), float(b[column])) for a, b in zip(one, log, strict=True) if a[column]
@@ -101,11 +101,11 @@ def summarise(log: Log, one: Log | None) -> dict[str, Any]:
     training = [entry for entry in log if entry["train/loss"]]
     row: dict[str, Any] = {"steps": len(training), "last_loss": training[-1]["train/loss"][:9]}
     for column in TRAINING if one else ():
-        far = apart(log, one, column)
+        far = differences(log, one, column)
         seen = {"first step": far[0], "last step": far[-1], "at most": max(far)}
         row |= {f"{column} apart, {when}": f"{value:.1e}" for when, value in seen.items()}
     if one:
-        row["validation/loss apart"] = f"{apart(log, one, 'validation/loss')[-1]:.1e}"
+        row["validation/loss apart"] = f"{differences(log, one, 'validation/loss')[-1]:.1e}"
     late = training[len(training) // 2 :]
     speeds = sorted(float(entry["train/tokens_per_second"]) for entry in late)
     row["tokens_per_second"] = round(speeds[len(speeds) // 2])

@@ -464,7 +464,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns each contender takes")
     parser.add_argument("--output", type=Path, help="folder for the CSV and the figure")
     parser.add_argument("--machine", help="name in the file names; default: the GPU's")
-    parser.add_argument("--no-step", action="store_true", help="leave the recurrent step out")
+    parser.add_argument("--no-step", action="store_true", help="skip the recurrent step")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("skipped: these kernels are timed on a CUDA device, and there is none")

@@ -1,4 +1,4 @@
-"""RoPE scaling beyond the trained length: every run, length and scaling as a row of results/.
+"""RoPE scaling past the trained length: every run, length and scaling as a row of results/.
 
     python benchmarks/rope_scaling.py runs/claims/rope_scaling_*
 

@@ -45,16 +45,18 @@ def markdown(headings: list[str], rows: list[list[str]], numbers: int = 1) -> st
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927)."""
+def wilson(fraction: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a fraction (Wilson 1927)."""
     z = 1.96
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = math.sqrt(share * (1 - share) / count + z * z / (4 * count**2)) / (1 + z * z / count)
+    middle = (fraction + z * z / (2 * count)) / (1 + z * z / count)
+    half = math.sqrt(fraction * (1 - fraction) / count + z * z / (4 * count**2)) / (
+        1 + z * z / count
+    )
     return middle - z * half, middle + z * half
 
 
-def per_cent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+def per_cent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %"
 
 
 # ---------------------------------------------------------------------------- arithmetic
@@ -187,28 +189,31 @@ def learning_rates() -> str:
 # ---------------------------------------------------------------------------- mixtures
 
 
-def arms(name: str, against: str, more: dict[str, str]) -> str:
-    """The arms of an experiment: parameters, loss, and what `more` names of the log."""
-    by_arm: dict[str, list[Row]] = {}
+def variants(name: str, against: str, more: dict[str, str]) -> str:
+    """The variants of an experiment: parameters, loss, and what `more` names of the log."""
+    by_variant: dict[str, list[Row]] = {}
     for row in rows_of(f"{H200}-bfloat16-claims-{name}"):
-        by_arm.setdefault(row["arm"], []).append(row)
+        by_variant.setdefault(row["arm"], []).append(row)
     loss = {
-        arm: {row["seed"]: float(row["validation/loss/best"]) for row in rows}
-        for arm, rows in by_arm.items()
+        variant: {row["seed"]: float(row["validation/loss/best"]) for row in rows}
+        for variant, rows in by_variant.items()
     }
-    order = [against, *(arm for arm in sorted(by_arm, key=_natural) if arm != against)]
+    order = [
+        against,
+        *(variant for variant in sorted(by_variant, key=_natural) if variant != against),
+    ]
     found = []
-    for arm in order:
-        rows, mean = by_arm[arm], statistics.fmean(loss[arm].values())
-        spread = f" ± {statistics.stdev(loss[arm].values()):.4f}" if len(rows) > 1 else ""
+    for variant in order:
+        rows, mean = by_variant[variant], statistics.fmean(loss[variant].values())
+        spread = f" ± {statistics.stdev(loss[variant].values()):.4f}" if len(rows) > 1 else ""
         short = ", cut short" if any(row.get("cut_short") for row in rows) else ""
         cells = [
-            f"`{arm}`{short}",
+            f"`{variant}`{short}",
             str(len(rows)),
             f"{int(rows[0]['parameters']):,}",
             f"{int(rows[0]['active']):,}",
             f"{mean:.4f}{spread}",
-            "" if arm == against else _difference(loss[arm], loss[against]),
+            "" if variant == against else _difference(loss[variant], loss[against]),
         ]
         for column, digits in more.items():
             values = [float(row[column]) for row in rows if row.get(column)]
@@ -224,11 +229,11 @@ STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365
 
 def _difference(ours: dict[str, float], theirs: dict[str, float]) -> str:
     """The mean difference over the seeds of both, with its 95 % interval (paired, Student's t)."""
-    apart = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-    mean, base = statistics.fmean(apart), statistics.fmean(theirs.values())
-    if len(apart) == 1:
+    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    mean, base = statistics.fmean(differences), statistics.fmean(theirs.values())
+    if len(differences) == 1:
         return f"{100 * mean / base:+.2f} %"
-    half = STUDENT[len(apart)] * statistics.stdev(apart) / math.sqrt(len(apart))
+    half = STUDENT[len(differences)] * statistics.stdev(differences) / math.sqrt(len(differences))
     low, high = (100 * bound / base for bound in (mean - half, mean + half))
     return f"{100 * mean / base:+.2f} % ({low:+.2f} to {high:+.2f})"
 
@@ -273,7 +278,7 @@ def same_runs() -> str:
 
 # ---------------------------------------------------------------------------- kernels
 
-NEEDED = {"16": {"2048": 1.5}, "8": {}, "4": {}}  # times fla that were asked for; else by width
+NEEDED = {"16": {"2048": 1.5}, "8": {}, "4": {}}  # times fla that are required; else by width
 
 
 def kernels() -> str:
@@ -321,14 +326,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "abacus_cpu": abacus_cpu,
     "rope_scaling": rope_scaling,
     "learning_rates": learning_rates,
-    "filtered_attention": lambda: arms("filtered_attention", "plain", {}),
-    "normalised_gate": lambda: arms("normalised_gate", "none", GATE),
-    "adaptive_balance": lambda: arms(
+    "filtered_attention": lambda: variants("filtered_attention", "plain", {}),
+    "normalised_gate": lambda: variants("normalised_gate", "none", GATE),
+    "adaptive_balance": lambda: variants(
         "adaptive_balance",
         "constant",
         {"train/metric/drop_rate/last": "3", "train/metric/coefficient/last": "4"},
     ),
-    "moe_router": lambda: arms("moe_router", "linear", GATE),
+    "moe_router": lambda: variants("moe_router", "linear", GATE),
     "same_runs": same_runs,
     "retention_kernels": kernels,
 }

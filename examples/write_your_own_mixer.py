@@ -52,7 +52,7 @@ class FadingMemory(archzoo.Mixer):
 
 
 def train(model: archzoo.Decoder, steps: int = 300) -> float:
-    """Learn rows such as abababab: the next letter is the last but one. The share it gets right."""
+    """Learn rows such as abababab: the next letter is the last but one. Its accuracy."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     for _ in range(steps):

@@ -11,7 +11,7 @@ from archzoo.cli import main
 ROOT = Path(__file__).parent.parent
 CONFIG = """
 seed_everything: 0
-arms:
+variants:
   shift_1: {model.embedding.init_args.max_shift: 1}
   shift_2: {model.embedding.init_args.max_shift: 2}
   shift_4: {model.embedding.init_args.max_shift: 4}
@@ -45,15 +45,15 @@ def row(run, right, coverage=9, parameters=100):
 def test_runs_of_one_arm_are_those_that_differ_in_their_seed(lengths):
     rows = [row("claim_b_0", 5), row("claim_a_0", 6, ""), row("claim_b_1", 7)]
     rows += [row("shift_1", 4, 5), row("shift_2", 5, 6), row("alone", 3, parameters=7)]
-    arms = lengths.arms_of(rows)
-    assert {name: [run["run"] for run in runs] for name, runs in arms.items()} == {
+    variants = lengths.variants_of(rows)
+    assert {name: [run["run"] for run in runs] for name, runs in variants.items()} == {
         "claim_a_0": ["claim_a_0"],
         "shift_1": ["shift_1"],  # other coverages: no seeds
         "shift_2": ["shift_2"],
         "claim_b": ["claim_b_0", "claim_b_1"],
         "alone": ["alone"],
     }
-    assert list(arms)[:3] == ["claim_a_0", "shift_1", "shift_2"]
+    assert list(variants)[:3] == ["claim_a_0", "shift_1", "shift_2"]
 
 
 def test_how_far_a_run_reaches(lengths):
