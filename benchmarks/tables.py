@@ -49,9 +49,8 @@ def wilson(fraction: float, count: int) -> tuple[float, float]:
     """The 95 % interval of a fraction (Wilson 1927)."""
     z = 1.96
     middle = (fraction + z * z / (2 * count)) / (1 + z * z / count)
-    half = math.sqrt(fraction * (1 - fraction) / count + z * z / (4 * count**2)) / (
-        1 + z * z / count
-    )
+    variance = fraction * (1 - fraction) / count + z * z / (4 * count**2)
+    half = math.sqrt(variance) / (1 + z * z / count)
     return middle - z * half, middle + z * half
 
 
