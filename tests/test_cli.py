@@ -422,7 +422,7 @@ def test_mistakes_in_commands(here, capsys, arguments, expected):
         ("--data.bs 4", ["'bs'", "nearest: batch_size"]),
         ("--model.warmup_steps -1", ["warmup_steps=-1 must be at least 0"]),
         ("--model.betas [2,1]", ["betas=[2.0, 1.0]"]),
-        ("--model.weights none.ckpt", ["leave preset out", "--model.preset null"]),
+        ("--model.weights none.ckpt", ["omit preset", "--model.preset null"]),
         ("--trainer.val_check_interval 0", ["val_check_interval=0", "limit_val_batches=0"]),
         ("--trainer.devices 999", ["devices=999", "cores", "'auto' takes one process"]),
         ("--name ../x", ["name='../x' is not a plain name", "--trainer.default_root_dir"]),

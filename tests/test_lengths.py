@@ -11,7 +11,7 @@ from archzoo.cli import main
 ROOT = Path(__file__).parent.parent
 CONFIG = """
 seed_everything: 0
-variants:
+arms:
   shift_1: {model.embedding.init_args.max_shift: 1}
   shift_2: {model.embedding.init_args.max_shift: 2}
   shift_4: {model.embedding.init_args.max_shift: 4}

@@ -47,7 +47,7 @@ def test_a_pipe_gets_it_in_one_piece():
 def test_the_zoo_fits_a_terminal_of_80_columns(monkeypatch):
     file = io.StringIO()
     console = Console(file=file, width=80, force_terminal=True, color_system=None)
-    monkeypatch.setattr(listing, "show", lambda table: tables.show(table, console))
+    monkeypatch.setattr(listing, "show", lambda table, *_: tables.show(table, console))
     listing.list_command()
     assert max(map(len, file.getvalue().splitlines())) <= 80
     assert "arXiv 1706.03762" in file.getvalue() and "state at 16k" in file.getvalue()

@@ -680,7 +680,7 @@ def test_unknown_monitor_is_named(tmp_path):
         trainer.fit(LanguageModel("retnet_micro"), addition())
 
 
-# ---------------------------------------------------------------------------- no finite numbers
+# ---------------------------------------------------------------------------- non-finite numbers
 
 
 class Spoil(lightning.Callback):
@@ -702,7 +702,7 @@ class Spoil(lightning.Callback):
 
 @pytest.mark.parametrize(
     ("where", "message"),
-    [("loss", "the loss is nan at step 3"), ("weights", "step 3 made weights that are no finite")],
+    [("loss", "the loss is nan at step 3"), ("weights", "step 3 made weights that are not finite")],
 )
 def test_nan_ends_the_run_and_spares_the_checkpoint(tmp_path, where, message):
     trainer = make_trainer(tmp_path, Spoil(3, where), max_steps=6)

@@ -164,7 +164,7 @@ def test_training_goes_on_from_what_was_upcycled(tmp_path, monkeypatch, capsys):
     assert main([*more, "--trainer.accelerator", "cpu"]) == 0
     capsys.readouterr()
     assert main([*fit, "--model.dim", "64"]) == 1
-    assert "brings its own architecture: leave dim out" in capsys.readouterr().err
+    assert "brings its own architecture: omit dim" in capsys.readouterr().err
     two = ["--data", "Addition", "--data.digits", "1", "--data.reverse", "true"]
     assert main([*fit, *two, "--trainer.max_steps", "1"]) == 0, "the same vocabulary"
     Path("text.txt").write_text("abc\n" * 200)

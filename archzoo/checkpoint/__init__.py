@@ -525,7 +525,7 @@ def read_safely(path: str | os.PathLike[str]) -> dict[str, Any]:
     its digest.
 
     Raises:
-        ValueError: The file is truncated, no checkpoint, a pickle that would run code, or one
+        ValueError: The file is truncated, not a checkpoint, a pickle that would run code, or one
             whose settings do not fit its weights.
     """
     with Archive(path) as archive:

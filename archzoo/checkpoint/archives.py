@@ -400,7 +400,7 @@ class Archive:
             raise ValueError(
                 f"{self.path} is a bare pickle, which may run code when loaded: refused"
             )
-        what = "no checkpoint" if begin else "empty"
+        what = "not a valid checkpoint" if begin else "empty"
         raise ValueError(f"{self.path} is {what}: it cannot be loaded")
 
     def _index(self) -> dict[str, zipfile.ZipInfo]:
