@@ -149,14 +149,14 @@ class Decoder(nn.Module):
         sizes = {"vocab_size": vocab_size, "dim": dim, "depth": depth, "heads": heads}
         for name, size in sizes.items():
             if not _whole(size):
-                raise ValueError(f"{name}={size!r}: a decoder needs a whole number of at least 1")
+                raise ValueError(f"{name}={size!r}: a decoder needs an integer of at least 1")
         assert vocab_size and dim and depth and heads  # checked above; tells the type checker
         interface.head_size(dim, heads)
         width = 8 * math.ceil(dim / 3) if width is None else width
         loops = 1 if loops is None else loops
         for name, size in (("width", width), ("loops", loops), ("context_length", context_length)):
             if not _whole(size) and not (name == "context_length" and size is None):
-                raise ValueError(f"{name}={size!r} must be a whole number of at least 1")
+                raise ValueError(f"{name}={size!r} must be an integer of at least 1")
         flags = {"tie_weights": tie_weights, "activation_checkpointing": activation_checkpointing}
         for name, flag in flags.items():
             if flag not in (None, True, False):
@@ -246,7 +246,7 @@ class Decoder(nn.Module):
             self.head.weight = self.embedding.weight
 
     def to_empty(self, *, device: Any, recurse: bool = True) -> Decoder:
-        """Room on a device for a model that was built on the meta device; a tied head stays tied.
+        """Allocate a model that was built on the meta device; a tied head stays tied.
 
         Values are undefined until `reset_parameters` or `load_state_dict`.
         """
@@ -355,7 +355,7 @@ class Decoder(nn.Module):
             documents: The same.
             examples: The same.
             form: The same.
-            loops: Runs of the stack with gradients; None: all of them. Progressive loss, in
+            loops: Iterations of the stack with gradients; None: all of them. Progressive loss, in
                 which looped models are trained, takes a random number.
             no_grad_loops: Runs before those, without gradients.
             positions: As for `forward`.

@@ -323,7 +323,7 @@ def encode(
         except TypeError:
             raise ValueError(
                 f"prompt {number} is {str(prompt)[:40]}: a prompt is text, or a list of tokens, "
-                "which are whole numbers"
+                "which are integers"
             ) from None
         if not row:
             raise ValueError(f"prompt {number} is empty: a model needs a token to start from")

@@ -36,12 +36,12 @@ def check_tokens(tokens: Any) -> Tensor:
             "and time >= 1"
         )
     if not _whole(tokens):
-        raise ValueError(f"tokens are {_name(tokens.dtype)}: they are whole numbers, torch.int64")
+        raise ValueError(f"tokens are {_name(tokens.dtype)}: they are integers, torch.int64")
     return tokens.long()
 
 
 def check_beside(tokens: Tensor, **given: Any) -> None:
-    """Documents, examples and positions: whole numbers where the tokens live, or None.
+    """Documents, examples and positions: integers where the tokens live, or None.
 
     Raises:
         ValueError: Anything else. Their shapes are checked where the context is made.
@@ -51,14 +51,12 @@ def check_beside(tokens: Tensor, **given: Any) -> None:
             continue
         if not isinstance(numbers, Tensor):
             raise ValueError(
-                f"{name} are a {type(numbers).__name__}: give a tensor of whole numbers, one for "
+                f"{name} are a {type(numbers).__name__}: give a tensor of integers, one for "
                 "every token"
             )
         if not _whole(numbers):
             mask = "; for a mask of tokens, torch.where(mask, 0, -1)" if name == "documents" else ""
-            raise ValueError(
-                f"{name} are {_name(numbers.dtype)}: give whole numbers, torch.int64{mask}"
-            )
+            raise ValueError(f"{name} are {_name(numbers.dtype)}: give integers, torch.int64{mask}")
         if numbers.device != tokens.device:
             raise ValueError(
                 f"{name} are on {numbers.device}, the tokens on {tokens.device}: move one to the "

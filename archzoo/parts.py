@@ -33,9 +33,11 @@ SLOTS: dict[str, type[nn.Module]] = {
     "adapter": Adapter,
 }
 
-# Where the zoo's own parts are defined: the modules of these rooms that have a public name.
-ROOMS = ("mixers", "feedforward", "embeddings", "positions", "adapters", "linear")
-MODULES = tuple(dict.fromkeys(m for m in names_of("archzoo").values() if m.split(".")[1] in ROOMS))
+# Where the zoo's own parts are defined: the modules of these packages that have a public name.
+HOMES = ("mixers", "feedforward", "embeddings", "positions", "adapters", "linear")
+MODULES = tuple(
+    dict.fromkeys(m for m in names_of("archzoo").values() if m.split(".")[1] in HOMES)
+)
 
 #: The part that stands for "none" in a slot; without a bias there is no part, which the decoder
 #: knows, and the other slots cannot be empty.

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from archzoo.analysis.figures import legend, pyplot, save
-from archzoo.analysis.grid import AT_ONCE, Examiner, Key, ask_problems
+from archzoo.analysis.grid import AT_ONCE, Examiner, Key, evaluate_problems
 from archzoo.checkpoint import Pretrained, load
 from archzoo.tasks.stream import build_task
 
@@ -46,7 +46,7 @@ def by_length(found: Pretrained, lengths: list[int], count: int) -> dict[int, fl
     matches: dict[int, float] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lengths that are not covered are read on purpose
-        for counts in ask_problems(examiner, keys, count, AT_ONCE[device]):
+        for counts in evaluate_problems(examiner, keys, count, AT_ONCE[device]):
             for key, (problems, right) in counts.items():
                 if key.kind == "cell":
                     matches[key.first] = right / problems

@@ -440,7 +440,7 @@ def test_a_tokenizer_of_another_vocabulary(saved: Path) -> None:
         ({"depth": 3}, r"do not fit the configuration: they miss blocks\.2\."),
         ({"depth": 1}, r"do not fit the configuration: they have blocks\.1\."),
         ({"width": 56}, r"gate_up\.weight has shape \(96, 32\) where \(112, 32\) is expected"),
-        ({"dim": "wide"}, "dim='wide': a decoder needs a whole number"),
+        ({"dim": "wide"}, "dim='wide': a decoder needs an integer"),
     ],
 )
 def test_weights_that_do_not_fit(saved: Path, decoder: dict[str, object], message: str) -> None:

@@ -173,11 +173,11 @@ def test_none_is_a_word_for_an_empty_slot():
         ({"dropout": 1.0}, r"dropout=1.0 must lie in \[0, 1\)"),
         ({"init_std": math.nan}, "init_std=nan must be at least 0, and finite"),
         ({"norm_eps": -1e-6}, "norm_eps=-1e-06 must be at least 0"),
-        ({"context_length": 0}, "context_length=0 must be a whole number of at least 1"),
-        ({"context_length": "long"}, "context_length='long' must be a whole number"),
-        ({"vocab_size": True}, "vocab_size=True: a decoder needs a whole number"),
-        ({"loops": True}, "loops=True must be a whole number"),
-        ({"width": 1.5}, "width=1.5 must be a whole number"),
+        ({"context_length": 0}, "context_length=0 must be an integer of at least 1"),
+        ({"context_length": "long"}, "context_length='long' must be an integer"),
+        ({"vocab_size": True}, "vocab_size=True: a decoder needs an integer"),
+        ({"loops": True}, "loops=True must be an integer"),
+        ({"width": 1.5}, "width=1.5 must be an integer"),
     ],
 )
 def test_an_argument_of_the_wrong_kind_is_refused(arguments, words):
@@ -186,7 +186,7 @@ def test_an_argument_of_the_wrong_kind_is_refused(arguments, words):
 
 
 def test_sizes_are_needed():
-    with pytest.raises(ValueError, match="vocab_size=None: a decoder needs a whole number"):
+    with pytest.raises(ValueError, match="vocab_size=None: a decoder needs an integer"):
         Decoder(dim=8, depth=1, heads=1)
 
 
@@ -463,7 +463,7 @@ def test_tokens_of_another_shape_are_refused(family, shape):
 
 WRONG = {
     "list": (lambda: {"tokens": [[1, 2]]}, r"tokens are a list: .* torch\.tensor"),
-    "float": (lambda: {"tokens": torch.ones(1, 2)}, "tokens are float32: they are whole numbers"),
+    "float": (lambda: {"tokens": torch.ones(1, 2)}, "tokens are float32: they are integers"),
     "bool": (lambda: {"tokens": torch.ones(1, 2) > 0}, "tokens are bool"),
     "too large": (
         lambda: {"tokens": torch.tensor([[1, 163]])},

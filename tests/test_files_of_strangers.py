@@ -501,8 +501,8 @@ def test_a_deep_key_does_not_end_the_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("decoder", "message"),
     [
-        ({"vocab_size": "64"}, "vocab_size='64': a decoder needs a whole number"),
-        ({"depth": True}, "depth=True: a decoder needs a whole number"),
+        ({"vocab_size": "64"}, "vocab_size='64': a decoder needs an integer"),
+        ({"depth": True}, "depth=True: a decoder needs an integer"),
         ({"dim": 10**5000}, "dim=a int too long to show"),
         ({"width": 2.5}, "width=2.5 is not valid: it takes int | None"),
         ({"tie_weights": "yes"}, "tie_weights='yes' is not valid: it takes bool | None"),

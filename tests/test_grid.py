@@ -11,7 +11,7 @@ from torch import nn
 
 import archzoo
 from archzoo.analysis import grid
-from archzoo.analysis.grid import Examiner, Journal, Key, ask_problems, grid_command
+from archzoo.analysis.grid import Examiner, Journal, Key, evaluate_problems, grid_command
 from archzoo.checkpoint import save_pretrained
 from archzoo.cli import main
 from archzoo.generation import generate
@@ -46,7 +46,7 @@ class Errs(nn.Module):
 def ask(task, errs, keys, count=40, at_once=2000):
     examiner = Examiner(Errs(task, errs), task, np.arange(task.vocab_size))
     found = {}
-    for some in ask_problems(examiner, keys, count, at_once):
+    for some in evaluate_problems(examiner, keys, count, at_once):
         assert not set(some) & set(found)
         found |= some
     return found
@@ -137,7 +137,7 @@ def test_a_pass_says_what_greedy_generation_does():
     net = net.double().eval()
     examiner = Examiner(net, task, np.arange(task.vocab_size))
     keys = [Key("cell", i, j) for i in (1, 2) for j in (1, 2)]
-    [found] = ask_problems(examiner, keys, 60, 10**6)
+    [found] = evaluate_problems(examiner, keys, 60, 10**6)
     total = problems = 0
     for key in keys:
         lines = task.text(task.cell(key.first, key.second, 60))

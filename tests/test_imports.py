@@ -16,9 +16,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# From bottom to top: a module imports from its own line and from those above it. A room is a
+# From bottom to top: a module imports from its own line and from those above it. A package is a
 # directory or a module at the top of archzoo/, or a module that stands apart from its directory.
-ROOMS = """
+LAYERS = """
     _version derivatives names public
     numerics
     documents states
@@ -45,7 +45,7 @@ ROOMS = """
     cli
     __main__
 """
-LEVELS = {room: level for level, line in enumerate(ROOMS.split("\n")) for room in line.split()}
+LEVELS = {package: level for level, line in enumerate(LAYERS.split("\n")) for package in line.split()}
 TRAINS = {"training", "tasks", "analysis", "cli", "demo"}  # who may import lightning
 
 
@@ -103,9 +103,9 @@ def arrows() -> dict[str, list[str]]:
 
 def room_of(module: str) -> str:
     steps = list(itertools.accumulate(module.split("."), lambda a, b: f"{a}.{b}"))
-    rooms = [step for step in reversed(steps) if step in LEVELS]
-    assert rooms, f"say in ROOMS where {module} stands"
-    return rooms[0]
+    packages = [step for step in reversed(steps) if step in LEVELS]
+    assert packages, f"say in LAYERS where {module} stands"
+    return packages[0]
 
 
 def test_arrows_point_down() -> None:
@@ -119,7 +119,7 @@ def test_arrows_point_down() -> None:
 
 
 def test_there_is_no_circle() -> None:
-    """Of modules: rooms of one level may import each other's."""
+    """Of modules: packages of one level may import each other's."""
     graph = {module: set(targets) for module, targets in arrows().items()}
     while graph:
         done = {module for module, targets in graph.items() if not targets & graph.keys()}

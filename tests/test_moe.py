@@ -505,8 +505,8 @@ def test_a_run_moves_its_biases_and_resumes_them(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"experts": 0}, "experts=0 must be a whole number"),
-        ({"top_k": 2.0}, "top_k=2.0 must be a whole number"),
+        ({"experts": 0}, "experts=0 must be an integer"),
+        ({"top_k": 2.0}, "top_k=2.0 must be an integer"),
         ({"top_k": 9}, "top_k=9 must lie between 1 and experts=8"),
         ({"shared_experts": -1}, "shared_experts=-1"),
         ({"drop": "random"}, "drop='random' is neither none nor position"),

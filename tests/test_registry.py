@@ -149,10 +149,10 @@ def test_overriding_a_preset_leaves_the_preset():
         ("retnet_micro", {"heads": 5}, "heads=5 does not divide dim=32"),
         ("retnet_micro", {"dim": 0}, "dim=0"),
         ("retnet_micro", {"depth": 0}, "depth=0"),
-        ("retnet_micro", {"depth": 2.5}, "depth=2.5: a decoder needs a whole number"),
-        ("retnet_micro", {"dim": "32"}, "dim='32': a decoder needs a whole number"),
-        ("retnet_micro", {"width": 0}, "width=0 must be a whole number"),
-        ("retnet_micro", {"width": -8}, "width=-8 must be a whole number"),
+        ("retnet_micro", {"depth": 2.5}, "depth=2.5: a decoder needs an integer"),
+        ("retnet_micro", {"dim": "32"}, "dim='32': a decoder needs an integer"),
+        ("retnet_micro", {"width": 0}, "width=0 must be an integer"),
+        ("retnet_micro", {"width": -8}, "width=-8 must be an integer"),
         ("retnet_micro", {"norm_eps": -1.0}, "norm_eps=-1.0 must be at least 0"),
         ("retnet_micro", {"init_std": -1.0}, "init_std=-1.0 must be at least 0"),
         ("retnet_micro", {"pattern": "Retention"}, r"such as \[Retention\]"),
@@ -215,7 +215,7 @@ def test_every_part_has_a_public_name(slot):
     assert [getattr(archzoo, found.__name__, None) for found in public] == public
     # What others derive from: it takes more than its slot gives, or lacks a method.
     unfinished = {"RowEmbedding", "DigitEmbedding", "TopKRouter"}
-    for room in parts.ROOMS:
+    for room in parts.HOMES:
         if (PACKAGE / room).is_dir():
             found = dict(own_classes(room, parts.SLOTS[slot]))
             assert found.keys() - unfinished - {parts.SLOTS[slot].__name__} <= listed.keys()

@@ -97,7 +97,7 @@ def test_loss_keeps_only_one_piece_of_the_logits():
     ("spoil", "message"),
     [
         (lambda labels: None, "the batch holds no labels: give it the token that should follow"),
-        (lambda labels: labels.float(), "labels are float32: they are whole numbers, torch.int64"),
+        (lambda labels: labels.float(), "labels are float32: they are integers, torch.int64"),
         (lambda labels: labels > 0, "labels are bool"),
         (lambda labels: labels[:, :3], r"labels have shape \(2, 3\), the tokens \(2, 6\)"),
         # As many numbers, which went by in silence.

@@ -135,7 +135,7 @@ class Examiner:
 # ---------------------------------------------------------------------------- the table
 
 
-def ask_problems(
+def evaluate_problems(
     examiner: Examiner,
     keys: list[Key],
     count: int,
@@ -324,7 +324,7 @@ def grid_command(
     with warnings.catch_warnings(), _bar(len(keys), len(keys) - len(missing)) as advance:
         warnings.simplefilter("ignore")  # of lengths that are not covered: the figure says so
         tokens = at_once or AT_ONCE.get(kind, AT_ONCE["cpu"])
-        for counts in ask_problems(examiner, missing, problems, tokens, advance):
+        for counts in evaluate_problems(examiner, missing, problems, tokens, advance):
             journal.add(counts)
     show(_table(journal, synthetic, digits, diagonal or 0))
     if (coverage := found.model.embedding.coverage) is not None:

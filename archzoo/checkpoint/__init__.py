@@ -588,7 +588,7 @@ def _check_settings(config: dict[Any, Any], path: Path) -> None:
         if name in ("vocab_size", "dim", "depth", "heads"):
             if type(value) is not int or not 1 <= value < 2**63:
                 raise ValueError(
-                    f"{path}: {name}={_short(value)}: a decoder needs a whole number of at least 1"
+                    f"{path}: {name}={_short(value)}: a decoder needs an integer of at least 1"
                 )
         elif name == "adapters" and isinstance(value, dict):
             for entry in value.values():

@@ -533,7 +533,7 @@ def mixer_devices(subject: Subject) -> str:
             except (RuntimeError, NotImplementedError) as error:
                 raise Violation(
                     f"{form} on the meta device: {first_line(error)}: tensors are made on the "
-                    "device of x, and no step asks the device for a number"
+                    "device of x, and no step waits for the device"
                 ) from None
             if y.device.type != "meta":
                 raise Violation(f"{form}: y is on {y.device}, x on {x.device}")

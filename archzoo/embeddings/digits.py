@@ -89,7 +89,7 @@ class DigitEmbedding(RowEmbedding):
         rows: Of the table.
         digit_tokens: The tokens of 0 to 9. None: the task's tokenizer says.
         operator_tokens: Of + and the like, = last. None: the task says.
-        operators: Whether the operators are asked for at all.
+        operators: Whether the operators are needed at all.
         longest_run: Digits of the longest number in training, answers included. None: the task
             says.
         normalise: RMS norm of the sum of word and row.
@@ -113,7 +113,7 @@ class DigitEmbedding(RowEmbedding):
         self.vocab_size, self.operators, self.longest_run = vocab_size, operators, longest_run
         self.digit_tokens = self._checked("digit_tokens", digit_tokens)
         self.operator_tokens = self._checked("operator_tokens", operator_tokens)
-        # What each token is; whole numbers, which no cast touches, and known from the arguments.
+        # What each token is; integers, which no cast touches, and known from the arguments.
         self.kinds: Tensor
         self.register_buffer("kinds", torch.zeros(vocab_size, dtype=torch.int8), persistent=False)
         self._sort_tokens()

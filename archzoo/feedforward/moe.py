@@ -257,11 +257,11 @@ class MixtureOfExperts(FeedForward):
             Skywork's) or "none".
         balance_over: Whose tokens of a micro-batch the losses take: "rank", each rank's own, or
             "ranks", those of all ranks together, so that the loss is that of the global batch.
-            A training loop of your own then asks `Decoder.pooled_losses`.
+            A training loop of your own then calls `Decoder.pooled_losses`.
         coefficient: Of the balancing loss; the largest where it adapts.
         adaptive: Let the coefficient follow the layer's drop rate, as Skywork does.
         z_coefficient: Of the z-loss on the raw logits; 1e-3 is usual.
-        capacity_factor: Room of each expert over an even load, for the drop rate that is logged
+        capacity_factor: Capacity of each expert over an even load, for the drop rate that is logged
             and adapted to, and for `drop`.
         drop: "none", or "position": in training an expert takes tokens in the order of the batch
             until it is full. A dropped assignment adds nothing, the others' weights stay.
@@ -355,7 +355,7 @@ def _build_router(router: Part, dim: int, experts: int, top_k: int) -> Router:
     """The router that a name or plain data describes."""
     for name, value in (("experts", experts), ("top_k", top_k)):
         if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+            raise ValueError(f"{name}={value!r} must be an integer of at least 1")
     spec = describe("router", router)
     for name in ("top_k", "experts"):
         if name in spec["init_args"]:

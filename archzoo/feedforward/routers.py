@@ -156,7 +156,7 @@ class TopKRouter(KeepsFloat32, Router, ABC):
         """
         if self.bias_rate:
             assignments = sums["assignments"]
-            short = assignments.sum() - self.experts * assignments  # in whole numbers: exact
+            short = assignments.sum() - self.experts * assignments  # in integers: exact
             step = short.sign().to(self.expert_bias)
             self.expert_bias.add_(step - step.mean(), alpha=self.bias_rate)
 

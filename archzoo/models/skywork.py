@@ -31,7 +31,7 @@ from archzoo.registry import register_model
 
 
 def experts(number: int) -> dict[str, object]:
-    """The mixture, with so many experts."""
+    """The mixture, with that many experts."""
     router = {"class_path": "LinearRouter", "init_args": {"logit_norm": 1.0}}
     arguments = {
         "experts": number,

@@ -30,7 +30,7 @@ from archzoo.registry import register_model
 
 
 def experts(number: int) -> dict[str, object]:
-    """The mixture, with so many experts."""
+    """The mixture, with that many experts."""
     arguments = {"experts": number, "top_k": 2, "router": "AttentionRouter", "balance": "none"}
     return {"class_path": "MixtureOfExperts", "init_args": arguments}
 

@@ -304,7 +304,7 @@ class Addition(TwoNumbers):
         return self._draw(0, "chain", numbers, sizes, extent, wanted=True, make=self._with_chain)
 
     def _with_chain(self, bits: Bits, sizes: Integers, extent: tuple[int, int]) -> Problems:
-        """Random sums that carry through so many columns in a row as sizes[2] says, and no more."""
+        """Random sums that carry through exactly sizes[2] columns in a row."""
         digits, chains = extent[0], sizes[2]
         # The first half of a draw makes a column, the second half of the first one says where the
         # chain begins.

@@ -153,7 +153,7 @@ class Progress:
         self._width = 0
 
     def __call__(self, done: int) -> None:
-        """So many bytes are done."""
+        """Report that this many bytes are done."""
         now = time.monotonic()
         if now < self._next:
             return

@@ -132,7 +132,7 @@ class Blocks:
 class SyntheticTask(Task):
     """Synthetic problems that end with `=`; the labels are the answer.
 
-    A problem has a size, two whole numbers: the digits of its two operands, say. Training example
+    A problem has a size, two integers: the digits of its two operands, say. Training example
     n is a function of (seed, n) alone; both parts of its size are uniform, so every size comes
     equally often.
 
@@ -148,8 +148,8 @@ class SyntheticTask(Task):
         coupling: How a task whose batches hold coupled positions (`positions`) writes the numbers
             of a problem, "reversed" or "plain"; None: it gives no positions.
         longest_run: Digits of the longest number in training, answers included.
-        longest_tested: The same in all that validation asks.
-        synthetic_tasks: By name, the tasks whose problems it asks: itself.
+        longest_tested: The same over everything that is validated on.
+        synthetic_tasks: By name, the tasks that generate its problems: itself.
 
     Args:
         spans: Of both parts of the size, first and last value. All else is read off what the class
@@ -492,7 +492,7 @@ class SyntheticTask(Task):
         return Columns(symbols, present, positions, labelled)
 
     def letters_from(self, letters: Integers, places: Integers) -> Digits:
-        """Tokens of the letters so many places after the first: (examples,), (columns,) -> both."""
+        """Tokens of the letters `places` after the first: (examples,), (columns,) -> both."""
         tokens: Digits = self.letter_tokens[(letters[:, None] + places) % len(LETTERS)]
         return tokens
 

@@ -41,7 +41,7 @@ def check_labels(batch: dict[str, Any]) -> Tensor:
         )
     kind = str(labels.dtype).removeprefix("torch.")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"labels are {kind}: they are whole numbers, torch.int64")
+        raise ValueError(f"labels are {kind}: they are integers, torch.int64")
     if labels.shape != batch["tokens"].shape:
         raise ValueError(
             f"labels have shape {tuple(labels.shape)}, the tokens {tuple(batch['tokens'].shape)}: "

@@ -240,7 +240,7 @@ class LanguageModel(lightning.LightningModule):
             )
         if task is not None:
             task.prepare()
-            if stage == "fit" or self.net.task is None:  # what is asked says how it is written
+            if stage == "fit" or self.net.task is None:  # the task says how prompts are written
                 self.net.task = task.config()
             if self._vocabulary not in (None, task.tokenizer.files()):
                 raise ValueError(
@@ -766,7 +766,7 @@ class LanguageModel(lightning.LightningModule):
             self._check_weights_fit(checkpoint.get("state_dict"))
         files = checkpoint.get("tokenizer")
         if self.task is not None and files is not None:
-            # Made again first: a file may say of truncating and the like what is switched off now.
+            # Rebuilt first: a file may say of truncating and the like what is switched off now.
             same = self.task.tokenizer.files() == from_files(tokenizer_files(checkpoint)).files()
             if not same:
                 raise ValueError(

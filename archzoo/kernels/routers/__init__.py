@@ -106,7 +106,7 @@ class _Project(torch.autograd.Function):
 
 
 def _product(a: Tensor, high: Tensor, low: Tensor, extra: Tensor | None, block: int) -> Tensor:
-    """``a (high + low)^T + extra``, so many columns a program."""
+    """``a (high + low)^T + extra``, with that many columns a program."""
     rows, inner = a.shape
     columns, padded = high.shape
     y = a.new_empty(rows, columns)
