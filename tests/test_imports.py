@@ -45,7 +45,9 @@ LAYERS = """
     cli
     __main__
 """
-LEVELS = {package: level for level, line in enumerate(LAYERS.split("\n")) for package in line.split()}
+LEVELS = {
+    package: level for level, line in enumerate(LAYERS.split("\n")) for package in line.split()
+}
 TRAINS = {"training", "tasks", "analysis", "cli", "demo"}  # who may import lightning
 
 
