@@ -52,7 +52,7 @@ def written(part, text):
 
 
 def naive(tokens, digits, documents=None):
-    """The rule, one token at a time; padding is seen through."""
+    """The rule, one token at a time; padding is ignored."""
     found = []
     for row in range(len(tokens)):
         count, last, ids = 0, None, []
@@ -125,21 +125,21 @@ def test_any_text_cut_anywhere_gives_the_ids_of_the_rule(data):
     assert torch.equal(rows(part, tokens, documents=documents), want)
     for cut in range(1, time):
         state, cursor, found = part.init_state(1), init_cursor(1), []
-        for piece in (slice(0, cut), slice(cut, time)):
+        for segment in (slice(0, cut), slice(cut, time)):
             context, cursor = make_context(
                 1,
-                tokens[:, piece].shape[1],
-                documents=None if documents is None else documents[:, piece],
+                tokens[:, segment].shape[1],
+                documents=None if documents is None else documents[:, segment],
                 cursor=cursor,
             )
-            ids, state = part.positions(tokens[:, piece], state, context)
+            ids, state = part.positions(tokens[:, segment], state, context)
             found.append(ids)
         assert torch.equal(torch.cat(found, 1), want)
 
 
 @pytest.mark.parametrize("coupled", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_a_model_gives_the_same_whole_in_pieces_and_by_step(coupled, dtype, tolerance):
+def test_a_model_gives_the_same_whole_in_segments_and_by_step(coupled, dtype, tolerance):
     arguments = {"digit_tokens": DIGITS, "coupled": coupled, "operator_tokens": [13, 14]}
     model = archzoo.create_model(
         "transformer_micro",
@@ -152,8 +152,8 @@ def test_a_model_gives_the_same_whole_in_pieces_and_by_step(coupled, dtype, tole
         whole = model(tokens).logits
         for sizes in ([1] * 21, [20, 1], [4, 9, 8]):
             state, found = model.init_state(len(tokens)), []
-            for piece in tokens.split(sizes, dim=1):
-                output = model(piece, state)
+            for segment in tokens.split(sizes, dim=1):
+                output = model(segment, state)
                 found.append(output.logits)
                 state = output.state
             error = (torch.cat(found, 1) - whole).norm() / whole.norm()
@@ -241,7 +241,7 @@ def test_training_without_example_numbers_is_refused():
 
 
 def test_gradients_reach_the_rows_of_the_law_and_no_others():
-    """Rows 1 .. max_shift + longest run, and row 0; each of them, and nothing beyond."""
+    """Rows 1 .. max_shift + longest run, and row 0; each of them, and no others."""
     part = abacus(max_shift=6, longest_run=4, rows=20).train()
     line = torch.tensor([TOKENIZER.encode("123+45=8610")]).expand(400, -1)
     examples = torch.arange(400)[:, None].expand_as(line)
@@ -281,7 +281,7 @@ def test_a_run_too_long_for_the_table_reads_its_last_row_and_warns_once():
 
 
 def test_generation_warns_by_the_length_of_its_prompts(monkeypatch):
-    """Whatever device the model is on: its numbers are not asked for."""
+    """Whatever device the model is on: its numbers are not read."""
     net = model(max_shift=2, longest_run=3, digit_tokens=list(range(10)))
     net.task = {"class_path": "archzoo.tasks.Addition", "init_args": {"reverse": False}}
     monkeypatch.setattr(AbacusEmbedding, "watch", lambda self, runs: None)

@@ -409,13 +409,13 @@ def test_a_newcomers_mixer_starts_from_a_prefix_and_a_prompt(cls):
         for row, begin, end in ((0, 3, 15), (1, 0, 5), (1, 5, 15)):
             alone = net(tokens[row : row + 1, begin:end]).logits
             assert relative_error(together[row : row + 1, begin:end], alone) < 1e-12
-        state, pieces = net.init_state(2), []
+        state, segments = net.init_state(2), []
         for begin, end in ((0, 4), (4, 5), (5, 15)):
             output = net(tokens[:, begin:end], state, documents[:, begin:end])
             state = output.state
-            pieces.append(output.logits)
+            segments.append(output.logits)
     valid = documents >= 0
-    assert relative_error(torch.cat(pieces, 1)[valid], together[valid]) < 1e-12
+    assert relative_error(torch.cat(segments, 1)[valid], together[valid]) < 1e-12
 
 
 def test_the_effective_weight_is_computed_once_and_never_stale():
@@ -459,7 +459,7 @@ def test_the_effective_weight_is_computed_once_and_never_stale():
         ({"rnk": 4}, "LoRA has no argument 'rnk'; nearest: rank"),
     ],
 )
-def test_mistakes_are_answered_in_a_line(adapter, says):
+def test_user_errors_are_answered_in_a_line(adapter, says):
     spec = {"class_path": "LoRA", "init_args": adapter}
     with pytest.raises(ValueError, match=says):
         archzoo.create_model("retnet_micro", vocab_size=20, adapter=spec)

@@ -358,13 +358,13 @@ def test_each_layer_follows_its_own_counts():
     assert second.router.expert_bias.abs().max() == 0
 
 
-@pytest.mark.parametrize("pieces", [2, 4])
-def test_counts_of_a_step_are_the_same_however_it_is_split(pieces):
+@pytest.mark.parametrize("segments", [2, 4])
+def test_counts_of_a_step_are_the_same_however_it_is_split(segments):
     """Micro-batches and ranks only add: coefficients and biases cannot tell them from one batch."""
     tokens = torch.randint(64, (8, 16))
     whole, split = model(), model()
     split.load_state_dict(whole.state_dict())
-    for net, parts in ((whole, [tokens]), (split, tokens.chunk(pieces))):
+    for net, parts in ((whole, [tokens]), (split, tokens.chunk(segments))):
         for _ in range(3):
             sums = [{"assignments": 0}, {"assignments": 0}]
             for part in parts:

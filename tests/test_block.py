@@ -61,7 +61,7 @@ def test_padding_and_packing():
     assert cursor["documents"].tolist() == [3, 7] and cursor["positions"].tolist() == [2, 1]
 
 
-def test_a_document_goes_on_where_none_is_named():
+def test_a_document_continues_where_none_is_named():
     _, cursor = make_context(2, 5, documents=rows([-1, -1, 3, 3, 3], [0, 0, 7, 7, -1]))
     context, cursor = make_context(2, 2, cursor=cursor)
     assert context.documents.tolist() == [[0, 0], [1, 1]]  # counted along the row
@@ -69,7 +69,7 @@ def test_a_document_goes_on_where_none_is_named():
     assert not context.starts.any() and context.packed
 
 
-def test_a_document_goes_on_behind_padding():
+def test_a_document_continues_behind_padding():
     """Pieces of different lengths in one batch are padded on the left, the second one too."""
     _, cursor = make_context(2, 3, documents=rows([-1, 0, 0], [0, 0, 0]))
     context, cursor = make_context(2, 3, documents=rows([0, 0, 0], [-1, -1, 0]), cursor=cursor)
@@ -86,7 +86,7 @@ def test_a_row_of_padding_moves_nothing():
 
 
 def test_runs_decide_what_a_document_is_and_not_their_numbers():
-    """A number that comes again is another document, in one piece and in the next."""
+    """A number that comes again is another document, in one segment and in the next."""
     context, cursor = make_context(1, 7, documents=rows([4, 4, 7, 4, 4, -1, 4]))
     assert context.documents.tolist() == [[0, 0, 1, 2, 2, -1, 2]]
     assert context.positions.tolist() == [[0, 1, 0, 0, 1, 0, 2]]
@@ -104,7 +104,7 @@ def test_padding_alone_before_the_first_token():
 
 
 @hypothesis.given(st.data())
-def test_pieces_are_the_whole(data):
+def test_segments_are_the_whole(data):
     """Cut anywhere, a text has the same positions and starts, whatever its documents are."""
     lengths = st.lists(st.integers(1, 7), max_size=4)
     texts = []

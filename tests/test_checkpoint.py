@@ -80,7 +80,7 @@ def test_weights_tied_by_hand_come_back(tmp_path: Path) -> None:
 
 
 class LowRank(torch.nn.Module):
-    """Put in the place of a Linear, as fine-tuning by hand does."""
+    """Put instead of a Linear, as fine-tuning by hand does."""
 
     def __init__(self, base: torch.nn.Linear) -> None:
         super().__init__()
@@ -242,7 +242,7 @@ class Hidden(Tabled):
 
 
 class Asked(Tabled):
-    "A number that is asked of a tensor."
+    "A number that is read from a tensor."
     def make(self, numbers):
         self.total = float(numbers.sum())
     def table(self):

@@ -51,7 +51,7 @@ def test_runs_of_a_seed_come_together(claims, tmp_path):
     ("arguments", "words"),
     [(["none.yaml"], "no configuration none.yaml"), (["a.yaml", "--at_once", "0"], "at_once=0")],
 )
-def test_mistakes_are_one_line(claims, tmp_path, monkeypatch, arguments, words):
+def test_user_errors_are_one_line(claims, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     Path("a.yaml").write_text(CONFIG)
     monkeypatch.setattr(sys, "argv", ["claims.py", *arguments])
@@ -95,7 +95,7 @@ def test_a_row_says_what_the_log_says(claims, tmp_path, monkeypatch):
     assert 0 < row["active"] < row["parameters"]
 
 
-def test_rows_of_other_arms_and_seeds_stay(claims, tmp_path, monkeypatch):
+def test_rows_of_other_variants_and_seeds_stay(claims, tmp_path, monkeypatch):
     import harness
 
     monkeypatch.setattr(harness, "ROOT", tmp_path)

@@ -348,7 +348,7 @@ def test_help_of_commands_comes_from_the_code(capsys):
     assert stop.value.code == 0 and "--max_tokens" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------------- mistakes
+# ---------------------------------------------------------------------------- user errors
 
 
 @pytest.mark.parametrize(
@@ -371,7 +371,7 @@ def test_help_of_commands_comes_from_the_code(capsys):
         (["extend", "none", "--lengths", "64"], ["lengths: '64' is not list", "[64]"]),
     ],
 )
-def test_mistakes_in_commands(here, capsys, arguments, expected):
+def test_user_errors_in_commands(here, capsys, arguments, expected):
     fails(capsys, arguments, *expected)
 
 
@@ -440,7 +440,7 @@ def test_mistakes_in_commands(here, capsys, arguments, expected):
         ("--data Text --data.path short.txt --data.tokenizer bpee", ["'bpee'", "bpe"]),
     ],
 )
-def test_mistakes_in_settings(here, capsys, monkeypatch, arguments, expected):
+def test_user_errors_in_settings(here, capsys, monkeypatch, arguments, expected):
     (here / "empty.txt").write_text("")
     (here / "binary.txt").write_bytes(bytes(range(256)) * 40)
     (here / "short.txt").write_text("To be")
@@ -462,7 +462,7 @@ def test_mistakes_in_settings(here, capsys, monkeypatch, arguments, expected):
         ("trainer", {"max_stps": 3}, ["'trainer.max_stps'", "trainer.max_steps"]),
     ],
 )
-def test_mistakes_in_a_configuration(here, capsys, key, content, expected):
+def test_user_errors_in_a_configuration(here, capsys, key, content, expected):
     (here / "micro.yaml").write_text(yaml.safe_dump(yaml.safe_load(MICRO) | {key: content}))
     fails(capsys, ["fit", "--config", "micro.yaml"], *expected)
 
@@ -762,7 +762,7 @@ def test_an_error_that_quotes_much_stays_a_line(capsys):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no shell there")
-def test_a_run_goes_on_when_no_one_reads_it(here):
+def test_a_run_continues_when_no_one_reads_it(here):
     fit = f"{sys.executable} -m archzoo fit --config micro.yaml | true"
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", fit],

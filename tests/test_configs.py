@@ -61,7 +61,7 @@ def cache(tmp_path_factory):
     ids=lambda value: value.stem if isinstance(value, Path) else value,
 )
 @pytest.mark.filterwarnings("ignore:a number of .* digits is longer than")  # some mean to show it
-def test_every_arm_trains_with_its_settings(path, arm, cache, tmp_path, monkeypatch):
+def test_every_variant_trains_with_its_settings(path, arm, cache, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     task = yaml.safe_load(path.read_text())["data"]["class_path"]
     settings = arms(path)[arm]

@@ -169,7 +169,7 @@ class TrustsPadding(RunningMean):
 
 
 class DecaysAtRightPads(Retention):
-    """The state goes on decaying where there is only padding."""
+    """The state keeps decaying where there is only padding."""
 
     def step(self, x, state, context):
         padding = ~context.valid[:, :, None, None]
@@ -481,7 +481,7 @@ class RotatesTogetherOtherwise(archzoo.RotaryEmbedding):
 
 
 class BiasesByIndex(Bias):
-    """By the index in the piece instead of the position."""
+    """By the index in the segment instead of the position."""
 
     def __init__(self, heads):
         super().__init__()

@@ -490,7 +490,7 @@ class NanAtPadding(Words):
 
 
 class PlacesByThePiece(Words):
-    """Positions that begin again in each piece."""
+    """Positions that begin again in each segment."""
 
     def place(self, context):
         time = context.positions.shape[1]

@@ -128,9 +128,9 @@ def test_starts_reach_from_the_first_row_to_the_last_whatever_the_length():
         by = rows(coupling().train(), places, examples) - places
         assert (by == by[:, :1]).all()
         counts = torch.bincount(by[:, 0])
-        room = 20 - int(places.max())
-        assert len(counts) == room + 1  # the longest start brings the answer's top to row 20
-        expected = 4000 / (room + 1)
+        most = 20 - int(places.max())
+        assert len(counts) == most + 1  # the longest start brings the answer's top to row 20
+        expected = 4000 / (most + 1)
         assert ((counts - expected) ** 2 / expected).sum() < 43.8  # p = 1e-3 at 19 degrees
     assert torch.equal(rows(coupling().eval(), places), places)
     with pytest.raises(ValueError, match="give examples="):
@@ -152,8 +152,8 @@ def test_a_start_is_the_documents_own_and_position_0_stays():
 
 
 @pytest.mark.parametrize("name", ["PositionCoupling", "RandomisedPositions"])
-def test_training_on_pieces_of_a_document_is_refused(name):
-    """Each piece would draw another shift, or other positions, and nothing would say so."""
+def test_training_on_segments_of_a_document_is_refused(name):
+    """Each segment would draw another shift, or other positions, and nothing would say so."""
     arguments = {"digit_tokens": [3], "operator_tokens": [4], "prompt": "plain"}
     embedding = {"class_path": name, "init_args": arguments if name == "PositionCoupling" else {}}
     model = archzoo.create_model("transformer_micro", embedding=embedding).train()

@@ -157,7 +157,7 @@ def test_none_is_a_word_for_an_empty_slot():
     model = micro("transformer_micro", rotary="none")
     assert [type(block.mixer.rotary) for block in model.blocks] == [archzoo.NoRotation] * 2
     assert model.config["rotary"] == {"class_path": "NoRotation", "init_args": {}}
-    # A mixer that rotates nothing is what is asked for, whether it has a slot or not.
+    # A mixer that rotates nothing is what is wanted, whether it has a slot or not.
     hybrid = micro("transformer_micro", pattern=["Attention", Nothing], rotary="none")
     assert not hasattr(hybrid.blocks[1].mixer, "rotary")
     with pytest.raises(ValueError, match="there is no mixer 'none'"):
@@ -194,9 +194,9 @@ def test_sizes_are_needed():
 
 
 def test_tied_weights_are_one(family):
-    tied, apart = micro(family, tie_weights=True), micro(family)
+    tied, untied = micro(family, tie_weights=True), micro(family)
     assert tied.head.weight is tied.embedding.weight
-    assert apart.parameter_count() - tied.parameter_count() == 64 * 32
+    assert untied.parameter_count() - tied.parameter_count() == 64 * 32
     tokens = torch.randint(64, (2, 9))
     tied(tokens).logits.square().sum().backward()
     assert tied.embedding.weight.grad.abs().min() > 0  # words that were not read, by the head
@@ -351,15 +351,15 @@ def test_hand_offs_of_a_hybrid(data):
     ends = sorted({0, 60, *data.draw(st.lists(st.integers(1, 59), max_size=4))})
     with torch.no_grad():
         want = model(tokens, documents=documents, form="recurrent").logits
-        state, pieces = model.init_state(2), []
+        state, segments = model.init_state(2), []
         for begin, end in itertools.pairwise(ends):
             form = data.draw(st.sampled_from([*FORMS, None]))
             here = documents[:, begin:end]
             output = model(tokens[:, begin:end], state, here, form=form)
             state = output.state
-            pieces.append(output.logits)
+            segments.append(output.logits)
     valid = documents >= 0
-    assert relative_error(torch.cat(pieces, dim=1)[valid], want[valid]) < 1e-12
+    assert relative_error(torch.cat(segments, dim=1)[valid], want[valid]) < 1e-12
 
 
 def test_prompts_of_different_lengths_are_decoded_as_alone(family):
@@ -398,22 +398,22 @@ def test_capacity_is_room_and_no_limit():
     with torch.no_grad():
         want = model(tokens).logits
         for capacity in (None, 0, 1, 29, 30, 100):
-            state, pieces = model.init_state(1, capacity=capacity), []
+            state, segments = model.init_state(1, capacity=capacity), []
             for t in range(30):
                 output = model(tokens[:, t : t + 1], state)
                 state = output.state
-                pieces.append(output.logits)
-            assert relative_error(torch.cat(pieces, dim=1), want) < 1e-12
+                segments.append(output.logits)
+            assert relative_error(torch.cat(segments, dim=1), want) < 1e-12
 
 
 def test_a_cache_within_its_capacity_is_written_in_place():
     model = micro("transformer_micro")
     with torch.no_grad():
         state = model.init_state(1, capacity=16)
-        room = state["blocks"][0]["keys"].data_ptr()
+        buffer = state["blocks"][0]["keys"].data_ptr()
         for _ in range(16):
             state = model(torch.tensor([[1]]), state).state
-            assert state["blocks"][0]["keys"].data_ptr() == room
+            assert state["blocks"][0]["keys"].data_ptr() == buffer
         state = model(torch.tensor([[1]]), state).state
         assert state["blocks"][0]["keys"].shape[2] == 32, "doubled, not grown by one"
 
@@ -434,7 +434,7 @@ BESIDE = {"class_path": "AbacusEmbedding", "init_args": {"digit_tokens": list(ra
 @pytest.mark.parametrize("form", [*FORMS, None])
 @torch.no_grad()
 def test_a_document_is_a_run_whatever_its_number(parts, form):
-    """Numbered from 0 again in each piece, or twice in a row by the same number."""
+    """Numbered from 0 again in each segment, or twice in a row by the same number."""
     torch.manual_seed(0)
     model = archzoo.create_model("transformer_micro", init_std=0.3, **parts).double().eval()
     tokens = torch.randint(64, (2, 14))
@@ -443,12 +443,12 @@ def test_a_document_is_a_run_whatever_its_number(parts, form):
     )
     ends = [[0, 3, 5, 7, 9, 12, 13, 14], [0, 2, 5, 8, 13]]  # of the runs
     for cuts in ([14], [7, 7], [1, 6, 2, 5], [1] * 14):
-        state, pieces = model.init_state(2), []
-        for piece, numbers in zip(tokens.split(cuts, 1), documents.split(cuts, 1), strict=True):
-            output = model(piece, state, numbers, form=form)
+        state, segments = model.init_state(2), []
+        for segment, numbers in zip(tokens.split(cuts, 1), documents.split(cuts, 1), strict=True):
+            output = model(segment, state, numbers, form=form)
             state = output.state
-            pieces.append(output.logits)
-        got = torch.cat(pieces, 1)
+            segments.append(output.logits)
+        got = torch.cat(segments, 1)
         for row, edges in enumerate(ends):
             for begin, end in itertools.pairwise(edges):
                 alone = model(tokens[row : row + 1, begin:end], form=form).logits[0]
@@ -635,13 +635,13 @@ def test_truncated_back_propagation_carries_the_state(family):
     model = micro(family).double()
     tokens = torch.randint(64, (2, 24))
     whole = model(tokens).logits
-    state, pieces = model.init_state(2), []
+    state, segments = model.init_state(2), []
     for begin in range(0, 24, 8):
         output = model(tokens[:, begin : begin + 8], archzoo.block.detach(state))
         state = output.state
         output.logits.square().mean().backward()
-        pieces.append(output.logits.detach())
-    assert relative_error(torch.cat(pieces, dim=1), whole) < 1e-12
+        segments.append(output.logits.detach())
+    assert relative_error(torch.cat(segments, dim=1), whole) < 1e-12
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
@@ -701,7 +701,7 @@ def test_lbfgs_trains(family: str) -> None:
 
 
 def test_one_query_reads_a_long_cache_as_attention_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Past LONG_CACHE tokens two products take the place of the fused attention."""
+    """Past LONG_CACHE tokens two products replace the fused attention."""
     grouped = {"class_path": "Attention", "init_args": {"kv_heads": 2}}
     net = archzoo.create_model("transformer_micro", vocab_size=16, heads=4, mixer=grouped)
     net, tokens = net.double().eval(), torch.randint(0, 16, (3, 40))

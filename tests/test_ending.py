@@ -80,7 +80,7 @@ def popen(command, **options):
 
 
 def start(tmp_path, *arguments, rows=3, command=None, **options):
-    """A process that trains, and has written so many rows of its log."""
+    """A process that trains, and has written this many rows of its log."""
     settings = [*SETTINGS.split(), "--trainer.max_steps", "100000"]
     where = ["--trainer.default_root_dir", str(tmp_path), "--name", "run"]
     command = command or [sys.executable, "train.py", "fit", *settings, *where, *arguments]
@@ -96,7 +96,7 @@ def start(tmp_path, *arguments, rows=3, command=None, **options):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
+def test_a_signal_saves_and_says_how_to_resume(tmp_path, number):
     process = start(tmp_path)
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)
@@ -249,7 +249,7 @@ def test_fast_dev_run_writes_nothing(tmp_path, fit, capsys):
     assert content(tmp_path) == before
 
 
-# ---------------------------------------------------------------------------- going on
+# ---------------------------------------------------------------------------- resuming
 
 
 def test_the_same_command_resumes_what_it_adds_to(tmp_path, fit):
@@ -315,11 +315,11 @@ def average(directory, steps, resume=False):
 
 def test_averages_of_weights_are_kept(tmp_path):
     """Callbacks that copy the parameters when they are set up find all of them."""
-    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    whole, segments = tmp_path / "whole", tmp_path / "segments"
     average(whole, 8)
-    average(pieces, 5)
-    average(pieces, 8, resume=True)
-    states = [torch.load(directory / "last.ckpt") for directory in (whole, pieces)]
+    average(segments, 5)
+    average(segments, 8, resume=True)
+    states = [torch.load(directory / "last.ckpt") for directory in (whole, segments)]
     assert any("blocks" in name for name in states[0]["state_dict"])
     for kind in ("state_dict", "current_model_state"):
         assert states[0][kind].keys() == states[1][kind].keys()

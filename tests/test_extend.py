@@ -119,7 +119,7 @@ def test_the_command_writes_a_table_and_a_figure(checkpoint, capsys):
         (["--lengths", "[0,16]"], "lengths=[0, 16] must be at least 1 token each"),
     ],
 )
-def test_mistakes_are_answered_in_one_line(checkpoint, capsys, arguments, words):
+def test_user_errors_are_answered_in_one_line(checkpoint, capsys, arguments, words):
     assert main(["extend", str(checkpoint), "--device", "cpu", *arguments]) == 1
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1

@@ -73,7 +73,7 @@ def test_files_of_earlier_versions_give_the_same_logits(name: str) -> None:
     assert texts is not None
 
 
-def test_an_earlier_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_earlier_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     fit = ["fit", "--ckpt_path", str(OLD / "retnet_micro.ckpt"), "--trainer.accelerator", "cpu"]
     assert main([*fit, "--trainer.max_steps", "42", "--name", "on"]) == 0
@@ -324,7 +324,7 @@ class Claims:
 
 
 class Storage:
-    """Pickles as a storage of so many elements, in the archive's first record."""
+    """Pickles as a storage of that many elements, in the archive's first record."""
 
     def __init__(self, elements: int) -> None:
         self.elements = elements
@@ -374,7 +374,7 @@ def header(place: Path, size: int, text: str = "") -> Path:
 
 
 def sparse(place: Path) -> Path:
-    """A safetensors file with a hole in the place of 8 TB of weights."""
+    """A safetensors file with a hole instead of 8 TB of weights."""
     rows = 2**36
     directory(place, vocab_size=rows)
     entry = {"dtype": "F32", "shape": [rows, 32], "data_offsets": [0, rows * 32 * 4]}
@@ -593,7 +593,7 @@ def test_foreign_weights_of_several_dtypes(tmp_path: Path) -> None:
     refused(tmp_path, r"norm\.weight is float16 where head\.weight is float32")
 
 
-def test_what_a_run_cannot_go_on_from(
+def test_what_a_run_cannot_resume_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

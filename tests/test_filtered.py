@@ -63,14 +63,14 @@ def test_filter_gives_the_golden_numbers_and_gradients():
 @pytest.mark.parametrize(
     ("cuts", "name"), [(range(14), "incremental_from_pos0"), ((0, 6, 13), "incremental_prefill6")]
 )
-def test_filter_in_pieces_gives_the_golden_numbers(cuts, name):
+def test_filter_in_segments_gives_the_golden_numbers(cuts, name):
     golden, mixer = load()
-    state, cursor, pieces = mixer.init_state(2, dtype=DOUBLE), init_cursor(2), []
+    state, cursor, segments = mixer.init_state(2, dtype=DOUBLE), init_cursor(2), []
     for begin, end in zip(list(cuts)[:-1], list(cuts)[1:], strict=True):
         context, cursor = make_context(2, end - begin, cursor=cursor)
         u, state = mixer.filter(golden["x"][:, begin:end], state, context)
-        pieces.append(u)
-    assert relative_error(torch.cat(pieces, dim=1), golden[name]) < 1e-12
+        segments.append(u)
+    assert relative_error(torch.cat(segments, dim=1), golden[name]) < 1e-12
 
 
 def test_whole_mixer_against_loops():
@@ -134,7 +134,7 @@ def test_state_is_one_and_a_half_widths_beside_the_cache():
     assert state["keys"].shape == (3, 4, 6, 8)
 
 
-def test_a_piece_of_padding_leaves_the_state():
+def test_a_segment_of_padding_leaves_the_state():
     mixer = random_mixer()
     x = torch.randn(2, 4, 16, dtype=DOUBLE)
     _, state = mixer.filter(x, mixer.init_state(2, dtype=DOUBLE), make_context(2, 4)[0])

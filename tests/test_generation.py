@@ -184,7 +184,7 @@ def test_stop_token_ends_a_row_and_only_that_row() -> None:
 @pytest.mark.parametrize("temperature", [0, 1.0])
 @pytest.mark.parametrize("form", ["recurrent", "parallel"])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_others_go_on_as_alone(name: str, form: str, temperature: float) -> None:
+def test_the_others_continue_as_alone(name: str, form: str, temperature: float) -> None:
     """Rows end one by one; what each gets is what it gets alone, draws included."""
     model = make(name)
     given = {"max_tokens": 20, "temperature": temperature, "form": form}
@@ -261,7 +261,7 @@ def test_probabilities_against_a_naive_reference(
     logits: list[int], temperature: float, top_k: int | None, top_p: float | None
 ) -> None:
     # Equal logits are the rule here, so that ties are tried; masses that hit top_p exactly would
-    # be decided by rounding, so the logits are moved apart a little.
+    # be decided by rounding, so the logits are separated a little.
     values = [x + 0.01 * place for place, x in enumerate(logits)]
     expected = naive_probabilities(values, temperature, top_k, top_p)
     found = probabilities(
@@ -334,12 +334,12 @@ def tokenizers() -> list[Tokenizer]:
 @pytest.mark.parametrize("tokenizer", tokenizers(), ids=["characters", "bpe"])
 def test_streamed_text_is_the_text(tokenizer: Tokenizer) -> None:
     model = make("retnet_micro", vocab_size=tokenizer.vocab_size)
-    pieces: dict[int, list[str]] = {0: [], 1: []}
+    segments: dict[int, list[str]] = {0: [], 1: []}
     ended: list[int] = []
 
     def on_token(row: int, token: int | None, text: str) -> None:
         assert row not in ended
-        pieces[row].append(text)
+        segments[row].append(text)
         if token is None:
             ended.append(row)
 
@@ -354,7 +354,7 @@ def test_streamed_text_is_the_text(tokenizer: Tokenizer) -> None:
     )
     assert written.texts is not None
     for row, text in enumerate(written.texts):
-        assert "".join(pieces[row]) == text
+        assert "".join(segments[row]) == text
         assert len(text) > 3
         assert tokenizer.decode(written.tokens[row]) == text
     assert sorted(ended) == [0, 1]
@@ -371,7 +371,7 @@ def test_a_character_may_begin_in_the_prompt() -> None:
 
 
 def always(model: Decoder, token: int) -> None:
-    """Make a token the likeliest one everywhere: the last norm's output becomes all ones."""
+    """Make a token the most likely one everywhere: the last norm's output becomes all ones."""
     model.norm = torch.nn.LayerNorm(model.dim, elementwise_affine=True)
     torch.nn.init.zeros_(model.norm.weight)
     torch.nn.init.ones_(model.norm.bias)

@@ -238,7 +238,7 @@ def test_the_command_writes_a_table_and_a_picture(run, capsys):
     assert (run / "grid_last.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_interrupted_evaluation_goes_on(run, tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_resumes(run, tmp_path, monkeypatch):
     short = ["--digits", "3", "--problems", "6", "--device", "cpu", "--at_once", "150"]
     arguments = [str(run), *short, "--directory"]
     assert main(["grid", *arguments, str(tmp_path / "whole")]) == 0

@@ -1,4 +1,4 @@
-"""The kernels around the experts' products, and routers', against their plain twins in float64.
+"""The kernels around the experts' products, and routers', against their references in float64.
 
 Without a GPU they run through Triton's interpreter.
 """
@@ -43,7 +43,7 @@ def compare(function, *inputs, allowed, used=None):
         leaves = [leaf.requires_grad_() for leaf in leaves]
         y = function(not wide, *leaves)
         if cotangent is None:
-            assert launching.fused(y), "else the twin would be compared with itself"
+            assert launching.fused(y), "else the reference would be compared with itself"
             cotangent = torch.randn_like(y)
         picked = slice(None) if used is None else used
         if used is not None:  # rows that are never read may hold anything
@@ -99,9 +99,9 @@ def test_swiglu(dtype, width):
 
 def test_a_kept_launch_takes_tensors_that_start_anywhere():
     """Compiled for tensors that start at 16 bytes, it must not be handed another."""
-    room = torch.randn(5 * 32 + 1, device=DEVICE)
+    buffer = torch.randn(5 * 32 + 1, device=DEVICE)
     for start in (0, 0, 1, 1, 0):
-        x = room[start : start + 5 * 32].view(5, 32)
+        x = buffer[start : start + 5 * 32].view(5, 32)
         gate, up = x.chunk(2, dim=1)
         want = torch.nn.functional.silu(gate) * up
         assert relative_error(kernels.swiglu(x), want) < 1e-6, start
@@ -249,18 +249,18 @@ def test_the_gradient_of_experts_weights_is_float32(sizes, width, out):
     matrices = kernels.cast_weight(weight, torch.bfloat16)
     y = kernels.multiply(rows, matrices, weight, ends)
     y.backward(cotangent.index_fill(0, torch.arange(ends[-1], len(rows), device=DEVICE), torch.nan))
-    pieces, gradients = [], []
+    segments, gradients = [], []
     starts = [0, *ends.tolist()]
     for expert, matrix in enumerate(matrices.detach().double()):
         part = slice(starts[expert], starts[expert + 1])
-        pieces.append(rows.detach()[part].double() @ matrix.T)
+        segments.append(rows.detach()[part].double() @ matrix.T)
         gradients.append(cotangent[part].double().T @ rows.detach()[part].double())
     used = slice(0, starts[-1])
     back = torch.cat([
         cotangent[starts[e] : starts[e + 1]].double() @ matrix
         for e, matrix in enumerate(matrices.detach().double())
     ])  # fmt: skip
-    assert relative_error(y[used].double(), torch.cat(pieces)) < 1e-2
+    assert relative_error(y[used].double(), torch.cat(segments)) < 1e-2
     assert relative_error(rows.grad[used].double(), back) < 1e-2
     assert weight.grad.dtype == torch.float32
     assert relative_error(weight.grad.double(), torch.stack(gradients)) < 1e-6
@@ -549,8 +549,8 @@ def test_a_product_of_experts_has_a_second_derivative():
 
     def multiply(way, rows, weight):
         if not way:
-            pieces = rows.split([16, 0, 32])
-            return (torch.cat([x @ w.T for x, w in zip(pieces, weight, strict=True)]),)
+            segments = rows.split([16, 0, 32])
+            return (torch.cat([x @ w.T for x, w in zip(segments, weight, strict=True)]),)
         lower = rows.bfloat16()
         assert kernels._widens(lower, weight)
         y = kernels.multiply(lower, kernels.cast_weight(weight, torch.bfloat16), weight, ends)

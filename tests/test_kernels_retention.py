@@ -296,7 +296,7 @@ def test_initial_states_of_segments(monkeypatch, reverse, final):
 
 
 def test_sums_to_a_segment():
-    """So many as fill the chip, none where nothing is joined; pieces hold whole chunks."""
+    """So many as fill the chip, none where nothing is joined; segments hold whole chunks."""
     narrow = plans.find_plan(64, 64, torch.bfloat16, True)
     assert plans.sums_per_segment(narrow, 64, 4096, 2) == 4
     assert plans.sums_per_segment(narrow, 64, 2048, 4) == 1
@@ -333,19 +333,19 @@ def test_sums_of_segments(monkeypatch, last, dtype):
         of_segments.append(torch.full(level.shape, torch.nan, device=DEVICE))
         level.sum(stream, b, c, of_segments[-1], decay, *(normaliser,) * 3)
     ahead, back = of_segments
-    for piece in range(segments):
-        start, stop = piece * segment, min(piece * segment + segment, time)
+    for segment in range(segments):
+        start, stop = segment * segment, min(segment * segment + segment, time)
         t = torch.arange(start, stop, device=DEVICE)
         for sums, b, c, distance, scale, there in (
-            (ahead, k, v, stop - 1 - t, None, last or piece + 1 < segments),
-            (back, q, do, t - start + 1, normaliser[:, start:stop], last or piece > 0),
+            (ahead, k, v, stop - 1 - t, None, last or segment + 1 < segments),
+            (back, q, do, t - start + 1, normaliser[:, start:stop], last or segment > 0),
         ):
             weight = torch.exp(decay[:, None] * distance)
             if scale is not None:
                 weight = weight * scale
             b, c = b[0, start:stop].double(), c[0, start:stop].double()
             want = torch.einsum("ht,thb,thc->hbc", weight.double(), b, c)
-            mine = sums[0, :, piece]
+            mine = sums[0, :, segment]
             assert error(mine, want) < TOLERANCE[dtype] if there else mine.isnan().all()
 
 
@@ -404,18 +404,18 @@ def test_without_state_scale_or_positions():
     assert error(out, reference(q, k, v, slopes(2), positions=positions)[0]) < 1e-5
 
 
-def test_pieces_equal_the_whole():
+def test_segments_equal_the_whole():
     """A sequence cut at an odd place, the state handed on."""
     q, k, v = case(1, 100, 2, 16, 16, torch.float32)
     positions = torch.arange(100, device=DEVICE)[None]
     whole, last = retention(q, k, v, slopes(2), return_state=True)
-    state, pieces = None, []
+    state, segments = None, []
     for cut in (slice(0, 37), slice(37, 38), slice(38, 100)):
-        piece, state = retention(
+        segment, state = retention(
             q[:, cut], k[:, cut], v[:, cut], slopes(2), state, positions[:, cut], return_state=True
         )
-        pieces.append(piece)
-    assert error(torch.cat(pieces, 1), whole) < 1e-5
+        segments.append(segment)
+    assert error(torch.cat(segments, 1), whole) < 1e-5
     assert error(state, last) < 1e-5
 
 
@@ -460,7 +460,7 @@ def test_normalisers_follow_decays_that_are_written_over():
 
 @pytest.mark.parametrize("known", [False, True])
 def test_what_a_launch_hands_over(monkeypatch, known):
-    """First to Triton, something else in the place of what is absent; then to what it compiled."""
+    """First to Triton, something else instead of what is absent; then to what it compiled."""
     seen = []
 
     class Launcher:
@@ -782,9 +782,9 @@ def parallel_reference(q, k, v, log_decay, d_out):
         weights = torch.where(gap >= 0, torch.exp(gap.clamp(min=0) * lg[:, :, None]), 0.0)
         weights = weights / total[:, rows, None].sqrt()
         scores = torch.einsum("bihd,bjhd->bhij", queries[:, rows], keys[:, : rows.stop])
-        piece = torch.einsum("bhij,bjhd->bihd", scores * weights, values[:, : rows.stop])
-        out[:, rows] = piece.detach()
-        piece.backward(d_out[:, rows].double())
+        segment = torch.einsum("bhij,bjhd->bihd", scores * weights, values[:, : rows.stop])
+        out[:, rows] = segment.detach()
+        segment.backward(d_out[:, rows].double())
     return out, *(leaf.grad for leaf in leaves)
 
 

@@ -36,13 +36,13 @@ def lengths(monkeypatch, tmp_path):
 
 
 def row(run, right, coverage=9, parameters=100):
-    """A run that gets sums of up to so many digits right, of 1 to 12."""
+    """A run that gets sums of up to that many digits right, of 1 to 12."""
     entries = {f"digits_{n}": 1.0 if n <= right else 0.0 for n in range(1, 13)}
     facts = {"run": run, "trained_digits": 4, "coverage": coverage, "parameters": parameters}
     return facts | {"inside": 1.0, "beyond": 0.5} | entries
 
 
-def test_runs_of_one_arm_are_those_that_differ_in_their_seed(lengths):
+def test_runs_of_one_variant_are_those_that_differ_in_their_seed(lengths):
     rows = [row("claim_b_0", 5), row("claim_a_0", 6, ""), row("claim_b_1", 7)]
     rows += [row("shift_1", 4, 5), row("shift_2", 5, 6), row("alone", 3, parameters=7)]
     variants = lengths.variants_of(rows)
@@ -63,7 +63,7 @@ def test_how_far_a_run_reaches(lengths):
     assert lengths.reach(row("run", 2) | {"digits_5": 0.1, "digits_6": 0.09}, span) == 5
 
 
-def test_the_law_has_a_panel_where_arms_reach_differently(lengths, tmp_path, monkeypatch):
+def test_the_law_has_a_panel_where_variants_reach_differently(lengths, tmp_path, monkeypatch):
     drawn = []
 
     def keep(figure, path):

@@ -72,15 +72,15 @@ def test_a_state_for_each_run_of_the_stack(name):
         state = model.init_state(2)
         assert len(state["blocks"]) == 6
         found = []
-        for piece in TOKENS.split([1, 5, 1, 1, 3], dim=1):
-            output = model(piece, state)
+        for segment in TOKENS.split([1, 5, 1, 1, 3], dim=1):
+            output = model(segment, state)
             found.append(output.logits)
             state = output.state
     error = (torch.cat(found, 1) - whole).norm() / whole.norm()
     assert error < 1e-12
 
 
-def test_free_loops_compute_the_same_and_carry_no_gradient():
+def test_no_grad_loops_compute_the_same_and_carry_no_gradient():
     model = looped(loops=3, injection="none")
     full, _, _ = model.hidden(TOKENS)
     got, _, _ = model.hidden(TOKENS, no_grad_loops=1)
@@ -88,9 +88,9 @@ def test_free_loops_compute_the_same_and_carry_no_gradient():
     (embedding,) = torch.autograd.grad(
         got.square().sum(), [model.embedding.weight], allow_unused=True
     )
-    assert embedding is None  # all that came of it went through the free loop
+    assert embedding is None  # all that came of it has no gradient
 
-    # With injection the embedding comes in again later; what the free loops made is a constant.
+    # With injection the embedding is added again later; what came before is a constant.
     model = looped(loops=3, injection="loop")
     weights = list(model.blocks.parameters())
     got, _, _ = model.hidden(TOKENS, no_grad_loops=2)

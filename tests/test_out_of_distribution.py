@@ -1,4 +1,4 @@
-"""Exact match beyond the trained lengths during training: asked, logged, kept, and said."""
+"""Out-of-distribution exact match during training: evaluated, logged, kept, and said."""
 
 import csv
 import warnings

@@ -162,7 +162,7 @@ SLOTS = [
 
 @pytest.mark.parametrize("slots", SLOTS, ids=str)
 @torch.no_grad()
-def test_a_model_gives_the_same_whole_in_pieces_by_step_and_packed(slots):
+def test_a_model_gives_the_same_whole_in_segments_by_step_and_packed(slots):
     model = archzoo.create_model("transformer_micro", init_std=0.2, **slots).double().eval()
     tokens = torch.randint(64, (2, 17))
     whole = model(tokens).logits
@@ -172,8 +172,8 @@ def test_a_model_gives_the_same_whole_in_pieces_by_step_and_packed(slots):
 
     for sizes in ([1] * 17, [6, 1, 10]):
         state, found = model.init_state(2), []
-        for piece in tokens.split(sizes, dim=1):
-            output = model(piece, state)
+        for segment in tokens.split(sizes, dim=1):
+            output = model(segment, state)
             found.append(output.logits)
             state = output.state
         assert apart(torch.cat(found, 1), whole) < 1e-12

@@ -86,7 +86,7 @@ def test_gradients_are_those_computed_by_hand(tmp_path, share):
     net, batch = module.net, seen.batch
     net.load_state_dict(seen.weights, strict=False)
     (drawn,) = passes(4, 1.0, 5, 2)
-    assert drawn.no_grad_loops, "a step without free runs would prove little"
+    assert drawn.no_grad_loops, "without such iterations it would prove little"
 
     def loss(loops, no_grad_loops):
         context, _ = make_context(*batch["tokens"].shape, documents=batch["documents"])

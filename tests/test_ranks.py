@@ -105,7 +105,7 @@ def test_two_ranks_are_one_process_with_the_whole_batch(directory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", [DDP, FSDP2], ids=["ddp", "fsdp2"])
-def test_ranks_go_on_where_they_ended(directory, strategy):
+def test_ranks_resume_where_they_ended(directory, strategy):
     """As if they had not ended, in several processes or in one; coefficients and biases, too."""
     steady = ["--model.schedule=constant", "--model.warmup_steps=1"]
     together("half", *strategy, *steady, "--trainer.max_steps=2")
@@ -123,7 +123,7 @@ DROP = ["--model.dropout=0.3", "--model.schedule=constant", "--model.warmup_step
 
 
 def test_ranks_drop_out_by_numbers_of_their_own(directory):
-    """And one process goes on from them: by the first one's."""
+    """And one process resumes from them: by the first one's."""
     together("two", *DDP, *DROP, "--trainer.max_steps=2")
     random = read_safely("runs/two/last.ckpt")["training"]["random"]
     masks = []
@@ -136,7 +136,7 @@ def test_ranks_drop_out_by_numbers_of_their_own(directory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", [DDP, FSDP2], ids=["ddp", "fsdp2"])
-def test_ranks_go_on_dropping_out_as_if_they_had_not_ended(directory, strategy):
+def test_ranks_continue_dropping_out_as_if_they_had_not_ended(directory, strategy):
     together("whole", *strategy, *DROP)
     together("half", *strategy, *DROP, "--trainer.max_steps=2")
     together("rest", *strategy, *DROP, "--ckpt_path=runs/half/last.ckpt")
@@ -177,11 +177,11 @@ def test_ranks_accumulate_as_one_process_does(directory):
 
 @pytest.mark.slow
 def test_ranks_are_micro_batches(directory):
-    """A batch shared by two ranks and one cut in two are the same step, losses of pieces too."""
-    pieces = ["--trainer.precision=64-true", "--model.feed_forward.balance=switch"]
-    pieces += ["--model.feed_forward.balance_over=rank"]
+    """A batch shared by two ranks and one cut in two are the same step, losses of segments too."""
+    segments = ["--trainer.precision=64-true", "--model.feed_forward.balance=switch"]
+    segments += ["--model.feed_forward.balance_over=rank"]
     cut = ["--data.batch_size=4", "--trainer.accumulate_grad_batches=2"]
     cut += ["--trainer.val_check_interval=4"]  # batches, not steps
-    assert main(["fit", "--config", "run.yaml", "--name", "one", *pieces, *cut]) == 0
-    together("two", *DDP, *pieces)
+    assert main(["fit", "--config", "run.yaml", "--name", "one", *segments, *cut]) == 0
+    together("two", *DDP, *segments)
     assert_same("one", "two", 1e-12)

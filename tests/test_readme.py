@@ -82,7 +82,7 @@ def test_its_shell_commands_run_in_order(checkout: Path) -> None:
                 continue
             words[0] = {"python": sys.executable, "archzoo": str(BIN / "archzoo")}[words[0]]
             if "fit" in words:  # the whole of it is `make train`
-                steps = "6" if "--ckpt_path" in words else "3"  # resumed, it has to go on
+                steps = "6" if "--ckpt_path" in words else "3"  # resumed, it has to train further
                 words += ["--trainer.max_steps", steps, "--trainer.val_check_interval", "3"]
                 words += ["--trainer.limit_val_batches", "1"]
             if "test" in words:

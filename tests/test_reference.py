@@ -91,12 +91,12 @@ def test_final_state(name, form):
 @pytest.mark.parametrize("form", FORMS)
 def test_hand_off_continues_the_golden_text(form):
     golden, mixer = load(EXACT)
-    x, state, place, pieces = golden["x"], mixer.init_state(2, dtype=torch.float64), None, []
+    x, state, place, segments = golden["x"], mixer.init_state(2, dtype=torch.float64), None, []
     for begin, end in ((0, 17), (17, 18), (18, 37)):
         context, place = make_context(2, end - begin, cursor=place)
         y, state = mixer(x[:, begin:end], state, context, form)
-        pieces.append(y)
-    assert relative_error(torch.cat(pieces, dim=1), golden["parallel.out"]) < 1e-12
+        segments.append(y)
+    assert relative_error(torch.cat(segments, dim=1), golden["parallel.out"]) < 1e-12
 
 
 def test_intermediate_values():

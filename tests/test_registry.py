@@ -41,7 +41,9 @@ def test_retention_and_attention_are_compared_at_one_size(size):
 def test_matched_swaps_agree_within_one_percent(name, mixer):
     swap = {"mixer": mixer, "bias": "none" if mixer == "Retention" else None}
     want = count(name)
-    if count(name, width=1, **swap) > 1.01 * want:  # a narrow feed-forward, which leaves no room
+    if (
+        count(name, width=1, **swap) > 1.01 * want
+    ):  # a narrow feed-forward, which cannot be narrower
         with pytest.raises(ValueError, match="no feed-forward width gives"):
             count(name, match="parameters", **swap)
         return
@@ -198,9 +200,9 @@ def test_parts_are_found_by_name(slot):
         assert found.__doc__ and issubclass(found, parts.SLOTS[slot])
 
 
-def own_classes(room, base):
-    """Classes of a room of the zoo that derive from one, whether or not they are finished."""
-    for module in pkgutil.walk_packages([str(PACKAGE / room)], f"archzoo.{room}."):
+def own_classes(package, base):
+    """Classes of a package of the zoo that derive from one, whether or not they are finished."""
+    for module in pkgutil.walk_packages([str(PACKAGE / package)], f"archzoo.{package}."):
         for name, found in vars(importlib.import_module(module.name)).items():
             mine = inspect.isclass(found) and found.__module__ == module.name
             if mine and not name.startswith("_") and issubclass(found, base):
@@ -215,9 +217,9 @@ def test_every_part_has_a_public_name(slot):
     assert [getattr(archzoo, found.__name__, None) for found in public] == public
     # What others derive from: it takes more than its slot gives, or lacks a method.
     unfinished = {"RowEmbedding", "DigitEmbedding", "TopKRouter"}
-    for room in parts.HOMES:
-        if (PACKAGE / room).is_dir():
-            found = dict(own_classes(room, parts.SLOTS[slot]))
+    for package in parts.HOMES:
+        if (PACKAGE / package).is_dir():
+            found = dict(own_classes(package, parts.SLOTS[slot]))
             assert found.keys() - unfinished - {parts.SLOTS[slot].__name__} <= listed.keys()
 
 

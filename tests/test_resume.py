@@ -24,7 +24,7 @@ class Killed(BaseException):
 
 
 class KillAfter(lightning.Callback):
-    """Ends the run after so many micro-batches, as if by SIGKILL: nothing is cleaned up."""
+    """Ends the run after this many micro-batches, as if by SIGKILL: nothing is cleaned up."""
 
     def __init__(self, batches):
         self.batches = batches
@@ -35,7 +35,7 @@ class KillAfter(lightning.Callback):
 
 
 class DuringValidation(lightning.Callback):
-    """Does something when so many validations have begun and one batch of the last is done."""
+    """Does something when this many validations have begun and one batch of the last is done."""
 
     def __init__(self, number, act):
         self.left, self.act = number, act
@@ -87,7 +87,7 @@ class Counts(lightning.Callback):
 
 
 class FewEpochs(lightning.Callback):
-    """Ends what would go on for ever: epochs in which nothing is trained."""
+    """Ends what would run for ever: epochs in which nothing is trained."""
 
     def on_train_epoch_end(self, trainer, pl_module):
         assert trainer.current_epoch < 10
@@ -164,15 +164,15 @@ def fit(directory, task, *callbacks, accumulate=1, every=4, kill=None, resume=Fa
     return model
 
 
-def assert_same(whole, pieces, expected, resumed):
-    assert losses(pieces) == losses(whole)
+def assert_same(whole, segments, expected, resumed):
+    assert losses(segments) == losses(whole)
     for name, weight in expected.net.state_dict().items():
         assert torch.equal(weight, resumed.net.state_dict()[name]), name
-    best = [torch.load(directory / "best.ckpt") for directory in (whole, pieces)]
+    best = [torch.load(directory / "best.ckpt") for directory in (whole, segments)]
     assert best[0]["global_step"] == best[1]["global_step"]
     for name, weight in best[0]["state_dict"].items():
         assert torch.equal(weight, best[1]["state_dict"][name]), name
-    assert not list(pieces.glob("*.partial"))
+    assert not list(segments.glob("*.partial"))
 
 
 @pytest.mark.parametrize(
@@ -191,13 +191,13 @@ def test_resumed_is_the_same_run(tmp_path, kind, accumulate, every, kills):
     def task():
         return addition() if kind == "addition" else stream(tmp_path)
 
-    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    whole, segments = tmp_path / "whole", tmp_path / "segments"
     options = {"accumulate": accumulate, "every": every}
     expected = fit(whole, task(), **options)
     for kill in kills:
-        fit(pieces, task(), **options, kill=kill, resume=True)
-    resumed = fit(pieces, task(), **options, resume=True)
-    assert losses(pieces) == losses(whole)
+        fit(segments, task(), **options, kill=kill, resume=True)
+    resumed = fit(segments, task(), **options, resume=True)
+    assert losses(segments) == losses(whole)
     assert len(losses(whole)) >= 7
     for name, weight in expected.net.state_dict().items():
         assert torch.equal(weight, resumed.net.state_dict()[name]), name
@@ -210,7 +210,7 @@ def test_resumed_is_the_same_run(tmp_path, kind, accumulate, every, kills):
 @pytest.mark.parametrize("epoch", [10, 7])  # with 7, validations are at the ends of epochs
 def test_ended_in_a_validation(tmp_path, number, every, asked, epoch):
     """The validation is done anew, be it all that is left, and is all there is of its step."""
-    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    whole, segments = tmp_path / "whole", tmp_path / "segments"
 
     def go(directory, *callbacks, **options):
         options |= {"every": every, "steps": 14}
@@ -220,32 +220,32 @@ def test_ended_in_a_validation(tmp_path, number, every, asked, epoch):
     signals = Signals()
     end = DuringValidation(number, lambda: setattr(signals, "received", 15)) if asked else None
     end = end or DuringValidation(number, kill)
-    go(pieces, Counts(), end, signals=signals)
-    state = torch.load(pieces / "last.ckpt")
+    go(segments, Counts(), end, signals=signals)
+    state = torch.load(segments / "last.ckpt")
     if asked or every == 1:
         assert state["global_step"] == 7 * number  # though its validation had not ended
     assert state["callbacks"].get("Counts", {"count": 0})["count"] == number - 1
     counts = Counts()
-    resumed = go(pieces, counts, resume=True)
-    assert_same(whole, pieces, expected, resumed)
+    resumed = go(segments, counts, resume=True)
+    assert_same(whole, segments, expected, resumed)
     assert counts.count == 2 and len(losses(whole)) == 7 + 2
 
 
 @pytest.mark.parametrize(("accumulate", "batch"), [(1, 0), (1, 6), (1, 10), (3, 20), (3, 22)])
 def test_ended_by_a_signal(tmp_path, accumulate, batch):
     """Asked in the middle of a step: the step is finished, saved, and gone on from."""
-    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    whole, segments = tmp_path / "whole", tmp_path / "segments"
     options = {"accumulate": accumulate, "every": 100}
     expected = fit(whole, addition(), **options)
     signals = Signals()
     end = DuringStep(batch, lambda: setattr(signals, "received", 15))
-    fit(pieces, addition(), end, **options, signals=signals)
-    state = torch.load(pieces / "last.ckpt")
+    fit(segments, addition(), end, **options, signals=signals)
+    state = torch.load(segments / "last.ckpt")
     # An epoch of 10 batches ends an accumulation, too.
     steps = {1: batch + 1, 3: 4 * (batch // 10) + batch % 10 // 3 + 1}[accumulate]
     assert state["global_step"] == steps
-    resumed = fit(pieces, addition(), **options, resume=True)
-    assert_same(whole, pieces, expected, resumed)
+    resumed = fit(segments, addition(), **options, resume=True)
+    assert_same(whole, segments, expected, resumed)
 
 
 class Seen(lightning.Callback):
@@ -257,7 +257,7 @@ class Seen(lightning.Callback):
 
 
 @pytest.mark.parametrize("stopped", ["in a step", "in a validation", "by a signal"])
-def test_another_batch_size_goes_on_in_the_stream(tmp_path, stopped):
+def test_another_batch_size_continues_in_the_stream(tmp_path, stopped):
     """No example comes twice and none is left out, wherever the checkpoint was written."""
 
     def task(batch_size):

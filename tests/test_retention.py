@@ -204,12 +204,12 @@ def test_forms_and_hand_offs_agree(data):
         want = whole(mixer, x, "recurrent")
         for form in ("parallel", "chunkwise"):
             assert relative_error(whole(mixer, x, form), want) < 1e-12
-        state, place, pieces = mixer.init_state(2), None, []
+        state, place, segments = mixer.init_state(2), None, []
         for begin, end, form in zip(ends, ends[1:], forms, strict=False):
             context, place = make_context(2, end - begin, cursor=place)
             y, state = mixer(x[:, begin:end], state, context, form)
-            pieces.append(y)
-    assert relative_error(torch.cat(pieces, dim=1), want) < 1e-12
+            segments.append(y)
+    assert relative_error(torch.cat(segments, dim=1), want) < 1e-12
 
 
 @hypothesis.given(st.data())
@@ -543,11 +543,11 @@ def test_prefill_then_step_is_the_full_pass(form, decay):
     with torch.no_grad():
         want = model(tokens, form="parallel").logits
         output = model(tokens[:, :6], model.init_state(2), form=form)
-        pieces = [output.logits]
+        segments = [output.logits]
         for t in range(6, 10):
             output = model(tokens[:, t : t + 1], output.state)
-            pieces.append(output.logits)
-    assert relative_error(torch.cat(pieces, dim=1), want) < 1e-12
+            segments.append(output.logits)
+    assert relative_error(torch.cat(segments, dim=1), want) < 1e-12
 
 
 @pytest.mark.parametrize("form", FORMS)

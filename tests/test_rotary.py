@@ -375,10 +375,10 @@ def dynamic(name="transformer_micro", **arguments):
 
 
 @torch.no_grad()
-def in_pieces(model, tokens, sizes, capacity):
+def in_segments(model, tokens, sizes, capacity):
     state, found = model.init_state(len(tokens), capacity=capacity), []
-    for piece in tokens.split(sizes, dim=1):
-        output = model(piece, state)
+    for segment in tokens.split(sizes, dim=1):
+        output = model(segment, state)
         found.append(output.logits)
         state = output.state
     return torch.cat(found, 1)
@@ -405,7 +405,7 @@ def test_under_dynamic_scaling_a_text_is_read_as_it_is_alone(name):
     whole = model(tokens).logits
     for sizes in ([1] * 20, [15, 1, 4], [12, 8]):
         for capacity in (None, 20, 500):
-            got = in_pieces(model, tokens, sizes, capacity)
+            got = in_segments(model, tokens, sizes, capacity)
             torch.testing.assert_close(got, whole, rtol=1e-11, atol=1e-11)
     short = model(tokens[:1, :12]).logits
     torch.testing.assert_close(short, whole[:1, :12], rtol=1e-11, atol=1e-11)

@@ -19,7 +19,7 @@ EACH = 4  # micro-batches of a step
 
 
 def cut(labelled, carried=False):
-    """Micro-batches of 2 rows and 9 tokens with so many labels: of padding, if None of text."""
+    """Micro-batches of 2 rows and 9 tokens with this many labels: of padding, if None of text."""
     generator = torch.Generator().manual_seed(1)
     batches = []
     for count in labelled:

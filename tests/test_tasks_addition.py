@@ -370,7 +370,7 @@ def test_a_batch_that_failed_is_shown_again(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
-def test_limited_epochs_go_on_through_the_stream_and_overfitting_stays():
+def test_limited_epochs_continue_through_the_stream_and_overfitting_stays():
     limited = fit({"max_epochs": 3, "limit_train_batches": 2}, Recorder())
     assert [rows[0] for rows in limited.seen] == [0, 4, 8, 12, 16, 20]
     assert limited.validated[-2:] == [[0, 1, 2, 3], [4, 5, 6, 7]]
@@ -391,7 +391,7 @@ def test_outside_a_trainer_the_loader_keeps_its_place():
 
 
 @pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
-def test_a_run_goes_on_with_another_batch_size_where_it_was(tmp_path):
+def test_a_run_resumes_with_another_batch_size_where_it_was(tmp_path):
     """Example by example, through changes of the batch size in both directions."""
     sizes, steps, path, seen = [4, 6, 3, 4], 0, None, []
     for size in sizes:

@@ -297,7 +297,7 @@ def test_an_example_depends_on_seed_and_number_alone(name):
 
 
 @also_mixed
-def test_a_resumed_stream_goes_on(name):
+def test_a_resumed_stream_continues(name):
     arguments = {} if name is Mixed else {"steps_per_epoch": 3}
     loader = make(name, 2, **arguments).train_dataloader()
     whole = [batch for batch, _ in zip(loader, range(3), strict=False)]

@@ -104,22 +104,22 @@ def decoded(task, split):
 @given(
     content=st.text("ab é\n 😀\t", min_size=4, max_size=300),
     fraction=st.floats(0.05, 0.95),
-    piece=st.integers(4, 64),
+    chunk=st.integers(4, 64),
 )
-def test_pieces_and_split_lose_nothing(tmp_path_factory, content, fraction, piece):
+def test_chunks_and_split_lose_nothing(tmp_path_factory, content, fraction, chunk):
     path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
     path.write_text(content, encoding="utf-8", newline="")
     corpus = Corpus(path)
     ((_, border),), _ = corpus.split(fraction)
     assert 0 <= border < corpus.size == len(content.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("archzoo.tasks.text.CHUNK", piece)
-        pieces = [*corpus.texts((0, border)), *corpus.texts((border, corpus.size))]
-    assert "".join(pieces) == content
-    assert all(len(text.encode()) <= 2 * piece + 3 for text in pieces[1:]) or "\n" in content
+        patch.setattr("archzoo.tasks.text.CHUNK", chunk)
+        chunks = [*corpus.texts((0, border)), *corpus.texts((border, corpus.size))]
+    assert "".join(chunks) == content
+    assert all(len(text.encode()) <= 2 * chunk + 3 for text in chunks[1:]) or "\n" in content
 
 
-def test_cutting_into_pieces_does_not_change_the_tokens(text, monkeypatch):
+def test_cutting_into_chunks_does_not_change_the_tokens(text, monkeypatch):
     content = (DATA / "shakespeare.txt").read_text()[:40_000].replace("\n\n", "\n \n\n   ")
     whole = text(content, tokenizer="bpe", vocab_size=500)
     whole.prepare()
@@ -196,7 +196,7 @@ def test_a_full_disk_gets_one_clear_line_and_leaves_nothing(text, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list((tmp_path / "cache").iterdir()) == []
-    task.prepare()  # once there is room
+    task.prepare()  # once there is disk space
 
 
 def test_the_default_cache_is_the_user_s(tmp_path, monkeypatch):
@@ -315,7 +315,7 @@ def test_validation_asks_for_every_token_once(text, carry_state, length):
 # ---------------------------------------------------------------------------- carried state
 
 
-def test_lanes_go_on_where_they_ended(text):
+def test_lanes_continue_where_they_ended(text):
     content = numbers(400)
     task = text(content, carry_state=True)
     loader = task.train_dataloader()
@@ -411,7 +411,7 @@ def test_no_text(text, tmp_path):
     ("content", "byte", "offset"),
     [
         pytest.param(b"abc\xffdef", "0xff", 3, id="latin"),
-        pytest.param(b"a\n" * 70_000 + b"\xc3(", "0xc3", 140_000, id="in the third piece"),
+        pytest.param(b"a\n" * 70_000 + b"\xc3(", "0xc3", 140_000, id="in the third chunk"),
         pytest.param("é ".encode() * 30_000 + b"\x80", "0x80", 90_000, id="no line ends"),
         pytest.param("hello".encode("utf-16-le"), "0x00", 1, id="utf-16"),
         pytest.param(b"truncated \xe4\xb8", "0xe4", 10, id="truncated"),
@@ -595,7 +595,7 @@ def test_a_fingerprint_says_what_training_sees(text, tmp_path):
     assert sums[0] == sums[1] != sums[2]
 
 
-def test_a_text_goes_on_with_another_batch_size(text):
+def test_a_text_continues_with_another_batch_size(text):
     """Every window once an epoch, whatever was changed in between; lanes cannot change."""
     task = text(numbers(400), batch_size=3)
     task.prepare()

@@ -88,7 +88,7 @@ def test_what_was_damaged_is_made_again(text, tmp_path, damage, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_run_goes_on_reading_while_another_heals_the_entry(text, tmp_path):
+def test_a_run_keeps_reading_while_another_heals_the_entry(text, tmp_path):
     task = text(CONTENT)
     whole = first(task)
     flip(entry(tmp_path) / "meta.json")
@@ -113,9 +113,9 @@ def test_a_text_that_changes_while_it_is_read_is_refused(text, tmp_path, monkeyp
     texts = Corpus.texts
 
     def changing(self, *spans):
-        for piece in texts(self, *spans):
+        for segment in texts(self, *spans):
             self.path.write_text(CONTENT.replace("some", "same"))
-            yield piece
+            yield segment
 
     monkeypatch.setattr(Corpus, "texts", changing)
     with pytest.raises(ValueError, match="changed while it was read: start again once it rests"):
@@ -205,7 +205,7 @@ def test_it_says_where_texts_are_kept_and_removes_them(text, tmp_path, capsys, m
     assert "0 encoded texts" in capsys.readouterr().out
 
 
-def test_pieces_are_learned_from_a_part_and_that_is_said(text, capsys, monkeypatch):
+def test_subwords_are_learned_from_a_part_and_that_is_said(text, capsys, monkeypatch):
     monkeypatch.setattr("archzoo.tasks.text.SAMPLE", 1000)
     text(CONTENT, tokenizer="bpe", vocab_size=260).prepare()
     said = capsys.readouterr().err

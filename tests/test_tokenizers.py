@@ -192,7 +192,7 @@ def test_words_encoded_once_are_what_the_library_makes_of_the_text(texts):
     ]
 
 
-def test_a_memory_of_words_that_is_full_forgets_and_goes_on(monkeypatch):
+def test_a_memory_of_words_that_is_full_forgets_and_continues(monkeypatch):
     monkeypatch.setattr(tokenizers._Words, "MOST", 5)
     monkeypatch.setattr(tokenizers._Words, "LONGEST", 4)
     tokenizer = learn_bpe(SAMPLE, SIZE["bpe"])

@@ -56,8 +56,8 @@ def log(directory, name="metrics.csv"):
 # ---------------------------------------------------------------------------- loss
 
 
-@pytest.mark.parametrize("piece", [1, 70, 10**9])
-def test_loss_in_pieces_is_the_loss(piece):
+@pytest.mark.parametrize("chunk", [1, 70, 10**9])
+def test_loss_in_chunks_is_the_loss(chunk):
     head, x = nn.Linear(8, 30, bias=False).double(), torch.randn(3, 7, 8).double()
     labels = torch.randint(30, (3, 7))
     labels[0, :4] = labels[2] = IGNORED
@@ -66,17 +66,17 @@ def test_loss_in_pieces_is_the_loss(piece):
         head(x).transpose(1, 2), labels, ignore_index=IGNORED, reduction="sum"
     )
     wanted = torch.autograd.grad(expected, [x, head.weight])
-    loss = total_loss(x, head, labels, piece)
+    loss = total_loss(x, head, labels, chunk)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     for got, want in zip(torch.autograd.grad(loss, [x, head.weight]), wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
-    scores = score(x, head, labels, piece)
+    scores = score(x, head, labels, chunk)
     assert scores.losses.sum().item() == pytest.approx(expected.item(), rel=1e-12)
     assert torch.equal(scores.predicted, head(x).argmax(-1).flatten())
 
 
-def test_loss_keeps_only_one_piece_of_the_logits():
-    """In pieces, no tensor that the backward pass keeps is as large as all logits."""
+def test_loss_keeps_only_one_chunk_of_the_logits():
+    """In chunks, no tensor that the backward pass keeps is as large as all logits."""
     head, x = nn.Linear(8, 1000, bias=False), torch.randn(2, 32, 8, requires_grad=True)
     labels = torch.randint(1000, (2, 32))
     kept = []
@@ -179,7 +179,7 @@ def test_a_part_says_what_decays():
 
 
 @pytest.mark.parametrize("bias", ["T5Bias", "FIRE"])
-def test_a_run_from_before_biases_were_spared_goes_on(tmp_path, bias, monkeypatch):
+def test_a_run_from_before_biases_were_spared_resumes(tmp_path, bias, monkeypatch):
     """Each parameter finds its own moments again, in other groups."""
 
     def groups(decoder, weight_decay):
@@ -348,7 +348,7 @@ def text(tmp_path):
 
 
 def test_state_goes_from_window_to_window(text):
-    """Carried through windows, the loss is that of reading each lane in one piece."""
+    """Carried through windows, the loss is that of reading each lane at once."""
     task = text()
     task.prepare()
     model = LanguageModel("retnet_micro", vocab_size=task.vocab_size).double()
@@ -527,7 +527,7 @@ def test_sums_are_exact_whatever_the_precision(tmp_path, precision):
     assert model._gradient_norm.dtype == torch.float32
 
 
-def test_log_file_goes_on_after_a_kill(tmp_path):
+def test_log_file_resumes_after_a_kill(tmp_path):
     file = tmp_path / "metrics.csv"
     logger = MetricsFile(file)
     for step in (1, 2, 3):

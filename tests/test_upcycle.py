@@ -1,4 +1,4 @@
-"""Upcycling: the first logits are the dense model's, and the experts come apart in training."""
+"""Upcycling: the first logits are the dense model's, and the experts diverge in training."""
 
 import copy
 import csv
@@ -138,8 +138,8 @@ trainer: {accelerator: cpu, max_steps: 3, val_check_interval: 3, log_every_n_ste
 """
 
 
-def test_training_goes_on_from_what_was_upcycled(tmp_path, monkeypatch, capsys):
-    """From the dense run's loss, while the experts come apart."""
+def test_training_resumes_from_what_was_upcycled(tmp_path, monkeypatch, capsys):
+    """From the dense run's loss, while the experts diverge."""
     monkeypatch.chdir(tmp_path)
     Path("dense.yaml").write_text(DENSE)
     assert main(["fit", "--config", "dense.yaml"]) == 0
@@ -159,7 +159,7 @@ def test_training_goes_on_from_what_was_upcycled(tmp_path, monkeypatch, capsys):
         seen = [row[f"train/metric/similarity/{layer}"] for row in sparse]
         values = [float(value) for value in seen if value]
         assert values[0] == pytest.approx(1, abs=1e-5) and values[-1] < values[0] - 1e-4
-    # A run of its own, which goes on like any other.
+    # A run of its own, which resumes like any other.
     more = ["fit", "--ckpt_path", "runs/moe_fit/last.ckpt", "--trainer.max_steps", "5"]
     assert main([*more, "--trainer.accelerator", "cpu"]) == 0
     capsys.readouterr()

@@ -99,7 +99,7 @@ def test_what_has_no_token_in_common_is_said():
         Addition(vocabulary="mine")
 
 
-def test_a_run_from_before_goes_on(here, capsys):
+def test_a_run_from_before_resumes(here, capsys):
     """Its files name neither key: with them, and with today's files, it is what it was."""
     old = ["--data.vocabulary", "own", "--data.zero", "false"]
     assert main(["fit", "--config", "old.yaml", *old]) == 0
@@ -133,7 +133,7 @@ def test_a_run_from_before_goes_on(here, capsys):
                        checkpoint["state_dict"]["decoder.head.weight"])  # fmt: skip
 
 
-def test_a_model_of_one_task_goes_on_with_another(here, capsys):
+def test_a_model_of_one_task_continues_with_another(here, capsys):
     coupled = ["--model.embedding", "AbacusEmbedding", "--model.embedding.coupled", "true"]
     assert main(["fit", "--config", "old.yaml", *coupled]) == 0
     before = torch.load("runs/old/last.ckpt", weights_only=True)

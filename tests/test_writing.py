@@ -1,4 +1,4 @@
-"""A model is asked as people write numbers, whatever its task does with them."""
+"""A model is prompted with numbers as people write them, whatever its task does with them."""
 
 import warnings
 from pathlib import Path
@@ -41,9 +41,9 @@ def test_prompts_and_answers_are_the_tasks(kind, operation, orders, hints, zero_
         prompt = task.prompt(a, b)
         assert writing.write(f"{a}{sign}{b}=") == prompt
         assert writing.write(prompt) == prompt or not hints  # typed as the task writes it
-        pieces = [*task.answer(a, b)]  # as they come from a model, token by token
+        segments = [*task.answer(a, b)]  # as they come from a model, token by token
         reader = writing.reader(prompt)
-        answer = "".join(map(reader.push, pieces)) + reader.finish()
+        answer = "".join(map(reader.push, segments)) + reader.finish()
         assert int(answer) == operation(a, b)
         assert answer == writing.read(task.answer(a, b), prompt)
         whole = writing.read(prompt + task.answer(a, b))

@@ -1,7 +1,7 @@
 """Every model of the zoo, found by being registered: a new family is tested without a line here.
 
 Each micro preset is trained for two steps on sums, which binds it to a task as training does, and
-is then rebuilt, run in every form, saved, loaded, and asked to write.
+is then rebuilt, run in every form, saved, loaded, and made to generate.
 """
 
 from __future__ import annotations
@@ -150,9 +150,9 @@ def test_forms_agree_and_hand_over_to_each_other(
         for row in (sums[:4], sums[4:])
     ]
     time = max(map(len, packed)) + 2
-    room = [(time - 1 - len(row), 1) for row in packed]  # padding on the left, and one on the right
-    tokens = torch.stack([F.pad(r, pad) for r, pad in zip(packed, room, strict=True)])
-    padded = torch.stack([F.pad(r, pad, value=-1) for r, pad in zip(numbers, room, strict=True)])
+    padding = [(time - 1 - len(row), 1) for row in packed]  # on the left, and one on the right
+    tokens = torch.stack([F.pad(r, pad) for r, pad in zip(packed, padding, strict=True)])
+    padded = torch.stack([F.pad(r, pad, value=-1) for r, pad in zip(numbers, padding, strict=True)])
     handed_over = [(a, b, (0, 11, 12, 20, time)) for a in FORMS for b in FORMS]
     for documents in (None, padded):
         valid = torch.ones_like(padded, dtype=torch.bool) if documents is None else padded >= 0
@@ -161,14 +161,14 @@ def test_forms_agree_and_hand_over_to_each_other(
             got = model(tokens, documents=documents, form=form).logits
             assert relative_error(got[valid], want[valid]) < allowed, form
         for first, second, cuts in [*handed_over, (None, None, range(time + 1))]:
-            state, pieces = model.init_state(2), []
+            state, segments = model.init_state(2), []
             for number, (begin, end) in enumerate(itertools.pairwise(cuts)):
                 here = None if documents is None else documents[:, begin:end]
                 form = second if number % 2 else first
                 output = model(tokens[:, begin:end], state, here, form=form)
                 state = output.state
-                pieces.append(output.logits)
-            got = torch.cat(pieces, dim=1)
+                segments.append(output.logits)
+            got = torch.cat(segments, dim=1)
             assert relative_error(got[valid], want[valid]) < allowed, (first, second)
 
 
@@ -213,7 +213,7 @@ def test_it_is_saved_and_loaded(name: str, runs: Path, tmp_path: Path) -> None:
 
 @micro
 @torch.no_grad()
-def test_it_writes_what_a_plain_pass_finds_likeliest(name: str, runs: Path) -> None:
+def test_it_writes_what_a_plain_pass_finds_most_likely(name: str, runs: Path) -> None:
     """Prompts of several lengths, carried on and recomputed."""
     model = model_of(name, runs)
     first, second, third, *_ = problems(name, runs)

@@ -167,7 +167,7 @@ def append(draw: random.Random, target: Path) -> None:
 
 
 def splice(draw: random.Random, target: Path) -> None:
-    """A piece of the file stands where another was."""
+    """A segment of the file stands where another was."""
     weights = target if target.is_file() else target / "model.safetensors"
     content = bytearray(weights.read_bytes())
     size = draw.choice([1, 4, 64, 1024])
@@ -267,12 +267,12 @@ def hostile_part(draw: random.Random, target: Path) -> dict[str, Any]:
 
 
 def huge(draw: random.Random, target: Path) -> dict[str, Any]:
-    """Sizes that no machine has room for."""
+    """Sizes that no machine has memory for."""
 
     def change(settings: dict[str, Any]) -> None:
         name = draw.choice(["vocab_size", "dim", "depth", "heads", "width", "loops"])
         size = draw.choice([10**5, 10**8, 10**9, 2**62])
-        if draw.random() < 0.3:  # (10**5 tiny rows are a batch that a machine has room for)
+        if draw.random() < 0.3:  # (10**5 tiny rows are a batch that a machine has memory for)
             settings["task"]["init_args"]["batch_size"] = max(size, 10**9)
         else:
             settings["decoder"][name] = size
@@ -372,7 +372,7 @@ def no_file(draw: random.Random, target: Path) -> None:
 
 
 def swap_files(draw: random.Random, target: Path) -> None:
-    """Any file in the place of any other."""
+    """Any file instead of any other."""
     first, other = draw.choice(_files(target)), draw.choice(_files(target))
     other.write_bytes(first.read_bytes())
 

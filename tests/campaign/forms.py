@@ -2,9 +2,9 @@
 
 A case draws a decoder (a preset with parts swapped, or parts at random), and rows of documents. The
 reference reads each document alone, token by token. Against it, in float64: every form; rows in one
-batch, padded on either side, packed, and numbered as one likes; texts cut into pieces of any length
-and form, with the rows' ends apart, and the state forked, saved, moved and reordered in between;
-training mode; gradients; and greedy generation.
+batch, padded on either side, packed, and numbered as one likes; texts cut into segments of any
+length and form, each row cut where it likes, and the state forked, saved, moved and reordered in
+between; training mode; gradients; and greedy generation.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _case(draw: random.Random, arguments: dict[str, Any]) -> str:
         for form in (*FORMS, None):
             _expect(_in_a_batch(model, rows, form, draw), alone, f"batch, {form}")
         for turn in range(2):
-            _expect(_in_pieces(model, rows, draw), alone, f"pieces {turn}")
+            _expect(_in_segments(model, rows, draw), alone, f"segments {turn}")
     if draw.random() < 0.5:
         _expect(_without_documents(model, rows, draw), alone, "no documents given")
     if draw.random() < 0.3:
@@ -335,8 +335,8 @@ def _in_a_batch(model: Decoder, rows: list[Row], form: str | None, draw: random.
     return _pick(batch.read(model, state, form).logits, batch)
 
 
-def _in_pieces(model: Decoder, rows: list[Row], draw: random.Random) -> Logits:
-    """In pieces of any length and form, each row cut where it likes."""
+def _in_segments(model: Decoder, rows: list[Row], draw: random.Random) -> Logits:
+    """In segments of any length and form, each row cut where it likes."""
     parts = [_spelled(row, draw) for row in rows]
     order = list(range(len(rows)))  # which text a row of the state is
     done = [0] * len(rows)
@@ -348,8 +348,10 @@ def _in_pieces(model: Decoder, rows: list[Row], draw: random.Random) -> Logits:
         width = max(*takes, 1) + draw.choice([0, 0, 0, 2])
         left = [draw.choice([0, width - take]) for take in takes]
         right = [width - take - before for take, before in zip(takes, left, strict=True)]
-        pieces = [parts[n][done[n] : done[n] + take] for n, take in zip(order, takes, strict=True)]
-        batch = _batch(pieces, left, right, _placed(rows), draw)
+        segments = [
+            parts[n][done[n] : done[n] + take] for n, take in zip(order, takes, strict=True)
+        ]
+        batch = _batch(segments, left, right, _placed(rows), draw)
         output = batch.read(model, state, draw.choice((*FORMS, None)))
         for n, take, logits in zip(order, takes, _pick(output.logits, batch), strict=True):
             found[n].append(logits)
@@ -377,7 +379,7 @@ def _handled(state: State, draw: random.Random) -> State:
 
 @torch.no_grad()
 def _without_documents(model: Decoder, rows: list[Row], draw: random.Random) -> Logits:
-    """As one that knows of no documents reads: the first of each row alone, in plain pieces."""
+    """As one that knows of no documents reads: the first of each row alone, in plain segments."""
     found = []
     for row in rows:
         logits = []
@@ -435,7 +437,7 @@ def _in_training(model: Decoder, rows: list[Row], draw: random.Random) -> None:
         logits = batch.read(model, None, form).logits
         _expect(_pick(logits, batch), alone, f"training, {form}")
     if not model.embedding.trains_on_whole_documents:
-        _expect(_in_pieces(model, rows, draw), alone, "training, in pieces")
+        _expect(_in_segments(model, rows, draw), alone, "training, in segments")
     model.eval()
 
 

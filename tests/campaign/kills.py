@@ -2,7 +2,7 @@
 
 Signals are real, and so are the processes. Compared bit for bit with the run that nobody ended:
 weights and optimizer of last.ckpt, weights of best.ckpt, and all rows of metrics.csv but the
-times. Asked to end, a run must exit with 128 and the signal's number and say how to go on.
+times. Asked to end, a run must exit with 128 and the signal's number and say how to resume.
 """
 
 from __future__ import annotations
@@ -131,14 +131,14 @@ def _count(log: Path) -> int:
     return log.read_text().count("\n") if log.exists() else 0
 
 
-def _compare(whole: Path, pieces: Path) -> None:
-    names = [sorted(path.name for path in run.iterdir()) for run in (whole, pieces)]
+def _compare(whole: Path, segments: Path) -> None:
+    names = [sorted(path.name for path in run.iterdir()) for run in (whole, segments)]
     left = set(names[1]) - {".lock"}  # which the system has let go of
     assert left == set(names[0]), names
-    logs = [_rows(run / "metrics.csv") for run in (whole, pieces)]
+    logs = [_rows(run / "metrics.csv") for run in (whole, segments)]
     assert logs[0] == logs[1], "\n".join(map(str, _apart(*logs)))
     for name in ("last.ckpt", "best.ckpt"):
-        states = [torch.load(run / name, weights_only=True) for run in (whole, pieces)]
+        states = [torch.load(run / name, weights_only=True) for run in (whole, segments)]
         for key in ("global_step", "state_dict", "current_model_state", "optimizer_states"):
             found = [_same(state.get(key)) for state in states]
             assert found[0] == found[1], (name, key)
