@@ -1,0 +1,134 @@
+"""What a path and a device mean, and all that a checkpoint holds for use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from archzoo.checkpoint.archives import Archive
+from archzoo.checkpoint.building import Pretrained
+from archzoo.checkpoint.pretrained import (
+    CONFIG,
+    WEIGHTS,
+    named_tokenizer,
+    read_config,
+    read_directory,
+)
+from archzoo.checkpoint.runs import LAST, check_run, read_run
+from archzoo.checkpoint.vocabulary import check_vocabulary, run_tokenizer
+from archzoo.decoder import Decoder
+
+if TYPE_CHECKING:
+    from archzoo.tasks.stream import Task
+    from archzoo.tasks.tokenizers import Tokenizer
+
+
+def from_pretrained(
+    path: str | os.PathLike[str], device: torch.device | str | None = None
+) -> tuple[Decoder, Tokenizer | None]:
+    """A model, in evaluation mode, and its tokenizer (None where it has none).
+
+    Args:
+        path: A directory written by `save_pretrained`, a Lightning checkpoint of a run, or a run's
+            directory, which stands for its last.ckpt.
+        device: Where the model goes; "auto": a GPU where there is one. None: the CPU.
+
+    Raises:
+        FileNotFoundError: There is no such file, or none of ours in the directory.
+        ValueError: A file is truncated, holds code, names unknown parts, or the weights do not fit
+            the configuration.
+    """
+    found = load(path, device)
+    return found.model, found.tokenizer
+
+
+def locate(path: str | os.PathLike[str]) -> Path:
+    """The checkpoint that a path means: of a run's directory its last.ckpt, else the path itself.
+
+    Raises:
+        TypeError: It is not a path.
+        FileNotFoundError: There is nothing.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"a checkpoint is given by its path, and this is a {type(path).__name__}")
+    path = Path(path)
+    if path.name in (CONFIG, WEIGHTS):
+        path = path.parent
+    if not path.exists():
+        raise FileNotFoundError(f"there is no checkpoint at {path}")
+    last = path / LAST
+    return last if path.is_dir() and not (path / CONFIG).exists() and last.exists() else path
+
+
+def device_of(name: torch.device | str | None) -> torch.device:
+    """The device of a name; "auto": a GPU where there is one; None: the CPU.
+
+    Raises:
+        ValueError: It cannot be used here.
+    """
+    gpu = torch.cuda.is_available()
+    found = ("cuda" if gpu else "cpu") if name == "auto" else name or "cpu"
+    try:
+        return torch.empty(0, device=found).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a build without CUDA
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"device={str(name)!r} cannot be used here, take {'cpu or cuda' if gpu else 'cpu'}: "
+            f"{reason}"
+        ) from None
+
+
+def load(path: str | os.PathLike[str], device: torch.device | str | None = None) -> Pretrained:
+    """`from_pretrained`, with the task beside the model.
+
+    Args:
+        path: As for `from_pretrained`.
+        device: Where the model goes; "auto": a GPU where there is one. None: the CPU.
+    """
+    path, device = locate(path), device_of(device)
+    found = read_directory(path) if path.is_dir() else read_run(path)
+    check_vocabulary(found.model, found.tokenizer, str(path))
+    found.model.task = found.task
+    return found._replace(model=found.model.to(device).eval())
+
+
+def task_of(found: Pretrained, **changes: Any) -> Task:
+    """The task that a model was trained on, rebuilt with the model's own tokenizer.
+
+    Args:
+        found: A checkpoint's content.
+        **changes: Arguments of the task that shall differ, such as `path` where the text lies
+            elsewhere: what a checkpoint names is read under the current directory only.
+
+    Raises:
+        ValueError: The checkpoint names no task, or one that is not known.
+    """
+    from archzoo.tasks.stream import build_task
+
+    if found.task is None:
+        raise ValueError("the checkpoint does not say what it was trained on: there is no task")
+    if "tokenizer" in (found.task.get("init_args") or {}) and found.tokenizer is not None:
+        changes |= {"tokenizer": found.tokenizer, "vocab_size": None}
+    task = build_task(found.task, **changes)
+    task.prepare()
+    return task
+
+
+def read_task(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, Any] | None, Tokenizer | None]:
+    """What a model was trained on and its tokenizer, as `load` gives them; no weights are read.
+
+    Args:
+        path: As for `from_pretrained`.
+    """
+    path = locate(path)
+    if path.is_dir():
+        config = read_config(path)
+        return config.get("task"), named_tokenizer(config.get("tokenizer"), path)
+    with Archive(path) as archive:
+        check_run(archive.content, path)
+        return archive.content.get("task"), run_tokenizer(archive, path)
