@@ -101,9 +101,9 @@ def _main(given: list[str]) -> int:
     try:
         modules, given = split_imports(given)
         if modules:
-            from archzoo.trust import asked_for, import_for_user
+            from archzoo.trust import import_for_user, user_imports
 
-            asked_for[:] = modules
+            user_imports[:] = modules
             for module in modules:
                 import_for_user(module)
     except USER_ERRORS as error:

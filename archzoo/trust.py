@@ -32,7 +32,7 @@ from weakref import WeakValueDictionary
 from archzoo.names import nearest
 
 #: Modules that the user had imported by ``--import``, to say them again.
-asked_for: list[str] = []
+user_imports: list[str] = []
 
 ENTRY_POINTS = "archzoo"  # the group that an installed package declares
 CORPORA = ("shakespeare.txt", "three_kingdoms.txt")  # in data/, beside train.py

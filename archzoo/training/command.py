@@ -45,7 +45,7 @@ from archzoo.training.ending import SIGNALS, Ended, say
 from archzoo.training.files import CheckpointFiles, MetricsFile
 from archzoo.training.module import LanguageModel
 from archzoo.training.user_errors import explain
-from archzoo.trust import asked_for, load_installed, with_moved
+from archzoo.trust import load_installed, user_imports, with_moved
 
 RUN_DIRECTORY = "the run's directory"  # a sentinel until its name is known
 COMMANDS = ("fit", "validate", "test", "predict")
@@ -577,7 +577,7 @@ def _typed(command: str) -> list[str]:
     program = words[: words.index(command)] if command in words[1:4] else ["archzoo"]
     if len(program) == 2 and Path(program[1]).name == "archzoo":
         program = ["archzoo"]  # the script that pip made, which names its Python
-    imports = [word for module in asked_for for word in ("--import", module)]
+    imports = [word for module in user_imports for word in ("--import", module)]
     if "--import" in program[1:] or any(word.startswith("--import=") for word in program):
         imports = []  # it stands there
     return [*program, command, *imports]
