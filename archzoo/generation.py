@@ -219,8 +219,8 @@ def generate(
     if asked_in_text and model.task is None and getattr(tokenizer, "special", False):
         # A task of problems made the tokenizer.
         warnings.warn(
-            "the model does not say what it was trained on, so numbers are taken as they stand: "
-            "where its task turns them round, set model.task = task.config() and save it again",
+            "the model does not say what it was trained on, so numbers are taken as they are: "
+            "if its task reverses digits, set model.task = task.config() and save it again",
             stacklevel=2,
         )
     rows = encode(prompts, tokenizer, model.vocab_size, writing)

@@ -35,9 +35,7 @@ SLOTS: dict[str, type[nn.Module]] = {
 
 # Where the zoo's own parts are defined: the modules of these packages that have a public name.
 HOMES = ("mixers", "feedforward", "embeddings", "positions", "adapters", "linear")
-MODULES = tuple(
-    dict.fromkeys(m for m in names_of("archzoo").values() if m.split(".")[1] in HOMES)
-)
+MODULES = tuple(dict.fromkeys(m for m in names_of("archzoo").values() if m.split(".")[1] in HOMES))
 
 #: The part that stands for "none" in a slot; without a bias there is no part, which the decoder
 #: knows, and the other slots cannot be empty.
@@ -90,7 +88,9 @@ def describe(slot: str, part: Part) -> Spec:
         # jsonargparse hands over partial(instantiator, class, **arguments).
         classes = [entry for entry in (part.func, *part.args) if inspect.isclass(entry)]
         if len(classes) != 1:
-            raise ValueError(f"{slot} {part!r} is a partial of no class: take partial(Class, ...)")
+            raise ValueError(
+                f"{slot} {part!r} is not a partial of a class: take partial(Class, ...)"
+            )
         if inspect.isclass(part.func) and part.args:
             raise ValueError(f"{slot} {part!r} holds positional arguments: give them by name")
         named, arguments = classes[0], dict(part.keywords)

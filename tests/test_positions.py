@@ -127,7 +127,7 @@ def test_a_fire_starts_at_its_own_scale_in_a_model():
     ("part", "arguments", "words"),
     [
         (T5Bias, {"buckets": 7}, "buckets=7 must be even"),
-        (T5Bias, {"furthest": 16}, "furthest=16 beyond the 16"),
+        (T5Bias, {"furthest": 16}, "furthest=16 above the 16"),
         (KERPLE, {"kind": "cubic"}, "kind='cubic' is neither log nor power"),
         (FIRE, {"threshold": 0.0}, "must be above 0"),
     ],

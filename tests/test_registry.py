@@ -136,7 +136,7 @@ def test_overriding_a_preset_leaves_the_preset():
         ("retnet_micro", {"mixer": archzoo.GatedFeedForward}, "is not a Mixer"),
         ("retnet_micro", {"mixer": torch.nn.Linear}, "is not a Mixer"),
         ("retnet_micro", {"feed_forward": "archzoo.Retention"}, "is not a FeedForward"),
-        ("retnet_micro", {"mixer": functools.partial(print, 1)}, "partial of no class"),
+        ("retnet_micro", {"mixer": functools.partial(print, 1)}, "not a partial of a class"),
         ("retnet_micro", {"mixer": {"class": "Attention"}}, "must hold class_path"),
         (
             "retnet_micro",

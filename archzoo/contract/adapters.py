@@ -97,7 +97,7 @@ def models_of(subject: Subject) -> Iterator[str]:
             found = True
             yield model
     if not found:
-        raise Violation(f"kinds {subject.part.kinds} are none of {', '.join(KINDS)}")
+        raise Violation(f"kinds {subject.part.kinds} are not among {', '.join(KINDS)}")
 
 
 def moved(subject: Subject, decoder: Decoder, by: float = 0.1) -> Decoder:

@@ -99,7 +99,7 @@ class T5Bias(Bias):
         super().__init__()
         if buckets < 2 or buckets % 2 or furthest <= buckets // 2:
             raise ValueError(
-                f"buckets={buckets} must be even, and furthest={furthest} beyond the "
+                f"buckets={buckets} must be even, and furthest={furthest} above the "
                 f"{buckets // 2} distances with a bucket of their own"
             )
         self.buckets, self.furthest = buckets, furthest

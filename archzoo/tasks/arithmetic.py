@@ -127,7 +127,7 @@ class TwoNumbers(SyntheticTask):
         self.reverse_answer = reverse if reverse_answer is None else reverse_answer
         if coupled and not self.reverse_answer:
             raise ValueError(
-                "coupled counts an answer from its units, so it wants reverse_answer: true"
+                "coupled counts an answer from its units, so it needs reverse_answer: true"
             )
         if coupled:
             self.coupling = "reversed" if reverse else "plain"

@@ -184,7 +184,7 @@ class _Loader(get_yaml_default_loader()):  # type: ignore[misc]
 
 def _plain_only(loader: Any, node: Any) -> Any:
     raise yaml.YAMLError(
-        f"{node.tag.rpartition(':')[2]} stands for no plain value, line {node.start_mark.line + 1}"
+        f"{node.tag.rpartition(':')[2]} is not a plain value, line {node.start_mark.line + 1}"
     )
 
 
@@ -208,7 +208,7 @@ def _expanded(node: Any, known: dict[int, int], whose: str) -> int:
     """How many values a part of a file stands for, where aliases are written out."""
     if id(node) in known:
         if not known[id(node)]:
-            raise ValueError(f"{whose}: an alias stands within what it stands for")
+            raise ValueError(f"{whose}: an alias refers to itself")
         return known[id(node)]
     known[id(node)] = 0  # not known yet
     inner: Iterable[Any] = ()
