@@ -431,7 +431,7 @@ NINE = "\n".join(
         ("[" * 100 + "]" * 100, "nested more than 64 deep"),
         ("model: !!python/object/apply:os.system [true]", "not valid YAML"),
         ("model: {1: 2}", "not valid YAML"),
-        ("model: !!binary aGVsbG8=", "no plain value"),
+        ("model: !!binary aGVsbG8=", "not a plain value"),
         ("\tmodel: 1", "not valid YAML"),
         ("model: {mixer: {class_path: Retention, decay: 1}}", "decay stands beside class_path"),
         ("model: {mixer: {decay: 1}}", "takes a class's name, or class_path and init_args"),
