@@ -1,0 +1,31 @@
+"""Writing text with a decoder, as a recurrent network or by recomputing everything.
+
+The prompt is read in one pass into a state; then one token a step goes in, and the state comes
+back. Retention's state stays as large as it was, attention's grows by a token a step. The other
+forms keep nothing and read the whole text again at every step: slow, and the same to rounding,
+which ``check`` proves while it writes.
+"""
+
+from __future__ import annotations
+
+from archzoo.generation.command import generate_command, report, state_growth
+from archzoo.generation.decoding import FormsDisagree, Generation, OnToken, difference, generate
+from archzoo.generation.prompts import Prompts, encode, pad_left
+from archzoo.generation.sampling import Sampler, probabilities, sample
+
+__all__ = [
+    "FormsDisagree",
+    "Generation",
+    "OnToken",
+    "Prompts",
+    "Sampler",
+    "difference",
+    "encode",
+    "generate",
+    "generate_command",
+    "pad_left",
+    "probabilities",
+    "report",
+    "sample",
+    "state_growth",
+]
