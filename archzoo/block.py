@@ -275,7 +275,7 @@ class Mixer(nn.Module):
 
         Args:
             x: (batch, time, dim).
-            state: What this mixer handed back before; None: start empty, hand back None.
+            state: What this mixer returned before; None: start empty, return None.
             context: Of the same batch and time.
             form: "parallel", "chunkwise" or "recurrent": that form runs. None: `choose_form`.
         """

@@ -191,7 +191,7 @@ def call(function: Callable[..., Any], program: str, arguments: list[str]) -> in
     Args:
         function: Its signature and docstring are the command's arguments and help.
         program: What the usage line calls it.
-        arguments: Of the command line, behind the program's name.
+        arguments: Of the command line, after the program's name.
     """
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     import docstring_parser
@@ -238,7 +238,7 @@ def call(function: Callable[..., Any], program: str, arguments: list[str]) -> in
 
 
 def _set(switches: set[str], arguments: list[str]) -> list[str]:
-    """The arguments with every switch's value behind an equals sign; without one it is true."""
+    """The arguments with every switch's value after an equals sign; without one it is true."""
     found: list[str] = []
     for argument in arguments:
         if argument in ("true", "false") and found and found[-1] in switches:

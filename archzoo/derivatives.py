@@ -8,7 +8,7 @@ plain form is made of torch's own operations, and so has all of them and goes th
 * `differentiated_again`, in a fast form's backward: is a derivative of this derivative wanted, or
   is it itself transformed? Then `plain_gradients` makes the gradients of the plain form.
 
-`torch.autograd.function.once_differentiable` answers neither: it hands out constants where the
+`torch.autograd.function.once_differentiable` answers neither: it returns constants where the
 incoming gradient needs none, and `torch.autograd.grad` drops its error from the graph.
 """
 

@@ -289,9 +289,9 @@ def mixer_documents(subject: Subject) -> str:
                             "get what it gets alone"
                         )
                         worst = max(worst, expect_same(here, want, TOLERANCES[torch.float64], what))
-            behind = F.pad(tail, (0, 0, 3, 0), value=9.0)  # the next segment may be padded, too
+            after = F.pad(tail, (0, 0, 3, 0), value=9.0)  # the next segment may be padded, too
             numbers = F.pad(torch.tensor(last)[:, None].expand(-1, 4), (3, 0), value=-1)
-            y, _ = _run_plan(mixer, behind, [(5, plan[-1][1]), (2, "recurrent")], carried, numbers)
+            y, _ = _run_plan(mixer, after, [(5, plan[-1][1]), (2, "recurrent")], carried, numbers)
             y = y[:, 3:]
             for index, kind in enumerate(rows):
                 want = alone[last[index]][0, sizes[last[index]] :]

@@ -76,7 +76,7 @@ class Subject:
     def make(self, dtype: torch.dtype = torch.float64, **sizes: int) -> Any:
         """Build the part; the same weights each time, a little off whatever they start at.
 
-        A weight that starts at zero would hide the path behind it.
+        A weight that starts at zero would hide the path through it.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)

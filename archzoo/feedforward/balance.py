@@ -241,7 +241,7 @@ class Balance(KeepsFloat32):
     The loss takes the tokens of one micro-batch, on one rank or on all. It is convex in P: the
     smaller the micro-batches, the larger its mean over them, and the stronger its effect. Over all
     ranks it is the loss of their tokens together, however many ranks there are: the sums that it
-    is made of are handed out as `Aux.pools`, added up outside, and come back to `pooled_losses`.
+    is made of are returned as `Aux.pools`, summed outside, and passed to `pooled_losses`.
 
     Args:
         experts: How many there are.

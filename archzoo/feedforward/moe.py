@@ -188,18 +188,18 @@ class Experts(nn.Module):
 
     @staticmethod
     def loop(rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
-        """Rows (assignments, dim) sorted by expert, to the same; those behind are not computed.
+        """Rows (assignments, dim) sorted by expert, to the same; later rows are not computed.
 
         Args:
             rows: (assignments, dim), sorted by expert.
             gate_up: (experts, 2 width, dim).
             down: (experts, dim, width).
-            ends: (experts,) int64, the row behind each expert's last.
+            ends: (experts,) int64, the row after each expert's last.
         """
         sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
         rest = len(rows) - sum(sizes)
         # An expert without rows still gets a gradient, of zeros, as ranks that reduce theirs
-        # together need: from unbind, which also spares the tensor of all experts that indexing
+        # together need: from unbind, which also avoids the tensor of all experts that indexing
         # would fill for each in its backward pass.
         parts = rows.split([*sizes, rest])[:-1]
         experts = zip(parts, gate_up.unbind(), down.unbind(), strict=True)
@@ -209,12 +209,12 @@ class Experts(nn.Module):
 
     @staticmethod
     def grouped(rows: Tensor, matrices: Matrices, ends: Tensor) -> Tensor:
-        """Rows (assignments, dim) sorted by expert, to the same; those behind are not computed.
+        """Rows (assignments, dim) sorted by expert, to the same; later rows are not computed.
 
         Args:
             rows: (assignments, dim), sorted by expert.
             matrices: Of all experts.
-            ends: (experts,) int64, the row behind each expert's last.
+            ends: (experts,) int64, the row after each expert's last.
         """
         hidden = swiglu(multiply(rows, matrices.gate_up, matrices.stored[0], ends))
         return multiply(hidden, matrices.down, matrices.stored[1], ends)

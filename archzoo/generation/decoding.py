@@ -137,13 +137,13 @@ def generate(
                 begin = time.perf_counter()
                 logits = reader.read(tokens, documents)
                 chosen = sampler(logits, going)
-                news = chosen.tolist()  # waits for the device
+                drawn = chosen.tolist()  # waits for the device
                 times.append(1000 * (time.perf_counter() - begin))
                 if len(times) == 1 and not logits.isfinite().all():
                     raise ValueError("the model's logits are not finite: its weights are broken")
                 if reference is not None:
                     differences.append(difference(logits, reference.read(tokens, documents)))
-                for row, new in zip(going, news, strict=True):
+                for row, new in zip(going, drawn, strict=True):
                     writers[row].write(new, stop_token)
                 tokens, documents = chosen[:, None], None
                 kept = [index for index, row in enumerate(going) if not writers[row].ended]

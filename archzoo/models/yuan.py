@@ -3,7 +3,7 @@
 Ingredients:
 
 * RMSNorm before each branch and after the last block
-* attention whose queries and keys come from behind two causal convolutions of two taps each, its
+* attention whose queries and keys come after two causal convolutions of two taps each, its
   values from before them; RoPE
 * SwiGLU experts, 2 for each token, dropless, none shared
 * an attention router: each expert's query, key and value are one number, and the scores are those

@@ -22,7 +22,7 @@ from typing import Any
 META = "meta.json"
 PREFIX = "text-"  # of an entry's name
 _PARTIAL = ".partial"  # ends the name of one that is being made
-_ABANDONED = 86_400.0  # seconds after which such a folder was left behind by a killed process
+_ABANDONED = 86_400.0  # seconds after which such a folder is of a process that was killed
 
 
 def home(directory: str | None = None) -> Path:

@@ -232,5 +232,5 @@ def _parameters(name: str) -> set[str] | None:
         parameters = signature(task).parameters
         if "arguments" not in parameters:
             return set(parameters)
-        task = cast("type[Task] | None", task.__base__)  # it hands on what it does not name
+        task = cast("type[Task] | None", task.__base__)  # it passes on what it does not name
     return None

@@ -507,7 +507,7 @@ def readable(
 
     Args:
         task: The class.
-        arguments: Without `cache_dir`, which is the user's own to choose, they are handed back.
+        arguments: Without `cache_dir`, which is the user's own to choose, they are returned.
         given: Names of arguments that are not checked: the user gives another value.
 
     Raises:

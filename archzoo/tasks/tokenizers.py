@@ -578,7 +578,7 @@ class StreamDecoder:
         # the beginning of a text.
         self._shown: list[int] = []
         self._pending: list[int] = []
-        self._sent = 0  # characters of the pending tokens that were handed out
+        self._sent = 0  # characters of the pending tokens that were returned
 
     def push(self, token: int) -> str:
         """Takes one token, returns the text that is now certain, maybe none."""

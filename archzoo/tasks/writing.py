@@ -81,11 +81,11 @@ class Writing(NamedTuple):
         return problem + equal + answer
 
     def reader(self, prompt: str) -> Reader:
-        """What turns a model's text back while it comes, behind a prompt that the task wrote."""
+        """What converts generated text back, after a prompt as the task writes it."""
         return Reader(self, prompt)
 
     def read(self, text: str, prompt: str = "") -> str:
-        """What a model wrote, as a person reads it: ``24`` to ``42`` behind ``71+52=``."""
+        """What a model wrote, as a person reads it: ``24`` to ``42`` after ``71+52=``."""
         reader = self.reader(prompt)
         return reader.push(text) + reader.finish()
 

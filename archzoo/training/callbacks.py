@@ -319,7 +319,7 @@ class ShowProgress(ProgressBar):
             return
         self.shown = Progress(
             TextColumn(title),
-            # What may shrink is the bar, and nothing else: it is what a narrow terminal can spare.
+            # Only the bar may shrink: on a narrow terminal it matters least.
             BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TimeRemainingColumn(table_column=Column(no_wrap=True)),

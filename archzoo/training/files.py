@@ -50,7 +50,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
             os.fsync(file.fileno())  # or after a power cut the new name may have no content
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
-        # torch reports what its writer met as RuntimeError.
+        # torch reports its writer's errors as RuntimeError.
         cause = error if isinstance(error, OSError) else error.__context__ or error
         reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
         raise OSError(f"{path} could not be written: {reason}") from None

@@ -59,7 +59,7 @@ def _split(decoder: Decoder, spared: set[int]) -> tuple[list[nn.Parameter], list
 
 
 def regroup(state: dict[str, Any], decoder: Decoder) -> dict[str, Any]:
-    """An optimizer's state as today's: from before biases were spared weight decay, say.
+    """An optimizer's state as today's: from before biases were exempt from weight decay, say.
 
     Its tensors lie in memory as the weights do, which lay otherwise before: a fused step takes both
     as they lie, and would pair numbers that do not belong together.

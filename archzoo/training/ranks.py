@@ -39,7 +39,7 @@ def sum_over_ranks(trainer: lightning.Trainer, entries: Tensors) -> Tensors:
 
 
 def pooled_losses(trainer: lightning.Trainer, decoder: Decoder, aux: list[Aux]) -> list[Aux]:
-    """The losses of all ranks' tokens, from the sums that each rank hands out as `Aux.pools`.
+    """The losses of all ranks' tokens, from the sums that each rank returns as `Aux.pools`.
 
     Their value is the same everywhere. Gradients are averaged over ranks later on, so each rank's
     part of a sum is scaled for the mean to be the gradient of all tokens together.

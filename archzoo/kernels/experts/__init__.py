@@ -35,10 +35,10 @@ class Dispatch(NamedTuple):
 
     Attributes:
         inverse: (assignments,) int64, the row of each assignment: rows are sorted by expert, those
-            of one in the order of tokens; behind them stand those that are dropped.
+            of one in the order of tokens; after them come those that are dropped.
         ends: (experts,) int32, where each expert's rows end.
         order: (assignments,) int64, the assignment of each row; None where kernels do the moving.
-        dropped: Whether there may be rows behind the last expert's. Nothing is computed for them,
+        dropped: Whether there may be rows after the last expert's. Nothing is computed for them,
             and they are never read: what they hold is not even a number.
     """
 
@@ -289,7 +289,7 @@ def multiply(rows: Tensor, matrices: Tensor, weight: Tensor, ends: Tensor) -> Te
     compute: our product then writes float32 at once, where a bfloat16 one has to be cast.
 
     Args:
-        rows: Sorted by expert; those behind the last expert's are not computed.
+        rows: Sorted by expert; those after the last expert's are not computed.
         matrices: (experts, out, in), what `cast_weight` made of `weight` in the rows' dtype.
         weight: (experts, out, in), which gets the gradient.
         ends: (experts,) int32, where each expert's rows end.

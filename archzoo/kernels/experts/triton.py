@@ -97,7 +97,7 @@ def experts_gradient_kernel(
 
 @triton.jit
 def spread_kernel(x, inverse, ends, rows, experts, width, K: tl.constexpr, BLOCK: tl.constexpr):
-    """rows[inverse[t, j]] = x[t]; rows behind the last expert's are left alone."""
+    """rows[inverse[t, j]] = x[t]; rows after the last expert's are not written."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -114,7 +114,7 @@ def collect_kernel(
     rows, weights, inverse, ends, y, experts, width,
     K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y[t] = sum_j w[t, j] rows[inverse[t, j]]; rows behind the last expert's add nothing."""
+    """y[t] = sum_j w[t, j] rows[inverse[t, j]]; rows after the last expert's add nothing."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width

@@ -347,7 +347,7 @@ def split_kernel(
     weight, high, low, high_t, low_t,
     COLUMNS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The weight (columns, dim) in two; and transposed, (dim, padded), with zeros behind."""
+    """The weight (columns, dim) in two; and transposed, (dim, padded), with zeros after them."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = (column < COLUMNS) & (channel < DIM)
