@@ -20,7 +20,7 @@ from archzoo.adapters import Adapter
 from archzoo.linear import Linear
 from archzoo.names import nearest
 from archzoo.public import names_of
-from archzoo.trust import find_class, load_installed, name_of
+from archzoo.trust import find_class, load_installed, name_of, parameters_of
 
 SLOTS: dict[str, type[nn.Module]] = {
     "mixer": block.Mixer,
@@ -110,9 +110,9 @@ def describe(slot: str, part: Part) -> Spec:
             f"{slot} {cls.__name__} is the interface alone: name a class that derives from it; "
             f"{nearest(cls.__name__, list(list_parts(slot)))}"
         )
-    accepted = inspect.signature(cls).parameters
+    accepted, takes_any = parameters_of(cls)
     for name in arguments:
-        if name not in accepted:
+        if name not in accepted and not takes_any:
             raise ValueError(
                 f"{cls.__name__} has no argument {name!r}; "
                 f"{nearest(name, [n for n in accepted if n not in ('dim', 'heads')])}"

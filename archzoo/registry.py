@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import importlib
 import pkgutil
@@ -47,12 +48,12 @@ def register_model(
         about: What it is made of.
 
     Raises:
-        ValueError: The name is taken.
+        ValueError: The name is taken, by another preset than this one.
     """
     _load()  # the zoo's own come first, and keep their names
-    if name in _presets:
+    preset = Preset(name, dict(arguments), paper, about)
+    if _presets.setdefault(name, preset) != preset:  # a notebook's cell may run again
         raise ValueError(f"model {name!r} is registered already: take another name")
-    _presets[name] = Preset(name, dict(arguments), paper, about)
 
 
 def _load() -> None:
@@ -88,7 +89,10 @@ def get_preset(name: str) -> Preset:
         )
     _load_all()
     if name not in _presets:
-        raise ValueError(f"there is no model {name!r}; {nearest(name, list(_presets))}")
+        known = list(_presets)
+        typo = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+        hint = "" if typo else "; one of your own is known once its module is: --import MODULE"
+        raise ValueError(f"there is no model {name!r}; {nearest(name, known)}{hint}")
     return _presets[name]
 
 

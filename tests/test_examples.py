@@ -1,16 +1,21 @@
 """Every example runs, and does what it promises."""
 
+import ast
 import os
 import re
 import runpy
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from archzoo import contract
+import archzoo
+from archzoo import contract, registry
 from archzoo.cli import main
+from archzoo.registry import get_preset
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -35,8 +40,7 @@ def test_example(script, tmp_path, monkeypatch):
     done = run(script)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
-    if script.stem == "write_your_own_mixer":
-        check_own_mixer(done.stdout)
+    check[script.stem](done.stdout)
 
 
 def check_own_mixer(printed):
@@ -49,6 +53,116 @@ def check_own_mixer(printed):
     assert max(parameters) - min(parameters) <= 0.02 * max(parameters)
     assert rows["FadingMemory"][1] == min(states) == 2 * 32 * 4  # layers, channels, float32
     assert min(right) >= 90, "chance is 2 %"
+
+
+def check_own_task(printed):
+    rows = [line.split() for line in printed.splitlines()[:3]]
+    assert [row[0] for row in rows] == ["position", "token", "label"]
+    letters, digits, labels = rows[1][1::2], rows[1][2::2], rows[2][1:]
+    said = dict(zip(letters[:2], digits[:2], strict=True))
+    assert labels == [*"....", said[letters[2]], ".", said[letters[3]]]
+    assert int(re.search(r"answers (\d+)% of 500 rows", printed)[1]) >= 40, "chance is 1 %"
+
+
+def check_own_router(printed):
+    assert "BROKEN" not in printed
+    assert printed.count("holds") == len(contract.CHECKS["router"])
+    table = re.findall(r"^(\w+) +(\d\.\d+) +(\d+)%$", printed, re.MULTILINE)
+    busiest = {name: int(share) for name, _, share in table}
+    assert busiest["CappedRouter"] < busiest["LinearRouter"], "an even load is 12 %"
+
+
+def check_own_preset(printed):
+    table = re.findall(r"^(\w+) +([\d,]+) +([\d,]+) bytes$", printed, re.MULTILINE)
+    rows = {name: [float(x.replace(",", "")) for x in numbers] for name, *numbers in table}
+    parameters = [count for name, (count, _) in rows.items() if name.endswith("_tiny")]
+    assert max(parameters) - min(parameters) <= 0.02 * max(parameters)
+    assert rows["retnet_tiny"][1] < rows["hybrid_tiny"][1] < rows["transformer_tiny"][1]
+
+
+check = {
+    "write_your_own_mixer": check_own_mixer,
+    "write_your_own_preset": check_own_preset,
+    "write_your_own_router": check_own_router,
+    "write_your_own_task": check_own_task,
+}
+
+
+TRAINS = [
+    *("--trainer.max_steps", "2", "--trainer.accelerator", "cpu"),
+    *("--trainer.enable_progress_bar", "false", "--data.batch_size", "4"),
+]
+PROBLEMS = ["--data", "Addition", "--data.validation_examples", "4", "--data.test_examples", "4"]
+
+
+def commands(script):
+    """The commands that an example's docstring says, in order, as lists of words."""
+    source = (ROOT / f"examples/{script}.py").read_text(encoding="utf-8")
+    joined = ast.get_docstring(ast.parse(source)).replace("\\\n", " ")
+    return [shlex.split(line)[1:] for line in joined.splitlines() if line[4:12] == "archzoo "]
+
+
+@pytest.fixture
+def in_examples(tmp_path, monkeypatch):
+    """The examples lie beside the user, in a directory that is otherwise empty."""
+    for path in EXAMPLES:
+        shutil.copy(path, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr(registry, "_presets", {n: get_preset(n) for n in archzoo.list_models()})
+    yield tmp_path
+    for path in EXAMPLES:
+        sys.modules.pop(path.stem, None)
+
+
+@pytest.mark.parametrize("script", ["write_your_own_task", "write_your_own_router"])
+def test_an_example_s_commands(in_examples, capsys, script):
+    """What the docstring says to type, with fewer steps."""
+    said = commands(script)
+    assert len(said) == 2
+    for words in said:
+        few = TRAINS if words[0] == "fit" else []
+        few = [*few, *PROBLEMS[2:]] if "Addition" in words else few
+        assert main([*words, *few]) == 0, capsys.readouterr().err
+
+
+def test_an_own_family_from_the_command_line(in_examples, capsys):
+    listing, showing, fitting = commands("write_your_own_preset")
+    assert main(listing) == 0
+    assert re.search("hybrid_micro +FadingMemory .*hybrid_tiny", capsys.readouterr().out, re.DOTALL)
+    assert main(showing) == 0
+    assert "write_your_own_mixer" in capsys.readouterr().out
+    assert main([*fitting, *PROBLEMS[2:], *TRAINS]) == 0
+    mine = ["--import", "write_your_own_preset"]
+    last = "runs/hybrid_micro/last.ckpt"
+    assert main(["fit", *mine, "--ckpt_path", last, "--trainer.max_steps", "3"]) == 0
+    assert main(["generate", *mine, last, "1+2="]) == 0
+    assert capsys.readouterr().out.count("1+2=") == 1
+    assert main(["grid", *mine, last, "--problems", "2", "--digits", "1"]) == 0
+
+
+def test_an_own_task_goes_through_every_command(in_examples, capsys):
+    fit = commands("write_your_own_task")[0]
+    mine = ["--import", "write_your_own_task"]
+    last = ["--ckpt_path", "runs/retnet_micro/last.ckpt"]
+    assert main([*fit, *TRAINS]) == 0
+    assert main(["fit", *mine, *last, "--trainer.max_steps", "4"]) == 0
+    for command in ("validate", "test", "predict"):
+        assert main([command, *mine, *last]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r'"text": "\w\d\w\d\w", "asked": "\d\d", "predicted": "\w\w"', printed)
+    # It asks no problems of two sizes, so there is no grid of it; and without its module nothing.
+    assert main(["grid", *mine, last[1]]) == 1
+    assert "was not trained on" in capsys.readouterr().err
+    commands_without = [["test", *last], ["fit", *last], ["predict", *last], ["grid", last[1]]]
+    code = f"from archzoo.cli import main; print([main(words) for words in {commands_without}])"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout.strip() == "[1, 1, 1, 1]"
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 4 and all("--import write_your_own_task" in line for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +195,7 @@ def test_help_is_read_before_anything_runs(script, monkeypatch, capsys):
 
 
 def test_there_are_examples():
-    assert "write_your_own_mixer" in [path.stem for path in EXAMPLES]
+    assert [path.stem for path in EXAMPLES] == sorted(check)
 
 
 def test_own_mixer_passes_by_its_path(monkeypatch, capsys):

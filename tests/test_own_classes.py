@@ -103,6 +103,19 @@ def test_local_classes_of_other_slots():
     )
 
 
+class HandsOn(archzoo.LinearRouter):
+    def __init__(self, dim: int, experts: int, top_k: int = 2, **options) -> None:
+        super().__init__(dim, experts, top_k, **options)
+
+
+def test_a_part_that_hands_options_on():
+    spec = {"class_path": f"{__name__}.HandsOn", "init_args": {"score": "sigmoid"}}
+    assert describe("router", spec)["init_args"] == {"score": "sigmoid"}
+    assert archzoo.MixtureOfExperts(16, 8, router=spec).router.score == "sigmoid"
+    with pytest.raises(ValueError, match="HandsOn has no argument 'scor'; nearest: score"):
+        describe("router", functools.partial(HandsOn, scor="sigmoid"))
+
+
 def test_a_class_that_is_defined_anew(monkeypatch):
     """As in a notebook: the name stands for the new one, and an old one is still itself."""
     here = sys.modules[__name__]
