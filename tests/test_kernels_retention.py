@@ -322,8 +322,8 @@ def test_sums_of_segments(monkeypatch, last, dtype):
     decay = slopes(heads)
     inputs = launch.Inputs(q, k, v, decay, state, None, None, None)
     _, forward = launch.prepare(inputs, True, last)
-    segment, segments = forward.direction[1:3]
-    assert 2 < segments < time / segment + 1 and time % segment
+    length, segments = forward.direction[1:3]
+    assert 2 < segments < time / length + 1 and time % length
 
     stream = stream_of(q)
     normaliser = forward.normalisers(stream, inputs, False)
@@ -334,7 +334,7 @@ def test_sums_of_segments(monkeypatch, last, dtype):
         level.sum(stream, b, c, of_segments[-1], decay, *(normaliser,) * 3)
     ahead, back = of_segments
     for segment in range(segments):
-        start, stop = segment * segment, min(segment * segment + segment, time)
+        start, stop = segment * length, min(segment * length + length, time)
         t = torch.arange(start, stop, device=DEVICE)
         for sums, b, c, distance, scale, there in (
             (ahead, k, v, stop - 1 - t, None, last or segment + 1 < segments),

@@ -121,7 +121,7 @@ def test_normaliser_goes_over_into_the_count_smoothly():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"decay": "papr_lm"}, "no schedule"),
+        ({"decay": "papr_lm"}, "not a valid schedule"),
         ({"decay": 1.5}, r"\(0, 1\]"),
         ({"decay": 0}, r"\(0, 1\]"),
         ({"decay": float("nan")}, r"\(0, 1\]"),

@@ -8,7 +8,7 @@ With q, k rotated and k scaled by key_dim^-0.5, each head with its own decay gam
 
 Source: Sun et al., Retentive Network, arXiv 2307.08621, section 2. The normaliser here depends on
 the position alone. The paper also divides by the row sum of the scores, which the recurrent form
-cannot know; the norm after it removes that factor, all but its epsilon, so leaving it out is what
+cannot know; the norm after it removes that factor, all but its epsilon, so omitting it is what
 makes the three forms one function.
 """
 
@@ -69,7 +69,8 @@ def log_decays(decay: str | float, heads: int) -> tuple[float, ...]:
         gamma = float(decay)
     except ValueError:
         raise ValueError(
-            f"decay={decay!r} is no schedule: take default, paper_lm, learnable, or a number"
+            f"decay={decay!r} is not a valid schedule: take default, paper_lm, learnable, or a "
+            "number"
         ) from None
     if not 0 < gamma <= 1:
         raise ValueError(f"decay={gamma} must lie in (0, 1]: each token scales the past by it")
@@ -271,7 +272,7 @@ class Retention(KeepsFloat32, Mixer):
     ) -> tuple[Tensor, Tensor | None]:
         """Add what an adapter's S_0 gives documents that began here, whatever computed the rest.
 
-        Retention is linear in its state, so from S_0 in the place of 0 it is
+        Retention is linear in its state, so from S_0 instead of 0 it is
         ``o_n + gamma^n q_n S_0 / sqrt(s_n)`` and ``S_n + gamma^n S_0``, n counted from 1.
 
         Args:
