@@ -73,6 +73,8 @@ def find(slot: str, name: str) -> type[nn.Module]:
         return known[attribute]
     if not own:
         raise ValueError(f"there is no {slot} {name!r}; {nearest(name, list(known))}")
+    if own == "archzoo":  # a part of another slot: where it stands it is imported
+        name = f"{names_of(own).get(attribute, own)}.{attribute}"
     try:
         load_installed()
         return find_class(name, SLOTS[slot])
