@@ -12,8 +12,8 @@ from archzoo.block import FeedForward as FeedForward
 from archzoo.block import Mixer as Mixer
 from archzoo.block import Rotary as Rotary
 from archzoo.block import Router as Router
-from archzoo.checkpoint import from_pretrained as from_pretrained
-from archzoo.checkpoint import save_pretrained as save_pretrained
+from archzoo.checkpoint.loading import from_pretrained as from_pretrained
+from archzoo.checkpoint.pretrained import save_pretrained as save_pretrained
 from archzoo.contract import check as check
 from archzoo.decoder import Decoder as Decoder
 from archzoo.decoder import Output as Output
@@ -28,7 +28,7 @@ from archzoo.feedforward.moe import MixtureOfExperts as MixtureOfExperts
 from archzoo.feedforward.routers import AttentionRouter as AttentionRouter
 from archzoo.feedforward.routers import LinearRouter as LinearRouter
 from archzoo.feedforward.routers import TopKRouter as TopKRouter
-from archzoo.generation import generate as generate
+from archzoo.generation.decoding import generate as generate
 from archzoo.linear import Linear as Linear
 from archzoo.mixers.attention import Attention as Attention
 from archzoo.mixers.filtered import FilteredAttention as FilteredAttention

@@ -153,7 +153,7 @@ def rooms() -> dict[str, list[str]]:
 
 def room_page(room: str, names: list[str]) -> str:
     if room == CORE:
-        about = "What every part builds on: the interface, the decoder, the registry, generation."
+        about = "What every part builds on: the interface, the decoder and the registry."
     else:
         about = docstring(PACKAGE / room / "__init__.py").split("\n\n")[0]
     title = "archzoo" if room == CORE else f"archzoo.{room}"
