@@ -16,7 +16,7 @@ import torch
 from harness import write_rows
 from rich.console import Console
 
-from archzoo.analysis.extend import Reading, compare, draw, table, windows_of
+from archzoo.analysis.extend import Reading, compare, plot, table, windows_of
 from archzoo.checkpoint import load
 
 
@@ -53,7 +53,7 @@ def main() -> None:
     print(f"{len(every)} runs: geometric means of their perplexities")
     Console(width=160).print(table(means))
     path = write_rows("float32-claims-rope_scaling-lengths", rows, on_gpu=on_gpu)
-    draw(means, rows[0]["trained_length"], rows[0]["tail_tokens"], path.with_suffix(".png"))
+    plot(means, rows[0]["trained_length"], rows[0]["tail_tokens"], path.with_suffix(".png"))
     print(f"drew {path.with_suffix('.png')}")
 
 

@@ -355,7 +355,7 @@ def figures() -> None:
     import retention_kernels
     from rope_scaling import means_of
 
-    from archzoo.analysis.extend import Reading, draw
+    from archzoo.analysis.extend import Reading, plot
 
     for name in LENGTHS:
         rows: list[dict[str, Any]] = []
@@ -375,7 +375,7 @@ def figures() -> None:
         runs.setdefault(row["run"], []).append(Reading(**{c: kinds[c](row[c]) for c in kinds}))
     readings = means_of(list(runs.values()))
     facts = (int(rows[0]["trained_length"]), int(rows[0]["tail_tokens"]))
-    draw(readings, *facts, RESULTS / f"{name}.png")
+    plot(readings, *facts, RESULTS / f"{name}.png")
     for name in (f"{H100}-bf16-retention-kernels", f"{H200}-bf16-retention-kernels"):
         rows = [
             row | {c: int(row[c]) for c in ("heads", "dk", "dv", "time")} for row in rows_of(name)

@@ -107,7 +107,13 @@ def _fits(value: Any, annotation: Any) -> bool:
 
 
 def check_sizes(config: dict[Any, Any], held: Mapping[str, Stored], path: Path) -> None:
-    """Refuse sizes that are not those of the weights' header, before anything is built."""
+    """Refuse sizes that are not those of the weights' header, before anything is built.
+
+    Args:
+        config: Arguments of `Decoder`.
+        held: What the weights' header says of each, by name.
+        path: Of the file, for messages.
+    """
     misfit = f"{path}: {MISFIT}"
     tables = ("head.weight", "embedding.weight", "embedding.embedding.weight")
     table = next((held[name] for name in tables if name in held), None)

@@ -30,7 +30,13 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
 
 
 def check_digest(weights: Mapping[str, Tensor], digest: Any, path: Path) -> None:
-    """Refuse weights that are not those that were written; without a digest they are foreign."""
+    """Refuse weights that are not those that were written; without a digest they are foreign.
+
+    Args:
+        weights: By name.
+        digest: Of the weights that were written. None: the file has none, and all is well.
+        path: Of the file, for messages.
+    """
     if digest is not None and weights_digest(weights) != digest:
         raise ValueError(
             f"{path}: the weights are not those that were written, by their digest: the file is "

@@ -62,7 +62,13 @@ def tokenizer_files(checkpoint: dict[str, Any], whose: str = "the checkpoint") -
 
 
 def check_vocabulary(model: Decoder, tokenizer: Tokenizer | None, path: str) -> None:
-    """Refuse a tokenizer of more tokens than the model knows."""
+    """Refuse a tokenizer of more tokens than the model knows.
+
+    Args:
+        model: Whose vocabulary it must fit into.
+        tokenizer: Or None.
+        path: Of the checkpoint, for messages.
+    """
     if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
         raise ValueError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens and the model knows "
