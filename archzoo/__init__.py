@@ -1,7 +1,7 @@
 """archzoo: decoder-only transformers that share one block interface and swap the rest.
 
-``import archzoo`` is light: every public name is imported when it is first used. The names stand in
-``__init__.pyi``; a part that stands there goes by its name alone, in settings and in checkpoints.
+``import archzoo`` is light: every public name is imported when it is first used. The names are in
+``__init__.pyi``; a part that is there goes by its name alone, in settings and in checkpoints.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ A decoder is an embedding, a stack of blocks, a norm and a head. A block is::
 and a part is swapped by naming another class for its slot. All parts share three ideas:
 
 * **Documents.** A row of a batch holds one or more documents, each a run of tokens with one
-  number; -1 marks padding, which stands only at the ends of a row. The runs decide, not the
+  number; -1 marks padding, which is only at the ends of a row. The runs decide, not the
   numbers: a number that comes again after another begins another document, within a call and
   from call to call. Left padding and packing are the same thing seen from here: a part must
   give each document what it would give it alone. `Context` carries what a part needs to know of

@@ -143,7 +143,7 @@ def _main(given: list[str]) -> int:
 
 
 def split_imports(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """The modules of every ``--import MODULE``, wherever it stands, and the other arguments."""
+    """The modules of every ``--import MODULE``, wherever it is, and the other arguments."""
     modules, others = [], []
     rest = iter(arguments)
     for argument in rest:

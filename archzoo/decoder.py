@@ -422,7 +422,7 @@ class Decoder(nn.Module):
         x, embedded = self.embedding(tokens, carried, context)
         if self.dropout:
             x = nn.functional.dropout(x, self.dropout, self.training)
-        text = None  # where the text's own tokens stand, if prompts stand between them
+        text = None  # where the text's own tokens are, if there are prompts between them
         if self.has_prompt:
             adapter: Any = next(iter(self.prompt.values()))
             x, context, text = insert_prompts(x, context, adapter.prompt())

@@ -165,7 +165,7 @@ def build(slot: str, spec: Spec, *sizes: Any, **given: Any) -> Any:
     cls, arguments = find(slot, spec["class_path"]), spec.get("init_args", {})
     for name in given:
         if name in arguments:
-            raise ValueError(f"{slot} {cls.__name__}: {name} is set by the part that it stands in")
+            raise ValueError(f"{slot} {cls.__name__}: {name} is set by the part that contains it")
     try:
         inspect.signature(cls).bind(*sizes, **given, **arguments)
     except TypeError as error:

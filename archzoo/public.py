@@ -1,6 +1,6 @@
 """The public names of a package, which are imported when they are first used.
 
-They stand in one place, the package's ``__init__.pyi``, a line each. Type checkers and editors read
+They are in one place, the package's ``__init__.pyi``, a line each. Type checkers and editors read
 them there, and so does this, which imports nothing.
 """
 

@@ -538,7 +538,7 @@ def test_the_slot_linear_builds_all_but_head_and_routers():
     again.load_state_dict(net.state_dict())
     tokens = torch.randint(20, (2, 9))
     assert torch.equal(again(tokens).logits, net(tokens).logits)
-    with pytest.raises(ValueError, match="stack is set by the part that it stands in"):
+    with pytest.raises(ValueError, match="stack is set by the part that contains it"):
         archzoo.create_model(
             "retnet_micro",
             vocab_size=20,

@@ -7,7 +7,7 @@ and then trains nothing else. An adapter changes one of four kinds of things:
   `Adapter.output`, what it adds to y, or `Adapter.delta`, what it adds to W, or both. Where a
   kernel reads the weight instead of calling the Linear, as a router's, only `delta` is possible.
 * ``experts``: the same of a stack of matrices, one for each expert.
-* ``input``: `Adapter.prompt`, vectors that stand before the text of every document.
+* ``input``: `Adapter.prompt`, vectors that precede the text of every document.
 * ``state``: `Adapter.prefix`, the state that every document starts from.
 """
 
@@ -102,7 +102,7 @@ class Adapter(nn.Module, ABC):
         raise NotImplementedError(f"{type(self).__name__} has no delta(weight)")
 
     def prompt(self) -> Tensor:
-        """(tokens, dim): vectors that stand before the text of every document."""
+        """(tokens, dim): vectors that precede the text of every document."""
         raise NotImplementedError(f"{type(self).__name__} has no prompt()")
 
     def prefix(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Vectors before the text of every document: where they go, and where the text stands after."""
+"""Vectors before the text of every document: where they go, and where the text is afterwards."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def insert_prompts(x: Tensor, context: Context, prompt: Tensor) -> tuple[Tensor,
 
     Returns:
         x and context with the prompts, (batch, longer, ...), padded at the end where rows begin
-        fewer documents than others; and where the text's tokens stand, (batch, time) int64.
+        fewer documents than others; and where the text's tokens are, (batch, time) int64.
     """
     batch, time, dim = x.shape
     length = len(prompt)

@@ -35,7 +35,7 @@ class Curve(NamedTuple):
 
 
 def directory_of(run: str) -> Path:
-    """A run's directory, which a file in it stands for too: its checkpoint, say."""
+    """A run's directory, or that of a file in it, such as its checkpoint."""
     path = Path(run)
     return path.parent if path.is_file() else path
 

@@ -148,7 +148,7 @@ def evaluate_problems(
     while the device works.
 
     Args:
-        examiner: Asks.
+        examiner: Evaluates them.
         keys: Of cells and chains.
         count: Problems of each.
         at_once: Tokens in a pass.

@@ -38,7 +38,7 @@ class Row(NamedTuple):
         name: Of the preset.
         mixer: Class name, or the pattern.
         feed_forward: Class name.
-        positions: What tells the model where a token stands.
+        positions: The position methods.
         parameters: How many, shared ones once.
         active: Active parameters: those that a token uses, without the experts that it is not
             sent to.

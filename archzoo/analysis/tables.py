@@ -28,7 +28,7 @@ class Screen(Console):
 def show(table: Table, console: Console | None = None) -> None:
     """Print a table whose lines never wrap.
 
-    Where it is wider than the terminal, the columns that do not fit stand below the others, each
+    Where it is wider than the terminal, columns that do not fit are printed below the others, each
     part with the first column again. Into a file or a pipe it is written whole.
 
     Args:

@@ -272,7 +272,7 @@ def _is_dtype(thing: Any) -> bool:
 
 
 _BUILTINS: dict[str, Callable[..., Any]] = {"set": _set, "bytearray": _bytes, "complex": complex}
-#: What a checkpoint may name, and what stands for it here: nothing that acts on anything else.
+#: What a checkpoint may name, and what replaces it here: nothing that acts on anything else.
 _KNOWN: dict[tuple[str, str], Any] = {
     **{("torch", name): _Kind(dtype) for name, dtype in _STORAGES.items()},
     **{("torch", name): dtype for name, dtype in vars(torch).items() if _is_dtype(dtype)},
@@ -507,7 +507,7 @@ class _Bounds:
         return self
 
     def _weigh(self, value: Any, depth: int) -> int:
-        """How many entries it has, those that stand in several places counted in each."""
+        """How many entries it has, those in several places counted in each."""
         if isinstance(value, Stored):
             if value.key not in self.needed or id(value) not in self._entries:
                 self.tensors += value.nbytes

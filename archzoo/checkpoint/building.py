@@ -55,7 +55,7 @@ def build_with(
         config: Arguments of `Decoder`.
         held: What the file holds, by name.
         read: One of its tensors, in memory of its own.
-        sources: Under which of those names each weight stands: a shared one stands once.
+        sources: Under which of those names each weight is stored: a shared one once.
         path: For messages.
         digest: Of the weights, where the file has one.
     """
@@ -102,7 +102,7 @@ def expected_of(
     model, made = shapes_of(config, path)
     expected = model.state_dict(keep_vars=True)
     misfit = f"{path}: {MISFIT}"
-    # A tensor of several names may stand under one of them, or under each: other tools write both.
+    # A tensor of several names may be stored under one, or under each: other tools write both.
     for names in _names_of_each(expected):
         first = next((sources[name] for name in names if name in sources), None)
         sources |= {name: first for name in names if first is not None and name not in sources}

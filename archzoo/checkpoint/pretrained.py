@@ -71,7 +71,7 @@ def save_pretrained(
         task: What the model was trained on, as `Task.config` gives it. None: `Decoder.task`.
 
     Raises:
-        TypeError: The arguments stand in another order.
+        TypeError: The arguments are in another order.
         ValueError: A part that could not be found again, a module that was replaced by hand, so
             that the configuration would build other weights, or a tokenizer of more tokens than
             the model knows.

@@ -103,7 +103,7 @@ def check_run(content: Any, path: Path) -> tuple[dict[str, Any], dict[str, Store
     wrong = [name for name, tensor in held.items() if not isinstance(tensor, Stored)]
     if wrong:
         raise ValueError(f"{path}: {wrong[0]} is not a tensor")
-    # The decoder's arguments stand among the optimizer's, its weights among the metrics' sums.
+    # The decoder's arguments are among the optimizer's, its weights among the metrics' sums.
     config = {n: content["hyper_parameters"].get(n) for n in signature(Decoder).parameters}
     check_settings(config, path)
     check_sizes(config, held, path)

@@ -6,7 +6,7 @@ recurrent form is the reference for the others, since `step` defines a mixer. Va
 by relative RMS, ``|a - b| / |b|``, in float64 wherever precision is not the question, so that a
 rule broken by a little is told from rounding.
 
-The table of all checks and what runs them stand here; beside them
+The table of all checks and what runs them are here; beside them
 
 - subject.py: what is checked, and at which sizes;
 - measure.py: how, and how exactly;

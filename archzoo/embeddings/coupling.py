@@ -1,6 +1,6 @@
 """Position coupling: tokens that belong together share a position.
 
-Digits of equal significance have equal positions, wherever they stand, and the operators come
+Digits of equal significance have equal positions, wherever they are, and the operators come
 just below the units. The answer is written least significant digit first; the numbers of the
 problem as people write them, or reversed as well::
 

@@ -77,7 +77,7 @@ class LearnedPositions(RowEmbedding):
 class RandomisedPositions(Embedding):
     """Another embedding, and positions that jump: all parts see a sorted sample of 0 .. longest-1.
 
-    In training a document of n tokens stands at n positions drawn from ``0 .. longest - 1``, as a
+    In training a document of n tokens has n positions drawn from ``0 .. longest - 1``, as a
     function of (seed, example number)::
 
         id_t = t + floor(U_(t) (longest - n + 1)),   U_(0) <= U_(1) <= ... sorted uniform numbers

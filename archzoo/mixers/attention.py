@@ -146,7 +146,7 @@ class Attention(Mixer):
     ) -> tuple[Tensor, Tensor, Tensor, bool]:
         """Put the learned keys and values before all others; every query sees them.
 
-        They are not rotated (Li and Liang, arXiv 2101.00190), and to a bias they stand in front
+        They are not rotated (Li and Liang, arXiv 2101.00190), and for a bias they are in front
         of a document's first token.
 
         Args:
@@ -197,7 +197,7 @@ class Attention(Mixer):
         queries, keys = q.shape[2], k.shape[2]
         if self.bias is None and key_documents is None and (queries == 1 or queries == keys):
             return None, queries > 1
-        # Query i stands at key keys - queries + i.
+        # Query i is at key keys - queries + i.
         seen = torch.ones((1, 1, queries, keys), dtype=torch.bool, device=q.device)
         seen = seen.tril(keys - queries)
         if key_documents is not None:

@@ -5,7 +5,7 @@ air, `Arithmetic` those of several of them, `Text` reads any UTF-8 file or folde
 problems between its lines. All are Lightning data modules; a class of your own derives from `Task`
 and writes `prepare`, `training_batch` and `evaluation_batch`.
 
-The names stand in ``__init__.pyi`` and are looked up when they are used: the tokenizers serve
+The names are in ``__init__.pyi`` and are looked up when they are used: the tokenizers serve
 generation too, which must not wait for Lightning.
 """
 

@@ -23,7 +23,7 @@ _LINES = 6  # the stream of random bits that chooses lines of text
 class Mixed(Text):
     r"""Text with problems in it, each a line of its own between two lines of the text.
 
-    How a window of Shakespeare begins in which 14 + 4 = 18 stands before the first line::
+    How a window of Shakespeare begins in which 14 + 4 = 18 precedes the first line::
 
         position  0  1  2  3  4  5  6  7  8  9 10 11 12 13 14 15
         token     4  1  +  4  =  8  1 \n  m  b  l  y  ␣  t  h  a
@@ -52,7 +52,7 @@ class Mixed(Text):
         batch_size: The same.
         validation_fraction: The same.
         cache_dir: The same.
-        seed: Of the windows' order, the training problems, and where they stand.
+        seed: Of the windows' order, the training problems, and where they are.
 
     Raises:
         FileNotFoundError: there is no such text or tokenizer.

@@ -205,7 +205,7 @@ class SyntheticTask(Task):
         self.stop, self.pad = stop, pad
         self.letter_tokens = np.array(self.tokenizer.encode(letters), np.uint8)
         self.context_length = self.width(*self.extent) - 1  # the last token is only ever a label
-        # Letters stand between the digits of hinted numbers.
+        # There are letters between the digits of hinted numbers.
         sizes = [self.extent, *zip(self.extra_validation, self.extra_validation, strict=True)]
         runs = [1 if self.hints else int(self.answer_size(*size)) for size in sizes]
         self.longest_run, self.longest_tested = runs[0], max(runs)
@@ -591,7 +591,7 @@ def are_held_out(hashes: Bits, held_out: int) -> Flags:
 
 
 def shuffled(count: int) -> Integers:
-    """The order in which all held-out problems of a size stand, (count,)."""
+    """The order in which all held-out problems of a size come, (count,)."""
     bits = random_bits(0, STREAMS["shuffle"], np.arange(count), 1)[0]
     return np.argsort(bits, kind="stable")
 

@@ -87,7 +87,7 @@ class Sorting(SyntheticTask):
         return second  # the answer has none; this is what a line has
 
     def width(self, first: int, second: int) -> int:
-        # A number has a key, a colon, a comma or =; its key stands in the answer once more, with
+        # A number has a key, a colon, a comma or =; its key is in the answer once more, with
         # a comma or stop.
         return first * (second * (1 + self.hints) + 5)
 

@@ -556,7 +556,7 @@ def since(config: Any) -> dict[str, Any]:
 
 
 def _name(task: type[Task]) -> str:
-    # Our own go by the name that is imported and configured, not by the file they stand in.
+    # Our own go by the name that is imported and configured, not by the file they are in.
     ours = task.__module__.startswith("archzoo.tasks.")
     return f"archzoo.tasks.{task.__qualname__}" if ours else name_of(task)
 

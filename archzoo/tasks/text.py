@@ -23,7 +23,7 @@ from archzoo.tasks.tokenizers import Tokenizer
 
 CHUNK = 1 << 16  # bytes encoded at once: enough for speed, little beside a model
 SAMPLE = 4_000_000  # bytes that a tokenizer learns from: unigram takes 30 times as much memory
-RECORDS = {".jsonl", ".ndjson", ".csv", ".tsv"}  # names of files that are not text as it stands
+RECORDS = {".jsonl", ".ndjson", ".csv", ".tsv"}  # names of files that are not plain text
 # How gzip, zip, xz, zstd, bzip2, 7z and parquet begin.
 PACKED = (b"\x1f\x8b", b"PK\3\4", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"BZh", b"7z\xbc", b"PAR1")
 _FORMAT = 3  # of the cache; another number makes old caches unused
@@ -390,7 +390,7 @@ class Corpus:
                 raise ValueError(
                     f"{file} holds records, not text, and would be read character by character: "
                     "choosing a field of them (data.field) comes later, so write the texts into "
-                    "a .txt file, or give this one such a name to read it as it stands"
+                    "a .txt file, or give this one such a name to read it as it is"
                 )
         sizes = [file.stat().st_size for file in self.files]
         self.starts = [sum(sizes[:n]) for n in range(len(sizes) + 1)]

@@ -584,7 +584,7 @@ class StreamDecoder:
         """Takes one token, returns the text that is now certain, maybe none."""
         self._pending.append(token)
         text = self._text()
-        # An incomplete character decodes to U+FFFD at the end; what stands before is certain.
+        # An incomplete character decodes to U+FFFD at the end; what comes before is certain.
         certain = text.rstrip("\ufffd")
         new = certain[self._sent :]
         self._sent += len(new)

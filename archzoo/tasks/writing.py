@@ -19,11 +19,11 @@ class Writing(NamedTuple):
     """How a task writes numbers; the default is how people do.
 
     Attributes:
-        reverse: The numbers of problems stand least significant digit first.
+        reverse: The numbers of problems are least significant digit first.
         reverse_answer: The same of what follows ``=``.
         zero_padded: The numbers of a problem have as many digits as its longest.
         hints: A letter before each digit says which digit of its number it is.
-        in_text: Problems stand in a text whose other numbers are written as people do: a problem
+        in_text: Problems are in a text whose other numbers are written as people do: a problem
             is what has no blank in it and a ``=``.
         characters: All that its texts are made of. None: whatever has a token.
     """
@@ -98,7 +98,7 @@ class Reader:
 
     Args:
         writing: Of the task.
-        prompt: What stands before, as the task writes it.
+        prompt: What comes before, as the task writes it.
     """
 
     def __init__(self, writing: Writing, prompt: str) -> None:

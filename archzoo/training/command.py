@@ -189,7 +189,7 @@ class CommandLine(LightningCLI):
             type=str | None,
             default=None,
             help="The variant of the configuration file (one of its arms) that is run; default: "
-            "the file as it stands.",
+            "the file as it is.",
         )
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
 
@@ -579,7 +579,7 @@ def _typed(command: str) -> list[str]:
         program = ["archzoo"]  # the script that pip made, which names its Python
     imports = [word for module in user_imports for word in ("--import", module)]
     if "--import" in program[1:] or any(word.startswith("--import=") for word in program):
-        imports = []  # it stands there
+        imports = []  # it is there
     return [*program, command, *imports]
 
 

@@ -1,6 +1,6 @@
 """Signals that end a run: they are noted first, and obeyed where nothing is lost.
 
-Light to import: it stands guard while torch is still being loaded.
+Light to import: it is active while torch is still being loaded.
 """
 
 from __future__ import annotations

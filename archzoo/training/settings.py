@@ -89,7 +89,7 @@ def subclasses(kind: type) -> Iterator[type]:
 def _paths(cls: type) -> Iterator[str]:
     """The import paths that a class may go by: its module's, and those of the packages above."""
     if not all(part.isidentifier() for part in f"{cls.__module__}.{cls.__qualname__}".split(".")):
-        return  # it stands within a function
+        return  # it is within a function
     names = cls.__module__.split(".")
     for count in range(1, len(names) + 1):
         yield ".".join([*names[:count], cls.__qualname__])

@@ -31,7 +31,7 @@ def place_kernel(
 ):  # fmt: skip
     """The rows of one expert's assignments in one block of keys.
 
-    Before them stand all that the table of counts holds before this expert's block. Where one block
+    Before them come all that the table of counts holds before this expert's block. Where one block
     takes all keys there is no table: COUNTED is off. Key `experts` is that of dropped assignments,
     which come last and end nowhere.
     """

@@ -121,7 +121,7 @@ def _product(a: Tensor, high: Tensor, low: Tensor, extra: Tensor | None, block: 
 
 
 def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row of x (tokens, n) and where they stand, largest first.
+    """The k largest of each row of x (tokens, n) and their indices, largest first.
 
     As `torch.topk`, of which a small n is not the strong point; without gradient.
     """

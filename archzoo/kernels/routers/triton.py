@@ -246,7 +246,7 @@ def summarise_kernel(
 
 @triton.jit
 def _attending(projected, tokens, EXPERTS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
-    """Where q stands, which of it is there, q, k, v, log2(e) q, and its product with k at most.
+    """Where q is, which of it is there, q, k, v, log2(e) q, and its product with k at most.
 
     (TOKENS, BLOCK) all. A product with k_j is largest where k_j is, or smallest where q_i < 0.
     """
