@@ -194,12 +194,14 @@ def _is_own(module: nn.Module) -> bool:
 
 
 def _assign(model: Decoder, weights: Mapping[str, Tensor]) -> None:
-    """Replace the weights on the meta device by those given, laid out as the model lays them."""
+    """Replace the weights on the meta device by those given, laid out as the model lays them.
+
+    A parameter of several names, such as a tied head's, stays one.
+    """
     made: dict[int, Tensor] = {}
     used: set[int] = set()
-    for name, old in model.state_dict(keep_vars=True).items():
-        owner, _, attribute = name.rpartition(".")
-        module = model.get_submodule(owner)
+    names = model.state_dict(keep_vars=True)
+    for name, old in names.items():
         if id(old) not in made:
             new = weights[name]
             if new.stride() != old.stride() or id(new) in used:
@@ -208,10 +210,7 @@ def _assign(model: Decoder, weights: Mapping[str, Tensor]) -> None:
             if isinstance(old, nn.Parameter):
                 new = nn.Parameter(new, requires_grad=old.requires_grad)
             made[id(old)] = new
-        if isinstance(old, nn.Parameter):
-            module._parameters[attribute] = made[id(old)]  # type: ignore[assignment]
-        else:
-            module._buffers[attribute] = made[id(old)]
+    model.load_state_dict({name: made[id(old)] for name, old in names.items()}, assign=True)
 
 
 def _check_dtypes(model: Decoder, dtypes: Mapping[str, torch.dtype], misfit: str) -> None:

@@ -81,15 +81,20 @@ def device_of(name: torch.device | str | None) -> torch.device:
         ) from None
 
 
-def load(path: str | os.PathLike[str], device: torch.device | str | None = None) -> Pretrained:
+def load(
+    path: str | os.PathLike[str], device: torch.device | str | None = None, **changes: Any
+) -> Pretrained:
     """`from_pretrained`, with the task beside the model.
 
     Args:
         path: As for `from_pretrained`.
         device: Where the model goes; "auto": a GPU where there is one. None: the CPU.
+        **changes: Arguments of the decoder in the place of the checkpoint's, such as `dropout`:
+            the weights must fit them.
     """
     path, device = locate(path), device_of(device)
-    found = read_directory(path) if path.is_dir() else read_run(path)
+    read = read_directory if path.is_dir() else read_run
+    found = read(path, changes)
     check_vocabulary(found.model, found.tokenizer, str(path))
     found.model.task = found.task
     return found._replace(model=found.model.to(device).eval())

@@ -203,8 +203,8 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def read_directory(path: Path) -> Pretrained:
-    """The content of a directory that `save_pretrained` wrote."""
+def read_directory(path: Path, changes: dict[str, Any]) -> Pretrained:
+    """The content of a directory that `save_pretrained` wrote; `changes` are of its decoder."""
     config = read_config(path)
     tokenizer = named_tokenizer(config.get("tokenizer"), path)
     with _weights_file(path / WEIGHTS) as (file, metadata, held):
@@ -215,7 +215,8 @@ def read_directory(path: Path) -> Pretrained:
 
         sources = {name: name for name in held}
         sources |= {n: first for n, first in metadata.items() if first in held and n not in held}
-        model = build_with(config["decoder"], held, read, sources, path, metadata.get(DIGEST))
+        decoder = config["decoder"] | changes
+        model = build_with(decoder, held, read, sources, path, metadata.get(DIGEST))
     model.base = text_or_none(config.get("base"))
     return Pretrained(model, tokenizer, config.get("task"))
 

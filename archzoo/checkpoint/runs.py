@@ -19,15 +19,15 @@ LAST = "last.ckpt"  # of a run's directory
 ADDED = {"loops", "injection", "linear", "adapter", "adapters"}
 
 
-def read_run(path: Path) -> Pretrained:
-    """What a run's checkpoint holds for use."""
+def read_run(path: Path, changes: dict[str, Any]) -> Pretrained:
+    """What a run's checkpoint holds for use; `changes` are of its decoder."""
     with Archive(path) as archive:
         content = archive.content
         config, held = check_run(content, path)
         tokenizer = run_tokenizer(archive, path)
         sources = {name: name for name in held}
         model = build_with(
-            config,
+            config | changes,
             held,
             lambda name: archive.tensor(held[name]),
             sources,

@@ -682,7 +682,7 @@ def _mean_what_it_meant(config: Any) -> None:
     task = known_tasks().get(f"archzoo.tasks.{str(config.data.class_path).rpartition('.')[2]}")
     if task is None or not task.added:
         return
-    stored = read_safely(config.ckpt_path).get("task")
+    stored, _ = read_task(config.ckpt_path)
     given = stored.get("init_args") if isinstance(stored, dict) else None
     for name, value in task.added.items():
         if isinstance(given, dict) and name not in given:

@@ -23,7 +23,7 @@ from archzoo.decoder import Decoder
 from archzoo.inputs import IGNORED
 from archzoo.numerics import WITHOUT_FLOAT64
 from archzoo.parts import find, named_adapters
-from archzoo.registry import build_decoder, check_size, count_parameters, create_model, get_preset
+from archzoo.registry import check_size, count_parameters, create_model, get_preset
 from archzoo.states import State
 from archzoo.tasks.stream import Batch, Task
 from archzoo.tasks.tokenizers import from_files
@@ -184,13 +184,10 @@ class LanguageModel(lightning.LightningModule):
                 f"weights={weights!r} brings its own architecture: omit {', '.join(names)}, or "
                 f"take back what a configuration file gives: {nothing}"
             )
-        found = load(weights, "cpu")
+        found = load(weights, "cpu", **given)
         if found.tokenizer is not None:
             self._vocabulary = found.tokenizer.files()
         decoder, state = found.model.train(), found.model.state_dict()
-        if given:
-            decoder = build_decoder(decoder.config | given)
-            decoder.load_state_dict(state)
         decoder.task, decoder.base = None, weights_digest(state)
         decoder = decoder.to(torch.get_default_dtype())  # in which training keeps weights
         return adapt(decoder, adapter) if adapter else decoder
