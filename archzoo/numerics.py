@@ -33,6 +33,11 @@ def for_float64(tensor: Tensor) -> Tensor:
     return tensor.cpu() if tensor.device.type in WITHOUT_FLOAT64 else tensor
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """Of sums over many tokens: float64, or float32 where there is no more."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
+
+
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x.to(dtype)``, which even where there is nothing to do costs as much as a small product."""
     return x if x.dtype == dtype else x.to(dtype)

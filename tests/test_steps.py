@@ -260,7 +260,7 @@ def test_a_run_of_the_same_object_begins_anew():
     model = make(feed_forward=feed_forward)
     with pytest.raises(RuntimeError, match="interrupted"):
         trained(model, batches, EACH, Interrupt())
-    assert model._sums and model._totals
+    assert model._sums and model.figures.sums()
     model._skipped = 2
     for block in model.net.blocks:
         block.feed_forward.router.reset_parameters()  # the bias has moved
@@ -268,7 +268,7 @@ def test_a_run_of_the_same_object_begins_anew():
         trained(model, batches, EACH).found, by_hand(make(feed_forward=feed_forward), batches)
     )
     asked = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
-    assert model._totals["loss"][1] == asked and model.steps_taken == 2
+    assert model.figures.sums()["loss"][1] == asked and model.steps_taken == 2
 
 
 # ---------------------------------------------------------------------------- skipped steps

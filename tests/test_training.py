@@ -444,9 +444,8 @@ def test_scalars_that_come_and_go_are_averaged_over_when_they_came():
     model = LanguageModel("retnet_micro")
     one, two, three = (torch.tensor(float(n)) for n in (1, 2, 3))
     for scalars in ({"a": one, "b": two}, {"a": three}, {}, {"b": three, "a": two}, {"a": one}):
-        model._accumulate(scalars)
-    model._flush()
-    found = {name: entry.tolist() for name, entry in model._totals.items()}
+        model.figures.add_alike(scalars)
+    found = {name: entry.tolist() for name, entry in model.figures.sums().items()}
     assert found == {"a": [7.0, 4.0], "b": [5.0, 2.0]}
 
 
@@ -483,8 +482,7 @@ def test_sums_are_exact_whatever_the_precision(tmp_path, precision):
 
     class Look(lightning.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-            module._flush()
-            seen.append({name: value.clone() for name, value in module._totals.items()})
+            seen.append({name: value.clone() for name, value in module.figures.sums().items()})
 
     trainer = make_trainer(
         tmp_path, Look(), max_steps=3, log_every_n_steps=9, val_check_interval=3,

@@ -397,7 +397,7 @@ class CommandLine(LightningCLI):
         """After a run was ended by a signal: what is saved, and the command that resumes it."""
         trainer, last = self.trainer, self.directory / "last.ckpt"
         step = trainer.global_step
-        if step == (self.model._loaded_step or 0) or self._tries():
+        if step == (self.model.loaded_step or 0) or self._tries():
             say(f"{end} before a step was done: nothing was written")
         elif not any(isinstance(c, Checkpoints) for c in trainer.checkpoint_callbacks):
             say(f"{end} at step {step}; nothing is saved under trainer.enable_checkpointing: false")
@@ -422,7 +422,7 @@ class CommandLine(LightningCLI):
     def _say_finished(self) -> None:
         """Where a run was resumed that had nothing left to do."""
         trainer, path = self.trainer, self.config[self.subcommand].ckpt_path
-        if not path or trainer.global_step != self.model._loaded_step:
+        if not path or trainer.global_step != self.model.loaded_step:
             return
         limit = "max_steps" if trainer.global_step >= trainer.max_steps > -1 else "max_epochs"
         print(

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 import os
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, Literal
@@ -21,15 +18,21 @@ from archzoo.block import Aux
 from archzoo.checkpoint import load, read_safely, tokenizer_files, weights_digest
 from archzoo.decoder import Decoder
 from archzoo.inputs import IGNORED
-from archzoo.numerics import WITHOUT_FLOAT64
-from archzoo.parts import find, named_adapters
-from archzoo.registry import check_size, count_parameters, create_model, get_preset
+from archzoo.numerics import widest
+from archzoo.registry import check_size, create_model, get_preset
 from archzoo.states import State
 from archzoo.tasks.stream import Batch, Task
 from archzoo.tasks.tokenizers import from_files
 from archzoo.tasks.writing import writing_of
+from archzoo.training.comparison import (
+    MAY_DIFFER,
+    check_same_model,
+    check_weights_fit,
+    describe_model,
+)
+from archzoo.training.log import EvaluationFigures, TrainingFigures, memory, scalars
 from archzoo.training.losses import check_labels, score, total_loss
-from archzoo.training.optim import decay_groups, learning_rate_schedule, regroup
+from archzoo.training.optim import clip_by_norm, decay_groups, learning_rate_schedule, regroup
 from archzoo.training.progressive import passes
 from archzoo.training.random_state import (
     bring_back_random_state,
@@ -37,12 +40,6 @@ from archzoo.training.random_state import (
     random_state,
 )
 from archzoo.training.ranks import pooled_losses, sum_over_ranks
-
-# A swap is fair where the parameters agree to this; `match: parameters` keeps to it.
-MATCHED = 0.01
-# What may be replaced without making it another architecture.
-SIZES = ("vocab_size", "dim", "depth", "heads", "tie_weights", "context_length")
-MAY_DIFFER = ("context_length", "dropout", "init_std", "activation_checkpointing")
 
 
 class LanguageModel(lightning.LightningModule):
@@ -133,13 +130,10 @@ class LanguageModel(lightning.LightningModule):
         self.weight_decay, self.betas = weight_decay, betas
         self.architecture = architecture
         self.decoder: Decoder | None = None
-        # Sums over an evaluation: of losses, and what was right of how many tokens or answers.
-        self._evaluated: dict[str, Tensor] = {}
-        self._extra: tuple[int | str, ...] = ()  # of `Task.extra_evaluations`
+        self._evaluated = EvaluationFigures(self.device)
         #: The latest logged values, plain floats, for whoever displays them.
         self.latest: dict[str, float] = {}
-        self._totals: dict[str, Tensor] = {}  # sums since the last row of the log
-        self._alike: tuple[tuple[str, ...], Tensor, Tensor] | None = None  # the same, in one tensor
+        self.figures = TrainingFigures()  # since the last row of the log
         self._sums: list[dict[str, Tensor]] = []  # of aux, since the last optimizer step
         self._labelled: Tensor | None = None  # tokens of all ranks since the last optimizer step
         self._scale: Tensor | None = None  # what the losses since then were divided by
@@ -150,7 +144,7 @@ class LanguageModel(lightning.LightningModule):
         self._gradient_norm: Tensor | None = None
         self._clock = time.perf_counter()
         self._random: dict[str, Any] | None = None
-        self._loaded_step: int | None = None
+        self.loaded_step: int | None = None
         self.cut_short = False  # whether the validation that runs is broken off and counts nothing
         self._random_before: dict[str, Any] | None = None  # that validation
         self._sharded = False
@@ -201,9 +195,9 @@ class LanguageModel(lightning.LightningModule):
 
     def _begin_run(self) -> None:
         """Forget what an earlier `fit` of this object has summed, carried and counted."""
-        for entries in (self._totals, self._sums, self._carried, self._unchecked):
+        for entries in (self.figures, self._sums, self._carried, self._unchecked):
             entries.clear()
-        self._alike = self._labelled = self._scale = self._gradient_norm = None
+        self._labelled = self._scale = self._gradient_norm = None
         self._skipped, self.cut_short = 0, False
 
     def setup(self, stage: str) -> None:
@@ -262,28 +256,7 @@ class LanguageModel(lightning.LightningModule):
 
     def about(self) -> str:
         """One line: which model, how many parameters, and whether a swap is a fair one."""
-        count = self.net.parameter_count()
-        if named_adapters(self.net.config):
-            learned = sum(p.numel() for p in self.net.parameters() if p.requires_grad)
-            return f"{count:,} parameters, of which {learned:,} learn: {learned / count:.1%}"
-        if self.preset is None:
-            return f"{count:,} parameters"
-        swapped = [
-            name
-            for name, value in self.architecture.items()
-            if value is not None and name not in (*SIZES, *MAY_DIFFER)
-        ]
-        if not swapped:
-            return f"{self.preset}: {count:,} parameters"
-        arguments = get_preset(self.preset).arguments
-        sizes = {name: self.net.config[name] for name in SIZES}
-        reference = count_parameters(arguments | sizes)
-        difference = count / reference - 1
-        verdict = "matched" if abs(difference) <= MATCHED else "NOT matched"
-        return (
-            f"{self.preset} with another {', '.join(swapped)}: {count:,} parameters against "
-            f"{reference:,}, {difference:+.1%}: {verdict}"
-        )
+        return describe_model(self.net, self.preset, self.architecture)
 
     # ------------------------------------------------------------------------ loss
 
@@ -341,7 +314,7 @@ class LanguageModel(lightning.LightningModule):
             pooled = pooled_losses(self.trainer, self.net, aux)
             total = weight * total_loss(x, self.net.head, labels)
             loss = loss + total * ranks / self._scale
-            self._count("loss", total, labelled, weight)
+            self.figures.add("loss", total, labelled, weight)
             for found, tokens in ((aux, ranks * labelled), (pooled, everywhere)):
                 values = [value for layer in found for value in layer.losses.values()]
                 if values:
@@ -350,10 +323,10 @@ class LanguageModel(lightning.LightningModule):
             for mine, layer in zip(self._sums, aux, strict=True):
                 for name, value in layer.sums.items():
                     mine[name] = mine.get(name, 0) + value.detach()
-            self._accumulate(scalars(aux) | scalars(pooled))
+            self.figures.add_alike(scalars(aux) | scalars(pooled))
         documents = batch.get("documents")
         seen = labels.numel() if documents is None else (documents >= 0).sum()
-        self._count("tokens", torch.as_tensor(seen, device=self.device))
+        self.figures.add("tokens", torch.as_tensor(seen, device=self.device))
         self._watch(loss.detach())
         summed: Tensor = loss
         return summed
@@ -382,44 +355,6 @@ class LanguageModel(lightning.LightningModule):
     def steps_taken(self) -> int:
         """Optimizer steps that changed the weights: all but those that loss scaling skipped."""
         return self.trainer.global_step - self._skipped
-
-    def _count(
-        self, name: str, value: Tensor, weight: Tensor | None = None, times: float = 1.0
-    ) -> None:
-        """Add to the sums that the next row of the log is made of, without asking the device.
-
-        Sums of numbers are float64 and counts int64, whatever the model and torch's default are.
-        """
-        entry = value.detach()
-        if weight is not None:
-            wide = widest(entry.device)
-            entry = torch.stack([entry.to(wide), weight.to(wide) * times])
-        before = self._totals.get(name)
-        self._totals[name] = entry if before is None else before + entry
-
-    def _accumulate(self, scalars: dict[str, Tensor]) -> None:
-        """`_count`, each with weight 1: two operations for all, where one by one took three each.
-
-        A mixture logs some ten scalars a layer. They are kept in one tensor until `_flush`.
-        """
-        if not scalars:
-            return
-        names, values = tuple(scalars), torch.stack(list(scalars.values()))
-        kept = self._alike
-        if kept is None or kept[0] != names:
-            self._flush()
-            # A run may resume within a row of the log.
-            none = torch.zeros(2, dtype=widest(values.device), device=values.device)
-            table = torch.stack([self._totals.pop(name, none) for name in names])
-            kept = (names, table[:, 0], table[:, 1])
-        self._alike = (names, kept[1] + values, kept[2] + 1)
-
-    def _flush(self) -> None:
-        """Put what `_accumulate` keeps among the other sums."""
-        if self._alike is not None:
-            names, sums, weights = self._alike
-            self._totals |= dict(zip(names, torch.stack([sums, weights], dim=1), strict=True))
-            self._alike = None
 
     def _watch(self, loss: Tensor) -> None:
         """Notice a non-finite loss: on the CPU at once, elsewhere when it costs nothing."""
@@ -539,23 +474,15 @@ class LanguageModel(lightning.LightningModule):
         """One row of the log: means over the steps since the last one."""
         self.check_losses()
         now = time.perf_counter()
-        row = {}
-        self._flush()
-        for name, entry in sum_over_ranks(self.trainer, self._totals).items():
-            if name == "tokens":
-                row["tokens_per_second"] = entry.item() / (now - self._clock)
-            else:
-                total, weight = entry.tolist()
-                row[name] = total / max(weight, 1)
+        sums = sum_over_ranks(self.trainer, self.figures.sums())
+        row = self.figures.means(sums, now - self._clock)
         row["learning_rate"] = learning_rate
         if self._gradient_norm is not None:
             row["gradient_norm"] = self._gradient_norm.item()
         if self._skipped:
             row["skipped_steps"] = float(self._skipped)
-        # Elsewhere than on a GPU it is not the model's alone, and is named for what it is.
-        whose = "peak" if self.device.type == "cuda" else "process"
-        row[f"{whose}_memory_mb"] = peak_memory(self.device) / 2**20
-        self._totals.clear()
+        row |= memory(self.device)
+        self.figures.clear()
         self._clock = now
         self._log({f"train/{name}": value for name, value in row.items()}, step)
 
@@ -572,45 +499,19 @@ class LanguageModel(lightning.LightningModule):
         losses, predicted = score(x, self.net.head, labels)
         labelled = labels != IGNORED
         right = predicted.view_as(labels) == labels
-        rows = labelled.any(dim=1)  # rows that only pad a batch are unlabelled
-        exact = (right | ~labelled).all(dim=1) & rows
-        seen = self._evaluated
-        if loader:  # the first is the split's own, the others hold the extra problems
-            seen[f"exact_match/{self._extra[loader - 1]}"] += _counts(exact, rows)
-            return
-        seen["loss"] += losses.to(seen["loss"].dtype).sum()
-        seen["token_accuracy"] += _counts(right & labelled, labelled)
-        seen["exact_match"] += _counts(exact, rows)
+        self._evaluated.add(losses, right, labelled, loader)
 
     def _begin_evaluation(self, split: str) -> None:
         self._carried.pop(split, None)
-        self._extra = self.task.extra_evaluations(split) if self.task else ()
-        names = ("token_accuracy", "exact_match", *(f"exact_match/{name}" for name in self._extra))
-        none = torch.zeros(2, dtype=torch.int64, device=self.device)
-        loss = torch.zeros((), dtype=widest(self.device), device=self.device)
-        self._evaluated = {"loss": loss, **{name: none.clone() for name in names}}
+        extra = self.task.extra_evaluations(split) if self.task else ()
+        self._evaluated = EvaluationFigures(self.device, extra)
 
     def _end_evaluation(self, split: str) -> None:
         if self.cut_short or self.trainer.sanity_checking:
             return
-        sums = sum_over_ranks(self.trainer, self._evaluated)
-        seen = {name: entry.tolist() for name, entry in sums.items()}
-        loss = seen.pop("loss") / max(seen["token_accuracy"][1], 1)
-        means = {name: right / max(count, 1) for name, (right, count) in seen.items()}
-        values = {
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700)),  # above that it overflows
-            "token_accuracy": means["token_accuracy"],
-            "exact_match": means["exact_match"],
-        }
-        wanted = ("loss", *(self.task.metrics if self.task else values))
-        row = {f"{split}/{name}": values[name] for name in wanted}
-        if self._extra:
-            matches = {name: means[f"exact_match/{name}"] for name in self._extra}
-            row |= {f"{split}/exact_match/{name}": matches[name] for name in matches}
-            longer = [match for name, match in matches.items() if isinstance(name, int)]
-            if longer:
-                row[f"{split}/exact_match/ood"] = sum(longer) / len(longer)
+        sums = sum_over_ranks(self.trainer, self._evaluated.sums)
+        means = self._evaluated.means(sums, self.task.metrics if self.task else None)
+        row = {f"{split}/{name}": value for name, value in means.items()}
         several = self.trainer.world_size > 1  # all have the same values; this says so
         if self.trainer.state.fn == "fit":
             # To callbacks through Lightning, to files at the step as people count it: from 1.
@@ -618,7 +519,7 @@ class LanguageModel(lightning.LightningModule):
             self._log(row, self.trainer.global_step)
         else:  # what is logged through Lightning is also what `trainer.test` hands back
             self.latest |= row
-            self.log_dict({"step": float(self._loaded_step or 0), **row}, sync_dist=several)
+            self.log_dict({"step": float(self.loaded_step or 0), **row}, sync_dist=several)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._evaluate(batch, "validation", dataloader_idx)
@@ -704,12 +605,11 @@ class LanguageModel(lightning.LightningModule):
                 name: torch.frombuffer(bytearray(content), dtype=torch.uint8)
                 for name, content in self.task.tokenizer.files().items()
             }
-        self._flush()
         random = random_state()
         if self.cut_short and self._random_before is not None:
             random = self._random_before
         checkpoint["training"] = {
-            "totals": dict(self._totals),
+            "totals": self.figures.sums(),
             "skipped": self._skipped,
             "carried": dict(self._carried),
             "random": gather_random_states(random, self.trainer.world_size),
@@ -753,14 +653,9 @@ class LanguageModel(lightning.LightningModule):
             or not isinstance(training["random"].get("cpu"), Tensor)
         ):
             raise ValueError("this checkpoint was not written by archzoo's training")
-        for name, ours in self.net.config.items():
-            if name not in MAY_DIFFER and _in_full(name, ours) != _in_full(name, theirs.get(name)):
-                raise ValueError(
-                    f"the checkpoint holds another model: {name} is {theirs.get(name)} in it and "
-                    f"{ours} here"
-                )
+        check_same_model(self.net.config, theirs)
         if not self._sharded:  # under FSDP2 Lightning has loaded the weights by itself
-            self._check_weights_fit(checkpoint.get("state_dict"))
+            check_weights_fit(self.net, checkpoint.get("state_dict"))
         files = checkpoint.get("tokenizer")
         if self.task is not None and files is not None:
             # Rebuilt first: a file may say of truncating and the like what is switched off now.
@@ -776,27 +671,10 @@ class LanguageModel(lightning.LightningModule):
             self._take_up_stream(checkpoint)
         states = checkpoint.get("optimizer_states", [])
         checkpoint["optimizer_states"] = [regroup(state, self.net) for state in states]
-        self._loaded_step = checkpoint["global_step"]
-        self._totals, self._carried = dict(training["totals"]), dict(training["carried"])
+        self.loaded_step = checkpoint["global_step"]
+        self.figures.load(training["totals"])
+        self._carried = dict(training["carried"])
         self._random, self._skipped = training["random"], training.get("skipped", 0)
-
-    def _check_weights_fit(self, theirs: Any) -> None:
-        """Refuse weights of other names and shapes than this model's."""
-        if not isinstance(theirs, dict):
-            raise ValueError("the checkpoint holds no weights")
-        theirs = {name: value for name, value in theirs.items() if name.startswith("decoder.")}
-        ours = {f"decoder.{name}": value for name, value in self.net.state_dict().items()}
-        misfit = "the checkpoint's weights do not fit its settings: they"
-        for verb, odd in (("miss", ours.keys() - theirs), ("have", theirs.keys() - ours)):
-            if odd:
-                raise ValueError(f"{misfit} {verb} {min(odd).removeprefix('decoder.')}")
-        for name, mine in ours.items():
-            found = getattr(theirs[name], "shape", None)
-            if found != mine.shape:
-                raise ValueError(
-                    f"{misfit} have {name.removeprefix('decoder.')} of shape {tuple(found or ())} "
-                    f"where {tuple(mine.shape)} is expected"
-                )
 
     def _take_up_stream(self, checkpoint: dict[str, Any]) -> None:
         """Tell the task what a run has used whose checkpoints did not say so themselves."""
@@ -809,81 +687,11 @@ class LanguageModel(lightning.LightningModule):
         self.task.load_state_dict(state)
 
     def on_train_start(self) -> None:
-        self._totals = {
-            name: value.to(self.device, widest(self.device) if value.is_floating_point() else None)
-            for name, value in self._totals.items()
-        }
+        self.figures.to(self.device)
         # Last of all, so that nothing draws random numbers in between.
         bring_back_random_state(self._random, self.global_rank)
         self._random = None
         self._clock = time.perf_counter()
-
-
-def scalars(aux: list[Aux]) -> dict[str, Tensor]:
-    """Losses and metrics by their names in the log: loss/NAME/LAYER and metric/NAME/LAYER."""
-    found: dict[str, Tensor] = {}
-    for number, layer in enumerate(aux):
-        for kind, entries in (("loss", layer.losses), ("metric", layer.metrics)):
-            found |= {f"{kind}/{name}/{number}": entry.detach() for name, entry in entries.items()}
-    return found
-
-
-def widest(device: torch.device) -> torch.dtype:
-    """Of sums over many tokens: float64, or float32 on Apple's GPUs: they have no more."""
-    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
-
-
-def clip_by_norm(parameters: list[torch.nn.Parameter], largest: float) -> Tensor:
-    """Clip gradients to a norm, in place, and hand back the norm that they had.
-
-    Of 16-bit gradients torch takes it in their own dtype, where it is rounded to three digits or,
-    in float16, infinite from 65,520 on; here it is float32 at least.
-    """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    dtypes = {gradient.dtype for gradient in gradients}
-    if dtypes <= {torch.float32, torch.float64}:
-        return torch.nn.utils.clip_grad_norm_(parameters, largest)
-    norms = [
-        torch.linalg.vector_norm(gradient, dtype=interface.at_least_float32(gradient.dtype))
-        for gradient in gradients
-    ]
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
-    return norm
-
-
-def _counts(right: Tensor, labelled: Tensor) -> Tensor:
-    """How many of both, (2,) int64."""
-    return torch.stack([right.sum(), labelled.sum()])
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: torch's on a GPU, the whole process's elsewhere (0: unknown)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _in_full(name: str, value: Any) -> Any:
-    """A setting of a decoder with every default written out, so that equal parts are equal."""
-    if isinstance(value, list):
-        return [_in_full("mixer", entry) for entry in value]
-    if not isinstance(value, dict):
-        return value
-    if name == "adapters":
-        return {entry: _in_full("adapter", spec) for entry, spec in value.items()}
-    if "class_path" not in value:  # a part's own argument that is a dict
-        return value
-    cls = find(name, value["class_path"])
-    parameters = inspect.signature(cls).parameters
-    defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
-    given = {n: _in_full(n, argument) for n, argument in value["init_args"].items()}
-    return {"class_path": cls, "init_args": defaults | given}
 
 
 def _grows(decoder: Decoder) -> bool:

@@ -6,10 +6,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from archzoo.block import Bias, Embedding, Rotary
 from archzoo.decoder import Decoder
+from archzoo.numerics import at_least_float32
 
 
 def decay_groups(decoder: Decoder, weight_decay: float) -> list[dict[str, Any]]:
@@ -130,3 +132,22 @@ def learning_rate_schedule(
         return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
 
     return factor
+
+
+def clip_by_norm(parameters: list[nn.Parameter], largest: float) -> Tensor:
+    """Clip gradients to a norm, in place, and hand back the norm that they had.
+
+    Of 16-bit gradients torch takes it in their own dtype, where it is rounded to three digits or,
+    in float16, infinite from 65,520 on; here it is float32 at least.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    dtypes = {gradient.dtype for gradient in gradients}
+    if dtypes <= {torch.float32, torch.float64}:
+        return torch.nn.utils.clip_grad_norm_(parameters, largest)
+    norms = [
+        torch.linalg.vector_norm(gradient, dtype=at_least_float32(gradient.dtype))
+        for gradient in gradients
+    ]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    return norm

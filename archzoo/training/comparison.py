@@ -1,0 +1,110 @@
+"""Whether models compare: with their preset, and with what a checkpoint holds."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from archzoo.decoder import Decoder
+from archzoo.parts import find, named_adapters
+from archzoo.registry import count_parameters, get_preset
+
+# A swap is fair where the parameters agree to this; `match: parameters` keeps to it.
+MATCHED = 0.01
+# What may be replaced without making it another architecture.
+SIZES = ("vocab_size", "dim", "depth", "heads", "tie_weights", "context_length")
+MAY_DIFFER = ("context_length", "dropout", "init_std", "activation_checkpointing")
+
+
+def describe_model(decoder: Decoder, preset: str | None, architecture: dict[str, Any]) -> str:
+    """One line: which model, how many parameters, and whether a swap is a fair one.
+
+    Args:
+        decoder: The model.
+        preset: What it was made from, if anything.
+        architecture: What was given instead of the preset's arguments; None: nothing.
+    """
+    count = decoder.parameter_count()
+    if named_adapters(decoder.config):
+        learned = sum(p.numel() for p in decoder.parameters() if p.requires_grad)
+        return f"{count:,} parameters, of which {learned:,} learn: {learned / count:.1%}"
+    if preset is None:
+        return f"{count:,} parameters"
+    swapped = [
+        name
+        for name, value in architecture.items()
+        if value is not None and name not in (*SIZES, *MAY_DIFFER)
+    ]
+    if not swapped:
+        return f"{preset}: {count:,} parameters"
+    arguments = get_preset(preset).arguments
+    sizes = {name: decoder.config[name] for name in SIZES}
+    reference = count_parameters(arguments | sizes)
+    difference = count / reference - 1
+    verdict = "matched" if abs(difference) <= MATCHED else "NOT matched"
+    return (
+        f"{preset} with another {', '.join(swapped)}: {count:,} parameters against "
+        f"{reference:,}, {difference:+.1%}: {verdict}"
+    )
+
+
+def check_same_model(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Refuse a checkpoint's configuration that is another model's.
+
+    Args:
+        ours: `Decoder.config`.
+        theirs: The checkpoint's.
+
+    Raises:
+        ValueError: A setting differs.
+    """
+    for name, value in ours.items():
+        if name not in MAY_DIFFER and _in_full(name, value) != _in_full(name, theirs.get(name)):
+            raise ValueError(
+                f"the checkpoint holds another model: {name} is {theirs.get(name)} in it and "
+                f"{value} here"
+            )
+
+
+def _in_full(name: str, value: Any) -> Any:
+    """A setting of a decoder with every default written out, so that equal parts are equal."""
+    if isinstance(value, list):
+        return [_in_full("mixer", entry) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    if name == "adapters":
+        return {entry: _in_full("adapter", spec) for entry, spec in value.items()}
+    if "class_path" not in value:  # a part's own argument that is a dict
+        return value
+    cls = find(name, value["class_path"])
+    parameters = inspect.signature(cls).parameters
+    defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
+    given = {n: _in_full(n, argument) for n, argument in value["init_args"].items()}
+    return {"class_path": cls, "init_args": defaults | given}
+
+
+def check_weights_fit(decoder: Decoder, theirs: Any) -> None:
+    """Refuse weights of other names and shapes than this model's.
+
+    Args:
+        decoder: The model.
+        theirs: The weights of a run's checkpoint, each name with "decoder." before it.
+
+    Raises:
+        ValueError: The first that does not fit, or that there are none.
+    """
+    if not isinstance(theirs, dict):
+        raise ValueError("the checkpoint holds no weights")
+    theirs = {name: value for name, value in theirs.items() if name.startswith("decoder.")}
+    ours = {f"decoder.{name}": value for name, value in decoder.state_dict().items()}
+    misfit = "the checkpoint's weights do not fit its settings: they"
+    for verb, odd in (("miss", ours.keys() - theirs), ("have", theirs.keys() - ours)):
+        if odd:
+            raise ValueError(f"{misfit} {verb} {min(odd).removeprefix('decoder.')}")
+    for name, mine in ours.items():
+        found = getattr(theirs[name], "shape", None)
+        if found != mine.shape:
+            raise ValueError(
+                f"{misfit} have {name.removeprefix('decoder.')} of shape {tuple(found or ())} "
+                f"where {tuple(mine.shape)} is expected"
+            )

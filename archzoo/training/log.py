@@ -1,0 +1,181 @@
+"""Figures on their way to the log: summed up on the device, which is never waited for.
+
+Sums of numbers are float64 and counts int64, whatever the model and torch's default are.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import torch
+from torch import Tensor
+
+from archzoo.block import Aux
+from archzoo.numerics import widest
+
+
+def scalars(aux: list[Aux]) -> dict[str, Tensor]:
+    """Losses and metrics by their names in the log: loss/NAME/LAYER and metric/NAME/LAYER."""
+    found: dict[str, Tensor] = {}
+    for number, layer in enumerate(aux):
+        for kind, entries in (("loss", layer.losses), ("metric", layer.metrics)):
+            found |= {f"{kind}/{name}/{number}": entry.detach() for name, entry in entries.items()}
+    return found
+
+
+class TrainingFigures:
+    """Sums since the last row of the log, of which `means` makes the next.
+
+    A sum is a pair, of values and of their weights, (2,); of a count it is one number.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._alike: tuple[tuple[str, ...], Tensor, Tensor] | None = None  # names, values, weights
+
+    def add(
+        self, name: str, value: Tensor, weight: Tensor | None = None, times: float = 1.0
+    ) -> None:
+        """Add a value by `times` its weight, or, without a weight, a count."""
+        entry = value.detach()
+        if weight is not None:
+            wide = widest(entry.device)
+            entry = torch.stack([entry.to(wide), weight.to(wide) * times])
+        before = self._sums.get(name)
+        self._sums[name] = entry if before is None else before + entry
+
+    def add_alike(self, scalars: dict[str, Tensor]) -> None:
+        """`add`, each with weight 1: two operations for all, where one by one took three each.
+
+        A mixture logs some ten scalars a layer. They are kept in one tensor until `sums`.
+        """
+        if not scalars:
+            return
+        names, values = tuple(scalars), torch.stack(list(scalars.values()))
+        kept = self._alike
+        if kept is None or kept[0] != names:
+            self._settle()
+            # A run may resume within a row of the log.
+            none = torch.zeros(2, dtype=widest(values.device), device=values.device)
+            table = torch.stack([self._sums.pop(name, none) for name in names])
+            kept = (names, table[:, 0], table[:, 1])
+        self._alike = (names, kept[1] + values, kept[2] + 1)
+
+    def _settle(self) -> None:
+        """Put what `add_alike` keeps among the other sums."""
+        if self._alike is not None:
+            names, sums, weights = self._alike
+            self._sums |= dict(zip(names, torch.stack([sums, weights], dim=1), strict=True))
+            self._alike = None
+
+    def sums(self) -> dict[str, Tensor]:
+        """All sums by name, for a checkpoint or to be added up over ranks."""
+        self._settle()
+        return dict(self._sums)
+
+    def load(self, sums: dict[str, Tensor]) -> None:
+        """Go on from what `sums` gave."""
+        self._sums, self._alike = dict(sums), None
+
+    def clear(self) -> None:
+        """Begin the next row."""
+        self.load({})
+
+    def to(self, device: torch.device) -> None:
+        """Move the sums to the device that training runs on."""
+        self.load(
+            {
+                name: value.to(device, widest(device) if value.is_floating_point() else None)
+                for name, value in self.sums().items()
+            }
+        )
+
+    @staticmethod
+    def means(sums: dict[str, Tensor], seconds: float) -> dict[str, float]:
+        """A row of the log from all ranks' sums; of the tokens, their number a second."""
+        row = {}
+        for name, entry in sums.items():
+            if name == "tokens":
+                row["tokens_per_second"] = entry.item() / seconds
+            else:
+                total, weight = entry.tolist()
+                row[name] = total / max(weight, 1)
+        return row
+
+
+class EvaluationFigures:
+    """Sums over one evaluation: of losses, and what was right of how many tokens or answers.
+
+    Args:
+        device: Where they are summed up.
+        extra: Names of further problems whose exact match is looked at, such as lengths beyond
+            the trained ones: `Task.extra_evaluations`.
+    """
+
+    def __init__(self, device: torch.device, extra: tuple[int | str, ...] = ()) -> None:
+        self.extra = extra
+        names = ("token_accuracy", "exact_match", *(f"exact_match/{name}" for name in extra))
+        self.sums = {"loss": torch.zeros((), dtype=widest(device), device=device)}
+        for name in names:
+            self.sums[name] = torch.zeros(2, dtype=torch.int64, device=device)
+
+    def add(self, losses: Tensor, right: Tensor, labelled: Tensor, loader: int = 0) -> None:
+        """Add a batch.
+
+        Args:
+            losses: (tokens,), in nats.
+            right: (batch, time) bool.
+            labelled: (batch, time) bool: tokens with a label.
+            loader: 0: the batch is of the split's own problems; the others hold the extra ones.
+        """
+        rows = labelled.any(dim=1)  # rows that only pad a batch are unlabelled
+        exact = (right | ~labelled).all(dim=1) & rows
+        if loader:
+            self.sums[f"exact_match/{self.extra[loader - 1]}"] += _counts(exact, rows)
+            return
+        self.sums["loss"] += losses.to(self.sums["loss"].dtype).sum()
+        self.sums["token_accuracy"] += _counts(right & labelled, labelled)
+        self.sums["exact_match"] += _counts(exact, rows)
+
+    def means(
+        self, sums: dict[str, Tensor], metrics: tuple[str, ...] | None = None
+    ) -> dict[str, float]:
+        """A row of the log from all ranks' sums.
+
+        Args:
+            sums: `sums`, added up.
+            metrics: Which ones beside the loss; None: all.
+        """
+        seen = {name: entry.tolist() for name, entry in sums.items()}
+        loss = seen.pop("loss") / max(seen["token_accuracy"][1], 1)
+        means = {name: right / max(count, 1) for name, (right, count) in seen.items()}
+        # Above that it overflows.
+        values = {"loss": loss, "perplexity": math.exp(min(loss, 700)), **means}
+        wanted = metrics if metrics is not None else ("perplexity", "token_accuracy", "exact_match")
+        row = {name: values[name] for name in ("loss", *wanted)}
+        row |= {f"exact_match/{name}": means[f"exact_match/{name}"] for name in self.extra}
+        longer = [means[f"exact_match/{name}"] for name in self.extra if isinstance(name, int)]
+        if longer:
+            row["exact_match/ood"] = sum(longer) / len(longer)
+        return row
+
+
+def _counts(right: Tensor, labelled: Tensor) -> Tensor:
+    """How many of both, (2,) int64."""
+    return torch.stack([right.sum(), labelled.sum()])
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """Most bytes held so far, in MiB: torch's on a GPU, the whole process's elsewhere.
+
+    That is not the model's alone, and is named for what it is. 0: unknown, as on Windows.
+    """
+    if device.type == "cuda":
+        return {"peak_memory_mb": torch.cuda.max_memory_allocated(device) / 2**20}
+    try:
+        import resource
+    except ImportError:
+        return {"process_memory_mb": 0.0}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"process_memory_mb": peak / (2**20 if sys.platform == "darwin" else 2**10)}
