@@ -29,15 +29,15 @@ and a part is swapped by naming another class for its slot. All parts share thre
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import register_dataclass
 
+from archzoo.auxiliary import Aux, check_aux
 from archzoo.documents import Context, init_cursor, init_place, make_context
+from archzoo.linear import closing
 from archzoo.numerics import (
     KeepsFloat32,
     at_least_float32,
@@ -51,6 +51,7 @@ from archzoo.numerics import (
     split_heads,
     without_autocast,
 )
+from archzoo.prefixes import StartsFromPrefix
 from archzoo.states import State, detach, fork, map_state, nbytes, reorder, select_rows, to
 
 __all__ = [
@@ -94,45 +95,7 @@ __all__ = [
 FORMS = ("parallel", "chunkwise", "recurrent")
 
 
-@dataclass(slots=True)
-class Aux:
-    """What a layer says beside its output: tensors by name, none of them where it is dense.
-
-    Attributes:
-        losses: Scalars that are added to the training loss, coefficient and all.
-        metrics: Scalars without gradient, averaged and logged.
-        sums: Summed over micro-batches and ranks, for `FeedForward.after_step`; without gradient.
-        pools: Summed over ranks with their gradients, for `FeedForward.pooled_losses`.
-    """
-
-    losses: dict[str, Tensor] = field(default_factory=dict)
-    metrics: dict[str, Tensor] = field(default_factory=dict)
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    pools: dict[str, Tensor] = field(default_factory=dict)
-
-
-register_dataclass(Aux)  # a pytree: `torch.func`, FSDP2 and compilers find the tensors in it
-
-
-def check_aux(part: nn.Module, given: Any) -> Aux:
-    """What a feed-forward gave as its aux; {} is short for nothing.
-
-    Raises:
-        TypeError: It is something else, such as the dict of "kind/name" that it once was.
-    """
-    if isinstance(given, Aux):
-        return given
-    if given == {}:
-        return Aux()
-    what = f"a dict of {list(given)}" if isinstance(given, dict) else f"a {type(given).__name__}"
-    raise TypeError(
-        f"{type(part).__name__} returns {what} as its aux: it must return an archzoo.block.Aux "
-        '("loss/NAME" is now Aux(losses={"NAME": ...}), and so are metrics, sums and pools), or {} '
-        "for nothing"
-    )
-
-
-class Mixer(nn.Module):
+class Mixer(StartsFromPrefix):
     """Mixes over time, causally: x (batch, time, dim) to y (batch, time, dim).
 
     A newcomer writes ``__init__(self, dim, heads, ...)``, `init_state` and `step`, and has a
@@ -149,10 +112,6 @@ class Mixer(nn.Module):
     #: True: `step` and its faster forms obey `Context.starts` and `Context.valid` themselves.
     #: False: the base class resets and holds the state around every step.
     handles_documents = False
-
-    #: Whether an adapter gives the state that every document starts from, in `prefix`.
-    has_prefix = False
-    prefix: nn.ModuleDict
 
     def init_state(
         self,
@@ -171,38 +130,6 @@ class Mixer(nn.Module):
             dtype: The dtype of x; sums over time are kept in float32 at least.
         """
         raise NotImplementedError(f"{type(self).__name__} needs init_state(batch_size, ...)")
-
-    def prefix_shapes(self) -> dict[str, tuple[int, ...]] | None:
-        """What a document can be made to start from: the tensors of the state, without the batch.
-
-        An axis of 0 is one of tokens, as many as a prefix has. None: a mixer that handles documents
-        itself says here and in its forms what it can start from; the base class knows of none.
-        """
-        if self.handles_documents:
-            return None
-        leaves = self.init_state(1, device="meta").items()
-        return {name: tuple(leaf.shape[1:]) for name, leaf in leaves if isinstance(leaf, Tensor)}
-
-    def start_state(self, batch_size: int, **options: Any) -> State:
-        """`init_state`, or the prefix instead of it: the initial state of the first document.
-
-        A mixer that handles documents puts its prefix in where a document begins.
-        """
-        state = self.init_state(batch_size, **options)
-        if not self.has_prefix or self.handles_documents:
-            return state
-        return state | {
-            name: value.to(state[name]).expand_as(state[name])
-            for name, value in self.learned_prefix().items()
-        }
-
-    def learned_prefix(self) -> dict[str, Tensor]:
-        """The tensors of an adapter's prefix, without a batch; {} without one."""
-        if not self.has_prefix:
-            return {}
-        adapter: Any = next(iter(self.prefix.values()))
-        tensors: dict[str, Tensor] = adapter.prefix()
-        return tensors
 
     def step(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
         """One token, x (batch, 1, dim): the recurrent form. It defines the mixer.
@@ -512,12 +439,3 @@ class Block(nn.Module):
         x = x + self._drop(mixed)
         fed, aux = self.feed_forward(self.feed_forward_norm(x), context)
         return x + self._drop(fed), state, check_aux(self.feed_forward, aux)
-
-
-def closing(linear: nn.Linear) -> nn.Linear:
-    """Mark the last projection of a residual branch: the decoder starts it smaller.
-
-    Deprecated: ``Linear(dim, {"output": dim}, residual_projection=True)`` says it.
-    """
-    linear.residual_projection = True  # type: ignore[assignment]
-    return linear

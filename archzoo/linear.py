@@ -243,3 +243,12 @@ class Linear(nn.Linear):
 def _of_each(x: Tensor, weight: Tensor) -> Tensor:
     """``x W^T`` of one matrix, or of each of a stack."""
     return F.linear(x, weight) if weight.dim() == 2 else torch.einsum("ri,soi->sro", x, weight)
+
+
+def closing(linear: nn.Linear) -> nn.Linear:
+    """Mark the last projection of a residual branch: the decoder starts it smaller.
+
+    Deprecated: ``Linear(dim, {"output": dim}, residual_projection=True)`` says it.
+    """
+    linear.residual_projection = True  # type: ignore[assignment]
+    return linear

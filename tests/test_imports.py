@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = """
     _version derivatives names public
     numerics
-    documents states
+    documents states auxiliary prefixes
     norm linear
     block trust
     adapters parts
