@@ -18,8 +18,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import gc
+import importlib
 import sys
+import time as clock
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,10 +60,27 @@ def inputs(batch: int, time: int, heads: int, dk: int, dv: int) -> tuple[Tensor,
     return tuple(x.bfloat16() for x in (q, k, v, do))
 
 
-def find_peers() -> tuple[dict[str, Forward], dict[str, str]]:
+def older(against: str) -> tuple[str, Any]:
+    """What ``COMMIT=FOLDER`` names: the contender's name, and its module of retention kernels.
+
+    The folder holds the package of that commit as ``archzoo_old``, so that one process takes turns:
+    git archive COMMIT archzoo | tar x -C FOLDER; mv FOLDER/archzoo FOLDER/archzoo_old; and
+    grep -rl archzoo FOLDER | xargs sed -i -E 's/\\barchzoo\\b/archzoo_old/g'.
+    """
+    commit, _, folder = against.partition("=")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return f"archzoo {commit}", importlib.import_module("archzoo_old.kernels.retention")
+
+
+def find_peers(against: str | None = None) -> tuple[dict[str, Forward], dict[str, str]]:
     """Contenders by name, and why a peer is missing."""
     peers: dict[str, Forward] = {"archzoo": lambda q, k, v, decay: retention(q, k, v, decay)[0]}
     missing: dict[str, str] = {}
+    if against:
+        name, module = older(against)
+        peers[name] = lambda q, k, v, decay: module.retention(q, k, v, decay)[0]
+        return peers, missing
     try:
         from fla.ops.simple_gla import chunk_simple_gla
         from fla.ops.simple_gla.fused_chunk import fused_chunk_simple_gla
@@ -200,7 +220,7 @@ def compare_sequences(
     write: Callable[[list[dict[str, Any]]], None],
 ) -> None:
     """Adds rows to `rows` and writes them after every line: a peer may tune itself for minutes."""
-    peers, missing = find_peers()
+    peers, missing = find_peers(arguments.against)
     for name, reason in missing.items():
         print(f"skipped {name}: {reason}")
     if arguments.contenders:
@@ -455,6 +475,55 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     print(f"drew {path}")
 
 
+def compare_sides(rows: list[dict[str, Any]]) -> None:
+    """Prints how much longer ours takes than the older one, line by line and in the median."""
+    for way in ("graph", "eager"):
+        old = [r for r in rows if r["launch"] == way and r["contender"] != "archzoo"]
+        ratios = []
+        for row in old:
+            ratios.append(1 / float(row["times_archzoo"]))
+            where = f"{row['heads']}x{row['dk']}x{row['dv']} T {row['time']} {row['pass']}"
+            print(f"{way} {where}: {ratios[-1]:.3f}")
+        print(f"{way}: median {median(ratios):.3f}, largest {max(ratios):.3f} of {len(ratios)}")
+
+
+def compare_hosts(against: str, calls: int = 300, rounds: int = 40) -> None:
+    """Prints microseconds of Python for forward and backward, the kernels' launches left out."""
+    name, module = older(against)
+    modules = {"archzoo": importlib.import_module("archzoo.kernels.retention"), name: module}
+    launchers = [
+        importlib.import_module(f"{package}.kernels.launching").Launch
+        for package in ("archzoo", "archzoo_old")
+    ]
+    q, k, v, do = inputs(1, 128, 2, 64, 64)
+    decay = log_decays(2)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    sides = {
+        side: functools.partial(make_call, lambda *x, m=m: m.retention(*x)[0])(
+            leaves, do, decay, "forward+backward"
+        )
+        for side, m in modules.items()
+    }
+    for call in sides.values():
+        call()
+    kept = [launcher.__call__ for launcher in launchers]
+    for launcher in launchers:
+        launcher.__call__ = lambda self, *arguments: None
+    samples: dict[str, list[float]] = {side: [] for side in sides}
+    for _ in range(rounds):
+        for side, call in sides.items():
+            begin = clock.perf_counter()
+            for _ in range(calls):
+                call()
+            samples[side].append((clock.perf_counter() - begin) / calls * 1e6)
+    for launcher, before in zip(launchers, kept, strict=True):
+        launcher.__call__ = before
+    for side, values in samples.items():
+        print(
+            f"host, forward and backward: {side} {min(values):.1f} us, median {median(values):.1f}"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=32768, help="batch times length")
@@ -464,6 +533,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns each contender takes")
     parser.add_argument("--output", type=Path, help="folder for the CSV and the figure")
     parser.add_argument("--machine", help="name in the file names; default: the GPU's")
+    parser.add_argument("--against", help="COMMIT=FOLDER: take turns with an older archzoo alone")
     parser.add_argument("--no-step", action="store_true", help="skip the recurrent step")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -493,12 +563,16 @@ def main() -> None:
             writer.writeheader()
             writer.writerows(rows)
 
-    rows = [] if arguments.no_step else compare_steps(stamp, rates)
+    if arguments.against:
+        compare_hosts(arguments.against)
+    rows = [] if arguments.no_step or arguments.against else compare_steps(stamp, rates)
     write(rows)
     compare_sequences(arguments, stamp, rates, rows, write)
     if arguments.output:
         print(f"wrote {arguments.output / name}.csv")
-    if any(row["pass"] != "step" for row in rows):
+    if arguments.against:
+        compare_sides(rows)
+    elif any(row["pass"] != "step" for row in rows):
         if arguments.output:
             draw(rows, arguments.output / f"{name}.png")
         print(table(rows))
