@@ -146,7 +146,7 @@ class Problem(NamedTuple):
     def constants(self, *names: str) -> dict[str, Any]:
         """Compile-time parameters that many kernels share, those of the given names."""
         every = {
-            "SCALE": self.normalise,
+            "NORMALISE": self.normalise,
             "HAS_DOCUMENTS": self.documents is not None,
             "HAS_RANGES": self.ranges,
             "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32",
@@ -229,7 +229,7 @@ class Pass:
 
             limit, registers = cut.warp_specialised
             kernel = getattr(gluon_backward if name == "backward_kernel" else gluon, name)
-            constants = {"STAGES": cut.stages, **self.problem.constants("SCALE")}
+            constants = {"STAGES": cut.stages, **self.problem.constants("NORMALISE")}
             if registers:
                 constants["REGISTERS"] = registers
             return kernel, constants, {"num_warps": 4, "maxnreg": limit}
@@ -320,8 +320,8 @@ class Pass:
                  *((columns, 1) if by_key else (1, width)), self.table_rows,
                  -(-self.time // (2 * pair.chunk))),
                 {"A": width, "C": columns, "BLOCK_A": cut.block, "CHUNK": pair.chunk,
-                 "REVERSE": reverse, "HAS_ENTERING": segments > 1 or initial,
-                 "HAS_LEAVING": by_key and final and segments == 1, "ADD": split > 0, **constants},
+                 "REVERSE": reverse, "HAS_INITIAL": segments > 1 or initial,
+                 "HAS_FINAL": by_key and final and segments == 1, "ADD": split > 0, **constants},
                 **options,
             )
             for split in range(-(-width // cut.block))
@@ -340,8 +340,8 @@ class Pass:
             (self.rows, segments, 1),
             (*sum((*self.strides.values(), *results), ()), self.time, segment, segments,
              self.heads, -(-self.time // (2 * chunk)), self.table_rows),
-            {"CHUNK": chunk, "HAS_ENTERING": segments > 1 or initial, "JOIN": sums,
-             "HAS_LEAVING": final and segments == 1, **constants},
+            {"CHUNK": chunk, "HAS_INITIAL": segments > 1 or initial, "JOIN": sums,
+             "HAS_FINAL": final and segments == 1, **constants},
             **options,
         )  # fmt: skip
 
@@ -596,7 +596,7 @@ def step(
         *(x.stride(i) for x in (q, k, v, o) for i in (0, -2)),
         *(0 if x is None else x.stride(0) for x in places),
         *state.stride()[:3], heads,
-        DK=dk, DV=dv, BLOCK_K=block_of(dk), TILE=tile, SCALE=normalise,
+        DK=dk, DV=dv, BLOCK_K=block_of(dk), TILE=tile, NORMALISE=normalise,
         HAS_POSITIONS=positions is not None, HAS_STARTS=starts is not None,
         HAS_VALID=valid is not None, num_warps=warps,
     )  # fmt: skip

@@ -12,14 +12,14 @@ map, fed with other tensors and run in one of the two directions of time:
     | dk     | v  | do | q  | backward  | D^T = sum do^T q (dv, dk) |
     | dv     | k  | q  | do | backward  | D   = sum q^T do (dk, dv) |
 
-(i and j count in the direction of walking), so `_stream` is written once. It walks over time in
+(i and j count in the direction of the scan), so `stream_kernel` is written once. It scans time in
 chunks and holds its tile of the state in registers from the first chunk to the last: a chunk's
 state never goes through memory. Only where there are fewer (batch, head, tile) triples than the
 chip can run at once is time cut into segments; `segment_sums_kernel` then adds up each segment by
-itself, and the maps (`_entering_state`), or `join_kernel` ahead of them, combine the sums by powers
+itself, and the maps (`_initial_state`), or `join_kernel` ahead of them, combine the sums by powers
 of gamma, which are known because gamma is one constant per head.
 
-Each program describes its head's (time, width) slices to Hopper's copy engine, which then reads
+Each program describes its head's (time, width) slices to Hopper's TMA, which then reads
 tiles without address arithmetic; past the end of time it fills with zeros, so a ragged last chunk
 needs no mask. (Descriptors made by the host would go through Triton's argument handling, which kept
 launches leave out.)
@@ -101,7 +101,7 @@ def _slices(
 
 @triton.jit
 def _rank(index, size, REVERSE: tl.constexpr):
-    """Place of each token of a chunk in walking order; below 0 past a row's end (REVERSE)."""
+    """Rank of each token of a chunk in the scan; below 0 past a row's end (REVERSE)."""
     if REVERSE:
         rank = size - 1 - index
     else:
@@ -140,10 +140,10 @@ def normaliser_kernel(
 
 
 @triton.jit
-def _chunk_normaliser(normaliser_row, row_time, size, CHUNK: tl.constexpr, SCALE: tl.constexpr):
-    """1 / sqrt(s_n) of a chunk's tokens, (CHUNK,); 1 without SCALE."""
+def _chunk_normaliser(normaliser_row, row_time, size, CHUNK: tl.constexpr, NORMALISE: tl.constexpr):
+    """1 / sqrt(s_n) of a chunk's tokens, (CHUNK,); 1 without NORMALISE."""
     index = tl.arange(0, CHUNK)
-    if SCALE:
+    if NORMALISE:
         normaliser = tl.load(normaliser_row + row_time + index, mask=index < size, other=0.0)
     else:
         normaliser = tl.full((CHUNK,), 1.0, tl.float32)
@@ -155,7 +155,7 @@ def _chunk_documents(
     documents_row, row_time, size, before, CHUNK: tl.constexpr, REVERSE: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    """Documents of a chunk's tokens, (CHUNK,), and of the token walked last."""
+    """Documents of a chunk's tokens, (CHUNK,), and of the token scanned last."""
     index = tl.arange(0, CHUNK)
     if HAS_DOCUMENTS:
         document = tl.load(documents_row + row_time + index, mask=index < size, other=-1)
@@ -173,7 +173,7 @@ def _chunk_documents(
 def _document_before(
     documents_row, first, length, start, stop, REVERSE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr
 ):
-    """The document of the state that enters [start, stop) of a row.
+    """The document of the state at the beginning of [start, stop) of a row.
 
     The state given with a row is of document 0; the gradient of the row's last state is of its
     last token's document.
@@ -189,28 +189,28 @@ def _document_before(
 
 
 @triton.jit
-def _entering_state(
-    entering_ptr, offset, inside, row, piece, segment, segments, size, log2_decay,
-    REVERSE: tl.constexpr, HAS_ENTERING: tl.constexpr, JOIN: tl.constexpr,
+def _initial_state(
+    initial_ptr, offset, inside, row, segment_id, segment, segments, size, log2_decay,
+    REVERSE: tl.constexpr, HAS_INITIAL: tl.constexpr, JOIN: tl.constexpr,
 ):  # fmt: skip
-    """The state that enters a segment: none, one that is given, or joined of sums of segments.
+    """The initial state of a segment: none, one that is given, or joined of sums of segments.
 
-    With JOIN, the sums that make up a segment, `entering` holds these, and those walked before are
+    With JOIN, the sums that make up a segment, `initial` holds these, and those scanned before are
     joined as by `join_kernel`: the arithmetic is the same, so with one sum the bits are. Only the
     last in time may be of less than the others, or of nothing: forward it is before none, in
     reverse its power multiplies a zero.
     """
     state = tl.zeros(offset.shape, tl.float32)
-    if HAS_ENTERING and not JOIN:
-        given = entering_ptr + (row.to(tl.int64) * segments + piece) * size
+    if HAS_INITIAL and not JOIN:
+        given = initial_ptr + (row.to(tl.int64) * segments + segment_id) * size
         state = tl.load(given + offset, mask=inside, other=0.0)
     if JOIN:
-        keep = tl.exp2((segment // JOIN).to(tl.float32) * log2_decay)
+        across = tl.exp2((segment // JOIN).to(tl.float32) * log2_decay)
         last = segments * JOIN - 1
-        for walked in range((segments - 1 - piece if REVERSE else piece) * JOIN):
-            before = last - walked if REVERSE else walked
-            sums = entering_ptr + (row.to(tl.int64) * (last + 1) + before) * size
-            state = state * keep + tl.load(sums + offset, mask=inside, other=0.0)
+        for turn in range((segments - 1 - segment_id if REVERSE else segment_id) * JOIN):
+            before = last - turn if REVERSE else turn
+            sums = initial_ptr + (row.to(tl.int64) * (last + 1) + before) * size
+            state = state * across + tl.load(sums + offset, mask=inside, other=0.0)
     return state
 
 
@@ -220,46 +220,45 @@ def _entering_state(
 )
 def stream_kernel(
     a_ptr, b_ptr, c_ptr, out_ptr, scores_ptr, log_decay_ptr, normaliser_ptr, documents_ptr,
-    ranges_ptr, entering_ptr, leaving_ptr, kept_ptr,
+    ranges_ptr, initial_ptr, final_ptr, kept_ptr,
     a_batch, a_time, a_head, b_batch, b_time, b_head, c_batch, c_time, c_head,
     out_batch, out_time, out_head,
     time, segment, segments, heads, chunks, split, stride_a, stride_c, normaliser_rows, pairs,
     A: tl.constexpr, C: tl.constexpr, BLOCK_A: tl.constexpr, TILE: tl.constexpr,
-    CHUNK: tl.constexpr, REVERSE: tl.constexpr, SCALE: tl.constexpr,
+    CHUNK: tl.constexpr, REVERSE: tl.constexpr, NORMALISE: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, HAS_RANGES: tl.constexpr,
-    HAS_ENTERING: tl.constexpr, JOIN: tl.constexpr, HAS_LEAVING: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, JOIN: tl.constexpr, HAS_FINAL: tl.constexpr,
     HAS_SCORES: tl.constexpr, HAS_KEPT: tl.constexpr, ADD: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """out_i = sum_{j <= i} gamma^(i-j) (a_i . b_j) c_j for a tile of columns and a segment.
 
-    The row's tokens are at times first + [0, length); i and j are ranks in walking order. With
+    The row's tokens are at times first + [0, length); i and j are ranks in the scan. With
     REVERSE the normaliser belongs to b and c (they are q and do), else to the output. The state
-    enters decayed by gamma^(i+1) (forward: it is the sum *before* the first token) or by gamma^i
+    comes in decayed by gamma^(i+1) (forward: it is the sum *before* the first token) or by gamma^i
     (reverse: the gradient of the sum *after* the last).
 
     Everything is computed transposed: state^T and out^T have the tile's columns as rows. So the
     state, where it stands as the left factor, and the decayed c go from registers straight into
-    the matrix unit, whose right factors alone must lie in shared memory, where the copy engine
-    has put them.
+    the tensor cores, whose right factors alone must lie in shared memory, where TMA has put them.
 
     `split` selects BLOCK_A of a's and b's columns, that is, of the state's rows; a later split
     (ADD) adds its share to what the first one, which also holds the chunk's own part, has stored.
-    stride_a, stride_c: strides of the state's rows and columns in `entering`, one state per
-    segment, and `leaving`, one per head; dq and dk read states of (dk, dv) transposed. JOIN:
-    `entering` holds what each segment alone adds, and every program joins what it needs.
+    stride_a, stride_c: strides of the state's rows and columns in `initial`, one state per
+    segment, and `final`, one per head; dq and dk read states of (dk, dv) transposed. JOIN:
+    `initial` holds what each segment alone adds, and every program joins what it needs.
     HAS_KEPT: the state before every second chunk goes to `kept`, for `backward_kernel`.
     """
     tile = tl.program_id(0)
     row = tl.program_id(1)
-    piece = tl.program_id(2)
+    segment_id = tl.program_id(2)
     row_wide = row.to(tl.int64)
     batch = row // heads
     head = row % heads
     log_decay = _load_log_decay(log_decay_ptr, head)
     log2_decay = log_decay * LOG2_E
     first, length = _row_range(ranges_ptr, batch, time, HAS_RANGES)
-    start = piece * segment
+    start = segment_id * segment
     stop = tl.minimum(start + segment, length)
     normaliser_row = normaliser_ptr + (row % normaliser_rows).to(tl.int64) * time
     documents_row = documents_ptr + batch.to(tl.int64) * time
@@ -283,9 +282,10 @@ def stream_kernel(
     columns = tile * TILE + tl.arange(0, TILE)
     state_offset = columns[:, None] * stride_c + rows[None, :] * stride_a
     state_inside = (columns < C)[:, None] & (rows < A)[None, :]
-    state = _entering_state(
-        entering_ptr, state_offset, state_inside, row, piece, segment, segments, A * C, log2_decay,
-        REVERSE, HAS_ENTERING, JOIN,
+    state = _initial_state(
+        initial_ptr, state_offset, state_inside, row, segment_id, segment, segments, A * C,
+        log2_decay,
+        REVERSE, HAS_INITIAL, JOIN,
     )  # fmt: skip
     if not HAS_SCORES and not ADD:
         # gamma^(i-j) at [j, i], 0 where j > i: the same for all chunks, so it stays in registers.
@@ -296,15 +296,15 @@ def stream_kernel(
         decay = tl.where(gap >= 0, _power(log2_decay, gap), 0.0)
     before = _document_before(documents_row, first, length, start, stop, REVERSE, HAS_DOCUMENTS)
 
-    walk = tl.cdiv(stop - start, CHUNK)
-    if SCALE and not REVERSE:
+    turns = tl.cdiv(stop - start, CHUNK)
+    if NORMALISE and not REVERSE:
         # Read one chunk ahead: the compiler prefetches only what leads into a product.
-        ahead = _chunk_normaliser(normaliser_row, first + start, stop - start, CHUNK, SCALE)
-    for walked in range(walk):
+        ahead = _chunk_normaliser(normaliser_row, first + start, stop - start, CHUNK, NORMALISE)
+    for turn in range(turns):
         if REVERSE:
-            chunk_start = start + (walk - 1 - walked) * CHUNK
+            chunk_start = start + (turns - 1 - turn) * CHUNK
         else:
-            chunk_start = start + walked * CHUNK
+            chunk_start = start + turn * CHUNK
         size = tl.minimum(CHUNK, stop - chunk_start)
         row_time = first + chunk_start
         a = a_desc.load([row_time, split * BLOCK_A])
@@ -319,24 +319,24 @@ def stream_kernel(
             documents_row, row_time, size, before, CHUNK, REVERSE, HAS_DOCUMENTS
         )
         rank = _rank(index, size, REVERSE)
-        arrive = _power(log2_decay, rank + SHIFT)
-        leave = _power(log2_decay, size - SHIFT - rank)
-        keep = tl.exp2(size.to(tl.float32) * log2_decay)
+        from_initial = _power(log2_decay, rank + SHIFT)
+        to_final = _power(log2_decay, size - SHIFT - rank)
+        across = tl.exp2(size.to(tl.float32) * log2_decay)
         if HAS_DOCUMENTS:
-            arrive = tl.where(document == before, arrive, 0.0)
-            leave = tl.where(document == document_last, leave, 0.0)
-            keep = tl.where(document_last == before, keep, 0.0)
+            from_initial = tl.where(document == before, from_initial, 0.0)
+            to_final = tl.where(document == document_last, to_final, 0.0)
+            across = tl.where(document_last == before, across, 0.0)
             before = document_last
-        if SCALE:
+        if NORMALISE:
             if REVERSE:
-                normaliser = _chunk_normaliser(normaliser_row, row_time, size, CHUNK, SCALE)
-                leave *= normaliser
+                normaliser = _chunk_normaliser(normaliser_row, row_time, size, CHUNK, NORMALISE)
+                to_final *= normaliser
             else:
                 normaliser = ahead
                 ahead = _chunk_normaliser(
-                    normaliser_row, row_time + CHUNK, stop - chunk_start - CHUNK, CHUNK, SCALE
+                    normaliser_row, row_time + CHUNK, stop - chunk_start - CHUNK, CHUNK, NORMALISE
                 )
-                arrive *= normaliser
+                from_initial *= normaliser
 
         # The past, through the state; the chunk itself, through its weights.
         past = state.to(dtype)
@@ -348,7 +348,7 @@ def stream_kernel(
                     past,
                     mask=state_inside,
                 )  # fmt: skip
-        out = _dot(past, tl.trans(a), None, PRECISION, UPCAST) * arrive[None, :]
+        out = _dot(past, tl.trans(a), None, PRECISION, UPCAST) * from_initial[None, :]
         if ADD:
             stored = out_desc.load([row_time, tile * TILE])
         else:
@@ -360,7 +360,7 @@ def stream_kernel(
                 weights = _dot(b, tl.trans(a), None, PRECISION, UPCAST) * decay
                 if HAS_DOCUMENTS:
                     weights = tl.where(document[:, None] == document[None, :], weights, 0.0)
-                if SCALE:
+                if NORMALISE:
                     if REVERSE:
                         weights *= normaliser[:, None]
                     else:
@@ -374,11 +374,11 @@ def stream_kernel(
         out_desc.store([row_time, tile * TILE], tl.trans(out.to(dtype)))
 
         # The state after the chunk.
-        c = (tl.trans(c).to(tl.float32) * leave[None, :]).to(dtype)
-        state = _dot(c, b, state * keep, PRECISION, UPCAST)
+        c = (tl.trans(c).to(tl.float32) * to_final[None, :]).to(dtype)
+        state = _dot(c, b, state * across, PRECISION, UPCAST)
 
-    if HAS_LEAVING:
-        tl.store(leaving_ptr + row_wide * A * C + state_offset, state, mask=state_inside)
+    if HAS_FINAL:
+        tl.store(final_ptr + row_wide * A * C + state_offset, state, mask=state_inside)
 
 
 @triton.jit(
@@ -387,17 +387,17 @@ def stream_kernel(
 )
 def backward_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr, dk_ptr, dv_ptr, kept_ptr, log_decay_ptr, normaliser_ptr,
-    documents_ptr, ranges_ptr, entering_ptr, leaving_ptr,
+    documents_ptr, ranges_ptr, initial_ptr, final_ptr,
     q_batch, q_time, q_head, k_batch, k_time, k_head, v_batch, v_time, v_head,
     do_batch, do_time, do_head, dq_batch, dq_time, dq_head, dk_batch, dk_time, dk_head,
     dv_batch, dv_time, dv_head,
     time, segment, segments, heads, pairs, normaliser_rows,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    CHUNK: tl.constexpr, SCALE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
-    HAS_RANGES: tl.constexpr, HAS_ENTERING: tl.constexpr, JOIN: tl.constexpr,
-    HAS_LEAVING: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    CHUNK: tl.constexpr, NORMALISE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+    HAS_RANGES: tl.constexpr, HAS_INITIAL: tl.constexpr, JOIN: tl.constexpr,
+    HAS_FINAL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """All three gradients in one walk backward in time, where one program holds the whole state.
+    """All three gradients in one scan backward in time, where one program holds the whole state.
 
         dq_n = r_n gamma^(i+1) do_n S^T + r_n sum_{m <= n} gamma^(n-m) (do_n . v_m) k_m
         dk_m = gamma^(N-1-m) v_m D^T    + sum_{n >= m} gamma^(n-m) r_n (v_m . do_n) q_n
@@ -405,17 +405,17 @@ def backward_kernel(
 
     They read the same four tensors, and dq shares a chunk's weights with dk. D, the gradient of
     the state, is carried along. S runs the other way, so the forward kept it, in q's dtype as it
-    entered the products there, before every second chunk: with the chunk that follows, which this
-    walk meets next and the cache then holds, it makes the one between.
+    was multiplied there, before every second chunk: with the chunk that follows, which this
+    scan meets next and the cache then holds, it makes the one between.
     """
     row = tl.program_id(0)
-    piece = tl.program_id(1)
+    segment_id = tl.program_id(1)
     row_wide = row.to(tl.int64)
     batch = row // heads
     head = row % heads
     log2_decay = _load_log_decay(log_decay_ptr, head) * LOG2_E
     first, length = _row_range(ranges_ptr, batch, time, HAS_RANGES)
-    start = piece * segment
+    start = segment_id * segment
     stop = tl.minimum(start + segment, length)
     normaliser_row = normaliser_ptr + (row % normaliser_rows).to(tl.int64) * time
     documents_row = documents_ptr + batch.to(tl.int64) * time
@@ -434,9 +434,10 @@ def backward_kernel(
     columns = tl.arange(0, BLOCK_V)
     state_offset = rows[:, None] * V + columns[None, :]
     state_inside = (rows < K)[:, None] & (columns < V)[None, :]
-    state = _entering_state(
-        entering_ptr, state_offset, state_inside, row, piece, segment, segments, K * V, log2_decay,
-        True, HAS_ENTERING, JOIN,
+    state = _initial_state(
+        initial_ptr, state_offset, state_inside, row, segment_id, segment, segments, K * V,
+        log2_decay,
+        True, HAS_INITIAL, JOIN,
     )  # fmt: skip
     kept_row = kept_ptr + row_wide * pairs * K * V + columns[:, None] * K + rows[None, :]
     kept_inside = (columns < V)[:, None] & (rows < K)[None, :]
@@ -445,9 +446,9 @@ def backward_kernel(
     decay = tl.where(gap >= 0, _power(log2_decay, gap), 0.0)
     after = _document_before(documents_row, first, length, start, stop, True, HAS_DOCUMENTS)
 
-    walk = tl.cdiv(stop - start, CHUNK)
-    for walked in range(walk):
-        chunk_start = start + (walk - 1 - walked) * CHUNK
+    turns = tl.cdiv(stop - start, CHUNK)
+    for turn in range(turns):
+        chunk_start = start + (turns - 1 - turn) * CHUNK
         size = tl.minimum(CHUNK, stop - chunk_start)
         row_time = first + chunk_start
         pair = chunk_start // (2 * CHUNK)
@@ -468,9 +469,9 @@ def backward_kernel(
             live_before = (index < tl.minimum(CHUNK, stop - pair_start))[:, None]
             k_before = tl.where(live_before, k_before, 0.0)
             v_before = tl.where(live_before, v_before, 0.0)
-        keep = tl.exp2(size.to(tl.float32) * log2_decay)
+        across = tl.exp2(size.to(tl.float32) * log2_decay)
         of_past = _power(log2_decay, index + 1)
-        leave = of_past
+        to_final = of_past
         of_future = _power(log2_decay, size - 1 - index)
         # Of S before the pair, and of the pair's first chunk, in S before the second.
         hold = tl.where(second, tl.exp2(CHUNK * log2_decay), 1.0)
@@ -481,7 +482,7 @@ def backward_kernel(
                 documents_row, row_time, size, after, CHUNK, True, HAS_DOCUMENTS
             )
             opens = tl.load(documents_row + row_time)
-            entered = _document_before(documents_row, first, length, pair_start, stop, False, True)
+            of_pair = _document_before(documents_row, first, length, pair_start, stop, False, True)
             before = _document_before(documents_row, first, length, chunk_start, stop, False, True)
             document_before, _ = _chunk_documents(
                 documents_row, first + pair_start, tl.minimum(CHUNK, stop - pair_start), 0, CHUNK,
@@ -489,16 +490,16 @@ def backward_kernel(
             )  # fmt: skip
             of_past = tl.where(document == before, of_past, 0.0)
             of_future = tl.where(document == after, of_future, 0.0)
-            leave = tl.where(document == opens, leave, 0.0)
-            keep = tl.where(opens == after, keep, 0.0)
-            hold = tl.where(entered == before, hold, 0.0)
+            to_final = tl.where(document == opens, to_final, 0.0)
+            across = tl.where(opens == after, across, 0.0)
+            hold = tl.where(of_pair == before, hold, 0.0)
             remember = tl.where(document_before == before, remember, 0.0)
             weights = tl.where(document[:, None] == document[None, :], weights, 0.0)
             after = opens
-        if SCALE:
-            normaliser = _chunk_normaliser(normaliser_row, row_time, size, CHUNK, SCALE)
+        if NORMALISE:
+            normaliser = _chunk_normaliser(normaliser_row, row_time, size, CHUNK, NORMALISE)
             of_past *= normaliser
-            leave *= normaliser
+            to_final *= normaliser
             weights = weights * normaliser[None, :]
 
         remembered = (v_before.to(tl.float32) * remember[:, None]).to(dtype)
@@ -523,11 +524,11 @@ def backward_kernel(
         if HAS_RANGES:
             grad_v = tl.where(live, grad_v, 0.0)
         dv_desc.store([row_time, 0], grad_v.to(dtype))
-        scaled = (do.to(tl.float32) * leave[:, None]).to(dtype)
-        state = _dot(tl.trans(q), scaled, state * keep, PRECISION, UPCAST)
+        scaled = (do.to(tl.float32) * to_final[:, None]).to(dtype)
+        state = _dot(tl.trans(q), scaled, state * across, PRECISION, UPCAST)
 
-    if HAS_LEAVING:
-        tl.store(leaving_ptr + row_wide * K * V + state_offset, state, mask=state_inside)
+    if HAS_FINAL:
+        tl.store(final_ptr + row_wide * K * V + state_offset, state, mask=state_inside)
 
 
 @triton.jit(
@@ -538,7 +539,7 @@ def scores_kernel(
     a_ptr, b_ptr, scores_ptr, log_decay_ptr, normaliser_ptr, documents_ptr, ranges_ptr,
     a_batch, a_time, a_head, b_batch, b_time, b_head,
     time, heads, chunks, normaliser_rows,
-    A: tl.constexpr, BLOCK_A: tl.constexpr, CHUNK: tl.constexpr, SCALE: tl.constexpr,
+    A: tl.constexpr, BLOCK_A: tl.constexpr, CHUNK: tl.constexpr, NORMALISE: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, HAS_RANGES: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -579,9 +580,9 @@ def scores_kernel(
             )
             seen = seen & (document[:, None] == document[None, :])
         weights = tl.where(seen, weights * _power(log2_decay, gap), 0.0)
-        if SCALE:
+        if NORMALISE:
             normaliser_row = normaliser_ptr + (row % normaliser_rows).to(tl.int64) * time
-            weights *= _chunk_normaliser(normaliser_row, row_time, size, CHUNK, SCALE)[:, None]
+            weights *= _chunk_normaliser(normaliser_row, row_time, size, CHUNK, NORMALISE)[:, None]
         tl.store(
             scores_ptr + (row.to(tl.int64) * chunks + chunk) * (CHUNK * CHUNK)
             + index[:, None] * CHUNK + index[None, :],
@@ -598,7 +599,7 @@ def segment_sums_kernel(
     b_batch, b_time, b_head, c_batch, c_time, c_head,
     time, segment, segments, heads, normaliser_rows,
     B: tl.constexpr, C: tl.constexpr, BLOCK_B: tl.constexpr, TILE: tl.constexpr,
-    CHUNK: tl.constexpr, REVERSE: tl.constexpr, SKIP: tl.constexpr, SCALE: tl.constexpr,
+    CHUNK: tl.constexpr, REVERSE: tl.constexpr, SKIP: tl.constexpr, NORMALISE: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, HAS_RANGES: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -611,13 +612,13 @@ def segment_sums_kernel(
     TILES: tl.constexpr = (C + TILE - 1) // TILE
     tile = tl.program_id(0)
     row = tl.program_id(1)
-    piece = tl.program_id(2) + SKIP
+    segment_id = tl.program_id(2) + SKIP
     batch = row // heads
     head = row % heads
     log_decay = _load_log_decay(log_decay_ptr, head)
     log2_decay = log_decay * LOG2_E
     first, length = _row_range(ranges_ptr, batch, time, HAS_RANGES)
-    start = piece * segment
+    start = segment_id * segment
     stop = tl.minimum(start + segment, length)
     index = tl.arange(0, CHUNK)
     b_desc = _slices(b_ptr, batch, head, b_batch, b_time, b_head, time, B, CHUNK, BLOCK_B)
@@ -626,19 +627,19 @@ def segment_sums_kernel(
     column = (tile % TILES) * TILE
     normaliser_row = normaliser_ptr + (row % normaliser_rows).to(tl.int64) * time
     documents = documents_ptr + batch.to(tl.int64) * time
-    # Only the document that the walk ends in goes on, so earlier ones need no chain of resets.
+    # Only the document that the segment ends in goes on, so earlier ones need no chain of resets.
     last = 0
     if HAS_DOCUMENTS and stop > start:
         last = tl.load(documents + first + (start if REVERSE else stop - 1))
     state = tl.zeros((TILE, BLOCK_B), tl.float32)
     chunks = tl.cdiv(stop - start, CHUNK)
-    for walked in range(chunks):
+    for turn in range(chunks):
         if REVERSE:
-            chunk_start = start + walked * CHUNK
-            leave = _power(log2_decay, chunk_start - start + 1 + index)
+            chunk_start = start + turn * CHUNK
+            to_final = _power(log2_decay, chunk_start - start + 1 + index)
         else:
-            chunk_start = start + (chunks - 1 - walked) * CHUNK
-            leave = _power(log2_decay, stop - 1 - chunk_start - index)
+            chunk_start = start + (chunks - 1 - turn) * CHUNK
+            to_final = _power(log2_decay, stop - 1 - chunk_start - index)
         size = tl.minimum(CHUNK, stop - chunk_start)
         row_time = first + chunk_start
         b = b_desc.load([row_time, row_column])
@@ -647,19 +648,19 @@ def segment_sums_kernel(
             live = index < size
             b = tl.where(live[:, None], b, 0.0)
             c = tl.where(live[:, None], c, 0.0)
-        if REVERSE and SCALE:
-            leave *= _chunk_normaliser(normaliser_row, row_time, size, CHUNK, SCALE)
+        if REVERSE and NORMALISE:
+            to_final *= _chunk_normaliser(normaliser_row, row_time, size, CHUNK, NORMALISE)
         if HAS_DOCUMENTS:
             document, _ = _chunk_documents(
                 documents, row_time, size, 0, CHUNK, REVERSE, HAS_DOCUMENTS
             )
-            leave = tl.where(document == last, leave, 0.0)
-        c = (tl.trans(c).to(tl.float32) * leave[None, :]).to(c_ptr.dtype.element_ty)
+            to_final = tl.where(document == last, to_final, 0.0)
+        c = (tl.trans(c).to(tl.float32) * to_final[None, :]).to(c_ptr.dtype.element_ty)
         state = _dot(c, b, state, PRECISION, UPCAST)
     rows = row_column + tl.arange(0, BLOCK_B)
     columns = column + tl.arange(0, TILE)
     tl.store(
-        sums_ptr + (row.to(tl.int64) * segments + piece) * B * C
+        sums_ptr + (row.to(tl.int64) * segments + segment_id) * B * C
         + columns[:, None] + rows[None, :] * C,
         state,
         mask=(columns < C)[:, None] & (rows < B)[None, :],
@@ -671,17 +672,17 @@ def segment_sums_kernel(
     do_not_specialize_on_alignment=["log_decay_ptr"],
 )
 def join_kernel(
-    sums_ptr, entering_ptr, initial_ptr, final_ptr, log_decay_ptr, documents_ptr, ranges_ptr,
+    sums_ptr, states_ptr, initial_ptr, final_ptr, log_decay_ptr, documents_ptr, ranges_ptr,
     time, segment, segments, heads, size,
     BLOCK: tl.constexpr, REVERSE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
     HAS_RANGES: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
     EACH: tl.constexpr,
 ):  # fmt: skip
-    """Second level: from what segments add, the states entering them.
+    """Second level: from what segments add, their initial states.
 
-    E_first = initial; E_next = gamma^L E + sums; final = the E after the segment walked last. A
-    program of the map that follows walks EACH segments and writes the states that enter all but
-    the first of them; of those walked last there is no sum unless the final state is wanted.
+    E_first = initial; E_next = gamma^L E + sums; final = the E after the segment scanned last. A
+    program of the map that follows takes EACH segments and writes the initial states of all but
+    the first of them; of those scanned last there is no sum unless the final state is wanted.
     """
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = element < size
@@ -697,20 +698,20 @@ def join_kernel(
         state = tl.zeros((BLOCK,), tl.float32)
     before = _document_before(documents, first, length, 0, length, REVERSE, HAS_DOCUMENTS)
     summed = segments if HAS_FINAL else segments - EACH
-    for walked in range(segments):
-        piece = segments - 1 - walked if REVERSE else walked
-        at = (row_wide * segments + piece) * size + element
-        if walked % EACH == 0:
-            tl.store(entering_ptr + at, state, mask=inside)
-        start = piece * segment
+    for turn in range(segments):
+        segment_id = segments - 1 - turn if REVERSE else turn
+        at = (row_wide * segments + segment_id) * size + element
+        if turn % EACH == 0:
+            tl.store(states_ptr + at, state, mask=inside)
+        start = segment_id * segment
         stop = tl.minimum(start + segment, length)
-        if (walked < summed) & (stop > start):
-            keep = tl.exp2((stop - start).to(tl.float32) * log2_decay)
+        if (turn < summed) & (stop > start):
+            across = tl.exp2((stop - start).to(tl.float32) * log2_decay)
             if HAS_DOCUMENTS:
                 last = tl.load(documents + first + (start if REVERSE else stop - 1))
-                keep = tl.where(last == before, keep, 0.0)
+                across = tl.where(last == before, across, 0.0)
                 before = last
-            state = state * keep + tl.load(sums_ptr + at, mask=inside, other=0.0)
+            state = state * across + tl.load(sums_ptr + at, mask=inside, other=0.0)
     if HAS_FINAL:
         tl.store(final_ptr + row_wide * size + element, state, mask=inside)
 
@@ -726,7 +727,7 @@ def step_kernel(
     q_batch, q_head, k_batch, k_head, v_batch, v_head, o_batch, o_head,
     positions_stride, starts_stride, valid_stride, state_batch, state_head, state_row, heads,
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr,
-    SCALE: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_STARTS: tl.constexpr,
+    NORMALISE: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_STARTS: tl.constexpr,
     HAS_VALID: tl.constexpr,
 ):  # fmt: skip
     """One token: S <- gamma S + k^T v in place, o = q S / sqrt(s_n). Reads and writes S once."""
@@ -751,7 +752,7 @@ def step_kernel(
         decay = tl.where(tl.load(starts_ptr + batch * starts_stride) != 0, 0.0, decay)
     updated = state * decay + k.to(tl.float32)[:, None] * v.to(tl.float32)[None, :]
     out = tl.sum(q.to(tl.float32)[:, None] * updated, axis=0)
-    if SCALE:
+    if NORMALISE:
         position = 0
         if HAS_POSITIONS:
             position = tl.load(positions_ptr + batch * positions_stride)
