@@ -226,20 +226,13 @@ class Launch:
 
 @functools.lru_cache(maxsize=2048)
 def _find_launch(
-    module: str,
-    kernel: str,
-    grid: tuple[int, ...],
-    numbers: tuple[float, ...],
-    constants: tuple[tuple[str, Any], ...],
-    dtypes: tuple[torch.dtype, ...],
-    device: torch.device,
+    module: str, kernel: str, grid: Any, numbers: Any, constants: Any, *_dtypes_and_device: Any
 ) -> Launch:
     """A launch of a kernel, kept: of all that it depends on but where its tensors lie."""
-    kernels = importlib.import_module(module)
     named = dict(constants)
-    warps = named.pop("num_warps")
-    columns, rows = (*grid, 1)[:2]
-    return Launch(getattr(kernels, kernel), (columns, rows, 1), numbers, named, num_warps=warps)
+    options = {"num_warps": named.pop("num_warps")}
+    found = getattr(importlib.import_module(module), kernel)
+    return Launch(found, (*grid, 1, 1)[:3], numbers, named, **options)
 
 
 def launch(
@@ -263,9 +256,8 @@ def launch(
         *numbers: Those that follow.
         **options: Its constants by name, and `num_warps`.
     """
-    dtypes = tuple([x.dtype for x in tensors])
-    constants = tuple(options.items())
-    found = _find_launch(module, kernel, grid, numbers, constants, dtypes, tensors[0].device)
+    of_tensors = *[x.dtype for x in tensors], tensors[0].device
+    found = _find_launch(module, kernel, grid, numbers, tuple(options.items()), *of_tensors)
     addresses = 0
     for tensor in tensors:
         addresses |= tensor.data_ptr()

@@ -2,11 +2,10 @@
 
     S_n = gamma S_(n-1) + k_n^T v_n        o_n = q_n S_n / sqrt(s_n)        s_n = sum_{j<=n} gamma^j
 
-`retention` computes this for a whole piece of a sequence, forward and backward, in Triton;
+`retention` computes this for a segment of a sequence, forward and backward, in Triton;
 `retention_step` computes it for one token and updates the state in place. `reference` is their
 reference implementation in plain PyTorch, and what runs wherever `unavailable` names a reason.
-Derivation and measurements: docs/kernels/; the method: Retentive
-Network, arXiv 2307.08621.
+Derivation, measurements: docs/kernels/; the method: Retentive Network, arXiv 2307.08621.
 
 Importing this module needs neither Triton nor a GPU: both are looked for at the first call.
 """
@@ -14,6 +13,7 @@ Importing this module needs neither Triton nor a GPU: both are looked for at the
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from archzoo.derivatives import differentiated_again, transformed
+from archzoo.kernels import launching
 from archzoo.kernels.launching import TRITON_FOUND, interpreting, result_like
-from archzoo.kernels.retention.launch import Inputs, Problem, prepare, step
-from archzoo.kernels.retention.plans import cut_segments
+from archzoo.kernels.retention.launch import Inputs, Problem, prepare
+from archzoo.kernels.retention.plans import block_of, cut_segments, step_cut
 
 __all__ = ["available", "retention", "retention_step", "unavailable"]
 
@@ -52,19 +53,15 @@ def unavailable(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None
     if transformed():
         return "the kernels are opaque to transforms (torch.func, forward-mode differentiation)"
     dtype, shape, dk = q.dtype, v.shape, q.shape[-1]
+    dv, rows = shape[-1], shape[0] * shape[-2]
     if k.dtype != dtype or v.dtype != dtype:
         return f"q, k and v have different dtypes: {q.dtype}, {k.dtype}, {v.dtype}"
     if dtype not in _DTYPES:
         return f"the kernels take bfloat16 and float32, not {dtype}"
-    if dk > MAX_KEY_WIDTH or shape[-1] > MAX_VALUE_WIDTH:
-        return (
-            f"the kernels take dk up to {MAX_KEY_WIDTH} and dv up to {MAX_VALUE_WIDTH}, "
-            f"not {dk} and {shape[-1]}"
-        )
-    if shape[0] * shape[-2] > MAX_ROWS:
-        return (
-            f"the kernels take {MAX_ROWS} rows of batch times heads, not {shape[0]} x {shape[-2]}"
-        )
+    if dk > MAX_KEY_WIDTH or dv > MAX_VALUE_WIDTH:
+        return f"the kernels take dk <= {MAX_KEY_WIDTH} and dv <= {MAX_VALUE_WIDTH}, not {dk}, {dv}"
+    if rows > MAX_ROWS:
+        return f"the kernels take {MAX_ROWS} rows of batch times heads, not {rows}"
     if not v.numel():
         return "there are no tokens"
     if log_decay is not None and log_decay.requires_grad and torch.is_grad_enabled():
@@ -158,33 +155,33 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    q, k, v, log_decay, state, *rest = inputs
+    q, k, v, log_decay, state, positions, documents, ranges, *flags = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, state, *output[2:])
-    ctx.rest = log_decay, *rest
+    ctx.rest = log_decay, positions, documents, ranges, tuple(flags)
 
 
 def _gradients(ctx: Any, do: Tensor | None, d_final: Tensor | None) -> tuple[Any, ...]:
-    """Of q, k, v and the initial state. `_Eager` leaves its forward pass in the flags' place."""
+    """Of what `_Eager` is given, which leaves its forward pass in the flags' place."""
     if differentiated_again():
         _refuse("second")
     q, k, v, state, states, normaliser, scores = ctx.saved_tensors
-    log_decay, positions, documents, ranges, *flags = ctx.rest
+    log_decay, positions, documents, ranges, forward = ctx.rest
     inputs = Inputs(q, k, v, log_decay, state, positions, documents, ranges)
     if do is None:
         do = torch.zeros_like(v)
-    if len(flags) == 1:
-        dq, dk, dv, d_state = flags[0].backward(inputs, do, d_final, states, normaliser, scores)
-    else:
+    if type(forward) is tuple:
         dq, dk, dv, d_state = torch.ops.archzoo.retention_backward(
-            *inputs, *flags, do, d_final, states, normaliser, scores
+            *inputs, *forward, do, d_final, states, normaliser, scores
         )
-    return dq, dk, dv, None if state is None else d_state.to(state.dtype)
+    else:
+        dq, dk, dv, d_state = forward.backward(inputs, do, d_final, states, normaliser, scores)
+    return dq, dk, dv, None if state is None else d_state.to(state.dtype), None, None
 
 
 def _operator_gradients(ctx: Any, do: Tensor, d_final: Tensor, *_: Any) -> tuple[Any, ...]:
-    dq, dk, dv, d_state = _gradients(ctx, do, d_final)
-    return dq, dk, dv, None, d_state, None, None, None, None, None
+    dq, dk, dv, d_state, *none = _gradients(ctx, do, d_final)
+    return dq, dk, dv, None, d_state, *none, None, None, None
 
 
 torch.library.register_autograd(
@@ -200,12 +197,17 @@ class _Eager(torch.autograd.Function):
         o, final, states, normaliser, scores = forward(inputs)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, state, states, normaliser, scores)
-        ctx.rest = inputs.log_decay, *inputs[5:], forward
+        _, _, _, log_decay, _, positions, documents, ranges = inputs
+        ctx.rest = log_decay, positions, documents, ranges, forward
         return o, final
 
-    @staticmethod
-    def backward(ctx: Any, do: Any, d_final: Any) -> Any:
-        return *_gradients(ctx, do, d_final), None, None
+    backward = staticmethod(_gradients)
+
+
+# What `apply` comes to once it has looked for transforms, as `unavailable` has: 2 us less.
+_apply_eagerly: Callable[..., tuple[Tensor, Tensor | None]] = super(
+    torch.autograd.Function, _Eager
+).apply
 
 
 def retention(
@@ -220,7 +222,7 @@ def retention(
     scale: bool = True,
     return_state: bool | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Retention over a piece of a sequence, fused, differentiable in q, k, v and state.
+    """Retention over a segment of a sequence, fused, differentiable in q, k, v and state.
 
         S_n = gamma S_(n-1) + k_n^T v_n,   o_n = q_n S_n / sqrt(s_n),   s_n = sum_{j<=n} gamma^j
 
@@ -256,8 +258,7 @@ def retention(
         raise RuntimeError(f"no retention kernel: {reason}")
     if starts is not None and positions is None and scale:
         raise ValueError("packed documents (starts) need positions within the document")
-    if return_state is None:
-        return_state = state is not None
+    return_state = state is not None if return_state is None else return_state
     log_decay = log_decay.contiguous()  # every second one of more heads', say, or one for all
     documents = ranges = None
     if positions is not None:
@@ -279,9 +280,9 @@ def retention(
         return o, final if return_state else None
     inputs, forward = prepare(inputs, scale, return_state)
     if torch.is_grad_enabled():
-        o, final = _Eager.apply(*inputs[:3], state, inputs, forward)
-    else:
-        o, final, *_ = forward(inputs, False)
+        q, k, v, *_ = inputs  # copies where TMA takes no other
+        return _apply_eagerly(q, k, v, state, inputs, forward)
+    o, final, *_ = forward(inputs, False)
     return o, final
 
 
@@ -323,4 +324,23 @@ def retention_step(
             "no retention kernel: a step writes into its state and has no derivative; use "
             "`retention`, or torch.no_grad()"
         )
-    return step(q, k, v, log_decay, state, positions, starts, valid, scale), state
+    if state.stride(-1) != 1:  # a copy would not be updated in place
+        raise ValueError(f"the state needs a unit last stride, it has {state.stride()}")
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    batch, heads, dk, dv = state.shape
+    tile, warps = step_cut(batch * heads, dk, dv)
+    seen = [
+        x if x is None or x.dtype != torch.bool else x.view(torch.uint8) for x in (starts, valid)
+    ]
+    places = (positions, *seen)
+    launching.launch(
+        "archzoo.kernels.retention.triton", "step_kernel", (-(-dv // tile), batch * heads),
+        (q, k, v, o, state, log_decay.contiguous(), *(q if x is None else x for x in places)),
+        *(x.stride(i) for x in (q, k, v, o) for i in (0, -2)),
+        *(0 if x is None else x.stride(0) for x in places), *state.stride()[:3], heads,
+        DK=dk, DV=dv, BLOCK_K=block_of(dk), TILE=tile, NORMALISE=scale,
+        HAS_POSITIONS=positions is not None, HAS_STARTS=starts is not None,
+        HAS_VALID=valid is not None, num_warps=warps,
+    )  # fmt: skip
+    return o, state

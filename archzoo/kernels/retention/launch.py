@@ -18,7 +18,6 @@ from archzoo.kernels.launching import (
     Launch,
     aligned,
     known_triton,
-    launch,
     on_its_device,
     padded_width,
     result_like,
@@ -29,7 +28,6 @@ from archzoo.kernels.retention.plans import (
     Cut,
     Pair,
     Plan,
-    block_of,
     cut_segments,
     find_plan,
     segments_per_program,
@@ -85,11 +83,7 @@ class Problem(NamedTuple):
         ))  # fmt: skip
 
     def check(self) -> None:
-        """That the shapes belong together; else the kernels would read what lies beside.
-
-        Raises:
-            ValueError: They do not.
-        """
+        """That the shapes belong together, or ValueError: kernels would read what lies beside."""
         batch, time, heads, dk, dv = self.sizes
         for name, shape, wanted in (
             ("k", self.k, self.q),
@@ -156,10 +150,7 @@ class Problem(NamedTuple):
 
 
 class Direction(NamedTuple):
-    """A direction of time: how rows are cut for it, and the states at its two ends.
-
-    Forward the state is S, in reverse its gradient D.
-    """
+    """A direction of time: how rows are cut for it, and the states, or gradients, at its ends."""
 
     reverse: bool
     segment: int  # tokens
@@ -368,7 +359,11 @@ class Forward(Pass):
         self.scores_shape = problem.scores_shape(self.plan.by_key)
         self.states_shape = problem.states_shape
         self.o = [self.prepare_map(self.direction, "q", "k", "v", keeps) for keeps in (False, True)]
-        self.find_backward = functools.lru_cache(maxsize=16)(self._find_backward)
+        size = problem.dtype.itemsize
+        # By the strides of do, and whether the final state has a gradient; None: not for TMA.
+        self.find_backward = functools.lru_cache(maxsize=16)(
+            lambda do, d_final: Backward(self, do, d_final) if strides_fit((do,), size) else None
+        )
 
     def normalisers(self, stream: int | None, inputs: Inputs, reuse: bool) -> Tensor:
         """The table of normalisers; of a call before, where that counted likewise and may be.
@@ -407,7 +402,7 @@ class Forward(Pass):
         stream = stream_of(q)
         normaliser = self.normalisers(stream, inputs, reuse)
         shared = log_decay, normaliser, documents, ranges
-        initial = _state_like(state)
+        initial = None if state is None else _state_like(state)
         states = final = scores = written = kept = None
         if self.segments is not None:
             states, final = self.segments(stream, k, v, initial, shared)
@@ -424,33 +419,14 @@ class Forward(Pass):
             run(stream, q, k, v, o, scores, *shared, initial, written, kept)
         return o, final, states, normaliser, scores
 
-    def _find_backward(self, do: Shape, d_final: bool) -> Backward | None:
-        """By the strides of do and whether the final state has a gradient.
-
-        None where TMA does not take the strides.
-        """
-        fits = strides_fit((do,), self.problem.dtype.itemsize)
-        return Backward(self, do, d_final) if fits else None
-
-    def backward(
-        self,
-        inputs: Inputs,
-        do: Tensor,
-        d_final: Tensor | None,
-        states: Any,
-        table: Any,
-        scores: Any,
-    ) -> Any:
-        """The gradients of q, k, v and the initial state, by `Backward`.
-
-        States, the table of normalisers and scores are as the forward gave them.
-        """
+    def backward(self, inputs: Inputs, do: Tensor, d_final: Tensor | None, *kept: Any) -> Any:
+        """The gradients of q, k, v and the initial state; `kept`: the forward's last results."""
         found = None if do.data_ptr() % 16 else self.find_backward(do.stride(), d_final is not None)
         if found is None:
             do = aligned(do)
             found = self.find_backward(do.stride(), d_final is not None)
             assert found is not None
-        return found(inputs, do, d_final, states, table, scores)
+        return found(inputs, do, d_final, *kept)
 
 
 class Backward(Pass):
@@ -465,32 +441,23 @@ class Backward(Pass):
         reverse = problem.direction(True, d_final, problem.state is not None)
         self.segments = self.prepare_segments(reverse, "q", "do")
         self.fused = self.prepare_fused_backward(reverse)
-        self.dq: tuple[Launch, ...] = ()
-        self.dk: tuple[Launch, ...] = ()
-        self.dv: tuple[Launch, ...] = ()
-        self.scores = None
-        if self.fused is None:
-            self.dv = self.prepare_map(reverse, "k", "q", "do")
-            self.dk = self.prepare_map(reverse, "v", "do", "q")
-            self.dq = self.prepare_map(forward.direction, "do", "v", "k")
-            self.scores = self.prepare_scores(self.plan.by_value, "do", "v")
+        self.dv = self.prepare_map(reverse, "k", "q", "do")
+        self.dk = self.prepare_map(reverse, "v", "do", "q")
+        self.dq = self.prepare_map(forward.direction, "do", "v", "k")
+        self.scores = self.prepare_scores(self.plan.by_value, "do", "v")
         self.scores_shape = problem.scores_shape(self.plan.by_value)
 
     @on_its_device
     def __call__(
-        self,
-        inputs: Inputs,
-        do: Tensor,
-        d_final: Tensor | None,
-        states: Tensor | None,
-        normaliser: Tensor,
-        scores: Tensor | None,
+        self, inputs: Inputs, do: Tensor, d_final: Tensor | None, *kept: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """dq, dk, dv, and the gradient of the initial state (None without one)."""
         q, k, v, log_decay, state, _, documents, ranges = inputs
+        states, normaliser, scores = kept
         stream = stream_of(q)
         shared = log_decay, normaliser, documents, ranges
-        initial, d_last = _state_like(state), _state_like(d_final)
+        initial = None if state is None else _state_like(state)
+        d_last = None if d_final is None else _state_like(d_final)
         written = d_state = None
         if self.segments is not None:
             initial = states
@@ -528,7 +495,7 @@ def find_forward(problem: Problem) -> Forward | None:
 
 def prepare(inputs: Inputs, normalise: bool, final: bool) -> tuple[Inputs, Forward]:
     """The forward pass of these tensors, and them with q, k, v as TMA takes them."""
-    q, k, v = inputs[:3]
+    q, k, v, *_ = inputs
     found = None
     if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 == 0:
         found = find_forward(Problem.of(inputs, normalise, final))
@@ -550,54 +517,7 @@ def _warp_specialises(device: torch.device) -> bool:
     return hopper and known_triton()
 
 
-def _state_like(tensor: Tensor | None) -> Tensor | None:
+def _state_like(tensor: Tensor) -> Tensor:
     """A state as the kernels read it: float32, contiguous, its base at 16 bytes."""
-    if tensor is None:
-        return None
     tensor = tensor.float().contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
-def _unit_last(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _step_cut(rows: int, dk: int, dv: int) -> tuple[int, int]:
-    """Columns of the state that a program takes, and its warps. Measured, see docs/kernels/."""
-    size = rows * dk * dv
-    tile = 16 if size <= 2**21 else 32 if size <= 2**22 or rows < 1024 else 64
-    tile = min(tile, block_of(dv))
-    return tile, 1 if block_of(dk) * tile <= 2048 else 4
-
-
-def step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    state: Tensor,
-    positions: Tensor | None,
-    starts: Tensor | None,
-    valid: Tensor | None,
-    normalise: bool,
-) -> Tensor:
-    """One token, see `archzoo.kernels.retention.retention_step`."""
-    if state.stride(-1) != 1:  # a copy would not be updated in place
-        raise ValueError(f"the state needs a unit last stride, it has {state.stride()}")
-    q, k, v, log_decay = _unit_last(q), _unit_last(k), _unit_last(v), log_decay.contiguous()
-    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    batch, heads, dk, dv = state.shape
-    tile, warps = _step_cut(batch * heads, dk, dv)
-    places = [x if x is None or x.dtype != torch.bool else x.view(torch.uint8)
-              for x in (positions, starts, valid)]  # fmt: skip
-    launch(
-        "archzoo.kernels.retention.triton", "step_kernel", (-(-dv // tile), batch * heads),
-        (q, k, v, o, state, log_decay, *(q if x is None else x for x in places)),
-        *(x.stride(i) for x in (q, k, v, o) for i in (0, -2)),
-        *(0 if x is None else x.stride(0) for x in places),
-        *state.stride()[:3], heads,
-        DK=dk, DV=dv, BLOCK_K=block_of(dk), TILE=tile, NORMALISE=normalise,
-        HAS_POSITIONS=positions is not None, HAS_STARTS=starts is not None,
-        HAS_VALID=valid is not None, num_warps=warps,
-    )  # fmt: skip
-    return o

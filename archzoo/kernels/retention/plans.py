@@ -13,13 +13,6 @@ import torch
 from archzoo.kernels.launching import power_of_2
 
 
-class Registers(NamedTuple):
-    """Of a thread with warp specialisation: warps that copy by TMA, beside warps that multiply."""
-
-    limit: int  # on average
-    multiplying: int = 0  # what the multiplying warps take over from the copying one; 0: as given
-
-
 class Cut(NamedTuple):
     """How a map, the sums of segments, or the fused backward is cut into programs."""
 
@@ -27,7 +20,9 @@ class Cut(NamedTuple):
     tile: int  # columns of the state that it holds: columns of c and of the result
     warps: int
     stages: int
-    warp_specialised: Registers | None = None  # by `gluon`
+    # With warp specialisation: registers a thread, and those of the warps that multiply, which take
+    # some over from the one that copies by TMA (0: none).
+    warp_specialised: tuple[int, int] | None = None
 
 
 class Pair(NamedTuple):
@@ -73,15 +68,13 @@ _BFLOAT16_PLANS: dict[tuple[int, int], Plan] = {
 # The same with warp specialisation, for whole rows of one document; by exact widths. Three groups
 # of four warps, the backward's four: what a chunk of 64 leaves over goes to the group that makes
 # its weights, and a narrow state alone leaves space for two programs on a multiprocessor.
-_NARROW, _WIDE, _SUMS = Registers(168, 200), Registers(168, 216), Registers(168, 240)
+_NARROW, _WIDE, _SUMS = (168, 200), (168, 216), (168, 240)
 _WARP_SPECIALISED_PLANS: dict[tuple[int, int], Plan] = {
-    (64, 64): _BFLOAT16_PLANS[64, 64]._replace(
-        fused_backward=(64, Cut(64, 64, 12, 5, Registers(128)))
-    ),
+    (64, 64): _BFLOAT16_PLANS[64, 64]._replace(fused_backward=(64, Cut(64, 64, 12, 5, (128, 0)))),
     (128, 256): Plan(
         Pair(64, False, *(Cut(128, 128, 8, 4, _NARROW),) * 2),
         Pair(32, False, *(Cut(256, 128, 8, 5, _WIDE),) * 2),
-        sums=(32, Cut(128, 128, 8, 6, Registers(80, 104))),
+        sums=(32, Cut(128, 128, 8, 6, (80, 104))),
     ),
     (256, 512): Plan(
         Pair(32, False, *(Cut(256, 128, 8, 5, _WIDE),) * 2),
@@ -188,3 +181,11 @@ def sums_per_segment(plan: Plan, rows: int, segment: int, segments: int) -> int:
     while segment % (sums * _SEGMENT_MULTIPLE):
         sums -= 1
     return sums
+
+
+def step_cut(rows: int, dk: int, dv: int) -> tuple[int, int]:
+    """Columns of the state that a program of a step takes, and its warps."""
+    size = rows * dk * dv
+    tile = 16 if size <= 2**21 else 32 if size <= 2**22 or rows < 1024 else 64
+    tile = min(tile, block_of(dv))
+    return tile, 1 if block_of(dk) * tile <= 2048 else 4
