@@ -13,8 +13,8 @@ class StartsFromPrefix(nn.Module):
     """A mixer's side of a prefix: what it can start from, and what it starts from.
 
     Without one a document starts from `init_state`. With one it starts from the prefix, and a reset
-    where a document begins goes there, too. The base class puts it in for a mixer that leaves
-    documents to it; one that handles them itself adds the prefix in its forms.
+    where a document begins goes there, too. The base class inserts it for a mixer that does not
+    handle documents itself; one that does adds the prefix in its forms.
     """
 
     handles_documents = False

@@ -444,7 +444,7 @@ def test_scalars_that_come_and_go_are_averaged_over_when_they_came():
     model = LanguageModel("retnet_micro")
     one, two, three = (torch.tensor(float(n)) for n in (1, 2, 3))
     for scalars in ({"a": one, "b": two}, {"a": three}, {}, {"b": three, "a": two}, {"a": one}):
-        model.figures.add_alike(scalars)
+        model.figures.accumulate(scalars)
     found = {name: entry.tolist() for name, entry in model.figures.sums().items()}
     assert found == {"a": [7.0, 4.0], "b": [5.0, 2.0]}
 

@@ -89,7 +89,7 @@ def load(
     Args:
         path: As for `from_pretrained`.
         device: Where the model goes; "auto": a GPU where there is one. None: the CPU.
-        **changes: Arguments of the decoder in the place of the checkpoint's, such as `dropout`:
+        **changes: Arguments of the decoder instead of the checkpoint's, such as `dropout`:
             the weights must fit them.
     """
     path, device = locate(path), device_of(device)

@@ -1,4 +1,4 @@
-"""Figures on their way to the log: summed up on the device, which is never waited for.
+"""Metrics on their way to the log: accumulated on the device, without synchronising with it.
 
 Sums of numbers are float64 and counts int64, whatever the model and torch's default are.
 """
@@ -32,7 +32,9 @@ class TrainingFigures:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._alike: tuple[tuple[str, ...], Tensor, Tensor] | None = None  # names, values, weights
+        self._accumulated: tuple[tuple[str, ...], Tensor, Tensor] | None = (
+            None  # names, values, weights
+        )
 
     def add(
         self, name: str, value: Tensor, weight: Tensor | None = None, times: float = 1.0
@@ -45,7 +47,7 @@ class TrainingFigures:
         before = self._sums.get(name)
         self._sums[name] = entry if before is None else before + entry
 
-    def add_alike(self, scalars: dict[str, Tensor]) -> None:
+    def accumulate(self, scalars: dict[str, Tensor]) -> None:
         """`add`, each with weight 1: two operations for all, where one by one took three each.
 
         A mixture logs some ten scalars a layer. They are kept in one tensor until `sums`.
@@ -53,30 +55,30 @@ class TrainingFigures:
         if not scalars:
             return
         names, values = tuple(scalars), torch.stack(list(scalars.values()))
-        kept = self._alike
+        kept = self._accumulated
         if kept is None or kept[0] != names:
-            self._settle()
+            self._flush()
             # A run may resume within a row of the log.
             none = torch.zeros(2, dtype=widest(values.device), device=values.device)
             table = torch.stack([self._sums.pop(name, none) for name in names])
             kept = (names, table[:, 0], table[:, 1])
-        self._alike = (names, kept[1] + values, kept[2] + 1)
+        self._accumulated = (names, kept[1] + values, kept[2] + 1)
 
-    def _settle(self) -> None:
-        """Put what `add_alike` keeps among the other sums."""
-        if self._alike is not None:
-            names, sums, weights = self._alike
+    def _flush(self) -> None:
+        """Put what `accumulate` keeps among the other sums."""
+        if self._accumulated is not None:
+            names, sums, weights = self._accumulated
             self._sums |= dict(zip(names, torch.stack([sums, weights], dim=1), strict=True))
-            self._alike = None
+            self._accumulated = None
 
     def sums(self) -> dict[str, Tensor]:
         """All sums by name, for a checkpoint or to be added up over ranks."""
-        self._settle()
+        self._flush()
         return dict(self._sums)
 
     def load(self, sums: dict[str, Tensor]) -> None:
-        """Go on from what `sums` gave."""
-        self._sums, self._alike = dict(sums), None
+        """Continue from what `sums` gave."""
+        self._sums, self._accumulated = dict(sums), None
 
     def clear(self) -> None:
         """Begin the next row."""
@@ -109,8 +111,8 @@ class EvaluationFigures:
 
     Args:
         device: Where they are summed up.
-        extra: Names of further problems whose exact match is looked at, such as lengths beyond
-            the trained ones: `Task.extra_evaluations`.
+        extra: Names of further problems whose exact match is reported, such as out-of-distribution
+            lengths: `Task.extra_evaluations`.
     """
 
     def __init__(self, device: torch.device, extra: tuple[int | str, ...] = ()) -> None:

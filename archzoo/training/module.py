@@ -323,7 +323,7 @@ class LanguageModel(lightning.LightningModule):
             for mine, layer in zip(self._sums, aux, strict=True):
                 for name, value in layer.sums.items():
                     mine[name] = mine.get(name, 0) + value.detach()
-            self.figures.add_alike(scalars(aux) | scalars(pooled))
+            self.figures.accumulate(scalars(aux) | scalars(pooled))
         documents = batch.get("documents")
         seen = labels.numel() if documents is None else (documents >= 0).sum()
         self.figures.add("tokens", torch.as_tensor(seen, device=self.device))
