@@ -297,8 +297,11 @@ def _title(hint: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value in a message: its beginning, if it is long."""
-    text = repr(value)
+    """A value in a message: its beginning, if it is long, as a stranger's file may make it."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = f"a {type(value).__name__} too long to show"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from archzoo.tasks import Addition, Text, build, draw
 from archzoo.tasks.stream import IGNORED
 from archzoo.tasks.text import Corpus
-from archzoo.tasks.tokenizers import LibraryTokenizer, SentencePieceTokenizer
+from archzoo.tasks.tokenizers import LibraryTokenizer, SentencePieceTokenizer, learn_characters
 
 torch.set_num_threads(1)
 
@@ -354,6 +354,18 @@ def test_validation_carries_state_too(text):
 
 
 # ---------------------------------------------------------------------------- tokenizers
+
+
+def test_a_tokenizer_goes_in_as_an_object(text, tmp_path):
+    """As its file does, from the same cache; what the task was made with stays plain data."""
+    own = learn_characters(["abcd\n"])
+    own.save(tmp_path / "own")
+    task, other = (text("abc\n" * 50, tokenizer=given) for given in (own, tmp_path / "own"))
+    task.prepare()
+    other.prepare()
+    assert task.tokenizer.files() == own.files() == other.tokenizer.files()
+    assert task._cache == other._cache and task.fingerprint() == other.fingerprint()
+    assert json.loads(json.dumps(task.config()))["init_args"]["tokenizer"] == "given"
 
 
 def test_a_given_tokenizer_is_used(text, tmp_path):

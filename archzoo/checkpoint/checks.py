@@ -12,6 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from archzoo.checkpoint.archives import Stored, check_memory
 from archzoo.decoder import Decoder
 from archzoo.parts import SLOTS, find
+from archzoo.trust import shown
 
 MISFIT = "the weights do not fit the configuration"
 # The largest sizes that a checkpoint may have: more than any model uses, less than fills a memory.
@@ -37,7 +38,7 @@ def check_settings(config: dict[Any, Any], path: Path) -> None:
         if name in ("vocab_size", "dim", "depth", "heads"):
             if type(value) is not int or not 1 <= value < 2**63:
                 raise ValueError(
-                    f"{path}: {name}={short(value)}: a decoder needs an integer of at least 1"
+                    f"{path}: {name}={shown(value)}: a decoder needs an integer of at least 1"
                 )
         elif name == "adapters" and isinstance(value, dict):
             for entry in value.values():
@@ -46,12 +47,12 @@ def check_settings(config: dict[Any, Any], path: Path) -> None:
             _check_part(name, value, path)
         elif not _fits(value, parameters[name].annotation):
             kind = formatannotation(parameters[name].annotation)
-            raise ValueError(f"{path}: {name}={short(value)} is not valid: it takes {kind}")
+            raise ValueError(f"{path}: {name}={shown(value)} is not valid: it takes {kind}")
     for entry in config.get("pattern") or []:
         _check_part("mixer", entry, path)
     for name, most in (("loops", LARGEST_LOOPS), ("context_length", LARGEST["context_length"])):
         if (config.get(name) or 1) > most:
-            raise ValueError(f"{path}: {name}={short(config[name])} is more than {most:,}")
+            raise ValueError(f"{path}: {name}={shown(config[name])} is more than {most:,}")
 
 
 def _check_part(slot: str, spec: Any, path: Path) -> None:
@@ -65,7 +66,7 @@ def _check_part(slot: str, spec: Any, path: Path) -> None:
         or not isinstance(arguments, dict | None)
     ):
         raise ValueError(
-            f"{path}: {slot}={short(spec)} is not valid: it takes a part's name, or "
+            f"{path}: {slot}={shown(spec)} is not valid: it takes a part's name, or "
             "its class_path and init_args"
         )
     try:
@@ -80,7 +81,7 @@ def _check_part(slot: str, spec: Any, path: Path) -> None:
         elif name in parameters and not _fits(value, parameters[name].annotation):
             kind = formatannotation(parameters[name].annotation)
             whose = f"{path}: {spec['class_path']}"
-            raise ValueError(f"{whose}: {name}={short(value)} is not valid: it takes {kind}")
+            raise ValueError(f"{whose}: {name}={shown(value)} is not valid: it takes {kind}")
 
 
 def _fits(value: Any, annotation: Any) -> bool:
@@ -145,7 +146,7 @@ def check_task(task: Any, path: Path) -> None:
         or not isinstance(task.get("class_path"), str)
         or not isinstance(task.get("init_args"), dict)
     ):
-        raise ValueError(f"{path}: task={short(task)} is not valid: it takes class_path, init_args")
+        raise ValueError(f"{path}: task={shown(task)} is not valid: it takes class_path, init_args")
     _check_amounts(task["init_args"], path)
 
 
@@ -155,7 +156,7 @@ def _check_amounts(arguments: Any, path: Path) -> None:
             most = LARGEST.get(name) if isinstance(name, str) else None
             if most is not None and type(value) in (int, float) and not value <= most:
                 raise ValueError(
-                    f"{path}: its task's {name}={short(value)} is more than the {most:,} that are "
+                    f"{path}: its task's {name}={shown(value)} is more than the {most:,} that are "
                     "read from a checkpoint"
                 )
             _check_amounts(value, path)
@@ -167,15 +168,6 @@ def _check_amounts(arguments: Any, path: Path) -> None:
 def first_line(error: Exception) -> str:
     """What an error says, in a line; of one that says nothing, its class."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-def short(value: Any) -> str:
-    """A value in a message, which a stranger's file may have made long."""
-    try:
-        text = repr(value)
-    except ValueError:  # an integer of thousands of digits
-        text = f"a {type(value).__name__} too long to show"
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def text_or_none(value: Any) -> str | None:

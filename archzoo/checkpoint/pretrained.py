@@ -26,12 +26,12 @@ from archzoo.checkpoint.archives import (
     read_json,
 )
 from archzoo.checkpoint.building import Pretrained, build_with, shapes_of
-from archzoo.checkpoint.checks import check_task, short, text_or_none
+from archzoo.checkpoint.checks import check_task, text_or_none
 from archzoo.checkpoint.digest import DIGEST, weights_digest
 from archzoo.checkpoint.vocabulary import TOKENIZER_LONGEST, check_vocabulary, tokenizer_of
 from archzoo.decoder import Decoder
 from archzoo.parts import SLOTS, find, named_adapters
-from archzoo.trust import WITHIN, strings
+from archzoo.trust import WITHIN, shown, strings
 
 if TYPE_CHECKING:
     from archzoo.tasks.tokenizers import Tokenizer
@@ -226,7 +226,7 @@ def named_tokenizer(name: Any, path: Path) -> Tokenizer | None:
     if name is None:
         return None
     if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
-        raise ValueError(f"{path / CONFIG}: tokenizer={short(name)} is not a file's name beside it")
+        raise ValueError(f"{path / CONFIG}: tokenizer={shown(name)} is not a file's name beside it")
     try:
         return tokenizer_of({name: read_bytes(path / name, TOKENIZER_LONGEST)}, path / name)
     except FileNotFoundError:
