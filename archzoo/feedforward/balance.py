@@ -227,10 +227,10 @@ def gate_ratios(probabilities: Tensor, valid: Tensor | None = None) -> dict[str,
 
 
 class Balance(KeepsFloat32):
-    """The balancing of one mixture: a loss, its coefficient, and what is logged.
+    """The load balancing of one mixture: a loss, its coefficient, and metrics of the load.
 
-    A constant coefficient is just that. An adaptive one starts at `coefficient`, its largest
-    value, and after every optimizer step follows the drop rate r of the step::
+    The coefficient is constant or adaptive. An adaptive one starts at `coefficient`, its largest
+    value, and follows the drop rate r of each optimizer step::
 
         alpha <- beta alpha + (1 - beta) min(xi r, coefficient)        beta 0.99, xi 1/5
 
@@ -313,7 +313,7 @@ class Balance(KeepsFloat32):
         return aux
 
     def _load(self, routing: Routing, valid: Tensor | None) -> tuple[Tensor, Tensor | int, Aux]:
-        """The assignments, their sum, and the balancing loss with the metrics."""
+        """The assignments, their sum, and an aux of the balancing loss and the metrics."""
         kind = self.kind if self.over == "rank" else "none"
         probabilities, indices = routing.probabilities, routing.indices
         by_kernels = fused(probabilities) and probabilities.dtype == torch.float32
@@ -324,11 +324,7 @@ class Balance(KeepsFloat32):
             assignments, loss, seen = summarise_load(
                 probabilities, indices, kind, coefficient, most
             )
-            aux = Aux()
-            if loss is not None:
-                aux.losses["balance"] = loss
-                if self.adaptive:
-                    aux.metrics["coefficient"] = self.alpha.clone()
+            aux = self._aux(loss)
             aux.metrics |= seen
             return assignments, total, aux
         assignments = count_assignments(indices, self.experts, valid)
@@ -349,23 +345,28 @@ class Balance(KeepsFloat32):
         return switch_loss(mean, fractions) if self.kind == "switch" else squared_mean_loss(mean)
 
     def _losses(self, loss: Tensor | None, z: Tensor | None) -> Aux:
-        """The losses by their coefficients, and what is logged of them."""
-        aux = Aux()
-        if loss is not None:
-            # A copy: the backward pass must not see the coefficient of the step after.
-            alpha = self.alpha.clone() if self.adaptive else self.largest
-            aux.losses["balance"] = alpha * loss
+        """The losses times their coefficients, and the metrics of them."""
+        if loss is None:
+            aux = Aux()
+        else:
+            # A copy: the backward pass must not see the coefficient of the next step.
+            aux = self._aux((self.alpha.clone() if self.adaptive else self.largest) * loss)
             aux.metrics["balance"] = loss.detach()
-            if self.adaptive:
-                aux.metrics["coefficient"] = self.alpha.clone()
         if z is not None:
             aux.losses["z"] = self.z_coefficient * z
         return aux
 
+    def _aux(self, loss: Tensor | None) -> Aux:
+        """An aux of the balancing loss, which is multiplied by its coefficient already."""
+        if loss is None:
+            return Aux()
+        metrics = {"coefficient": self.alpha.clone()} if self.adaptive else {}
+        return Aux({"balance": loss}, metrics)
+
     def _pools(
         self, routing: Routing, assignments: Tensor, valid: Tensor | None
     ) -> dict[str, Tensor]:
-        """Sums over this rank's tokens, of which all ranks' together make the losses."""
+        """Sums over this rank's tokens: the losses are functions of all ranks' sums."""
         like = routing.probabilities
         tokens = len(like) if valid is None else valid.sum()
         pools = {"tokens": torch.as_tensor(tokens, device=like.device, dtype=like.dtype)}
@@ -395,7 +396,7 @@ class Balance(KeepsFloat32):
 
         Args:
             assignments: c, (experts,) int64, summed over the step's micro-batches and ranks.
-            dropped: How many of them were dropped, summed likewise; None: none.
+            dropped: Number of dropped assignments, summed in the same way; None: none.
         """
         if not self.adaptive:
             return

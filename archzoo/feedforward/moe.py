@@ -240,9 +240,9 @@ class Experts(nn.Module):
 class MixtureOfExperts(FeedForward):
     """``y = sum over the chosen e of w_e E_e(x)``, plus shared experts that see every token.
 
-    A token's w and choice come from the router alone. The aux holds the balancing loss, what one
-    looks at, and the counts of the step; it is empty in evaluation without gradients, so that
-    decoding pays for nothing that no one reads.
+    The router alone decides a token's experts and their weights w. The aux holds the balancing
+    losses, the metrics of the load and the counts for `after_step`. In evaluation without gradients
+    it is empty, so that decoding computes no statistics.
 
     Args:
         dim: Width of x.
