@@ -124,7 +124,7 @@ million active parameters. A family whose sizes are its paper's says so on its p
 
 
 def modules(place: Path) -> Iterator[str]:
-    """The dotted names of the modules in a room, packages before what they hold."""
+    """The dotted names of the modules in a package, packages before what they hold."""
     for path in sorted(place.rglob("*.py"), key=lambda p: (p.parent, p.stem != "__init__", p)):
         parts = path.relative_to(ROOT).with_suffix("").parts
         if parts[-1] != "__init__":
@@ -141,8 +141,8 @@ def defines(path: Path) -> bool:
     )
 
 
-def rooms() -> dict[str, list[str]]:
-    """Each room of the package with its modules; the zoo's families have pages of their own."""
+def packages() -> dict[str, list[str]]:
+    """Each package of archzoo with its modules; the zoo's families have pages of their own."""
     found = {CORE: [f"archzoo.{p.stem}" for p in sorted(PACKAGE.glob("[!_]*.py"))]}
     found[CORE].sort(key=lambda name: (name != "archzoo.block", name != "archzoo.decoder", name))
     for place in sorted(PACKAGE.iterdir()):
@@ -151,12 +151,12 @@ def rooms() -> dict[str, list[str]]:
     return found
 
 
-def room_page(room: str, names: list[str]) -> str:
-    if room == CORE:
+def package_page(package: str, names: list[str]) -> str:
+    if package == CORE:
         about = "What every part builds on: the interface, the decoder and the registry."
     else:
-        about = docstring(PACKAGE / room / "__init__.py").split("\n\n")[0]
-    title = "archzoo" if room == CORE else f"archzoo.{room}"
+        about = docstring(PACKAGE / package / "__init__.py").split("\n\n")[0]
+    title = "archzoo" if package == CORE else f"archzoo.{package}"
     return f"# {title}\n\n{about}\n\n" + "\n".join(f"::: {name}\n" for name in names)
 
 
@@ -168,12 +168,12 @@ def api_index() -> str:
         f"| [`archzoo.{name}`][{place}.{name}] | `{place}` |" for name, place in names.items()
     )
     lines = []
-    for room in rooms():
-        title = "archzoo" if room == CORE else f"archzoo.{room}"
-        lines.append(f"- [`{title}`]({room}.md)")
+    for package in packages():
+        title = "archzoo" if package == CORE else f"archzoo.{package}"
+        lines.append(f"- [`{title}`]({package}.md)")
     return f"""# API reference
 
-One page for each room of the package, written from its docstrings:
+One page for each package of archzoo, written from its docstrings:
 
 {chr(10).join(lines)}
 
@@ -192,7 +192,7 @@ def generated() -> dict[str, str]:
     """All pages that are not files, by their place under docs/."""
     pages = {"zoo/index.md": zoo_index(), "api/index.md": api_index()}
     pages |= {f"zoo/{name}.md": family_page(name) for name in families()}
-    pages |= {f"api/{room}.md": room_page(room, names) for room, names in rooms().items()}
+    pages |= {f"api/{package}.md": package_page(package, names) for package, names in packages().items()}
     pages["changelog.md"] = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     return pages
 
@@ -200,7 +200,7 @@ def generated() -> dict[str, str]:
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Fill the two sections of the navigation whose pages are generated."""
     zoo = ["zoo/index.md", *(f"zoo/{name}.md" for name in families())]
-    api = ["api/index.md", *(f"api/{room}.md" for room in rooms())]
+    api = ["api/index.md", *(f"api/{package}.md" for package in packages())]
     for section in config.nav:
         if isinstance(section, dict) and "The zoo" in section:
             section["The zoo"] = zoo

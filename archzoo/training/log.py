@@ -32,9 +32,8 @@ class TrainingFigures:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._accumulated: tuple[tuple[str, ...], Tensor, Tensor] | None = (
-            None  # names, values, weights
-        )
+        # Names, values and weights of what `accumulate` keeps.
+        self._accumulated: tuple[tuple[str, ...], Tensor, Tensor] | None = None
 
     def add(
         self, name: str, value: Tensor, weight: Tensor | None = None, times: float = 1.0

@@ -87,7 +87,7 @@ _WARP_SPECIALISED_PLANS: dict[tuple[int, int], Plan] = {
 _FILL = 128
 _SEGMENT_LEAST = 512
 _SEGMENT_MULTIPLE = 256  # of every chunk, so that they divide a segment
-# Up to so many segments the maps of narrow heads join the sums themselves, instead of a kernel
+# Up to this many segments the maps of narrow heads join the sums themselves, instead of a kernel
 # ahead of them. That kernel is a launch, some 6 us, and moves 2 s - 1 states of each of the (batch,
 # head) rows, s segments; joining, a program reads (s - 1) / 2 states on average where it had read
 # one. Of wide heads four maps would, 128 KB at a time: 30 us lost at 8 x 128 x 256 with 4 segments.

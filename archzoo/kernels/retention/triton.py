@@ -607,7 +607,7 @@ def segment_sums_kernel(
 
     With REVERSE (b, c are q, do): sum_j gamma^(L-j) r_j b_j^T c_j, see `stream_kernel`. The sum is
     taken against the direction of j: what it reads last, the map that follows reads first, and the
-    cache still holds it. SKIP: the first so many are left out.
+    cache still holds it. SKIP: how many of the first are omitted.
     """
     TILES: tl.constexpr = (C + TILE - 1) // TILE
     tile = tl.program_id(0)
@@ -627,7 +627,7 @@ def segment_sums_kernel(
     column = (tile % TILES) * TILE
     normaliser_row = normaliser_ptr + (row % normaliser_rows).to(tl.int64) * time
     documents = documents_ptr + batch.to(tl.int64) * time
-    # Only the document that the segment ends in goes on, so earlier ones need no chain of resets.
+    # Only the document that the segment ends in continues, so earlier ones need no chain of resets.
     last = 0
     if HAS_DOCUMENTS and stop > start:
         last = tl.load(documents + first + (start if REVERSE else stop - 1))
