@@ -192,7 +192,7 @@ def generated() -> dict[str, str]:
     """All pages that are not files, by their place under docs/."""
     pages = {"zoo/index.md": zoo_index(), "api/index.md": api_index()}
     pages |= {f"zoo/{name}.md": family_page(name) for name in families()}
-    pages |= {f"api/{package}.md": package_page(package, names) for package, names in packages().items()}
+    pages |= {f"api/{name}.md": package_page(name, modules) for name, modules in packages().items()}
     pages["changelog.md"] = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     return pages
 
