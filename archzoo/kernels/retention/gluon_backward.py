@@ -50,7 +50,7 @@ LEFT: gl.constexpr = gl.constexpr(gl.DotOperandLayout(0, TILE.value, 2))
 def _chunk(turn, turns, start, stop, CHUNK: gl.constexpr):
     """First token and size of the chunk of the loop's turn, backward in time.
 
-    Chunks come in pairs; the very last one of a row may lie beyond its end. TMA fills it
+    Chunks come in pairs; the very last one of a row may extend past its end. TMA fills it
     with zeros and writes nothing of it, and its size is 0.
     """
     begin = start + (turns - 1 - turn) * CHUNK
