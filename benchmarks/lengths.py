@@ -3,7 +3,7 @@
     python benchmarks/lengths.py runs/claims/abacus_*
     python benchmarks/lengths.py runs/claims/abacus_coverage_* --longest 30 --checkpoint best
 
-Each run is a directory of `archzoo fit` on a task with operands of a number of digits. Problems are
+Each run is a directory of `archzoo fit` on a task whose sizes are numbers of digits. Problems are
 held out, both operands have n digits, and an answer counts where every token of it is the most
 likely one (teacher-forced, which for greedy decoding is the same). A row a run goes into results/,
 and the figure beside it: a line a variant, with the spread of its seeds; the grey span is what was

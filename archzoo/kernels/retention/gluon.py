@@ -174,7 +174,7 @@ def _multiply(
 ):  # fmt: skip
     """One of the two multiplying groups: columns [64 HALF, 64 HALF + 64) of the program's tile.
 
-    With EACH > 1 the initial states of its later segments go to `inner_ptr`, with a stride of A rows.
+    With EACH > 1 the initial states of its later segments go to `inner_ptr`, stride A rows.
     """
     TILES: gl.constexpr = BLOCK_A // WIDE
     SHIFT: gl.constexpr = 0 if REVERSE else 1
