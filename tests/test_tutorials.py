@@ -1,4 +1,4 @@
-"""The tutorials run from their first block to their last, and print what they show.
+"""The tutorials and the first page run from first block to last, and print what they show.
 
 A block with a title is a file, or its next part; blocks of bash and python are run in order, in one
 directory; a block of text is what the block before it prints. What is shown counts in its form:
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+TUTORIALS = [ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "tutorials").glob("*.md"))]
 BIN = Path(sys.executable).parent
 SAMPLED = "<!-- sampled -->\n"
 
