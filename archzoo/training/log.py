@@ -38,7 +38,14 @@ class TrainingFigures:
     def add(
         self, name: str, value: Tensor, weight: Tensor | None = None, times: float = 1.0
     ) -> None:
-        """Add a value by `times` its weight, or, without a weight, a count."""
+        """Add a value by `times` its weight, or, without a weight, a count.
+
+        Args:
+            name: Of the figure.
+            value: A scalar.
+            weight: What its mean goes by. None: a count, which is summed.
+            times: The weight counts so often.
+        """
         entry = value.detach()
         if weight is not None:
             wide = widest(entry.device)

@@ -91,8 +91,15 @@ def decays(
 ) -> Decays:
     """Of `chunks` chunks from token `begin` on; layers of one decay share them within a call.
 
-    `normaliser`: of a single chunk's tokens, (batch or 1, chunk, heads, 1); a decay that ends at a
-    token then holds it, and the chunk dimension is left out.
+    Args:
+        log_decay: log gamma of each head, (heads,).
+        context: Of the tokens.
+        begin: The first token of the first chunk.
+        chunk: Tokens in each.
+        chunks: How many.
+        scale: Of k.
+        normaliser: Of a single chunk's tokens, (batch or 1, chunk, heads, 1); a decay that ends at
+            a token then holds it, and the chunk dimension is left out.
     """
 
     def compute() -> Decays:
