@@ -13,6 +13,7 @@ from torch import nn
 
 import archzoo
 from archzoo import trust
+from archzoo.cli import main
 from archzoo.parts import describe, find
 from archzoo.tasks import Addition
 from archzoo.tasks.stream import build
@@ -165,33 +166,25 @@ if __name__ == "__main__":
 """
 
 
-def test_what_a_script_saves_is_found_where_the_script_is_imported(tmp_path):
+def test_what_a_script_saves_is_found_where_the_script_is_imported(tmp_path, monkeypatch, capsys):
     (tmp_path / "my_script.py").write_text(SCRIPT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-
-    def run(*arguments):
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env=environment,
-        )
-        return done.returncode, done.stdout, done.stderr
-
-    assert run("my_script.py") == (0, "my_script.Slow my_script.Sums\n", "")
-    command = ("-m", "archzoo", "generate", "saved", "1+1=")
-    status, _, error = run(*command)
-    assert status == 1 and "--import my_script" in error and len(error.splitlines()) == 1
-    status, shown, error = run(
-        "-m", "archzoo", "generate", "saved", "1+1=", "--import", "my_script"
-    )
-    assert status == 0 and shown.startswith("1+1=")
-    # At a prompt there is no such name.
-    script = SCRIPT.replace('"__main__"', "__name__")
-    assert run("-c", script) == (0, "__main__.Slow __main__.Sums\n", "")
-    status, _, error = run(*command)
-    assert status == 1 and "was defined in a notebook or a prompt" in error
+    generate = ["generate", "saved", "1+1="]
+    for way, name in ((["my_script.py"], "my_script"), (["-c", SCRIPT], "__main__")):
+        done = subprocess.run([sys.executable, *way], capture_output=True, env=environment)
+        assert (done.stdout.decode(), done.stderr) == (f"{name}.Slow {name}.Sums\n", b"")
+        assert main(generate) == 1
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1
+        if name == "my_script":
+            assert "--import my_script" in error
+            assert main([*generate, "--import", "my_script"]) == 0
+            assert capsys.readouterr().out.startswith("1+1=")
+            del sys.modules["my_script"]
+        else:  # at a prompt or in a notebook there is no such name
+            assert "was defined in a notebook or a prompt" in error
 
 
 def test_a_name_of_a_function_s_class_runs_nothing():
