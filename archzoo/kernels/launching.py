@@ -155,12 +155,7 @@ class Launch:
     """
 
     def __init__(
-        self,
-        kernel: Any,
-        grid: tuple[int, int, int],
-        numbers: tuple[float, ...],
-        constants: dict[str, Any],
-        **options: int,
+        self, kernel: Any, grid: Any, numbers: Any, constants: dict[str, Any], **options: int
     ) -> None:
         self.kernel, self.grid, self.numbers = kernel, grid, numbers
         self.constants, self.options = constants, options
@@ -241,6 +236,7 @@ def launch(
     grid: tuple[int, ...],
     tensors: tuple[Tensor, ...],
     *numbers: float,
+    kept: Any = (),
     **options: Any,
 ) -> None:
     """Run the kernel of this name, in that module, where its first tensor lies.
@@ -254,10 +250,11 @@ def launch(
         grid: Programs, along one axis or two.
         tensors: Its first parameters.
         *numbers: Those that follow.
+        kept: Options as pairs, by a caller who makes them once.
         **options: Its constants by name, and `num_warps`.
     """
     of_tensors = *[x.dtype for x in tensors], tensors[0].device
-    found = _find_launch(module, kernel, grid, numbers, tuple(options.items()), *of_tensors)
+    found = _find_launch(module, kernel, grid, numbers, (*kept, *options.items()), *of_tensors)
     addresses = 0
     for tensor in tensors:
         addresses |= tensor.data_ptr()

@@ -24,7 +24,7 @@ from archzoo.derivatives import differentiated_again, transformed
 from archzoo.kernels import launching
 from archzoo.kernels.launching import TRITON_FOUND, interpreting, result_like
 from archzoo.kernels.retention.launch import Inputs, Problem, prepare
-from archzoo.kernels.retention.plans import block_of, cut_segments, step_cut
+from archzoo.kernels.retention.plans import cut_segments, plan_step
 
 __all__ = ["available", "retention", "retention_step", "unavailable"]
 
@@ -150,8 +150,7 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
 def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     inputs = Inputs(*arguments[:8])
     shape = (0,) if inputs.state is None else inputs.state.shape
-    d_state = inputs.q.new_empty(shape, dtype=torch.float32)
-    return *map(result_like, inputs[:3]), d_state
+    return *map(result_like, inputs[:3]), inputs.q.new_empty(shape, dtype=torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -326,21 +325,17 @@ def retention_step(
         )
     if state.stride(-1) != 1:  # a copy would not be updated in place
         raise ValueError(f"the state needs a unit last stride, it has {state.stride()}")
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = [x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)]
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    batch, heads, dk, dv = state.shape
-    tile, warps = step_cut(batch * heads, dk, dv)
-    seen = [
-        x if x is None or x.dtype != torch.bool else x.view(torch.uint8) for x in (starts, valid)
-    ]
-    places = (positions, *seen)
+    given = positions, starts, valid
+    places = [x if x is None or x.dtype != torch.bool else x.view(torch.uint8) for x in given]
+    of_q, of_k, of_v, of_o = q.stride(), k.stride(), v.stride(), o.stride()
+    grid, options = plan_step(state.shape, scale, *[x is not None for x in places])
     launching.launch(
-        "archzoo.kernels.retention.triton", "step_kernel", (-(-dv // tile), batch * heads),
-        (q, k, v, o, state, log_decay.contiguous(), *(q if x is None else x for x in places)),
-        *(x.stride(i) for x in (q, k, v, o) for i in (0, -2)),
-        *(0 if x is None else x.stride(0) for x in places), *state.stride()[:3], heads,
-        DK=dk, DV=dv, BLOCK_K=block_of(dk), TILE=tile, NORMALISE=scale,
-        HAS_POSITIONS=positions is not None, HAS_STARTS=starts is not None,
-        HAS_VALID=valid is not None, num_warps=warps,
+        "archzoo.kernels.retention.triton", "step_kernel", grid,
+        (q, k, v, o, state, log_decay.contiguous(), *[q if x is None else x for x in places]),
+        of_q[0], of_q[-2], of_k[0], of_k[-2], of_v[0], of_v[-2], of_o[0], of_o[-2],
+        *[0 if x is None else x.stride(0) for x in places], *state.stride()[:3], state.shape[1],
+        kept=options,
     )  # fmt: skip
     return o, state

@@ -103,8 +103,7 @@ class Problem(NamedTuple):
 
     @property
     def plan(self) -> Plan:
-        whole = not (self.documents or self.ranges)
-        specialised = whole and _warp_specialises(self.device)
+        specialised = not (self.documents or self.ranges) and _warp_specialises(self.device)
         return find_plan(self.q[-1], self.v[-1], self.dtype, specialised)
 
     def direction(self, reverse: bool, initial: bool, final: bool) -> Direction:

@@ -183,9 +183,17 @@ def sums_per_segment(plan: Plan, rows: int, segment: int, segments: int) -> int:
     return sums
 
 
-def step_cut(rows: int, dk: int, dv: int) -> tuple[int, int]:
-    """Columns of the state that a program of a step takes, and its warps."""
-    size = rows * dk * dv
+@functools.lru_cache(maxsize=64)
+def plan_step(
+    state: tuple[int, ...], normalise: bool, positions: bool, starts: bool, valid: bool
+) -> tuple[tuple[int, int], tuple[tuple[str, int], ...]]:
+    """The programs of a step, by columns of the state and rows, and what `launch` takes by name."""
+    batch, heads, dk, dv = state
+    size, rows = batch * heads * dk * dv, batch * heads
     tile = 16 if size <= 2**21 else 32 if size <= 2**22 or rows < 1024 else 64
     tile = min(tile, block_of(dv))
-    return tile, 1 if block_of(dk) * tile <= 2048 else 4
+    warps = 1 if block_of(dk) * tile <= 2048 else 4
+    options = {"DK": dk, "DV": dv, "BLOCK_K": block_of(dk), "TILE": tile, "NORMALISE": normalise,
+               "HAS_POSITIONS": positions, "HAS_STARTS": starts, "HAS_VALID": valid,
+               "num_warps": warps}  # fmt: skip
+    return (-(-dv // tile), rows), tuple(options.items())
