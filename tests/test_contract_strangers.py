@@ -588,7 +588,61 @@ class PositionsInHalf(LinearBias):
         return -self.slope[:, None, None].exp() * distance
 
 
+# ---------------------------------------------------------------------------- adapters and Linears
+
+
+class Shift(archzoo.Adapter):
+    """A learned bias of each row, and no matrix: what is added does not look at x."""
+
+    def __init__(self, target, *, targets=None, layers=None):
+        super().__init__(target, targets=targets, layers=layers)
+        self.bias = nn.Parameter(torch.empty(target.shape[-2]))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.zeros_(self.bias)
+
+    def output(self, x, y):
+        return self.bias.expand_as(y)
+
+
+class ShiftsInPlace(Shift):
+    def output(self, x, y):
+        return x.mul_(1.5).mean(-1, keepdim=True) + self.bias
+
+
+class ShiftsByTheBatch(Shift):
+    def output(self, x, y):
+        return self.bias * (1 + x.mean())
+
+
+class Halves(archzoo.Linear):
+    """It keeps twice its weight."""
+
+    def product(self, x, rows=None):
+        y = super().product(x, rows) / 2
+        if self.bias is None:
+            return y
+        return y + (self.bias if rows is None else self.bias[rows]) / 2
+
+    def base_weight(self):
+        return self.weight / 2
+
+
+class CentresItsRows(archzoo.Linear):
+    def product(self, x, rows=None):
+        y = super().product(x, rows)
+        return y - y.mean(0, keepdim=True) / 2
+
+
+class ForgetsItsBlocks(archzoo.Linear):
+    def product(self, x, rows=None):
+        return super().product(x)
+
+
 RIGHT = [
+    Shift,
+    Halves,
     LinearAttention,
     ConvolutionAndMemory,
     ComplexRecurrence,
@@ -645,6 +699,10 @@ BROKEN = [
     (NanGradient, "gradients", "not finite"),
     (DeadSlope, "gradients", "gets no gradient"),
     (PositionsInHalf, "casts", "bfloat16 against float64"),
+    (ShiftsInPlace, "identity at start", "adapted at the start against the base"),
+    (ShiftsByTheBatch, "forms equal", "against recurrent"),
+    (CentresItsRows, "gradients", "a row sees another row"),
+    (ForgetsItsBlocks, "interface", "block by block against all at once"),
 ]
 
 
