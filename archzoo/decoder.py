@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, overload
 
@@ -114,6 +115,8 @@ class Decoder(nn.Module):
 
     task: dict[str, Any] | None = None
     base: str | None = None
+    #: The parameters that learned before adapters were put on, by name.
+    learned_before: set[str]
     #: Whether an adapter puts vectors before the text of every document.
     has_prompt = False
     prompt: nn.ModuleDict
@@ -239,7 +242,8 @@ class Decoder(nn.Module):
         self.draw_weights()
         self._tie()
         if named := named_adapters(config):
-            attach(self, named)
+            self.config |= attach(self, named)
+            start_adapters(self)
 
     def _tie(self) -> None:
         if self.tie_weights:
@@ -325,6 +329,18 @@ class Decoder(nn.Module):
             "embedding": self.embedding.init_state(batch_size, **options),
             "blocks": [mixer.start_state(batch_size, **options) for mixer in mixers],
         }
+
+    @contextmanager
+    def weights_held(self) -> Iterator[None]:
+        """For decoding: within it adapted weights that kernels read are computed once.
+
+        No weight may change within.
+        """
+        with ExitStack() as stack:
+            for module in self.modules():
+                if isinstance(module, Linear):
+                    stack.enter_context(module.held())
+            yield
 
     @property
     def dtype(self) -> torch.dtype:
@@ -593,6 +609,9 @@ def _replace_linears(part: nn.Module, spec: Spec) -> None:
                 bias=child.bias is not None,
                 residual_projection=child.residual_projection,
             )
+            if child.keeps_init:  # its own values, which are drawn already
+                made.load_state_dict(child.state_dict(), strict=False)
+                made.keeps_init = True
             setattr(part, name, made)
         elif not isinstance(child, Router):  # which choose in full precision
             _replace_linears(child, spec)

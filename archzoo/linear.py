@@ -9,6 +9,7 @@ trained model (`archzoo.adapters`) says what it changes by these names.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archzoo.derivatives import followed
+from archzoo.numerics import without_autocast
 
 
 class Linear(nn.Linear):
@@ -60,6 +62,11 @@ class Linear(nn.Linear):
         bias: bool = False,
         residual_projection: bool = False,
     ) -> None:
+        for name in blocks:
+            if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+                raise ValueError(
+                    f"{name!r} is not a valid name of a block: torch uses it otherwise"
+                )
         self.stack = stack
         # A stack's matrices are drawn below: what nn.Linear would draw has another shape.
         device = None if stack is None else "meta"
@@ -67,7 +74,7 @@ class Linear(nn.Linear):
         self.blocks = dict(blocks)
         self.residual_projection = residual_projection
         self.adapted = False
-        self._cached: tuple[Any, Tensor] | None = None
+        self._held: Tensor | None = None
         if stack is not None:
             self.weight_is_read = True
             self.weight = nn.Parameter(torch.empty(stack, self.out_features, in_features))
@@ -166,21 +173,36 @@ class Linear(nn.Linear):
     def effective_weight(self) -> Tensor:
         """W with the change of every adapter, for whoever reads it without a call.
 
-        While gradients are off it is computed once, and again when a weight of it has changed.
+        It is computed anew at each call, but within `held`.
         """
         if not self.adapted:
             return self.base_weight()
-        if torch.is_grad_enabled() or followed():
-            return self._effective()
-        tensors = list(self.parameters())
-        if any(tensor.is_inference() for tensor in tensors):  # which count no versions
-            return self._effective()
-        state = [(id(t), t._version, t.data_ptr(), t.dtype, t.device) for t in tensors]
-        if self._cached is None or self._cached[0] != state:
-            self._cached = (state, self._effective())
-        return self._cached[1]
+        if self._held is not None and not torch.is_grad_enabled() and not followed():
+            return self._held
+        return self._effective()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within it the effective weight is computed once, while gradients are off.
+
+        Whoever decodes enters it, and changes no weight within. Nothing else could tell that one
+        has changed: a fused optimizer step, FSDP2 and ``.data`` count no versions.
+        """
+        if not (self.adapted and self.weight_is_read) or self._held is not None:
+            yield
+            return
+        with torch.no_grad():
+            self._held = self._effective()
+        try:
+            yield
+        finally:
+            self._held = None
 
     def _effective(self) -> Tensor:
+        with without_autocast(self.device):  # weights are changed in their own dtype
+            return self._with_changes()
+
+    def _with_changes(self) -> Tensor:
         parts = dict(
             zip(
                 self.blocks,
@@ -194,6 +216,10 @@ class Linear(nn.Linear):
 
     def _delta(self, name: str, adapter: Any) -> Tensor:
         """An adapter's change of its block, on top of those before it."""
+        with without_autocast(self.device):
+            return self._delta_alone(name, adapter)
+
+    def _delta_alone(self, name: str, adapter: Any) -> Tensor:
         weight = self.base_weight()[..., self.rows(name), :]
         for other, before in self.adapters():
             if before is adapter:
@@ -230,14 +256,29 @@ class Linear(nn.Linear):
     def merge(self) -> None:
         """Put the adapters' changes into the weight, and take the adapters away."""
         if self.adapted:
-            self.weight.copy_(self._effective())
+            self.set_weight(self._effective())
             self.detach_adapters()
+
+    def set_weight(self, weight: Tensor) -> None:
+        """Become a Linear of this weight: the opposite of `base_weight`."""
+        self.check_mergeable()
+        self.weight.copy_(weight)
+
+    def check_mergeable(self) -> None:
+        """Refuse to merge into a class that overrides `base_weight` and not `set_weight`."""
+        cls = type(self)
+        own = cls.base_weight is not Linear.base_weight
+        if own and cls.set_weight is Linear.set_weight:
+            raise ValueError(
+                f"{type(self).__name__} has a base_weight() of its own and no set_weight(weight): "
+                "an adapter cannot be merged into it"
+            )
 
     def detach_adapters(self) -> None:
         """Take the adapters away; the weight stays as it is."""
         if self.adapted:
             del self.adapter_modules
-            self.adapted, self._cached = False, None
+            self.adapted = False
 
 
 def _of_each(x: Tensor, weight: Tensor) -> Tensor:

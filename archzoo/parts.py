@@ -133,10 +133,10 @@ def describe_adapters(adapters: dict[str, Part]) -> dict[str, Spec]:
     Raises:
         ValueError: A name that cannot be part of a parameter's, or no adapter under it.
     """
-    if not isinstance(adapters, dict) or "class_path" in adapters:
+    if not isinstance(adapters, dict) or not adapters or "class_path" in adapters:
         raise ValueError(f"adapters {adapters!r} must hold adapters by name; adapter takes one")
     for name in adapters:
-        if not (isinstance(name, str) and name.isidentifier()):
+        if not (isinstance(name, str) and name.isidentifier()) or hasattr(nn.ModuleDict, name):
             raise ValueError(
                 f"adapter name {name!r} is not valid: take letters, digits and _, for it becomes "
                 "part of the parameters' names"

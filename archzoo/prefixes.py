@@ -45,7 +45,7 @@ class StartsFromPrefix(nn.Module):
         if not self.has_prefix or self.handles_documents:
             return state
         return state | {
-            name: value.to(state[name]).expand_as(state[name])
+            name: value.to(state[name]).expand_as(state[name]).clone()
             for name, value in self.learned_prefix().items()
         }
 

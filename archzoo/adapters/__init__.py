@@ -72,6 +72,8 @@ class Adapter(nn.Module, ABC):
         layers: list[int] | None = None,
     ) -> None:
         super().__init__()
+        if target.kind in ("input", "state"):  # tables and states, which decay would shrink
+            self.decays = False
 
     @abstractmethod
     def reset_parameters(self) -> None:

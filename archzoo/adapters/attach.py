@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from archzoo.decoder import Decoder
 
 
+PLAIN = re.compile(r"[\w.]+")  # a block's name or a whole path
+
+
 class Place(NamedTuple):
     """A target with the module that holds it.
 
@@ -69,47 +72,81 @@ def adapt(decoder: Decoder, adapter: Any) -> Decoder:
         )
     several = isinstance(adapter, dict) and "class_path" not in adapter
     described = describe_adapters(adapter) if several else describe("adapter", adapter)
-    config = {"adapters" if several else "adapter": described}
-    attach(decoder, named_adapters(config))
-    decoder.config |= config
+    decoder.config |= attach(decoder, described if several else {"default": described})
     for _, module in adapter_modules(decoder):
         module.to(decoder.device, decoder.dtype).train(decoder.training)
     start_adapters(decoder)
     return decoder
 
 
-def attach(decoder: Decoder, entries: dict[str, Spec]) -> None:
+def attach(decoder: Decoder, entries: dict[str, Spec]) -> dict[str, Any]:
     """Put adapters on a decoder and let nothing else learn.
 
     Args:
         decoder: Without adapters.
         entries: Plain data by the adapters' names, as `archzoo.parts.named_adapters` gives it.
 
+    Returns:
+        The settings of `Decoder.config` that say so: paths instead of regular expressions.
+
     Raises:
         ValueError: Nothing matches the targets, or the class cannot change what matches; the
-            message names both.
+            message names both, and nothing has changed.
     """
     places = list_targets(decoder)
+    found = {entry: _matching(decoder, spec, places) for entry, spec in entries.items()}
+    made = [
+        (entry, place, build("adapter", entries[entry], place.target))
+        for entry, matched in found.items()
+        for place in matched
+    ]
+    _check_together(made)  # all is refused before anything is changed
+    decoder.learned_before = {n for n, p in decoder.named_parameters() if p.requires_grad}
     for parameter in decoder.parameters():
         parameter.requires_grad_(False)
-    for entry, spec in entries.items():
-        for place in _matching(decoder, spec, places):
-            made = build("adapter", spec, place.target)
-            if isinstance(place.module, Linear):
-                place.module.attach(entry, place.name, made)
-            elif place.name == "input":
-                _register(decoder, "prompt", entry, made)
-            else:
-                _register(place.module, "prefix", entry, made)
+    for entry, place, adapter in made:
+        if isinstance(place.module, Linear):
+            place.module.attach(entry, place.name, adapter)
+        else:
+            name = "prompt" if place.name == "input" else "prefix"
+            setattr(place.module, name, nn.ModuleDict({entry: adapter}))
+            setattr(place.module, f"has_{name}", True)
+    named = {entry: _resolved(spec, found[entry]) for entry, spec in entries.items()}
+    one = list(named) == ["default"]
+    return {"adapter": named["default"] if one else None, "adapters": None if one else named}
 
 
-def _register(module: Any, name: str, entry: str, adapter: nn.Module) -> None:
-    """Hold an adapter of a decoder's input, or of a mixer's state, under its entry's name."""
-    if getattr(module, f"has_{name}"):
-        other = next(iter(getattr(module, name)))
-        raise ValueError(f"the adapters {other} and {entry} are both a {name}: one decoder has one")
-    setattr(module, name, nn.ModuleDict({entry: adapter}))
-    setattr(module, f"has_{name}", True)
+def _resolved(spec: Spec, matched: list[Place]) -> Spec:
+    """The plain data of an adapter with paths instead of regular expressions.
+
+    They are what is saved: a file of a stranger may hold no expression, which can take for ever.
+    """
+    arguments = spec.get("init_args", {})
+    targets = arguments.get("targets")
+    if targets is None or all(PLAIN.fullmatch(name) for name in targets):
+        return spec
+    paths = [place.target.path for place in matched]
+    return spec | {"init_args": arguments | {"targets": paths}}
+
+
+def _check_together(made: list[tuple[str, Place, Adapter]]) -> None:
+    """Refuse adapters of one place that cannot work together, by name."""
+    before: dict[str, list[tuple[str, Adapter]]] = {}
+    for entry, place, adapter in made:
+        others = before.setdefault(place.target.path, [])
+        if others and not isinstance(place.module, Linear):
+            raise ValueError(
+                f"the adapters {others[0][0]} and {entry} both change {place.target.path}: one "
+                "decoder has one"
+            )
+        for name, other in others:
+            if not adapter.says("output") and not other.says("delta"):
+                raise ValueError(
+                    f"{type(adapter).__name__} ({entry}) changes the weight of "
+                    f"{place.target.path}, and {type(other).__name__} ({name}) before it has no "
+                    f"delta(weight): put {entry} first"
+                )
+        others.append((entry, adapter))
 
 
 def _matching(decoder: Decoder, spec: Spec, places: list[Place]) -> list[Place]:
@@ -130,9 +167,11 @@ def _matching(decoder: Decoder, spec: Spec, places: list[Place]) -> list[Place]:
             raise ValueError(
                 f"{cls.__name__}: layer {layer} is not one of 0 to {decoder.depth - 1}"
             )
-    found = []
-    for wanted in targets:
-        named = [place for place in places if place.name == wanted or _matches(wanted, place)]
+    found: dict[str, Place] = {}
+    for wanted in dict.fromkeys(targets):
+        named = [place for place in places if wanted in (place.name, place.target.path)]
+        if not named:  # a regular expression, of what the class can change
+            named = [p for p in places if p.target.kind in cls.kinds and _matches(wanted, p)]
         hits = [p for p in named if layers is None or p.target.layer in (*layers, None)]
         if not hits:
             names = sorted({place.name for place in places})
@@ -142,10 +181,10 @@ def _matching(decoder: Decoder, spec: Spec, places: list[Place]) -> list[Place]:
                 f"{nearest(wanted, names)}; or give a regular expression for a whole path such as "
                 f"{places[1].target.path}"
             )
-        found += [place for place in hits if place not in found]
-    for place in found:
+        found |= {place.target.path: place for place in hits}
+    for place in found.values():
         _check_place(cls, place, decoder)
-    return found
+    return list(found.values())
 
 
 def _matches(pattern: str, place: Place) -> bool:
@@ -224,6 +263,9 @@ def merge_adapters(decoder: Decoder) -> Decoder:
     """
     if not named_adapters(decoder.config):
         raise ValueError("this decoder has no adapter to merge")
+    for module in decoder.modules():
+        if isinstance(module, Linear) and module.adapted:
+            module.check_mergeable()
     for path, adapter in adapter_modules(decoder):
         if not adapter.mergeable:
             raise ValueError(
@@ -250,6 +292,6 @@ def remove_adapters(decoder: Decoder) -> Decoder:
 
 def _plain(decoder: Decoder) -> Decoder:
     decoder.config |= {"adapter": None, "adapters": None}
-    for parameter in decoder.parameters():
-        parameter.requires_grad_(True)
+    for name, parameter in decoder.named_parameters():
+        parameter.requires_grad_(name in decoder.learned_before)
     return decoder

@@ -72,6 +72,7 @@ class LoRA(Adapter):
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
         """``s B (A x)``, (..., rows); of a stack (experts, rows of x, rows)."""
+        x = x.to(self.first.dtype)  # which may be wider than the base's
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
         if self.first.dim() == 2:

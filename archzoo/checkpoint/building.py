@@ -6,7 +6,7 @@ It is built on the meta device, without memory, and drawn only where a part of t
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -169,7 +169,24 @@ def shapes_of(config: dict[str, Any], path: Path) -> tuple[Decoder, _Made | None
         with torch.device("meta"), _Made() as made:
             return _decoder(config, path), made
     except ValueError:
+        if all(_is_zoos(name) for name in _class_paths(config)):
+            raise  # with memory it would fail in the same way, and after taking it
         return _decoder(config, path), None
+
+
+def _class_paths(value: Any) -> Iterator[str]:
+    """Every class that nested settings name."""
+    if isinstance(value, dict):
+        if isinstance(value.get("class_path"), str):
+            yield value["class_path"]
+        value = list(value.values())
+    if isinstance(value, list):
+        for entry in value:
+            yield from _class_paths(entry)
+
+
+def _is_zoos(name: str) -> bool:
+    return "." not in name or name.startswith("archzoo.")
 
 
 def _is_whole(model: Decoder, made: _Made) -> bool:

@@ -17,6 +17,7 @@ from archzoo.trust import shown
 MISFIT = "the weights do not fit the configuration"
 # The largest sizes that a checkpoint may have: more than any model uses, less than fills a memory.
 LARGEST_LOOPS = 10_000
+MOST_ADAPTERS, MOST_TARGETS = 64, 10_000
 LARGEST = {
     "batch_size": 2**16,
     "validation_examples": 2**20,
@@ -41,10 +42,15 @@ def check_settings(config: dict[Any, Any], path: Path) -> None:
                     f"{path}: {name}={shown(value)}: a decoder needs an integer of at least 1"
                 )
         elif name == "adapters" and isinstance(value, dict):
+            if len(value) > MOST_ADAPTERS:
+                raise ValueError(f"{path}: {len(value)} adapters are more than {MOST_ADAPTERS}")
             for entry in value.values():
                 _check_part("adapter", entry, path)
+                _check_targets(entry, path)
         elif name in SLOTS:
             _check_part(name, value, path)
+            if name == "adapter":
+                _check_targets(value, path)
         elif not _fits(value, parameters[name].annotation):
             kind = formatannotation(parameters[name].annotation)
             raise ValueError(f"{path}: {name}={shown(value)} is not valid: it takes {kind}")
@@ -53,6 +59,21 @@ def check_settings(config: dict[Any, Any], path: Path) -> None:
     for name, most in (("loops", LARGEST_LOOPS), ("context_length", LARGEST["context_length"])):
         if (config.get(name) or 1) > most:
             raise ValueError(f"{path}: {name}={shown(config[name])} is more than {most:,}")
+
+
+def _check_targets(spec: Any, path: Path) -> None:
+    """Refuse regular expressions, which can take for ever; a model that is saved holds paths."""
+    arguments = (spec.get("init_args") or {}) if isinstance(spec, dict) else {}
+    targets, layers = (arguments.get(name) or [] for name in ("targets", "layers"))
+    for name, values in (("targets", targets), ("layers", layers)):
+        if isinstance(values, list) and len(values) > MOST_TARGETS:
+            raise ValueError(f"{path}: an adapter has {len(values):,} {name}, more than is read")
+    for target in targets if isinstance(targets, list) else []:
+        if not (isinstance(target, str) and re.fullmatch(r"[\w.]+", target)):
+            raise ValueError(
+                f"{path}: an adapter's target {shown(target)} is not a block's name or path: a "
+                "file may hold no regular expression"
+            )
 
 
 def _check_part(slot: str, spec: Any, path: Path) -> None:

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from archzoo.adapters import KINDS, Adapter
-from archzoo.adapters.attach import adapter_modules, list_targets, merge_adapters, remove_adapters
+from archzoo.adapters.attach import (
+    adapter_modules,
+    list_targets,
+    merge_adapters,
+    remove_adapters,
+    start_adapters,
+)
 from archzoo.checkpoint import from_pretrained, save_pretrained
 from archzoo.contract.measure import (
     Violation,
@@ -85,7 +91,9 @@ def adapted(
     for adapter in (functools.partial(subject.part, **options), None):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(subject.seed)
-            made.append(Decoder(**SIZES, **MODELS[model], adapter=adapter).to(dtype).eval())
+            decoder = Decoder(**SIZES, **MODELS[model], adapter=adapter).to(dtype).eval()
+            start_adapters(decoder)  # from the weights in this dtype
+            made.append(decoder)
     return made[0], made[1]
 
 
@@ -185,8 +193,13 @@ def adapter_gradients(subject: Subject) -> str:
                 raise Violation(f"{model}: the parameter {name!r} {which}")
         expect_live_weights(decoder, loss)
         loss.backward()
-        torch.optim.AdamW(decoder.parameters(), lr=0.1).step()
+        logits_of(decoder.eval(), tokens)
+        learn = [p for p in decoder.parameters() if p.requires_grad]
+        torch.optim.AdamW(learn, lr=0.1, fused=True).step()  # which no tensor's version counts
         decoder.after_step([aux.sums for aux in output.aux])
+        fresh = decoder(tokens).logits  # with gradients
+        what = f"{model}: logits after a step, without gradients against with them"
+        expect_same(logits_of(decoder, tokens), fresh, TOLERANCES[torch.float64], what)
         after = decoder.state_dict()
         for name, tensor in base.state_dict().items():
             if not torch.equal(after[name], tensor):

@@ -124,7 +124,7 @@ def generate(
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), model.weights_held():
             tokens, documents = pad_left(rows, model.device)
             capacity = tokens.shape[1] + max_tokens
             reader = _reader(model, form, capacity)
