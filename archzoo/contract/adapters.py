@@ -312,7 +312,10 @@ def adapter_saved(subject: Subject) -> str:
 
 
 def adapter_casts(subject: Subject) -> str:
-    """In half precision the adapted model loses no more than its base does, three times over."""
+    """In half precision the adapted model loses no more than twice what its base does.
+
+    Of the tokens' errors the median counts: a head norm can magnify the rounding of a single one.
+    """
     worst = 0.0
     for model in models_of(subject):
         if "experts" in model:
@@ -325,10 +328,16 @@ def adapter_casts(subject: Subject) -> str:
             got = logits_of(net.bfloat16(), tokens)
             if got.dtype != torch.bfloat16:
                 raise Violation(f"{model}: a bfloat16 model gives {got.dtype}")
+            if not got.isfinite().all():
+                raise Violation(f"{model}: in bfloat16 its logits are not finite")
             want = logits_of(net.float(), tokens)
-            what = f"{model}: bfloat16 against float32, of the base {max(errors, default=0):.0e}"
-            allowed = 3 * errors[0] if errors else 0.2
-            errors.append(expect_same(got, want, allowed, what))
+            each = (got.float() - want).norm(dim=-1) / want.norm(dim=-1)
+            errors.append(each.median().item())
+        if errors[1] > 2 * errors[0]:
+            raise Violation(
+                f"{model}: bfloat16 against float32 {errors[1]:.1e} in the median over tokens, "
+                f"where the base has {errors[0]:.1e}, and twice that is allowed"
+            )
         worst = max(worst, errors[1] / errors[0])
     return f"bfloat16 {worst:.1f} times the base's error"
 
