@@ -146,10 +146,7 @@ class Linear(nn.Linear):
         if rows is not None:
             weight = weight[..., rows, :]
             bias = bias if bias is None else bias[..., rows]
-        if self.stack is None:
-            return F.linear(x, weight, bias)
-        y = torch.einsum("ri,soi->sro", x, weight)
-        return y if bias is None else y + bias[:, None]
+        return _of_each(x, weight, bias)
 
     def _changed(self, x: Tensor, y: Tensor, names: Sequence[str]) -> Tensor:
         """Y of some blocks, with what the adapters add."""
@@ -200,34 +197,30 @@ class Linear(nn.Linear):
 
     def _effective(self) -> Tensor:
         with without_autocast(self.device):  # weights are changed in their own dtype
-            return self._with_changes()
-
-    def _with_changes(self) -> Tensor:
-        parts = dict(
-            zip(
-                self.blocks,
-                self.base_weight().split_with_sizes(list(self.blocks.values()), -2),
-                strict=True,
-            )
-        )
-        for name, adapter in self.adapters():
-            parts[name] = parts[name] + adapter.delta(parts[name]).to(parts[name].dtype)
-        return torch.cat(list(parts.values()), dim=-2)
+            return torch.cat(list(self._weights().values()), dim=-2)
 
     def _delta(self, name: str, adapter: Any) -> Tensor:
         """An adapter's change of its block, on top of those before it."""
         with without_autocast(self.device):
-            return self._delta_alone(name, adapter)
+            change: Tensor = adapter.delta(self._weights(name, adapter)[name])
+        return change
 
-    def _delta_alone(self, name: str, adapter: Any) -> Tensor:
-        weight = self.base_weight()[..., self.rows(name), :]
-        for other, before in self.adapters():
-            if before is adapter:
-                change: Tensor = adapter.delta(weight)
-                return change
-            if other == name:
-                weight = weight + before.delta(weight).to(weight.dtype)
-        raise AssertionError("an adapter of another Linear")
+    def _weights(self, only: str | None = None, before: Any = None) -> dict[str, Tensor]:
+        """Each block's weight with its adapters' changes.
+
+        Args:
+            only: Change this block alone. None: all.
+            before: Stop at this adapter. None: at none.
+        """
+        parts = self.base_weight().split_with_sizes(list(self.blocks.values()), -2)
+        weights = dict(zip(self.blocks, parts, strict=True))
+        for name, adapter in self.adapters():
+            if adapter is before:
+                break
+            if only in (None, name):
+                weight = weights[name]
+                weights[name] = weight + adapter.delta(weight).to(weight.dtype)
+        return weights
 
     # ------------------------------------------------------------------------ adapters
 
@@ -281,9 +274,12 @@ class Linear(nn.Linear):
             self.adapted = False
 
 
-def _of_each(x: Tensor, weight: Tensor) -> Tensor:
-    """``x W^T`` of one matrix, or of each of a stack."""
-    return F.linear(x, weight) if weight.dim() == 2 else torch.einsum("ri,soi->sro", x, weight)
+def _of_each(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + b`` of one matrix, or of each of a stack."""
+    if weight.dim() == 2:
+        return F.linear(x, weight, bias)
+    y = torch.einsum("ri,soi->sro", x, weight)
+    return y if bias is None else y + bias[:, None]
 
 
 def closing(linear: nn.Linear) -> nn.Linear:
