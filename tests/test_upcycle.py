@@ -171,3 +171,10 @@ def test_training_resumes_from_what_was_upcycled(tmp_path, monkeypatch, capsys):
     other = ["--data", "Text", "--data.path", "text.txt", "--data.context_length", "8"]
     assert main([*fit, *other, "--data.cache_dir", "cache"]) == 1
     assert "another vocabulary" in capsys.readouterr().err
+
+
+def test_a_model_with_adapters_is_not_upcycled():
+    net = archzoo.create_model("transformer_micro", vocab_size=20, adapter="LoRA")
+    with pytest.raises(ValueError, match=r"archzoo\.merge_adapters merges them"):
+        upcycle(net, experts=4)
+    assert upcycle(archzoo.merge_adapters(net), experts=4).config["adapter"] is None

@@ -39,7 +39,9 @@ def upcycle(dense: Decoder, *, seed: int = 0, **mixture: Any) -> Decoder:
             the dense one's, since weights do not sum to 1 or shared experts are added.
     """
     if named_adapters(dense.config):
-        raise ValueError("a model with adapters cannot be upcycled: merge them first")
+        raise ValueError(
+            "a model with adapters cannot be upcycled: archzoo.merge_adapters merges them"
+        )
     spec = dense.config["feed_forward"]
     gated = all(type(block.feed_forward) is GatedFeedForward for block in dense.blocks)
     if not gated or spec["init_args"].get("activation", "silu") != "silu":
