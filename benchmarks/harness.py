@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import os
-import platform
 import re
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,9 +11,12 @@ from typing import Any
 
 import torch
 
+from archzoo.analysis import evidence
+from archzoo.analysis.evidence import commit, machine
+
+__all__ = ["ROOT", "commit", "in_turn", "machine", "ratio_row", "write_rows"]
+
 ROOT = Path(__file__).resolve().parent.parent
-# What a row depends on.
-MEASURED = ("archzoo", "benchmarks", "configs", "data", "train.py")
 
 
 def in_turn(
@@ -39,31 +37,6 @@ def in_turn(
             if number >= warmup:
                 times[name].append((time.perf_counter() - begin) * 1e3 / repeat)
     return {name: statistics.median(taken) for name, taken in times.items()}
-
-
-def machine() -> str:
-    """The processor's name, as the operating system has it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-def commit() -> str:
-    """The commit measured, with a + where the tree held more that a measurement depends on.
-
-    ARCHZOO_COMMIT names it where a benchmark runs in a copy without the repository.
-    """
-    if named := os.environ.get("ARCHZOO_COMMIT"):
-        return named
-    git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    dirty = subprocess.run(
-        [*git, "status", "--porcelain", "--", *MEASURED], capture_output=True, text=True
-    )
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
 def ratio_row(
@@ -109,28 +82,11 @@ def write_rows(
     Returns:
         The file.
     """
-    name = torch.cuda.get_device_name() if on_gpu else machine()
-    facts = {
-        "machine": name,
-        "torch": torch.__version__,
-        "commit": commit(),
-        "command": "python " + " ".join(sys.argv),
-    }
-    rows = [row | facts for row in rows]
-    short = re.sub(r"[^a-z0-9]+", "-", name.partition(",")[0].lower()).strip("-")
+    device = "cuda" if on_gpu else "cpu"
+    name = machine(device).partition(",")[0].lower()
+    short = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
     version = torch.__version__.partition("+")[0]
     path = ROOT / "results" / f"{short}-torch{version}-{what}.csv"
-    path.parent.mkdir(exist_ok=True)
-    if replacing and path.exists():
-        with path.open(newline="") as file:
-            before: list[dict[str, Any]] = list(csv.DictReader(file))
-        new = {tuple(str(row[column]) for column in replacing) for row in rows}
-        kept = [row for row in before if tuple(row[column] for column in replacing) not in new]
-        rows = kept + rows
-    columns = dict.fromkeys(column for row in rows for column in row if column not in facts)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=[*columns, *facts], restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+    evidence.write_rows(path, rows, replacing, device=device)
     print(f"wrote {path.relative_to(ROOT)}")
     return path
