@@ -15,6 +15,7 @@ from archzoo.block import Router as Router
 from archzoo.checkpoint.loading import from_pretrained as from_pretrained
 from archzoo.checkpoint.pretrained import save_pretrained as save_pretrained
 from archzoo.contract import check as check
+from archzoo.convolution import ShortConvolution as ShortConvolution
 from archzoo.decoder import Decoder as Decoder
 from archzoo.decoder import Output as Output
 from archzoo.embeddings.abacus import AbacusEmbedding as AbacusEmbedding

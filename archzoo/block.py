@@ -5,6 +5,7 @@ A decoder is an embedding, a stack of blocks, a norm and a head. A block is::
     x = x + mixer(norm(x))            # mixes over time, causally
     x = x + feed_forward(norm(x))     # mixes over channels
 
+(a short convolution may stand before each mixer, ``h = norm(x)``, ``mixer(h + convolution(h))``)
 and a part is swapped by naming another class for its slot. All parts share three ideas:
 
 * **Documents.** A row of a batch holds one or more documents, each a run of tokens with one
@@ -395,6 +396,7 @@ class Block(nn.Module):
         norms: The two norms, in order.
         placement: "pre" or "post".
         dropout: Of each branch before it joins the residual stream.
+        convolution: Stands before the mixer: f(h) is mixer(h + convolution(h)) then.
     """
 
     def __init__(
@@ -405,12 +407,44 @@ class Block(nn.Module):
         *,
         placement: str = "pre",
         dropout: float = 0.0,
+        convolution: Mixer | None = None,
     ) -> None:
         super().__init__()
         self.mixer_norm, self.feed_forward_norm = norms
-        self.mixer, self.feed_forward = mixer, feed_forward
+        self.convolution, self.mixer, self.feed_forward = convolution, mixer, feed_forward
         self.post = placement == "post"
         self.dropout = dropout
+
+    def start_state(self, batch_size: int, **options: Any) -> State:
+        """The mixer's; beside a convolution's, {"convolution": ..., "mixer": ...}, if it has one.
+
+        Args:
+            batch_size: Rows.
+            **options: As for `Mixer.init_state`.
+        """
+        state = self.mixer.start_state(batch_size, **options)
+        if self.convolution is None:
+            return state
+        return {"convolution": self.convolution.start_state(batch_size, **options), "mixer": state}
+
+    def mix(
+        self, h: Tensor, state: State | None, context: Context, form: str | None
+    ) -> tuple[Tensor, State | None]:
+        """The mixer, after its convolution if there is one.
+
+        Args:
+            h: (batch, time, dim).
+            state: As `start_state` gives it, or None.
+            context: Of the same tokens.
+            form: As for `Mixer`.
+        """
+        if self.convolution is None:
+            mixed, state = self.mixer(h, state, context, form)
+            return mixed, state
+        before, own = (None, None) if state is None else (state["convolution"], state["mixer"])
+        near, before = self.convolution(h, before, context, form)
+        mixed, own = self.mixer(h + near, own, context, form)
+        return mixed, None if state is None else {"convolution": before, "mixer": own}
 
     def _drop(self, branch: Tensor) -> Tensor:
         return F.dropout(branch, self.dropout, self.training) if self.dropout else branch
@@ -423,19 +457,19 @@ class Block(nn.Module):
         injected: Tensor | None = None,
         form: str | None = None,
     ) -> tuple[Tensor, State | None, Aux]:
-        """X (batch, time, dim) to (x, the mixer's state, the feed-forward's aux).
+        """X (batch, time, dim) to (x, the state after it, the feed-forward's aux).
 
         `injected`, of x's shape, is added first: input injection, as looped models use it.
         """
         if injected is not None:
             x = x + injected
         if self.post:
-            mixed, state = self.mixer(x, state, context, form)
+            mixed, state = self.mix(x, state, context, form)
             x = self.mixer_norm(x + self._drop(mixed))
             fed, aux = self.feed_forward(x, context)
             x = self.feed_forward_norm(x + self._drop(fed))
             return x, state, check_aux(self.feed_forward, aux)
-        mixed, state = self.mixer(self.mixer_norm(x), state, context, form)
+        mixed, state = self.mix(self.mixer_norm(x), state, context, form)
         x = x + self._drop(mixed)
         fed, aux = self.feed_forward(self.feed_forward_norm(x), context)
         return x + self._drop(fed), state, check_aux(self.feed_forward, aux)

@@ -18,6 +18,7 @@ from archzoo.adapters import Adapter, Target
 from archzoo.adapters.attach import attach, start_adapters
 from archzoo.adapters.prompts import insert_prompts
 from archzoo.block import Aux, Bias, Block, Embedding, FeedForward, Mixer, Rotary, Router
+from archzoo.convolution import ShortConvolution
 from archzoo.derivatives import transformed
 from archzoo.documents import Context
 from archzoo.inputs import check_beside, check_state, check_tokens, explain
@@ -27,6 +28,7 @@ from archzoo.parts import NONE, Spec, build, describe, describe_adapters, named_
 from archzoo.states import State
 
 MixerFactory = Callable[[int, int], Mixer]
+ConvolutionFactory = Callable[[int, int], ShortConvolution]
 FeedForwardFactory = Callable[[int, int], FeedForward]
 EmbeddingFactory = Callable[[int, int], Embedding]
 RotaryFactory = Callable[[int], Rotary]
@@ -82,6 +84,8 @@ class Decoder(nn.Module):
         mixer: Over time: built as mixer(dim, heads) [Attention].
         pattern: Mixers by name, or by class_path and init_args, tiled over the depth, such as
             [Retention, Retention, Attention]; it replaces mixer.
+        convolution: Before every mixer, a causal one of that many taps; or a class, built as
+            convolution(dim, heads); or none [none].
         feed_forward: Over channels: built as feed_forward(dim, width) [GatedFeedForward].
         embedding: Of tokens: built as embedding(vocab_size, dim) [TokenEmbedding].
         rotary: On q and k: built as rotary(head_dim) [each mixer's own]; none: NoRotation.
@@ -131,6 +135,7 @@ class Decoder(nn.Module):
         context_length: int | None = None,
         mixer: MixerFactory | None = None,
         pattern: list[str | dict[str, Any]] | None = None,
+        convolution: Literal["none"] | int | ConvolutionFactory | None = None,
         feed_forward: FeedForwardFactory | None = None,
         embedding: EmbeddingFactory | None = None,
         rotary: Literal["none"] | RotaryFactory | None = None,
@@ -187,6 +192,7 @@ class Decoder(nn.Module):
         if self.injection not in ("none", "layer", "loop"):
             raise ValueError(f"injection={injection!r} is not one of none, layer and loop")
         bias = None if bias == "none" else bias
+        convolution = None if convolution == "none" else convolution
         norm, norm_placement = norm or "rms", norm_placement or "pre"
         #: All it takes to build this decoder again, as plain data: `Decoder(**config)`.
         self.config: dict[str, Any] = sizes | {
@@ -194,6 +200,7 @@ class Decoder(nn.Module):
             "context_length": context_length,
             "mixer": None if pattern else describe("mixer", mixer or "Attention"),
             "pattern": [describe("mixer", entry) for entry in pattern] if pattern else None,
+            "convolution": None if convolution is None else describe("convolution", convolution),
             "feed_forward": describe("feed_forward", feed_forward or "GatedFeedForward"),
             "embedding": describe("embedding", embedding or "TokenEmbedding"),
             "rotary": describe("rotary", rotary) if rotary else None,
@@ -232,9 +239,12 @@ class Decoder(nn.Module):
                 _fill_slot(mixed, "rotary", build, config["rotary"], "head_dim")
             if bias:
                 _fill_slot(mixed, "bias", build, config["bias"], "heads")
+            near = config["convolution"]
+            near = build("convolution", near, dim, heads) if near else None
             fed = build("feed_forward", config["feed_forward"], dim, width)
             norms = (make_norm(), make_norm())
-            self.blocks.append(Block(mixed, fed, norms, placement=norm_placement, dropout=dropout))
+            how: Any = {"placement": norm_placement, "dropout": dropout, "convolution": near}
+            self.blocks.append(Block(mixed, fed, norms, **how))
         self.norm = make_norm() if norm_placement == "pre" else nn.Identity()
         if config["linear"]:
             _replace_linears(self.blocks, config["linear"])
@@ -323,11 +333,14 @@ class Decoder(nn.Module):
         """
         device, dtype = device or self.device, dtype or self.dtype
         options: Any = {"capacity": capacity, "device": device, "dtype": dtype}
-        mixers: list[Mixer] = [block.mixer for block in self.blocks] * self.loops
         return {
             "place": interface.init_cursor(batch_size, device),  # the key is in saved states
             "embedding": self.embedding.init_state(batch_size, **options),
-            "blocks": [mixer.start_state(batch_size, **options) for mixer in mixers],
+            "blocks": [
+                block.start_state(batch_size, **options)
+                for _ in range(self.loops)
+                for block in self.blocks
+            ],
         }
 
     @contextmanager

@@ -17,12 +17,14 @@ from torch import nn
 
 from archzoo import block
 from archzoo.adapters import Adapter
+from archzoo.convolution import ShortConvolution
 from archzoo.linear import Linear
 from archzoo.names import nearest
 from archzoo.public import names_of
 from archzoo.trust import find_class, load_installed, name_of, parameters_of
 
 SLOTS: dict[str, type[nn.Module]] = {
+    "convolution": ShortConvolution,  # a mixer too, which is checked as what it is first
     "mixer": block.Mixer,
     "feed_forward": block.FeedForward,
     "router": block.Router,
@@ -34,7 +36,7 @@ SLOTS: dict[str, type[nn.Module]] = {
 }
 
 # Where the zoo's own parts are defined: the modules of these packages that have a public name.
-HOMES = ("mixers", "feedforward", "embeddings", "positions", "adapters", "linear")
+HOMES = ("mixers", "feedforward", "embeddings", "positions", "adapters", "convolution", "linear")
 MODULES = tuple(dict.fromkeys(m for m in names_of("archzoo").values() if m.split(".")[1] in HOMES))
 
 #: The part that stands for "none" in a slot; without a bias there is no part, which the decoder
@@ -42,7 +44,7 @@ MODULES = tuple(dict.fromkeys(m for m in names_of("archzoo").values() if m.split
 NONE = {"rotary": "NoRotation"}
 
 Spec = dict[str, Any]
-Part = str | type | functools.partial[Any] | Spec | Callable[..., nn.Module]
+Part = str | int | type | functools.partial[Any] | Spec | Callable[..., nn.Module]
 
 
 def list_parts(slot: str) -> dict[str, type[nn.Module]]:
@@ -86,6 +88,8 @@ def describe(slot: str, part: Part) -> Spec:
     """A part as plain data, checked: ``{"class_path": ..., "init_args": {...}}``."""
     arguments: dict[str, Any] = {}
     named: Any = NONE[slot] if part == "none" and slot in NONE else part
+    if slot == "convolution" and isinstance(part, int):
+        named, arguments = ShortConvolution, {"taps": part}
     if isinstance(part, functools.partial):
         # jsonargparse hands over partial(instantiator, class, **arguments).
         classes = [entry for entry in (part.func, *part.args) if inspect.isclass(entry)]
@@ -107,7 +111,8 @@ def describe(slot: str, part: Part) -> Spec:
     cls = find(slot, named) if isinstance(named, str) else named
     if not inspect.isclass(cls) or not issubclass(cls, SLOTS[slot]):
         raise ValueError(f"{slot} {cls!r} is not a {SLOTS[slot].__name__}: name a class that is")
-    if (cls is SLOTS[slot] and cls is not Linear) or inspect.isabstract(cls):
+    alone = cls is SLOTS[slot] and cls not in (Linear, ShortConvolution)
+    if alone or inspect.isabstract(cls):
         raise ValueError(
             f"{slot} {cls.__name__} is the interface alone: name a class that derives from it; "
             f"{nearest(cls.__name__, list(list_parts(slot)))}"

@@ -79,6 +79,7 @@ VARIANTS = [
     (BiasedAttention, {}),
     (UnrotatedAttention, {}),
     (RunningMean, {}),
+    (archzoo.ShortConvolution, {"taps": 2, "activation": "silu"}),
     (archzoo.KERPLE, {"kind": "power"}),
     (archzoo.AbacusEmbedding, {"coupled": True, "operator_tokens": [1, 2]}),
     (archzoo.AbacusEmbedding, {"normalise": False, "max_shift": 0}),
@@ -96,7 +97,7 @@ VARIANTS = [
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
     ),
 ]
-OWN = [(part, {}) for slot in SLOTS for part in list_parts(slot).values()]
+OWN = [(part, {}) for part in {p: 0 for slot in SLOTS for p in list_parts(slot).values()}]
 CASES = [
     pytest.param(part, arguments, name, id=f"{contract.Subject(part, arguments)}-{name}")
     for part, arguments in OWN + VARIANTS

@@ -588,6 +588,28 @@ class PositionsInHalf(LinearBias):
         return -self.slope[:, None, None].exp() * distance
 
 
+# ---------------------------------------------------------------------------- convolutions
+
+
+class GatedConvolution(archzoo.ShortConvolution):
+    """Its sum times the token, as base convolutions have it."""
+
+    def parallel(self, x, state, context):
+        y, state = super().parallel(x, state, context)
+        return x * y, state
+
+
+class ForgetsPadding(archzoo.ShortConvolution):
+    """It keeps the last tokens of a call, whatever they are."""
+
+    def parallel(self, x, state, context):
+        y, after = super().parallel(x, state, context)
+        if after is not None:
+            known = torch.cat([state["inputs"], x], dim=1)
+            after = {"inputs": known[:, x.shape[1] :].clone()}
+        return y, after
+
+
 # ---------------------------------------------------------------------------- adapters and Linears
 
 
@@ -648,6 +670,7 @@ RIGHT = [
     ComplexRecurrence,
     NoWeights,
     SlidingWindow,
+    GatedConvolution,
     Feed,
     Identity,
     CountsTokens,
@@ -673,6 +696,7 @@ BROKEN = [
     (SharesItsState, "hand-offs", "written-to tensor"),
     (ReadsTheCapacity, "hand-offs", "against the whole"),
     (DividesByTheBatch, "batch independence", "alone against"),
+    (ForgetsPadding, "documents", "must find its final state unchanged"),
     (FeedDeadWeight, "gradients", "'unused' gets no gradient"),
     (FeedsInSingle, "interface", "from torch.float64"),
     (FeedsInPlace, "interface", "changed in place"),

@@ -24,7 +24,8 @@ LAYERS = """
     documents states auxiliary prefixes
     norm linear
     block trust
-    adapters parts
+    adapters convolution
+    parts
     adapters.attach
     kernels
     positions

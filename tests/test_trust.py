@@ -115,6 +115,7 @@ def slots(value):
     nested = {"class_path": "MixtureOfExperts", "init_args": {"experts": 2, "router": value}}
     return {
         "mixer": {"mixer": value},
+        "convolution": {"convolution": value},
         "pattern": {"mixer": None, "pattern": [value]},
         "feed_forward": {"feed_forward": value},
         "router": {"feed_forward": nested},

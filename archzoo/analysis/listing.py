@@ -165,7 +165,9 @@ def parameters_by_part(decoder: Decoder) -> Iterator[tuple[str, str, int]]:
         names = " + ".join(dict.fromkeys(type(module).__name__ for module in adapters))
         yield f"{len(adapters)} x adapter", names, sum(map(count, adapters))
     yield "embedding", type(decoder.embedding).__name__, count(decoder.embedding)
-    for part in ("mixer", "feed_forward"):
+    for part in ("convolution", "mixer", "feed_forward"):
+        if getattr(decoder.blocks[0], part) is None:
+            continue
         modules = [getattr(block, part) for block in decoder.blocks]
         names = " + ".join(dict.fromkeys(type(module).__name__ for module in modules))
         label = part.replace("_", "-")

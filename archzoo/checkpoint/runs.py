@@ -16,7 +16,7 @@ from archzoo.decoder import Decoder
 
 LAST = "last.ckpt"  # of a run's directory
 # Arguments of `Decoder` that older checkpoints do not hold.
-ADDED = {"loops", "injection", "linear", "adapter", "adapters"}
+ADDED = {"loops", "injection", "linear", "adapter", "adapters", "convolution"}
 
 
 def read_run(path: Path, changes: dict[str, Any]) -> Pretrained:

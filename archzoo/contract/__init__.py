@@ -42,26 +42,29 @@ __all__ = [
 
 Check = Callable[[Subject], str]
 
+MIXER_CHECKS: dict[str, Check] = {
+    "interface": mixers.mixer_interface,
+    "forms equal": mixers.mixer_forms,
+    "reach": mixers.mixer_reach,
+    "hand-offs": mixers.mixer_handoffs,
+    "causal": mixers.mixer_causal,
+    "documents": mixers.mixer_documents,
+    "batch independence": mixers.mixer_batch,
+    "state round trip": mixers.mixer_state,
+    "gradients": mixers.mixer_gradients,
+    "casts": mixers.mixer_casts,
+    "32 heads": mixers.mixer_heads,
+    "deterministic": mixers.mixer_repeats,
+    "save and load": mixers.mixer_save,
+    "devices": mixers.mixer_devices,
+    "in a decoder": in_decoder.mixer_model,
+    "activation checkpointing": in_decoder.checkpointing,
+}
+
 #: The checks of each slot, by the name they are reported under.
 CHECKS: dict[str, dict[str, Check]] = {
-    "mixer": {
-        "interface": mixers.mixer_interface,
-        "forms equal": mixers.mixer_forms,
-        "reach": mixers.mixer_reach,
-        "hand-offs": mixers.mixer_handoffs,
-        "causal": mixers.mixer_causal,
-        "documents": mixers.mixer_documents,
-        "batch independence": mixers.mixer_batch,
-        "state round trip": mixers.mixer_state,
-        "gradients": mixers.mixer_gradients,
-        "casts": mixers.mixer_casts,
-        "32 heads": mixers.mixer_heads,
-        "deterministic": mixers.mixer_repeats,
-        "save and load": mixers.mixer_save,
-        "devices": mixers.mixer_devices,
-        "in a decoder": in_decoder.mixer_model,
-        "activation checkpointing": in_decoder.checkpointing,
-    },
+    "convolution": MIXER_CHECKS,  # in a decoder it stands before one of the usual kind
+    "mixer": MIXER_CHECKS,
     "feed_forward": {
         "interface": feedforward.feed_forward_interface,
         "each token alone": feedforward.feed_forward_tokens,

@@ -21,6 +21,7 @@ BATCH = 3  # unlike the number of heads, so that an axis taken for another shows
 
 #: What each slot's parts are built with: the arguments a decoder, or a mixture, passes by position.
 SIZES: dict[str, dict[str, int]] = {
+    "convolution": {"dim": 32, "heads": 4},
     "mixer": {"dim": 32, "heads": 4},
     "feed_forward": {"dim": 32, "width": 48},
     "router": {"dim": 32, "experts": 8, "top_k": 2},

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from archzoo.convolution import last_valid, previous
 from archzoo.documents import Context
 from archzoo.linear import Linear
 from archzoo.mixers.attention import Attention
@@ -104,47 +104,3 @@ class FilteredAttention(Attention):
                 "filter_hidden": last_valid(hidden, start_hidden, context),
             }
         return self.filter_norm(c2 + x), state
-
-
-def previous(
-    x: Tensor, before: Tensor | None, context: Context, prefix: Tensor | None = None
-) -> Tensor:
-    """Of each token the vector of the one before it in its document; 0 at the first.
-
-    Args:
-        x: (batch, time, width).
-        before: (batch, width), of the last token before this segment; None: there is none.
-        context: Of the same tokens.
-        prefix: (width,), instead of the 0 at the first.
-    """
-    if before is None:
-        before = x.new_zeros((x.shape[0], x.shape[2]))
-    before = before.to(x.dtype)[:, None]
-    if not context.packed:
-        if prefix is not None:
-            before = torch.where(context.starts[:, :1, None], prefix.to(x.dtype), before)
-        return torch.cat([before, x[:, :-1]], dim=1)
-    # After padding comes the last token before it, which may be that of the segment before: 0.
-    index = torch.arange(1, x.shape[1], device=x.device)
-    last = F.pad(torch.where(context.valid[:, :-1], index, 0).cummax(dim=1).values, (1, 0))
-    known = torch.cat([before, x], dim=1)
-    shifted = known.gather(1, last[..., None].expand(-1, -1, x.shape[2]))
-    if prefix is not None:
-        return torch.where(context.starts[..., None], prefix.to(x.dtype), shifted)
-    return shifted.masked_fill(context.starts[..., None], 0)
-
-
-def last_valid(x: Tensor, before: Tensor, context: Context) -> Tensor:
-    """The vector of each row's last token that is not padding, (batch, width), as a copy.
-
-    Args:
-        x: (batch, time, width).
-        before: (batch, width), what it is where this segment is all padding.
-        context: Of the same tokens.
-    """
-    if not context.packed:
-        return x[:, -1].clone()
-    index = torch.arange(x.shape[1], device=x.device)
-    last = torch.where(context.valid, index, -1).amax(dim=1)[:, None, None]
-    found = x.gather(1, last.clamp(min=0).expand(-1, 1, x.shape[2]))
-    return torch.where(last >= 0, found, before.to(x.dtype)[:, None])[:, 0]
