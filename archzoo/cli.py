@@ -42,6 +42,9 @@ COMMANDS = {
     "show": Command(
         "show one model: its architecture, parts and sizes", "analysis.listing", "show_command"
     ),
+    "demo": Command(
+        "show two models decode one prompt side by side, with their states", "demo", "demo_command"
+    ),
     "upcycle": Command(
         "make a mixture of experts of a dense checkpoint", "conversion.upcycle", "upcycle_command"
     ),
