@@ -4,6 +4,7 @@ from archzoo.tasks.arithmetic import Multiplication as Multiplication
 from archzoo.tasks.arithmetic import Subtraction as Subtraction
 from archzoo.tasks.arithmetic import exact_match as exact_match
 from archzoo.tasks.mixed import Mixed as Mixed
+from archzoo.tasks.recall import Recall as Recall
 from archzoo.tasks.several import Arithmetic as Arithmetic
 from archzoo.tasks.sorting import Sorting as Sorting
 from archzoo.tasks.stream import Task as Task

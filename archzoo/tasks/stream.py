@@ -177,6 +177,7 @@ def _pinned(batch: Batch) -> Batch:
 _NO_EXAMPLES = {
     *("batch_size", "steps_per_epoch", "validation_examples", "test_examples"),
     *("ood_digits", "ood_examples", "path", "cache_dir", "tokenizer", "vocab_size"),
+    "test_sizes",
 }
 
 
@@ -241,6 +242,7 @@ class Task(lightning.LightningDataModule):
 
     Attributes:
         metrics: Which of "perplexity", "token_accuracy", "exact_match" say something here.
+        extra_metrics: Which of "token_accuracy", "exact_match" are reported of each further set.
         tokenizer: Set once `prepare` has run.
         context_length: Tokens of the longest row.
         extra_validation: Further sets that every validation runs, each with a loader
@@ -253,6 +255,7 @@ class Task(lightning.LightningDataModule):
     """
 
     metrics: tuple[str, ...] = ()
+    extra_metrics: tuple[str, ...] = ("exact_match",)
     tokenizer: Tokenizer
     context_length: int
     extra_validation: tuple[int | str, ...] = ()

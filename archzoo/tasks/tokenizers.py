@@ -204,6 +204,46 @@ class CharacterTokenizer(Tokenizer):
         return library
 
 
+class WordTokenizer(Tokenizer):
+    """One token a word, in the order given; a text is words with blanks between them.
+
+    For tasks whose symbols are more than there are characters, such as the keys and values of
+    `Recall`: ``k12 v7``. Its file is a `tokenizer.json` of the `tokenizers` library.
+
+    Args:
+        words: Each word once, none with a blank in it.
+    """
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = list(words)
+        self._tokens = {word: token for token, word in enumerate(self.words)}
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.words)
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            return [self._tokens[word] for word in text.split()]
+        except KeyError as error:
+            first, last = self.words[0], self.words[-1]
+            raise ValueError(
+                f"{error.args[0]!r} is not one of the {len(self.words)} words that this tokenizer "
+                f"knows ({first} .. {last}), which are separated by blanks"
+            ) from None
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return " ".join(self.words[token] for token in tokens if token < len(self.words))
+
+    def files(self) -> dict[str, bytes]:
+        from tokenizers import Tokenizer as Library
+        from tokenizers import models, pre_tokenizers
+
+        library = Library(models.WordLevel(self._tokens, unk_token=""))
+        library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        return {"tokenizer.json": library.to_str().encode()}
+
+
 def _codes(text: str) -> NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
@@ -531,14 +571,17 @@ def from_files(files: dict[str, bytes]) -> Tokenizer:
         library = Library.from_str(text)
     except Exception as error:  # the library raises bare Exceptions
         raise ValueError(f"not a tokenizer.json: {error}") from None
-    return _characters(json.loads(text)["model"]) or LibraryTokenizer(library)
+    return _own(json.loads(text)) or LibraryTokenizer(library)
 
 
-def _characters(model: dict[str, Any]) -> CharacterTokenizer | None:
-    """The character tokenizer that wrote this model, None if some other tokenizer did."""
+def _own(file: dict[str, Any]) -> Tokenizer | None:
+    """The tokenizer of characters or of words that wrote this file, None if another one did."""
+    model = file["model"]
     if model.get("type") != "WordLevel" or model.get("unk_token") != "":
         return None
     names = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    if (file.get("pre_tokenizer") or {}).get("type") == "WhitespaceSplit":
+        return WordTokenizer(names)
     special = names[-2:] == [STOP, PAD]
     return CharacterTokenizer("".join(names[:-2] if special else names), special=special)
 

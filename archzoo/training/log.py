@@ -117,13 +117,20 @@ class EvaluationFigures:
 
     Args:
         device: Where they are summed up.
-        extra: Names of further problems whose exact match is reported, such as out-of-distribution
-            lengths: `Task.extra_evaluations`.
+        extra: Names of further problems that are reported by themselves, such as
+            out-of-distribution lengths: `Task.extra_evaluations`.
+        extra_metrics: What is reported of them: `Task.extra_metrics`.
     """
 
-    def __init__(self, device: torch.device, extra: tuple[int | str, ...] = ()) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        extra: tuple[int | str, ...] = (),
+        extra_metrics: tuple[str, ...] = ("exact_match",),
+    ) -> None:
         self.extra = extra
-        names = ("token_accuracy", "exact_match", *(f"exact_match/{name}" for name in extra))
+        self.of_extra = [f"{metric}/{name}" for name in extra for metric in extra_metrics]
+        names = ("token_accuracy", "exact_match", *self.of_extra)
         self.sums = {"loss": torch.zeros((), dtype=widest(device), device=device)}
         for name in names:
             self.sums[name] = torch.zeros(2, dtype=torch.int64, device=device)
@@ -139,12 +146,15 @@ class EvaluationFigures:
         """
         rows = labelled.any(dim=1)  # rows that only pad a batch are unlabelled
         exact = (right | ~labelled).all(dim=1) & rows
-        if loader:
-            self.sums[f"exact_match/{self.extra[loader - 1]}"] += _counts(exact, rows)
-            return
-        self.sums["loss"] += losses.to(self.sums["loss"].dtype).sum()
-        self.sums["token_accuracy"] += _counts(right & labelled, labelled)
-        self.sums["exact_match"] += _counts(exact, rows)
+        whose = f"/{self.extra[loader - 1]}" if loader else ""
+        for metric, pair in (
+            ("token_accuracy", (right & labelled, labelled)),
+            ("exact_match", (exact, rows)),
+        ):
+            if metric + whose in self.sums:
+                self.sums[metric + whose] += _counts(*pair)
+        if not loader:
+            self.sums["loss"] += losses.to(self.sums["loss"].dtype).sum()
 
     def means(
         self, sums: dict[str, Tensor], metrics: tuple[str, ...] | None = None
@@ -162,7 +172,7 @@ class EvaluationFigures:
         values = {"loss": loss, "perplexity": math.exp(min(loss, 700)), **means}
         wanted = metrics if metrics is not None else ("perplexity", "token_accuracy", "exact_match")
         row = {name: values[name] for name in ("loss", *wanted)}
-        row |= {f"exact_match/{name}": means[f"exact_match/{name}"] for name in self.extra}
+        row |= {name: means[name] for name in self.of_extra}
         longer = [means[f"exact_match/{name}"] for name in self.extra if isinstance(name, int)]
         if longer:
             row["exact_match/ood"] = sum(longer) / len(longer)

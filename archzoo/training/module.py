@@ -504,7 +504,8 @@ class LanguageModel(lightning.LightningModule):
     def _begin_evaluation(self, split: str) -> None:
         self._carried.pop(split, None)
         extra = self.task.extra_evaluations(split) if self.task else ()
-        self._evaluated = EvaluationFigures(self.device, extra)
+        metrics = self.task.extra_metrics if self.task else ()
+        self._evaluated = EvaluationFigures(self.device, extra, metrics)
 
     def _end_evaluation(self, split: str) -> None:
         if self.cut_short or self.trainer.sanity_checking:
