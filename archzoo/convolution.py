@@ -135,7 +135,9 @@ def previous(
     index = torch.arange(1, x.shape[1], device=x.device)
     last = F.pad(torch.where(context.valid[:, :-1], index, 0).cummax(dim=1).values, (1, 0))
     known = torch.cat([before, x], dim=1)
-    shifted = known.gather(1, last[..., None].expand(-1, -1, x.shape[2]))
+    # Rows of the table of all tokens: to gather number by number takes a third more time.
+    row = last + known.shape[1] * torch.arange(len(x), device=x.device)[:, None]
+    shifted = known.flatten(0, 1).index_select(0, row.flatten()).view_as(x)
     if prefix is not None:
         return torch.where(context.starts[..., None], prefix.to(x.dtype), shifted)
     return shifted.masked_fill(context.starts[..., None], 0)
