@@ -11,6 +11,7 @@ from rich.table import Table
 
 from archzoo.adapters.attach import adapter_modules
 from archzoo.analysis.tables import Screen, show
+from archzoo.analysis.window import print_windows
 from archzoo.checkpoint import load
 from archzoo.decoder import Decoder
 from archzoo.models import ACTIVE_PARAMETERS, WITHIN, sized_as_named
@@ -112,15 +113,22 @@ def list_command(pattern: str = "*", /, markdown: bool = False) -> None:
         console.print(f"Sized otherwise, for reasons that archzoo show gives: {', '.join(others)}.")
 
 
-def show_command(name: str) -> None:
+def show_command(name: str, /, window: bool = False) -> None:
     """Show one model: its architecture, parts and sizes.
 
     Args:
         name: Of a preset, which `archzoo list` shows; or a checkpoint: a file, or a directory of a
             run or of `archzoo.save_pretrained`.
+        window: Show how far back its heads read, instead: half-lives, the distance at which a
+            token weighs 1 %, and the length at which attention's cache outgrows the state.
     """
-    if os.path.exists(name):
-        arguments = load(name, "cpu").model.config
+    saved = load(name, "cpu").model if os.path.exists(name) else None
+    if window:
+        model = _on_meta(get_preset(name).arguments) if saved is None else saved
+        print_windows(model, Screen(highlight=False))
+        return
+    if saved is not None:
+        arguments = saved.config
     else:
         preset = get_preset(name)
         arguments = preset.arguments
