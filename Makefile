@@ -2,7 +2,8 @@
 # make test         set up, run the tests (all but the slow ones)
 # make test-slow    set up, run the slow ones
 # make lint         set up, check style and types
-# make test-extras  set up an environment for what has heavy packages of its own, run its tests
+# make test-extras  set up an environment with the extras docs, report and demo, run their tests
+# make browser      install Chromium for them, where it is missing (Debian, as root or by sudo)
 # make docs         build the documentation as a site: open site/index.html
 # make clean        remove the environments and the caches; never runs/
 #
@@ -29,7 +30,7 @@ PYTEST := $(BIN)/pytest -n 2 --dist loadfile
 # Where Python may not write bytecode, every import of torch takes seconds longer.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup train test test-slow test-extras docs lint clean
+.PHONY: setup train test test-slow test-extras browser docs lint clean
 .DEFAULT_GOAL := test
 
 setup: $(VENV)/installed
@@ -52,9 +53,19 @@ test: setup
 test-slow: setup
 	$(PYTEST) -m slow $(PYTEST_ARGS)
 
-# What brings packages of its own is tested in an environment of its own, without torch.
+# What brings packages of its own is tested in an environment of its own. Tests that need a browser
+# are skipped where there is none, unless ARCHZOO_BROWSER=required.
 test-extras: $(EXTRAS)/installed
 	$(EXTRAS)/bin/python -m pytest -m extras --confcutdir=tests/extras tests/extras $(PYTEST_ARGS)
+
+# Debian's Chromium: Playwright's own builds are not in any package index.
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || { \
+	  as=; test "$$(id -u)" = 0 || as="sudo -n"; \
+	  echo "Installing Chromium, some 120 MB."; \
+	  { $$as apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	  $$as apt-get install -y -qq --no-install-recommends chromium; } >/dev/null || { \
+	  echo "Chromium was not installed: it needs apt-get, and root or sudo without a password" >&2; exit 1; }; }
 
 docs: $(EXTRAS)/installed
 	NO_MKDOCS_2_WARNING=1 $(EXTRAS)/bin/python -m mkdocs build --strict
@@ -93,10 +104,17 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@
 
-$(EXTRAS)/installed: pyproject.toml constraints-extras.txt
-	@echo "Setting up $(EXTRAS), once: what builds the documentation, some 170 MB, in seconds."
-	@test -x $(EXTRAS)/bin/python || $(PYTHON) -m venv $(EXTRAS)
-	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-extras.txt pytest \
-	  $$($(EXTRAS)/bin/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-	  print(*(part.replace(" ", "") for part in project["optional-dependencies"]["docs"]))')
+# torch and all else that dev brings is read from .venv, so that it is downloaded once. The line in
+# a .pth file puts .venv's packages on sys.path after those of .venv-extras: what an extra needs in
+# another version (gradio an older pillow) is installed here and found first, and .venv stays as it
+# is. pip sees .venv's packages like those of the system in a venv with --system-site-packages, and
+# changes none of them. .pth files in there are not read, so archzoo itself is installed here too.
+$(EXTRAS)/installed: pyproject.toml constraints-extras.txt $(VENV)/installed
+	@echo "Setting up $(EXTRAS), once: what docs, report and demo need beside $(VENV), some 500 MB."
+	@rm -rf $(EXTRAS)
+	@$(BIN)/python -m venv $(EXTRAS)
+	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	  $(BIN)/python -c "$$site" > "$$($(EXTRAS)/bin/python -c "$$site")/archzoo-venv.pth"
+	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-extras.txt \
+	  -e '.[docs,report,demo]' playwright
 	@touch $@

@@ -99,7 +99,8 @@ def test_a_table_knows_its_columns_of_numbers():
         "t", **NOTHING, sections=[Table("T", ["name", "n", "mean", "size"], rows)]
     )["sections"]
     assert [c["numeric"] for c in section["columns"]] == [False, True, True, True]
-    assert section["rows"][0][3] == {"text": "2 KiB", "number": 2048.0, "missing": False}
+    cell = section["rows"][0][3]
+    assert cell == {"text": "2 KiB", "number": 2048.0, "key": "2048.0", "missing": False}
     assert section["rows"][1][3]["missing"]
 
 
@@ -126,6 +127,7 @@ def test_gaps_and_logarithmic_axes():
         "5 values are not drawn: not finite or, on a logarithmic axis, not positive.",
         "There is nothing to draw.",
     ]
+    assert found["layout"]["xaxis"]["ticktext"] == ["1", "2", "4", "8"], "what was measured"
     assert "type" not in charts.figure(linear)["layout"]["xaxis"]
 
 

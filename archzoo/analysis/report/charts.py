@@ -13,7 +13,7 @@ from archzoo.analysis.report.values import plain, shown
 
 # Told apart by people who see few colours, on white and on black (after Okabe and Ito, 2008).
 COLOURS = (
-    "#0072b2",
+    "#1a80c4",
     "#e69f00",
     "#009e73",
     "#cc79a7",
@@ -23,6 +23,8 @@ COLOURS = (
     "#999933",
 )
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+TICKS = 12  # places on a logarithmic axis up to which each is labelled
+LEGEND = 40  # characters of a name in the legend, which takes its width from the plot
 ONE_BOX = 12  # curves up to which pointing at a place shows the values of all
 
 
@@ -60,18 +62,20 @@ def figure(chart: Chart) -> dict[str, Any]:
 def _layout(chart: Chart) -> dict[str, Any]:
     def axis(label: str, log: bool) -> dict[str, Any]:
         found = {"title": {"text": escaped(label)}, "automargin": True, "zeroline": False}
-        if log:
-            # Whole powers have a label each, what lies between at most the 2 and the 5.
+        if log:  # the powers of ten have a label each, and between them 2 and 5
             found |= {"type": "log", "dtick": "D2", "exponentformat": "power"}
         return found
 
-    together = len(chart.series) <= ONE_BOX
-    return {
-        "xaxis": axis(chart.x_label, chart.log_x),
-        "yaxis": axis(chart.y_label, chart.log_y),
-        "hovermode": "x unified" if together else "closest",
-        "showlegend": True,
-    }
+    across = axis(chart.x_label, chart.log_x)
+    if chart.log_x:
+        places = {_drawable(value, True) for series in chart.series for value in series.x} - {None}
+        if 0 < len(places) <= TICKS:  # such as the lengths that were measured: 256, 512, 1,024
+            ticks = sorted(value for value in places if value is not None)
+            across |= {"tickvals": ticks, "ticktext": [shown(value) for value in ticks]}
+    layout = {"xaxis": across, "yaxis": axis(chart.y_label, chart.log_y), "showlegend": True}
+    if len(chart.series) <= ONE_BOX:  # from anywhere in the plot, what was measured nearest to it
+        return layout | {"hovermode": "x unified", "hoverdistance": -1}
+    return layout | {"hovermode": "closest"}
 
 
 def _traces(
@@ -92,7 +96,8 @@ def _traces(
     gone = [a is None or b is None for a, b in zip(x, y, strict=True)]
     y = [None if lost else value for value, lost in zip(y, gone, strict=True)]
     colour = colour_of(index, count)
-    group = {"legendgroup": str(index), "name": escaped(series.name)}
+    short = series.name if len(series.name) <= LEGEND else f"{series.name[: LEGEND - 1]}…"
+    group = {"legendgroup": str(index), "name": escaped(short)}
     # What pointing at a value says: where, if the box is not of that place, how much, and whose.
     at = f"{escaped(chart.x_label)} %{{x}}<br>" if count > ONE_BOX else ""
     spread = "" if series.low is None else " (%{customdata[0]} to %{customdata[1]})"
@@ -104,7 +109,7 @@ def _traces(
         "line": {"color": colour, "width": 2, "dash": DASHES[index // len(COLOURS) % len(DASHES)]},
         "marker": {"color": colour, "size": 6},
         "connectgaps": False,
-        "hovertemplate": f"{at}%{{y:.4~g}}{spread}<extra>%{{fullData.name}}</extra>",
+        "hovertemplate": f"{at}%{{y:.4~g}}{spread}<extra>{escaped(series.name)}</extra>",
         **group,
     }
     if series.low is None or series.high is None:

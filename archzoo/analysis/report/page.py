@@ -95,7 +95,9 @@ def _cell(value: Any) -> dict[str, Any]:
     text = value.text if isinstance(value, Cell) else shown(value)
     value = plain(value.value if isinstance(value, Cell) else value)
     missing = value is None or value == "" or value != value
-    return {"text": text, "number": sort_key(value), "missing": missing}
+    number = sort_key(value)
+    key = "" if number is None else str(number).replace("inf", "Infinity")  # as JavaScript reads it
+    return {"text": text, "number": number, "key": key, "missing": missing}
 
 
 def script_json(value: Any) -> str:

@@ -35,39 +35,73 @@
     });
   }
 
-  // ---- Plots, in the colours of the page.
+  // ---- Plots, in the colours of the page and as wide as it is.
   const figures = JSON.parse(document.getElementById("figures").textContent);
   const charts = [...document.querySelectorAll("[data-chart]")];
 
-  function layout(chart, figure) {
+  // plotly's usual buttons include one that uploads the plot to a server of theirs.
+  const settings = {
+    displaylogo: false,
+    showSendToCloud: false,
+    plotlyServerURL: "",
+    modeBarButtons: [["toImage"], ["zoom2d", "pan2d", "resetScale2d"]],
+    toImageButtonOptions: { scale: 2 },
+  };
+
+  // What depends on the colours and the width, by plotly's dotted names.
+  function look(chart) {
     const style = getComputedStyle(root);
     const colour = (name) => style.getPropertyValue(name).trim();
-    const lines = { gridcolor: colour("--line"), linecolor: colour("--weak") };
-    const narrow = chart.clientWidth < 640;
-    const below = { orientation: "h", x: 0, xanchor: "left", y: -0.25, yanchor: "top", maxheight: 0.3 };
-    return {
-      ...figure.layout,
-      xaxis: { ...figure.layout.xaxis, ...lines },
-      yaxis: { ...figure.layout.yaxis, ...lines },
-      font: { color: colour("--text"), family: getComputedStyle(document.body).fontFamily, size: 13 },
+    const width = chart.clientWidth;
+    const narrow = width < 640;
+    const names = figures[chart.dataset.chart].data.filter((trace) => trace.showlegend !== false);
+    const lines = narrow ? Math.min(names.length, 6) : 0; // of the legend below the plot
+    const found = {
+      width,
+      height: 420 + 20 * lines,
+      "font.color": colour("--text"),
+      "font.family": getComputedStyle(document.body).fontFamily,
+      "font.size": 13,
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
-      hoverlabel: { bgcolor: colour("--raised"), bordercolor: colour("--line"), font: { color: colour("--text") } },
-      legend: narrow ? below : { orientation: "v" },
-      margin: { l: 60, r: narrow ? 10 : 20, t: 20, b: 60 },
-      height: narrow ? 460 : 440,
-      dragmode: narrow ? false : "zoom", // a finger scrolls the page
+      "hoverlabel.bgcolor": colour("--raised"),
+      "hoverlabel.bordercolor": colour("--line"),
+      "hoverlabel.font.color": colour("--text"),
+      "hoverlabel.namelength": narrow ? 15 : 40,
+      "modebar.color": colour("--weak"),
+      "modebar.activecolor": colour("--accent"),
+      "modebar.bgcolor": "rgba(0,0,0,0)",
+      "legend.orientation": narrow ? "h" : "v",
+      "legend.yref": narrow ? "container" : "paper",
+      "legend.y": narrow ? 0 : 1,
+      "legend.yanchor": narrow ? "bottom" : "top",
+      "legend.x": narrow ? 0 : 1.02,
+      "legend.xanchor": "left",
+      "legend.maxheight": narrow ? 130 : 1, // pixels, or the plot's height; what is over scrolls
+      "margin.l": narrow ? 45 : 60,
+      "margin.r": narrow ? 10 : 20,
+      "margin.t": 30,
+      "margin.b": 60,
+      dragmode: narrow ? false : "zoom", // there a finger scrolls the page
     };
+    for (const axis of ["xaxis", "yaxis"]) {
+      found[`${axis}.gridcolor`] = colour("--line");
+      found[`${axis}.linecolor`] = colour("--weak");
+    }
+    return found;
   }
 
-  function draw(first) {
-    for (const chart of charts) {
-      const figure = figures[chart.dataset.chart];
-      const settings = { responsive: true, displaylogo: false, scrollZoom: false };
-      if (first) Plotly.newPlot(chart, figure.data, layout(chart, figure), settings);
-      else Plotly.relayout(chart, layout(chart, figure));
+  function first(chart) {
+    const { data, layout } = figures[chart.dataset.chart];
+    for (const [name, value] of Object.entries(look(chart))) {
+      const path = name.split(".");
+      const last = path.pop();
+      path.reduce((inner, key) => (inner[key] ??= {}), layout)[last] = value;
     }
+    Plotly.newPlot(chart, data, layout, settings);
   }
+
+  const again = () => charts.forEach((chart) => Plotly.relayout(chart, look(chart)));
 
   const theme = document.getElementById("theme");
   const isDark = () => (root.dataset.theme || (system.matches ? "dark" : "light")) === "dark";
@@ -76,10 +110,18 @@
   theme.addEventListener("click", () => {
     root.dataset.theme = isDark() ? "light" : "dark";
     name();
-    draw(false);
+    again();
   });
-  system.addEventListener("change", () => { name(); draw(false); });
+  system.addEventListener("change", () => { name(); again(); });
+  let waiting;
+  let width = innerWidth;
+  addEventListener("resize", () => {
+    if (innerWidth === width) return; // a phone's address bar came or went
+    width = innerWidth;
+    clearTimeout(waiting);
+    waiting = setTimeout(again, 100);
+  });
   name();
-  draw(true);
+  charts.forEach(first);
   root.dataset.drawn = charts.length;
 })();
