@@ -56,6 +56,11 @@ COMMANDS = {
         "analysis.grid",
         "grid_command",
     ),
+    "compare": Command(
+        "train arms with several seeds and learning rates, and say which is better",
+        "analysis.compare.command",
+        "compare_command",
+    ),
     "curves": Command(
         "compare a metric over the steps of several runs", "analysis.curves", "curves_command"
     ),
@@ -74,6 +79,8 @@ COMMANDS = {
 
 # Errors that the user can fix, which need no traceback.
 USER_ERRORS = (ValueError, OSError, ArithmeticError)
+
+SECTIONS = ("model", "data", "trainer", "checkpoint")  # of the settings of `fit`
 
 LONGEST = 1_000  # characters of an error's line
 
@@ -189,7 +196,8 @@ def call(function: Callable[..., Any], program: str, arguments: list[str]) -> in
 
     Parameters without a default are positional, and so are those that Python says are; a list
     takes all arguments that follow. Booleans are switches: the name alone means true, and true or
-    false may follow.
+    false may follow. A function that takes `**settings` is given those of `archzoo fit` by their
+    full names, as texts.
 
     Args:
         function: Its signature and docstring are the command's arguments and help.
@@ -227,17 +235,42 @@ def call(function: Callable[..., Any], program: str, arguments: list[str]) -> in
     help_of = {entry.arg_name: entry.description or "" for entry in docstring.params}
     for name, parameter in positional.items():
         several = parameter.annotation == list[str]
-        settings: dict[str, Any] = {"type": str if several else parameter.annotation}
+        options: dict[str, Any] = {"type": str if several else parameter.annotation}
         if several:
-            settings["nargs"] = "+"
+            options["nargs"] = "+"
         elif parameter.default is not parameter.empty:
-            settings |= {"nargs": "?", "default": parameter.default}
-        parser.add_argument(name, help=help_of.get(name, ""), **settings)
-    parser.add_function_arguments(function, skip=set(positional))
+            options |= {"nargs": "?", "default": parameter.default}
+        parser.add_argument(name, help=help_of.get(name, ""), **options)
+    settings: dict[str, str] = {}
+    rest = {name for name, p in parameters.items() if p.kind is p.VAR_KEYWORD}
+    if rest:
+        settings, arguments = split_settings(arguments)
+    parser.add_function_arguments(function, skip={*positional, *rest})
     switches = {f"--{name}" for name, p in parameters.items() if p.annotation is bool}
     given = parser.instantiate_classes(parser.parse_args(_set(switches, arguments))).as_dict()
     first = [given.pop(name) for name in positional]
-    return int(function(*first, **given) or 0)
+    return int(function(*first, **given, **settings) or 0)
+
+
+def split_settings(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """The settings of `archzoo fit` among arguments, by their full names, and the others.
+
+    Raises:
+        ValueError: One has no value.
+    """
+    found, others = {}, []
+    rest = iter(arguments)
+    for argument in rest:
+        option, equals, value = argument.partition("=")
+        section = option.removeprefix("--").partition(".")[0]
+        if not option.startswith("--") or section not in SECTIONS:
+            others.append(argument)
+            continue
+        value = value if equals else next(rest, "")
+        if not value or value.startswith("--"):
+            raise ValueError(f"{option} needs a value")
+        found[option.removeprefix("--")] = value
+    return found, others
 
 
 def _set(switches: set[str], arguments: list[str]) -> list[str]:

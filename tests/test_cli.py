@@ -162,18 +162,18 @@ def test_tensorboard_by_one_flag(here):
     assert (here / "runs/micro/metrics.csv").exists()
 
 
-def test_usual_precision(monkeypatch):
+def testusual_precision(monkeypatch):
     """bf16-mixed where the GPU has it and nothing else is said; a plugin says something."""
     from lightning.pytorch.plugins import DoublePrecision
 
-    from archzoo.training.command import _usual_precision
+    from archzoo.training.command import usual_precision
 
-    assert _usual_precision({"accelerator": "cpu"}) is None
+    assert usual_precision({"accelerator": "cpu"}) is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
-    assert _usual_precision({"accelerator": "auto"}) == "bf16-mixed"
-    assert _usual_precision({"accelerator": "auto", "plugins": [DoublePrecision()]}) is None
-    assert _usual_precision({"accelerator": "cpu"}) is None
+    assert usual_precision({"accelerator": "auto"}) == "bf16-mixed"
+    assert usual_precision({"accelerator": "auto", "plugins": [DoublePrecision()]}) is None
+    assert usual_precision({"accelerator": "cpu"}) is None
 
 
 def test_list_and_show(capsys):

@@ -42,6 +42,7 @@ LAYERS = """
     analysis
     conversion contract
     training
+    analysis.compare
     demo
     cli
     __main__

@@ -16,8 +16,10 @@ import shlex
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's affair
 
@@ -53,13 +55,27 @@ FILES = ("--model", "--trainer", "--checkpoint", "--data")  # a section may be a
 NOT_STORED = {"preset", "match", "weights"}  # a run's checkpoint holds what they led to
 IN_VARIANTS = ("model", "data", "trainer", "checkpoint", "seed_everything")  # what one may set
 HARDWARE = ("accelerator", "devices")  # of the trainer's settings
+# What settings say of other runs than the one that they make.
+NOT_OF_A_RUN = ("ckpt_path", "resume", "arms", "arm", "compare", "claim")
+
+
+class Resolved(NamedTuple):
+    """What a `fit` would run.
+
+    Attributes:
+        settings: All of them, plain data: what the run's config.yaml would hold.
+        model: With its decoder not made yet.
+        task: With its data not prepared yet.
+    """
+
+    settings: dict[str, Any]
+    model: LanguageModel
+    task: Task
 
 
 def run(command: str, arguments: list[str]) -> int:
     """Run one of `COMMANDS`; what is wrong with the arguments is raised as ValueError."""
-    for module in parts.MODULES:
-        importlib.import_module(module)  # class names alone are found among what is imported
-    import_all()
+    _import_parts()
     for name in (None, "lightning", "lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(_worth_saying)
@@ -68,25 +84,55 @@ def run(command: str, arguments: list[str]) -> int:
     warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")  # Lightning's own affair
     # FSDP2 fears writes into what a block returns; nothing here writes there.
     warnings.filterwarnings("ignore", ".*returned a view tensor.*")
-    load_installed()
     try:
-        with settings.imported_only():
-            _start(command, arguments)
+        with settings.imported_only(), _user_errors():
+            _start(CommandLine, command, arguments)
     except Ended as end:
         if not end.explained:
             say(f"{end}: nothing was written")
         return end.status
+    return 0
+
+
+def resolve(arguments: list[str]) -> Resolved:
+    """The settings, the model and the task of `archzoo fit ARGUMENTS`, of which nothing is run.
+
+    Raises:
+        ValueError: What is wrong with the arguments, as `run` says it.
+    """
+    _import_parts()
+    with settings.imported_only(), _user_errors():
+        line = _start(_ResolvedOnly, "fit", arguments)
+    parser, config = line._parser("fit"), line.config["fit"].clone()
+    for name in NOT_OF_A_RUN:
+        config[name] = None
+    text = parser.dump(config, skip_none=False, skip_validation=True)
+    return Resolved(settings.parse(text, "the settings"), line.model, line.datamodule)
+
+
+def _import_parts() -> None:
+    """Import what settings may name by class names alone."""
+    for module in parts.MODULES:
+        importlib.import_module(module)
+    import_all()
+    load_installed()
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Raises as ValueError what is wrong with the arguments."""
+    try:
+        yield
     except ValueError as error:
         if "Does not validate against" in str(error):  # jsonargparse, around what a class said
             raise ValueError(explain(str(error), ())) from error
         raise
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
-    return 0
 
 
-def _start(command: str, arguments: list[str]) -> None:
-    CommandLine(
+def _start(cls: type[CommandLine], command: str, arguments: list[str]) -> CommandLine:
+    return cls(
         LanguageModel,
         Task,
         subclass_mode_data=True,
@@ -104,7 +150,7 @@ def _start(command: str, arguments: list[str]) -> None:
             "enable_model_summary": False,
         },
         parser_kwargs={"prog": "archzoo", "exit_on_error": False}
-        | {name: {"exit_on_error": False} for name in COMMANDS},
+        | {name: {"exit_on_error": False} for name in cls.subcommands()},
     )
 
 
@@ -137,7 +183,7 @@ class SaveConfig(SaveConfigCallback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self.config = self.config.clone()
         # A run from this file is a new one, of this variant.
-        for name in ("ckpt_path", "resume", "arms", "arm"):
+        for name in NOT_OF_A_RUN:
             self.config[name] = None
 
     def _save(self, trainer: Any, pl_module: Any) -> None:
@@ -190,6 +236,18 @@ class CommandLine(LightningCLI):
             default=None,
             help="The variant of the configuration file (one of its arms) that is run; default: "
             "the file as it is.",
+        )
+        parser.add_argument(
+            "--compare",
+            type=dict[str, Any] | None,
+            default=None,
+            help="Options of archzoo compare for this file, by name; fit does not read them.",
+        )
+        parser.add_argument(
+            "--claim",
+            type=dict[str, Any] | list[dict[str, Any]] | None,
+            default=None,
+            help="What archzoo compare tests with this file; fit does not read it.",
         )
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
 
@@ -333,7 +391,7 @@ class CommandLine(LightningCLI):
         config["logger"] = [MetricsFile(self.directory / table), *_as_list(config.get("logger"))]
         config["plugins"] = [CheckpointFiles(), *_as_list(config.get("plugins"))]
         if config.get("precision") is None:
-            config["precision"] = _usual_precision(config)
+            config["precision"] = usual_precision(config)
         try:
             trainer = super()._instantiate_trainer(config, callbacks)
             # Lightning's own handlers end a run as if it had finished, and with several ranks they
@@ -463,6 +521,24 @@ class CommandLine(LightningCLI):
         print(f"{path} holds {len(rows)} predictions")
 
 
+class _ResolvedOnly(CommandLine):
+    """Stops when the model and the task are made; random numbers and directories stay."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Of `fit` alone, which is a quarter of the work."""
+        return {"fit": CommandLine.subcommands()["fit"]}
+
+    def _set_seed(self) -> None:
+        pass
+
+    def instantiate_trainer(self, **arguments: Any) -> Any:
+        return None
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
 # ---------------------------------------------------------------------------- small helpers
 
 # Lightning's notes that say nothing new here: what machine this is, what else it sells, and the
@@ -506,7 +582,7 @@ def _check_trainer(config: Any) -> None:
         )
 
 
-def _usual_precision(config: dict[str, Any]) -> str | None:
+def usual_precision(config: dict[str, Any]) -> str | None:
     """bf16-mixed on a GPU that has it, unless a plugin says how numbers are kept."""
     if config.get("accelerator") not in ("auto", "gpu", "cuda"):
         return None

@@ -22,17 +22,33 @@ LEFT_OVER = ("last.ckpt.*.partial", "best.ckpt.*.partial", "metrics.csv.partial"
 OF_A_RUN = ("last.ckpt", "best.ckpt", "metrics.csv")
 
 
+def in_use(directory: Path) -> str | None:
+    """Which process holds a directory; None: no one does. Nothing is changed."""
+    try:
+        with open(directory / LOCK, encoding="utf-8") as file:
+            if fcntl is None:
+                return None
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip() or "another process"
+    except OSError:
+        pass
+    return None
+
+
 class Lock:
     """Says that a process trains into a directory; the system forgets it when the process ends.
 
     Args:
         directory: It is made where it is missing.
+        option: Of the command that takes another directory, for messages.
 
     Raises:
         ValueError: Another process holds it; the message says which.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, option: str = "--name") -> None:
         self.directory = directory
         self.path = directory / LOCK
         missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
@@ -46,7 +62,8 @@ class Lock:
                 who = file.read().strip() or "another process"
                 file.close()
                 raise ValueError(
-                    f"{directory} is in use by {who}: wait for it, end it, or choose another --name"
+                    f"{directory} is in use by {who}: wait for it, end it, or choose another "
+                    f"{option}"
                 )
             # Whoever held it may have removed the file between opening and holding it.
             with suppress(FileNotFoundError):

@@ -1,0 +1,451 @@
+"""Which runs a comparison takes: every arm by seed by learning rate, with all else equal.
+
+Nothing is trained here. The settings of every arm are read as `archzoo fit` reads them, so that
+what is wrong with one is said before anything runs; models are built without memory, to be counted;
+and the first batches of every arm are made and compared.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from archzoo.analysis.compare.arms import Arm, file_name, make_arms
+from archzoo.analysis.compare.claims import Claim, read_claims
+from archzoo.analysis.compare.places import memory_of
+from archzoo.analysis.listing import Row, row_of
+from archzoo.names import nearest
+from archzoo.registry import check_size
+from archzoo.tasks.stream import Task
+from archzoo.training.command import Resolved, resolve, usual_precision
+from archzoo.training.comparison import MATCHED
+
+MAY_DIFFER = ("data", "tokens")
+BATCHES = (0, 1, 2)  # of training, whose digests say that arms see the same
+COPIES = 4  # of the weights in training: themselves, gradients, and AdamW's two means
+# Options that a file's `compare` may give.
+IN_FILE = ("seeds", "learning_rates", "tune_seeds", "metric", "may_differ", "measure")
+# The task's own metric: the first of these that it has.
+USUAL = ("bits_per_byte", "exact_match", "loss")
+HIGHER = ("exact_match", "accuracy")  # within the names of what is better when higher
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run: an arm with a learning rate and a seed, which is that of weights and data.
+
+    Attributes:
+        arm: Its name.
+        rate: The learning rate's peak.
+        seed: Of weights and data.
+        key: A digest of all that the run depends on.
+        name: Of its directory.
+        settings: As a configuration file would hold them.
+    """
+
+    arm: str
+    rate: float
+    seed: int
+    key: str
+    name: str
+    settings: dict[str, Any]
+
+
+class ArmFacts(NamedTuple):
+    """What is known of an arm before it runs.
+
+    Attributes:
+        name: Of the arm.
+        sizes: Its model's parameters and state.
+        steps: Optimizer steps of a run.
+        tokens: Tokens that a run trains on.
+        batches: A digest of its first batches, of training and of validation.
+        differs: Its settings that are not the first arm's, as text.
+    """
+
+    name: str
+    sizes: Row
+    steps: int
+    tokens: int
+    batches: str
+    differs: str
+
+
+class Plan(NamedTuple):
+    """A comparison.
+
+    Attributes:
+        name: In titles.
+        arms: What is known of each, by name, in order.
+        rates: Learning rates of each arm; one alone: nothing is chosen.
+        seeds: All of them.
+        tune_seeds: Those that choose the learning rate.
+        metric: What arms are compared by, without its part.
+        measured: "last" or "best": which checkpoint is measured.
+        precision: Of training, such as 32-true.
+        claims: Written before.
+        runs: By (arm, rate, seed).
+    """
+
+    name: str
+    arms: dict[str, ArmFacts]
+    rates: dict[str, list[float]]
+    seeds: list[int]
+    tune_seeds: list[int]
+    metric: str
+    measured: str
+    precision: str
+    claims: list[Claim]
+    runs: dict[tuple[str, float, int], Run]
+
+    @property
+    def chooses(self) -> bool:
+        """Whether learning rates are chosen."""
+        return any(len(rates) > 1 for rates in self.rates.values())
+
+    def first(self) -> list[Run]:
+        """The runs that learning rates are chosen by; all of them where nothing is chosen."""
+        seeds = self.tune_seeds if self.chooses else self.seeds
+        return [
+            self.runs[arm, rate, seed]
+            for seed in seeds
+            for place in range(max(map(len, self.rates.values())))
+            for arm, rates in self.rates.items()
+            for rate in rates[place : place + 1]
+        ]
+
+    def then(self, arm: str, rate: float) -> list[Run]:
+        """The runs that an arm's figures come from, once its learning rate is chosen."""
+        return [self.runs[arm, rate, seed] for seed in self.seeds]
+
+    @property
+    def lower(self) -> bool:
+        """Whether a lower metric is better."""
+        return not any(word in self.metric for word in HIGHER)
+
+
+def numbers(value: Any, option: str, kind: type) -> list[Any]:
+    """The numbers of an option: ``0,1,2``, ``[0, 1, 2]`` or a list from a file.
+
+    Args:
+        value: What is given.
+        option: For messages, such as --seeds.
+        kind: int or float.
+
+    Raises:
+        ValueError: One is not a number of that kind, or is given twice.
+    """
+    entries = value.strip("[] ").split(",") if isinstance(value, str) else value
+    entries = entries if isinstance(entries, list | tuple) else [entries]
+    found = []
+    for entry in entries:
+        what = "an integer" if kind is int else "a number"
+        try:
+            if isinstance(entry, bool) or (kind is int and isinstance(entry, float)):
+                raise ValueError
+            number = kind(entry)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{option}: {str(entry).strip()!r} is not {what}; write {option} "
+                + ("0,1,2" if kind is int else "1e-3,2e-3")
+            ) from None
+        if not math.isfinite(number) or (kind is float and number <= 0):
+            raise ValueError(f"{option}: {number} must be above 0")
+        if number in found:
+            raise ValueError(f"{option}: {number} is given twice")
+        found.append(number)
+    return found
+
+
+def make_plan(
+    config: str | None,
+    content: dict[str, Any],
+    settings: dict[str, str],
+    options: dict[str, Any],
+    at_once: int,
+) -> Plan:
+    """Read the settings of all arms, and make sure that they may be compared.
+
+    Args:
+        config: The configuration file; None: the command line says all.
+        content: What it holds.
+        settings: The command line's, by their full names.
+        options: The command's, by name; None where the file or the default decides.
+        at_once: Runs that share a device.
+
+    Raises:
+        ValueError: Something is wrong with an option, an arm, or what arms differ in.
+    """
+    whose = config or "the command line"
+    of_file = content.get("compare") or {}
+    for name in of_file:
+        if name not in IN_FILE:
+            raise ValueError(f"{whose}: compare has no {name!r}; {nearest(str(name), [*IN_FILE])}")
+    chosen = {name: options.get(name) for name in IN_FILE}
+    chosen = {n: of_file.get(n) if value is None else value for n, value in chosen.items()}
+    given_arms = content.get("arms")
+    if given_arms is not None and not isinstance(given_arms, dict):
+        raise ValueError(f"{whose}: arms is {given_arms!r}, and not settings by the arms' names")
+    picked = options.get("arms")
+    picked = [name.strip() for name in picked.split(",")] if picked else None
+    arms = make_arms(given_arms, picked, settings, whose)
+    claims = read_claims(content.get("claim"), list(map(str, given_arms or {})), whose)
+    seeds, rates, tune_seeds = (
+        None if chosen[name] is None else numbers(chosen[name], f"--{name}", kind)
+        for name, kind in (("seeds", int), ("learning_rates", float), ("tune_seeds", int))
+    )
+    found = {arm.name: _resolve(arm, config) for arm in arms}
+    facts = dict(_facts(found, _allowed(chosen["may_differ"])))
+    first = next(iter(found.values()))
+    seeds = seeds or [int(first.settings["seed_everything"] or 0)]
+    for seed in tune_seeds or []:
+        if seed not in seeds:
+            raise ValueError(f"--tune_seeds: {seed} is none of the seeds {_listed(seeds)}")
+    measured = chosen["measure"] or "last"
+    if measured not in ("last", "best"):
+        raise ValueError(f"--measure {measured} is neither last nor best")
+    metric = _metric(chosen["metric"], first.task, whose)
+    rates_of = {
+        name: rates or [float(entry.settings["model"]["learning_rate"])]
+        for name, entry in found.items()
+    }
+    precision = _precision(first.settings)
+    _check_hardware(found, facts, at_once)
+    runs = {
+        (arm, rate, seed): _run(arm, entry, rate, seed)
+        for arm, entry in found.items()
+        for rate in rates_of[arm]
+        for seed in seeds
+    }
+    return Plan(
+        name=Path(config).stem if config else "compare",
+        arms=facts,
+        rates=rates_of,
+        seeds=seeds,
+        tune_seeds=tune_seeds or seeds,
+        metric=metric,
+        measured=measured,
+        precision=precision,
+        claims=claims,
+        runs=runs,
+    )
+
+
+def _listed(entries: list[Any]) -> str:
+    return ", ".join(map(str, entries))
+
+
+def _allowed(given: Any) -> list[str]:
+    entries = given.split(",") if isinstance(given, str) else given or []
+    names = [str(entry).strip() for entry in entries]
+    for name in names:
+        if name not in MAY_DIFFER:
+            raise ValueError(f"--may_differ {name}: it takes {' and '.join(MAY_DIFFER)}")
+    return names
+
+
+def _resolve(arm: Arm, config: str | None) -> Resolved:
+    start = ["--config", config] if config else []
+    try:
+        found = resolve([*start, *arm.arguments])
+    except ValueError as error:
+        raise ValueError(f"arm {arm.name}: {error}") from None
+    trainer = found.settings["trainer"]
+    if str(trainer["devices"]) not in ("auto", "1") or trainer["num_nodes"] != 1:
+        raise ValueError(
+            f"arm {arm.name}: trainer.devices={trainer['devices']}: a run of compare takes one "
+            "device; --at_once says how many runs share it"
+        )
+    if trainer["fast_dev_run"]:
+        raise ValueError("trainer.fast_dev_run tries one run out, with archzoo fit")
+    return found
+
+
+# ---------------------------------------------------------------------------- what arms are
+
+
+def _facts(found: dict[str, Resolved], allowed: list[str]) -> Iterator[tuple[str, ArmFacts]]:
+    """What is known of each arm; refuses those that see other data or more of it."""
+    first: tuple[str, Resolved, ArmFacts] | None = None
+    for name, resolved in found.items():
+        try:
+            sizes = row_of(name, _decoder_config(resolved))
+            steps = _steps(resolved)
+            batches = digest(resolved.task)
+        except ValueError as error:
+            raise ValueError(f"arm {name}: {error}") from None
+        accumulated = resolved.settings["trainer"]["accumulate_grad_batches"]
+        tokens = steps * accumulated * resolved.task.batch_size * resolved.task.context_length
+        differs = [] if first is None else _differences(first[1].settings, resolved.settings)
+        entry = ArmFacts(name, sizes, steps, tokens, batches, "; ".join(differs))
+        if first is None:
+            first = name, resolved, entry
+        of_data = [text for text in differs if text.startswith("data.")]
+        if "data" not in allowed and (of_data or batches != first[2].batches):
+            what = ", ".join(of_data) or "their first batches are not the same"
+            raise ValueError(
+                f"the arms {first[0]} and {name} differ in data ({what}): what one is better at is "
+                "no longer the model's; --may_differ data compares them anyway"
+            )
+        if not allowed and tokens != first[2].tokens:
+            raise ValueError(
+                f"the arms {first[0]} and {name} train on {first[2].tokens:,} and {tokens:,} "
+                "tokens; --may_differ tokens compares them anyway"
+            )
+        yield name, entry
+
+
+def _decoder_config(resolved: Resolved) -> dict[str, Any]:
+    """The arguments of an arm's decoder, which is built without memory and not kept.
+
+    Raises:
+        ValueError: It would not fit into this machine's memory, or its parts do not fit together.
+    """
+    model, task = resolved.model, resolved.task
+    task.prepare()
+    decoder = model.decoder
+    if decoder is None:
+        model.architecture["vocab_size"] = task.vocab_size
+        if model.architecture.get("context_length") is None:
+            model.architecture["context_length"] = task.context_length
+        with torch.device("meta"):
+            decoder = model.build()
+    check_size(decoder.config)
+    decoder.bind(task, training=True)
+    return dict(decoder.config)
+
+
+def _steps(resolved: Resolved) -> int:
+    """Optimizer steps of a run, as Lightning counts them."""
+    trainer, batches = resolved.settings["trainer"], len(resolved.task.train_dataloader())
+    limit = trainer["limit_train_batches"]
+    if isinstance(limit, int) and not isinstance(limit, bool):
+        batches = min(batches, limit)
+    elif isinstance(limit, float):
+        batches = int(batches * limit)
+    most = trainer["max_steps"] if trainer["max_steps"] is not None else -1
+    epochs = trainer["max_epochs"]
+    if most < 0 and epochs in (None, -1):
+        raise ValueError("trainer.max_steps or trainer.max_epochs must say where a run ends")
+    ends = [most] if most >= 0 else []
+    if epochs not in (None, -1):
+        ends.append(epochs * -(-batches // trainer["accumulate_grad_batches"]))
+    if min(ends) < 1:
+        raise ValueError("trainer.max_steps and trainer.max_epochs leave no step to train")
+    return int(min(ends))
+
+
+def digest(task: Task) -> str:
+    """A digest of a task's first batches: arms with the same one see the same, in the same order.
+
+    Args:
+        task: Of one arm, prepared.
+    """
+    found = hashlib.sha256()
+    training, validation = task.train_dataloader(), task.evaluation_loader("validation")
+    last = len(validation) - 1
+    for loader, wanted in ((training, BATCHES), (validation, sorted({0, last} - {-1}))):
+        for number in wanted:
+            batch: dict[str, Tensor] = loader.batch(number)
+            for name in sorted(batch):
+                tensor = batch[name].contiguous()
+                found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                found.update(tensor.numpy().tobytes())
+    return found.hexdigest()[:12]
+
+
+def _differences(first: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """The settings in which two arms differ, each as `name=value` of the other."""
+    ours, theirs = dict(_flat(first)), dict(_flat(other))
+    return [
+        f"{name}={theirs.get(name)}"
+        for name in dict.fromkeys([*theirs, *ours])
+        if ours.get(name) != theirs.get(name) and name != "name"
+    ]
+
+
+def _flat(settings: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting by its full name, without what stands for the form of a class."""
+    if not isinstance(settings, dict):
+        yield above, settings
+        return
+    for name, value in settings.items():
+        short = above if name == "init_args" else f"{above}.{name}".lstrip(".")
+        yield from _flat(value, short.removesuffix(".class_path"))
+
+
+def matched(arm: ArmFacts, control: ArmFacts) -> str:
+    """One line: an arm's parameters against another's, and whether they match."""
+    ours, theirs = arm.sizes.parameters, control.sizes.parameters
+    difference = ours / theirs - 1
+    verdict = "matched" if abs(difference) <= MATCHED else "NOT matched"
+    return f"{ours:,} parameters against {theirs:,}, {difference:+.1%}: {verdict}"
+
+
+def _metric(given: str | None, task: Task, whose: str) -> str:
+    """What arms are compared by."""
+    known = ["loss", *task.metrics]
+    known += [f"exact_match/{name}" for name in task.extra_evaluations("test")]
+    if given is None:
+        return next(name for name in USUAL if name in known)
+    name = given.rpartition("test/")[2].removeprefix("validation/")
+    if name not in known and not name.startswith("exact_match/"):
+        raise ValueError(f"--metric {given}: {whose} does not measure it; {nearest(name, known)}")
+    return name
+
+
+# ---------------------------------------------------------------------------- runs
+
+
+def _precision(settings: dict[str, Any]) -> str:
+    trainer = settings["trainer"]
+    return str(trainer["precision"] or usual_precision(dict(trainer)) or "32-true")
+
+
+def _run(arm: str, resolved: Resolved, rate: float, seed: int) -> Run:
+    settings = copy.deepcopy(resolved.settings)
+    settings["seed_everything"] = seed
+    settings["model"]["learning_rate"] = rate
+    data = settings["data"]
+    if "seed" in (data.get("init_args") or {}):
+        data["init_args"]["seed"] = seed
+    depends = copy.deepcopy(settings)
+    for name in ("name", "resume"):
+        depends.pop(name)
+    for name in ("default_root_dir", "enable_progress_bar"):
+        depends["trainer"].pop(name)
+    (depends["data"].get("init_args") or {}).pop("cache_dir", None)
+    depends["trainer"]["precision"] = _precision(settings)
+    # What the settings' names stand for: a preset's sizes, the text that a path leads to.
+    depends["decoder"] = _decoder_config(resolved)
+    depends["fingerprint"] = resolved.task.fingerprint() | {"seed": seed}
+    text = json.dumps(depends, sort_keys=True, default=str)
+    key = hashlib.sha256(text.encode()).hexdigest()[:12]
+    name = f"{file_name(arm)}_lr{rate:g}_seed{seed}_{key[:6]}"
+    return Run(arm, rate, seed, key, name, settings | {"name": name})
+
+
+def _check_hardware(found: dict[str, Resolved], facts: dict[str, ArmFacts], at_once: int) -> None:
+    """Refuse models of which `at_once` do not fit into the memory of what they run on.
+
+    Weights, gradients and AdamW's means alone are counted: activations come on top.
+    """
+    name, largest = max(facts.items(), key=lambda item: item[1].sizes.parameters)
+    count = largest.sizes.parameters
+    needed = COPIES * 4 * count * at_once
+    memory, whose = memory_of(found[name].settings["trainer"]["accelerator"])
+    if needed > memory:
+        runs = "a run takes" if at_once == 1 else f"{at_once} runs at once take"
+        raise ValueError(
+            f"arm {name}: {runs} {needed / 1e9:,.1f} GB for {count:,} parameters, their gradients "
+            f"and AdamW's means, and {whose} has {memory / 1e9:,.1f} GB"
+        )

@@ -1,0 +1,371 @@
+"""archzoo compare: its arms, its plan, what it says of them, and what interrupts it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from archzoo.analysis.compare import claims, statistics
+from archzoo.analysis.compare.arms import file_name, make_arms, split
+from archzoo.analysis.compare.places import gpus, slots
+from archzoo.analysis.compare.plan import digest, make_plan, matched, numbers
+from archzoo.analysis.compare.runner import choose
+from archzoo.cli import main
+from archzoo.training import settings
+from archzoo.training.command import resolve
+
+ROOT = Path(__file__).parents[1]
+CONFIG = """
+model: {preset: retnet_micro, warmup_steps: 2}
+data:
+  class_path: Addition
+  init_args: {digits: 1, batch_size: 8, validation_examples: 16, test_examples: 16}
+trainer: {accelerator: cpu, max_steps: 4, log_every_n_steps: 1, val_check_interval: 2}
+"""
+OPTIONS = dict.fromkeys(
+    ("seeds", "learning_rates", "tune_seeds", "arms", "may_differ", "metric", "measure")
+)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def plan_of(flags=None, config="a.yaml", at_once=1, **options):
+    content = settings.read(Path(config)) if config else {}
+    return make_plan(config, content, flags or {}, OPTIONS | options, at_once)
+
+
+MIXERS = {"model.mixer": "Retention,Attention"}
+
+# ---------------------------------------------------------------------------- arms
+
+
+@pytest.mark.parametrize(
+    ("value", "parts"),
+    [
+        ("Retention", ["Retention"]),
+        ("Retention,Attention", ["Retention", "Attention"]),
+        ("1, 2 ,3", ["1", "2", "3"]),
+        ("[0.9, 0.98]", ["[0.9, 0.98]"]),
+        ("[0.9, 0.98],[0.9, 0.95]", ["[0.9, 0.98]", "[0.9, 0.95]"]),
+        ("{class_path: XPos, init_args: {base: 1}},RoPE",) * 1
+        + (["{class_path: XPos, init_args: {base: 1}}", "RoPE"],),
+        ('"a,b.txt"', ["a,b.txt"]),
+        ("'a,b',c", ["a,b", "c"]),
+        ("[1, 2", ["[1, 2"]),
+        ("it's,its", ["it's", "its"]),
+    ],
+)
+def test_commas_make_arms_and_lists_stay_values(value, parts):
+    assert split(value) == parts
+
+
+def test_an_empty_part_is_refused():
+    for value in ("Retention,", ",a", "a,,b"):
+        with pytest.raises(ValueError, match="empty part"):
+            split(value)
+
+
+def test_arms_of_the_file_and_of_commas_make_the_product():
+    found = make_arms(
+        {"plain": {}, "wide": {"model.width": 64}},
+        None,
+        {"model.mixer": "Retention,Attention", "model.dropout": "0.1", "model.depth": "1,2"},
+        "a.yaml",
+    )
+    assert [arm.name for arm in found] == [
+        f"{file}+{mixer}+depth={depth}"
+        for file in ("plain", "wide")
+        for mixer in ("Retention", "Attention")
+        for depth in (1, 2)
+    ]
+    assert found[-1].arguments == (
+        *("--arm", "wide", "--model.mixer", "Attention"),
+        *("--model.dropout", "0.1", "--model.depth", "2"),
+    )
+    (one,) = make_arms({"plain": {}, "wide": {}}, ["wide"], {}, "a.yaml")
+    assert one.name == "wide" and one.arguments == ("--arm", "wide")
+    named = make_arms(None, None, {"model.tie_weights": "true,false"}, "a.yaml")
+    assert [arm.name for arm in named] == ["tie_weights=true", "tie_weights=false"]
+    assert file_name("a/b c+depth=2") == "a-b-c+depth=2"
+
+
+def test_numbers_are_read_from_texts_and_lists():
+    assert numbers("0,1,2", "--seeds", int) == numbers([0, 1, 2], "--seeds", int) == [0, 1, 2]
+    assert numbers("1e-3, 2e-3", "--learning_rates", float) == [1e-3, 2e-3]
+    for value, kind, words in (
+        ("0,1.5", int, "'1.5' is not an integer"),
+        ("a", float, "'a' is not a number"),
+        ("0", float, "must be above 0"),
+        ("nan", float, "must be above 0"),
+        ("1,1", int, "1 is given twice"),
+        ("", int, "'' is not an integer"),
+        ([True], int, "not an integer"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            numbers(value, "--x", kind)
+
+
+# ---------------------------------------------------------------------------- the plan
+
+
+def test_arms_see_the_same_batches_in_the_same_order(place):
+    plan = plan_of(MIXERS, seeds="0,1", learning_rates="1e-3,2e-3")
+    retention, attention = plan.arms.values()
+    assert retention.batches == attention.batches and retention.tokens == attention.tokens
+    assert retention.tokens == 4 * 8 * resolve(["--config", "a.yaml"]).task.context_length
+    # Of the settings that children are given, by arm: the batches themselves.
+    for seed in (0, 1):
+        batches = {}
+        for (arm, _, of), run in plan.runs.items():
+            if of == seed:
+                Path("run.yaml").write_text(settings.written(run.settings))
+                task = resolve(["--config", "run.yaml"]).task
+                task.prepare()
+                loader = task.train_dataloader()
+                batches.setdefault(arm, []).append(
+                    [loader.batch(number)["tokens"] for number in range(4)]
+                )
+        first = batches["Retention"][0]
+        for found in (entry for entries in batches.values() for entry in entries):
+            assert all(map(torch.equal, first, found))
+    assert len(plan.runs) == len({run.key for run in plan.runs.values()}) == 8
+
+
+def test_a_digest_tells_seeds_and_orders_apart(place):
+    tasks = [resolve(["--config", "a.yaml", "--data.seed", seed]).task for seed in "001"]
+    for task in tasks:
+        task.prepare()
+    first, again, other = map(digest, tasks)
+    assert first == again != other
+
+
+def test_a_key_holds_all_settings_and_only_those(place):
+    def key(**flags):
+        plan = plan_of(
+            {f"{n.partition('_')[0]}.{n.partition('_')[2]}": v for n, v in flags.items()}
+        )
+        return next(iter(plan.runs.values())).key
+
+    first = key()
+    assert first == key() == key(trainer_enable_progress_bar="false")
+    others = [key(model_dropout="0.1"), key(data_digits="2"), key(trainer_max_steps="5")]
+    assert len({first, *others}) == 4
+
+
+def test_parameters_are_matched_or_said_not_to_be(place):
+    for match, word in (("parameters", ": matched"), ("null", ": NOT matched")):
+        plan = plan_of(MIXERS | {"model.match": match})
+        retention, attention = plan.arms.values()
+        text = matched(attention, retention)
+        assert text.endswith(word) and f"{retention.sizes.parameters:,}" in text
+        assert f"{attention.sizes.parameters:,}" in text
+
+
+def test_runs_of_a_seed_come_together_and_tuning_comes_first(place):
+    plan = plan_of(MIXERS, seeds="0,1,2", learning_rates="1e-3,2e-3", tune_seeds="0")
+    assert [(run.arm, run.rate, run.seed) for run in plan.first()] == [
+        (arm, rate, 0) for rate in (1e-3, 2e-3) for arm in ("Retention", "Attention")
+    ]
+    assert [run.seed for run in plan.then("Attention", 2e-3)] == [0, 1, 2]
+    plan = plan_of(MIXERS, seeds="0,1")
+    assert [(run.arm, run.seed) for run in plan.first()] == [
+        *(("Retention", 0), ("Attention", 0), ("Retention", 1), ("Attention", 1))
+    ]
+
+
+def test_a_file_may_say_what_the_options_say(place):
+    more = {
+        "arms": {"plain": {}, "swapped": {"model.mixer": "Attention"}},
+        "compare": {"seeds": [3, 4], "learning_rates": [0.001], "metric": "loss"},
+        "claim": {"control": "plain", "paper": -0.05},
+    }
+    Path("b.yaml").write_text(yaml.safe_dump(yaml.safe_load(CONFIG) | more))
+    plan = plan_of(config="b.yaml")
+    assert plan.seeds == [3, 4] and plan.metric == "loss" and plan.lower
+    assert plan_of(config="b.yaml", seeds="1").seeds == [1]
+    assert plan.claims[0].sign == -1 and list(plan.arms) == ["plain", "swapped"]
+    assert main(["fit", "--config", "b.yaml", "--arm", "plain", "--trainer.max_steps", "1"]) == 0
+    saved = yaml.safe_load(Path("runs/b_plain/config.yaml").read_text())
+    assert saved["compare"] is saved["claim"] is saved["arms"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("none.yaml", "there is no configuration none.yaml"),
+        ("", "needs a configuration"),
+        ("a.yaml --arms plain", "--arms plain: a.yaml has no such arm"),
+        ("a.yaml --seeds 0,x", "--seeds: 'x' is not an integer"),
+        ("a.yaml --seeds 0 --tune_seeds 1", "1 is none of the seeds 0"),
+        ("a.yaml --learning_rates fast", "--learning_rates: 'fast' is not a number"),
+        ("a.yaml --at_once 0", "at_once=0 must be at least 1"),
+        ("a.yaml --minutes 0", "minutes=0.0 must be above 0"),
+        ("a.yaml --model.mixers Retention,Attention", "there is no setting 'model.mixers'"),
+        ("a.yaml --model.mixer Retention,Attentive", "arm Attentive: model.mixer"),
+        ("a.yaml --model.mixer Retention,Retention", "Retention is given twice"),
+        ("a.yaml --model.mixer", "--model.mixer needs a value"),
+        ("a.yaml --data.digits 1,2", "differ in data (data.digits=2)"),
+        ("a.yaml --trainer.max_steps 4,8", "train on"),
+        ("a.yaml --model.dim 100000 --model.depth 2", "and this machine has"),
+        ("a.yaml --metric speed", "--metric speed"),
+        ("a.yaml --trainer.devices 2", "a run of compare takes one device"),
+        ("a.yaml --trainer.max_steps -1", "must say where a run ends"),
+        ("a.yaml --output a.yaml/x", "--output a.yaml/x cannot be written"),
+        ("no_data.yaml", "fit needs data"),
+        ("a.yaml --may_differ size", "--may_differ size: it takes data and tokens"),
+        ("--status .", "holds no compare.json"),
+        ("bad_arms.yaml", "and not settings by the arms' names"),
+        ("bad_claim.yaml", "claim has no 'margins'; nearest: margin"),
+        ("bad_option.yaml", "compare has no 'seed'; nearest: seeds"),
+    ],
+)
+def test_what_is_wrong_is_one_line(place, capsys, arguments, words):
+    Path("no_data.yaml").write_text("model: {preset: retnet_micro}\ntrainer: {max_steps: 1}\n")
+    Path("bad_arms.yaml").write_text(f"{CONFIG}arms: [a, b]\n")
+    Path("bad_claim.yaml").write_text(f"{CONFIG}claim: {{margins: 1}}\n")
+    Path("bad_option.yaml").write_text(f"{CONFIG}compare: {{seed: 1}}\n")
+    assert main(["compare", *arguments.split()]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and words in line, line
+
+
+def test_arms_may_differ_in_data_where_that_is_said(place):
+    plan = plan_of({"data.digits": "1,2"}, may_differ="data,tokens")
+    one, two = plan.arms.values()
+    assert one.batches != two.batches and "data.digits=2" in two.differs
+
+
+# ---------------------------------------------------------------------------- placing
+
+
+def test_runs_share_the_processor_or_take_a_gpu_each(monkeypatch):
+    from archzoo.analysis.compare import places
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(places, "cores", lambda: 16)
+    found = slots("cpu", 4)
+    assert [slot.name for slot in found] == ["cpu"] * 4
+    assert {slot.environment["OMP_NUM_THREADS"] for slot in found} == {"4"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    found = slots("auto", 2)
+    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in found] == ["0", "1", "0", "1"]
+    assert {slot.environment["OMP_NUM_THREADS"] for slot in found} == {"4"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert gpus() == ["5", "7"] and gpus("cpu") == []
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert slots("cpu", 2)[0].environment == {"OMP_NUM_THREADS": "1"}
+
+
+# ---------------------------------------------------------------------------- learning rates
+
+
+def test_the_rate_is_chosen_on_validation_data(place):
+    plan = plan_of(MIXERS, seeds="0,1", learning_rates="1e-3,2e-3,4e-3", metric="loss")
+    losses = {(1e-3, 0): 2.0, (1e-3, 1): 1.0, (2e-3, 0): 1.2, (2e-3, 1): 1.3}
+    losses |= {(4e-3, 0): 0.1}  # of its other seed there is nothing: it diverged
+
+    def metrics(run):
+        value = losses.get((run.rate, run.seed))
+        return {} if value is None else {"validation/loss": value, "test/loss": -value}
+
+    assert choose(plan, "Retention", metrics) == 2e-3
+    assert choose(plan, "Retention", lambda run: {}) is None
+    plan = plan_of(MIXERS, seeds="0", learning_rates="1e-3,2e-3")
+    assert plan.metric == "exact_match" and not plan.lower
+    found = {"validation/exact_match": 0.0, "validation/loss": 1.0}
+    tied = {1e-3: found, 2e-3: found | {"validation/loss": 0.5}}
+    assert choose(plan, "Attention", lambda run: tied[run.rate]) == 2e-3, "of equals: lower loss"
+    tied[1e-3] = found | {"validation/exact_match": 0.1}
+    assert choose(plan, "Attention", lambda run: tied[run.rate]) == 1e-3
+
+
+# ---------------------------------------------------------------------------- statistics
+
+
+def test_quantiles_of_student_are_the_tabled_ones():
+    tabled = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 30: 2.042, 100: 1.984}
+    for freedom, value in tabled.items():
+        assert statistics.t_quantile(0.975, freedom) == pytest.approx(value, abs=6e-4)
+    assert statistics.t_quantile(0.8, 4) == pytest.approx(0.9410, abs=1e-4)
+    assert statistics.t_quantile(0.975, 10**6) == pytest.approx(1.96, abs=3e-3)
+    # With one degree of freedom it is Cauchy's distribution, with two it has a closed form.
+    assert statistics.t_cdf(1.7, 1) == pytest.approx(0.5 + math.atan(1.7) / math.pi)
+    assert statistics.t_cdf(1.7, 2) == pytest.approx(0.5 + 1.7 / (2 * math.sqrt(2 + 1.7**2)))
+
+
+def test_differences_are_paired_by_seed():
+    control = {0: 2.0, 1: 3.0, 2: 4.0, 9: 100.0}
+    found = statistics.paired({0: 1.9, 1: 2.8, 2: 3.7, 5: 0.0}, control)
+    assert found.seeds == 3 and found.mean == pytest.approx(-0.2) and found.reference == 3.0
+    half = 4.3027 * 0.1 / math.sqrt(3)
+    assert found.low == pytest.approx(-0.2 - half, abs=1e-4)
+    assert found.high == pytest.approx(-0.2 + half, abs=1e-4)
+    assert found.relative().mean == pytest.approx(-0.2 / 3)
+    assert statistics.paired({0: 1.0}, control).low is None
+    assert statistics.paired({7: 1.0}, control) is None
+
+
+def test_seeds_needed_are_those_of_the_facts():
+    # 80 % power at 5 %, two-sided; with normal quantiles n = (2.8 sd / effect)^2.
+    assert statistics.seeds_needed(0.00301, 0.00380) == 8  # 4.9 of the normal's, 3 more of t's
+    assert statistics.seeds_needed(0.02, 0.0038) == pytest.approx(15.7 * 13.9, rel=0.03)
+    assert statistics.seeds_needed(1.0, 0.0) is None
+    assert statistics.seeds_needed(1.0, 1e-4) is None
+
+
+def verdict(values, **claim):
+    entry = {"arm": "b", "control": "a", **claim}
+    (found,) = claims.read_claims(entry, ["a", "b"], "x.yaml")
+    by_seed = {arm: dict(enumerate(entries)) for arm, entries in values.items()}
+    (judged,) = claims.judge(found, by_seed, relative=True)
+    return judged
+
+
+def test_verdicts_follow_the_rule_that_was_written_before():
+    a = [1.0, 1.0, 1.0]
+
+    def of(*b, **claim):
+        return verdict({"a": a, "b": list(b)}, **claim).verdict
+
+    assert of(0.964, 0.965, 0.966, paper=-0.035) == "holds in size"
+    assert of(0.979, 0.980, 0.981, paper=-0.035) == "holds"
+    assert of(0.979, 0.980, 0.981, sign=-1) == "holds"
+    assert of(1.019, 1.020, 1.021, paper=-0.035) == "refuted", "on the other side"
+    assert of(0.998, 0.999, 1.000, paper=-0.035) == "refuted", "within a third of the paper's"
+    assert of(0.90, 1.0, 1.02, paper=-0.035) == "undecided"
+    assert of(1.049, 1.050, 1.051, paper=0.05) == "holds in size"
+    assert of(0.999, 1.0, 1.001, rule="equivalence", margin=0.003) == "holds"
+    assert of(1.009, 1.01, 1.011, rule="equivalence", margin=0.003) == "refuted"
+    assert of(0.99, 1.0, 1.01, rule="equivalence", margin=0.003) == "undecided"
+    text = verdict({"a": a, "b": [0.90, 1.0, 1.02]}, paper=-0.035).text
+    assert "undecided at 3 seeds" in text and "seeds would decide" in text
+    assert "the paper -3.5 %" in text
+    assert "an anecdote" in verdict({"a": [1.0], "b": [0.5]}, paper=-0.035).text
+
+
+@pytest.mark.parametrize(
+    ("claim", "words"),
+    [
+        ({"control": "c"}, "control 'c': the arms are a, b"),
+        ({"paper": "much"}, "paper='much' is not a number"),
+        ({"rule": "hope", "sign": 1}, "rule='hope' is neither difference nor equivalence"),
+        ({}, "sign=0 must be -1"),
+        ({"rule": "equivalence"}, "needs a margin"),
+        ("lower", "claim is 'lower'"),
+    ],
+)
+def test_a_claim_that_says_too_little_is_refused(claim, words):
+    with pytest.raises(ValueError, match=words):
+        claims.read_claims(claim, ["a", "b"], "x.yaml")
+    assert claims.read_claims(None, [], "x.yaml") == []
