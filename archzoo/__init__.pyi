@@ -29,7 +29,10 @@ from archzoo.feedforward.moe import MixtureOfExperts as MixtureOfExperts
 from archzoo.feedforward.routers import AttentionRouter as AttentionRouter
 from archzoo.feedforward.routers import LinearRouter as LinearRouter
 from archzoo.feedforward.routers import TopKRouter as TopKRouter
+from archzoo.generation.conversation import Conversation as Conversation
 from archzoo.generation.decoding import generate as generate
+from archzoo.generation.state_files import load_state as load_state
+from archzoo.generation.state_files import save_state as save_state
 from archzoo.linear import Linear as Linear
 from archzoo.mixers.attention import Attention as Attention
 from archzoo.mixers.filtered import FilteredAttention as FilteredAttention
@@ -45,3 +48,5 @@ from archzoo.positions.rotary import XPos as XPos
 from archzoo.registry import create_model as create_model
 from archzoo.registry import list_models as list_models
 from archzoo.registry import register_model as register_model
+from archzoo.states import fork as fork
+from archzoo.states import reorder as reorder

@@ -132,6 +132,15 @@ class Mixer(StartsFromPrefix):
         """
         raise NotImplementedError(f"{type(self).__name__} needs init_state(batch_size, ...)")
 
+    def copy_state(self, state: State, spare: int = 0) -> State:
+        """A copy that a later call cannot touch, without unused buffers.
+
+        Args:
+            state: Of this mixer.
+            spare: Tokens that a KV cache's buffers shall take before they must grow.
+        """
+        return fork(state)
+
     def step(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
         """One token, x (batch, 1, dim): the recurrent form. It defines the mixer.
 
@@ -445,6 +454,15 @@ class Block(nn.Module):
         near, before = self.convolution(h, before, context, form)
         mixed, own = self.mixer(h + near, own, context, form)
         return mixed, None if state is None else {"convolution": before, "mixer": own}
+
+    def copy_state(self, state: State, spare: int = 0) -> State:
+        """As `Mixer.copy_state`, of the state that a call of this block returns."""
+        if self.convolution is None:
+            return self.mixer.copy_state(state, spare)
+        return {
+            "convolution": self.convolution.copy_state(state["convolution"], spare),
+            "mixer": self.mixer.copy_state(state["mixer"], spare),
+        }
 
     def _drop(self, branch: Tensor) -> Tensor:
         return F.dropout(branch, self.dropout, self.training) if self.dropout else branch

@@ -25,7 +25,7 @@ from archzoo.inputs import check_beside, check_state, check_tokens, explain
 from archzoo.linear import Linear
 from archzoo.norm import RMSNorm
 from archzoo.parts import NONE, Spec, build, describe, describe_adapters, named_adapters
-from archzoo.states import State
+from archzoo.states import State, fork
 
 MixerFactory = Callable[[int, int], Mixer]
 ConvolutionFactory = Callable[[int, int], ShortConvolution]
@@ -342,6 +342,24 @@ class Decoder(nn.Module):
                 for block in self.blocks
             ],
         }
+
+    def copy_state(self, state: State, spare: int = 0) -> State:
+        """A copy that a later call cannot touch; KV caches without their unused buffers.
+
+        Args:
+            state: From `init_state` or a call.
+            spare: Tokens that a KV cache's buffers shall take before they must grow.
+        """
+        check_state(state, len(state["place"]["positions"]), self.depth * self.loops)
+        copied: State = {name: fork(part) for name, part in state.items() if name != "blocks"}
+        pairs = zip([*self.blocks] * self.loops, state["blocks"], strict=True)
+        try:
+            copied["blocks"] = [block.copy_state(held, spare) for block, held in pairs]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"the state's blocks hold no {error} where this model's do: it is another model's"
+            ) from error
+        return copied
 
     @contextmanager
     def weights_held(self) -> Iterator[None]:

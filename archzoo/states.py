@@ -28,7 +28,8 @@ def _mapped(function: Callable[..., Tensor], states: Sequence[Any]) -> Any:
     if isinstance(first, dict):
         return {name: _mapped(function, [state[name] for state in states]) for name in first}
     if isinstance(first, list | tuple):
-        return [_mapped(function, entries) for entries in zip(*states, strict=True)]
+        mapped = [_mapped(function, entries) for entries in zip(*states, strict=True)]
+        return type(first)(*mapped) if hasattr(first, "_fields") else mapped  # a NamedTuple stays
     return first
 
 
@@ -52,7 +53,7 @@ def to(state: Tree, device: torch.device | str) -> Tree:
     return map_state(lambda leaf: leaf.to(device), state)
 
 
-def nbytes(state: State | None) -> int:
+def nbytes(state: Any) -> int:
     """Bytes that the tensors of a state take."""
     sizes: list[int] = []
 

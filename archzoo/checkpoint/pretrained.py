@@ -235,7 +235,23 @@ def named_tokenizer(name: Any, path: Path) -> Tokenizer | None:
 
 @contextmanager
 def _weights_file(path: Path) -> Iterator[tuple[Any, dict[str, str], dict[str, Stored]]]:
-    """A safetensors file, its metadata, and what its header says of the tensors."""
+    """`open_tensors` of the weights of a directory."""
+    try:
+        with open_tensors(path) as opened:
+            yield opened
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path.parent} holds no {WEIGHTS}") from None
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[tuple[Any, dict[str, str], dict[str, Stored]]]:
+    """A safetensors file, its metadata, and what its header says of the tensors.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
+        ValueError: It is truncated, damaged, larger than the memory, or holds tensors of dtypes
+            that are not in `DTYPES`.
+    """
     try:
         check_regular(path)
         with open(path, "rb") as header:
@@ -246,10 +262,8 @@ def _weights_file(path: Path) -> Iterator[tuple[Any, dict[str, str], dict[str, S
             for name in file.keys():  # noqa: SIM118
                 entry = file.get_slice(name)
                 if entry.get_dtype() not in DTYPES:
-                    raise ValueError(f"{path}: {name} is {entry.get_dtype()}: weights are floats")
+                    raise ValueError(f"{path}: {name} is {entry.get_dtype()}: that is not read")
                 held[name] = Stored(tuple(entry.get_shape()), DTYPES[entry.get_dtype()])
             yield file, file.metadata() or {}, held
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path.parent} holds no {WEIGHTS}") from None
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or damaged: {error}") from None

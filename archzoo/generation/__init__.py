@@ -9,11 +9,14 @@ which ``check`` proves while it writes.
 from __future__ import annotations
 
 from archzoo.generation.command import generate_command, report, state_growth
+from archzoo.generation.conversation import Conversation
 from archzoo.generation.decoding import FormsDisagree, Generation, OnToken, difference, generate
 from archzoo.generation.prompts import Prompts, encode, pad_left
 from archzoo.generation.sampling import Sampler, probabilities, sample
+from archzoo.generation.state_files import load_state, save_state
 
 __all__ = [
+    "Conversation",
     "FormsDisagree",
     "Generation",
     "OnToken",
@@ -23,9 +26,11 @@ __all__ = [
     "encode",
     "generate",
     "generate_command",
+    "load_state",
     "pad_left",
     "probabilities",
     "report",
     "sample",
+    "save_state",
     "state_growth",
 ]

@@ -9,6 +9,7 @@ import torch
 from archzoo.decoder import Decoder
 from archzoo.generation.decoding import Generation, generate
 from archzoo.generation.prompts import utf8
+from archzoo.generation.state_files import StateLayout, read_state, write_state
 from archzoo.states import nbytes
 
 
@@ -23,6 +24,8 @@ def generate_command(
     stop: str | None = None,
     form: Literal["recurrent", "parallel", "chunkwise"] = "recurrent",
     check: bool = False,
+    state: str | None = None,
+    save_state: str | None = None,
     device: str | None = None,
 ) -> None:
     """Continue a text, and say what a token costs in time and the state in memory.
@@ -42,12 +45,16 @@ def generate_command(
         stop: Text of the one token that ends a text. None: the tokenizer's stop token.
         form: recurrent carries a state; parallel and chunkwise recompute all at every token.
         check: Compare the logits of the recurrent and the parallel form at every token.
+        state: A file of --save_state or of `archzoo read` to continue from: each prompt is read
+            after the text that is in it, and '' reads nothing more.
+        save_state: Write the state at the end to this file, to be continued later.
         device: Such as cpu or cuda. None: a GPU where there is one.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
-        ValueError: The checkpoint cannot be used, a prompt holds what is not in the vocabulary,
-            or a number is out of its range.
+        ValueError: The checkpoint or the state cannot be used, a prompt holds what is not in the
+            vocabulary, or a number is out of its range.
+        OSError: The state cannot be written.
         FormsDisagree: With check: the forms differ by more than rounding explains.
     """
     from archzoo.checkpoint import load
@@ -61,6 +68,8 @@ def generate_command(
         if stop_token is None:
             count = len(tokenizer.encode(stop))
             raise ValueError(f"stop={stop!r} is {count} tokens: it must be exactly one")
+    layout = StateLayout(model)
+    held = None if state is None else read_state(state, layout)[0]
     alone = len(prompt) == 1
 
     def show(row: int, token: int | None, text: str) -> None:
@@ -83,11 +92,17 @@ def generate_command(
         check=check,
         tokenizer=tokenizer,
         on_token=show if alone else None,
+        conversation=held,
+        keep_state=save_state is not None,
     )
     if not alone:
         for begin, text in zip(prompt, written.texts or [], strict=True):
             print(begin + text)
     print(f"\n{report(model, written)}")
+    if save_state is not None and written.conversation is not None:
+        write_state(save_state, written.conversation, layout)
+        read = ", ".join(f"{count:,}" for count in written.conversation.read.tolist())
+        print(f"{save_state}: the state after {read} tokens; --state {save_state} continues it")
 
 
 def report(model: Decoder, written: Generation) -> str:

@@ -12,6 +12,13 @@ from torch import Tensor
 
 from archzoo.block import FORMS
 from archzoo.decoder import Decoder, Output
+from archzoo.generation.conversation import (
+    Conversation,
+    check_conversation,
+    extended,
+    start_conversation,
+    tails,
+)
 from archzoo.generation.prompts import Prompts, encode, pad_left
 from archzoo.generation.sampling import Sampler
 from archzoo.numerics import MODEL_TOLERANCES, for_float64
@@ -45,6 +52,7 @@ class Generation(NamedTuple):
             0 in a form that keeps none.
         largest_difference: With check, the largest relative root mean square difference of the
             two forms' logits over all rows and steps; else None.
+        conversation: With keep_state, all that continuing takes, a later call or another process.
     """
 
     tokens: list[list[int]]
@@ -54,11 +62,12 @@ class Generation(NamedTuple):
     prompt_milliseconds: float
     state_bytes: int
     largest_difference: float | None
+    conversation: Conversation | None = None
 
 
 def generate(
     model: Decoder,
-    prompts: Prompts,
+    prompts: Prompts | None = None,
     *,
     max_tokens: int,
     temperature: float = 0.0,
@@ -70,6 +79,8 @@ def generate(
     check: bool = False,
     tokenizer: Tokenizer | None = None,
     on_token: OnToken | None = None,
+    conversation: Conversation | None = None,
+    keep_state: bool = False,
 ) -> Generation:
     """Continue prompts, which may differ in length: each gets what it would get alone.
 
@@ -80,6 +91,7 @@ def generate(
     Args:
         model: Any decoder. It works in evaluation mode, and is left in the mode it was in.
         prompts: One text or several (with a tokenizer), or tokens: of one prompt or of several.
+            With a conversation an empty one reads nothing, and None is that for every row.
         max_tokens: The most that a row may get.
         temperature: Divides the logits before sampling; 0 takes the most likely token.
         top_k: Sample from the k most likely tokens.
@@ -92,6 +104,11 @@ def generate(
             form, where form is another).
         tokenizer: Text to tokens and back.
         on_token: Called with each token as it comes, for streaming: see `OnToken`.
+        conversation: What was read and written before, a row for each prompt: it is continued,
+            and stays as it is. With the same seed a row gets what it would have got without the
+            pause, bit for bit. A row that had stopped gets nothing, unless it reads more.
+        keep_state: Return a `Conversation` to continue from. All tokens that were written are
+            read, too; rows that end stay in the batch, as padding.
 
     Raises:
         ValueError: An argument out of range, an empty prompt, a token or character that is not in
@@ -103,6 +120,12 @@ def generate(
         raise ValueError(f"form {form!r} is not one of {', '.join(FORMS)}")
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens} must be at least 1")
+    if (conversation is not None or keep_state) and (form != "recurrent" or check):
+        raise ValueError(
+            "a conversation holds a state and not its text: only the recurrent form continues it, "
+            "without check"
+        )
+    prompts = _prompts_of(prompts, conversation)
     writing = writing_of(model.task)
     asked_in_text = isinstance(prompts, str) or any(isinstance(entry, str) for entry in prompts)
     if asked_in_text and model.task is None and getattr(tokenizer, "special", False):
@@ -112,30 +135,46 @@ def generate(
             "if its task reverses digits, set model.task = task.config() and save it again",
             stacklevel=2,
         )
-    rows = encode(prompts, tokenizer, model.vocab_size, writing)
+    rows = encode(prompts, tokenizer, model.vocab_size, writing, continues=conversation is not None)
     if stop_token is None and tokenizer is not None:
         stop_token = tokenizer.stop_token
     model.embedding.check_prompts(rows)  # here, where it needs no synchronisation with a device
-    sampler = Sampler(len(rows), temperature, top_k, top_p, seed)
+    before: list[list[int]] = [[] for _ in rows]
+    drawn = [0] * len(rows)
+    if conversation is not None:
+        check_conversation(conversation, model, rows)
+        before, drawn = tails(conversation), conversation.drawn.tolist()
+    sampler = Sampler(len(rows), temperature, top_k, top_p, seed, drawn)
     writers = [
-        _Writer(row, prompt, tokenizer, on_token, writing) for row, prompt in enumerate(rows)
+        _Writer(row, before[row] + prompt, tokenizer, on_token, writing, keep_state)
+        for row, prompt in enumerate(rows)
     ]
+    if conversation is not None:
+        for writer, stopped in zip(writers, conversation.stopped.tolist(), strict=True):
+            if stopped and not rows[writer.row]:
+                writer.stopped = True
+                writer.end()
 
     training = model.training
     model.eval()
     try:
         with torch.inference_mode(), model.weights_held():
-            tokens, documents = pad_left(rows, model.device)
+            going = [row for row, writer in enumerate(writers) if not writer.ended]
+            held = going if going and not keep_state else list(range(len(rows)))  # in the batch
+            if conversation is not None and len(held) < len(rows):
+                conversation = reorder(conversation, torch.tensor(held))
+            tokens, documents = pad_left([rows[row] for row in held], model.device)
             capacity = tokens.shape[1] + max_tokens
-            reader = _reader(model, form, capacity)
+            reader = _reader(model, form, capacity, conversation)
             other_form = "parallel" if form == "recurrent" else "recurrent"
             reference = _reader(model, other_form, capacity) if check else None
             times: list[float] = []
             differences: list[float] = []
-            going = list(range(len(rows)))  # the rows that have not ended
             while len(times) < max_tokens and going:
                 begin = time.perf_counter()
                 logits = reader.read(tokens, documents)
+                if len(going) < len(held):  # those that ended are only there
+                    logits = logits[[held.index(row) for row in going]]
                 chosen = sampler(logits, going)
                 drawn = chosen.tolist()  # waits for the device
                 times.append(1000 * (time.perf_counter() - begin))
@@ -147,18 +186,35 @@ def generate(
                     writers[row].write(new, stop_token)
                 tokens, documents = chosen[:, None], None
                 kept = [index for index, row in enumerate(going) if not writers[row].ended]
-                if 0 < len(kept) < len(going):  # rows that have ended are dropped from the batch
+                going = [going[index] for index in kept]
+                if keep_state and len(going) < len(held):  # rows that have ended are padded
+                    places = [held.index(row) for row in going]
+                    chosen, tokens = tokens[kept], tokens.new_zeros((len(held), 1))
+                    documents = torch.full_like(tokens, -1)
+                    tokens[places], documents[places] = chosen, 0
+                elif 0 < len(going) < len(held):  # rows that have ended are dropped from the batch
                     indices = torch.tensor(kept, device=tokens.device)
-                    tokens = tokens[indices]
+                    tokens, held = tokens[indices], going
                     for each in (reader, reference):
                         if each is not None:
                             each.keep(indices)
-                going = [going[index] for index in kept]
+            if keep_state and going:
+                reader.read(tokens, documents)  # what was written last
             for writer in writers:
                 writer.end()
     finally:
         model.train(training)
 
+    kept_conversation = None
+    if keep_state and isinstance(reader, _Carrying):
+        begun = conversation or start_conversation(model.init_state(len(rows)))
+        written = [prompt + writer.tokens for prompt, writer in zip(rows, writers, strict=True)]
+        kept_conversation = extended(begun, written)._replace(
+            state=model.copy_state(reader.state or {}),
+            logits=None if reader.logits is None else reader.logits.clone(),
+            drawn=begun.drawn + torch.tensor([w.draws for w in writers], device=model.device),
+            stopped=torch.tensor([writer.stopped for writer in writers], device=model.device),
+        )
     if differences:
         _judge(differences, logits.dtype)
     return Generation(
@@ -166,40 +222,69 @@ def generate(
         texts=None if tokenizer is None else [writer.text for writer in writers],
         stopped=[writer.stopped for writer in writers],
         milliseconds_per_token=sum(times[1:]) / max(len(times) - 1, 1),
-        prompt_milliseconds=times[0],
+        prompt_milliseconds=sum(times[:1]),
         state_bytes=reader.ended_bytes + nbytes(reader.state)
         if isinstance(reader, _Carrying)
         else 0,
         largest_difference=max(differences) if differences else None,
+        conversation=kept_conversation,
     )
+
+
+def _prompts_of(prompts: Prompts | None, conversation: Conversation | None) -> Prompts:
+    if prompts is not None:
+        return prompts
+    if conversation is None:
+        raise ValueError("there is no prompt: give at least one, or a conversation to continue")
+    return [[]] * conversation.batch_size
 
 
 class _Carrying:
     """Reads a text segment by segment and keeps the state (such as a KV cache) between them."""
 
-    def __init__(self, model: Decoder, capacity: int) -> None:
+    def __init__(
+        self, model: Decoder, capacity: int, conversation: Conversation | None = None
+    ) -> None:
         self.model, self.capacity = model, capacity
         self.state: State | None = None
+        self.logits: Tensor | None = None  # of each row's last token
         self.ended_bytes = 0  # of the state of rows that have ended
+        self.begun = False
+        if conversation is not None:
+            self.state = model.copy_state(conversation.state, spare=capacity)
+            self.logits = conversation.logits
 
     def read(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
         """Tokens and documents (batch, time): the next segment. Logits (batch, vocab_size)."""
-        form: str | None = "recurrent"
-        positions = None
-        if self.state is None:  # the prompt, in one pass
-            self.state = self.model.init_state(tokens.shape[0], capacity=self.capacity)
-            form = None
+        form = positions = None
+        if not tokens.shape[1]:  # nothing more is read
+            assert self.logits is not None  # `check_conversation`
+            self.begun = True
+            return self.logits
+        if self.begun:
+            form = "recurrent"
+        else:  # the prompt, in one pass
             positions = self.model.embedding.prompt_positions(tokens, documents)
+        self.begun = True
+        if self.state is None:
+            self.state = self.model.init_state(tokens.shape[0], capacity=self.capacity)
+        elif documents is not None:  # each row continues its document
+            current = self.state["place"]["documents"].clamp(min=0)[:, None]
+            documents = torch.where(documents < 0, documents, current)
         output: Output = self.model(
             tokens, self.state, documents, form=form, logits_to_keep=1, positions=positions
         )
-        self.state = output.state
-        return output.logits[:, 0]
+        self.state, before, logits = output.state, self.logits, output.logits[:, 0]
+        if documents is not None and before is not None:  # rows of padding alone
+            logits = torch.where((documents < 0).all(dim=1, keepdim=True), before, logits)
+        self.logits = logits
+        return logits
 
     def keep(self, rows: Tensor) -> None:
         """Continue with some of the rows, (kept,) int64."""
         before = nbytes(self.state)
         self.state = reorder(self.state, rows)
+        self.logits = None if self.logits is None else self.logits[rows]
         self.ended_bytes += before - nbytes(self.state)
 
 
@@ -241,8 +326,12 @@ class _Recomputing:
         self.positions = None if self.positions is None else self.positions[rows]
 
 
-def _reader(model: Decoder, form: str, capacity: int) -> _Carrying | _Recomputing:
-    return _Carrying(model, capacity) if form == "recurrent" else _Recomputing(model, form)
+def _reader(
+    model: Decoder, form: str, capacity: int, conversation: Conversation | None = None
+) -> _Carrying | _Recomputing:
+    if form == "recurrent":
+        return _Carrying(model, capacity, conversation)
+    return _Recomputing(model, form)
 
 
 def difference(logits: Tensor, reference: Tensor) -> float:
@@ -272,10 +361,12 @@ class _Writer:
         tokenizer: Tokenizer | None,
         on_token: OnToken | None,
         writing: Writing,
+        continues: bool,
     ) -> None:
-        self.row, self.on_token = row, on_token
+        self.row, self.on_token, self.continues = row, on_token, continues
         self.tokens: list[int] = []
         self.written: list[str] = []
+        self.draws = 0
         self.ended = self.stopped = False
         self.decoder = self.reader = None
         if tokenizer is not None:
@@ -295,6 +386,7 @@ class _Writer:
     def write(self, token: int, stop_token: int | None) -> None:
         if self.ended:
             return
+        self.draws += 1
         if token == stop_token:
             self.stopped = True
             self.end()
@@ -307,7 +399,9 @@ class _Writer:
         if not self.ended:
             self.ended, text = True, ""
             if self.decoder and self.reader:
-                text = self.reader.push(self.decoder.finish()) + self.reader.finish()
+                # Bytes of a character come with the rest of it, when the text is continued.
+                rest = "" if self.continues and not self.stopped else self.decoder.finish()
+                text = self.reader.push(rest) + self.reader.finish()
             self._tell(None, text)
 
     def _tell(self, token: int | None, text: str) -> None:

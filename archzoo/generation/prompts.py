@@ -22,6 +22,8 @@ def encode(
     tokenizer: Tokenizer | None,
     vocab_size: int,
     writing: Writing = PLAIN,
+    *,
+    continues: bool = False,
 ) -> list[list[int]]:
     """Prompts of any kind as tokens, a list for each; see `generate`.
 
@@ -30,6 +32,7 @@ def encode(
         tokenizer: Of the text.
         vocab_size: Tokens the model knows.
         writing: How the model's task writes the numbers of a text.
+        continues: Something was read before, so that a prompt may be empty.
 
     Raises:
         ValueError: What `generate` says of prompts.
@@ -57,7 +60,7 @@ def encode(
                 f"prompt {number} is {str(prompt)[:40]}: a prompt is text, or a list of tokens, "
                 "which are integers"
             ) from None
-        if not row:
+        if not row and not continues:
             raise ValueError(f"prompt {number} is empty: a model needs a token to start from")
         wrong = [token for token in row if not 0 <= token < vocab_size]
         if wrong:
@@ -90,7 +93,8 @@ def pad_left(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tenso
         any, since masks can be skipped then.
     """
     longest = max(map(len, rows))
-    tokens = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
+    filled = [[0] * (longest - len(row)) + row for row in rows]
+    tokens = torch.tensor(filled, dtype=torch.int64, device=device)
     lengths = torch.tensor([len(row) for row in rows], device=device)
     if (lengths == longest).all():
         return tokens, None

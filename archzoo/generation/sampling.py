@@ -9,6 +9,8 @@ from torch import Tensor
 
 from archzoo.numerics import for_float64
 
+SKIPPED = 2**20  # random numbers at a time, of those that were drawn before
+
 
 def probabilities(
     logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
@@ -66,6 +68,7 @@ class Sampler:
         top_k: See `probabilities`.
         top_p: See `probabilities`.
         seed: Of row 0. None: drawn from torch's global generator.
+        drawn: Tokens that each row has drawn before, whose random numbers are skipped. None: 0.
 
     Raises:
         ValueError: A number out of its range, or top_k and top_p where nothing is drawn.
@@ -78,6 +81,7 @@ class Sampler:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        drawn: Sequence[int] | None = None,
     ) -> None:
         if not 0 <= temperature < float("inf"):
             raise ValueError(f"temperature={temperature} must be 0 (greedy) or more")
@@ -96,6 +100,10 @@ class Sampler:
         if temperature:
             first = int(torch.randint(2**62, ())) if seed is None else seed
             self.generators = [torch.Generator().manual_seed(first + row) for row in range(rows)]
+            for generator, count in zip(self.generators, drawn or (), strict=False):
+                for begin in range(0, count, SKIPPED):
+                    size = min(SKIPPED, count - begin)
+                    torch.rand(size, generator=generator, dtype=torch.float64)
 
     def __call__(self, logits: Tensor, rows: Sequence[int] | None = None) -> Tensor:
         """Logits (batch, vocab_size) of some rows, None: of all, to tokens (batch,) int64."""
