@@ -4,7 +4,8 @@
     python benchmarks/lengths.py runs/claims/abacus_coverage_* --longest 30 --checkpoint best
 
 Each run is a directory of `archzoo fit` on a task whose sizes are numbers of digits. Problems are
-held out, both operands have n digits, and an answer counts where every token of it is the most
+those of test, which chose nothing (`part`; rows without one asked what validation asked), both
+operands have n digits, and an answer counts where every token of it is the most
 likely one (teacher-forced, which for greedy decoding is the same). A row a run goes into results/,
 and the figure beside it: a line a variant, with the spread of its seeds; the grey span is what was
 trained, a dotted line how far positions reach.
@@ -33,8 +34,8 @@ from archzoo.checkpoint import Pretrained, load
 from archzoo.tasks.stream import build_task
 
 
-def by_length(found: Pretrained, lengths: list[int], count: int) -> dict[int, float]:
-    """Exact match of problems of two numbers of n digits each, for each n."""
+def by_length(found: Pretrained, lengths: list[int], count: int) -> tuple[dict[int, float], str]:
+    """Exact match of problems of two numbers of n digits each, for each n; and whose they are."""
     task = build_task(found.task) if found.task else None
     synthetic = next(iter(getattr(task, "synthetic_tasks", {}).values()), None)
     if synthetic is None or found.tokenizer is None:
@@ -50,7 +51,7 @@ def by_length(found: Pretrained, lengths: list[int], count: int) -> dict[int, fl
             for key, (problems, right) in counts.items():
                 if key.kind == "cell":
                     matches[key.first] = right / problems
-    return matches
+    return matches, synthetic.test_part
 
 
 def main() -> None:
@@ -74,12 +75,13 @@ def main() -> None:
         found = load(file, "cuda" if on_gpu else "cpu")
         assert found.task is not None
         trained = found.task["init_args"]["digits"]
-        matches = by_length(found, lengths, given.problems)
+        matches, part = by_length(found, lengths, given.problems)
         beyond = [matches[n] for n in lengths if n > trained]
         rows.append(
             {
                 "run": path.name,
                 "checkpoint": given.checkpoint,
+                "part": part,
                 "parameters": found.model.parameter_count(),
                 "trained_digits": trained,
                 "coverage": found.model.embedding.coverage or "",

@@ -34,7 +34,7 @@ def means_of(every: list[list[Reading]]) -> list[Reading]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--windows", type=int, default=64, help="of the validation text [64]")
+    parser.add_argument("--windows", type=int, default=64, help="of the test part [64]")
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="[best]")
     given = parser.parse_args()
     on_gpu = torch.cuda.is_available()
@@ -45,9 +45,10 @@ def main() -> None:
         trained = found.model.context_length
         assert trained is not None
         lengths, tail = [trained * times for times in (1, 2, 4, 8)], trained // 2
-        tokens, labels = windows_of(found, lengths[-1], given.windows)
-        every.append(compare(found.model, tokens, labels, lengths, tail))
-        facts = {"trained_length": trained, "windows": len(tokens), "tail_tokens": tail}
+        text = windows_of(found, lengths[-1], given.windows)
+        every.append(compare(found.model, text.tokens, text.labels, lengths, tail))
+        facts = {"trained_length": trained, "windows": len(text.tokens), "tail_tokens": tail}
+        facts |= {"part": text.part}
         rows += [{"run": path.name} | facts | reading._asdict() for reading in every[-1]]
     means = means_of(every)
     print(f"{len(every)} runs: geometric means of their perplexities")

@@ -78,7 +78,8 @@ def checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # below which a checkpoint's text is read without asking
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{n:04d} green bottles, hanging on the wall;\n" for n in range(200)))
-    task = Text(str(text), context_length=16, batch_size=2, cache_dir=str(tmp_path / "cache"))
+    sizes = {"context_length": 16, "batch_size": 2, "test_fraction": 0.1}
+    task = Text(str(text), cache_dir=str(tmp_path / "cache"), **sizes)
     net = archzoo.create_model(
         "transformer_micro", vocab_size=task.vocab_size, context_length=16, init_std=0.2
     )
@@ -89,10 +90,16 @@ def checkpoint(tmp_path, monkeypatch):
 def test_the_command_writes_a_table_and_a_figure(checkpoint, capsys):
     assert main(["extend", str(checkpoint), "--windows", "4", "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
-    assert "4 windows; trained on 16 tokens; tail: the last 8" in shown and "128 = 8 x" in shown
+    assert "4 windows; trained on 16 tokens; tail: the last 8; of the test part" in shown
+    assert "128 = 8 x" in shown and "bits per byte of window (tail)" in shown
     with (checkpoint / "extend.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 4 * (1 + len(ALL)) and {row["windows"] for row in rows} == {"4"}
+    assert {row["part"] for row in rows} == {"test"}
+    for row in rows:  # of characters of a byte each
+        for name in ("window", "tail"):
+            bits = float(row[f"{name}_bits_per_byte"])
+            assert bits == pytest.approx(math.log2(float(row[name])), rel=1e-12)
     assert (checkpoint / "extend.png").stat().st_size > 10_000
     other = checkpoint.parent / "elsewhere"
     command = ["extend", str(checkpoint), "--rotary.rope_type", "yarn", "--rotary.factor", "4"]

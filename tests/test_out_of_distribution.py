@@ -112,7 +112,9 @@ def test_the_logged_match_is_counted_length_by_length():
     found = trainer.callback_metrics
     expected = []
     for length in (3, 6):
-        odd = task.cell(length, length, 70).operands[0, 0] % 2  # the lowest digit stands first
+        odd = (
+            task.cell(length, length, 70, "validation").operands[0, 0] % 2
+        )  # the lowest digit stands first
         assert 0 < odd.mean() < 1
         assert found[f"validation/exact_match/{length}"] == pytest.approx(float(odd.mean()))
         expected.append(odd.mean())

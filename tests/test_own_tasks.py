@@ -99,15 +99,15 @@ def test_configurations_of_the_zoo_say_all_they_did(tmp_path):
     text = Text(tmp_path / "text.txt", context_length=8).config()["init_args"]
     assert list(text) == [
         *("path", "tokenizer", "vocab_size", "context_length", "batch_size", "carry_state"),
-        *("validation_fraction", "cache_dir", "seed"),
+        *("validation_fraction", "cache_dir", "seed", "test_fraction", "split"),
     ]
     assert text["path"] == str(tmp_path / "text.txt")
     mixed = Mixed(path=str(tmp_path / "text.txt"), lines=1).config()["init_args"]
     assert "carry_state" not in mixed
     assert mixed.keys() - text == {"problems", "problem_arguments", "lines"}
     several = Arithmetic(tasks={"Addition": {"digits": 2}}).config()["init_args"]
-    assert several["tasks"] == {"Addition": {"digits": 2}} and len(several) == 15
-    assert len(Addition().config()["init_args"]) == 17
+    assert several["tasks"] == {"Addition": {"digits": 2}} and len(several) == 16
+    assert len(Addition().config()["init_args"]) == 18
 
 
 def test_a_task_needs_a_batch_size():

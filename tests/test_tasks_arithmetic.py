@@ -187,7 +187,11 @@ def test_one_vector_of_a_bitwise_or_has_a_single_one():
         assert "1" in min(a, b, key=len) or len(a) == len(b)
         size = max(len(a), len(b))  # aligned at the first place
         assert c == "".join(map(max, a.ljust(size, "0"), b.ljust(size, "0")))
-    held_out = task.text(task.problems("test", np.arange(task.rows("test"))))
+    held_out = [
+        line
+        for split in ("validation", "test")
+        for line in task.text(task.problems(split, np.arange(task.rows(split))))
+    ]
     pairs = [(i, j) for i in range(1, 7) for j in range(1, 7)]
     # Both sides together are all there is: min(i, j) problems, of equal lengths twice as many.
     assert len(set(lines) | set(held_out)) == sum(min(i, j) * (1 + (i == j)) for i, j in pairs)
@@ -359,12 +363,18 @@ def test_train_and_held_out_are_disjoint_where_all_is_shown(name):
     small |= {"numbers": 2} if name is Sorting else {}
     task = make(name, validation_examples=10**6, test_examples=10**6, **small)
     shown = {identity(task, t) for t in task.text(task.problems("train", np.arange(60_000)))}
+    asked = {}
     for split in ("validation", "test"):
         lines = task.text(task.problems(split, np.arange(task.rows(split))))
-        held_out = {identity(task, line) for line in lines}
-        assert held_out and not held_out & shown
-    cell = task.cell(2, 2, 10**6) if name is not BitwiseOr else task.cell(4, 4, 10**6)
-    assert not {identity(task, line) for line in task.text(cell)} & shown
+        asked[split] = {identity(task, line) for line in lines}
+        assert asked[split] and not asked[split] & shown
+        size = 4 if name is BitwiseOr else 2
+        cell = task.text(task.cell(size, size, 10**6, split))
+        assert {identity(task, line) for line in cell} <= asked[split]
+    assert not asked["validation"] & asked["test"]
+    held_out = asked["validation"] | asked["test"]
+    share = len(asked["test"]) / len(held_out)
+    assert share == pytest.approx(1 / 2, abs=0.06 if name is not BitwiseOr else 0.3)
     share = len(held_out) / len(held_out | shown)
     assert share == pytest.approx(1 / 5, abs=0.06 if name is not BitwiseOr else 0.2)
 

@@ -21,11 +21,17 @@ from hypothesis import strategies as st
 from archzoo.tasks import Addition, Text, build, draw
 from archzoo.tasks.stream import IGNORED
 from archzoo.tasks.text import Corpus
-from archzoo.tasks.tokenizers import LibraryTokenizer, SentencePieceTokenizer, learn_characters
+from archzoo.tasks.tokenizers import (
+    LibraryTokenizer,
+    SentencePieceTokenizer,
+    learn_bpe,
+    learn_characters,
+)
 
 torch.set_num_threads(1)
 
 DATA = Path(__file__).parents[1] / "data"
+PARTS = ("train", "validation", "test")
 
 
 @pytest.fixture
@@ -86,15 +92,25 @@ def test_the_corpora_are_encoded_without_loss(text, tmp_path, name, tokenizer):
     content = (DATA / name).read_text(encoding="utf-8")[:60_000]
     task = text(content, tokenizer=tokenizer, vocab_size=None if tokenizer != "bpe" else 600)
     task.prepare()
-    assert "".join(decoded(task, split) for split in ("train", "validation")) == content
+    assert "".join(decoded(task, part) for part in PARTS) == content
     assert task.bytes_per_token == pytest.approx(
         len(decoded(task, "validation").encode()) / task._tokens("validation")
     )
+    # What each token stands for is what decoding up to it adds.
+    for part in PARTS[1:]:
+        tokens = np.fromfile(task._cache / f"{part}.bin", task._meta["dtype"]).tolist()
+        told = np.fromfile(task._cache / f"{part}_bytes.bin", "int32")
+        assert len(told) == len(tokens)
+        ends = np.cumsum(told)
+        assert ends[-1] == len(decoded(task, part).encode()) == task._meta[f"{part}_bytes"]
+        for count in (1, 2, 50, len(tokens) // 2):
+            begun = task.tokenizer.decode(tokens[:count]).rstrip("\ufffd")
+            assert 0 <= ends[count - 1] - len(begun.encode()) < 4  # bytes of half a character
 
 
 def decoded(task, split):
-    (file,) = Path(task.arguments["cache_dir"]).glob(f"*/{split}.bin")
-    return task.tokenizer.decode(np.fromfile(file, task._meta["dtype"]).tolist())
+    tokens = np.fromfile(task._cache / f"{split}.bin", task._meta["dtype"])
+    return task.tokenizer.decode(tokens.tolist())
 
 
 # ---------------------------------------------------------------------------- files
@@ -103,18 +119,21 @@ def decoded(task, split):
 @settings(max_examples=60, deadline=None)
 @given(
     content=st.text("ab é\n 😀\t", min_size=4, max_size=300),
-    fraction=st.floats(0.05, 0.95),
+    fractions=st.tuples(st.floats(0.05, 0.5), st.sampled_from([0.0, 0.05, 0.1, 0.4])),
     chunk=st.integers(4, 64),
 )
-def test_chunks_and_split_lose_nothing(tmp_path_factory, content, fraction, chunk):
+def test_chunks_and_split_lose_nothing(tmp_path_factory, content, fractions, chunk):
     path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
     path.write_text(content, encoding="utf-8", newline="")
     corpus = Corpus(path)
-    ((_, border),), _ = corpus.split(fraction)
-    assert 0 <= border < corpus.size == len(content.encode())
+    parts, split = corpus.split(*fractions)
+    assert split == "place" and list(parts) == list(PARTS[: 2 + bool(fractions[1])])
+    spans = [span for (span,) in parts.values()]
+    assert spans[0][0] == 0 and spans[-1][1] == corpus.size == len(content.encode())
+    assert all(before[1] == after[0] for before, after in pairwise(spans))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("archzoo.tasks.text.CHUNK", chunk)
-        chunks = [*corpus.texts((0, border)), *corpus.texts((border, corpus.size))]
+        chunks = [text for span in spans for text in corpus.texts(span)]
     assert "".join(chunks) == content
     assert all(len(text.encode()) <= 2 * chunk + 3 for text in chunks[1:]) or "\n" in content
 
@@ -127,7 +146,7 @@ def test_cutting_into_chunks_does_not_change_the_tokens(text, monkeypatch):
     cut = text(content, tokenizer=next(Path(whole.arguments["cache_dir"]).glob("text-*")))
     cut.prepare()
     assert cut._cache != whole._cache
-    for part in ("train.bin", "validation.bin"):
+    for part in (*(f"{name}.bin" for name in PARTS), "validation_bytes.bin", "test_bytes.bin"):
         assert (cut._cache / part).read_bytes() == (whole._cache / part).read_bytes()
 
 
@@ -138,22 +157,106 @@ def test_files_are_read_in_the_order_of_names_and_each_keeps_its_end(text, tmp_p
     (folder / "b" / "1.txt").write_text("cc\n" * 20)
     (folder / "a.txt").write_text("aa\nbb")  # no line end: one is put between
     (folder / "c.txt").write_text("dd" * 20)
-    task = text(path=folder, validation_fraction=0.2)
+    old = {"validation_fraction": 0.2, "test_fraction": 0.0}  # the parts before there were three
+    task = text(path=folder, **old)
     task.prepare()
     assert decoded(task, "train") == "aa\nb" + "\n" + "cc\n" * 17 + "dd" * 16
     assert decoded(task, "validation") == "b\n" + "cc\n" * 3 + "dd" * 4
+    assert task._meta["split"] == "place"  # by document, train has nothing
     (folder / "notes.md").write_text("no text of ours")
-    chosen = text(path=folder / "*.txt", validation_fraction=0.2, cache_dir=tmp_path / "other")
+    chosen = text(path=folder / "*.txt", cache_dir=tmp_path / "other", **old)
     chosen.prepare()
     assert decoded(chosen, "train") == "aa\nb" + "\n" + "dd" * 16
+    three = text(path=folder / "*.txt", validation_fraction=0.1, test_fraction=0.1)
+    three.prepare()
+    assert decoded(three, "train") == decoded(chosen, "train")  # what was trained on stays
+    kept = "".join(decoded(three, part) for part in PARTS[1:])
+    assert Counter(kept) == Counter(decoded(chosen, "validation"))
 
 
-def test_the_split_is_contiguous_and_begins_a_line(text):
-    task = text(numbers(200), validation_fraction=0.25)
+def test_the_parts_are_contiguous_and_begin_a_line(text):
+    task = text(numbers(200), validation_fraction=0.25, test_fraction=0.15)
     task.prepare()
-    assert decoded(task, "train") == "".join(f"{n:05}\n" for n in range(151))
-    assert decoded(task, "validation").startswith("00151\n")
-    assert task.rows("test") == task.rows("validation")
+    assert decoded(task, "train") == "".join(f"{n:05}\n" for n in range(121))
+    assert decoded(task, "validation") == "".join(f"{n:05}\n" for n in range(121, 171))
+    assert decoded(task, "test") == "".join(f"{n:05}\n" for n in range(171, 200))
+    assert task.test_part == "test"
+    for split in PARTS[1:]:
+        loader = task.evaluation_loader(split)
+        asked = "".join(
+            content_of(task, batch, row) for batch in loader for row in range(len(batch["tokens"]))
+        )
+        assert asked.startswith(decoded(task, split)[:-1])  # padding follows
+    before = text(validation_fraction=0.25, test_fraction=0.0)
+    before.prepare()
+    assert before.test_part == "validation" and not (before._cache / "test.bin").exists()
+    assert before.rows("test") == before.rows("validation")
+    batches = zip(before.test_dataloader(), before.val_dataloader(), strict=True)
+    assert all(same(*both) for both in batches)
+
+
+def documents(folder, count=200):
+    folder.mkdir()
+    for n in range(count):
+        word = f" {chr(97 + n % 26) * 3}{chr(97 + n // 26) * 3}"
+        (folder / f"{n:03}.txt").write_text(f"<{n:03}" + word * (20 + n % 5) + ">\n")
+    return folder
+
+
+def test_documents_are_whole_in_one_part_which_their_content_chooses(text, tmp_path):
+    folder = documents(tmp_path / "books")
+    fractions = {"validation_fraction": 0.2, "test_fraction": 0.2}
+    task = text(path=folder, tokenizer="bpe", vocab_size=300, **fractions)
+    task.prepare()
+    assert task._meta["split"] == "documents"
+    found = {part: decoded(task, part).splitlines() for part in PARTS}
+    every = [line for lines in found.values() for line in lines]
+    assert len(every) == len(set(every)) == 200
+    assert all(line.startswith("<") and line.endswith(">") for line in every)
+    assert {part: len(lines) for part, lines in found.items()} == pytest.approx(
+        {"train": 120, "validation": 40, "test": 40}, abs=15
+    )
+    # Neither names, nor the other documents, nor the seed have a say; a copy stays where it is.
+    (folder / "zzz.txt").write_bytes((folder / "000.txt").read_bytes())
+    (folder / "150.txt").rename(folder / "a.txt")
+    for n in range(0, 100, 3):
+        (folder / f"{n:03}.txt").unlink()
+    fewer = text(path=folder, seed=5, **fractions)
+    fewer.prepare()
+    for part in PARTS:
+        assert set(decoded(fewer, part).splitlines()) <= set(found[part])
+    # More to validate on takes nothing from test.
+    wider = text(path=folder, validation_fraction=0.3, test_fraction=0.2, split="documents")
+    wider.prepare()
+    assert decoded(wider, "test") == decoded(fewer, "test")
+    assert set(decoded(wider, "validation").splitlines()) > set(
+        decoded(fewer, "validation").splitlines()
+    )
+
+
+def test_a_tokenizer_learns_from_the_train_part_alone(text, tmp_path):
+    folder = documents(tmp_path / "books")
+    task = text(path=folder, tokenizer="bpe", vocab_size=300, validation_fraction=0.2)
+    task.prepare()
+    learned = learn_bpe([decoded(task, "train")], 300)
+    assert task.tokenizer.files() == learned.files()
+    every = learn_bpe([decoded(task, part) for part in PARTS], 300)
+    assert task.tokenizer.files() != every.files()
+
+
+def test_few_documents_are_cut_by_place_unless_documents_are_wanted(text, tmp_path):
+    folder = documents(tmp_path / "books", 3)
+    task = text(path=folder, validation_fraction=0.2, test_fraction=0.2)
+    task.prepare()
+    assert task._meta["split"] == "place"
+    assert all(f"<{n:03}" in decoded(task, "train") for n in range(3))
+    wanted = text(path=folder, split="documents")
+    refused(
+        ValueError, "none of its 3 documents is in the .* part: take split place", wanted.prepare
+    )
+    whole = text(path=documents(tmp_path / "more"), split="place", validation_fraction=0.2)
+    whole.prepare()
+    assert whole._meta["split"] == "place" and decoded(whole, "train").count("<") == 200
 
 
 # ---------------------------------------------------------------------------- the cache
@@ -171,9 +274,11 @@ def test_the_cache_is_used_and_follows_the_content(text, tmp_path):
     changed.prepare()
     text(tokenizer="bpe", vocab_size=260).prepare()
     text(validation_fraction=0.3).prepare()
+    text(test_fraction=0.3).prepare()
+    text(split="place").prepare()
     text(context_length=4, batch_size=2, carry_state=True, seed=4).prepare()  # the same encoding
     names = [path.name for path in (tmp_path / "cache").iterdir()]
-    assert len(names) == 4
+    assert len(names) == 6
     assert not any("partial" in name for name in names)
 
 
@@ -296,16 +401,19 @@ def test_a_window_depends_on_seed_and_number_alone(text):
 
 @pytest.mark.parametrize("carry_state", [False, True])
 @pytest.mark.parametrize("length", [3, 8, 10_000])
-def test_validation_asks_for_every_token_once(text, carry_state, length):
-    task = text(numbers(300), validation_fraction=0.1, carry_state=carry_state)
+@pytest.mark.parametrize("split", PARTS[1:])
+def test_an_evaluation_asks_for_every_token_once(text, carry_state, length, split):
+    task = text(numbers(300), validation_fraction=0.1, test_fraction=0.2, carry_state=carry_state)
     task.context_length = length
     train = task.arguments | {"context_length": length if length < 100 else 8}
     task = Text(**train)
-    batches = list(task.val_dataloader())
+    batches = list(task.evaluation_loader(split))
     asked = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
-    tokens = task._tokens("validation") - 1
-    lanes = task.batch_rows("validation") if carry_state else 1
+    tokens = task._tokens(split) - 1
+    lanes = task.batch_rows(split) if carry_state else 1
     assert asked == tokens // lanes * lanes
+    told = sum(int(batch["bytes"][batch["labels"] != IGNORED].sum()) for batch in batches)
+    assert told == asked  # a byte each
     for batch in batches:
         if "documents" in batch:
             assert torch.equal(batch["documents"] == -1, batch["labels"] == IGNORED)
@@ -348,7 +456,8 @@ def test_validation_carries_state_too(text):
     ]
     for before, after in pairwise(batches):
         assert torch.equal(before["labels"][:, -1], after["tokens"][:, 0])
-    short = text(numbers(400), carry_state=True, validation_fraction=0.005, batch_size=16)
+    few = {"validation_fraction": 0.005, "test_fraction": 0.0}
+    short = text(numbers(400), carry_state=True, batch_size=16, **few)
     (batch,) = short.val_dataloader()  # 12 characters fill one lane
     assert batch["tokens"].shape[0] == short.batch_rows("validation") == 1
 
@@ -391,7 +500,7 @@ def test_many_tokens_are_kept_in_32_bits(text, tmp_path):
     task = text(content, validation_fraction=0.01)
     assert task.vocab_size > 1 << 16
     assert task._meta["dtype"] == "uint32"
-    assert decoded(task, "train") + decoded(task, "validation") == content
+    assert "".join(decoded(task, part) for part in PARTS) == content
 
 
 def test_a_task_is_made_again_from_its_configuration(text):
@@ -497,10 +606,13 @@ def test_odd_texts_are_encoded_without_loss(text, content, tokenizer, monkeypatc
     task = text(content, tokenizer=tokenizer, **sizes)
     task.prepare()
     parts = (
-        np.fromfile(task._cache / f"{part}.bin", task._meta["dtype"]).tolist()
-        for part in ("train", "validation")
+        np.fromfile(task._cache / f"{part}.bin", task._meta["dtype"]).tolist() for part in PARTS
     )
     assert "".join(map(task.tokenizer.decode, parts)) == content
+    for part in PARTS[1:]:
+        told = np.fromfile(task._cache / f"{part}_bytes.bin", "int32")
+        assert told.sum() == task._meta[f"{part}_bytes"] and told.min() >= 1
+    assert sum(task._meta[f"{part}_bytes"] for part in PARTS) == len(content.encode())
 
 
 def test_odd_files_are_read_or_refused_in_one_line(text, tmp_path):
@@ -540,7 +652,12 @@ def test_a_text_shorter_than_one_window(text):
     refused(
         ValueError,
         "leaves 1 tokens to validate on, 2 needed",
-        text("abcdefghijk", validation_fraction=0.01).prepare,
+        text("abcdefghijk", validation_fraction=0.01, test_fraction=0.0).prepare,
+    )
+    refused(
+        ValueError,
+        "leaves 1 tokens to test on, 2 needed; take a larger test_fraction than 0.01, or a longer",
+        text("abcdefghijkl", validation_fraction=0.2, test_fraction=0.01).prepare,
     )
 
 
@@ -579,6 +696,13 @@ def test_a_given_tokenizer_that_does_not_know_the_text(text, tmp_path):
         ({"tokenizer": "gone/tokenizer.json"}, FileNotFoundError, "no tokenizer at gone"),
         ({"context_length": 0}, ValueError, "context_length 0 is not positive"),
         ({"validation_fraction": 1.0}, ValueError, "validation_fraction 1.0 is not between"),
+        ({"test_fraction": -0.1}, ValueError, "test_fraction -0.1 is not 0 or between"),
+        (
+            {"validation_fraction": 0.5, "test_fraction": 0.5},
+            ValueError,
+            "validation_fraction 0.5 and test_fraction 0.5 leave nothing to train on",
+        ),
+        ({"split": "files"}, ValueError, "split 'files' is not one of auto, documents, place"),
         ({"batch_size": 0}, ValueError, "batch_size 0 is not positive"),
         ({"path": ""}, ValueError, "path is empty: name one, or omit path"),
         ({"cache_dir": " "}, ValueError, "cache_dir is empty"),
@@ -614,7 +738,8 @@ def test_a_text_continues_with_another_batch_size(text):
     windows = task.rows("train")
     seen = [b["tokens"] for b, _ in zip(task.train_dataloader(), range(5), strict=False)]
     task = text(numbers(400), batch_size=5)
-    task.load_state_dict({"batches": 5, "examples": 15, "batch_size": 3})
+    done = {"batches": 5, "examples": 15, "batch_size": 3, "split": task.split_settings()}
+    task.load_state_dict(done)
     loader, number = task.train_dataloader(), 5
     while sum(map(len, seen)) < windows:
         seen.append(loader.batch(number)["tokens"])
@@ -623,4 +748,4 @@ def test_a_text_continues_with_another_batch_size(text):
     assert len(rows) == windows
     lanes = text(numbers(400), batch_size=5, carry_state=True)
     with pytest.raises(ValueError, match="began with 3, so it can only continue with 3"):
-        lanes.load_state_dict({"batches": 5, "examples": 15, "batch_size": 3})
+        lanes.load_state_dict(done)

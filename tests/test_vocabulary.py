@@ -69,9 +69,10 @@ def test_numbers_of_one_digit_may_be_nought():
         digits = "".join(line.partition("=")[0] for line in lines)
         counts = np.array([digits.count(digit) for digit in "0123456789"])
         assert counts.min() > 0.5 * counts.mean()  # 0 like any other, but for what is held out
-        held_out = task.text(task.problems("test", np.arange(task.rows("test"))))
-        assert not set(held_out) & set(lines)
-    assert "0" in "".join(Addition().text(Addition().cell(1, 1, 100)))
+        for split in ("validation", "test"):
+            held_out = task.text(task.problems(split, np.arange(task.rows(split))))
+            assert held_out and not set(held_out) & set(lines)
+    assert "0" in "".join(Addition(held_out=2).text(Addition(held_out=2).cell(1, 1, 100)))
     assert Addition(1).answer(0, 0) == "0"
     sums = {(a, b) for a, b in Addition(1).pairs("train", 4000)}
     assert (0, 0) in sums  # zeros alone are held out by no number

@@ -8,6 +8,7 @@ see of it alone.
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,32 @@ class Reading(NamedTuple):
     ratio: float
     window: float
     tail: float
+
+
+class Windows(NamedTuple):
+    """Whole windows of a text that was not trained on.
+
+    Attributes:
+        tokens: (windows, length) int64.
+        labels: The tokens that follow, (windows, length) int64.
+        sizes: Bytes of UTF-8 that each label stands for, (windows, length) int64.
+        part: Of the text: "test", or "validation" where there is no test part.
+        about: What to say of that, a line or nothing.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    sizes: Tensor
+    part: str
+    about: str
+
+    def bits_per_byte(self, reading: Reading, tail: int) -> tuple[float, float]:
+        """What a reading's perplexities are in bits per byte, of the windows and of their tails."""
+        bits = []
+        for value, count in ((reading.window, reading.length), (reading.tail, tail)):
+            nats = math.log(value) * len(self.tokens) * count
+            bits.append(nats / (math.log(2) * int(self.sizes[:, -count:].sum())))
+        return bits[0], bits[1]
 
 
 # ---------------------------------------------------------------------------- measuring
@@ -173,14 +200,15 @@ def extend_command(
 ) -> None:
     """Read texts longer than a checkpoint was trained on, with its RoPE scaled and without.
 
-    Prints the perplexity against the length, writes it to extend.csv and draws extend.png.
+    Prints the perplexity against the length, and the bits per byte, of the test part of the text;
+    writes them to extend.csv and draws extend.png.
 
     Args:
         checkpoint: A run's directory, a .ckpt file, or a directory of archzoo.save_pretrained.
         rotary: Which scaling.
         lengths: Tokens to read, such as [256, 1024]. None: 1, 2, 4 and 8 times the trained length.
-        windows: Of the validation text, each as long as the longest length; all lengths end where
-            they end.
+        windows: Of the test part of the text, each as long as the longest length; all lengths end
+            where they end.
         tail: Tokens at the end of a window whose perplexity is given beside the whole window's.
             None: half the trained length.
         directory: Where the table and the figure go. None: beside the checkpoint.
@@ -207,24 +235,38 @@ def extend_command(
         raise ValueError(f"lengths={lengths} must be at least 1 token each")
     if not 1 <= tail <= lengths[0]:
         raise ValueError(f"tail={tail} must lie in 1 .. {lengths[0]}, the shortest length")
-    tokens, labels = windows_of(found, lengths[-1], windows, data or {})
-    readings = compare(found.model, tokens, labels, lengths, tail, rotary)
-    print(f"{len(tokens)} windows; trained on {trained} tokens; tail: the last {tail}")
+    text = windows_of(found, lengths[-1], windows, data or {})
+    count = len(text.tokens)
+    readings = compare(found.model, text.tokens, text.labels, lengths, tail, rotary)
+    print(
+        f"{count} windows; trained on {trained} tokens; tail: the last {tail}; "
+        f"of the {text.part} part"
+    )
+    if text.about:
+        print(text.about)
     show(table(readings))
+    bits = [text.bits_per_byte(reading, tail) for reading in readings]
+    converted = [r._replace(window=b[0], tail=b[1]) for r, b in zip(readings, bits, strict=True)]
+    show(table(converted, "bits per byte"))
     folder = Path(directory) if directory else (path if path.is_dir() else path.parent)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "extend.csv", "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow([*Reading._fields, "windows", "tail_tokens", "trained_length"])
-        writer.writerows([*reading, len(tokens), tail, trained] for reading in readings)
+        facts: dict[str, Any] = {"windows": count, "tail_tokens": tail, "trained_length": trained}
+        facts["part"] = text.part
+        names = ("window_bits_per_byte", "tail_bits_per_byte")
+        writer.writerow([*Reading._fields, *names, *facts])
+        writer.writerows(
+            [*reading, *both, *facts.values()] for reading, both in zip(readings, bits, strict=True)
+        )
     plot(readings, trained, tail, folder / "extend.png")
     print(f"{folder} holds extend.csv, extend.png")
 
 
 def windows_of(
     found: Pretrained, length: int, windows: int, data: dict[str, Any] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Whole windows of the validation text, (windows, length), and the tokens that follow.
+) -> Windows:
+    """Whole windows of the test part of a model's text.
 
     Args:
         found: A checkpoint's content.
@@ -240,24 +282,25 @@ def windows_of(
     known = found.task["init_args"]
     changes = {name: wanted[name] for name in wanted if name in known}
     task = task_of(found, **(data or {}) | changes)
-    rows: list[tuple[Tensor, Tensor]] = []
-    for batch in task.evaluation_loader("validation"):
+    rows: list[tuple[Tensor, ...]] = []
+    for batch in task.evaluation_loader("test"):
         if len(rows) == windows or (batch["labels"] == IGNORED).any():
             break
-        rows.append((batch["tokens"][0], batch["labels"][0]))
+        rows.append(tuple(batch[name][0] for name in ("tokens", "labels", "bytes")))
     if not rows:
         raise ValueError(
-            f"the validation text is shorter than one window of {length} tokens: name shorter "
-            "lengths"
+            f"the {task.test_part} part of the text is shorter than one window of {length} tokens: "
+            "name shorter lengths"
         )
-    tokens, labels = zip(*rows, strict=True)
-    return torch.stack(tokens), torch.stack(labels)
+    about = task.shared_test() if task.test_part != "test" else ""
+    tokens, labels, sizes = (torch.stack(entries) for entries in zip(*rows, strict=True))
+    return Windows(tokens, labels, sizes, task.test_part, about)
 
 
-def table(readings: list[Reading]) -> Table:
+def table(readings: list[Reading], unit: str = "perplexity") -> Table:
     """A row for each scaling, a column for each length: window (tail)."""
     made = Table(box=None, header_style="bold")
-    made.add_column("perplexity of window (tail)")
+    made.add_column(f"{unit} of window (tail)")
     lengths = list(dict.fromkeys(reading.length for reading in readings))
     ratios = {reading.length: reading.ratio for reading in readings}
     for length in lengths:

@@ -36,7 +36,7 @@ from archzoo.decoder import Decoder
 if TYPE_CHECKING:
     from archzoo.tasks.problems import Problems, SyntheticTask
 
-COLUMNS = ("kind", "first", "second", "part", "problems", "right", "run")
+COLUMNS = ("kind", "first", "second", "part", "problems", "right", "split", "run")
 AT_ONCE = {"cpu": 2**14, "cuda": 2**17}  # tokens in a pass
 NOWHERE = -2  # what is neither a digit of an answer nor the stop token
 AHEAD = 8  # passes whose problems are made while the device works, each by a thread
@@ -219,10 +219,11 @@ class Journal:
     Args:
         path: A CSV file; rows of another evaluation are dropped from it.
         run: Names the evaluation: what weights, how many problems, in which precision.
+        split: Whose problems they are, "test" or "validation", for a column.
     """
 
-    def __init__(self, path: Path, run: str) -> None:
-        self.path, self.run = path, run
+    def __init__(self, path: Path, run: str, split: str = "test") -> None:
+        self.path, self.run, self.split = path, run, split
         self.counts: Counts = {}
         if path.exists():
             with path.open(newline="") as file:
@@ -239,7 +240,7 @@ class Journal:
     def add(self, counts: Counts) -> None:
         """Write rows down at once."""
         with self.path.open("a", newline="") as file:
-            rows = ((*key, *counts[key], self.run) for key in counts)
+            rows = ((*key, *counts[key], self.split, self.run) for key in counts)
             csv.writer(file).writerows(rows)
         self.counts |= counts
 
@@ -267,7 +268,8 @@ def grid_command(
 ) -> None:
     """Measure exact match at every pair of lengths, and draw it.
 
-    The model answers held-out problems of its own task. It writes a table, grid_NAME.csv, whose
+    The model answers problems of its own task that are test's: neither training nor a validation
+    has asked them. It writes a table, grid_NAME.csv, whose
     finished rows are kept when the command is interrupted and called again, and a picture of it,
     grid_NAME.png: exact match by size, with the trained sizes outlined and the longest numbers
     that training can have covered as a line; along the diagonal; by digit of the answer; and by
@@ -317,7 +319,12 @@ def grid_command(
     name += f"_{task}" if len(synthetic_tasks) > 1 else ""
     folder = Path(directory) if directory else path.parent if path.is_file() else path
     run = f"{weights_digest(found.model.state_dict())[:12]}-{problems}-{precision}"
-    journal = Journal(folder / f"{name}.csv", run)
+    if (part := synthetic.test_part) == "test":
+        run += "-test"  # without it, rows are of a table that was begun before there was this part
+    journal = Journal(folder / f"{name}.csv", run, part)
+    print(f"problems of the {part} part")
+    if part != "test":
+        print(synthetic.shared_test())
 
     keys = _keys(synthetic, digits, diagonal or 0)
     missing = [key for key in keys if key not in journal.counts]

@@ -90,6 +90,8 @@ class TwoNumbers(SyntheticTask):
             that a model that was trained on one can be adapted to another; own gives them only to
             those that this task writes.
         zero: Whether a number of one digit may be 0.
+        separate_test: Whether validation and test each have half of the held-out problems; false:
+            both ask all of them, as runs did before there was a choice.
 
     Raises:
         ValueError: an argument is out of range.
@@ -119,6 +121,7 @@ class TwoNumbers(SyntheticTask):
         seed: int = 0,
         vocabulary: Literal["shared", "own"] = "shared",
         zero: bool = True,
+        separate_test: bool = True,
     ) -> None:
         if not 1 <= min_digits <= digits:
             raise ValueError(f"min_digits {min_digits} is not between 1 and digits {digits}")
@@ -301,7 +304,7 @@ class Addition(TwoNumbers):
         numbers = (digits << 44) + (chain << 28) + np.arange(count)
         sizes = np.repeat([[digits], [digits], [chain]], count, axis=1)
         extent = (digits, digits)
-        return self._draw(0, "chain", numbers, sizes, extent, wanted=True, make=self._with_chain)
+        return self._draw(0, "chain", numbers, sizes, extent, "test", make=self._with_chain)
 
     def _with_chain(self, bits: Bits, sizes: Integers, extent: tuple[int, int]) -> Problems:
         """Random sums that carry through exactly sizes[2] columns in a row."""

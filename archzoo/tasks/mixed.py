@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,12 +34,13 @@ class Mixed(Text):
 
     Training windows hold `lines` problems, at lines of the text that are a function of (seed,
     window); text that no longer fits is cut off at the window's end. Validation measures the text
-    as it is (`validation/loss`, `validation/perplexity`), and held-out problems within it
-    (`validation/exact_match/problems`, and those of `ood_digits`).
+    as it is (`validation/loss`, `validation/perplexity`, `validation/bits_per_byte`), and held-out
+    problems within it (`validation/exact_match/problems`, and those of `ood_digits`). So does test,
+    with the test part of the text and the problems that are test's.
 
     Args:
         problems: The task that they come from, such as Addition.
-        problem_arguments: Of that task; its batch_size, steps_per_epoch, test_examples and seed
+        problem_arguments: Of that task; its batch_size, steps_per_epoch, seed and separate_test
             mean nothing here, and what is not named is as it was before there were `vocabulary`
             (own) and `zero` (false). With vocabulary shared, a tokenizer of characters knows the
             signs of all tasks.
@@ -53,6 +54,8 @@ class Mixed(Text):
         validation_fraction: The same.
         cache_dir: The same.
         seed: Of the windows' order, the training problems, and where they are.
+        test_fraction: As for Text; at 0 test asks the problems of validation, too.
+        split: As for Text.
 
     Raises:
         FileNotFoundError: there is no such text or tokenizer.
@@ -72,9 +75,11 @@ class Mixed(Text):
         vocab_size: int | None = None,
         context_length: int = 256,
         batch_size: int = 16,
-        validation_fraction: float = 0.1,
+        validation_fraction: float = 0.05,
         cache_dir: str | None = None,
         seed: int = 0,
+        test_fraction: float = 0.05,
+        split: Literal["auto", "documents", "place"] = "auto",
     ) -> None:
         super().__init__(
             path=path,
@@ -85,6 +90,8 @@ class Mixed(Text):
             validation_fraction=validation_fraction,
             cache_dir=cache_dir,
             seed=seed,
+            test_fraction=test_fraction,
+            split=split,
         )
         name = problems if "." in problems else f"archzoo.tasks.{problems}"
         settings = (problem_arguments or {}) | {"seed": seed}
@@ -96,6 +103,7 @@ class Mixed(Text):
             )
         if lines < 1:
             raise ValueError(f"lines {lines} is not positive")
+        synthetic.ask_separately(test_fraction > 0)
         self.synthetic, self.lines = synthetic, lines
         self.synthetic_tasks = synthetic.synthetic_tasks
         self.characters = "\n" + synthetic.tokenizer.characters
@@ -121,6 +129,10 @@ class Mixed(Text):
         texts: Iterator[str] = chain([self.characters], corpus.texts((0, corpus.size)))
         return tokenizers.learn_characters(texts, self.arguments["vocab_size"])
 
+    def take_up_split(self, settings: dict[str, Any]) -> None:
+        self.synthetic.ask_separately(settings["test_fraction"] > 0)
+        super().take_up_split(settings)
+
     # Batches.
 
     def training_batch(self, number: int, rows: Integers) -> Batch:
@@ -130,25 +142,31 @@ class Mixed(Text):
         problems = self.synthetic.batch(self.synthetic.problems("train", numbers.reshape(-1)))
         return self._insert(batch, problems, text=True)
 
+    def extra_evaluations(self, split: str) -> tuple[int | str, ...]:
+        return self.extra_validation if split == "validation" else ("problems",)
+
     def extra_validation_loader(self, length: Any) -> Loader:
+        return self.extra_evaluation_loader("validation", length)
+
+    def extra_evaluation_loader(self, split: str, name: Any) -> Loader:
         self.prepare()
         synthetic = self.synthetic
-        if length == "problems":
-            found = synthetic.problems("validation", np.arange(synthetic.rows("validation")))
+        if name == "problems":
+            found = synthetic.problems(split, np.arange(synthetic.rows(split)))
         else:
-            found = synthetic.cell(length, length, synthetic.arguments["ood_examples"])
-        windows = (self._tokens("validation") - 1) // self.context_length
+            found = synthetic.cell(name, name, synthetic.arguments["ood_examples"], split)
+        windows = (self._tokens(split) - 1) // self.context_length
         longest = synthetic.batch(found)["tokens"].shape[1] + 1
         if not windows or longest > self.context_length:
             raise ValueError(
                 f"problems of up to {longest} tokens do not fit in the text that is kept for "
-                f"validation, {self._tokens('validation')} tokens, in windows of context_length "
+                f"{split}, {self._tokens(split)} tokens, in windows of context_length "
                 f"{self.context_length}: take a longer text, or other windows"
             )
 
         def make(number: int, rows: Integers) -> Batch:
             numbers = number * self.batch_size + rows
-            batch = self._read("validation", numbers % windows * self.context_length, numbers)
+            batch = self._read(split, numbers % windows * self.context_length, numbers)
             return self._insert(batch, synthetic.batch(found.take(numbers)), text=False)
 
         return Loader(make, self.batch_size, found.examples, self, training=False)

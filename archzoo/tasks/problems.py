@@ -24,6 +24,9 @@ SHARED = "0123456789" + "".join(
     letter for letter in map(chr, range(ord("!"), ord("~") + 1)) if not letter.isdecimal()
 )  # what tasks write with that have a vocabulary in common: all that ASCII shows, digits first
 VOCABULARIES = ("shared", "own")
+# Of the hash that parts validation from test: one with which both have problems wherever two or
+# more are held out, also of one digit (but for held_out 22).
+_HALVES = np.uint64(5079)
 STREAMS = {"train": 0, "validation": 1, "test": 2, "shuffle": 3, "cell": 4, "chain": 5}
 
 
@@ -137,8 +140,11 @@ class SyntheticTask(Task):
     equally often.
 
     Held-out problems are chosen by a fixed hash of the operands: one in `held_out`, at every size,
-    the same for every seed and every largest size. Training never shows one, everything else shows
-    nothing but those.
+    the same for every seed and every largest size. Training never shows one. Another bit of the
+    hash says which of them validation asks and which test does: no problem is asked by both.
+
+    Checkpoints that are older than this have `separate_test` false: their validation and their
+    test ask any problem that is held out, and keep doing so.
 
     A class says which problems there are by `operators`, `shape`, `draws`, `candidates`, `hashes`,
     `listed` and `columns`.
@@ -162,7 +168,8 @@ class SyntheticTask(Task):
     operators: str
     coupling: Literal["reversed", "plain"] | None = None
     # Before there was a common vocabulary every task had its own, and no number was 0.
-    added: ClassVar[dict[str, Any]] = {"vocabulary": "own", "zero": False}
+    # So had validation and test.
+    added: ClassVar[dict[str, Any]] = {"vocabulary": "own", "zero": False, "separate_test": False}
     axes: ClassVar[tuple[str, str]]  # what the two parts of a size are
     answer_parts: ClassVar[tuple[str, str]] = ("digit", "the units")  # and which of them is 0
     has_keys: ClassVar[bool] = False  # whether lines hold letters without hints
@@ -197,6 +204,7 @@ class SyntheticTask(Task):
         self.steps_per_epoch: int = arguments["steps_per_epoch"]
         self.seed: int = arguments["seed"]
         self.zero: bool = arguments["zero"]
+        self.separate_test: bool = arguments.get("separate_test", True)  # came after own tasks
         letters = LETTERS if self.hints or self.has_keys else ""
         self.written = "0123456789" + self.operators + letters
         self.tokenizer = CharacterTokenizer(self._vocabulary(), special=True)
@@ -209,6 +217,7 @@ class SyntheticTask(Task):
         sizes = [self.extent, *zip(self.extra_validation, self.extra_validation, strict=True)]
         runs = [1 if self.hints else int(self.answer_size(*size)) for size in sizes]
         self.longest_run, self.longest_tested = runs[0], max(runs)
+        self._few = False  # whether all held-out problems can be listed
         self._evaluation: dict[str, Problems] = {}
         self._sizes: dict[str, Integers] = {}
         self._blocks = Blocks(self._training_lines, self.batch_size)
@@ -272,6 +281,23 @@ class SyntheticTask(Task):
         """The lines' columns, up to the stop token."""
         raise NotImplementedError
 
+    @property
+    def test_part(self) -> str:
+        return "test" if self.separate_test else "validation"
+
+    def split_settings(self) -> dict[str, Any]:
+        return {"separate_test": self.separate_test}
+
+    def take_up_split(self, settings: dict[str, Any]) -> None:
+        super().take_up_split(settings)
+        self.ask_separately(settings["separate_test"])
+
+    def ask_separately(self, separate_test: bool) -> None:
+        """Give validation and test problems of their own, or all held-out ones to both."""
+        self.separate_test = separate_test
+        self._evaluation.clear()
+        self._sizes.clear()
+
     def config(self) -> dict[str, Any]:
         # More characters have tokens than a model of this task was shown.
         return super().config() | {"characters": self.written}
@@ -280,8 +306,10 @@ class SyntheticTask(Task):
 
     def prepare(self) -> None:
         # There is nothing to read or to learn; but that nothing is held out is said at once, and
-        # not at the first validation.
+        # not at the first validation, or at the test after all training.
         self._held_out_problems("validation")
+        if self._few:
+            self._held_out_problems("test")
 
     def rows(self, split: str) -> int:
         if split == "train":
@@ -300,11 +328,11 @@ class SyntheticTask(Task):
         return self.batch(self.problems(split, numbers), numbers, self.context_length)
 
     def extra_validation_loader(self, length: Any) -> Loader:
-        problems = self.cell(length, length, self.arguments["ood_examples"])
+        problems = self.cell(length, length, self.arguments["ood_examples"], "validation")
         if not problems.examples:
             raise ValueError(
-                f"ood_digits {length}: none of the few problems of that size is held out; take a "
-                f"smaller held_out than {self.held_out}, or another length"
+                f"ood_digits {length}: none of the few problems of that size is held out for "
+                f"validation; take a smaller held_out than {self.held_out}, or another length"
             )
         width = int(self.lines(problems).lengths.max()) - 1
 
@@ -364,23 +392,24 @@ class SyntheticTask(Task):
         first = np.array([[first] for first, _ in self.spans])
         choices = np.array([[last - first + 1] for first, last in self.spans])
         sizes = first + below(bits, choices).astype(np.int64)
-        return self._draw(self.seed, split, numbers, sizes, self.extent, wanted=False)
+        return self._draw(self.seed, split, numbers, sizes, self.extent, split)
 
-    def cell(self, first: int, second: int, count: int) -> Problems:
+    def cell(self, first: int, second: int, count: int, split: str = "test") -> Problems:
         """Held-out problems of one size: `count`, or as many as there are where they are few.
 
-        Problem n is a function of the size and n alone.
+        Problem n is a function of the size, the split and n alone.
 
         Args:
             first: Digits of the first operand.
             second: Digits of the second one.
             count: How many are wanted.
+            split: Whose: "validation" or "test".
         """
-        if (found := self.listed(first, second)) is not None:
+        if (found := self._listed(first, second, split)) is not None:
             return found.take(np.arange(min(count, found.examples)))
         numbers = (first << 44) + (second << 28) + np.arange(count)
         sizes = np.repeat([[first], [second]], count, axis=1)
-        return self._draw(0, "cell", numbers, sizes, (first, second), wanted=True)
+        return self._draw(0, "cell", numbers, sizes, (first, second), split)
 
     def counts(self, split: str) -> dict[tuple[int, int], int]:
         """How many problems "validation" or "test" has of each size."""
@@ -389,7 +418,7 @@ class SyntheticTask(Task):
         return {(int(i), int(j)): int(n) for i, j, n in zip(*pairs, counts, strict=True)}
 
     def chained(self, digits: int, chain: int, count: int) -> Problems:
-        """Held-out problems of one size in which something is carried through `chain` columns.
+        """Test's problems of one size in which something is carried through `chain` columns.
 
         Only where `carries`; random problems hardly hold chains of four.
 
@@ -403,6 +432,20 @@ class SyntheticTask(Task):
     def is_held_out(self, problems: Problems) -> Flags:
         """Which of the problems are never trained on, (examples,)."""
         return are_held_out(self.hashes(problems), self.held_out)
+
+    def is_for_test(self, problems: Problems) -> Flags:
+        """Which problems test asks where they are held out, (examples,); validation: the others."""
+        return are_for_test(self.hashes(problems))
+
+    def belongs_to(self, problems: Problems, split: str) -> Flags:
+        """Which of the problems "train", "validation" or "test" may show, (examples,)."""
+        held_out = self.is_held_out(problems)
+        if split == "train":
+            return ~held_out
+        if not self.separate_test:
+            return held_out
+        wanted: Flags = held_out & (self.is_for_test(problems) == (split == "test"))
+        return wanted
 
     # Lines.
 
@@ -514,18 +557,18 @@ class SyntheticTask(Task):
         numbers: Integers,
         sizes: Integers,
         extent: tuple[int, int],
-        *,
-        wanted: bool,
+        split: str,
         make: Callable[[Bits, Integers, tuple[int, int]], Problems] | None = None,
     ) -> Problems:
-        """Draws problems of given sizes that are held out, or are not.
+        """Draws problems of given sizes that belong to a split.
 
-        Problem n is the first of its own sequence of candidates that is wanted, so it depends on n
+        Problem n is the first of its own sequence of candidates that does, so it depends on n
         alone; only the examples still without one go into the next round. `make` replaces
         `candidates`.
         """
         draws = self.draws(extent)
-        tries = self.held_out if wanted else 1  # at once: as many as it takes on average
+        # At once: as many as it takes on average.
+        tries = 1 if split == "train" else self.held_out * (1 + self.separate_test)
         problems = self.blank(0, extent)
         candidates = make or self.candidates
         missing = np.arange(len(numbers))
@@ -534,7 +577,7 @@ class SyntheticTask(Task):
             bits = random_bits(seed, STREAMS[stream], numbers[missing], draws * tries, start)
             bits = bits.reshape(tries, draws, -1).swapaxes(0, 1).reshape(draws, -1)
             found = candidates(bits, np.tile(sizes[:, missing], tries), extent)
-            fits = (self.is_held_out(found) == wanted).reshape(tries, -1)
+            fits = self.belongs_to(found, split).reshape(tries, -1)
             if tries > 1:
                 found = found.take(fits.argmax(axis=0) * len(missing) + np.arange(len(missing)))
             if problems.examples:
@@ -550,27 +593,36 @@ class SyntheticTask(Task):
         found = problems.take(np.flatnonzero(self.is_held_out(problems)))
         return found.take(shuffled(found.examples))
 
+    def _listed(self, first: int, second: int, split: str) -> Problems | None:
+        """Those of `listed` that belong to "validation" or "test"."""
+        found = self.listed(first, second)
+        if found is None or not self.separate_test:
+            return found
+        return found.take(np.flatnonzero(self.belongs_to(found, split)))
+
     def _held_out_problems(self, split: str) -> Problems:
         """All problems of "validation" or "test", spread over the sizes in turn."""
         if split not in self._evaluation:
             wanted = self.arguments[f"{split}_examples"]
             (low, high), (lowest, highest) = self.spans
             cells = [(i, j) for i in range(low, high + 1) for j in range(lowest, highest + 1)]
-            listed = [self.listed(*cell) for cell in cells]
+            listed = [self._listed(*cell, split) for cell in cells]
+            self._few = all(found is not None for found in listed)
             counts = np.array([wanted if found is None else found.examples for found in listed])
             # Round r takes problem r of every size that still has one.
             rounds, turn = np.nonzero(np.arange(counts.max())[:, None] < counts)
             rounds, turn = rounds[:wanted], turn[:wanted]
             if not len(turn):
+                others = ", or separate_test: false" if self.separate_test else ""
                 raise ValueError(
-                    "none of the few problems is held out: take a smaller held_out than "
-                    f"{self.held_out}, or larger problems"
+                    f"none of the few problems is held out for {split}: take a smaller held_out "
+                    f"than {self.held_out}, or larger problems{others}"
                 )
             sizes = np.array(cells).T[:, turn]
             problems = self.blank(len(turn))
             drawn = np.flatnonzero(np.array([found is None for found in listed])[turn])
             # No seed: models that saw different training data are compared on the same problems.
-            found = self._draw(0, split, drawn, sizes[:, drawn], self.extent, wanted=True)
+            found = self._draw(0, split, drawn, sizes[:, drawn], self.extent, split)
             _put(problems, drawn, found)
             for index, here in enumerate(listed):
                 if here is not None:
@@ -588,6 +640,13 @@ def are_held_out(hashes: Bits, held_out: int) -> Flags:
     """
     held: Flags = (mix(hashes) % np.uint64(held_out) == 0) & (hashes != 0)
     return held
+
+
+def are_for_test(hashes: Bits) -> Flags:
+    """Which held-out problems, by their hashes, test asks: half of them, whatever `held_out` is."""
+    # A bit that says nothing of the remainder that `are_held_out` looks at.
+    halves: Flags = mix(mix(hashes) + _HALVES) >> np.uint64(63) == 1
+    return halves
 
 
 def shuffled(count: int) -> Integers:

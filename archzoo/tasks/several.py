@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from inspect import signature
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 
@@ -18,7 +18,7 @@ _PARTS = 7  # the stream of random bits that chooses a task for each example
 _COMMON = {
     *("reverse", "reverse_answer", "zero_padded", "hints", "coupled", "vocabulary"),
     *("batch_size", "steps_per_epoch", "validation_examples", "test_examples", "seed"),
-    *("ood_digits", "ood_examples"),
+    *("ood_digits", "ood_examples", "separate_test"),
 }
 
 
@@ -52,12 +52,14 @@ class Arithmetic(Task):
         ood_examples: Problems of each of those lengths, of all tasks together.
         seed: Chooses the training examples.
         zero: Whether a number of one digit may be 0.
+        separate_test: As for Addition.
 
     Raises:
         ValueError: an argument is out of range, or a task cannot be one of several.
     """
 
     metrics = ("token_accuracy", "exact_match")
+    added: ClassVar[dict[str, Any]] = {"separate_test": False}
 
     def __init__(
         self,
@@ -76,6 +78,7 @@ class Arithmetic(Task):
         ood_examples: int = 200,
         seed: int = 0,
         zero: bool = True,
+        separate_test: bool = True,
     ) -> None:
         super().__init__()
         if not tasks:
@@ -122,11 +125,25 @@ class Arithmetic(Task):
             raise ValueError(f"tasks.{name}: {error}") from None
         if not isinstance(synthetic, SyntheticTask):
             raise ValueError(f"tasks.{name} is not a task of problems, such as Addition")
+        synthetic.ask_separately(self.arguments["separate_test"])  # it may not take it by name
         return synthetic
 
     def config(self) -> dict[str, Any]:
         written = dict.fromkeys("".join(part.written for part in self.parts))
         return super().config() | {"characters": "".join(written)}
+
+    @property
+    def test_part(self) -> str:
+        return self.parts[0].test_part
+
+    def split_settings(self) -> dict[str, Any]:
+        return self.parts[0].split_settings()
+
+    def take_up_split(self, settings: dict[str, Any]) -> None:
+        super().take_up_split(settings)
+        self._turns.clear()
+        for part in self.parts:
+            part.take_up_split(settings)
 
     # Batches.
 
@@ -168,12 +185,15 @@ class Arithmetic(Task):
 
     def _longer_loader(self, length: int) -> Loader:
         """Held-out problems of a length that was not trained, of one task after the other."""
-        found = [part.cell(length, length, part.arguments["ood_examples"]) for part in self.parts]
+        found = [
+            part.cell(length, length, part.arguments["ood_examples"], "validation")
+            for part in self.parts
+        ]
         counts = [problems.examples for problems in found]
         if not all(counts):
             raise ValueError(
                 f"ood_digits {length}: one of the tasks holds out none of its few problems of that "
-                "size; take a smaller held_out, or another length"
+                "size for validation; take a smaller held_out, or another length"
             )
         alone = [part.lines(some) for part, some in zip(self.parts, found, strict=True)]
         width = max(int(lines.lengths.max()) for lines in alone) - 1

@@ -45,6 +45,7 @@ class Sorting(SyntheticTask):
         seed: Chooses the training examples.
         vocabulary: As for two numbers.
         zero: The same.
+        separate_test: The same.
 
     Raises:
         ValueError: an argument is out of range.
@@ -71,6 +72,7 @@ class Sorting(SyntheticTask):
         seed: int = 0,
         vocabulary: Literal["shared", "own"] = "shared",
         zero: bool = True,
+        separate_test: bool = True,
     ) -> None:
         for name, value in (("numbers", numbers), ("digits", digits)):
             if value < 1:

@@ -175,7 +175,7 @@ def _pinned(batch: Batch) -> Batch:
 
 # Arguments that do not decide which examples training sees, or not by their names.
 _NO_EXAMPLES = {
-    *("batch_size", "steps_per_epoch", "validation_examples", "test_examples"),
+    *("batch_size", "steps_per_epoch", "validation_examples", "test_examples", "separate_test"),
     *("ood_digits", "ood_examples", "path", "cache_dir", "tokenizer", "vocab_size"),
     "test_sizes",
 }
@@ -234,6 +234,7 @@ class Task(lightning.LightningDataModule):
     - `examples`: int64, the number of the example that the token belongs to.
     - `positions`: int64, only where the task couples positions: digits of equal significance have
       the same one, from 2 for units; operators have 1, all others 0.
+    - `bytes`: int64, only in evaluations of text: how many bytes of UTF-8 each label stands for.
     - `continues`: bool (batch,), only where state is carried: this row continues where the same
       row of the previous batch ended.
 
@@ -241,7 +242,8 @@ class Task(lightning.LightningDataModule):
     batches whatever the number of devices.
 
     Attributes:
-        metrics: Which of "perplexity", "token_accuracy", "exact_match" say something here.
+        metrics: Which of "perplexity", "bits_per_byte", "token_accuracy", "exact_match" say
+            something here.
         extra_metrics: Which of "token_accuracy", "exact_match" are reported of each further set.
         tokenizer: Set once `prepare` has run.
         context_length: Tokens of the longest row.
@@ -327,6 +329,23 @@ class Task(lightning.LightningDataModule):
         """Rows of a whole batch."""
         return self.batch_size
 
+    # The parts. Nothing that training shows is validated or tested on, and nothing that
+    # validation reads, by which checkpoints and settings are chosen, is tested on.
+
+    @property
+    def test_part(self) -> str:
+        """What "test" reads: "test", or "validation" where it has no part of its own."""
+        return "test"
+
+    def split_settings(self) -> dict[str, Any]:
+        """The arguments that say which data each part holds; a run keeps those it began with."""
+        return {}
+
+    def take_up_split(self, settings: dict[str, Any]) -> None:
+        """Part the data as a run did that is resumed: by its `split_settings`."""
+        for arguments in (self.arguments, self._config):
+            arguments |= {n: value for n, value in settings.items() if n in arguments}
+
     # What every task has.
 
     @property
@@ -391,11 +410,14 @@ class Task(lightning.LightningDataModule):
             "examples": examples,
             "batch_size": self.batch_size,
             "fingerprint": self.fingerprint(),
+            "split": self.split_settings(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues after what was used, and warns where the stream is a different one."""
-        if self.trainer is not None and self.trainer.state.fn != "fit":
+        fitting = self.trainer is None or self.trainer.state.fn == "fit"
+        self._keep_split(state_dict, fitting)
+        if not fitting:
             return
         self._used = state_dict["batches"], state_dict["examples"]
         ours, theirs = self.fingerprint(), state_dict.get("fingerprint", {})
@@ -411,6 +433,41 @@ class Task(lightning.LightningDataModule):
                 "the run continues with other examples than it began with: " + "; ".join(differ),
                 stacklevel=2,
             )
+
+    def _keep_split(self, state_dict: dict[str, Any], fitting: bool) -> None:
+        """A run keeps the parts it began with: else it would validate on what it was shown.
+
+        Says where an evaluation has other parts than the run, and where test has none of its own.
+        """
+        ours, known = self.split_settings(), state_dict.get("fingerprint", {})
+        if not ours:
+            return
+        theirs = state_dict.get("split")
+        if theirs is None:  # it is older than all that `added` names
+            theirs = {n: (self.added | known).get(n, ours[n]) for n in ours}
+        differ = [name for name in ours if theirs.get(name, ours[name]) != ours[name]]
+        same_data = self.fingerprint().get("text") == known.get("text")
+        if differ and fitting:
+            self.take_up_split(ours | theirs)
+            kept = ", ".join(f"{name} {theirs[name]}" for name in differ)
+            warnings.warn(f"the run keeps the parts it began with: {kept}", stacklevel=3)
+        elif differ and same_data:
+            changes = ", ".join(f"{name} is {ours[name]} and was {theirs[name]}" for name in differ)
+            warnings.warn(
+                f"validation and test read other parts than in the run ({changes}): some of them "
+                "may have been trained on, or have chosen the checkpoint",
+                stacklevel=3,
+            )
+        if self.test_part != "test":
+            warnings.warn(self.shared_test(), stacklevel=3)
+
+    def shared_test(self) -> str:
+        """What to say of a measurement where test has no part of its own."""
+        settings = ", ".join(f"{name} {value}" for name, value in self.split_settings().items())
+        return (
+            f"test reads the {self.test_part} part, which also chose the checkpoint: there is no "
+            f"test part of its own ({settings})"
+        )
 
     def prepare_data(self) -> None:  # Lightning: on one process of each machine
         self.prepare()

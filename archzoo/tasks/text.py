@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import lru_cache
 from glob import glob
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -22,13 +24,15 @@ from archzoo.tasks.stream import IGNORED, Batch, Task
 from archzoo.tasks.tokenizers import Tokenizer
 
 CHUNK = 1 << 16  # bytes encoded at once: enough for speed, little beside a model
+BYTES = "int32"  # of how many bytes a token stands for
 SAMPLE = 4_000_000  # bytes that a tokenizer learns from: unigram takes 30 times as much memory
 RECORDS = {".jsonl", ".ndjson", ".csv", ".tsv"}  # names of files that are not plain text
 # How gzip, zip, xz, zstd, bzip2, 7z and parquet begin.
 PACKED = (b"\x1f\x8b", b"PK\3\4", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"BZh", b"7z\xbc", b"PAR1")
-_FORMAT = 3  # of the cache; another number makes old caches unused
+_FORMAT = 4  # of the cache; another number makes old caches unused
 
 Span = tuple[int, int]  # bytes of a corpus, from the first to before the second
+Split = Literal["auto", "documents", "place"]
 
 
 def tokenizer_at(path: str) -> Tokenizer:
@@ -50,9 +54,14 @@ def tokenizer_at(path: str) -> Tokenizer:
 class Text(Task):
     r"""The next token of a text: any UTF-8 file, or all files of a folder in the order of names.
 
-    The end of every file, a contiguous part of `validation_fraction`, is kept for validation; test
-    reads the same part. A training window has `context_length` tokens. How the first one begins
-    in Shakespeare by characters (a blank is drawn as ␣)::
+    The text has three parts, to train, to validate and to test on. A single file is cut by place:
+    its end is the test part, what comes before that is the validation part. Of a folder each file
+    is a document, whose content decides by a hash which part has it whole, whatever its name, the
+    other files and the seed are; so copies of a document are never in two parts. Subwords are
+    learned from the train part alone.
+
+    A training window has `context_length` tokens. How the first one begins in Shakespeare by
+    characters (a blank is drawn as ␣)::
 
         position  0  1  2  3  4  5  6  7  8  9 10 11 12 13 14 15
         token     t  ,  ␣  L  o  r  d  ␣  B  r  u  t  u  s  . \n
@@ -62,6 +71,13 @@ class Text(Task):
     another offset in every epoch. With `carry_state` they come in the order of the text instead:
     each row of a batch is a lane, a contiguous part of the text, and continues where the same row
     of the batch before ended (`continues`), for truncated back-propagation through time.
+
+    Besides the perplexity of a token, validation and test give the bits per byte, which tokenizers
+    do not change the meaning of::
+
+        bits per byte = sum over targets of -ln p / (ln 2 * bytes of the text of these targets)
+
+    with the bytes of UTF-8. A special token has none; in a text of files there are no such targets.
 
     The encoded text is cached under a name made from the text's content and the tokenizer, and
     mapped into memory, never loaded.
@@ -77,6 +93,11 @@ class Text(Task):
         validation_fraction: Part of the text that is kept for validation.
         cache_dir: Where the encoded text is kept; null means ~/.cache/archzoo.
         seed: Chooses the order of the windows.
+        test_fraction: Part of the text that is kept for test; 0: test reads the validation part,
+            as runs did before there was a choice.
+        split: documents: each file is whole in one part. place: each file is cut into the parts.
+            auto: documents where the text is several files of which validation and test get
+            between half and twice their fractions, else place.
 
     Raises:
         FileNotFoundError: there is no such text or tokenizer.
@@ -84,7 +105,8 @@ class Text(Task):
         OSError: the cache cannot be written.
     """
 
-    metrics = ("perplexity", "token_accuracy")
+    metrics = ("perplexity", "bits_per_byte", "token_accuracy")
+    added: ClassVar[dict[str, Any]] = {"test_fraction": 0.0, "split": "place"}
     characters = ""  # that a tokenizer of characters learns beside those of the text
 
     def __init__(
@@ -95,9 +117,11 @@ class Text(Task):
         context_length: int = 256,
         batch_size: int = 16,
         carry_state: bool = False,
-        validation_fraction: float = 0.1,
+        validation_fraction: float = 0.05,
         cache_dir: str | None = None,
         seed: int = 0,
+        test_fraction: float = 0.05,
+        split: Split = "auto",
     ) -> None:
         super().__init__()
         for name, value in (("path", path), ("cache_dir", cache_dir), ("tokenizer", tokenizer)):
@@ -107,6 +131,15 @@ class Text(Task):
             raise ValueError(f"context_length {context_length} is not positive")
         if not 0 < validation_fraction < 1:
             raise ValueError(f"validation_fraction {validation_fraction} is not between 0 and 1")
+        if not 0 <= test_fraction < 1:
+            raise ValueError(f"test_fraction {test_fraction} is not 0 or between 0 and 1")
+        if validation_fraction + test_fraction >= 1:
+            raise ValueError(
+                f"validation_fraction {validation_fraction} and test_fraction {test_fraction} "
+                "leave nothing to train on: together they must be below 1"
+            )
+        if split not in get_args(Split):
+            raise ValueError(f"split {split!r} is not one of {', '.join(get_args(Split))}")
         if not str(path):
             raise ValueError("path is empty: give a UTF-8 file, a folder of them, or a pattern")
         # Not in the signature, which is the command line's too: an object cannot be typed there.
@@ -129,7 +162,7 @@ class Text(Task):
         corpus = Corpus(arguments["path"])
         given: Tokenizer | None = None
         digest = corpus.digest()
-        recipe = [_FORMAT, digest, arguments["validation_fraction"]]
+        recipe = [_FORMAT, digest, *self.split_settings().values()]
         if arguments["tokenizer"] in tokenizers.NAMES:
             recipe += [arguments["tokenizer"], arguments["vocab_size"]]
             recipe += [self.characters] if self.characters else []
@@ -149,7 +182,7 @@ class Text(Task):
             meta = cache.read(folder, recipe)
             if meta is None:
                 raise OSError(f"{folder} was changed while it was written: try again")
-        self._check_length(meta["train_tokens"], meta["validation_tokens"])
+        self._check_length(meta)
         if made:
             where = arguments["cache_dir"]
             command = "archzoo cache --clear" + (f" --directory {where}" if where else "")
@@ -178,6 +211,20 @@ class Text(Task):
                 cache.say(f"{corpus.path} was not encoded to its end: nothing was kept of it")
             raise
 
+    @property
+    def test_part(self) -> str:
+        return "test" if self.arguments["test_fraction"] else "validation"
+
+    def split_settings(self) -> dict[str, Any]:
+        names = ("validation_fraction", "test_fraction", "split")
+        return {name: self.arguments[name] for name in names}
+
+    def take_up_split(self, settings: dict[str, Any]) -> None:
+        super().take_up_split(settings)
+        if self._cache is not None:
+            self._cache = None
+            self.prepare()
+
     def fingerprint(self) -> dict[str, Any]:
         lanes = {"batch_size": self.batch_size} if self.carry_state else {}
         return super().fingerprint() | lanes | {"text": self._digest[:16]}
@@ -193,22 +240,28 @@ class Text(Task):
         super().load_state_dict(state_dict)
 
     def _encode(self, corpus: Corpus, given: Tokenizer | None, folder: Path) -> dict[str, Any]:
-        """Writes tokenizer and both parts of the text into a folder; their sizes, and the like."""
-        train, validation = corpus.split(1 - self.arguments["validation_fraction"])
-        tokenizer = given or self._learn(corpus, train)
+        """Writes tokenizer and parts of the text into a folder; their sizes, and the like."""
+        parts, split = corpus.split(**self.split_settings())
+        tokenizer = given or self._learn(corpus, parts["train"])
         tokenizer.save(folder)
         dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
         meta: dict[str, Any] = {
             "dtype": dtype,
             "path": str(corpus.path),
             "tokenizer": self.arguments["tokenizer"],
+            "split": split,
         }
         progress, done = cache.Progress(f"encoding {corpus.path}", corpus.size), 0
-        for part, spans in (("train", train), ("validation", validation)):
-            count = 0
-            with open(folder / f"{part}.bin", "wb") as file:
+        for part, spans in parts.items():
+            count = size = untold = 0
+            with ExitStack() as files:
+                file = files.enter_context(open(folder / f"{part}.bin", "wb"))
+                lengths = None
+                if part != "train":
+                    lengths = files.enter_context(open(folder / f"{part}_bytes.bin", "wb"))
                 for texts in _groups(corpus.texts(*spans), 8):
-                    for tokens in _encode_many(tokenizer, texts, corpus.path):
+                    encoded = _encode_many(tokenizer, texts, corpus.path)
+                    for content, tokens in zip(texts, encoded, strict=True):
                         if tokens.max(initial=0) >= tokenizer.vocab_size:
                             raise ValueError(
                                 f"{corpus.path}: the tokenizer gave token {tokens.max()} and says "
@@ -216,9 +269,18 @@ class Text(Task):
                             )
                         file.write(tokens.astype(dtype).tobytes())
                         count += len(tokens)
+                        size += len(content.encode())
+                        if lengths is None:
+                            continue
+                        if not len(tokens):  # nothing but what the tokenizer drops
+                            untold += len(content.encode())
+                            continue
+                        told = tokenizer.bytes_of(content, tokens)
+                        told[0] += untold
+                        untold = 0
+                        lengths.write(told.astype(BYTES).tobytes())
                     done += sum(len(text.encode()) for text in texts)
                     progress(done)
-            size = sum(stop - start for start, stop in spans)
             meta |= {f"{part}_tokens": count, f"{part}_bytes": size}
         progress.end()
         before = corpus.digested
@@ -241,7 +303,8 @@ class Text(Task):
         texts = corpus.texts(*train)
         return learn((text for n, text in enumerate(texts) if n % stride == 0), vocab_size)
 
-    def _check_length(self, train: int, validation: int) -> None:
+    def _check_length(self, meta: dict[str, Any]) -> None:
+        train = meta["train_tokens"]
         lanes = self.batch_size if self.carry_state else 1
         need = lanes * self.context_length + 1
         if train < need:
@@ -250,11 +313,13 @@ class Text(Task):
                 f"{self.arguments['path']} is shorter than one window{each}: {train} tokens to "
                 f"train on, {need} needed; take a smaller context_length or a longer text"
             )
-        if validation < 2:
-            raise ValueError(
-                f"{self.arguments['path']} leaves {validation} tokens to validate on, 2 needed; "
-                f"take a larger validation_fraction than {self.arguments['validation_fraction']}"
-            )
+        for part, what in (("validation", "validate"), ("test", "test")):
+            fraction = self.arguments[f"{part}_fraction"]
+            if fraction and (tokens := meta[f"{part}_tokens"]) < 2:
+                raise ValueError(
+                    f"{self.arguments['path']} leaves {tokens} tokens to {what} on, 2 needed; "
+                    f"take a larger {part}_fraction than {fraction}, or a longer text"
+                )
 
     # Batches.
 
@@ -324,8 +389,8 @@ class Text(Task):
         places = starts[:, None] + np.arange(self.context_length + 1)
         # Mapped anew each time: pages that were read count as memory in use until the map is
         # closed, in the end the whole file.
-        name = self._cache / f"{_part(split)}.bin"
-        stream = np.memmap(name, self._meta["dtype"], "r")
+        part = self._part(split)
+        stream = np.memmap(self._cache / f"{part}.bin", self._meta["dtype"], "r")
         tokens = torch.from_numpy(stream[np.minimum(places, last)].astype(np.int64))
         examples = np.repeat(numbers[:, None], self.context_length, 1)
         batch = {
@@ -333,6 +398,9 @@ class Text(Task):
             "labels": tokens[:, 1:].contiguous(),
             "examples": torch.from_numpy(examples),
         }
+        if split != "train":
+            told = np.memmap(self._cache / f"{part}_bytes.bin", BYTES, "r")
+            batch["bytes"] = torch.from_numpy(told[np.minimum(places[:, 1:], last)].astype("int64"))
         padding = places[:, :-1] >= (last if stops is None else stops[:, None])
         if padding.any():
             absent = torch.from_numpy(padding)
@@ -341,11 +409,11 @@ class Text(Task):
         return batch
 
     def _tokens(self, split: str) -> int:
-        return int(self._meta[f"{_part(split)}_tokens"])
+        return int(self._meta[f"{self._part(split)}_tokens"])
 
-
-def _part(split: str) -> str:
-    return "train" if split == "train" else "validation"
+    def _part(self, split: str) -> str:
+        """Which part a split reads."""
+        return self.test_part if split == "test" else split
 
 
 @lru_cache(maxsize=2)
@@ -396,6 +464,7 @@ class Corpus:
         self.starts = [sum(sizes[:n]) for n in range(len(sizes) + 1)]
         self.size = self.starts[-1]
         self.digested = ""  # what `digest` gave last
+        self.digests: list[bytes] = []  # of each file's content, where there are several
         if not self.size:
             raise ValueError(f"{path} is empty: there is no text to learn from")
 
@@ -403,24 +472,83 @@ class Corpus:
         """A hash of the content and of where the files end."""
         digest = hashlib.sha256(json.dumps(self.starts).encode())
         progress, done = cache.Progress(f"reading {self.path}", self.size), 0
+        self.digests.clear()
         for path in self.files:
+            of_file = hashlib.sha256()
             with open(path, "rb") as file:
                 while block := file.read(1 << 20):
                     digest.update(block)
+                    if len(self.files) > 1:
+                        of_file.update(block)
                     done += len(block)
                     progress(done)
+            self.digests.append(of_file.digest())
         progress.end()
         self.digested = digest.hexdigest()
         return self.digested
 
-    def split(self, fraction: float) -> tuple[list[Span], list[Span]]:
-        """Every file's beginning, a fraction of it, and every file's end."""
-        beginnings, ends = [], []
+    def split(
+        self, validation_fraction: float, test_fraction: float, split: Split = "auto"
+    ) -> tuple[dict[str, list[Span]], str]:
+        """The parts "train", "validation" and, where it has a fraction, "test"; and how it is done.
+
+        Args:
+            validation_fraction: Of the text.
+            test_fraction: The same; 0: there is no such part.
+            split: As for `Text`.
+
+        Raises:
+            ValueError: no document would be in one of the parts.
+        """
+        fractions = {"validation": validation_fraction, "test": test_fraction}
+        fractions = {part: fraction for part, fraction in fractions.items() if fraction}
+        if split != "place" and (split == "documents" or len(self.files) > 1):
+            parts = self._by_document(fractions)
+            sizes = {n: sum(stop - start for start, stop in spans) for n, spans in parts.items()}
+            if split == "documents":
+                if empty := [part for part, size in sizes.items() if not size]:
+                    raise ValueError(
+                        f"{self.path}: none of its {len(self.files)} documents is in the "
+                        f"{empty[0]} part: take split place, which cuts each of them, or more files"
+                    )
+                return parts, "documents"
+            shares = {part: sizes[part] / self.size / fractions[part] for part in fractions}
+            if sizes["train"] and all(0.5 <= share <= 2 for share in shares.values()):
+                return parts, "documents"
+        return self._by_place(fractions), "place"
+
+    def _by_document(self, fractions: dict[str, float]) -> dict[str, list[Span]]:
+        """Each file whole in a part, which a hash of its content chooses."""
+        if not self.digests:
+            self.digest()
+        spans = list(pairwise(self.starts))
+        # A file of the text as a whole has no digest of its own, and is the text.
+        numbers = [int.from_bytes(digest[:8], "big") / 2**64 for digest in self.digests]
+        parts: dict[str, list[Span]] = {part: [] for part in ("train", *fractions)}
+        for number, span in zip(numbers, spans, strict=True):
+            # Test has the first numbers: what it holds does not depend on validation's fraction.
+            chosen, border = "train", 0.0
+            for part, fraction in reversed(fractions.items()):
+                border += fraction
+                if number < border:
+                    chosen = part
+                    break
+            parts[chosen].append(span)
+        return parts
+
+    def _by_place(self, fractions: dict[str, float]) -> dict[str, list[Span]]:
+        """Every file's beginning to train on, then a part of it to validate and one to test on."""
+        parts: dict[str, list[Span]] = {part: [] for part in ("train", *fractions)}
         for path, (first, last) in zip(self.files, pairwise(self.starts), strict=True):
-            border = first + _border(path, last - first, fraction)
-            beginnings.append((first, border))
-            ends.append((border, last))
-        return beginnings, ends
+            size = end = last - first
+            kept = 0.0
+            for part in reversed(fractions):  # from the end
+                kept += fractions[part]
+                border = _border(path, size, 1 - kept, end)
+                parts[part].append((first + border, first + end))
+                end = border
+            parts["train"].append((first, first + end))
+        return parts
 
     def texts(self, *spans: Span) -> Iterator[str]:
         """The text of each span in turn, in chunks that end with a line if possible.
@@ -430,7 +558,11 @@ class Corpus:
         """
         before = "\n"
         for start, stop in spans:
-            for path, (first, last) in zip(self.files, pairwise(self.starts), strict=True):
+            some = range(max(bisect_right(self.starts, start) - 1, 0), len(self.files))
+            for number in some:
+                path, first, last = self.files[number], self.starts[number], self.starts[number + 1]
+                if first >= stop:
+                    break
                 begin, end = max(start, first) - first, min(stop, last) - first
                 if begin >= end:
                     continue
@@ -457,18 +589,18 @@ def _is_json_lines(path: Path) -> bool:
         return False
 
 
-def _border(path: Path, size: int, fraction: float) -> int:
-    """The byte of a file where the first line begins after a fraction of it.
+def _border(path: Path, size: int, fraction: float, end: int) -> int:
+    """The byte of a file where the first line begins after a fraction of it, and before `end`.
 
     Where no line ends soon, it is where a character begins.
     """
-    border = int(size * fraction)
+    border = min(int(size * fraction), end)
     back = min(border, 3)  # a character has at most three bytes after its first
     with open(path, "rb") as file:
         file.seek(border - back)
         block = file.read(back + CHUNK)
     line = border + block.find(b"\n", back) + 1 - back
-    if border < line < size:
+    if border < line < end:
         return line
     while border < size and back and block[back] & 0xC0 == 0x80:
         border, back = border - 1, back - 1

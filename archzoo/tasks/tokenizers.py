@@ -16,6 +16,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
@@ -60,6 +61,34 @@ class Tokenizer(ABC):
     @abstractmethod
     def files(self) -> dict[str, bytes]:
         """File names and contents from which `from_files` rebuilds the tokenizer."""
+
+    @cached_property
+    def token_bytes(self) -> NDArray[np.int64]:
+        """Bytes of UTF-8 of the text that each token stands for, (vocab_size,).
+
+        A special token stands for none: 0. Where a token's text depends on what is beside it, this
+        is one case of it; `bytes_of` is exact.
+        """
+        lengths = np.zeros(self.vocab_size, np.int64)
+        for token in range(self.vocab_size):
+            # The second of two: some decoders write the first one of a text differently.
+            once, twice = self.decode([token]), self.decode([token, token])
+            lengths[token] = len(_utf8(twice)) - len(_utf8(once))
+        return lengths
+
+    def bytes_of(self, text: str, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Bytes of a text that each of its tokens stands for; together they are all of it.
+
+        What a tokenizer drops or changes (blanks, letters it does not know) counts to the last
+        token of the text.
+
+        Args:
+            text: Of at least one token.
+            tokens: What `encode` gives of it.
+        """
+        counts: NDArray[np.int64] = self.token_bytes[tokens]
+        counts[-1] += len(_utf8(text)) - counts.sum()
+        return counts
 
     def encode_many(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
         """`encode` for several texts, as arrays; may run on several cores."""
@@ -163,6 +192,11 @@ class CharacterTokenizer(Tokenizer):
     def vocab_size(self) -> int:
         return len(self.characters) + 2 * self.special
 
+    @cached_property
+    def token_bytes(self) -> NDArray[np.int64]:
+        lengths = [len(_utf8(character)) for character in self.characters]
+        return np.array(lengths + [0] * (2 * self.special), np.int64)
+
     def encode(self, text: str) -> list[int]:
         tokens: list[int] = self._encode(text).tolist()
         return tokens
@@ -244,6 +278,10 @@ class WordTokenizer(Tokenizer):
         return {"tokenizer.json": library.to_str().encode()}
 
 
+def _utf8(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
 def _codes(text: str) -> NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
@@ -307,6 +345,18 @@ class LibraryTokenizer(Tokenizer):
         # Ids may have gaps; the largest one decides how many rows an embedding needs.
         return max(self.library.get_vocab().values(), default=-1) + 1
 
+    @cached_property
+    def token_bytes(self) -> NDArray[np.int64]:
+        if "ByteLevel" not in _types_of(json.loads(self.library.to_str())["decoder"]):
+            return super().token_bytes
+        # Each character of such a token is a byte; what was added is text as it is.
+        lengths = np.zeros(self.vocab_size, np.int64)
+        for word, token in self.library.get_vocab().items():
+            lengths[token] = len(word)
+        for token, added in self.library.get_added_tokens_decoder().items():
+            lengths[token] = 0 if added.special else len(_utf8(added.content))
+        return lengths
+
     def encode(self, text: str) -> list[int]:
         tokens: list[int] = self.library.encode(text, add_special_tokens=False).ids
         return tokens
@@ -330,6 +380,13 @@ class LibraryTokenizer(Tokenizer):
 
     def files(self) -> dict[str, bytes]:
         return {"tokenizer.json": self.library.to_str().encode()}
+
+
+def _types_of(decoder: dict[str, Any] | None) -> list[str]:
+    """The kinds of a library's decoder and of those that it is made of."""
+    if decoder is None:
+        return []
+    return [decoder["type"], *chain(*map(_types_of, decoder.get("decoders", [])))]
 
 
 # A word with the blanks before it, or blanks at the end of a text; blanks are those of Unicode, to
@@ -468,6 +525,17 @@ class SentencePieceTokenizer(Tokenizer):
     @property
     def vocab_size(self) -> int:
         return int(self.processor.vocab_size())
+
+    @cached_property
+    def token_bytes(self) -> NDArray[np.int64]:
+        processor = self.processor
+        lengths = np.zeros(self.vocab_size, np.int64)
+        for token in range(self.vocab_size):
+            if processor.is_byte(token):
+                lengths[token] = 1
+            elif not (processor.is_control(token) or processor.is_unknown(token)):
+                lengths[token] = len(_utf8(processor.id_to_piece(token).replace("\u2581", " ")))
+        return lengths
 
     def encode(self, text: str) -> list[int]:
         tokens: list[int] = self.processor.encode(text, add_bos=False, add_eos=False)

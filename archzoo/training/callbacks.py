@@ -417,7 +417,8 @@ class ShowProgress(ProgressBar):
 
     def on_test_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, LanguageModel)
-        self.say(*phrases(pl_module.latest, "test"))
+        part = pl_module.task.test_part if pl_module.task else "test"
+        self.say(*phrases(pl_module.latest, "test"), f"of the {part} part")
 
 
 def fold(parts: Sequence[str], width: int | None) -> list[str]:
@@ -435,6 +436,7 @@ def fold(parts: Sequence[str], width: int | None) -> list[str]:
 UNITS = {
     "loss": ("loss", "{:.4f}", 1.0),
     "perplexity": ("perplexity", "{:.3f}", 1.0),
+    "bits_per_byte": ("bits/byte", "{:.4f}", 1.0),
     "token_accuracy": ("tokens", "{:.2f} %", 100.0),
     "exact_match": ("exact match", "{:.2f} %", 100.0),
     "tokens_per_second": ("", "{:,.0f} tokens/s", 1.0),

@@ -94,6 +94,8 @@ class MetricsFile(Logger):
     def __init__(self, path: str | Path) -> None:
         super().__init__()
         self.path = Path(path)
+        #: Of the data that an evaluation reads, "test" or "validation", for a column of its rows.
+        self.part: str | None = None
         self._rows = 0  # in the file, as far as this run wrote or read it
         self._beginning: tuple[int, int | None] | None = None  # what `begin` was given
         self._columns: list[str] | None = None
@@ -156,7 +158,8 @@ class MetricsFile(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self._begin()
         seconds = round(time.perf_counter() - self._started, 3)
-        row: dict[str, Any] = {"step": step, "seconds": seconds, **metrics}
+        row: dict[str, Any] = {"step": step, "seconds": seconds}
+        row |= ({"part": self.part} if self.part else {}) | metrics
         row.pop("epoch", None)  # Lightning's; streams of examples have no epochs
         if _kind(row) in self._known:
             return
@@ -171,6 +174,9 @@ class MetricsFile(Logger):
                 self._rows += 1
             else:
                 rows = self._read()[0] if self.path.exists() else []
+                if "part" in row and "part" not in columns:
+                    # What was measured before test had a part of its own read that of validation.
+                    rows = [old | {"part": "validation"} for old in rows]
                 self._write([*rows, row], [*columns, *(n for n in row if n not in columns)])
         except OSError as error:
             raise OSError(f"{self.path} could not be written: {error.strerror}") from None

@@ -132,10 +132,18 @@ class EvaluationFigures:
         self.of_extra = [f"{metric}/{name}" for name in extra for metric in extra_metrics]
         names = ("token_accuracy", "exact_match", *self.of_extra)
         self.sums = {"loss": torch.zeros((), dtype=widest(device), device=device)}
+        self.sums["bytes"] = torch.zeros((), dtype=torch.int64, device=device)
         for name in names:
             self.sums[name] = torch.zeros(2, dtype=torch.int64, device=device)
 
-    def add(self, losses: Tensor, right: Tensor, labelled: Tensor, loader: int = 0) -> None:
+    def add(
+        self,
+        losses: Tensor,
+        right: Tensor,
+        labelled: Tensor,
+        loader: int = 0,
+        lengths: Tensor | None = None,
+    ) -> None:
         """Add a batch.
 
         Args:
@@ -143,6 +151,8 @@ class EvaluationFigures:
             right: (batch, time) bool.
             labelled: (batch, time) bool: tokens with a label.
             loader: 0: the batch is of the split's own problems; the others hold the extra ones.
+            lengths: (batch, time) int64, bytes of UTF-8 that each label stands for. None: it is no
+                text.
         """
         rows = labelled.any(dim=1)  # rows that only pad a batch are unlabelled
         exact = (right | ~labelled).all(dim=1) & rows
@@ -155,6 +165,8 @@ class EvaluationFigures:
                 self.sums[metric + whose] += _counts(*pair)
         if not loader:
             self.sums["loss"] += losses.to(self.sums["loss"].dtype).sum()
+            if lengths is not None:
+                self.sums["bytes"] += (lengths * labelled).sum()
 
     def means(
         self, sums: dict[str, Tensor], metrics: tuple[str, ...] | None = None
@@ -163,15 +175,23 @@ class EvaluationFigures:
 
         Args:
             sums: `sums`, added up.
-            metrics: Which ones beside the loss; None: all.
+            metrics: Which ones beside the loss; None: all. Bits per byte, the nats of all targets
+                over ln 2 and their bytes, are given where the batches told of bytes.
         """
-        seen = {name: entry.tolist() for name, entry in sums.items()}
-        loss = seen.pop("loss") / max(seen["token_accuracy"][1], 1)
+        nats, size = float(sums["loss"]), int(sums["bytes"])
+        pairs = sums.keys() - {"loss", "bytes"}
+        seen = {name: sums[name].tolist() for name in pairs}
+        loss = nats / max(seen["token_accuracy"][1], 1)
         means = {name: right / max(count, 1) for name, (right, count) in seen.items()}
         # Above that it overflows.
         values = {"loss": loss, "perplexity": math.exp(min(loss, 700)), **means}
-        wanted = metrics if metrics is not None else ("perplexity", "token_accuracy", "exact_match")
-        row = {name: values[name] for name in ("loss", *wanted)}
+        every = ("perplexity", "bits_per_byte", "token_accuracy", "exact_match")
+        wanted = ["loss", *(every if metrics is None else metrics)]
+        if size:
+            values["bits_per_byte"] = nats / (math.log(2) * size)
+        elif "bits_per_byte" in wanted:
+            wanted.remove("bits_per_byte")
+        row = {name: values[name] for name in wanted}
         row |= {name: means[name] for name in self.of_extra}
         longer = [means[f"exact_match/{name}"] for name in self.extra if isinstance(name, int)]
         if longer:

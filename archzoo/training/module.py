@@ -30,6 +30,7 @@ from archzoo.training.comparison import (
     check_weights_fit,
     describe_model,
 )
+from archzoo.training.files import MetricsFile
 from archzoo.training.log import EvaluationFigures, TrainingFigures, memory, scalars
 from archzoo.training.losses import check_labels, score, total_loss
 from archzoo.training.optim import clip_by_norm, decay_groups, learning_rate_schedule, regroup
@@ -499,13 +500,17 @@ class LanguageModel(lightning.LightningModule):
         losses, predicted = score(x, self.net.head, labels)
         labelled = labels != IGNORED
         right = predicted.view_as(labels) == labels
-        self._evaluated.add(losses, right, labelled, loader)
+        self._evaluated.add(losses, right, labelled, loader, batch.get("bytes"))
 
     def _begin_evaluation(self, split: str) -> None:
         self._carried.pop(split, None)
         extra = self.task.extra_evaluations(split) if self.task else ()
         metrics = self.task.extra_metrics if self.task else ()
         self._evaluated = EvaluationFigures(self.device, extra, metrics)
+        if self.trainer.state.fn != "fit" and self.task is not None:
+            for logger in self.trainer.loggers:
+                if isinstance(logger, MetricsFile):
+                    logger.part = self.task.test_part if split == "test" else split
 
     def _end_evaluation(self, split: str) -> None:
         if self.cut_short or self.trainer.sanity_checking:
@@ -685,6 +690,8 @@ class LanguageModel(lightning.LightningModule):
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]
         batches, batch_size = progress["completed"], task["init_args"]["batch_size"]
         state = {"batches": batches, "examples": batches * batch_size, "batch_size": batch_size}
+        known = self.task.added | task["init_args"]
+        state["split"] = {n: known[n] for n in self.task.split_settings() if n in known}
         self.task.load_state_dict(state)
 
     def on_train_start(self) -> None:
