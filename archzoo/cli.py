@@ -69,6 +69,9 @@ COMMANDS = {
         "analysis.extend",
         "extend_command",
     ),
+    "bench": Command(
+        "time models side by side, against length", "analysis.bench.command", "bench_command"
+    ),
     "cache": Command(
         "show or remove the encoded texts that are kept", "tasks.cache", "cache_command"
     ),

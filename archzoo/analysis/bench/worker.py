@@ -1,0 +1,222 @@
+"""A side's own process: it builds one model and does what it is asked, one request at a time.
+
+Its memory is its own, and what ends it, such as a full memory, ends no other side.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from archzoo.analysis.bench.contenders import Contender, ZooContender
+from archzoo.analysis.bench.memory import begin_peak, free_memory, limit, resident_peak
+from archzoo.analysis.bench.peers import PEERS, Shape
+from archzoo.trust import import_for_user, user_imports
+
+MOST_REPEATS = 16  # calls in a turn
+SPARED = 2**30  # bytes of memory left to the rest of the machine
+
+
+def contender_of(spec: dict[str, Any]) -> Contender:
+    """The side of a name; for the zoo's with `match`, for a peer with `shape`."""
+    name = spec["name"]
+    if (peer := PEERS.get(name.partition(":")[0])) is not None:
+        return peer(name, Shape(*spec["shape"]))
+    return ZooContender(name, spec["match"])
+
+
+class Bench:
+    """What a side's process does.
+
+    Args:
+        contender: The side.
+        device: Such as cpu or cuda.
+        clock: Seconds; another one in tests.
+    """
+
+    def __init__(
+        self, contender: Contender, device: str, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.contender, self.device, self.clock = contender, torch.device(device), clock
+        self.on_gpu = self.device.type == "cuda"
+        self.call: Callable[[], None] = lambda: None
+        self.settle = 0  # calls at the beginning of a turn that are not timed
+        self.begin: Callable[[], None] = lambda: None
+        self.baseline = 0
+
+    def build(self, precision: Any, training: bool) -> dict[str, Any]:
+        """Make the model; its number of parameters."""
+        if self.on_gpu:
+            # Its plan for a key length costs more than a step of decoding, and decoding has
+            # another length at every step.
+            torch.backends.cuda.enable_cudnn_sdp(training)
+            torch.set_float32_matmul_precision("high")
+        else:
+            x = torch.ones((64, 64), requires_grad=True)  # what libraries set up at the first use
+            (x @ x).sum().backward()
+            self.baseline = begin_peak()
+            limit(free_memory("cpu") - SPARED)
+        self.contender.build(str(self.device), precision, training)
+        return {"parameters": self.contender.parameters()}
+
+    @torch.inference_mode()
+    def prepare(self, quantity: str, length: int, batch: int, vocab_size: int) -> dict[str, Any]:
+        """Make ready for a quantity at a size: its calls, warmed up.
+
+        Args:
+            quantity: One of training, prefill, decode, batch and state.
+            length: Tokens; of what came before, for decoding.
+            batch: Rows.
+            vocab_size: Tokens are drawn below it.
+
+        Returns:
+            seconds: Of the last warm-up call; 0 of a state, which is not timed.
+            state_bytes: Of the state of one row, without capacity for more, where that is asked.
+        """
+        self.release()
+        contender = self.contender
+        contender.fresh_shape()
+        generator = torch.Generator().manual_seed(length)
+        decoding = quantity in ("decode", "batch", "state")
+        shape = (1 if decoding else batch, length + (quantity == "training"))
+        tokens = torch.randint(vocab_size, shape, generator=generator).to(self.device)
+        answer: dict[str, Any] = {"seconds": 0.0}
+        if quantity == "training":
+            with torch.inference_mode(False):
+                tokens = tokens.clone()
+            self.call = self._gradients(lambda: contender.train_step(tokens))
+        elif quantity == "prefill":
+            self.call = lambda: _drop(contender.prefill(tokens, 1))
+        else:
+            if quantity == "state":
+                answer["state_bytes"] = contender.state_bytes(contender.prefill(tokens, 0))
+                return answer
+            held = [self._read(tokens, 1 + MOST_REPEATS, batch)]
+            token = tokens[:, :1].expand(batch, 1).contiguous()
+
+            def begin() -> None:
+                held[0] = contender.rewound(first, length)
+
+            def call() -> None:
+                held[0] = contender.decode_step(token, held[0])
+
+            first = held[0]
+            self.begin, self.call = begin, call
+        # A model read its weights for another side in between, or took its memory anew.
+        self.settle = 1 if decoding or self.on_gpu else 0
+        begun = self.clock()
+        for _ in range(3 if self.on_gpu else 2):
+            answer["seconds"] = self._timed(1, 0)
+            if not self.on_gpu and self.clock() - begun > 5:
+                break
+        return answer
+
+    def run(self, repeat: int) -> dict[str, Any]:
+        """A turn: seconds a call, the mean of `repeat` calls; and the peak memory on a GPU."""
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        answer: dict[str, Any] = {"seconds": self._timed(repeat, self.settle)}
+        if self.on_gpu:
+            answer["memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
+            torch.cuda.empty_cache()  # the other sides need it
+        return answer
+
+    def peak(self) -> dict[str, Any]:
+        """By how many bytes the process has grown since before its model was built, at most."""
+        return {"memory_bytes": resident_peak() - self.baseline}
+
+    def release(self) -> None:
+        """Let go of what the last size took."""
+        self.call = self.begin = lambda: None
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+
+    def _read(self, tokens: Tensor, room: int, batch: int) -> Any:
+        """The state after tokens (1, length), for every row of a batch."""
+        state = self.contender.prefill(tokens, room)
+        return self.contender.repeated(state, batch) if batch > 1 else state
+
+    def _timed(self, repeat: int, settle: int) -> float:
+        with torch.inference_mode():
+            self.begin()
+            for _ in range(settle):
+                self.call()
+            self._wait()
+            begin = self.clock()
+            for _ in range(repeat):
+                self.call()
+            self._wait()
+            return (self.clock() - begin) / repeat
+
+    def _gradients(self, call: Callable[[], None]) -> Callable[[], None]:
+        def with_gradients() -> None:
+            with torch.inference_mode(False):
+                call()
+
+        return with_gradients
+
+    def _wait(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+
+def _drop(value: Any) -> None:
+    """For a call whose result is not kept."""
+
+
+def answer_to(bench: Bench, request: dict[str, Any]) -> dict[str, Any]:
+    """What a request gives; what stops it, as {"stopped": kind, "why": text}."""
+    do = request.pop("do")
+    try:
+        answer: dict[str, Any] = getattr(bench, do)(**request)
+        return answer
+    except (MemoryError, torch.OutOfMemoryError):
+        why = "memory"
+    except Exception as error:
+        text = _one_line(error)
+        if not any(words in text for words in ("can't allocate memory", "not enough memory")):
+            return {"stopped": "error", "why": text}
+        why = "memory"
+    bench.release()
+    return {"stopped": why, "why": "an allocation failed"}
+
+
+def serve(questions: Any, first: dict[str, Any], said: str) -> None:
+    """What a side's process runs: answer requests until there are no more.
+
+    Args:
+        questions: A connection, for requests and their answers.
+        first: What side this is, on what device, with how many threads, and the user's modules.
+        said: A file for what is printed here.
+    """
+    if hasattr(os, "setsid"):
+        os.setsid()  # Ctrl-C is the command's to handle, which ends this process
+    handle = os.open(said, os.O_WRONLY | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    try:
+        user_imports[:] = first["modules"]
+        for module in first["modules"]:
+            import_for_user(module)
+        if first["threads"]:
+            torch.set_num_threads(first["threads"])
+        bench = Bench(contender_of(first["spec"]), first["device"])
+    except Exception as error:
+        questions.send({"stopped": "error", "why": _one_line(error)})
+        return
+    questions.send({})
+    with suppress(EOFError, ConnectionError):
+        while True:
+            questions.send(answer_to(bench, questions.recv()))
+
+
+def _one_line(error: BaseException) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]

@@ -1,0 +1,615 @@
+"""`archzoo bench`: its sides, its rounds within a budget, and what it says of what it found."""
+
+import csv
+import math
+
+import pytest
+import torch
+
+from archzoo.analysis import evidence
+from archzoo.analysis.bench import command
+from archzoo.analysis.bench.contenders import ZooContender
+from archzoo.analysis.bench.measuring import Budget, Plan, foreseen, measure
+from archzoo.analysis.bench.memory import begin_peak, resident_peak
+from archzoo.analysis.bench.peers import FlashLinearAttention, Llama, Shape, Torchscale
+from archzoo.analysis.bench.showing import (
+    MEASURES,
+    Line,
+    crossover,
+    draw,
+    in_words,
+    lines_of,
+    report_sections,
+    rounded,
+    stops,
+)
+from archzoo.analysis.bench.sides import Process, Stopped
+from archzoo.analysis.bench.worker import Bench, answer_to, contender_of
+from archzoo.cli import main
+from archzoo.states import nbytes
+
+TRAINING, DECODE, STATE = MEASURES[0], MEASURES[3], MEASURES[-1]
+SIZES = {"length": 8, "batch": 2, "vocab_size": 64}
+
+
+class Clock:
+    """Seconds that pass when they are told to."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+class FakeSide:
+    """A side whose calls take what a law says, by a clock of ours.
+
+    Args:
+        clock: Whose time passes.
+        law: Seconds a call at a length and batch, or an exception.
+        memory: Bytes at a length.
+        said: What it was asked is added.
+    """
+
+    def __init__(self, clock, law, memory=lambda length: 1, said=None):
+        self.clock, self.law, self.memory, self.said = clock, law, memory, said
+        self.length = self.batch = 0
+
+    def ask(self, do, timeout, **request):
+        if self.said is not None:
+            self.said.append((do, request.get("length", self.length)))
+        if do == "build":
+            return {"parameters": 5}
+        if do == "peak":
+            return {"memory_bytes": self.memory(self.length)}
+        if do == "prepare":
+            self.length, self.batch = request["length"], request["batch"]
+            seconds, calls = self.law(self.length, self.batch), 2
+            if request["quantity"] == "state":
+                return {"seconds": 0.0, "state_bytes": int(1000 * seconds)}
+        else:
+            seconds, calls = self.law(self.length, self.batch), request["repeat"]
+        if seconds * calls > timeout:
+            self.clock.now += timeout
+            raise Stopped("time", "no answer")
+        self.clock.now += seconds * calls
+        return {"seconds": seconds}
+
+    def close(self):
+        if self.said is not None:
+            self.said.append(("close", self.length))
+
+
+class Named(ZooContender):
+    """A contender that is never built."""
+
+    def __init__(self, name, without=None):
+        self.name, self.without = name, without or {}
+
+    def settings(self):
+        return "same"
+
+
+def plan_of(*contenders, **changed):
+    settings = {
+        "contenders": list(contenders),
+        "quantities": ["prefill"],
+        "lengths": [16, 32, 64, 128],
+        "batches": [1, 2],
+        "context": 8,
+        "tokens": 32,
+        "rounds": 5,
+        "precisions": ("float32", "float32"),
+        "free_memory": 10**9,
+        "tracks_peaks": False,
+    }
+    return Plan(**settings | changed)
+
+
+def measured(plan, laws, seconds=1e6, **more):
+    clock = Clock()
+    sides = {name: FakeSide(clock, law, **more) for name, law in laws.items()}
+    budget = Budget(seconds, clock)
+    return [row for row, _ in measure(plan, lambda side: sides[side.name], budget)], clock
+
+
+# ---------------------------------------------------------------------------- rounds
+
+
+def test_sides_run_in_turn_and_a_row_is_the_median_of_the_rounds():
+    said = []
+    taken = iter([9, 9, 3, 1, 2, 5, 4])
+    clock = Clock()
+    sides = {"a": FakeSide(clock, lambda *_: 1.0), "b": FakeSide(clock, lambda *_: next(taken))}
+    for name, side in sides.items():
+        side.said = said
+        side.name = name
+    plan = plan_of(Named("a"), Named("b"), lengths=[16], rounds=5)
+    next(taken)
+    rows = [row for row, _ in measure(plan, lambda c: sides[c.name], Budget(1e6, clock))]
+    assert [entry[0] for entry in said[-12:-2]] == ["run"] * 10
+    assert rows[1]["median"] == 3000 and rows[1]["rounds"] == 5
+    assert rows[1]["low"] == pytest.approx(1400) and rows[1]["high"] == pytest.approx(4600)
+    assert rows[0]["median"] == rows[0]["low"] == 1000
+
+
+def test_throughput_counts_the_tokens_of_a_step():
+    plan = plan_of(Named("a"), quantities=["training", "batch"], lengths=[16, 64])
+    rows, _ = measured(plan, {"a": lambda length, batch: 0.5})
+    told = [(row["quantity"], row["length"], row["batch"], row["median"]) for row in rows]
+    assert told == [
+        ("training", 16, 2, 64.0),  # 32 tokens in two rows
+        ("training", 64, 1, 128.0),  # one row is longer than that
+        ("batch", 8, 1, 2.0),
+        ("batch", 8, 2, 4.0),
+    ]
+
+
+def test_a_size_that_is_trained_has_a_process_of_its_own_where_it_says_the_peak():
+    said = []
+    plan = plan_of(Named("a"), quantities=["training"], lengths=[16, 32], rounds=1)
+    rows, _ = measured(plan, {"a": lambda *_: 1.0}, said=said, memory=lambda length: 7 * length)
+    assert [row["memory_bytes"] for row in rows] == [112, 224]
+    assert [do for do, _ in said if do in ("build", "close")] == ["build", "close"] * 2
+    said.clear()
+    measured(plan_of(Named("a"), lengths=[16, 32]), {"a": lambda *_: 1.0}, said=said)
+    assert [do for do, _ in said if do in ("build", "close")] == ["build", "close"]
+
+
+def test_a_curve_stops_where_its_time_ends_and_the_others_go_on():
+    slow = {"a": lambda length, _: 0.01 * length, "b": lambda length, _: 0.4 * length}
+    rows, clock = measured(plan_of(Named("a"), Named("b")), slow, seconds=200)
+    values = {(row["contender"], row["length"]): row for row in rows}
+    assert clock.now <= 200 + 1
+    assert "median" in values["a", 128]
+    stopped = [row for row in rows if row.get("stopped")]
+    assert [row["contender"] for row in stopped] == ["b"]
+    assert stopped[0]["stopped"].startswith("time: about")
+    assert "median" not in stopped[0]
+
+
+def test_fewer_rounds_are_made_where_time_is_short_but_three():
+    rows, _ = measured(plan_of(Named("a"), rounds=100), {"a": lambda *_: 1.0}, seconds=60)
+    assert rows[0]["rounds"] < 20 and all(row["rounds"] >= 3 for row in rows if "rounds" in row)
+
+
+def test_a_curve_stops_before_a_size_that_memory_does_not_hold():
+    plan = plan_of(Named("a"), quantities=["training"], free_memory=16 * 64**2 * 2)
+    rows, _ = measured(plan, {"a": lambda *_: 1.0}, memory=lambda length: 16 * length**2)
+    assert [row["length"] for row in rows] == [16, 32, 64, 128]
+    assert rows[-1]["stopped"].startswith("memory: about 0.0 GiB are needed")
+    assert "memory_bytes" in rows[-2] and not rows[-2].get("stopped")
+
+
+def test_an_error_of_a_side_is_its_own():
+    def broken(length, _):
+        if length > 16:
+            raise Stopped("error", "positions end at 16")
+        return 1.0
+
+    rows, _ = measured(plan_of(Named("a"), Named("b")), {"a": broken, "b": lambda *_: 1.0})
+    assert [row["length"] for row in rows if row["contender"] == "b"] == [16, 32, 64, 128]
+    assert [row["stopped"] for row in rows if row.get("stopped")] == ["error: positions end at 16"]
+
+
+def test_quantities_share_the_time():
+    plan = plan_of(Named("a"), quantities=["prefill", "decode"], rounds=1000, lengths=[16])
+    rows, clock = measured(plan, {"a": lambda *_: 1.0}, seconds=100)
+    assert rows[0]["rounds"] == pytest.approx(rows[1]["rounds"], abs=4)
+    assert clock.now == pytest.approx(100, abs=3)
+
+
+def test_rows_that_are_known_are_kept():
+    plan = plan_of(Named("a"), Named("b"), lengths=[16, 32])
+    old = {"median": 3, "seconds": "0.003", "stopped": ""}
+    clock = Clock()
+    asked = []
+
+    def known(identity):
+        return old if identity["contender"] == "a" and identity["length"] == 16 else None
+
+    def start(contender):
+        asked.append(contender.name)
+        return FakeSide(clock, lambda *_: 1.0)
+
+    found = list(measure(plan, start, Budget(1e6, clock), known))
+    assert [was for _, was in found] == [True, False, False, False]
+    assert found[0][0] is old and asked == ["b", "a"]
+
+
+def test_a_contender_is_not_asked_for_what_it_has_not():
+    plan = plan_of(Named("a", {"decode": "why"}), quantities=["prefill", "decode"], lengths=[16])
+    rows, _ = measured(plan, {"a": lambda *_: 1.0})
+    assert [row["quantity"] for row in rows] == ["prefill"] and plan.points() == 1
+
+
+def test_what_is_foreseen():
+    assert foreseen([], 8) is None
+    assert foreseen([(4, 10)], 8) == 20
+    assert foreseen([(2, 10), (4, 40)], 8) == pytest.approx(160)
+    assert foreseen([(2, 10), (4, 10)], 8) == 10
+    assert foreseen([(2, 10), (4, 1000)], 8) == pytest.approx(4000)  # no steeper than a square
+
+
+# ---------------------------------------------------------------------------- sides
+
+
+def test_names_of_contenders():
+    plain = ZooContender("retnet_micro")
+    assert plain.without == {} and plain.form is None
+    chunked = ZooContender("retnet_micro:chunk_size=16:chunkwise")
+    assert chunked.form == "chunkwise" and set(chunked.without) == {"decode", "batch", "state"}
+    assert chunked.config["mixer"]["init_args"]["chunk_size"] == 16
+    assert chunked.count == plain.count
+    swapped = ZooContender("retnet_tiny:Attention")
+    assert swapped.config["mixer"]["class_path"].endswith("Attention")
+    assert abs(swapped.count / ZooContender("retnet_tiny").count - 1) < 0.01
+    assert ZooContender("retnet_tiny:Attention", match=False).count < 0.95 * swapped.count
+    assert ZooContender("retnet_micro:depth=3").config["depth"] == 3
+    assert set(ZooContender("retnet_micro:compiled").without) >= {"prefill", "decode"}
+    names = {c.settings() for c in (plain, chunked, swapped)}
+    assert len(names) == 3 and plain.settings() == ZooContender("retnet_micro").settings()
+    with pytest.raises(ValueError, match="nearest: chunkwise"):
+        ZooContender("retnet_micro:chunkwize")
+    with pytest.raises(ValueError, match="nearest: retnet_micro"):
+        ZooContender("retnet_mikro")
+
+
+@pytest.mark.parametrize("name", ["retnet_micro", "transformer_micro", "yuan_micro"])
+@pytest.mark.parametrize("quantity", ["training", "prefill", "decode", "batch"])
+def test_a_side_does_each_quantity(name, quantity):
+    bench = Bench(ZooContender(name), "cpu", Clock())
+    bench.contender.build("cpu", "float32", quantity == "training")
+    before = {k: p.detach().clone() for k, p in bench.contender.model.named_parameters()}
+    bench.prepare(quantity, **SIZES)
+    assert bench.run(3) == {"seconds": 0.0}
+    changed = any(
+        not torch.equal(before[k], p) for k, p in bench.contender.model.named_parameters()
+    )
+    assert changed == (quantity == "training")
+
+
+def test_every_turn_of_decoding_begins_after_the_same_tokens():
+    bench = Bench(ZooContender("transformer_micro"), "cpu", Clock())
+    bench.contender.build("cpu", "float32", False)
+    lengths = []
+    step = bench.contender.decode_step
+
+    def watched(token, state):
+        lengths.append(state["blocks"][0]["length"])
+        assert state["blocks"][0]["keys"].shape[:3] == (2, 2, 25)  # its room was made once
+        return step(token, state)
+
+    bench.contender.decode_step = watched
+    bench.prepare("batch", **SIZES)
+    for _ in range(3):
+        lengths.clear()
+        bench.run(4)
+        assert lengths == [8, 9, 10, 11, 12]  # the first is not timed
+
+
+def test_the_decoded_state_is_that_of_the_tokens_in_every_row():
+    contender = ZooContender("retnet_micro")
+    contender.build("cpu", "float32", False)
+    tokens = torch.randint(64, (1, 8))
+    state = contender.repeated(contender.prefill(tokens, 4), 3)
+    with torch.inference_mode():
+        logits = contender.model(tokens[:, :1].expand(3, 1), state).logits
+        whole = contender.model(torch.cat([tokens, tokens[:, :1]], 1)).logits[:, -1]
+    torch.testing.assert_close(logits[:, 0], whole.expand(3, -1), atol=1e-4, rtol=1e-4)
+
+
+def test_state_bytes_are_those_of_the_state_without_room_for_more():
+    for name in ("retnet_micro", "transformer_micro"):
+        bench = Bench(ZooContender(name), "cpu", Clock())
+        bench.contender.build("cpu", "float32", False)
+        found = bench.prepare("state", length=8, batch=1, vocab_size=64)["state_bytes"]
+        assert found == nbytes(bench.contender.model.init_state(1, capacity=8))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (MemoryError(), "memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "memory"),
+        (RuntimeError("another\nthing"), "error"),
+    ],
+)
+def test_what_stops_a_side_is_told(error, kind):
+    bench = Bench(ZooContender("retnet_micro"), "cpu")
+
+    def fail(repeat):
+        raise error
+
+    bench.run = fail
+    answer = answer_to(bench, {"do": "run", "repeat": 1})
+    assert answer["stopped"] == kind and "\n" not in answer["why"]
+
+
+def test_a_process_has_its_own_memory_and_its_end_is_told():
+    side = Process({"name": "retnet_micro", "match": True}, "cpu", 1, [])
+    try:
+        assert side.ask("build", 60, precision="float32", training=True)["parameters"] == 29_856
+        assert side.ask("prepare", 60, quantity="training", **SIZES)["seconds"] > 0
+        assert 0 < side.ask("peak", 60)["memory_bytes"] < 2**30
+        with pytest.raises(Stopped, match=r"error: .*no_such"):
+            side.ask("no_such", 60)
+        side._process.kill()
+        with pytest.raises(Stopped, match="memory: its process was killed"):
+            side.ask("run", 60, repeat=1)
+    finally:
+        side.close()
+
+
+def test_peak_memory_grows_by_what_is_held():
+    before = begin_peak()
+    held = torch.ones(16 * 2**20)
+    del held
+    assert resident_peak() - before > 60 * 2**20
+
+
+# ---------------------------------------------------------------------------- peers
+
+
+def test_peers_take_the_shape_of_ours_or_say_why_not(monkeypatch):
+    with torch.device("meta"):
+        shape = Shape.of(ZooContender("retnet_tiny").make())
+        assert shape == (128, 4, 4, 176, 256, False)
+        assert Shape.of(ZooContender("yuan_micro").make()) is None
+    assert FlashLinearAttention.missing("cpu") == "flash-linear-attention needs a CUDA device"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert Llama.missing("cpu") == "transformers is not installed (pip install transformers)"
+    assert Torchscale("torchscale", shape).chunk_size == 512
+    assert Torchscale("torchscale:parallel", shape).chunk_size is None
+    peer = contender_of({"name": "torchscale:chunk_size=64", "shape": list(shape)})
+    assert peer.chunk_size == 64 and "decode" in peer.without
+    with pytest.raises(ValueError, match="has no option 'chunk'; nearest: chunk_size"):
+        Torchscale("torchscale:chunk=3", shape)
+
+
+# ---------------------------------------------------------------------------- what is said
+
+
+def line(name, x, y, stopped=None):
+    return Line(name, list(x), list(y), list(y), list(y), stopped)
+
+
+def test_crossovers_are_straight_in_the_logarithms():
+    x = [256, 512, 1024, 2048]
+    a, b = line("a", x, [1, 1, 1, 1]), line("b", x, [t / 700 for t in x])
+    seen = crossover(a, b, False)
+    assert (seen.first, seen.second) == ("a", "b")
+    assert seen.at == [pytest.approx(700)] and seen.times[1] == pytest.approx(2048 / 700)
+    assert seen.values == ((1, 256 / 700), (1, 2048 / 700)) and seen.unclear == []
+    [words] = in_words(DECODE, [a, b])
+    assert words.startswith(
+        "a is faster than b from 700 tokens on (at 256 1 against 0.366, at 2,048 "
+    )
+    [words] = in_words(TRAINING, [a, b])
+    assert words.startswith(
+        "b is faster than a from 700 tokens on (at 256 0.366 against 1"
+    )  # more is better
+
+
+def test_spreads_that_overlap_are_said():
+    a = line("a", [1, 2], [1, 1])._replace(low=[0.5, 0.9], high=[2, 1.1])
+    b = line("b", [1, 2], [1.5, 3])
+    [words] = in_words(DECODE, [a, b])
+    assert words.endswith("no crossover in this range; their spreads overlap at 1")
+
+
+def test_no_crossover_is_said():
+    a, b = line("a", [1, 2, 4], [1, 1, 1]), line("b", [1, 2], [2, 3])
+    [words] = in_words(DECODE, [a, b])
+    assert words == (
+        "a is faster than b at every size measured, 1 to 2 tokens, by 2 to 3 times: no crossover "
+        "in this range"
+    )
+    assert in_words(DECODE, [a, line("c", [8], [1])]) == ["a and c: not measured at the same sizes"]
+    assert in_words(DECODE, [a, line("c", [1, 2], [1, 1])]) == [
+        "a and c are equal at all of 1 to 2 tokens"
+    ]
+
+
+def test_several_crossovers_and_equal_values():
+    x = [1, 2, 4, 8]
+    a, b = line("a", x, [1, 2, 1, 2]), line("b", x, [2, 1, 2, 1])
+    assert len(crossover(a, b, False).at) == 3
+    assert ", the last of 3 crossings (" in in_words(DECODE, [a, b])[0]
+    touching = line("c", x, [2, 2, 0.5, 1])
+    assert crossover(a, touching, False).at == [2]
+    assert crossover(line("d", x, [1, 1, 1, 1]), line("e", x, [2, 1, 2, 2]), False).at == []
+    assert rounded(1934) == "1,900" and rounded(45.6) == "46" and rounded(3.4) == "3"
+
+
+def test_lines_of_rows_and_where_they_stop():
+    rows = [
+        {"quantity": "decode", "contender": "a", "length": "32", "batch": 1, "median": "2",
+         "low": 1, "high": 3, "stopped": ""},
+        {"quantity": "decode", "contender": "a", "length": 16, "batch": 1, "median": 1, "low": 1,
+         "high": 1},
+        {"quantity": "decode", "contender": "b", "length": 16, "batch": 1, "median": "",
+         "stopped": "time: about 9 s are needed, and 3 s are left"},
+    ]  # fmt: skip
+    a, b = lines_of(DECODE, rows)
+    assert a.x == [16, 32] and a.y == [1, 2] and a.low == [1, 1] and a.stopped is None
+    assert b.x == [] and stops([a, b], DECODE) == [
+        "b stops before 16 tokens: time: about 9 s are needed, and 3 s are left"
+    ]
+    assert lines_of(MEASURES[4], rows) == []  # no peaks in them
+    sections = report_sections(rows, {"decode": ["a is alone"]})
+    assert sections[0] == "a is alone." and sections[1].series[0].low == [1, 1]
+    assert sections[2].rows == [["16", "1", "time"], ["32", "2 (1 to 3)", ""]]
+
+
+def test_a_figure_marks_crossovers_and_ends(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("archzoo.analysis.bench.showing.save", lambda f, path: drawn.append(f))
+    x = [256, 512, 1024]
+    lines = [line("a", x, [3, 3, 3]), line("b", x[:2], [2, 4], (1024, "memory: full"))]
+    draw(DECODE, lines, tmp_path / "x.png", "machine")
+    [panel] = drawn[0].axes
+    labels = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
+    assert labels == ["a", "b (× memory)"]
+    at = crossover(*lines, False).at[0]
+    assert any(entry.get_xdata()[0] == at for entry in panel.lines)
+    assert any("than b from 380 on" in text.get_text() for text in panel.texts)
+    assert panel.get_xscale() == panel.get_yscale() == "log"
+
+
+# ---------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """The command with sides whose time is ours; gives what was asked of them."""
+    said = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ARCHZOO_COMMIT", "abc")
+    monkeypatch.setattr(command, "get_ready", lambda: None)
+    monkeypatch.setattr(command, "free_memory", lambda device: 2**34)
+    monkeypatch.setattr("archzoo.registry.machine_memory", lambda: 2**34)
+
+    def start(spec, device, threads, modules):
+        attention = "transformer" in spec["name"] or "Attention" in spec["name"]
+
+        def law(length, batch):
+            return 1e-3 * (length if attention else 48)
+
+        side = FakeSide(Clock(), law, lambda length: 2**20 * length, said)
+        said.append(("start", spec["name"]))
+        return side
+
+    monkeypatch.setattr(command, "Process", start)
+    return said
+
+
+ARGUMENTS = ["bench", "retnet_micro", "transformer_micro", "--lengths", "16,32,64,128"]
+ARGUMENTS += ["--batches", "1,2", "--context", "8", "--peers", "none"]
+
+
+def test_the_command_writes_rows_tables_figures_and_words(fake, tmp_path, capsys):
+    assert main([*ARGUMENTS, "--output", "out/mine"]) == 0
+    said = capsys.readouterr().out
+    assert "retnet_micro is faster than transformer_micro from 48 tokens on" in said
+    assert "transformer_micro's cache outgrows retnet_micro's state" in said
+    assert "(measured); by their sizes at 16" in said
+    rows = evidence.read_rows(tmp_path / "out" / "mine.csv")
+    assert len(rows) == 2 * (4 * 4 + 2)
+    for row in rows:
+        assert all(row[name] for name in ("machine", "torch", "commit", "command", "dtype"))
+        assert row["median"] and row["settings"]
+    assert {row["memory_bytes"] for row in rows if row["quantity"] == "training"} != {""}
+    pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
+    kinds = ("training", "training-memory", "prefill", "decode", "batch", "state")
+    assert pictures == {f"mine-{kind}.png" for kind in kinds}
+
+
+def test_the_same_command_continues_and_again_measures_anew(fake, tmp_path, capsys, monkeypatch):
+    first = [*ARGUMENTS, "--quantities", "prefill", "--output", "mine"]
+    path = tmp_path / "mine.csv"
+
+    count = 0
+    original = FakeSide.ask
+
+    def interrupted(self, do, timeout, **request):
+        nonlocal count
+        count += do == "prepare"
+        if count == 6:
+            raise KeyboardInterrupt
+        return original(self, do, timeout, **request)
+
+    monkeypatch.setattr(FakeSide, "ask", interrupted)
+    assert main(first) == 130
+    assert "4 rows are in mine.csv; the same command continues" in capsys.readouterr().err
+    assert len(evidence.read_rows(path)) == 4
+    monkeypatch.setattr(FakeSide, "ask", original)
+    fake.clear()
+    assert main(first) == 0
+    assert "4 rows were measured before" in capsys.readouterr().out
+    assert len(evidence.read_rows(path)) == 8
+    assert {length for do, length in fake if do == "prepare"} == {64, 128}
+    fake.clear()
+    assert main(first) == 0 and fake == []  # nothing is started
+    assert main([*first, "--again"]) == 0 and len(evidence.read_rows(path)) == 8
+    assert len([do for do, _ in fake if do == "prepare"]) == 8
+    monkeypatch.setenv("ARCHZOO_COMMIT", "other")  # another commit is measured anew
+    fake.clear()
+    assert main(first) == 0 and len([do for do, _ in fake if do == "prepare"]) == 8
+    with path.open() as file:
+        assert {row["commit"] for row in csv.DictReader(file)} == {"other"}
+
+
+def test_one_preset_with_each_mixer(fake, capsys):
+    arguments = ["bench", "retnet_tiny", "--mixers", "Retention,Attention", "--peers", "none"]
+    arguments += ["--quantities", "state", "--lengths", "16,32", "--output", "mixers"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "retnet_tiny:Attention" in said and "parameters matched" in said
+
+
+def test_compiling_is_for_training(fake, tmp_path):
+    arguments = [*ARGUMENTS, "--quantities", "training,decode", "--output", "c", "--compile"]
+    assert main(arguments) == 0
+    found = {(r["quantity"], r["contender"]) for r in evidence.read_rows(tmp_path / "c.csv")}
+    names = ("retnet_micro", "transformer_micro")
+    expected = {("decode", name) for name in names}
+    assert found == expected | {("training", f"{name}:compiled") for name in names}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["retnet_mikro"], "there is no model 'retnet_mikro'; nearest: retnet_micro"),
+        (["retnet_micro", "--quantities", "trainig"], "there is no 'trainig'; nearest: training"),
+        (["retnet_micro", "--lengths", "256,0"], "'0' is not an integer of at least 1"),
+        (["retnet_micro", "--lengths", "256,-4"], "'-4' is not an integer"),
+        (["retnet_micro", "--batches", "x"], "batches=x: 'x' is not an integer"),
+        (["retnet_micro", "--minutes", "0"], "minutes=0.0 must be more than 0"),
+        (["retnet_micro", "--rounds", "0"], "rounds=0 must be at least 1"),
+        (["retnet_micro", "--mixers", "Atention"], "nearest: Attention"),
+        (["retnet_micro", "--peers", "lama"], "there is no 'lama'; nearest: llama"),
+        (["retnet_micro", "--device", "tpu"], "is not a valid device"),
+        (["llama"], "name a preset too"),
+        (
+            ["retnet_micro:parallel", "--quantities", "decode,state"],
+            "retnet_micro:parallel cannot be asked for decode, state: decoding is the recurrent",
+        ),
+        (["retnet_base:depth=9000"], "parameters take 255 GB, and this machine has"),
+        (["retnet_base:dim=3072"], "weights, gradients and AdamW's moments of"),
+        (["retnet_micro", "--output", "file/bench"], "file/bench.csv cannot be written: "),
+    ],
+)
+def test_errors_are_one_line_before_anything_is_measured(fake, tmp_path, capsys, arguments, words):
+    (tmp_path / "file").write_text("")
+    assert main(["bench", *arguments]) == 1
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
+    assert fake == []
+
+
+def test_without_matplotlib_all_but_figures_is_there(fake, tmp_path, capsys, monkeypatch):
+    def missing():
+        raise ValueError("a figure needs matplotlib: pip install 'archzoo[plots]'")
+
+    monkeypatch.setattr(command, "pyplot", missing)
+    assert main([*ARGUMENTS, "--quantities", "state", "--output", "plain"]) == 0
+    assert "without figures: a figure needs matplotlib: pip" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.glob("plain*")] == ["plain.csv"]
+
+
+def test_lengths_are_read():
+    assert command.integers("[256, 1k, 16k]", "lengths") == [256, 1024, 16384]
+    assert command.integers("8, 4,4", "lengths") == [4, 8]
+
+
+def test_a_cache_outgrows_a_state_where_their_sizes_say():
+    retention, attention = ZooContender("retnet_tiny"), ZooContender("transformer_tiny")
+    at = command.outgrown(retention, attention)
+    sizes = [nbytes(retention.make().init_state(1)), nbytes(
+        attention.make().init_state(1, capacity=math.floor(at))
+    )]  # fmt: skip
+    assert sizes[1] == pytest.approx(sizes[0], rel=1e-3)
+    assert command.outgrown(retention, retention) is None
