@@ -31,6 +31,7 @@ from archzoo.feedforward.routers import LinearRouter as LinearRouter
 from archzoo.feedforward.routers import TopKRouter as TopKRouter
 from archzoo.generation.conversation import Conversation as Conversation
 from archzoo.generation.decoding import generate as generate
+from archzoo.generation.reading import read_document as read_document
 from archzoo.generation.state_files import load_state as load_state
 from archzoo.generation.state_files import save_state as save_state
 from archzoo.linear import Linear as Linear

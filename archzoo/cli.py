@@ -38,6 +38,9 @@ COMMANDS = {
         "write what a checkpoint predicts for the test data", "training.command", ""
     ),
     "generate": Command("continue a text", "generation", "generate_command"),
+    "read": Command(
+        "read a long text into a state, which generate continues", "generation", "read_command"
+    ),
     "list": Command("show the models of the zoo", "analysis.listing", "list_command"),
     "show": Command(
         "show one model: its architecture, parts and sizes", "analysis.listing", "show_command"

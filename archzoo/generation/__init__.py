@@ -12,6 +12,7 @@ from archzoo.generation.command import generate_command, report, state_growth
 from archzoo.generation.conversation import Conversation
 from archzoo.generation.decoding import FormsDisagree, Generation, OnToken, difference, generate
 from archzoo.generation.prompts import Prompts, encode, pad_left
+from archzoo.generation.reading import Reading, read_command, read_document
 from archzoo.generation.sampling import Sampler, probabilities, sample
 from archzoo.generation.state_files import load_state, save_state
 
@@ -21,6 +22,7 @@ __all__ = [
     "Generation",
     "OnToken",
     "Prompts",
+    "Reading",
     "Sampler",
     "difference",
     "encode",
@@ -29,6 +31,8 @@ __all__ = [
     "load_state",
     "pad_left",
     "probabilities",
+    "read_command",
+    "read_document",
     "report",
     "sample",
     "save_state",

@@ -297,6 +297,12 @@ def _digest(about: str, tensors: Mapping[str, Tensor]) -> str:
 # ---------------------------------------------------------------------------- trees and leaves
 
 
+def leaves_of(conversation: Conversation) -> dict[str, Tensor]:
+    """Its tensors by path."""
+    leaves = _leaves(conversation._asdict())
+    return {name: _plain(leaf) for name, leaf in leaves if _is_tensor(leaf)}
+
+
 def _plain(leaf: Tensor) -> Tensor:
     """A tensor as it is written: on the CPU, its elements in order and without gaps."""
     leaf = leaf.detach().cpu().contiguous()
