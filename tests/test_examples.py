@@ -19,6 +19,7 @@ from archzoo.registry import get_preset
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+IN_EXTRAS = ["write_a_report"]  # needs an extra that is not in dev: run in tests/extras/
 
 
 def run(script):
@@ -34,7 +35,9 @@ def run(script):
     )
 
 
-@pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "script", [p for p in EXAMPLES if p.stem not in IN_EXTRAS], ids=lambda path: path.stem
+)
 def test_example(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # nothing may depend on where one stands
     done = run(script)
@@ -80,7 +83,25 @@ def check_own_preset(printed):
     assert rows["retnet_tiny"][1] < rows["hybrid_tiny"][1] < rows["transformer_tiny"][1]
 
 
+def check_how_far(printed):
+    rows = re.findall(r"^ +\d +([\d.]+) +([\d.]+) +(\d+)$", printed, re.MULTILINE)
+    assert len(rows) == 8
+    for predicted, measured, one_percent in rows:
+        assert float(measured) == pytest.approx(float(predicted), rel=0.01)
+        assert int(one_percent) == pytest.approx(6.64 * float(predicted), rel=0.01)
+
+
+def check_side_by_side(printed):
+    assert printed.count("three four, knock at the door; five six, pick up sticks;") >= 2
+    sizes = re.findall(r"^(\w+_micro): 200 tokens, state ([\d,]+) bytes", printed, re.MULTILINE)
+    state = {name: int(size.replace(",", "")) for name, size in sizes}
+    assert state["transformer_micro"] > 5 * state["retnet_micro"]
+    assert "the same at every token" in printed
+
+
 check = {
+    "decode_side_by_side": check_side_by_side,
+    "how_far_a_head_reads": check_how_far,
     "write_your_own_mixer": check_own_mixer,
     "write_your_own_preset": check_own_preset,
     "write_your_own_router": check_own_router,
@@ -194,7 +215,7 @@ def test_help_is_read_before_anything_runs(script, monkeypatch, capsys):
 
 
 def test_there_are_examples():
-    assert [path.stem for path in EXAMPLES] == sorted(check)
+    assert [path.stem for path in EXAMPLES] == sorted([*check, *IN_EXTRAS])
 
 
 def test_own_mixer_passes_by_its_path(monkeypatch, capsys):

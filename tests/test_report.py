@@ -217,6 +217,19 @@ def test_the_page_loads_nothing_and_runs_its_own_scripts_alone(tmp_path, script)
     assert "unsafe-inline" not in policy.partition("style-src")[0]
 
 
+def test_half_a_character_does_not_lose_a_report(tmp_path, script):
+    path = tmp_path / "report.html"
+    report.write_report(path, "half \udcff", **NOTHING, sections=["\udcff"])
+    assert "<h1>half ?</h1>" in path.read_text(encoding="utf-8")
+
+
+def test_a_long_name_is_short_in_the_legend_alone():
+    name = "Retention, " + "x" * 60
+    (curve,) = curves(Chart("C", "x", "y", [Series(name, [1], [1])]))
+    assert len(curve["name"]) == 40 and curve["name"].endswith("…")
+    assert name in curve["hovertemplate"]
+
+
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path, script, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a directory: name the report's file"):

@@ -90,7 +90,7 @@ class Visits:
             has_touch=phone,
             is_mobile=phone,
         )
-        context.set_default_timeout(20_000)
+        context.set_default_timeout(60_000)  # a busy machine
         self.contexts.append(context)
         page = context.new_page()
         page.on("console", self._console)

@@ -2,6 +2,8 @@
 
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 from archzoo.analysis.report import Cell, Chart, Series, Table, charts, write_report
 
 pytestmark = pytest.mark.extras
+
+ROOT = Path(__file__).resolve().parents[2]
 
 HOSTILE = "</script><script>window.alerted = 1</script><img src=x onerror='window.alerted = 1'>"
 LENGTHS = [256 * 2**n for n in range(8)]
@@ -211,6 +215,20 @@ def test_fifty_curves(tmp_path: Path, visit: Any, width: int) -> None:
     area = page.locator(".nsewdrag").bounding_box()
     assert area["height"] > 200 and area["width"] > 0.5 * width, "the legend leaves it its place"
     visit.photograph(page, f"report-many-{width}")
+
+
+def test_the_example(tmp_path: Path, visit: Any) -> None:
+    path = tmp_path / "report.html"
+    subprocess.run(
+        [sys.executable, ROOT / "examples" / "write_a_report.py", path],
+        cwd=tmp_path,
+        check=True,
+        timeout=120,
+    )
+    page = drawn(visit(path, offline=True))
+    assert page.locator("g.trace.scatter").count() == 6
+    assert "retnet_tiny" in page.locator("table.sortable").inner_text()
+    visit.photograph(page, "report-example")
 
 
 def test_every_setting_is_there(report: Path, visit: Any) -> None:

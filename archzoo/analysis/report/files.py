@@ -63,7 +63,7 @@ def write_whole(path: Path, text: str) -> int:
         OSError: It could not be written.
     """
     partial = _beside(path)
-    content = text.encode()
+    content = text.encode("utf-8", errors="replace")  # a name may hold half of a character
     try:
         with open(partial, "wb") as file:
             file.write(content)
@@ -71,9 +71,10 @@ def write_whole(path: Path, text: str) -> int:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
+        raise OSError(f"{path} could not be written: {error.strerror}") from None
+    finally:
         with suppress(OSError):
             partial.unlink()
-        raise OSError(f"{path} could not be written: {error.strerror}") from None
     return len(content)
 
 
