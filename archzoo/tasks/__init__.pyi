@@ -3,10 +3,17 @@ from archzoo.tasks.arithmetic import BitwiseOr as BitwiseOr
 from archzoo.tasks.arithmetic import Multiplication as Multiplication
 from archzoo.tasks.arithmetic import Subtraction as Subtraction
 from archzoo.tasks.arithmetic import exact_match as exact_match
+from archzoo.tasks.copying import Copying as Copying
+from archzoo.tasks.copying import Induction as Induction
+from archzoo.tasks.copying import SelectiveCopying as SelectiveCopying
 from archzoo.tasks.mixed import Mixed as Mixed
+from archzoo.tasks.recall import FuzzyRecall as FuzzyRecall
+from archzoo.tasks.recall import Memorisation as Memorisation
+from archzoo.tasks.recall import NoisyRecall as NoisyRecall
 from archzoo.tasks.recall import Recall as Recall
 from archzoo.tasks.several import Arithmetic as Arithmetic
 from archzoo.tasks.sorting import Sorting as Sorting
+from archzoo.tasks.state_tracking import StateTracking as StateTracking
 from archzoo.tasks.stream import Task as Task
 from archzoo.tasks.stream import build as build
 from archzoo.tasks.stream import build_task as build_task

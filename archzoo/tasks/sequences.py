@@ -21,7 +21,8 @@ from archzoo.tasks.tokenizers import WordTokenizer
 
 PARTS = ("train", "validation", "test")
 STREAMS = {"problem": 16, "size": 17, "rest": 18, "table": 19}  # the others' are in problems.py
-ROUNDS = 4  # of a permutation
+FEW = 64  # numbers that are sorted to permute them; a network is not uniform over fewer
+ROUNDS = 4  # of that network
 AT_ONCE = 2**22  # tokens of candidates that are held at once
 TRIES = 100  # rounds of looking for problems of one part before there are none
 
@@ -295,19 +296,37 @@ def hash_rows(numbers: Integers) -> Bits:
     return result
 
 
+def places(bits: Bits, count: int, *, ordered: bool = True) -> Integers:
+    """Some of several places for each row, all choices equally likely.
+
+    Args:
+        bits: (places, rows).
+        count: How many are chosen.
+        ordered: Whether they are sorted.
+
+    Returns:
+        (rows, count).
+    """
+    chosen = np.argsort(bits.T, axis=1)[:, :count]
+    return np.sort(chosen, axis=1) if ordered else chosen
+
+
 def permuted(keys: Bits, numbers: Integers, count: int) -> Integers:
     """A random permutation of 0 .. count - 1 for each row, of which only `numbers` are looked at.
 
-    A Feistel network of `ROUNDS` rounds (Luby and Rackoff, 1988) over the next larger square, run
-    again where it leads out of the range. Distinct numbers give distinct numbers, without sorting
-    or listing all of them.
+    A few numbers are sorted by random bits. For many this is a Feistel network of `ROUNDS` rounds
+    (Luby and Rackoff, 1988) over the next larger square, run again where it leads out of the range:
+    distinct numbers give distinct ones, and no row lists all of them.
 
     Args:
         keys: (rows,) 64 random bits each, which choose the permutation.
         numbers: (rows, columns), from 0 to count - 1.
         count: How many there are.
     """
-    half = max(math.ceil(math.log2(count) / 2), 4)  # bits; fewer are not uniform
+    if count <= FEW:
+        offsets: Bits = np.arange(1, count + 1).astype(np.uint64)
+        return np.take_along_axis(np.argsort(mix(keys[:, None] + offsets), axis=1), numbers, axis=1)
+    half = math.ceil(math.log2(count) / 2)  # bits
     mask, shift = np.uint64(2**half - 1), np.uint64(half)
     schedule = [mix(keys + np.uint64(index + 1)) for index in range(ROUNDS)]
 
