@@ -17,7 +17,7 @@ from archzoo.names import nearest
 OUT_OF_DISTRIBUTION = "validation/exact_match/ood"
 # What is compared where no metric is named: the first of these that every run has.
 USUAL = (OUT_OF_DISTRIBUTION, "validation/exact_match", "validation/loss", "train/loss")
-LOWER = ("loss", "perplexity")  # ends of the names of what is better when lower
+LOWER = ("loss", "perplexity", "bits_per_byte")  # ends of the names of what is better when lower
 
 
 class Curve(NamedTuple):
@@ -88,7 +88,8 @@ def curves_command(
         runs: Directories of runs, or their checkpoints.
         metric: A column of their metrics.csv. None: the out-of-distribution exact match, else
             that of the trained lengths, else the validation loss, else the training loss.
-        lower: Lower is better, as it is anyway where a metric ends in loss or perplexity.
+        lower: Lower is better, as it is anyway where a metric ends in loss, perplexity
+            or bits_per_byte.
         figure: The picture that is drawn, such as curves.png: every run, and the mean of all from
             their least to their largest value. None: a table alone.
 
