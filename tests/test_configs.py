@@ -14,6 +14,7 @@ TINY = {
     "Addition": "--data.batch_size 4 --data.validation_examples 8 --data.test_examples 8",
     "Text": "--data.batch_size 2 --data.context_length 32",
     "Mixed": "--data.batch_size 2 --data.context_length 128",
+    "Recall": "--data.batch_size 4 --data.validation_examples 8 --data.sizes [[2,16]]",
 }
 
 
