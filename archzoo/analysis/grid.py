@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -29,12 +29,14 @@ from rich.table import Table
 from torch import Tensor
 
 from archzoo.analysis.figures import legend, pyplot, save
+from archzoo.analysis.size_grid import ask, axes_of, draw_sizes, possible, table_of
 from archzoo.analysis.tables import show
 from archzoo.block import Router
 from archzoo.decoder import Decoder
 
 if TYPE_CHECKING:
     from archzoo.tasks.problems import Problems, SyntheticTask
+    from archzoo.tasks.sequences import SequenceTask
 
 COLUMNS = ("kind", "first", "second", "part", "problems", "right", "split", "run")
 AT_ONCE = {"cpu": 2**14, "cuda": 2**17}  # tokens in a pass
@@ -49,6 +51,7 @@ class Key(NamedTuple):
         kind: "cell": problems of one size, answered rightly. "place": a digit of the answer of
             these, the units' part 0, given the right ones before it; -1 is the stop token.
             "chain": problems of one size in which something is carried through `part` columns.
+            "label": tokens that problems of one size ask for, counted one by one.
         first, second: The size.
         part: Index of the digit, or length of the chain; 0 for a cell.
     """
@@ -127,9 +130,14 @@ class Examiner:
         return predicted == given["labels"]
 
     def _casting(self) -> AbstractContextManager[Any]:
-        if self.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+        return _casting(self.precision, self.device)
+
+
+def _casting(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """Matrix products in a precision."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
 
 
 # ---------------------------------------------------------------------------- the table
@@ -265,6 +273,8 @@ def grid_command(
     device: str | None = None,
     task: str | None = None,
     data: dict[str, Any] | None = None,
+    first: list[int] | None = None,
+    second: list[int] | None = None,
 ) -> None:
     """Measure exact match at every pair of lengths, and draw it.
 
@@ -274,6 +284,9 @@ def grid_command(
     grid_NAME.png: exact match by size, with the trained sizes outlined and the longest numbers
     that training can have covered as a line; along the diagonal; by digit of the answer; and by
     how many columns a carry runs through.
+
+    Of a task such as Recall, whose sizes are pairs and length, it measures and draws accuracy and
+    exact match by both.
 
     Args:
         checkpoint: A run's directory, which stands for its last.ckpt, a .ckpt file, or a directory
@@ -288,6 +301,9 @@ def grid_command(
         task: Which task's problems, of a checkpoint that was trained on several (Arithmetic).
             None: the first.
         data: Arguments of the task that replace the checkpoint's: --data.path TEXT.
+        first: Of a task such as Recall, the first parts of sizes: --first [4,16,64] pairs. None:
+            from a quarter of the trained ones to four times, doubled.
+        second: The same of the second ones, such as lengths.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
@@ -306,6 +322,25 @@ def grid_command(
         half = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bfloat16" if half else "float32"
     built = build_task(found.task, **(data or {})) if found.task else None
+    folder = Path(directory) if directory else path.parent if path.is_file() else path
+    name = f"grid_{path.stem}" if path.is_file() else "grid"
+    run = f"{weights_digest(found.model.state_dict())[:12]}-{problems}-{precision}"
+    if hasattr(built, "test_sizes"):
+        sequences = cast("SequenceTask", built)
+        journal = Journal(folder / f"{name}.csv", f"{run}-test", "test")
+        _measure_sizes(
+            found.model,
+            sequences,
+            axes_of(sequences, first, second),
+            problems,
+            at_once or AT_ONCE.get(kind, AT_ONCE["cpu"]),
+            precision,
+            journal,
+        )
+        return
+    for given in (first, second):
+        if given is not None:
+            raise ValueError(f"{path}: first and second are of tasks such as Recall; take digits")
     synthetic_tasks = getattr(built, "synthetic_tasks", {})
     if not synthetic_tasks or found.tokenizer is None:
         raise ValueError(f"{path} was not trained on problems, such as those of Addition")
@@ -315,10 +350,7 @@ def grid_command(
     synthetic: SyntheticTask = synthetic_tasks[task]
     examiner = Examiner(found.model, synthetic, synthetic.tokens_of(found.tokenizer), precision)
     digits = digits or 2 * max(synthetic.extent)
-    name = f"grid_{path.stem}" if path.is_file() else "grid"
     name += f"_{task}" if len(synthetic_tasks) > 1 else ""
-    folder = Path(directory) if directory else path.parent if path.is_file() else path
-    run = f"{weights_digest(found.model.state_dict())[:12]}-{problems}-{precision}"
     if (part := synthetic.test_part) == "test":
         run += "-test"  # without it, rows are of a table that was begun before there was this part
     journal = Journal(folder / f"{name}.csv", run, part)
@@ -339,6 +371,33 @@ def grid_command(
     print(f"wrote {journal.path}")
     figure = journal.path.with_suffix(".png")
     _draw(journal, synthetic, digits, diagonal or 0, found.model, figure)
+    print(f"drew {figure}")
+
+
+def _measure_sizes(
+    decoder: Decoder,
+    task: SequenceTask,
+    axes: tuple[list[int], list[int]],
+    problems: int,
+    at_once: int,
+    precision: str,
+    journal: Journal,
+) -> None:
+    """The grid of a task whose problems are sequences, measured and drawn."""
+    cells = [(i, j) for i in axes[0] for j in axes[1] if possible(task, (i, j))]
+    missing = [size for size in cells if Key("cell", *size) not in journal.counts]
+    decoder.eval()
+    with warnings.catch_warnings(), _bar(len(cells), len(cells) - len(missing)) as advance:
+        warnings.simplefilter("ignore")  # of lengths beyond those of training
+        for size in missing:
+            casting = _casting(precision, decoder.device)
+            labels, rows = ask(decoder, task, size, problems, at_once, casting)
+            journal.add({Key("label", *size): labels, Key("cell", *size): rows})
+            advance(1)
+    show(table_of(task, cells, journal.rate))
+    print(f"wrote {journal.path}")
+    figure = journal.path.with_suffix(".png")
+    draw_sizes(task, axes, journal.rate, figure)
     print(f"drew {figure}")
 
 
