@@ -56,7 +56,8 @@ test-slow: setup
 # What brings packages of its own is tested in an environment of its own. Tests that need a browser
 # are skipped where there is none, unless ARCHZOO_BROWSER=required.
 test-extras: $(EXTRAS)/installed
-	$(EXTRAS)/bin/python -m pytest -m extras --confcutdir=tests/extras tests/extras $(PYTEST_ARGS)
+	$(EXTRAS)/bin/python -m pytest -n 2 --dist loadfile -m extras \
+	  --confcutdir=tests/extras tests/extras $(PYTEST_ARGS)
 
 # Debian's Chromium: Playwright's own builds are not in any package index.
 browser:

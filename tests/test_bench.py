@@ -440,8 +440,8 @@ def test_lines_of_rows_and_where_they_stop():
     ]
     assert lines_of(MEASURES[4], rows) == []  # no peaks in them
     sections = report_sections(rows, {"decode": ["a is alone"]})
-    assert sections[0] == "a is alone." and sections[1].series[0].low == [1, 1]
-    assert sections[2].rows == [["16", "1", "time"], ["32", "2 (1 to 3)", ""]]
+    assert sections[0].note.startswith("a is alone. ") and sections[0].series[0].low == [1, 1]
+    assert sections[1].rows == [["16", "1", "time"], ["32", "2 (1 to 3)", ""]]
 
 
 def test_a_figure_marks_crossovers_and_ends(tmp_path, monkeypatch):

@@ -19,14 +19,15 @@ from archzoo.registry import get_preset
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+FASTER = {"compare_mixers": ("--seeds", "0")}
 IN_EXTRAS = ["write_a_report"]  # needs an extra that is not in dev: run in tests/extras/
 
 
-def run(script):
+def run(script, *arguments):
     # Found from the repository even where the package is not installed.
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
-        [sys.executable, script],
+        [sys.executable, script, *arguments],
         env=os.environ | {"PYTHONPATH": paths, "COLUMNS": "100"},
         capture_output=True,
         text=True,
@@ -40,7 +41,7 @@ def run(script):
 )
 def test_example(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # nothing may depend on where one stands
-    done = run(script)
+    done = run(script, *FASTER.get(script.stem, ()))
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     check[script.stem](done.stdout)
@@ -99,7 +100,23 @@ def check_side_by_side(printed):
     assert "the same at every token" in printed
 
 
+def check_compare(printed):
+    rows = re.findall(r"^\| (Retention|Attention) \| 1 \| (31,\d+) \|", printed, re.MULTILINE)
+    assert [name for name, _ in rows] == ["Retention", "Attention"]
+    assert "one seed: an anecdote" in printed and ": matched" in printed
+
+
+def check_bench(printed):
+    assert re.search(r"^ +256 +8,216 +131,096 *$", printed, re.MULTILINE), "bytes of state"
+    assert "Attention's cache outgrows" in printed and "bench.csv" in printed
+    assert (
+        len(re.findall(r"^ +decode +\d+ +retnet_micro:\w+: [\d.]+ ms", printed, re.MULTILINE)) == 6
+    )
+
+
 check = {
+    "bench_mixers": check_bench,
+    "compare_mixers": check_compare,
     "decode_side_by_side": check_side_by_side,
     "how_far_a_head_reads": check_how_far,
     "write_your_own_mixer": check_own_mixer,

@@ -104,6 +104,24 @@ def test_a_table_knows_its_columns_of_numbers():
     assert section["rows"][1][3]["missing"]
 
 
+def test_words_among_numbers_leave_the_column_one_of_numbers():
+    rows = [["4,469 (4,176 to 4,651)", "a"], ["time", 2], ["9", "b"], [None, None]]
+    (section,) = page.context("t", **NOTHING, sections=[Table("T", ["speed", "x"], rows)])[
+        "sections"
+    ]
+    assert [c["numeric"] for c in section["columns"]] == [True, False]
+
+
+def test_logarithmic_axes_are_labelled_where_they_span_little():
+    lengths = [64.0, 128.0, 0.5]
+    near = Chart("C", "x", "y", [Series("s", lengths, [0.016, 0.017, 0.018])], True, True)
+    layout = charts.figure(near)["layout"]
+    assert layout["xaxis"]["ticktext"] == ["0.5000", "64", "128"]
+    assert "dtick" not in layout["yaxis"], "plotly chooses: neither 1, 2 nor 5 is in the range"
+    far = Chart("C", "x", "y", [Series("s", [1], [1]), Series("t", [1], [20])], log_y=True)
+    assert charts.figure(far)["layout"]["yaxis"]["dtick"] == "D2"
+
+
 def test_what_does_not_fit_together_is_one_line():
     with pytest.raises(ValueError, match="the table 'T' has 1 values for 2 columns"):
         page.context("t", **NOTHING, sections=[Table("T", ["a", "b"], [[1]])])

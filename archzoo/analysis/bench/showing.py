@@ -356,7 +356,7 @@ def tick(value: float, thousand: int = 1000) -> str:
 
 
 def report_sections(rows: Sequence[Row], sentences: Mapping[str, list[str]]) -> list[Any]:
-    """Tables, plots and sentences for `archzoo.analysis.report.write_report`."""
+    """Plots with sentences below them, and tables, for `archzoo.analysis.report.write_report`."""
     from archzoo.analysis import report
 
     sections: list[Any] = []
@@ -364,16 +364,14 @@ def report_sections(rows: Sequence[Row], sentences: Mapping[str, list[str]]) -> 
         lines = lines_of(measure, rows)
         if not lines:
             continue
-        words = sentences.get(measure.name, [])
-        if words:
-            sections.append(". ".join(words) + ".")
+        words = "".join(f"{sentence}. " for sentence in sentences.get(measure.name, []))
         series = [
             report.Series(line.name, line.x, line.y, low=line.low, high=line.high)
             for line in lines
             if line.x
         ]
         where = {"x_label": measure.axis_title, "y_label": measure.unit}
-        note = "Median, and the 10th to 90th percentile over the rounds."
+        note = f"{words}Median, and the 10th to 90th percentile over the rounds."
         sections.append(
             report.Chart(measure.title, **where, series=series, log_x=True, log_y=True, note=note)
         )

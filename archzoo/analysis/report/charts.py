@@ -56,23 +56,28 @@ def figure(chart: Chart) -> dict[str, Any]:
         )
     if not any(value is not None for trace in traces for value in trace["y"]):
         notes.append("There is nothing to draw.")
-    return {"data": traces, "layout": _layout(chart), "notes": notes}
+    return {"data": traces, "layout": _layout(chart, traces), "notes": notes}
 
 
-def _layout(chart: Chart) -> dict[str, Any]:
-    def axis(label: str, log: bool) -> dict[str, Any]:
+def _layout(chart: Chart, traces: list[dict[str, Any]]) -> dict[str, Any]:
+    def axis(label: str, side: str, log: bool) -> dict[str, Any]:
         found = {"title": {"text": escaped(label)}, "automargin": True, "zeroline": False}
-        if log:  # the powers of ten have a label each, and between them 2 and 5
-            found |= {"type": "log", "dtick": "D2", "exponentformat": "power"}
+        drawn = [value for trace in traces for value in trace[side] if value is not None]
+        if log:
+            found["type"] = "log"
+            if drawn and max(drawn) > 10 * min(drawn):  # powers of ten, and between them 2 and 5
+                found |= {"dtick": "D2", "exponentformat": "power"}
         return found
 
-    across = axis(chart.x_label, chart.log_x)
+    across = axis(chart.x_label, "x", chart.log_x)
     if chart.log_x:
         places = {_drawable(value, True) for series in chart.series for value in series.x} - {None}
         if 0 < len(places) <= TICKS:  # such as the lengths that were measured: 256, 512, 1,024
             ticks = sorted(value for value in places if value is not None)
-            across |= {"tickvals": ticks, "ticktext": [shown(value) for value in ticks]}
-    layout = {"xaxis": across, "yaxis": axis(chart.y_label, chart.log_y), "showlegend": True}
+            words = [shown(int(at) if at == int(at) else at) for at in ticks]
+            across |= {"tickvals": ticks, "ticktext": words}
+    up = axis(chart.y_label, "y", chart.log_y)
+    layout = {"xaxis": across, "yaxis": up, "showlegend": True}
     if len(chart.series) <= ONE_BOX:  # from anywhere in the plot, what was measured nearest to it
         return layout | {"hovermode": "x unified", "hoverdistance": -1}
     return layout | {"hovermode": "closest"}

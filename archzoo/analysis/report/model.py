@@ -69,8 +69,8 @@ class Table:
         title: Of the section.
         columns: Their headings.
         rows: As many values a row as there are columns: texts, numbers, booleans, None, `Cell`.
-            Columns of numbers are aligned to the right; so are texts that begin with a number,
-            such as "1.52 ± 0.03".
+            Columns of numbers are aligned to the right and sorted as numbers; a text that begins
+            with one, such as "1.52 ± 0.03", is one, and other texts among them sort last.
         note: Below the table.
     """
 

@@ -84,9 +84,9 @@ def _table(table: Table) -> dict[str, Any]:
     columns = []
     for number, heading in enumerate(table.columns):
         cells = [row[number] for row in rows]
-        numeric = any(cell["number"] is not None for cell in cells) and all(
-            cell["number"] is not None or cell["missing"] for cell in cells
-        )
+        # Some may say in words why there is no number.
+        said = [cell["number"] is not None for cell in cells if not cell["missing"]]
+        numeric = sum(said) > len(said) / 2
         columns.append({"heading": str(heading), "numeric": numeric})
     return {"columns": columns, "rows": rows}
 

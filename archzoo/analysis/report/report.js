@@ -21,7 +21,8 @@
         const rows = [...body.rows].map((row) => {
           const cell = row.cells[column];
           const key = numeric ? parseFloat(cell.dataset.number) : cell.textContent;
-          return { row, key, missing: cell.classList.contains("missing") };
+          const missing = numeric ? Number.isNaN(key) : cell.classList.contains("missing");
+          return { row, key, missing };
         });
         rows.sort((a, b) => {
           if (a.missing || b.missing) return a.missing - b.missing; // last, whichever way
