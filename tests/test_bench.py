@@ -398,6 +398,9 @@ def test_spreads_that_overlap_are_said():
     b = line("b", [1, 2], [1.5, 3])
     [words] = in_words(DECODE, [a, b])
     assert words.endswith("no crossover in this range; their spreads overlap at 1")
+    b = line("b", [1, 2], [1.5, 0.95])
+    [words] = in_words(DECODE, [a, b])
+    assert words == "a and b: their spreads overlap at every size measured, 1 to 2 tokens"
 
 
 def test_no_crossover_is_said():
@@ -496,6 +499,7 @@ def test_the_command_writes_rows_tables_figures_and_words(fake, tmp_path, capsys
     assert "retnet_micro is faster than transformer_micro from 48 tokens on" in said
     assert "transformer_micro's cache outgrows retnet_micro's state" in said
     assert "(measured); by their sizes at 16" in said
+    assert "at its shape is predicted to take more from 17 tokens on" in said
     rows = evidence.read_rows(tmp_path / "out" / "mine.csv")
     assert len(rows) == 2 * (4 * 4 + 2)
     for row in rows:
@@ -607,9 +611,9 @@ def test_lengths_are_read():
 
 def test_a_cache_outgrows_a_state_where_their_sizes_say():
     retention, attention = ZooContender("retnet_tiny"), ZooContender("transformer_tiny")
-    at = command.outgrown(retention, attention)
+    at = command.cache_outgrows(retention, attention)
     sizes = [nbytes(retention.make().init_state(1)), nbytes(
         attention.make().init_state(1, capacity=math.floor(at))
     )]  # fmt: skip
     assert sizes[1] == pytest.approx(sizes[0], rel=1e-3)
-    assert command.outgrown(retention, retention) is None
+    assert command.cache_outgrows(retention, retention) is None

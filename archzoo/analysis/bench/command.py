@@ -21,6 +21,7 @@ from archzoo.analysis.bench.memory import free_memory
 from archzoo.analysis.bench.peers import PEERS, Peer, Shape
 from archzoo.analysis.bench.showing import (
     MEASURES,
+    Line,
     crossover,
     draw,
     in_words,
@@ -33,6 +34,7 @@ from archzoo.analysis.bench.showing import (
 from archzoo.analysis.bench.sides import Process, Side, get_ready
 from archzoo.analysis.figures import pyplot
 from archzoo.analysis.tables import Screen, show
+from archzoo.analysis.window import outgrown
 from archzoo.names import nearest
 from archzoo.states import nbytes
 from archzoo.trust import user_imports
@@ -176,7 +178,8 @@ def bench_command(
     if kept:
         console.print(f"{kept} rows were measured before (--again measures them anew)")
     console.print()
-    sentences = _show(rows, sides, console)
+    dtype = torch.bfloat16 if precisions[1] == "bfloat16" else torch.float32
+    sentences = _show(rows, sides, dtype, console)
     print(f"wrote {path}" if path.exists() else "nothing was measured")
     facts = evidence.facts(device)
     note = f"{facts['machine']}, torch {facts['torch']}, {' and '.join(dict.fromkeys(precisions))}"
@@ -506,7 +509,9 @@ class _Left(TextColumn):
         return Text(f"at most {time.strftime('%M:%S', time.gmtime(left))} left")
 
 
-def _show(rows: list[Row], sides: list[Contender], console: Screen) -> dict[str, list[str]]:
+def _show(
+    rows: list[Row], sides: list[Contender], dtype: torch.dtype, console: Screen
+) -> dict[str, list[str]]:
     """Print tables and sentences; the sentences by the measure's name."""
     sentences: dict[str, list[str]] = {}
     for measured in MEASURES:
@@ -516,7 +521,7 @@ def _show(rows: list[Row], sides: list[Contender], console: Screen) -> dict[str,
         show(table_of(measured, lines), console)
         words = in_words(measured, lines)
         if measured.name == "state":
-            words += _window(lines, sides)
+            words += _window(lines, sides, dtype)
         words += stops(lines, measured)
         for sentence in words:
             console.print(f"  {sentence}", soft_wrap=True)
@@ -525,41 +530,55 @@ def _show(rows: list[Row], sides: list[Contender], console: Screen) -> dict[str,
     return sentences
 
 
-def _window(lines: Sequence[Any], sides: list[Contender]) -> list[str]:
-    """The length at which a cache outgrows a state: as measured, and as their sizes say."""
+def _window(lines: Sequence[Line], sides: list[Contender], dtype: torch.dtype) -> list[str]:
+    """The length at which a cache outgrows a state: as measured, and as predicted."""
     by_name = {side.name: side for side in sides if isinstance(side, ZooContender)}
     found = []
     steady = [line for line in lines if len(line.x) > 1 and len(set(line.y)) == 1]
     growing = [line for line in lines if len(line.x) > 1 and line.y[-1] > line.y[0]]
     for state in steady:
+        size = f"{state.name}'s state of {state.y[0]:,.0f} bytes"
         for cache in growing:
             seen = crossover(state, cache, False)
-            assert seen is not None or not set(state.x) & set(cache.x)
             if seen is None:
                 continue
-            size = f"{state.name}'s state of {state.y[0]:,.0f} bytes"
+            low, high = (f"{length:,.0f}" for length in seen.sizes)
+            said = f"{cache.name}'s cache outgrows {size} "
             if seen.at:
-                measured = f"{cache.name}'s cache outgrows {size} at {seen.at[-1]:,.0f} tokens"
+                said += f"at {seen.at[-1]:,.0f} tokens (measured)"
             elif seen.first == state.name:
-                low = f"{seen.sizes[0]:,.0f}"
-                measured = f"{cache.name}'s cache outgrows {size} before {low} tokens"
+                said += f"before {low} tokens (measured)"
             else:
-                high = f"{seen.sizes[1]:,.0f}"
-                measured = f"{cache.name}'s cache does not outgrow {size} up to {high} tokens"
-            words = f"{measured} (measured)"
+                said = f"{cache.name}'s cache does not outgrow {size} up to {high} tokens"
             if state.name in by_name and cache.name in by_name:
-                at = outgrown(by_name[state.name], by_name[cache.name])
-                words += f"; by their sizes at {at:,.0f}" if at else ""
-            found.append(words)
+                at = cache_outgrows(by_name[state.name], by_name[cache.name], dtype)
+                said += f"; by their sizes at {at:,.0f}" if at else ""
+            found.append(said)
+        if state.name in by_name:
+            with torch.device("meta"):
+                length = outgrown(by_name[state.name].make().to(dtype))
+            if length is not None:
+                found.append(
+                    f"{size}: the cache of attention at its shape is predicted to take more from "
+                    f"{length:,} tokens on (archzoo show --window)"
+                )
     return found
 
 
-def outgrown(state: ZooContender, cache: ZooContender) -> float | None:
-    """Tokens at which a model's cache takes as many bytes as another's state, by their sizes."""
+def cache_outgrows(
+    state: ZooContender, cache: ZooContender, dtype: torch.dtype = torch.float32
+) -> float | None:
+    """Tokens at which a model's cache takes as many bytes as another's state, by their sizes.
+
+    Args:
+        state: Whose state has one size.
+        cache: Whose state grows; None comes of one that does not.
+        dtype: Of activations.
+    """
 
     def weigh(side: ZooContender, capacity: int) -> int:
         with torch.device("meta"):
-            return nbytes(side.make().init_state(1, capacity=capacity))
+            return nbytes(side.make().init_state(1, capacity=capacity, dtype=dtype))
 
     empty, full = weigh(cache, 0), weigh(cache, 1_024)
     if full <= empty:

@@ -106,6 +106,9 @@ class Plan:
         """Where a quantity is measured, ascending."""
         if quantity == "batch":
             return [Size(self.context, batch) for batch in self.batches]
+        if quantity == "state":  # it costs little, and a cache outgrows a state early
+            before = [16 * 2**n for n in range(20) if 16 * 2**n < self.lengths[0]]
+            return [Size(length, 1) for length in [*before, *self.lengths]]
         if quantity == "training":
             return [Size(length, max(1, self.tokens // length)) for length in self.lengths]
         return [Size(length, 1) for length in self.lengths]

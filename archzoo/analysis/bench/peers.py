@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 import types
 from importlib import metadata
@@ -122,6 +123,9 @@ class Llama(Peer):
         )
         self.config = config
         model: nn.Module = transformers.LlamaForCausalLM(config)
+        # What the model calls its cache, which 5.40 renames.
+        known = inspect.signature(model.forward).parameters
+        self.argument = "cache" if "cache" in known else "past_key_values"
         return model
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -130,15 +134,16 @@ class Llama(Peer):
 
     def prefill(self, tokens: Tensor, room: int) -> Any:
         cache = importlib.import_module("transformers").DynamicCache(config=self.config)
-        self.model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self.model(tokens, **{self.argument: cache}, use_cache=True, logits_to_keep=1)
         return cache
 
     def decode_step(self, token: Tensor, state: Any) -> Any:
-        self.model(token, past_key_values=state, use_cache=True)
+        self.model(token, **{self.argument: state}, use_cache=True)
         return state
 
     def rewound(self, state: Any, length: int) -> Any:
-        state.crop(length)
+        if (excess := state.get_seq_length() - length) > 0:
+            state.crop(-excess)
         return state
 
     def repeated(self, state: Any, batch: int) -> Any:
@@ -169,12 +174,11 @@ class Torchscale(Peer):
     def make(self) -> nn.Module:
         # It wants one function of timm, which would bring another torch; with no drop path it is
         # the identity.
-        if importlib.util.find_spec("timm") is None:
+        if "timm" not in sys.modules and importlib.util.find_spec("timm") is None:
             layers: Any = types.ModuleType("timm.models.layers")
             layers.drop_path = lambda x, *arguments: x
-            sys.modules.setdefault("timm", types.ModuleType("timm"))
-            sys.modules.setdefault("timm.models", types.ModuleType("timm.models"))
-            sys.modules.setdefault("timm.models.layers", layers)
+            empty = {name: types.ModuleType(name) for name in ("timm", "timm.models")}
+            sys.modules.update(empty | {layers.__name__: layers})
         configs = importlib.import_module("torchscale.architecture.config")
         module = importlib.import_module("torchscale.architecture.retnet")
         config = configs.RetNetConfig(

@@ -124,6 +124,7 @@ class Crossover(NamedTuple):
         values: Of the first and of the second, at the smallest size and at the largest.
         times: How many times better the first one is, at the least and at the most.
         unclear: Sizes at which the spreads of the two overlap.
+        clear: Whether there is a size at which they do not.
     """
 
     first: str
@@ -133,6 +134,7 @@ class Crossover(NamedTuple):
     values: tuple[tuple[float, float], tuple[float, float]]
     times: tuple[float, float]
     unclear: list[float]
+    clear: bool
 
 
 def crossover(one: Line, other: Line, more_is_better: bool) -> Crossover | None:
@@ -176,6 +178,7 @@ def crossover(one: Line, other: Line, more_is_better: bool) -> Crossover | None:
         values=(ends[0], ends[1]),
         times=(min(times), max(times)),
         unclear=unclear,
+        clear=len(unclear) < len(common),
     )
 
 
@@ -199,6 +202,10 @@ def in_words(measure: Measure, lines: Sequence[Line]) -> list[str]:
         low, high = (f"{size:,.0f}" for size in seen.sizes)
         span = f"{low} to {high} {unit}" if low != high else f"{low} {unit}"
         said = f"{seen.first} {measure.verb} than {seen.second}"
+        equal = seen.times == (1, 1)
+        if not (seen.clear or equal):
+            found.append(f"{pair}: their spreads overlap at every size measured, {span}")
+            continue
         if seen.at:
             often = "" if len(seen.at) == 1 else f", the last of {len(seen.at)} crossings"
             ends = ", ".join(
@@ -206,11 +213,11 @@ def in_words(measure: Measure, lines: Sequence[Line]) -> list[str]:
                 for size, (mine, theirs) in zip((low, high), seen.values, strict=True)
             )
             said += f" from {rounded(seen.at[-1])} {unit} on{often} ({ends} {measure.unit})"
-        elif seen.times == (1, 1):
+        elif equal:
             found.append(f"{pair} are equal at all of {span}")
             continue
         else:
-            least, most = (f"{times:.2g}" for times in seen.times)
+            least, most = (shown(times, 2) for times in seen.times)
             by = f"{least} to {most} times" if least != most else f"{least} times"
             said += f" at every size measured, {span}, by {by}: no crossover in this range"
         if seen.unclear:
@@ -232,9 +239,9 @@ def stops(lines: Sequence[Line], measure: Measure) -> list[str]:
 # ---------------------------------------------------------------------------- tables
 
 
-def shown(value: float) -> str:
-    """Three digits, or all before the point."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+def shown(value: float, digits: int = 3) -> str:
+    """So many digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.{digits}g}"
 
 
 def cell(line: Line, at: float) -> str:
@@ -339,7 +346,7 @@ def crossings(measure: Measure, lines: Sequence[Line]) -> list[tuple[str, Crosso
     found = []
     for other in lines[1:]:
         seen = crossover(lines[0], other, measure.more_is_better)
-        if seen is not None and seen.at:
+        if seen is not None and seen.at and seen.clear:
             found.append((seen.second, seen))
     return found
 

@@ -48,6 +48,9 @@ def _context() -> Any:
     """How processes are started: forked off one that has imported torch and done nothing else."""
     # As in training: threads that wait by spinning take the cores of the side that works.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Whether there is a GPU is asked without CUDA, which a process that is forked off cannot use
+    # where it was begun before.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
