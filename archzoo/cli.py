@@ -212,9 +212,14 @@ def call(function: Callable[..., Any], program: str, arguments: list[str]) -> in
     """
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     import docstring_parser
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
     from archzoo.names import nearest
+
+    class Paragraphs(DefaultHelpFormatter):
+        def _fill_text(self, text: str, width: int, indent: str) -> str:
+            fill = super()._fill_text
+            return "\n\n".join(fill(part, width, indent) for part in text.split("\n\n"))
 
     class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> Any:
@@ -229,7 +234,14 @@ def call(function: Callable[..., Any], program: str, arguments: list[str]) -> in
                 text = explain(text, ())
             raise ValueError(f"{text} (see {self.prog} --help)")
 
-    parser = Parser(prog=program)
+    docstring = docstring_parser.parse(function.__doc__ or "")
+    parser = Parser(
+        prog=program,
+        description="\n\n".join(
+            filter(None, [docstring.short_description, docstring.long_description])
+        ),
+        formatter_class=Paragraphs,
+    )
     parameters = inspect.signature(function, eval_str=True).parameters
     positional = {
         name: parameter
@@ -237,7 +249,6 @@ def call(function: Callable[..., Any], program: str, arguments: list[str]) -> in
         if parameter.kind is parameter.POSITIONAL_ONLY or parameter.default is parameter.empty
         if parameter.kind is not parameter.VAR_KEYWORD
     }
-    docstring = docstring_parser.parse(function.__doc__ or "")
     help_of = {entry.arg_name: entry.description or "" for entry in docstring.params}
     for name, parameter in positional.items():
         several = parameter.annotation == list[str]

@@ -330,6 +330,14 @@ def test_help_names_every_command(capsys):
     assert archzoo.__version__ in capsys.readouterr().out
 
 
+def test_help_has_all_of_a_docstring_in_its_paragraphs(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    _, _, said = capsys.readouterr().out.partition("\n\n")
+    about, example, *_ = said.partition("positional arguments:")[0].split("\n\n")
+    assert about.startswith("Train arms") and example.startswith("archzoo compare configs/")
+
+
 def test_help_of_commands_comes_from_the_code(capsys):
     """Arguments of the decoder are defined once, in its signature and docstring."""
     with pytest.raises(SystemExit) as stop:
