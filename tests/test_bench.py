@@ -400,7 +400,13 @@ def test_spreads_that_overlap_are_said():
     assert words.endswith("no crossover in this range; their spreads overlap at 1")
     b = line("b", [1, 2], [1.5, 0.95])
     [words] = in_words(DECODE, [a, b])
-    assert words == "a and b: their spreads overlap at every size measured, 1 to 2 tokens"
+    assert words == "a and b: their spreads overlap from 2 tokens on, of 1 to 2 tokens"
+    b = line("b", [1, 2], [2, 0.95])
+    wide = a._replace(low=[1, 0.9], high=[1, 1.1])
+    [words] = in_words(DECODE, [wide, b])
+    assert words.endswith("on, of 1 to 2 tokens; a is faster before")
+    [words] = in_words(DECODE, [a, line("b", [1, 2], [1.5, 1.05])])
+    assert words == "a and b: their spreads overlap at every size, of 1 to 2 tokens"
 
 
 def test_no_crossover_is_said():

@@ -124,7 +124,7 @@ class Crossover(NamedTuple):
         values: Of the first and of the second, at the smallest size and at the largest.
         times: How many times better the first one is, at the least and at the most.
         unclear: Sizes at which the spreads of the two overlap.
-        clear: Whether there is a size at which they do not.
+        clear: Whether there is a size at which they do not, beyond the last crossing if any.
     """
 
     first: str
@@ -156,7 +156,9 @@ def crossover(one: Line, other: Line, more_is_better: bool) -> Crossover | None:
     unclear = [
         x
         for x, i, j in zip(common, mine, theirs, strict=True)
-        if one.low[i] <= other.high[j] and other.low[j] <= one.high[i]
+        if one.low[i] <= other.high[j]
+        and other.low[j] <= one.high[i]
+        and (one.low[i] < one.high[i] or other.low[j] < other.high[j])  # a size has no spread
     ]
     found: list[float] = []
     for (x, gain), (after, later) in itertools.pairwise(gains):
@@ -178,7 +180,7 @@ def crossover(one: Line, other: Line, more_is_better: bool) -> Crossover | None:
         values=(ends[0], ends[1]),
         times=(min(times), max(times)),
         unclear=unclear,
-        clear=len(unclear) < len(common),
+        clear=any(x not in unclear for x in common if not found or x >= found[-1]),
     )
 
 
@@ -204,7 +206,11 @@ def in_words(measure: Measure, lines: Sequence[Line]) -> list[str]:
         said = f"{seen.first} {measure.verb} than {seen.second}"
         equal = seen.times == (1, 1)
         if not (seen.clear or equal):
-            found.append(f"{pair}: their spreads overlap at every size measured, {span}")
+            where = f"from {rounded(seen.at[-1])} {unit} on" if seen.at else "at every size"
+            said = f"{pair}: their spreads overlap {where}, of {span}"
+            if seen.at and seen.sizes[0] not in seen.unclear and len(seen.at) == 1:
+                said += f"; {seen.second} {measure.verb} before"
+            found.append(said)
             continue
         if seen.at:
             often = "" if len(seen.at) == 1 else f", the last of {len(seen.at)} crossings"
@@ -308,9 +314,11 @@ def draw(measure: Measure, lines: Sequence[Line], path: Path, note: str) -> None
     values = [value for line in lines for value in line.y]
     if max(values) < 1.3 * min(values):  # room around lines that are flat
         panel.set_ylim(min(values) / 1.6, max(values) * 1.6)
-    if max(values) < 20 * min(values):  # a decade has too few marks of its own
+    spread = max(values) / min(values)
+    if spread < 2_000:  # a decade has too few marks of its own
         low, high = panel.get_ylim()
-        steps = [m * 10.0**e for e in range(-9, 16) for m in (1, 1.5, 2, 3, 4, 5, 7)]
+        marks = (1, 1.5, 2, 3, 4, 5, 7) if spread < 20 else (1, 2, 5)
+        steps = [mark * 10.0**exponent for exponent in range(-9, 16) for mark in marks]
         panel.yaxis.set_major_locator(FixedLocator([s for s in steps if low <= s <= high]))
         panel.yaxis.set_minor_locator(NullLocator())
     panel.yaxis.set_major_formatter(lambda value, _: tick(value))
@@ -332,6 +340,7 @@ def draw(measure: Measure, lines: Sequence[Line], path: Path, note: str) -> None
             va="top",
             fontsize=8,
             color=colours[better],
+            bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1},
         )
     panel.set(xlabel=measure.axis_title, ylabel=measure.unit)
     panel.set_title(f"{measure.title}\n", fontsize=11)
