@@ -29,6 +29,7 @@ from archzoo.feedforward.moe import MixtureOfExperts as MixtureOfExperts
 from archzoo.feedforward.routers import AttentionRouter as AttentionRouter
 from archzoo.feedforward.routers import LinearRouter as LinearRouter
 from archzoo.feedforward.routers import TopKRouter as TopKRouter
+from archzoo.generation.beams import beam_search as beam_search
 from archzoo.generation.conversation import Conversation as Conversation
 from archzoo.generation.decoding import generate as generate
 from archzoo.generation.reading import read_document as read_document

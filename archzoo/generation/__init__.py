@@ -8,15 +8,18 @@ which ``check`` proves while it writes.
 
 from __future__ import annotations
 
+from archzoo.generation.beams import Beams, beam_search
 from archzoo.generation.command import generate_command, report, state_growth
 from archzoo.generation.conversation import Conversation
-from archzoo.generation.decoding import FormsDisagree, Generation, OnToken, difference, generate
+from archzoo.generation.decoding import FormsDisagree, Generation, difference, generate
 from archzoo.generation.prompts import Prompts, encode, pad_left
 from archzoo.generation.reading import Reading, read_command, read_document
+from archzoo.generation.rows import OnToken
 from archzoo.generation.sampling import Sampler, probabilities, sample
 from archzoo.generation.state_files import load_state, save_state
 
 __all__ = [
+    "Beams",
     "Conversation",
     "FormsDisagree",
     "Generation",
@@ -24,6 +27,7 @@ __all__ = [
     "Prompts",
     "Reading",
     "Sampler",
+    "beam_search",
     "difference",
     "encode",
     "generate",

@@ -7,10 +7,14 @@ from typing import Literal
 import torch
 
 from archzoo.decoder import Decoder
+from archzoo.generation.beams import beam_search
+from archzoo.generation.conversation import Conversation
 from archzoo.generation.decoding import Generation, generate
-from archzoo.generation.prompts import utf8
+from archzoo.generation.prompts import encode, utf8
+from archzoo.generation.rows import read_tokens
 from archzoo.generation.state_files import StateLayout, read_state, write_state
 from archzoo.states import nbytes
+from archzoo.tasks.writing import writing_of
 
 
 def generate_command(
@@ -24,6 +28,8 @@ def generate_command(
     stop: str | None = None,
     form: Literal["recurrent", "parallel", "chunkwise"] = "recurrent",
     check: bool = False,
+    beams: int = 1,
+    length_power: float = 1.0,
     state: str | None = None,
     save_state: str | None = None,
     device: str | None = None,
@@ -45,6 +51,9 @@ def generate_command(
         stop: Text of the one token that ends a text. None: the tokenizer's stop token.
         form: recurrent carries a state; parallel and chunkwise recompute all at every token.
         check: Compare the logits of the recurrent and the parallel form at every token.
+        beams: Texts that are followed at once for each prompt: the most probable is written.
+        length_power: With beams, texts are ranked by their log-probability over their length to
+            this power: 0 prefers short ones, 1 takes the mean of a token.
         state: A file of --save_state or of `archzoo read` to continue from: each prompt is read
             after the text that is in it, and '' reads nothing more.
         save_state: Write the state at the end to this file, to be continued later.
@@ -70,6 +79,38 @@ def generate_command(
             raise ValueError(f"stop={stop!r} is {count} tokens: it must be exactly one")
     layout = StateLayout(model)
     held = None if state is None else read_state(state, layout)[0]
+    if beams != 1:
+        if temperature or top_k is not None or top_p is not None:
+            raise ValueError(
+                f"beams={beams} takes the most probable texts and draws none: leave temperature, "
+                "top_k and top_p unset, or beams"
+            )
+        if form != "recurrent" or check:
+            raise ValueError(f"beams={beams} is for the recurrent form, without check")
+        found = beam_search(
+            model,
+            prompt,
+            beams=beams,
+            max_tokens=max_tokens,
+            length_power=length_power,
+            stop_token=stop_token,
+            tokenizer=tokenizer,
+            conversation=held,
+        )
+        for begin, texts in zip(prompt, found.texts or [], strict=True):
+            print(begin + texts[0])
+        scores = ", ".join(f"{of_prompt[0]:.3f}" for of_prompt in found.scores)
+        print(
+            f"\n{beams} beams, score {scores}: {found.milliseconds_per_token:.2f} ms per token, "
+            f"the prompt {found.prompt_milliseconds:.1f} ms, state {found.state_bytes:,} bytes"
+        )
+        if save_state is not None:
+            writing = writing_of(model.task)
+            continues = held is not None
+            asked = encode(prompt, tokenizer, model.vocab_size, writing, continues=continues)
+            best = [a + of_prompt[0] for a, of_prompt in zip(asked, found.tokens, strict=True)]
+            _save(save_state, read_tokens(model, best, held), layout)
+        return
     alone = len(prompt) == 1
 
     def show(row: int, token: int | None, text: str) -> None:
@@ -100,9 +141,13 @@ def generate_command(
             print(begin + text)
     print(f"\n{report(model, written)}")
     if save_state is not None and written.conversation is not None:
-        write_state(save_state, written.conversation, layout)
-        read = ", ".join(f"{count:,}" for count in written.conversation.read.tolist())
-        print(f"{save_state}: the state after {read} tokens; --state {save_state} continues it")
+        _save(save_state, written.conversation, layout)
+
+
+def _save(path: str, conversation: Conversation, layout: StateLayout) -> None:
+    write_state(path, conversation, layout)
+    read = ", ".join(f"{count:,}" for count in conversation.read.tolist())
+    print(f"{path}: the state after {read} tokens; --state {path} continues it")
 
 
 def report(model: Decoder, written: Generation) -> str:

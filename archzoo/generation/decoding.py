@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from archzoo.block import FORMS
-from archzoo.decoder import Decoder, Output
+from archzoo.decoder import Decoder
 from archzoo.generation.conversation import (
     Conversation,
     check_conversation,
@@ -20,17 +19,14 @@ from archzoo.generation.conversation import (
     tails,
 )
 from archzoo.generation.prompts import Prompts, encode, pad_left
+from archzoo.generation.rows import OnToken, RowWriter, StateReader, TextReader
 from archzoo.generation.sampling import Sampler
 from archzoo.numerics import MODEL_TOLERANCES, for_float64
-from archzoo.states import State, nbytes, reorder
-from archzoo.tasks.writing import Writing, writing_of
+from archzoo.states import nbytes, reorder
+from archzoo.tasks.writing import writing_of
 
 if TYPE_CHECKING:
     from archzoo.tasks.tokenizers import Tokenizer
-
-#: Called as on_token(row, token, text) for each new token, text being what is now certain of the
-#: row's text; and once as on_token(row, None, rest) when the row has ended.
-OnToken = Callable[[int, int | None, str], None]
 
 
 class FormsDisagree(ArithmeticError):
@@ -146,7 +142,7 @@ def generate(
         before, drawn = tails(conversation), conversation.drawn.tolist()
     sampler = Sampler(len(rows), temperature, top_k, top_p, seed, drawn)
     writers = [
-        _Writer(row, before[row] + prompt, tokenizer, on_token, writing, keep_state)
+        RowWriter(row, before[row] + prompt, tokenizer, on_token, writing, keep_state)
         for row, prompt in enumerate(rows)
     ]
     if conversation is not None:
@@ -206,7 +202,7 @@ def generate(
         model.train(training)
 
     kept_conversation = None
-    if keep_state and isinstance(reader, _Carrying):
+    if keep_state and isinstance(reader, StateReader):
         begun = conversation or start_conversation(model.init_state(len(rows)))
         written = [prompt + writer.tokens for prompt, writer in zip(rows, writers, strict=True)]
         kept_conversation = extended(begun, written)._replace(
@@ -224,7 +220,7 @@ def generate(
         milliseconds_per_token=sum(times[1:]) / max(len(times) - 1, 1),
         prompt_milliseconds=sum(times[:1]),
         state_bytes=reader.ended_bytes + nbytes(reader.state)
-        if isinstance(reader, _Carrying)
+        if isinstance(reader, StateReader)
         else 0,
         largest_difference=max(differences) if differences else None,
         conversation=kept_conversation,
@@ -239,99 +235,12 @@ def _prompts_of(prompts: Prompts | None, conversation: Conversation | None) -> P
     return [[]] * conversation.batch_size
 
 
-class _Carrying:
-    """Reads a text segment by segment and keeps the state (such as a KV cache) between them."""
-
-    def __init__(
-        self, model: Decoder, capacity: int, conversation: Conversation | None = None
-    ) -> None:
-        self.model, self.capacity = model, capacity
-        self.state: State | None = None
-        self.logits: Tensor | None = None  # of each row's last token
-        self.ended_bytes = 0  # of the state of rows that have ended
-        self.begun = False
-        if conversation is not None:
-            self.state = model.copy_state(conversation.state, spare=capacity)
-            self.logits = conversation.logits
-
-    def read(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
-        """Tokens and documents (batch, time): the next segment. Logits (batch, vocab_size)."""
-        form = positions = None
-        if not tokens.shape[1]:  # nothing more is read
-            assert self.logits is not None  # `check_conversation`
-            self.begun = True
-            return self.logits
-        if self.begun:
-            form = "recurrent"
-        else:  # the prompt, in one pass
-            positions = self.model.embedding.prompt_positions(tokens, documents)
-        self.begun = True
-        if self.state is None:
-            self.state = self.model.init_state(tokens.shape[0], capacity=self.capacity)
-        elif documents is not None:  # each row continues its document
-            current = self.state["place"]["documents"].clamp(min=0)[:, None]
-            documents = torch.where(documents < 0, documents, current)
-        output: Output = self.model(
-            tokens, self.state, documents, form=form, logits_to_keep=1, positions=positions
-        )
-        self.state, before, logits = output.state, self.logits, output.logits[:, 0]
-        if documents is not None and before is not None:  # rows of padding alone
-            logits = torch.where((documents < 0).all(dim=1, keepdim=True), before, logits)
-        self.logits = logits
-        return logits
-
-    def keep(self, rows: Tensor) -> None:
-        """Continue with some of the rows, (kept,) int64."""
-        before = nbytes(self.state)
-        self.state = reorder(self.state, rows)
-        self.logits = None if self.logits is None else self.logits[rows]
-        self.ended_bytes += before - nbytes(self.state)
-
-
-class _Recomputing:
-    """Reads the whole text again with each segment."""
-
-    def __init__(self, model: Decoder, form: str) -> None:
-        self.model, self.form = model, form
-        self.segments: list[Tensor] = []
-        self.documents: Tensor | None = None
-        self.positions: Tensor | None = None
-
-    def read(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
-        """As `_Carrying.read`."""
-        if not self.segments:
-            self.documents = documents
-            self.positions = self.model.embedding.prompt_positions(tokens, documents)
-        else:
-            if self.documents is not None:  # a row continues its document, which is 0
-                self.documents = torch.cat([self.documents, torch.zeros_like(tokens)], dim=1)
-            if self.positions is not None:  # and counts on
-                self.positions = torch.cat([self.positions, self.positions[:, -1:] + 1], dim=1)
-        self.segments.append(tokens)
-        tokens = torch.cat(self.segments, dim=1)
-        output: Output = self.model(
-            tokens,
-            None,
-            self.documents,
-            form=self.form,
-            logits_to_keep=1,
-            positions=self.positions,
-        )
-        return output.logits[:, 0]
-
-    def keep(self, rows: Tensor) -> None:
-        """As `_Carrying.keep`."""
-        self.segments = [segment[rows] for segment in self.segments]
-        self.documents = None if self.documents is None else self.documents[rows]
-        self.positions = None if self.positions is None else self.positions[rows]
-
-
 def _reader(
     model: Decoder, form: str, capacity: int, conversation: Conversation | None = None
-) -> _Carrying | _Recomputing:
+) -> StateReader | TextReader:
     if form == "recurrent":
-        return _Carrying(model, capacity, conversation)
-    return _Recomputing(model, form)
+        return StateReader(model, capacity, conversation)
+    return TextReader(model, form)
 
 
 def difference(logits: Tensor, reference: Tensor) -> float:
@@ -349,62 +258,3 @@ def _judge(differences: list[float], dtype: torch.dtype) -> None:
             f"square) at new token {differences.index(largest) + 1}, and {allowed:.0e} is allowed "
             f"in {str(dtype).removeprefix('torch.')}: a part's forms are not the same function"
         )
-
-
-class _Writer:
-    """The new tokens of one row, and their text as it becomes certain."""
-
-    def __init__(
-        self,
-        row: int,
-        prompt: list[int],
-        tokenizer: Tokenizer | None,
-        on_token: OnToken | None,
-        writing: Writing,
-        continues: bool,
-    ) -> None:
-        self.row, self.on_token, self.continues = row, on_token, continues
-        self.tokens: list[int] = []
-        self.written: list[str] = []
-        self.draws = 0
-        self.ended = self.stopped = False
-        self.decoder = self.reader = None
-        if tokenizer is not None:
-            from archzoo.tasks.tokenizers import StreamDecoder
-
-            self.decoder = StreamDecoder(tokenizer)
-            # Decoders may write a subword differently at the beginning of a text, and a character
-            # may begin in the prompt: the last of its tokens go first.
-            for token in prompt[-16:]:
-                self.decoder.push(token)
-            self.reader = writing.reader(tokenizer.decode(prompt))
-
-    @property
-    def text(self) -> str:
-        return "".join(self.written)
-
-    def write(self, token: int, stop_token: int | None) -> None:
-        if self.ended:
-            return
-        self.draws += 1
-        if token == stop_token:
-            self.stopped = True
-            self.end()
-            return
-        self.tokens.append(token)
-        text = self.reader.push(self.decoder.push(token)) if self.decoder and self.reader else ""
-        self._tell(token, text)
-
-    def end(self) -> None:
-        if not self.ended:
-            self.ended, text = True, ""
-            if self.decoder and self.reader:
-                # Bytes of a character come with the rest of it, when the text is continued.
-                rest = "" if self.continues and not self.stopped else self.decoder.finish()
-                text = self.reader.push(rest) + self.reader.finish()
-            self._tell(None, text)
-
-    def _tell(self, token: int | None, text: str) -> None:
-        self.written.append(text)
-        if self.on_token is not None:
-            self.on_token(self.row, token, text)
