@@ -169,12 +169,14 @@ def unordered(pairs):
 
 
 def test_training_and_held_out_problems_are_disjoint_up_to_three_digits():
-    task = Addition(digits=3, validation_examples=10**6, held_out=5)
-    held_out = task.pairs("validation", task.rows("validation"))
+    task = Addition(digits=3, validation_examples=10**6, test_examples=10**6, held_out=5)
+    asked = {part: task.pairs(part, task.rows(part)) for part in ("validation", "test")}
+    assert not unordered(asked["validation"]) & unordered(asked["test"])
+    assert len(asked["test"]) == pytest.approx(len(asked["validation"]), rel=0.02)
+    held_out = asked["validation"] + asked["test"]
     assert len(set(held_out)) == len(held_out)
     assert {pair[::-1] for pair in held_out} == set(held_out)  # a + b and b + a, always together
     assert pytest.approx(len(held_out), rel=0.01) == 1000 * 1000 / 5
-    assert set(task.pairs("test", task.rows("test"))) <= set(held_out)
 
     seen = set(task.pairs("train", 200_000))
     assert not unordered(seen) & unordered(held_out)
