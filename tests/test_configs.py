@@ -18,6 +18,13 @@ TINY = {
 }
 
 
+def small(content):
+    """Options of a small model: the preset's own micro where its width is a match's to set."""
+    if not content["model"].get("match"):
+        return TINY["model"]
+    return f"--model.preset {content['model']['preset'].partition('_')[0]}_micro"
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_trains(path, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -26,7 +33,7 @@ def test_config_trains(path, tmp_path, monkeypatch):
     arguments = [
         *f"fit --config {path.relative_to(ROOT)} --trainer.max_steps 3".split(),
         *f"--trainer.default_root_dir {tmp_path} --trainer.val_check_interval 2".split(),
-        *f"--trainer.limit_val_batches 2 --trainer.accelerator cpu {TINY['model']}".split(),
+        *f"--trainer.limit_val_batches 2 --trainer.accelerator cpu {small(content)}".split(),
         *TINY[task].split(),
     ]
     if task in ("Text", "Mixed"):
@@ -64,10 +71,10 @@ def cache(tmp_path_factory):
 @pytest.mark.filterwarnings("ignore:a number of .* digits is longer than")  # some mean to show it
 def test_every_variant_trains_with_its_settings(path, arm, cache, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    task = yaml.safe_load(path.read_text())["data"]["class_path"]
-    settings = arms(path)[arm]
+    content = yaml.safe_load(path.read_text())
+    task, settings = content["data"]["class_path"], arms(path)[arm]
     # Small, but for what the arm sets itself; `match` sets the width.
-    sizes = [size for size in TINY["model"].split("--") if size.partition(" ")[0] not in settings]
+    sizes = [size for size in small(content).split("--") if size.partition(" ")[0] not in settings]
     sizes = "--".join(sizes) if "model.match" not in settings else ""
     arguments = [
         *f"fit --config {path.relative_to(ROOT)} --arm {arm} --trainer.max_steps 1".split(),
