@@ -108,7 +108,7 @@ class Retention(KeepsFloat32, Mixer):
         heads: int,
         *,
         value_factor: float = 2.0,
-        decay: str | float = "default",
+        decay: float | str = "default",
         gate: bool = True,
         head_norm: Literal["rms", "group", "none"] = "rms",
         norm_eps: float = 1e-6,
