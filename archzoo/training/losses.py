@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from archzoo.inputs import IGNORED
+from archzoo.kernels import cross_entropy as kernels
 from archzoo.numerics import at_least_float32
 
 CHUNK = 2**25  # logits at once: 128 MiB in float32
@@ -53,7 +54,8 @@ def check_labels(batch: dict[str, Any]) -> Tensor:
 def total_loss(x: Tensor, head: nn.Linear, labels: Tensor, chunk: int = CHUNK) -> Tensor:
     """The sum over tokens of ``-log softmax(head(x))[label]``, in nats.
 
-    Where the logits would be more than `chunk` numbers, they are computed chunk by chunk, and
+    By a kernel where there is one for these tensors, see `archzoo.kernels.cross_entropy`. Else,
+    where the logits would be more than `chunk` numbers, they are computed chunk by chunk, and
     recomputed in the backward pass instead of being kept.
 
     Args:
@@ -66,6 +68,8 @@ def total_loss(x: Tensor, head: nn.Linear, labels: Tensor, chunk: int = CHUNK) -
         A scalar, float32 at least.
     """
     x, labels = x.flatten(0, 1), labels.flatten()
+    if kernels.available(x, head):
+        return kernels.total_loss(x, head.weight, labels)
     rows = max(chunk // head.out_features, 1)
     if len(x) <= rows:
         return _sum_of_losses(x, head, labels)
@@ -86,6 +90,8 @@ def score(x: Tensor, head: nn.Linear, labels: Tensor, chunk: int = CHUNK) -> Sco
         chunk: Logits that are held at once.
     """
     x, labels = x.flatten(0, 1), labels.flatten()
+    if kernels.available(x, head):
+        return Scores(*kernels.score(x, head.weight, labels))
     rows = max(chunk // head.out_features, 1)
     losses, predicted = [], []
     for some, targets in zip(x.split(rows), labels.split(rows), strict=True):

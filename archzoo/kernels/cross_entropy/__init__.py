@@ -1,0 +1,166 @@
+"""Head and cross-entropy in one: never all logits at once, and none of them in float32.
+
+The plain form is `archzoo.training.losses`, which holds some rows of logits in float32 and computes
+them again in the backward pass. Here the gradient of some rows' logits takes the place of these
+logits at once, and their two products are made then, so nothing is computed again. Three products
+of the head are left, and each logit is written and read twice, in the dtype of the products.
+
+Importing this module needs neither Triton nor a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from archzoo.derivatives import differentiated_again, followed, plain_gradients
+from archzoo.kernels.launching import launch, power_of_2, run_beside
+from archzoo.linear import Linear
+
+ROWS = 4096  # of logits at once
+MULTIPLE = 64  # rows of the head: products of other sizes take several times as long
+MAX_BLOCK = 4096  # logits that one program reads at once
+
+
+def available(x: Tensor, head: Any) -> bool:
+    """Whether the kernel takes this head's logits of x (tokens, dim).
+
+    Not float16's, whose small gradients only a scaled loss keeps.
+    """
+    if followed() or not len(x) or not run_beside(x):
+        return False
+    if type(head) is not Linear or head.adapted or head.bias is not None:
+        return False
+    weight = head.weight
+    whole = type(weight) in (Tensor, torch.nn.Parameter)  # not one rank's part of it
+    return whole and _dtype(x) in (torch.bfloat16, torch.float32)
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    """Of the products."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def total_loss(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The sum over tokens of ``-log softmax(W x)[label]``, in nats, float32.
+
+    Args:
+        x: (tokens, dim).
+        weight: W, (vocab_size, dim).
+        labels: (tokens,) int64, -100 at unlabelled positions; another number that is no token
+            makes the sum NaN.
+    """
+    total: Tensor = _TotalLoss.apply(x, weight, labels, _dtype(x))
+    return total
+
+
+def score(x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Each token's loss, float32, and the most likely token, int64: both (tokens,); no gradient.
+
+    Args:
+        x: (tokens, dim).
+        weight: W, (vocab_size, dim).
+        labels: (tokens,) int64, -100 at unlabelled positions.
+    """
+    dtype = _dtype(x)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        padded = _padded(weight, dtype)
+        losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
+        predicted = torch.empty(len(x), dtype=torch.int64, device=x.device)
+        for rows in _pieces(len(x)):
+            logits = x[rows].to(dtype) @ padded.t()
+            _cross_entropy(logits, labels[rows], losses[rows], predicted[rows], len(weight))
+    return losses, predicted
+
+
+def _padded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The head's weight in the dtype of the products, with rows of zeros after its own."""
+    vocab_size, dim = weight.shape
+    rows = -(-vocab_size // MULTIPLE) * MULTIPLE
+    if rows == vocab_size:
+        return weight.to(dtype)
+    padded = weight.new_empty((rows, dim), dtype=dtype)
+    padded[:vocab_size] = weight
+    padded[vocab_size:] = 0
+    return padded
+
+
+def _pieces(tokens: int) -> list[slice]:
+    return [slice(begin, begin + ROWS) for begin in range(0, tokens, ROWS)]
+
+
+def _cross_entropy(
+    logits: Tensor, labels: Tensor, losses: Tensor, predicted: Tensor | None, vocab_size: int
+) -> None:
+    """Write each row's loss, and its most likely token or, in the logits' place, their gradient."""
+    block = min(power_of_2(vocab_size), MAX_BLOCK)
+    launch(
+        "archzoo.kernels.cross_entropy.triton", "cross_entropy_kernel", (len(logits),),
+        (logits, labels, losses, labels if predicted is None else predicted),
+        vocab_size, logits.shape[1],
+        GRADIENT=predicted is None, PREDICT=predicted is not None,
+        BLOCK=block, num_warps=min(max(block // 256, 1), 8),
+    )  # fmt: skip
+
+
+def _plain(x: Tensor, weight: Tensor, *, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same of operations that have all derivatives."""
+    logits = F.linear(x.to(dtype), weight.to(dtype)).float()
+    return F.cross_entropy(logits, labels, reduction="sum")
+
+
+class _TotalLoss(torch.autograd.Function):
+    """Both gradients are made in the forward pass, while the logits are there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.dtype = dtype
+        of_x, of_weight = ctx.needs_input_grad[:2]
+        labels = labels.contiguous()
+        with torch.autocast(x.device.type, enabled=False):
+            padded = _padded(weight, dtype)
+            losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
+            d_x = torch.empty(x.shape, dtype=dtype, device=x.device) if of_x else None
+            d_weight = None
+            for rows in _pieces(len(x)):
+                some = x[rows].to(dtype)
+                logits = some @ padded.t()
+                _cross_entropy(logits, labels[rows], losses[rows], None, len(weight))
+                if d_x is not None:
+                    torch.mm(logits, padded, out=d_x[rows])
+                if of_weight:
+                    d_weight = _accumulated(d_weight, logits, some)
+        ctx.save_for_backward(x, weight, labels, d_x, d_weight)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, labels, d_x, d_weight = ctx.saved_tensors
+        if differentiated_again():
+            compute = functools.partial(_plain, labels=labels, dtype=ctx.dtype)
+            return *plain_gradients(compute, (x, weight), (grad,)), None, None
+        if d_x is not None:
+            d_x = (d_x * grad).to(x.dtype)
+        if d_weight is not None:
+            d_weight = (d_weight[: len(weight)] * grad).to(weight.dtype)
+        return d_x, d_weight, None, None
+
+
+def _accumulated(total: Tensor | None, gradient: Tensor, x: Tensor) -> Tensor:
+    """``total + gradient^T x`` in float32, whatever the dtype of the two."""
+    if x.dtype == torch.float32:
+        product = gradient.t() @ x
+        return product if total is None else total.add_(product)
+    if not x.is_cuda:  # which has no product of this kind
+        product = gradient.t().float() @ x.float()
+        return product if total is None else total.add_(product)
+    if total is None:
+        return torch.mm(gradient.t(), x, out_dtype=torch.float32)
+    return torch.addmm(total, gradient.t(), x, out_dtype=torch.float32)

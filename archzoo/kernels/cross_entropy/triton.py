@@ -1,0 +1,52 @@
+"""The Triton side of `archzoo.kernels.cross_entropy`: imported only once the kernel is to run."""
+
+# Kernels' parameters are Triton's values, which have no Python types.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+UNLABELLED = tl.constexpr(-100)
+
+
+@triton.jit
+def cross_entropy_kernel(
+    logits, labels, losses, predicted, vocabulary, columns,
+    GRADIENT: tl.constexpr, PREDICT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row: its loss and its most likely token; its logits become their gradient in place.
+
+    A row holds `columns` numbers, the first `vocabulary` of which are logits. The others become 0.
+    A label that is no token makes the loss NaN, which a reader of the loss notices.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    z_ptr = logits + row * columns
+    label = tl.load(labels + row)
+    largest = tl.full((), float("-inf"), tl.float32)
+    total = tl.zeros((), tl.float32)
+    best = tl.zeros((), tl.int32)
+    for begin in range(0, vocabulary, BLOCK):
+        index = begin + tl.arange(0, BLOCK)
+        z = tl.load(z_ptr + index, mask=index < vocabulary, other=float("-inf")).to(tl.float32)
+        here = tl.max(z)
+        if PREDICT:
+            best = tl.where(here > largest, begin + tl.argmax(z, 0).to(tl.int32), best)
+        reached = tl.maximum(largest, here)
+        total = total * tl.exp(largest - reached) + tl.sum(tl.exp(z - reached))
+        largest = reached
+    normaliser = largest + tl.log(total)
+    counted = label != UNLABELLED
+    known = (label >= 0) & (label < vocabulary)
+    z = tl.load(z_ptr + label, mask=known, other=float("nan")).to(tl.float32)
+    tl.store(losses + row, tl.where(counted, normaliser - z, 0.0))
+    if PREDICT:
+        tl.store(predicted + row, best.to(tl.int64))
+    if GRADIENT:
+        for begin in range(0, columns, BLOCK):
+            index = begin + tl.arange(0, BLOCK)
+            z = tl.load(z_ptr + index, mask=index < vocabulary, other=float("-inf")).to(tl.float32)
+            gradient = tl.exp(z - normaliser) - tl.where(index == label, 1.0, 0.0)
+            gradient = tl.where(counted, gradient, 0.0)
+            tl.store(z_ptr + index, gradient.to(logits.dtype.element_ty), mask=index < columns)
