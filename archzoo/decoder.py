@@ -119,6 +119,8 @@ class Decoder(nn.Module):
 
     task: dict[str, Any] | None = None
     base: str | None = None
+    #: What `hidden` calls in training instead of `_hidden`, once `compile` has compiled that.
+    compiled_hidden: Callable[..., Any] | None = None
     #: The parameters that learned before adapters were put on, by name.
     learned_before: set[str]
     #: Whether an adapter puts vectors before the text of every document.
@@ -303,6 +305,22 @@ class Decoder(nn.Module):
             elif isinstance(module, Embedding):
                 nn.init.normal_(module.weight, std=self.init_std)
 
+    def compile(self, *arguments: Any, **options: Any) -> None:
+        """Compile what a training step calls: all from the tokens to the vectors before the head.
+
+        Names and values of the weights stay. Evaluation, decoding and whatever runs without
+        gradients are not compiled, so that other lengths compile nothing anew.
+
+        Args:
+            *arguments: Of `torch.compile`.
+            **options: The same.
+        """
+        self.compiled_hidden = torch.compile(self._hidden, *arguments, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the compiled form, which is of this object alone."""
+        return {n: value for n, value in super().__getstate__().items() if n != "compiled_hidden"}
+
     def bind(self, task: Any, *, training: bool = False) -> None:
         """Tell the embedding what a task knows; `config`, and so a checkpoint, knows it then too.
 
@@ -414,8 +432,10 @@ class Decoder(nn.Module):
         given = (tokens, state, documents, examples, form, loops, no_grad_loops, positions)
         if torch.compiler.is_compiling():
             return self._hidden(*given)
+        trains = self.training and torch.is_grad_enabled()
+        compute = self.compiled_hidden if trains and self.compiled_hidden else self._hidden
         try:
-            return self._hidden(*given)
+            return compute(*given)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, IndexError, KeyError, TypeError) as error:

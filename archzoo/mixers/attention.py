@@ -210,7 +210,8 @@ class Attention(Mixer):
         """
         queries, keys = q.shape[2], k.shape[2]
         if self.bias is None and key_documents is None and (queries == 1 or queries == keys):
-            return None, queries > 1
+            causal = True if queries > 1 else False  # noqa: SIM210  # no compiler's symbol
+            return None, causal
         # Query i is at key keys - queries + i.
         seen = torch.ones((1, 1, queries, keys), dtype=torch.bool, device=q.device)
         seen = seen.tril(keys - queries)

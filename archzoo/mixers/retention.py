@@ -25,6 +25,7 @@ from archzoo.block import Mixer, Rotary
 from archzoo.derivatives import transformed
 from archzoo.documents import Context, since_start
 from archzoo.kernels import retention as kernels
+from archzoo.kernels import retention_layer as layer_kernels
 from archzoo.kernels.retention.reference import Decays, decays, inverse_root_sum, retain
 from archzoo.linear import Linear
 from archzoo.norm import rms_norm
@@ -39,7 +40,7 @@ from archzoo.numerics import (
     split_heads,
     without_autocast,
 )
-from archzoo.positions.rotary import RetentionRotation
+from archzoo.positions.rotary import FixedRotation, RetentionRotation
 from archzoo.states import State
 
 # On a CPU at width 128, 4 heads, a training step in one chunk against chunks of 64 took 32 against
@@ -205,7 +206,11 @@ class Retention(KeepsFloat32, Mixer):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Q and k side by side (batch, time, 2 heads, key_dim), v, and the gate's input or None."""
-        qk, v, *gate = torch.split_with_sizes(self.query_key_value_gate(x), self.widths, dim=-1)
+        return self.split(self.query_key_value_gate(x))
+
+    def split(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The parts of the one matrix's result, see `project`."""
+        qk, v, *gate = torch.split_with_sizes(projected, self.widths, dim=-1)
         qk, v = split_heads(qk, 2 * self.heads), split_heads(v, self.heads)
         return qk, v, gate[0] if gate else None
 
@@ -319,6 +324,38 @@ class Retention(KeepsFloat32, Mixer):
         o, memory = self.from_prefix(qk, o, memory, log_decay, context)
         return self.finish(o, gate, memory, x.dtype)
 
+    def fits_one_kernel(self, projected: Tensor, log_decay: Tensor) -> bool:
+        """Whether `in_one` computes this layer of this text."""
+        plain = self.head_norm == "rms" and len(self.widths) == 3 and not self.has_prefix
+        rotary = self.rotary
+        if not plain or not isinstance(rotary, FixedRotation):
+            return False
+        if 2 * len(rotary.frequencies) != self.head_dim:  # some channels are not rotated
+            return False
+        return layer_kernels.available(projected, log_decay, self.heads, self.head_dim)
+
+    def in_one(self, projected: Tensor, log_decay: Tensor, context: Context) -> Tensor:
+        """All between the two matrices: `archzoo.kernels.retention_layer`.
+
+        Args:
+            projected: What the first matrix gives, (batch, time, sum of widths).
+            log_decay: log gamma of each head.
+            context: Of the same tokens.
+        """
+        assert isinstance(self.rotary, FixedRotation)
+        packed = context.packed  # else positions are 0, 1, 2, ...
+        return layer_kernels.gated_retention(
+            projected,
+            self.rotary.table(context.positions, torch.float32),
+            log_decay,
+            context.positions if packed else None,
+            context.starts if packed else None,
+            context.valid if packed else None,
+            heads=self.heads,
+            key_width=self.head_dim,
+            eps=max(self.norm_eps, 1e-24),
+        )
+
     def chunkwise(
         self, x: Tensor, state: State | None, context: Context
     ) -> tuple[Tensor, State | None]:
@@ -327,9 +364,13 @@ class Retention(KeepsFloat32, Mixer):
         By a kernel where there is one for these tensors, see `archzoo.kernels.retention`, else by
         its reference implementation.
         """
-        qk, v, gate, memory = self.unpack(x, state)
         log_decay = self.log_decay(x)
         scale = self.head_dim**-0.5
+        projected = self.query_key_value_gate(x)
+        if state is None and self.fits_one_kernel(projected, log_decay):
+            return self.output(self.in_one(projected, log_decay, context)), None
+        qk, v, gate = self.split(projected)
+        memory = None if state is None else state["memory"]
         if kernels.available(qk, qk, v, log_decay):
             q, k = self.rotated(qk, context)
             counted = memory is not None or context.packed  # else positions are 0, 1, 2, ...

@@ -247,7 +247,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return cast(turned.view(batch, time, heads, channels), x.dtype)
 
 
-class _Rotation(Rotary):
+class FixedRotation(Rotary):
     """Rotates q and k by the same frequencies."""
 
     def __init__(
@@ -257,7 +257,8 @@ class _Rotation(Rotary):
         self.head_dim, self.frequencies = head_dim, frequencies
         self.attention_factor = attention_factor
 
-    def _table(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+    def table(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """What queries and keys at these positions are turned by: `rotation_table`."""
         dtype = at_least_float32(dtype)
         return rotation_table(positions, self.frequencies, dtype, self.attention_factor)
 
@@ -265,18 +266,18 @@ class _Rotation(Rotary):
         self, q: Tensor, k: Tensor, query_positions: Tensor, key_positions: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Rotate q and k (batch, time, heads, head_dim) by positions (batch, time)."""
-        q = rotate(q, self._table(query_positions, q.dtype))
-        k = rotate(k, self._table(key_positions, k.dtype))
+        q = rotate(q, self.table(query_positions, q.dtype))
+        k = rotate(k, self.table(key_positions, k.dtype))
         return q, k
 
     def both(self, qk: Tensor, heads: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate q and k side by side, (batch, time, heads + key heads, head_dim), in one go."""
-        qk = rotate(qk, self._table(positions, qk.dtype))
+        qk = rotate(qk, self.table(positions, qk.dtype))
         q, k = qk.split_with_sizes((heads, qk.shape[2] - heads), 2)
         return q, k
 
 
-class RotaryEmbedding(_Rotation):
+class RotaryEmbedding(FixedRotation):
     """RoPE: ``theta_i = base^(-2i / rotary_dim)``, and its scalings to longer texts.
 
     ======== ==================================================================================
@@ -398,10 +399,10 @@ class RotaryEmbedding(_Rotation):
             "high_freq_factor": high_freq_factor,
         }
 
-    def _table(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+    def table(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
         given = self._parameters_given
         if given["rope_type"] != "dynamic":
-            return super()._table(positions, dtype)
+            return super().table(positions, dtype)
         dtype = at_least_float32(dtype)
         factor, length = given["factor"], given["original_max_position_embeddings"]
 
@@ -518,7 +519,7 @@ class XPos(Rotary):
         return q, k
 
 
-class RetentionRotation(_Rotation):
+class RetentionRotation(FixedRotation):
     """RetNet's rotation: ``theta_i = base^(-linspace(0, 1, head_dim / 2)_i)``.
 
     Source: Sun et al., Retentive Network, arXiv 2307.08621, eq. 4, as torchscale builds it.

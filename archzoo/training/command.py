@@ -42,6 +42,7 @@ from archzoo.training.callbacks import (
     SaveAndEndOnSignal,
     ShowProgress,
 )
+from archzoo.training.compiling import CompileModel
 from archzoo.training.directory import RunDirectory
 from archzoo.training.ending import SIGNALS, Ended, say
 from archzoo.training.files import CheckpointFiles, MetricsFile
@@ -249,6 +250,13 @@ class CommandLine(LightningCLI):
             default=None,
             help="What archzoo compare tests with this file; fit does not read it.",
         )
+        parser.add_argument(
+            "--compile",
+            type=Literal["auto"] | bool,
+            default="auto",
+            help="Whether fit compiles the model: auto does on an NVIDIA GPU, true wherever it "
+            "runs, false nowhere.",
+        )
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
 
     # ------------------------------------------------------------------------ parsing
@@ -384,6 +392,7 @@ class CommandLine(LightningCLI):
         if fitting and not config.get("fast_dev_run"):
             config["callbacks"] = [*self._hold_directory(), *_as_list(config.get("callbacks"))]
         if fitting:
+            callbacks = [*callbacks, CompileModel(self.config["fit"].compile)]
             saves = any(isinstance(callback, Checkpoints) for callback in callbacks)
             callbacks = [*callbacks, (SaveAndEndOnSignal if saves else EndOnSignal)(SIGNALS)]
         config["default_root_dir"] = str(self.directory)

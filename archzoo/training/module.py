@@ -148,7 +148,7 @@ class LanguageModel(lightning.LightningModule):
         self.loaded_step: int | None = None
         self.cut_short = False  # whether the validation that runs is broken off and counts nothing
         self._random_before: dict[str, Any] | None = None  # that validation
-        self._sharded = False
+        self.sharded = False
         self._set_up_for: tuple[str, int] | None = None
         self._vocabulary: dict[str, bytes] | None = None  # of the weights training starts from
         if weights is not None:
@@ -243,11 +243,11 @@ class LanguageModel(lightning.LightningModule):
 
     def configure_model(self) -> None:
         """Under Lightning's ModelParallelStrategy: cut the weights among the ranks."""
-        if self.device_mesh is not None and not self._sharded:
+        if self.device_mesh is not None and not self.sharded:
             from archzoo.training.sharding import shard  # takes a while to import
 
             shard(self.net, self.device_mesh, self.trainer.world_size)
-            self._sharded = True
+            self.sharded = True
 
     @property
     def task(self) -> Task | None:
@@ -326,8 +326,9 @@ class LanguageModel(lightning.LightningModule):
                     mine[name] = mine.get(name, 0) + value.detach()
             self.figures.accumulate(scalars(aux) | scalars(pooled))
         documents = batch.get("documents")
-        seen = labels.numel() if documents is None else (documents >= 0).sum()
-        self.figures.add("tokens", torch.as_tensor(seen, device=self.device))
+        # Filled where it lies: copied from the host it would wait for the device.
+        whole = torch.full((), labels.numel(), device=self.device)
+        self.figures.add("tokens", whole if documents is None else (documents >= 0).sum())
         self._watch(loss.detach())
         summed: Tensor = loss
         return summed
@@ -660,7 +661,7 @@ class LanguageModel(lightning.LightningModule):
         ):
             raise ValueError("this checkpoint was not written by archzoo's training")
         check_same_model(self.net.config, theirs)
-        if not self._sharded:  # under FSDP2 Lightning has loaded the weights by itself
+        if not self.sharded:  # under FSDP2 Lightning has loaded the weights by itself
             check_weights_fit(self.net, checkpoint.get("state_dict"))
         files = checkpoint.get("tokenizer")
         if self.task is not None and files is not None:

@@ -39,8 +39,8 @@ def cross_entropy_kernel(
     normaliser = largest + tl.log(total)
     counted = label != UNLABELLED
     known = (label >= 0) & (label < vocabulary)
-    z = tl.load(z_ptr + label, mask=known, other=float("nan")).to(tl.float32)
-    tl.store(losses + row, tl.where(counted, normaliser - z, 0.0))
+    of_label = tl.load(z_ptr + label, mask=known, other=float("nan")).to(tl.float32)
+    tl.store(losses + row, tl.where(counted, normaliser - of_label, 0.0))
     if PREDICT:
         tl.store(predicted + row, best.to(tl.int64))
     if GRADIENT:

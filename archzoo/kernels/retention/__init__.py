@@ -88,7 +88,8 @@ _library.define(
 )
 
 
-def _refuse(derivative: str) -> None:
+def refuse(derivative: str) -> None:
+    """Raise for a derivative that the kernels do not have."""
     raise NotImplementedError(
         f"the retention kernels have no {derivative} derivative: call the model with "
         "form='parallel', which runs without them"
@@ -98,7 +99,7 @@ def _refuse(derivative: str) -> None:
 def _refuse_tangents() -> None:
     """The dispatcher would drop them: neither it nor a compiler asks an operator for a jvp."""
     if forward_ad._current_level >= 0:
-        _refuse("forward-mode")
+        refuse("forward-mode")
 
 
 def _operator(*arguments: Any) -> tuple[Tensor, ...]:
@@ -163,7 +164,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 def _gradients(ctx: Any, do: Tensor | None, d_final: Tensor | None) -> tuple[Any, ...]:
     """Of what `_Eager` is given, which leaves its forward pass in the flags' place."""
     if differentiated_again():
-        _refuse("second")
+        refuse("second")
     q, k, v, state, states, normaliser, scores = ctx.saved_tensors
     log_decay, positions, documents, ranges, forward = ctx.rest
     inputs = Inputs(q, k, v, log_decay, state, positions, documents, ranges)
@@ -207,6 +208,31 @@ class _Eager(torch.autograd.Function):
 _apply_eagerly: Callable[..., tuple[Tensor, Tensor | None]] = super(
     torch.autograd.Function, _Eager
 ).apply
+
+
+def places(
+    positions: Tensor | None, starts: Tensor | None, valid: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Where tokens stand, as the kernels read it: positions, documents and ranges of `Inputs`.
+
+    Args:
+        positions: As `retention` takes them.
+        starts: The same.
+        valid: The same.
+    """
+    documents = ranges = None
+    if positions is not None:
+        positions = positions.to(torch.int32).contiguous()
+    if valid is not None:
+        last = valid.shape[1] - valid.flip(1).to(torch.uint8).argmax(1)
+        first = valid.to(torch.uint8).argmax(1)
+        ranges = torch.stack((first, torch.where(valid.any(1), last, first)), 1).to(torch.int32)
+        if starts is not None:
+            starts = starts & valid
+    if starts is not None:
+        # Equal numbers, equal documents; 0 is the document that the initial state belongs to.
+        documents = starts.cumsum(1, dtype=torch.int32)
+    return positions, documents, ranges
 
 
 def retention(
@@ -258,22 +284,10 @@ def retention(
     if starts is not None and positions is None and scale:
         raise ValueError("packed documents (starts) need positions within the document")
     return_state = state is not None if return_state is None else return_state
-    log_decay = log_decay.contiguous()  # every second one of more heads', say, or one for all
-    documents = ranges = None
-    if positions is not None:
-        positions = positions.to(torch.int32).contiguous()
-    if valid is not None:
-        if valid.shape != q.shape[:2]:
-            raise ValueError(f"valid has shape {tuple(valid.shape)}, beside q of {tuple(q.shape)}")
-        last = valid.shape[1] - valid.flip(1).to(torch.uint8).argmax(1)
-        first = valid.to(torch.uint8).argmax(1)
-        ranges = torch.stack((first, torch.where(valid.any(1), last, first)), 1).to(torch.int32)
-        if starts is not None:
-            starts = starts & valid
-    if starts is not None:
-        # Equal numbers, equal documents; 0 is the document that the initial state belongs to.
-        documents = starts.cumsum(1, dtype=torch.int32)
-    inputs = Inputs(q, k, v, log_decay, state, positions, documents, ranges)
+    if valid is not None and valid.shape != q.shape[:2]:
+        raise ValueError(f"valid has shape {tuple(valid.shape)}, beside q of {tuple(q.shape)}")
+    # The decays may be every second one of more heads', or one for all.
+    inputs = Inputs(q, k, v, log_decay.contiguous(), state, *places(positions, starts, valid))
     if torch.compiler.is_compiling() or type(q) is not Tensor:  # fake ones, say
         o, final, *_ = torch.ops.archzoo.retention(*inputs, scale, return_state)
         return o, final if return_state else None

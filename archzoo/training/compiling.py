@@ -1,0 +1,104 @@
+"""Compiling the model that is trained."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from typing import Any, Literal
+
+import lightning
+import torch
+from torch._dynamo.exc import TorchDynamoException
+
+from archzoo.feedforward.moe import MixtureOfExperts
+from archzoo.kernels.launching import TRITON_FOUND
+from archzoo.training.ending import say
+from archzoo.training.module import LanguageModel
+
+
+#: What a step without compilation costs: retnet_base, 110 M parameters, on one H200.
+COST = "a step of retnet_base takes 1.18 times as long so"
+
+
+def reason_against(module: LanguageModel) -> str | None:
+    """Why `auto` does not compile this model on an NVIDIA GPU; None: nothing speaks against it."""
+    if module.sharded:
+        return "its weights are sharded"
+    if module.progressive_loss and module.net.loops > 1:
+        return "progressive_loss draws another number of iterations for every step"
+    if any(isinstance(part, MixtureOfExperts) for part in module.net.modules()):
+        return "mixtures of experts have kernels of their own"
+    lacking = missing()
+    return lacking and f"{lacking}; {COST}"
+
+
+def missing() -> str | None:
+    """What torch.compile lacks on this machine for a GPU."""
+    if not TRITON_FOUND:
+        return "Triton is not installed"
+    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        return "there is no C compiler (cc, gcc or clang)"
+    return None
+
+
+class CompileModel(lightning.Callback):
+    """Compiles the decoder before the first step, and says how long that took.
+
+    Args:
+        when: "auto" compiles on an NVIDIA GPU, unless something speaks against it.
+    """
+
+    def __init__(self, when: Literal["auto"] | bool) -> None:
+        self.when = when
+        self._began: float | None = None
+
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        assert isinstance(pl_module, LanguageModel)
+        net = pl_module.net
+        net.compiled_hidden = None
+        if self.when == "auto":
+            if pl_module.device.type != "cuda" or torch.version.hip is not None:
+                return
+            reason = reason_against(pl_module)
+            if reason is not None:
+                say(f"the model is not compiled: {reason}")
+                return
+        if not self.when:
+            return
+        net.compile()
+        compiled, plain = net.compiled_hidden, net._hidden
+
+        def compute(*given: Any) -> Any:
+            try:
+                return compiled(*given)  # type: ignore[misc]  # it was set above
+            except TorchDynamoException as error:
+                line = f"{type(error).__name__} {str(error).strip().splitlines()[0]}"
+                if self.when != "auto":
+                    raise ValueError(
+                        f"the model cannot be compiled ({line}): --compile false trains without"
+                    ) from error
+                say(f"the model cannot be compiled ({line}); {COST}")
+                self._began, net.compiled_hidden = None, None
+                return plain(*given)
+
+        net.compiled_hidden = compute
+        say("compiling the model; --compile false trains without")
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if self._began is not None:
+            if pl_module.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - self._began
+            say(f"compiled in {seconds:.0f} s, with the first step")
+            self._began = None
