@@ -16,7 +16,6 @@ from archzoo.kernels.launching import TRITON_FOUND
 from archzoo.training.ending import say
 from archzoo.training.module import LanguageModel
 
-
 #: What a step without compilation costs: retnet_base, 110 M parameters, on one H200.
 COST = "a step of retnet_base takes 1.18 times as long so"
 

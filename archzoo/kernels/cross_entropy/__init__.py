@@ -118,9 +118,7 @@ class _TotalLoss(torch.autograd.Function):
     """Both gradients are made in the forward pass, while the logits are there."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.dtype = dtype
         of_x, of_weight = ctx.needs_input_grad[:2]
         labels = labels.contiguous()

@@ -1,4 +1,4 @@
-"""All of a retention layer between its two matrices, with one gradient for the first's whole result.
+"""All of a retention layer between its two matrices, with one gradient for the whole of q to g.
 
     q, k rotated, k scaled        o = retention(q, k, v)        y = silu(g) * o / rms(o)
 
