@@ -254,8 +254,8 @@ class CommandLine(LightningCLI):
             "--compile",
             type=Literal["auto"] | bool,
             default="auto",
-            help="Whether fit compiles the model: auto does on an NVIDIA GPU, true wherever it "
-            "runs, false nowhere.",
+            help="Whether fit compiles the model: auto does on an NVIDIA GPU from 20 M parameters "
+            "on, true wherever it runs, false nowhere.",
         )
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
 

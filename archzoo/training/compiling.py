@@ -16,6 +16,9 @@ from archzoo.kernels.launching import TRITON_FOUND
 from archzoo.training.ending import say
 from archzoo.training.module import LanguageModel
 
+#: Compiling takes some 30 s, which the short runs of smaller models do not give back.
+LEAST = 20_000_000  # parameters
+
 #: What a step without compilation costs: retnet_base, 110 M parameters, on one H200.
 COST = "a step of retnet_base takes 1.18 times as long so"
 
@@ -45,7 +48,8 @@ class CompileModel(lightning.Callback):
     """Compiles the decoder before the first step, and says how long that took.
 
     Args:
-        when: "auto" compiles on an NVIDIA GPU, unless something speaks against it.
+        when: "auto" compiles a model of 20 M parameters or more on an NVIDIA GPU, unless
+            something speaks against it, and says what.
     """
 
     def __init__(self, when: Literal["auto"] | bool) -> None:
@@ -60,6 +64,8 @@ class CompileModel(lightning.Callback):
         net.compiled_hidden = None
         if self.when == "auto":
             if pl_module.device.type != "cuda" or torch.version.hip is not None:
+                return
+            if net.parameter_count() < LEAST:
                 return
             reason = reason_against(pl_module)
             if reason is not None:

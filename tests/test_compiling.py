@@ -1,0 +1,134 @@
+"""`fit --compile`: what is compiled, that it changes no step, and what is said."""
+
+import copy
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import archzoo
+from archzoo.training import compiling
+from archzoo.training.compiling import CompileModel
+from archzoo.training.module import LanguageModel
+
+
+def net_of(name="retnet_micro", **options):
+    torch.manual_seed(0)
+    return archzoo.create_model(name, vocab_size=16, depth=1, **options).train()
+
+
+def gradients(net, tokens):
+    x, _, _ = net.hidden(tokens)
+    weights = [weight for name, weight in net.named_parameters() if name != "head.weight"]
+    return x, *torch.autograd.grad((x * torch.arange(x.shape[-1])).sum(), weights)
+
+
+@pytest.mark.parametrize("name", ["retnet_micro", "transformer_micro"])
+def test_a_compiled_model_trains_as_it_is(name):
+    net, tokens = net_of(name), torch.randint(16, (2, 9))
+    names = list(net.state_dict())
+    wanted = gradients(net, tokens)
+    net.compile(backend="aot_eager", fullgraph=True)
+    found = gradients(net, tokens)
+    for mine, true in zip(found, wanted, strict=True):
+        assert (mine - true).norm() < 1e-5 * true.norm()
+    assert list(net.state_dict()) == names
+
+
+def test_only_training_is_compiled_and_a_copy_is_not():
+    net, tokens = net_of(), torch.randint(16, (2, 9))
+    calls = []
+    net.compile(backend=lambda graph, _: calls.append(graph) or graph.forward)
+    with torch.no_grad():
+        net.hidden(tokens)
+    net.eval()
+    net.hidden(tokens)
+    assert not calls
+    assert copy.deepcopy(net).compiled_hidden is None
+    net.train().hidden(tokens)
+    assert calls
+
+
+def callback_says(when, module, capfd):
+    CompileModel(when).on_train_start(SimpleNamespace(), module)
+    return capfd.readouterr().err
+
+
+class OnGPU(LanguageModel):
+    device = torch.device("cuda")
+
+
+def module_of(device, **options):
+    module = LanguageModel(preset="retnet_micro", vocab_size=16, **options)
+    if device == "cuda":  # it says so, and holds nothing there
+        module.__class__ = OnGPU
+    return module
+
+
+def test_auto_compiles_large_models_on_a_gpu_alone(monkeypatch, capfd):
+    module = module_of("cpu")
+    assert callback_says("auto", module, capfd) == ""
+    assert module.net.compiled_hidden is None
+    module.__class__ = OnGPU
+    assert callback_says("auto", module, capfd) == ""  # too small
+    assert module.net.compiled_hidden is None
+    monkeypatch.setattr(compiling, "LEAST", 0)
+    monkeypatch.setattr(compiling, "missing", lambda: None)
+    assert "compiling the model; --compile false" in callback_says("auto", module, capfd)
+    assert module.net.compiled_hidden is not None
+    assert callback_says(False, module, capfd) == ""
+    assert module.net.compiled_hidden is None
+
+
+def test_auto_says_why_it_does_not_compile(monkeypatch, capfd):
+    monkeypatch.setattr(compiling, "LEAST", 0)
+    monkeypatch.setattr(compiling, "missing", lambda: None)
+    module = module_of("cuda", feed_forward="MixtureOfExperts")
+    assert "experts have kernels of their own" in callback_says("auto", module, capfd)
+    module = module_of("cuda", loops=3, progressive_loss=0.5)
+    assert "another number of iterations" in callback_says("auto", module, capfd)
+    monkeypatch.setattr(compiling, "missing", lambda: "there is no C compiler (cc, gcc or clang)")
+    module = module_of("cuda")
+    said = callback_says("auto", module, capfd)
+    assert said.startswith("the model is not compiled: there is no C compiler")
+    assert "1.18 times" in said and said.count("\n") == 1
+    assert module.net.compiled_hidden is None
+
+
+def fails(*_, **__):
+    def compute(*_):
+        raise torch._dynamo.exc.Unsupported("no such thing\nand more")
+
+    return compute
+
+
+def test_what_cannot_be_compiled_is_trained_without(monkeypatch, capfd):
+    monkeypatch.setattr(torch, "compile", fails)
+    monkeypatch.setattr(compiling, "LEAST", 0)
+    monkeypatch.setattr(compiling, "missing", lambda: None)
+    module = module_of("cuda")
+    callback_says("auto", module, capfd)
+    x, _, _ = module.net.train().hidden(torch.randint(16, (1, 4)))
+    assert x.shape[:2] == (1, 4) and module.net.compiled_hidden is None
+    said = capfd.readouterr().err
+    assert "cannot be compiled (Unsupported no such thing)" in said and said.count("\n") == 1
+    callback_says(True, module, capfd)
+    with pytest.raises(ValueError, match="--compile false trains without"):
+        module.net.hidden(torch.randint(16, (1, 4)))
+
+
+@pytest.mark.slow  # some 60 s: a C++ compiler does it on a CPU
+def test_fit_compiles_and_writes_the_names_of_the_model(tmp_path):
+    command = [sys.executable, "-m", "archzoo", "fit", "--data", "Addition", "--compile", "true"]
+    command += ["--model.preset", "retnet_micro", "--trainer.max_steps", "2", "--name", "run"]
+    command += ["--trainer.default_root_dir", str(tmp_path), "--data.batch_size", "4"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "compiling the model" in run.stderr and "compiled in" in run.stderr
+    net, _ = archzoo.from_pretrained(tmp_path / "run" / "last.ckpt")
+    assert (
+        net.compiled_hidden is None
+        and "compile: true" in (tmp_path / "run" / "config.yaml").read_text()
+    )
