@@ -784,7 +784,7 @@ def test_weights_that_the_strategy_has_loaded_are_not_looked_for(tmp_path):
     model = LanguageModel("retnet_micro", vocab_size=addition().vocab_size)
     with pytest.raises(ValueError, match="the checkpoint holds no weights"):
         model.on_load_checkpoint(checkpoint)
-    model._sharded = True
+    model.sharded = True
     model.on_load_checkpoint(checkpoint)
 
 
