@@ -1,7 +1,7 @@
 """Exact match against length: trained runs on much longer sums, in one figure.
 
-    python benchmarks/lengths.py runs/claims/abacus_*
-    python benchmarks/lengths.py runs/claims/abacus_coverage_* --longest 30 --checkpoint best
+    python benchmarks/lengths.py runs/compare/abacus/runs/*
+    python benchmarks/lengths.py runs/compare/abacus_coverage/runs/* --longest 30 --checkpoint best
 
 Each run is a directory of `archzoo fit` on a task whose sizes are numbers of digits. Problems are
 those of test, which chose nothing (`part`; rows without one asked what validation asked), both
@@ -125,7 +125,7 @@ def show(rows: list[dict[str, Any]], lengths: list[int]) -> None:
 def variants_of(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Runs that differ in their seed alone, by the name of their variant.
 
-    Run names end in the seed, as benchmarks/claims.py gives them. Runs that reach less far come
+    Run names end in the seed, as archzoo compare gives them. Runs that reach less far come
     first, else the order stays.
     """
     variants: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
@@ -161,9 +161,13 @@ NAMES = {
 }
 
 
+# What archzoo compare puts between an arm and its seed: the learning rate and its settings' digest.
+SETTINGS = re.compile(r"_lr[-+.e\d]+_[0-9a-f]{6}(?=_\d+$)")
+
+
 def titles(names: list[str]) -> dict[str, str]:
     """How runs differ: names without the words that all begin by and the seed all end in."""
-    words = [name.split("_") for name in names]
+    words = [SETTINGS.sub("", name).split("_") for name in names]
     begin = 0
     while len(names) > 1 and all(len(w) > begin + 1 and w[begin] == words[0][begin] for w in words):
         begin += 1

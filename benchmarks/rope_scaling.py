@@ -1,6 +1,6 @@
 """RoPE scaling past the trained length: every run, length and scaling as a row of results/.
 
-    python benchmarks/rope_scaling.py runs/claims/rope_scaling_*
+    python benchmarks/rope_scaling.py runs/compare/rope_scaling/runs/*
 
 Each run is a directory of `archzoo fit` on a text; see `archzoo extend`, which does one run.
 """

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -369,3 +376,137 @@ def test_a_claim_that_says_too_little_is_refused(claim, words):
     with pytest.raises(ValueError, match=words):
         claims.read_claims(claim, ["a", "b"], "x.yaml")
     assert claims.read_claims(None, [], "x.yaml") == []
+
+
+# ---------------------------------------------------------------------------- runs
+
+RUN = [sys.executable, "-m", "archzoo", "compare", "a.yaml", "--at_once", "2"]
+RUN += ["--model.mixer", "Retention,Attention", "--model.match", "parameters"]
+MEASURED = {"tokens_per_second", "process_memory_mb", "seconds", "command", "commit"}
+
+
+def rows(path):
+    with Path(path).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def digits(path):
+    """A table without what is another one each time: speed, memory, time and command."""
+    return [{n: v for n, v in row.items() if n not in MEASURED} for row in rows(path)]
+
+
+def until(condition, seconds=300.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.02)
+
+
+def trainers(place):
+    """Processes that train in a directory, by their ids."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes()
+            if b"compare.child" in words and os.readlink(entry / "cwd") == str(place):
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.slow  # a minute: six processes that import torch, one after another
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_comparison_is_continued_by_the_same_command(tmp_path, monkeypatch, capsys):
+    """The parent is killed, then a run, then a signal ends all; the digits are the same."""
+    monkeypatch.chdir(tmp_path)
+    long = CONFIG.replace("max_steps: 4", "max_steps: 500").replace("interval: 2", "interval: 100")
+    Path("a.yaml").write_text(f"{long}checkpoint: {{every_n_steps: 10}}\n")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    output, settings_of = tmp_path / "runs/compare/a", ("--seeds", "0", "--metric", "loss")
+
+    def start():
+        with Path("log").open("a") as log:
+            return subprocess.Popen([*RUN, *settings_of], stdout=log, stderr=log, env=environment)
+
+    def begun():
+        return len(list(output.glob("runs/*/last.ckpt")))
+
+    parent = start()
+    until(lambda: begun() or parent.poll() is not None)
+    assert main([*RUN[3:], *settings_of]) == 1
+    refused = capsys.readouterr().err
+    assert "is in use by process" in refused and "another --output" in refused
+    assert refused.count("\n") == 1
+    assert main(["compare", "--status", str(output)]) == 0
+    said = capsys.readouterr().out
+    assert "running: process" in said and re.search(r"Retention +0 +0.002 .* / 500", said)
+    parent.kill()
+    until(lambda: not trainers(tmp_path))  # no one is left behind
+    parent.wait()
+    assert main(["compare", "--status", str(output)]) == 0
+    assert "the same command resumes it" in capsys.readouterr().out
+
+    def saved():
+        return {path: path.stat().st_mtime_ns for path in output.glob("runs/*/last.ckpt")}
+
+    before = saved()
+    assert before, "it was saved"
+    parent = start()
+    until(lambda: saved() != before)
+    running = [process for process in trainers(tmp_path) if process != parent.pid]
+    forked = [
+        p for p in running if Path(f"/proc/{p}/stat").read_text().split()[3] != str(parent.pid)
+    ]
+    os.kill(forked[0], signal.SIGKILL)
+    until(lambda: "ended by SIGKILL" in Path("log").read_text())
+    parent.send_signal(signal.SIGTERM)
+    assert parent.wait() == 143 and not trainers(tmp_path)
+    assert "all runs are saved; to continue" in Path("log").read_text()
+
+    assert start().wait() == 0, Path("log").read_text()
+    log = "".join(path.read_text() for path in output.glob("logs/*.log"))
+    assert "held another run" not in log
+    compared = digits(output / "runs.csv")
+    assert len(compared) == 2 and {row["state"] for row in compared} == {"trained"}
+    assert all(float(row["test/loss"]) < 2 and row["step"] == "500" for row in compared)
+    for path in output.glob("runs/*/metrics.csv"):
+        steps = [int(row["step"]) for row in rows(path) if row["train/loss"]]
+        assert steps == list(range(1, 501)), "no step twice, and none missing"
+
+    # The same, never interrupted.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert main([*RUN[3:], *settings_of, "--output", "whole"]) == 0
+    order = lambda row: row["run"]  # noqa: E731
+    assert sorted(digits("whole/runs.csv"), key=order) == sorted(compared, key=order)
+    assert digits("whole/table.csv") == digits(output / "table.csv")
+    # Nothing is left: a call more trains nothing, and says the same.
+    capsys.readouterr()
+    assert main([*RUN[3:], *settings_of, "--output", "whole"]) == 0
+    assert "started" not in capsys.readouterr().out
+
+
+def test_failed_and_cut_runs_do_not_cost_the_others(place, capsys, monkeypatch):
+    """Of three learning rates one diverges; another comparison is cut by its time."""
+    Path("d.yaml").write_text(CONFIG + "claim: {metric: loss, paper: -0.1}\narms: {one: {}}\n")
+    words = "compare d.yaml --learning_rates 1e-3,2e-3,1e18 --metric loss --seeds 3 --at_once 2"
+    assert main([*words.split(), "--model.warmup_steps", "0", "--trainer.max_steps", "6"]) == 1
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and "1 of 3 runs failed" in err
+    assert re.search(r"(?s)rate 1e\+18, seed 3  FAILED .*(nan|not finite)", out)
+    assert "the learning rate is 0.002" in out and "is the largest tried" not in out
+    assert "one seed: an anecdote" in out
+    found = {row["learning_rate"]: row for row in rows("runs/compare/d/runs.csv")}
+    assert found["1e+18"]["state"] == "failed" and found["1e+18"]["chosen"] == ""
+    assert found["0.002"]["test/loss"] and not found["0.001"]["test/loss"], "tested at one rate"
+    (row,) = rows("runs/compare/d/table.csv")
+    assert row["n"] == "1" and row["part"] == "test" and row["loss_sd"] == ""
+    page = Path("runs/compare/d/table.md").read_text()
+    assert "failed" in page and "0.002" in page and "curves.png" in page
+    assert Path("runs/compare/d/curves.png").stat().st_size > 10_000
+
+    words = "compare d.yaml --seeds 3 --trainer.max_time 00:00:00:00 --output cut"
+    assert main(words.split()) == 0
+    (row,) = rows("cut/runs.csv")
+    assert row["state"] == "cut" and not Path("cut/table.csv").exists()
+    assert "cut at step" in capsys.readouterr().out

@@ -59,5 +59,7 @@ def test_runs_are_named_by_what_tells_them_apart(tables, monkeypatch):
     assert list(lengths.titles(names).values()) == ["shift 0", "shift 10"]
     assert list(lengths.titles(["abacus_rope_0", "abacus_nope_0"]).values()) == ["RoPE", "NoPE"]
     assert lengths.titles(["mine"]) == {"mine": "mine"}
+    compared = ["rope_lr0.001_1a2b3c_0", "abacus_rope_lr1e-05_ffffff_0"]
+    assert list(lengths.titles(compared).values()) == ["RoPE", "Abacus and RoPE"]
     sys.modules.pop("lengths", None)
     sys.modules.pop("harness", None)

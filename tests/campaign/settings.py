@@ -26,7 +26,7 @@ SMALL = {
     "Text": {"batch_size": 2, "context_length": 32, "path": "corpus.txt", "cache_dir": "cache"},
     "Mixed": {"batch_size": 2, "context_length": 128, "path": "corpus.txt", "cache_dir": "cache"},
 }
-FREE = ("arms",)  # its content is looked at when an arm is run
+FREE = ("arms", "compare", "claim")  # looked at when an arm is run, or all are compared
 
 
 def prepare(directory: Path) -> None:

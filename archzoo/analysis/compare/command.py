@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from archzoo.analysis.compare.places import slots
+from archzoo.analysis.compare.places import gpus, slots
 from archzoo.analysis.compare.plan import Plan, make_plan, matched
+from archzoo.analysis.compare.processes import starter
 from archzoo.analysis.compare.progress import Show, clock, show_status, write_plan
 from archzoo.analysis.compare.runner import Runner
 from archzoo.analysis.compare.tables import (
@@ -123,11 +124,13 @@ def _compare(
     try:
         write_plan(plan, directory, command_line())
         any_run = next(iter(plan.runs.values()))
-        places = slots(any_run.settings["trainer"]["accelerator"], at_once)
+        accelerator = any_run.settings["trainer"]["accelerator"]
+        places = slots(accelerator, at_once)
         _announce(plan, len(places), places[0].environment["OMP_NUM_THREADS"], directory)
         SIGNALS.gentle = True
         with Show(plan, directory, len(places)) as display:
-            runner = Runner(plan, directory, places, minutes, display.tell)
+            start = starter(on_gpu=bool(gpus(accelerator)))
+            runner = Runner(plan, directory, places, minutes, display.tell, start)
             display.runner = runner
             whole = runner.run()
         results = collect(plan, directory, runner.chosen)

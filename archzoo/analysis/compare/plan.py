@@ -220,8 +220,13 @@ def make_plan(
     }
     precision = _precision(first.settings)
     _check_hardware(found, facts, at_once)
+    # What settings only name: a preset's sizes, and the text that a path leads to.
+    named = {
+        arm: {"decoder": _decoder_config(entry), "fingerprint": entry.task.fingerprint()}
+        for arm, entry in found.items()
+    }
     runs = {
-        (arm, rate, seed): _run(arm, entry, rate, seed)
+        (arm, rate, seed): _run(arm, entry.settings, named[arm], rate, seed)
         for arm, entry in found.items()
         for rate in rates_of[arm]
         for seed in seeds
@@ -411,13 +416,21 @@ def _precision(settings: dict[str, Any]) -> str:
     return str(trainer["precision"] or usual_precision(dict(trainer)) or "32-true")
 
 
-def _run(arm: str, resolved: Resolved, rate: float, seed: int) -> Run:
-    settings = copy.deepcopy(resolved.settings)
-    settings["seed_everything"] = seed
+def _run(arm: str, of_arm: dict[str, Any], named: dict[str, Any], rate: float, seed: int) -> Run:
+    settings = copy.deepcopy(of_arm)
     settings["model"]["learning_rate"] = rate
+    common = _digest(settings, named)
+    settings["seed_everything"] = seed
     data = settings["data"]
     if "seed" in (data.get("init_args") or {}):
         data["init_args"]["seed"] = seed
+    # It ends in the seed: what comes before is the same for all seeds of an arm.
+    name = f"{file_name(arm)}_lr{rate:g}_{common[:6]}_{seed}"
+    return Run(arm, rate, seed, _digest(settings, named), name, settings | {"name": name})
+
+
+def _digest(settings: dict[str, Any], named: dict[str, Any]) -> str:
+    """A digest of all that a run's figures depend on."""
     depends = copy.deepcopy(settings)
     for name in ("name", "resume"):
         depends.pop(name)
@@ -425,13 +438,8 @@ def _run(arm: str, resolved: Resolved, rate: float, seed: int) -> Run:
         depends["trainer"].pop(name)
     (depends["data"].get("init_args") or {}).pop("cache_dir", None)
     depends["trainer"]["precision"] = _precision(settings)
-    # What the settings' names stand for: a preset's sizes, the text that a path leads to.
-    depends["decoder"] = _decoder_config(resolved)
-    depends["fingerprint"] = resolved.task.fingerprint() | {"seed": seed}
-    text = json.dumps(depends, sort_keys=True, default=str)
-    key = hashlib.sha256(text.encode()).hexdigest()[:12]
-    name = f"{file_name(arm)}_lr{rate:g}_seed{seed}_{key[:6]}"
-    return Run(arm, rate, seed, key, name, settings | {"name": name})
+    text = json.dumps(depends | named, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _check_hardware(found: dict[str, Resolved], facts: dict[str, ArmFacts], at_once: int) -> None:

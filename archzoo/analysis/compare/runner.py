@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import statistics
-import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -22,6 +19,7 @@ from typing import NamedTuple
 
 from archzoo.analysis.compare.places import Slot
 from archzoo.analysis.compare.plan import Plan, Run
+from archzoo.analysis.compare.processes import Process, Starter, wait
 from archzoo.analysis.compare.runs import (
     evaluated,
     read_outcome,
@@ -74,7 +72,7 @@ class Runner:
         places: Where they are trained.
         minutes: After which runs are saved and ended, to be continued by the next call.
         tell: Is told what happens.
-        program: The command before what a child is told, for tests.
+        start: What starts processes.
     """
 
     def __init__(
@@ -84,13 +82,13 @@ class Runner:
         places: list[Slot],
         minutes: float | None,
         tell: Callable[[Event], None],
-        program: list[str] | None = None,
+        start: Starter,
     ) -> None:
         self.plan, self.output, self.places, self.tell = plan, output, places, tell
         self.ends = None if minutes is None else time.monotonic() + 60 * minutes
-        self.program = program or [sys.executable, "-m", "archzoo.analysis.compare.child"]
+        self.starter = start
         self.waiting = deque[Job]()
-        self.going: dict[int, tuple[Job, subprocess.Popen[bytes], Slot]] = {}
+        self.going: dict[int, tuple[Job, Process, Slot]] = {}
         self.failed: dict[Run, str] = {}
         self.chosen: dict[str, float] = {}  # the learning rate of each arm
         self._again: set[Run] = set()
@@ -159,6 +157,12 @@ class Runner:
             # Where nothing is chosen, a run is measured by the process that trains it.
             self._add(run, tests=not self.plan.chooses)
         self._choose()
+        try:
+            return self._work()
+        finally:
+            self.starter.close()
+
+    def _work(self) -> bool:
         while self.waiting or self.going:
             if SIGNALS.received or (self.ends is not None and time.monotonic() > self.ends):
                 self._stop()
@@ -188,17 +192,8 @@ class Runner:
             "commands": list(self.commands(job)),
             "facts": str(self.directory(run) / "facts.json"),
         }
-        command = [*self.program, json.dumps(what)]
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as file:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,  # closed by the system when this process ends
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=os.environ | slot.environment,
-                start_new_session=True,  # a terminal's Ctrl-C is for this process to hand on
-            )
+        process = self.starter.start(what, log, slot.environment)
         self.going[number] = job, process, slot
         self.tell(Event("started", run, f"on {slot.name}"))
 
@@ -249,9 +244,7 @@ class Runner:
         for number in ended:
             job, process, _ = self.going.pop(number)
             self._free.append(number)
-            if process.stdin is not None:
-                process.stdin.close()
-            self._note(job, process.returncode)
+            self._note(job, process.poll() or 0)
         return bool(ended)
 
     def _note(self, job: Job, status: int) -> None:
@@ -273,7 +266,7 @@ class Runner:
             self.waiting.appendleft(job)
             return
         if state == "cut":
-            self.tell(Event("ended", run, f"cut at step {reached:,} of {steps:,}"))
+            self.tell(Event("ended", run, f"cut at step {reached or 0:,} of {steps:,}"))
             return
         parts = ("validation", "test") if job.tests else ("validation",)
         found = {part: self.metrics(run, part).get(f"{part}/{self.plan.metric}") for part in parts}
@@ -301,20 +294,12 @@ class Runner:
     def _stop(self) -> None:
         """End every process, which saves its step first."""
         self.tell(Event("stopping", None, f"{len(self.going)} runs are saved and ended"))
-        self.signal(signal.SIGTERM)
-        until = time.monotonic() + PATIENCE
-        while self.going and time.monotonic() < until:
-            for number, (_, process, _) in list(self.going.items()):
-                if process.poll() is not None:
-                    del self.going[number]
-            time.sleep(POLL)
-        self.signal(signal.SIGKILL)
-
-    def signal(self, number: int) -> None:
-        """Send a signal to every process."""
-        for _, process, _ in self.going.values():
-            with suppress(ProcessLookupError):
+        left = [process for _, process, _ in self.going.values()]
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for process in left:
                 process.send_signal(number)
+            left = wait(left, PATIENCE)
+        self.going.clear()
 
 
 Metrics = Callable[[Run], dict[str, float]]

@@ -91,7 +91,7 @@ def state_of(directory: Path) -> State:
     """The state that is written down; a run that has begun and not ended is waiting too."""
     outcome = read_outcome(directory)
     state = outcome.get("state")
-    if state in ("trained", "cut") and not (directory / "last.ckpt").is_file():
+    if outcome.get("last_step") and not (directory / "last.ckpt").is_file():
         return "waiting"  # someone removed it
     return state if state in ("trained", "cut", "failed") else "waiting"
 

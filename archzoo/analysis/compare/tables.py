@@ -372,7 +372,8 @@ def _write_csv(results: Results, path: Path) -> Path:
     for arm in results.arms:
         facts = plan.arms[arm.name]
         first_row = next(iter(arm.rows.values()), {})
-        keys = " ".join(str(row["key"]) for row in arm.rows.values())
+        # Of all runs that are planned, so that a row of some seeds makes way for that of all.
+        keys = " ".join(run.key for (of, _, _), run in plan.runs.items() if of == arm.name)
         row: dict[str, Any] = {
             "comparison": plan.name,
             "arm": arm.name,
