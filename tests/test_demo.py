@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import itertools
 import re
+import socket
+import sys
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -15,18 +18,22 @@ from rich.console import Console
 import archzoo
 from archzoo.block import Mixer
 from archzoo.cli import main
+from archzoo.demo import page
 from archzoo.demo.command import CONFIG, RUNS
 from archzoo.demo.decoding import (
     PROMPT_LIMIT,
     Side,
     at_contexts,
     compare_forms,
+    condensed,
     decode,
     load_sides,
     note_on_tokenizers,
     state_size,
 )
-from archzoo.demo.terminal import condensed, show, sparkline
+from archzoo.demo.memory import differ_by_layer, heads_by_layer, weights
+from archzoo.demo.terminal import show, sparkline
+from archzoo.demo.web import Answers, Stopping, asked_for, free_port
 from archzoo.generation import generate, state_growth
 from archzoo.tasks.tokenizers import CharacterTokenizer, learn_bpe
 
@@ -244,6 +251,140 @@ def test_lines_are_drawn_to_one_scale() -> None:
     assert sparkline([0, 8], 8, plain=True) == "_#"
     assert condensed([5, 1, 1, 1, 9, 1], 2) == [1, 1], "a median a column"
     assert condensed([1, 2], 5) == [1, 2]
+
+
+# ---------------------------------------------------------------------------- the page
+
+
+def test_memory_fades_with_the_distance_by_half_lives(sides: list[Side]) -> None:
+    [heads, _] = heads_by_layer(sides[0].model)
+    held = weights(heads[0].gamma, 200)
+    assert held[-1] == 1 and held[-1 - 22] == pytest.approx(0.5, abs=0.02)
+    html = page.memory(sides[0], ["ab", "c", *"d" * 198], heads)
+    assert "half-life 22 tokens" in html and "1 % after 145" in html and html.count("<b>head") == 2
+    text = re.sub("<[^>]*>", "", html[html.index("az-text") :])
+    assert "abc" + "d" * 198 in text, "the whole text, whatever its shades"
+    opacity = [float(value) for value in re.findall(r"8, 145, 178, ([\d.]+)", html)]
+    assert opacity[0] < 0.05 and max(opacity) == 0.55
+    html = page.memory(sides[0], ["x"] * 700, heads)
+    assert "… 100 tokens before …" in html
+
+
+def test_heads_that_keep_all_are_shown_once(sides: list[Side]) -> None:
+    html = page.memory(sides[1], ["a"], heads_by_layer(sides[1].model)[0])
+    assert html.count("az-head") == 1 and "keeps every token" in html
+    forever = side("retnet_micro", mixer={"class_path": "Retention", "init_args": {"decay": 1}})
+    assert "never forgets" in page.memory(forever, ["a"], heads_by_layer(forever.model)[0])
+    assert not differ_by_layer(heads_by_layer(sides[0].model))
+    hybrid = side("retnet_micro", pattern=["Retention", "Attention"])
+    assert differ_by_layer(heads_by_layer(hybrid.model))
+
+
+def test_the_page_escapes_what_is_not_its_own() -> None:
+    hostile = "<script>alert(1)</script>"
+    tokenizer = CharacterTokenizer("".join(sorted(set(hostile))))
+    model = archzoo.create_model("retnet_micro", vocab_size=tokenizer.vocab_size).eval()
+    answers = Answers([Side(hostile, model, tokenizer)])
+    shown = [*list(answers.generate(hostile, 9, 0.8, 0, 0, Stopping()))[-1][:-1]]
+    shown += [*answers.compare(hostile, 0.8, 0), answers.contexts(64)]
+    shown += [page.error(hostile), page.message(hostile)]
+    assert not any("<script" in part for part in shown)
+    assert sum("&lt;script&gt;" in part for part in shown) >= 6
+
+
+def test_the_page_is_answered_as_the_terminal(sides: list[Side]) -> None:
+    answers = Answers(sides)
+    frames = list(answers.generate("to be", 5, 0.8, 3, 0, Stopping()))
+    status, first, second, memory, _, chunks = frames[-1]
+    expected = [
+        "".join(e.text for e in decode(sides, "to be", max_tokens=5, seed=3) if e.side == n)
+        for n in (0, 1)
+    ]
+    assert ["".join(entry) for entry in chunks] == [f"to be{text}" for text in expected]
+    assert f"<b>{escape(expected[0])}</b>" in first and "5 tokens written" in second
+    assert "512 more with every token" in status and "half-life" in memory
+    assert answers.memories(chunks, 1)[0] == memory
+    assert answers.memories([], 0) == ["", ""]
+
+
+def test_the_page_stops_between_two_tokens(sides: list[Side]) -> None:
+    stopping, answers = Stopping(), Answers(sides)
+    frames = answers.generate("to be", 2000, 0.8, 3, 0, stopping)
+    next(frames)
+    answers.stop(stopping)
+    assert "tokens, state" in list(frames)[-1][0]
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        (("", 5, 0.8, 0), "the prompt is empty"),
+        ((None, 5, 0.8, 0), "the prompt is empty"),
+        (("a" * 2001, 5, 0.8, 0), "at most 2,000"),
+        (("TO", 5, 0.8, 0), "character &#x27;T&#x27;"),
+        (("to", 2001, 0.8, 0), "2001 must lie in 1 .. 2,000"),
+        (("to", 5, float("nan"), 0), "temperature=nan"),
+        (("to", 5, 0.8, -1), "seed=-1 must lie in"),
+        (("to", "x", 0.8, 0), "invalid literal"),
+    ],
+)
+def test_what_the_page_is_asked_is_checked_here(
+    sides: list[Side], given: tuple[object, ...], error: str
+) -> None:
+    """Whoever sends requests by hand is not held back by what the page's fields allow."""
+    [frame] = Answers(sides).generate(*given, 0, Stopping())
+    assert error in frame[0] and "az-error" in frame[0]
+    assert len(frame) == 6
+
+
+def test_contexts_are_measured_once_and_drawn(sides: list[Side]) -> None:
+    answers = Answers(sides)
+    assert answers.contexts(100).count("not measured yet") == 2
+    assert f"{state_size(sides[1].model, 100):,} bytes" in answers.contexts(100)
+    html = list(answers.measure(100))[-1]
+    assert "not measured" not in html and html.count("<svg") == 2
+    assert len(list(answers.measure(100))) == 1, "known already"
+    assert [set(known) for known in answers.measured] == [{100}, {100}]
+    assert "after 16,384 tokens" in answers.contexts(10**9)
+    assert answers.lengths[0] == 64 and answers.lengths[-1] == 16_384
+
+
+def test_only_what_the_page_asks_for_is_served() -> None:
+    for path in ("/", "/config", "/assets/a.js", "/theme.css", "/gradio_api/queue/join"):
+        assert asked_for(path), path
+    for path in (
+        "/gradio_api/upload",
+        "/gradio_api/file=/etc/passwd",
+        "/gradio_api",
+        "/file=/etc/passwd",
+        "/gradio_api/run/predict",
+        "/monitoring",
+        "//gradio_api/upload",
+    ):
+        assert not asked_for(path), path
+
+
+def test_an_address_that_cannot_be_used_gets_one_line() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"port={port} cannot be listened on \(address alr"):
+            free_port("127.0.0.1", port)
+    assert free_port("127.0.0.1", port) == port
+    assert free_port("127.0.0.1", 0) > 0
+    with pytest.raises(ValueError, match="cannot be listened on"):
+        free_port("192.0.2.1", 0)  # an address of documentation, no machine's
+    with pytest.raises(ValueError, match="must lie in 0"):
+        free_port("127.0.0.1", 70_000)
+
+
+def test_without_gradio_the_page_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main(["demo", "--web"]) == 1
+    assert "pip install 'archzoo[demo]'" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------- the command

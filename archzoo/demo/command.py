@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 CONFIG = "configs/demo.yaml"
 ARMS = ("retnet", "transformer")
@@ -15,8 +16,11 @@ def demo_command(
     other: str | None = None,
     /,
     train: bool = False,
+    web: bool = False,
+    host: str = "127.0.0.1",
+    port: int = 7860,
     prompt: str = "ROMEO:",
-    max_tokens: int = 400,
+    max_tokens: int = 250,
     temperature: float = 0.8,
     top_k: int | None = None,
     seed: int = 0,
@@ -34,6 +38,11 @@ def demo_command(
         other: A second one, to compare with.
         train: Train the demo's own models first, on a CPU in some minutes; what was interrupted
             is continued.
+        web: As a page for a browser, which shows more: what each head still holds of the text,
+            state and time at any context length, and the three forms. It needs gradio.
+        host: Address that the page is served at. This machine alone can reach 127.0.0.1; whoever
+            reaches another, such as 0.0.0.0, can use the page.
+        port: Of that address; 0: any that is free.
         prompt: The text that is continued, at most 2,000 characters.
         max_tokens: The most that each model writes.
         temperature: Divides the logits before sampling; 0 takes the most likely token.
@@ -51,7 +60,12 @@ def demo_command(
     from archzoo.demo.decoding import check_request, decode, load_sides
     from archzoo.demo.terminal import show
 
-    check_request(prompt, max_tokens)  # before minutes of training
+    check_request(prompt, max_tokens, seed)  # before minutes of training
+    if web:  # before minutes of training too
+        from archzoo.demo.web import free_port, import_gradio, serve
+
+        import_gradio()
+        port = free_port(host, port)
     if train:
         if checkpoint is not None:
             raise ValueError(
@@ -62,10 +76,13 @@ def demo_command(
             return status
     checkpoints = [path for path in (checkpoint, other) if path is not None] or trained_models()
     sides = load_sides(checkpoints, device or "auto")
-    events = decode(
-        sides, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed
-    )
-    show(sides, prompt, events)
+    how: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
+    how |= {"top_k": top_k, "seed": seed}
+    events = decode(sides, prompt, **how)
+    if web:
+        serve(sides, host=host, port=port, prompt=prompt, **how)
+    else:
+        show(sides, prompt, events)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 PROMPT_LIMIT = 2_000  # characters: a demo reads a prompt, not a book
 TOKEN_LIMIT = 20_000  # new tokens
-RECENT = 16  # tokens whose median time is "now"
+RECENT = 9  # tokens whose median time is that of the last one: a busy machine makes spikes
 SLICE = 512  # tokens that are read at once where a text is long
 
 
@@ -78,32 +79,35 @@ class History:
     """What was heard of one model.
 
     Attributes:
-        text: What it wrote.
+        chunks: What it wrote, token by token; some may be empty.
         tokens: How many tokens.
         prompt_milliseconds: Of the prompt's pass, which gives the first token.
         milliseconds: Of each token after the first.
+        medians: Of each and up to eight before it, which is what is drawn.
         state_bytes: After each token.
         contexts: Tokens in the state after each token.
         ended: Whether nothing more comes.
     """
 
     def __init__(self) -> None:
-        self.text = ""
+        self.chunks: list[str] = []
         self.tokens = 0
         self.prompt_milliseconds = 0.0
         self.milliseconds: list[float] = []
+        self.medians: list[float] = []
         self.state_bytes: list[int] = []
         self.contexts: list[int] = []
         self.ended = False
 
     def add(self, event: Event) -> None:
         """Take an event of this model."""
-        self.text += event.text
+        self.chunks.append(event.text)
         if event.token is None:
             self.ended = True
             return
         if self.tokens:
             self.milliseconds.append(event.milliseconds)
+            self.medians.append(statistics.median(self.milliseconds[-RECENT:]))
         else:
             self.prompt_milliseconds = event.milliseconds
         self.tokens += 1
@@ -111,9 +115,9 @@ class History:
         self.contexts.append(event.context)
 
     @property
-    def recent_milliseconds(self) -> float | None:
-        """The median of the last tokens; None where there is none yet."""
-        return statistics.median(self.milliseconds[-RECENT:]) if self.milliseconds else None
+    def text(self) -> str:
+        """All of what it wrote."""
+        return "".join(self.chunks)
 
     @property
     def grew(self) -> bool:
@@ -183,7 +187,7 @@ def decode(
     sides: Sequence[Side],
     prompt: str,
     *,
-    max_tokens: int = 400,
+    max_tokens: int = 250,
     temperature: float = 0.8,
     top_k: int | None = None,
     seed: int = 0,
@@ -203,7 +207,7 @@ def decode(
             out of its range; or weights are not finite. All but the last come at once, before the
             first event is asked for.
     """
-    check_request(prompt, max_tokens)
+    check_request(prompt, max_tokens, seed)
     texts = [
         _Text(number, side, prompt, max_tokens, Sampler(1, temperature, top_k, None, seed))
         for number, side in enumerate(sides)
@@ -211,11 +215,17 @@ def decode(
     return _in_turn(texts)
 
 
-def check_request(prompt: str, max_tokens: int) -> None:
-    """Refuse a prompt or a number of tokens that is not one.
+def check_request(prompt: str, max_tokens: int, seed: int = 0) -> None:
+    """Refuse what a demo cannot be asked, before anything is computed.
+
+    Args:
+        prompt: The text that is continued.
+        max_tokens: The most that is written.
+        seed: Of the sampling.
 
     Raises:
-        ValueError: It is empty, or more than a demo reads or writes.
+        ValueError: The prompt is empty, something is more than a demo reads or writes, or the
+            seed is none.
     """
     if not prompt:
         raise ValueError("the prompt is empty: a model needs a token to start from")
@@ -225,12 +235,15 @@ def check_request(prompt: str, max_tokens: int) -> None:
         )
     if not 1 <= max_tokens <= TOKEN_LIMIT:
         raise ValueError(f"max_tokens={max_tokens} must lie in 1 .. {TOKEN_LIMIT:,}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed} must lie in 0 .. {2**63 - 1}")
 
 
 def _in_turn(texts: list[_Text]) -> Iterator[Event]:
     with ExitStack() as stack:
         for text in texts:
             stack.enter_context(_for_decoding(text.model))
+            _warm_up(text.model)
         going = texts
         while going:
             for text in going:
@@ -248,6 +261,15 @@ def _for_decoding(model: Decoder) -> Iterator[None]:
             yield
     finally:
         model.train(training)
+
+
+@torch.inference_mode()
+def _warm_up(model: Decoder) -> None:
+    """Some steps that no one sees: the first ones of a process take several times as long."""
+    state = model.init_state(1, capacity=4)
+    for _ in range(4):
+        tokens = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        state = model(tokens, state, form="recurrent").state
 
 
 class _Text:
@@ -336,6 +358,70 @@ def state_size(model: Decoder, tokens: int) -> int:
     """Bytes of the state of one text of so many tokens; nothing is allocated."""
     with torch.device("meta"):
         return nbytes(model.init_state(1, capacity=tokens, device="meta"))
+
+
+# ---------------------------------------------------------------------------- in words and lines
+
+
+def summary(sides: Sequence[Side], histories: Sequence[History]) -> list[str]:
+    """What the decoding showed, in words: how each state grows, and where they cross."""
+    lines = []
+    for side, history in zip(sides, histories, strict=True):
+        if not history.state_bytes:
+            continue
+        last, tokens = history.state_bytes[-1], history.contexts[-1] - history.contexts[0]
+        how = "the same at every token"
+        if history.grew:
+            a_token = (last - history.state_bytes[0]) / tokens
+            how = f"{a_token:,.0f} more with every token"
+        lines.append(
+            f"{side.name}: {history.tokens} tokens, state {last:,} bytes, {how}; the prompt took "
+            f"{history.prompt_milliseconds:.1f} ms"
+        )
+    crossing = _crossing(histories)
+    if crossing is not None:
+        larger, context = crossing
+        lines.append(
+            f"{sides[larger].name}'s state is the larger one from {context:,} tokens on, those of "
+            "the prompt counted"
+        )
+    longer: dict[int, list[str]] = {}  # names by the length that they were trained on
+    for side, history in zip(sides, histories, strict=True):
+        trained = side.model.context_length
+        if trained is not None and history.contexts and history.contexts[-1] > trained:
+            longer.setdefault(trained, []).append(side.name)
+    lines += [
+        f"{' and '.join(names)}: trained on texts of at most {trained:,} tokens; this is longer"
+        for trained, names in longer.items()
+    ]
+    note = note_on_tokenizers(sides)
+    return lines if note is None else [*lines, note]
+
+
+def _crossing(histories: Sequence[History]) -> tuple[int, int] | None:
+    """Which model's state outgrew the other's, that stays, and after how many tokens."""
+    growing = [number for number, history in enumerate(histories) if history.grew]
+    constant = [
+        number
+        for number, history in enumerate(histories)
+        if history.state_bytes and not history.grew
+    ]
+    if len(growing) != 1 or len(constant) != 1:
+        return None
+    limit = histories[constant[0]].state_bytes[-1]
+    grown = histories[growing[0]]
+    for context, size in zip(grown.contexts, grown.state_bytes, strict=True):
+        if size > limit:
+            return growing[0], context
+    return None
+
+
+def condensed(values: Sequence[float], width: int) -> list[float]:
+    """Values in at most `width` columns, each the median of what it stands for."""
+    if len(values) <= width:
+        return list(values)
+    edges = [column * len(values) // width for column in range(width + 1)]
+    return [statistics.median(values[begin:end]) for begin, end in itertools.pairwise(edges)]
 
 
 # ---------------------------------------------------------------------------- long contexts
@@ -445,7 +531,7 @@ def compare_forms(
     Raises:
         ValueError: As `decode` says.
     """
-    check_request(prompt, max_tokens)
+    check_request(prompt, max_tokens, seed)
     model = side.model
     how: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     how["tokenizer"] = side.tokenizer

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 
@@ -14,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from archzoo.analysis.tables import Screen
-from archzoo.demo.decoding import Event, History, Side, note_on_tokenizers
+from archzoo.demo.decoding import Event, History, Side, condensed, summary
 
 BARS, PLAIN_BARS = "▁▂▃▄▅▆▇█", "_.-:=+*#"
 NARROW = 72  # columns below which panels stand one below the other
@@ -75,50 +73,6 @@ def _show_end(
             console.print()
     for line in summary(sides, histories):
         console.print(line, markup=False, soft_wrap=True)
-
-
-def summary(sides: Sequence[Side], histories: Sequence[History]) -> list[str]:
-    """What the decoding showed, in words: how each state grows, and where they cross."""
-    lines = []
-    for side, history in zip(sides, histories, strict=True):
-        if not history.state_bytes:
-            continue
-        last, tokens = history.state_bytes[-1], history.contexts[-1] - history.contexts[0]
-        how = "the same at every token"
-        if history.grew:
-            a_token = (last - history.state_bytes[0]) / tokens
-            how = f"{a_token:,.0f} more with every token"
-        lines.append(
-            f"{side.name}: {history.tokens} tokens, state {last:,} bytes, {how}; the prompt took "
-            f"{history.prompt_milliseconds:.1f} ms"
-        )
-    crossing = _crossing(histories)
-    if crossing is not None:
-        larger, context = crossing
-        lines.append(
-            f"{sides[larger].name}'s state is the larger one from {context:,} tokens on, those of "
-            "the prompt counted"
-        )
-    note = note_on_tokenizers(sides)
-    return lines if note is None else [*lines, note]
-
-
-def _crossing(histories: Sequence[History]) -> tuple[int, int] | None:
-    """Which model's state outgrew the other's, that stays, and after how many tokens."""
-    growing = [number for number, history in enumerate(histories) if history.grew]
-    constant = [
-        number
-        for number, history in enumerate(histories)
-        if history.state_bytes and not history.grew
-    ]
-    if len(growing) != 1 or len(constant) != 1:
-        return None
-    limit = histories[constant[0]].state_bytes[-1]
-    grown = histories[growing[0]]
-    for context, size in zip(grown.contexts, grown.state_bytes, strict=True):
-        if size > limit:
-            return growing[0], context
-    return None
 
 
 # ---------------------------------------------------------------------------- panels
@@ -199,11 +153,10 @@ def _measurements(
 ) -> list[tuple[str, str, str]]:
     """(label, figure, growing line) of one model, on the scale that all models share."""
     mine = histories[number]
-    recent = mine.recent_milliseconds
-    times = [condensed(history.milliseconds, width) for history in histories]
+    times = [condensed(history.medians, width) for history in histories]
     sizes = [condensed(history.state_bytes, width) for history in histories]
     figures = (
-        "" if recent is None else f"{recent:.2f}",
+        f"{mine.medians[-1]:.2f}" if mine.medians else "",
         f"{mine.state_bytes[-1]:,}" if mine.state_bytes else "",
     )
     return [
@@ -216,14 +169,6 @@ def printable(text: str, encoding: str = "utf-8") -> str:
     """A text without what a terminal would obey or cannot show: a model may write any character."""
     text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
     return text.encode(encoding, "replace").decode(encoding)
-
-
-def condensed(values: Sequence[float], width: int) -> list[float]:
-    """Values in at most `width` columns, each the median of what it stands for."""
-    if len(values) <= width:
-        return list(values)
-    edges = [column * len(values) // width for column in range(width + 1)]
-    return [statistics.median(values[begin:end]) for begin, end in itertools.pairwise(edges)]
 
 
 def sparkline(values: Sequence[float], top: float, plain: bool = False) -> str:
