@@ -205,6 +205,29 @@ def test_a_file_may_say_what_the_options_say(place):
     assert saved["compare"] is saved["claim"] is saved["arms"] is None
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+CLAIMS = sorted((ROOT / "configs/claims").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CLAIMS, ids=lambda path: path.stem)
+@pytest.mark.filterwarnings("ignore:a number of .* digits is longer than")  # some mean to show it
+def test_every_claim_has_a_plan(path, monkeypatch, cache):
+    """Settings, models and batches of all its arms, as they are; nothing is trained."""
+    monkeypatch.chdir(ROOT)
+    content = settings.read(path)
+    text = content["data"]["class_path"] in ("Text", "Mixed")
+    flags = {"data.cache_dir": str(cache), "data.tokenizer": "characters"} if text else {}
+    plan = plan_of(flags, str(path), seeds="0,1")
+    assert list(plan.arms) == list(content.get("arms") or ["model"])
+    assert len({run.key for run in plan.runs.values()}) == len(plan.runs)
+    given = content.get("claim") or []
+    assert len(plan.claims) == (len(given) if isinstance(given, list) else 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -382,7 +405,8 @@ def test_a_claim_that_says_too_little_is_refused(claim, words):
 
 RUN = [sys.executable, "-m", "archzoo", "compare", "a.yaml", "--at_once", "2"]
 RUN += ["--model.mixer", "Retention,Attention", "--model.match", "parameters"]
-MEASURED = {"tokens_per_second", "process_memory_mb", "seconds", "command", "commit"}
+MEASURED = {"tokens_per_second", "process_memory_mb", "peak_memory_mb", "seconds"}
+MEASURED |= {"command", "commit"}
 
 
 def rows(path):
