@@ -185,6 +185,51 @@ def learning_rates() -> str:
     return markdown(headings, lines)
 
 
+# ---------------------------------------------------------------------------- retention
+
+
+def compared(name: str, against: str, metric: str) -> str:
+    """The arms of a comparison at their chosen rates, by a metric of the test part."""
+    chosen: dict[str, list[Row]] = {}
+    for row in rows_of(f"{H200}-bf16-mixed-claims-{name}"):
+        if row["chosen"]:
+            chosen.setdefault(row["arm"], []).append(row)
+    values = {
+        arm: {row["seed"]: float(row[f"test/{metric}"]) for row in rows}
+        for arm, rows in chosen.items()
+    }
+    found = []
+    for arm, rows in chosen.items():
+        mine = values[arm].values()
+        found.append([
+            f"`{arm}`",
+            str(len(rows)),
+            f"{int(rows[0]['parameters']):,}",
+            f"{int(rows[0]['state_1k']) / 1024:,.0f}",
+            f"{float(rows[0]['learning_rate']):g}",
+            f"{statistics.fmean(mine):.3f} ± {statistics.stdev(mine):.3f}",
+            "" if arm == against else _difference(values[arm], values[against]),
+        ])  # fmt: skip
+    headings = ["arm", "runs", "parameters", "state at 1k, KiB", "rate", "test bits a byte"]
+    return markdown([*headings, f"against `{against}`"], found)
+
+
+def recall() -> str:
+    """Accuracy of multi-query recall by mixer and width, of the better of two learning rates."""
+    sizes = {"all": "", "64 pairs": "/64x256", "128": "/128x512", "256": "/256x1024"}
+    found = []
+    for row in rows_of(f"{H200}-bf16-mixed-claims-recall"):
+        if not row["chosen"]:
+            continue
+        arm, _, dim = row["arm"].partition("+dim=")
+        state = (int(row[c]) / 1024 for c in ("state_1k", "state_16k"))
+        accuracy = [f"{100 * float(row[f'test/token_accuracy{s}']):.1f}" for s in sizes.values()]
+        rate = f"{float(row['learning_rate']):g}"
+        found.append([f"`{arm}`", dim, *(f"{kib:,.1f}" for kib in state), rate, *accuracy])
+    headings = ["arm", "width", "state at 1k, KiB", "at 16k", "rate"]
+    return markdown([*headings, "accuracy, %: all", *list(sizes)[1:]], found)
+
+
 # ---------------------------------------------------------------------------- mixtures
 
 
@@ -325,6 +370,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "abacus_cpu": abacus_cpu,
     "rope_scaling": rope_scaling,
     "learning_rates": learning_rates,
+    "retnet": lambda: compared("retnet", "retnet", "bits_per_byte"),
+    "recall": recall,
     "filtered_attention": lambda: variants("filtered_attention", "plain", {}),
     "normalised_gate": lambda: variants("normalised_gate", "none", GATE),
     "adaptive_balance": lambda: variants(

@@ -19,10 +19,11 @@ from archzoo.analysis.compare.runs import read_outcome, row_of_run, state_of
 from archzoo.analysis.compare.statistics import Difference, Summary, paired, summary
 from archzoo.analysis.curves import read
 from archzoo.analysis.evidence import command_line, write_rows
-from archzoo.analysis.figures import legend, pyplot, save
+from archzoo.analysis.figures import pyplot, save
 from archzoo.analysis.report import write_report
 
 PERCENT = ("exact_match", "accuracy")  # within the names of what is shown in per cent
+LINES = ("-", "--", ":", "-.")  # of curves, once their ten colours are used up
 ANECDOTE = "one seed: an anecdote, which says nothing of another seed"
 
 
@@ -531,54 +532,68 @@ def _draw(results: Results, path: Path) -> Path | None:
     except ValueError as error:
         print(f"no curves are drawn: {error}")
         return None
+    styles = {
+        arm.name: {"color": f"C{number % 10}", "linestyle": LINES[number // 10 % len(LINES)]}
+        for number, arm in enumerate(results.arms)
+    }
     panels: list[Callable[[Any], None]] = [
-        lambda panel, metric=metric: _draw_bands(panel, found[metric], metric)  # type: ignore[misc]
+        lambda panel, metric=metric: _draw_bands(  # type: ignore[misc]
+            panel, found[metric], metric, styles
+        )
         for metric in found
     ]
     if results.plan.chooses:
-        panels.append(lambda panel: _draw_rates(panel, results))
+        panels.append(lambda panel: _draw_rates(panel, results, styles))
     columns = 2 if len(panels) > 1 else 1
     lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(5.5 * columns, 4.2 * lines), layout="constrained", squeeze=False
-    )
+    beside = 0.5 + 0.08 * max(map(len, styles))  # inches, for one legend of all panels
+    size = (5 * columns + beside, max(3.6 * lines, 0.2 * len(styles)))
+    figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
     for number, panel in enumerate(axes.flat):
         if number < len(panels):
             panels[number](panel)
         else:
             panel.set_axis_off()
+    named: dict[str, Any] = {}
+    for panel in axes.flat:
+        for line, name in zip(*panel.get_legend_handles_labels(), strict=True):
+            named.setdefault(name, line)
+    names = [name for name in styles if name in named]
+    figure.legend([named[n] for n in names], names, loc="outside right upper", fontsize=8)
     save(figure, path)
     return path
 
 
-def _draw_bands(panel: Any, found: list[Band], metric: str) -> None:
+def _draw_bands(
+    panel: Any, found: list[Band], metric: str, styles: dict[str, dict[str, str]]
+) -> None:
     several, (scale, unit) = False, _scale(metric)
     for entry in found:
         marker = "." if len(entry.steps) < 20 else None
         mean, low, high = (
             [value * scale for value in values] for values in (entry.mean, entry.low, entry.high)
         )
-        (line,) = panel.plot(entry.steps, mean, marker=marker, label=entry.name)
+        style = styles[entry.name]
+        panel.plot(entry.steps, mean, marker=marker, label=entry.name, **style)
         if low != high:
             several = True
-            color = line.get_color()
-            panel.fill_between(entry.steps, low, high, alpha=0.2, linewidth=0, color=color)
+            panel.fill_between(entry.steps, low, high, alpha=0.2, linewidth=0, color=style["color"])
     spread = " (mean ± standard deviation over seeds)" if several else ""
     panel.set_title(f"{title_of(metric)}{unit}{spread}", fontsize=10)
     panel.set_xlabel("step")
-    legend(panel)
 
 
-def _draw_rates(panel: Any, results: Results) -> None:
+def _draw_rates(panel: Any, results: Results, styles: dict[str, dict[str, str]]) -> None:
     scale, unit = _scale(results.plan.metric)
     for arm in results.arms:
         if not arm.tried:
             continue
         rates = sorted(arm.tried)
         values = [arm.tried[rate] * scale for rate in rates]
-        (line,) = panel.plot(rates, values, ".-", label=arm.name)
+        style = styles[arm.name]
+        panel.plot(rates, values, marker=".", label=arm.name, **style)
         if arm.rate in arm.tried:
-            color = line.get_color()
+            color = style["color"]
             panel.plot(arm.rate, arm.tried[arm.rate] * scale, "o", color=color, markersize=9)
     panel.set_xscale("log")
     every = sorted({rate for arm in results.arms for rate in arm.tried})
@@ -587,4 +602,3 @@ def _draw_rates(panel: Any, results: Results) -> None:
     title = f"validation {title_of(results.plan.metric)}{unit} by learning rate"
     panel.set_title(f"{title} (circles: chosen)", fontsize=10)
     panel.set_xlabel("learning rate")
-    legend(panel)
