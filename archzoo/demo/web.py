@@ -226,12 +226,11 @@ def build(answers: Answers, prompt: str, max_tokens: int, temperature: float, se
         status = gradio.HTML(page.message("Generate lets the models write."), elem_id="status")
         nothing = [History() for _ in sides]
         with gradio.Row():
-            cards = [
-                gradio.HTML(
-                    page.card(number, side, "", nothing), min_width=300, elem_id=f"card{number}"
-                )
-                for number, side in enumerate(sides)
-            ]
+            cards = []
+            for number, side in enumerate(sides):
+                with gradio.Column(min_width=300):  # one below the other on a phone
+                    drawn = page.card(number, side, "", nothing)
+                    cards.append(gradio.HTML(drawn, elem_id=f"card{number}"))
         with gradio.Tab("What each head still holds"):
             gradio.Markdown(
                 "The darker a token, the more of it the head's state still holds: "

@@ -227,6 +227,10 @@ def test_it_fits_a_phone_and_a_dark_page(visit: Any, served: str, width: int, da
     generate(page, "to be")
     finished(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    first, second = (page.locator(f"#card{n} .az-card").bounding_box() for n in (0, 1))
+    assert (first["y"] == second["y"]) == (width > 500), "beside each other where they fit"
+    spill = "box => [...box.querySelectorAll('*')].some(e => e.scrollWidth > box.clientWidth)"
+    assert not page.locator("#card1 .az-card").evaluate(spill)
     visit.photograph(page, f"demo_{width}{'_dark' * dark}")
 
 
