@@ -13,7 +13,9 @@ from archzoo.tasks import Addition, BitwiseOr, Subtraction, Task, Text, build
 from archzoo.tasks.stream import IGNORED
 
 # Arguments with which a task is small. A task that is new is tried with its defaults.
+FEW = {"validation_examples": 200, "test_examples": 200, "batch_size": 16}
 SMALL = {
+    **dict.fromkeys(("FuzzyRecall", "Induction", "NoisyRecall", "StateTracking"), FEW),
     "Arithmetic": {"tasks": {"Addition": {}, "Subtraction": {}, "Sorting": {"numbers": 2}}},
     "BitwiseOr": {"digits": 12},
     "Mixed": {"context_length": 32, "lines": 1, "problem_arguments": {"digits": 2}},
