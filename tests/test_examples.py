@@ -114,11 +114,41 @@ def check_bench(printed):
     )
 
 
+def check_conversation(printed):
+    assert "saved:     25 tokens in 8,216 bytes" in printed
+    assert "without a pause: the same tokens" in printed
+    assert "asked:     three four, knock at the door" in printed
+    assert re.findall("^forked: .*, then (.)$", printed, re.MULTILINE) == ["o", "i"]
+
+
+def check_reading(printed):
+    kept = re.search(r"stopped: ([\d,]+) tokens are kept", printed)[1]
+    assert f"resumed: from byte {kept} of 31,092" in printed, "a token is a byte here"
+    assert "31,092 tokens; the state has 8,216 bytes" in printed
+    assert "as in one go: bit for bit" in printed
+
+
+def check_beams(printed):
+    greedy, searched = re.split(r"^\d beams?, ", printed, flags=re.MULTILINE)[1:]
+    best = [
+        {
+            prompt: max(float(p) for p in re.findall(rf"log p +(-[\d.]+)  {prompt}", said))
+            for prompt in ("one two, ", "a big ")
+        }
+        for said in (greedy, searched)
+    ]
+    assert best[1]["one two, "] > best[0]["one two, "] and best[1]["a big "] >= best[0]["a big "]
+    assert "state 16,432 bytes" in printed and "state 131,456 bytes" in printed
+
+
 check = {
+    "beam_search": check_beams,
     "bench_mixers": check_bench,
     "compare_mixers": check_compare,
     "decode_side_by_side": check_side_by_side,
     "how_far_a_head_reads": check_how_far,
+    "keep_a_conversation": check_conversation,
+    "read_a_long_document": check_reading,
     "write_your_own_mixer": check_own_mixer,
     "write_your_own_preset": check_own_preset,
     "write_your_own_router": check_own_router,
