@@ -359,7 +359,7 @@ def identity(task, line):
 
 @tasks
 def test_train_and_held_out_are_disjoint_where_all_is_shown(name):
-    small = {"held_out": 5} | ({"digits": 4} if name is BitwiseOr else {"digits": 2})
+    small = {"held_out": 5} | ({"digits": 8} if name is BitwiseOr else {"digits": 2})
     small |= {"numbers": 2} if name is Sorting else {}
     task = make(name, validation_examples=10**6, test_examples=10**6, **small)
     shown = {identity(task, t) for t in task.text(task.problems("train", np.arange(60_000)))}
