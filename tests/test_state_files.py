@@ -84,18 +84,21 @@ def same(one: Any, other: Any) -> bool:
 def test_a_pause_changes_nothing(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Greedy and sampled, one row and ragged ones: bit for bit what one call writes."""
     model = make(kind, dtype)
-    for prompts in (PROMPTS[0], PROMPTS):
-        for sampling in ({}, {"temperature": 1.0, "top_k": 20, "seed": 7}):
-            whole = generate(model, prompts, max_tokens=7, keep_state=True, **sampling)
-            begun = generate(model, prompts, max_tokens=3, keep_state=True, **sampling)
-            archzoo.save_state(tmp_path / "state", begun.conversation, model)
-            loaded = archzoo.load_state(tmp_path / "state", model)
-            assert same(loaded, begun.conversation)
-            rest = generate(model, conversation=loaded, max_tokens=4, keep_state=True, **sampling)
-            both = [a + b for a, b in zip(begun.tokens, rest.tokens, strict=True)]
-            assert both == whole.tokens
-            assert same(rest.conversation, whole.conversation)
-            assert same(loaded, begun.conversation), "it stays as it is"
+    sampled: dict[str, Any] = {"temperature": 1.0, "top_k": 20, "seed": 7}
+    tries: list[tuple[Any, dict[str, Any]]] = [(PROMPTS[0], {}), (PROMPTS, sampled)]
+    if kind in MIXED and dtype == torch.float32:
+        tries += [(PROMPTS[0], sampled), (PROMPTS, {})]
+    for prompts, sampling in tries:
+        whole = generate(model, prompts, max_tokens=7, keep_state=True, **sampling)
+        begun = generate(model, prompts, max_tokens=3, keep_state=True, **sampling)
+        archzoo.save_state(tmp_path / "state", begun.conversation, model)
+        loaded = archzoo.load_state(tmp_path / "state", model)
+        assert same(loaded, begun.conversation)
+        rest = generate(model, conversation=loaded, max_tokens=4, keep_state=True, **sampling)
+        both = [a + b for a, b in zip(begun.tokens, rest.tokens, strict=True)]
+        assert both == whole.tokens
+        assert same(rest.conversation, whole.conversation)
+        assert same(loaded, begun.conversation), "it stays as it is"
 
 
 def test_rows_that_stopped_stay_until_they_read_more() -> None:
@@ -389,7 +392,7 @@ def test_hundreds_of_damaged_files_are_refused_or_the_same(
     header = 8 + int.from_bytes(content[:8], "little")
     draw = random.Random(0)
     accepted, said = 0, list[str]()
-    for number in range(600):
+    for number in range(300):
         damaged = bytearray(content)
         place = draw.randrange(header if number % 2 else len(content))
         kind = number % 5
@@ -412,7 +415,7 @@ def test_hundreds_of_damaged_files_are_refused_or_the_same(
             assert same(found, whole)
             accepted += damaged != content
     assert all("\n" not in line and str(written) in line for line in said)
-    assert accepted < 20, "blanks of the header at most"
+    assert accepted < 10, "blanks of the header at most"
 
 
 def test_a_state_that_could_not_be_loaded_is_not_written(tmp_path: Path) -> None:
