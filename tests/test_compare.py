@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from archzoo.analysis.compare import claims, statistics
+from archzoo.analysis.compare import claims, statistics, tables
 from archzoo.analysis.compare.arms import file_name, make_arms, split
 from archzoo.analysis.compare.places import gpus, slots
 from archzoo.analysis.compare.plan import digest, make_plan, matched, numbers
@@ -235,6 +235,7 @@ def test_every_claim_has_a_plan(path, monkeypatch, cache):
         ("", "needs a configuration"),
         ("a.yaml --arms plain", "--arms plain: a.yaml has no such arm"),
         ("a.yaml --seeds 0,x", "--seeds: 'x' is not an integer"),
+        ("a.yaml --seeds=-1,0", "--seeds: -1 must be from 0 to 4294967295"),
         ("a.yaml --seeds 0 --tune_seeds 1", "1 is none of the seeds 0"),
         ("a.yaml --learning_rates fast", "--learning_rates: 'fast' is not a number"),
         ("a.yaml --at_once 0", "at_once=0 must be at least 1"),
@@ -344,6 +345,19 @@ def test_differences_are_paired_by_seed():
     assert found.relative().mean == pytest.approx(-0.2 / 3)
     assert statistics.paired({0: 1.0}, control).low is None
     assert statistics.paired({7: 1.0}, control) is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_run_whose_loss_is_not_finite_costs_no_table(value):
+    found = statistics.summary([value, 2.0])
+    assert not math.isfinite(found.mean) and math.isnan(found.spread) and found.seeds == 2
+    assert tables.mean_and_spread([value, 2.0], "loss") == f"{value:.4f} ± nan"
+    difference = statistics.paired({0: value, 1: 2.0}, {0: 1.0, 1: value})
+    assert math.isnan(difference.mean) and math.isnan(difference.low)
+    assert "nan" in tables.difference_text(difference, "loss", lower=True)
+    claim = claims.Claim(None, None, None, -0.01, -1, 0.003, "difference")
+    values = {"plain": {0: 1.0, 1: 2.0}, "other": {0: value, 1: 2.0}}
+    assert claims.judge(claim, values, relative=True)[0].verdict == "undecided"
 
 
 def test_seeds_needed_are_those_of_the_facts():

@@ -158,7 +158,7 @@ def numbers(value: Any, option: str, kind: type) -> list[Any]:
                 f"{option}: {str(entry).strip()!r} is not {what}; write {option} "
                 + ("0,1,2" if kind is int else "1e-3,2e-3")
             ) from None
-        if not math.isfinite(number) or (kind is float and number <= 0):
+        if kind is float and not 0 < number < math.inf:
             raise ValueError(f"{option}: {number} must be above 0")
         if number in found:
             raise ValueError(f"{option}: {number} is given twice")
@@ -207,6 +207,9 @@ def make_plan(
     facts = dict(_facts(found, _allowed(chosen["may_differ"])))
     first = next(iter(found.values()))
     seeds = seeds or [int(first.settings["seed_everything"] or 0)]
+    for seed in seeds:
+        if not 0 <= seed < 2**32:  # what NumPy's generators take
+            raise ValueError(f"--seeds: {seed} must be from 0 to {2**32 - 1}")
     for seed in tune_seeds or []:
         if seed not in seeds:
             raise ValueError(f"--tune_seeds: {seed} is none of the seeds {_listed(seeds)}")

@@ -58,7 +58,15 @@ class Difference(NamedTuple):
 
 
 def summary(values: list[float]) -> Summary:
-    """Mean and spread of one value a seed."""
+    """Mean and spread of one value a seed.
+
+    Where a value is not finite, as the loss of a run that diverged, neither is the mean, and the
+    spread is NaN.
+    """
+    if not all(map(math.isfinite, values)):  # which `statistics` cannot take
+        return Summary(
+            sum(values) / len(values), math.nan if len(values) > 1 else None, len(values)
+        )
     spread = statistics.stdev(values) if len(values) > 1 else None
     return Summary(statistics.fmean(values), spread, len(values))
 
