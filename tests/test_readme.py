@@ -31,6 +31,10 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("checkout")
     for name in ("archzoo", "configs", "data", "examples"):
         shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+    demo = place / "configs" / "demo.yaml"
+    text, shortened = re.subn(r"max_steps: \d+", "max_steps: 3", demo.read_text(encoding="utf-8"))
+    assert shortened == 1
+    demo.write_text(re.sub(r"val_check_interval: \d+", "val_check_interval: 3", text))
     for name in ("train.py", "Makefile", "constraints.txt", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, place / name)
     return place
@@ -73,6 +77,18 @@ def test_every_command_is_run_by_a_test() -> None:
 SHELL = [line for line in commands() if not line.startswith("make ")]
 
 
+# Less of what takes minutes; the last of two values counts.
+SHORTER = {
+    "bench": ["--lengths", "16,32", "--quantities", "decode,state", "--minutes", "0.5"],
+    "compare": [
+        *("--model.preset", "retnet_micro", "--seeds", "0", "--learning_rates", "1e-3"),
+        *("--trainer.max_steps", "3", "--trainer.val_check_interval", "3"),
+        *("--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1"),
+    ],
+    "demo": ["--max_tokens", "3"],
+}
+
+
 def test_its_shell_commands_run_in_order(checkout: Path) -> None:
     for code, shown in blocks("bash"):
         printed = ""
@@ -87,6 +103,7 @@ def test_its_shell_commands_run_in_order(checkout: Path) -> None:
                 words += ["--trainer.limit_val_batches", "1"]
             if "test" in words:
                 words += ["--trainer.limit_test_batches", "2"]
+            words += SHORTER.get(words[1], [])
             added = run(words, checkout)
             assert added.strip()
             printed += added
