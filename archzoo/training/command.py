@@ -764,11 +764,14 @@ def _settings_beside(path: Path, given: list[str]) -> str:
 
 def _mean_what_it_meant(config: Any) -> None:
     """Arguments of the task that came after a checkpoint are what they were when it was made."""
-    task = known_tasks().get(f"archzoo.tasks.{str(config.data.class_path).rpartition('.')[2]}")
+    kind = str(config.data.class_path).rpartition(".")[2]
+    task = known_tasks().get(f"archzoo.tasks.{kind}")
     if task is None or not task.added:
         return
     stored, _ = read_task(config.ckpt_path)
-    given = stored.get("init_args") if isinstance(stored, dict) else None
+    if not isinstance(stored, dict) or str(stored.get("class_path")).rpartition(".")[2] != kind:
+        return  # another task's arguments mean nothing here
+    given = stored.get("init_args")
     for name, value in task.added.items():
         if isinstance(given, dict) and name not in given:
             config.data.init_args[name] = value
