@@ -66,3 +66,12 @@ def test_without_a_metric_the_first_that_all_have_is_taken(runs, tmp_path, capsy
     assert cells(said)["plain"] == ["1.5000", "5", "1.7500", "9"]  # lower is better of a loss
     assert main(["curves", runs[0], str(plain)]) == 0
     assert "train/loss" in capsys.readouterr().out
+
+
+def test_a_run_that_diverged_is_shown_as_nan(runs, tmp_path, capsys):
+    path = tmp_path / "second" / "metrics.csv"
+    path.write_text(path.read_text().replace("0.7", "nan"))
+    assert main(["curves", *runs]) == 0
+    found = cells(capsys.readouterr().out)
+    assert found["second"][2] == "nan" and found["mean"][1] == "nan"
+    assert found["standard"][2] == "nan" and found["first"][0] == "0.9000"
