@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
+import math
 import statistics
 from pathlib import Path
 from typing import NamedTuple
 
 from rich.table import Table
 
-from archzoo.analysis.compare.statistics import summary
 from archzoo.analysis.figures import legend, pyplot, save
 from archzoo.analysis.tables import show
 from archzoo.names import nearest
@@ -121,13 +121,19 @@ def _table(curves: list[Curve], metric: str, lower: bool) -> Table:
         cells = (f"{best:.4f}", f"{at:,}", f"{lasts[-1]:.4f}", f"{curve.steps[-1]:,}")
         table.add_row(curve.run, *cells)
     if len(curves) > 1:
-        best_of, last_of = summary(bests), summary(lasts)
-        table.add_row("mean", f"{best_of.mean:.4f}", "", f"{last_of.mean:.4f}")
-        spreads = [f"{found.spread:.4f}" for found in (best_of, last_of)]
-        table.add_row("standard deviation", spreads[0], "", spreads[1])
+        table.add_row(
+            "mean", f"{statistics.fmean(bests):.4f}", "", f"{statistics.fmean(lasts):.4f}"
+        )
+        deviations = [f"{_deviation(values):.4f}" for values in (bests, lasts)]
+        table.add_row("standard deviation", deviations[0], "", deviations[1])
         for name, pick in (("least", min), ("largest", max)):
             table.add_row(name, f"{pick(bests):.4f}", "", f"{pick(lasts):.4f}")
     return table
+
+
+def _deviation(values: list[float]) -> float:
+    """Standard deviation; NaN where a run diverged, which `statistics` cannot take."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def _draw(curves: list[Curve], metric: str, path: Path) -> None:
