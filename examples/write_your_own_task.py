@@ -5,7 +5,7 @@
 or from the command line, in this directory:
 
     archzoo fit --import write_your_own_task --model.preset retnet_micro \\
-        --data write_your_own_task.Recall --data.pairs 2 --trainer.max_steps 600
+        --data write_your_own_task.Lookup --data.pairs 2 --trainer.max_steps 600
     archzoo test --import write_your_own_task --ckpt_path runs/retnet_micro/last.ckpt
 
 The task below shows pairs of a letter and a digit and then the letters in another order, and asks
@@ -33,7 +33,7 @@ LETTERS, DIGITS = "abcdefgh", "0123456789"
 SPLITS = {"train": 0, "validation": 1, "test": 2}
 
 
-class Recall(Task):
+class Lookup(Task):
     """Which digit stood after this letter?
 
     Args:
@@ -103,7 +103,7 @@ def main() -> None:
     torch.set_num_threads(1)  # at this size, threads only wait for each other
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")  # Lightning's own affair
-    task = Recall(pairs=2)
+    task = Lookup(pairs=2)
     print(draw(task), end="\n\n")
     right = train("retnet_micro", task, steps=600)
     print(f"retnet_micro answers {right:.0%} of {task.test_examples} rows right; chance is 1 %")

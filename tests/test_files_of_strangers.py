@@ -73,6 +73,7 @@ def test_files_of_earlier_versions_give_the_same_logits(name: str) -> None:
     assert texts is not None
 
 
+@pytest.mark.filterwarnings("ignore:test reads the validation part")  # an earlier run's
 def test_an_earlier_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     fit = ["fit", "--ckpt_path", str(OLD / "retnet_micro.ckpt"), "--trainer.accelerator", "cpu"]
@@ -593,6 +594,7 @@ def test_foreign_weights_of_several_dtypes(tmp_path: Path) -> None:
     refused(tmp_path, r"norm\.weight is float16 where head\.weight is float32")
 
 
+@pytest.mark.filterwarnings("ignore:test reads the validation part")  # an earlier run's
 def test_what_a_run_cannot_resume_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

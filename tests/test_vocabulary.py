@@ -159,7 +159,7 @@ def test_every_configuration_says_which_vocabulary_it_has():
     for path in sorted((root / "configs").rglob("*.yaml")):
         data = yaml.safe_load(path.read_text())["data"]
         given = json.dumps(data)
-        if data["class_path"] != "Text":
+        if data["class_path"] not in ("Text", "Recall"):  # those have no digits
             found[path.relative_to(root / "configs").as_posix()] = (
                 "own" if '"vocabulary": "own"' in given else '"vocabulary": "shared"' in given
             )

@@ -40,7 +40,7 @@ from archzoo.numerics import (
     split_heads,
     without_autocast,
 )
-from archzoo.positions.rotary import FixedRotation, RetentionRotation
+from archzoo.positions.rotary import RetentionRotation
 from archzoo.states import State
 
 # On a CPU at width 128, 4 heads, a training step in one chunk against chunks of 64 took 32 against
@@ -327,8 +327,8 @@ class Retention(KeepsFloat32, Mixer):
     def fits_one_kernel(self, projected: Tensor, log_decay: Tensor) -> bool:
         """Whether `in_one` computes this layer of this text."""
         plain = self.head_norm == "rms" and len(self.widths) == 3 and not self.has_prefix
-        rotary = self.rotary
-        if not plain or not isinstance(rotary, FixedRotation):
+        rotary: Any = self.rotary
+        if not plain or not hasattr(rotary, "table"):  # which one table does not describe
             return False
         if 2 * len(rotary.frequencies) != self.head_dim:  # some channels are not rotated
             return False
@@ -342,11 +342,11 @@ class Retention(KeepsFloat32, Mixer):
             log_decay: log gamma of each head.
             context: Of the same tokens.
         """
-        assert isinstance(self.rotary, FixedRotation)
+        rotary: Any = self.rotary
         packed = context.packed  # else positions are 0, 1, 2, ...
         return layer_kernels.gated_retention(
             projected,
-            self.rotary.table(context.positions, torch.float32),
+            rotary.table(context.positions, torch.float32),
             log_decay,
             context.positions if packed else None,
             context.starts if packed else None,

@@ -247,7 +247,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return cast(turned.view(batch, time, heads, channels), x.dtype)
 
 
-class FixedRotation(Rotary):
+class _Rotation(Rotary):
     """Rotates q and k by the same frequencies."""
 
     def __init__(
@@ -277,7 +277,7 @@ class FixedRotation(Rotary):
         return q, k
 
 
-class RotaryEmbedding(FixedRotation):
+class RotaryEmbedding(_Rotation):
     """RoPE: ``theta_i = base^(-2i / rotary_dim)``, and its scalings to longer texts.
 
     ======== ==================================================================================
@@ -519,7 +519,7 @@ class XPos(Rotary):
         return q, k
 
 
-class RetentionRotation(FixedRotation):
+class RetentionRotation(_Rotation):
     """RetNet's rotation: ``theta_i = base^(-linspace(0, 1, head_dim / 2)_i)``.
 
     Source: Sun et al., Retentive Network, arXiv 2307.08621, eq. 4, as torchscale builds it.

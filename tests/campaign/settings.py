@@ -22,6 +22,7 @@ SLICE, LIMIT = 15, 60
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 SMALL = {
+    "Recall": {"batch_size": 2, "alike": 2, "validation_examples": 2, "test_examples": 2},
     "Addition": {"batch_size": 2, "validation_examples": 4, "test_examples": 4},
     "Text": {"batch_size": 2, "context_length": 32, "path": "corpus.txt", "cache_dir": "cache"},
     "Mixed": {"batch_size": 2, "context_length": 128, "path": "corpus.txt", "cache_dir": "cache"},
