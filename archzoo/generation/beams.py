@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from archzoo.decoder import Decoder
-from archzoo.generation.conversation import Conversation, check_conversation, tails
+from archzoo.generation.conversation import Conversation, check_conversation, prompts_of, tails
 from archzoo.generation.prompts import Prompts, encode, pad_left
 from archzoo.generation.rows import RowWriter, StateReader
 from archzoo.numerics import for_float64
@@ -108,10 +108,7 @@ def beam_search(
         raise ValueError(f"max_tokens={max_tokens} must be at least 1")
     if not 0 <= length_power < math.inf:
         raise ValueError(f"length_power={length_power} must be at least 0, and finite")
-    if prompts is None:
-        if conversation is None:
-            raise ValueError("there is no prompt: give at least one, or a conversation to continue")
-        prompts = [[]] * conversation.batch_size
+    prompts = prompts_of(prompts, conversation)
     writing = writing_of(model.task)
     rows = encode(prompts, tokenizer, model.vocab_size, writing, continues=conversation is not None)
     if stop_token is None and tokenizer is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from archzoo.decoder import Decoder
+from archzoo.generation.prompts import Prompts
 from archzoo.states import State
 
 TAIL = 256  # tokens of a text's end, from which streaming and numbers written backwards continue
@@ -121,3 +122,16 @@ def check_conversation(conversation: Any, model: Decoder, rows: Sequence[Sequenc
             f"the conversation is of {conversation.logits.shape[1]} tokens and the model knows "
             f"{model.vocab_size}: it is another model's"
         )
+
+
+def prompts_of(prompts: Prompts | None, conversation: Conversation | None) -> Prompts:
+    """The prompts, or an empty one for each row of a conversation.
+
+    Raises:
+        ValueError: There is neither.
+    """
+    if prompts is not None:
+        return prompts
+    if conversation is None:
+        raise ValueError("there is no prompt: give at least one, or a conversation to continue")
+    return [[]] * conversation.batch_size

@@ -15,6 +15,7 @@ from archzoo.generation.conversation import (
     Conversation,
     check_conversation,
     extended,
+    prompts_of,
     start_conversation,
     tails,
 )
@@ -121,7 +122,7 @@ def generate(
             "a conversation holds a state and not its text: only the recurrent form continues it, "
             "without check"
         )
-    prompts = _prompts_of(prompts, conversation)
+    prompts = prompts_of(prompts, conversation)
     writing = writing_of(model.task)
     asked_in_text = isinstance(prompts, str) or any(isinstance(entry, str) for entry in prompts)
     if asked_in_text and model.task is None and getattr(tokenizer, "special", False):
@@ -225,14 +226,6 @@ def generate(
         largest_difference=max(differences) if differences else None,
         conversation=kept_conversation,
     )
-
-
-def _prompts_of(prompts: Prompts | None, conversation: Conversation | None) -> Prompts:
-    if prompts is not None:
-        return prompts
-    if conversation is None:
-        raise ValueError("there is no prompt: give at least one, or a conversation to continue")
-    return [[]] * conversation.batch_size
 
 
 def _reader(

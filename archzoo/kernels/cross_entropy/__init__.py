@@ -52,8 +52,8 @@ def total_loss(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     Args:
         x: (tokens, dim).
         weight: W, (vocab_size, dim).
-        labels: (tokens,) int64, -100 at unlabelled positions; another number that is no token
-            makes the sum NaN.
+        labels: (tokens,) int64, -100 at unlabelled positions; another number outside the
+            vocabulary makes the sum NaN.
     """
     total: Tensor = _TotalLoss.apply(x, weight, labels, _dtype(x))
     return total

@@ -19,7 +19,7 @@ def cross_entropy_kernel(
     """One row: its loss and its most likely token; its logits become their gradient in place.
 
     A row holds `columns` numbers, the first `vocabulary` of which are logits. The others become 0.
-    A label that is no token makes the loss NaN, which a reader of the loss notices.
+    A label outside the vocabulary makes the loss NaN, which a reader of the loss notices.
     """
     row = tl.program_id(0).to(tl.int64)
     z_ptr = logits + row * columns

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from archzoo.derivatives import differentiated_again
 from archzoo.kernels import retention
-from archzoo.kernels.launching import launch, power_of_2
+from archzoo.kernels.launching import launch, power_of_2, run_beside
 from archzoo.kernels.retention.launch import Inputs, prepare
 
 _launch = functools.partial(launch, "archzoo.kernels.retention_layer.triton")
@@ -37,7 +37,8 @@ def available(projected: Tensor, log_decay: Tensor, heads: int, key_width: int) 
         heads: Heads.
         key_width: Of a head, even.
     """
-    if key_width % 2 or not projected.is_contiguous():
+    # Where no kernel runs, a CPU above all, no views are made to find that out.
+    if not run_beside(projected) or key_width % 2 or not projected.is_contiguous():
         return False
     q, k, v, _ = _parts(projected, heads, key_width)
     return retention.available(q, k, v, log_decay)
