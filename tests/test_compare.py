@@ -542,6 +542,9 @@ def test_failed_and_cut_runs_do_not_cost_the_others(place, capsys, monkeypatch):
     page = Path("runs/compare/d/table.md").read_text()
     assert "failed" in page and "0.002" in page and "curves.png" in page
     assert Path("runs/compare/d/curves.png").stat().st_size > 10_000
+    # No row of the log is due in six steps; what is trained is shown as trained all the same.
+    assert main(["compare", "--status", "runs/compare/d"]) == 0
+    assert capsys.readouterr().out.count(" 6 / 6 ") == 2
 
     words = "compare d.yaml --seeds 3 --trainer.max_time 00:00:00:00 --output cut"
     assert main(words.split()) == 0

@@ -122,12 +122,14 @@ def lines(found: dict[str, Any], output: Path) -> list[Line]:
         if state == "trained" and evaluated(directory, "test", step):
             state = "done"
         value = values.get(f"validation/{found['metric']}")
+        # A short run logs no row of its last steps, but what is trained has done them all.
+        reached = int(run["steps"]) if state in ("trained", "done") else far.step
         lines.append(
             Line(
                 str(run["arm"]),
                 int(run["seed"]),
                 float(run["learning_rate"]),
-                min(far.step, int(run["steps"])),
+                min(reached, int(run["steps"])),
                 int(run["steps"]),
                 far.loss,
                 value,
