@@ -116,7 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _main(given: list[str]) -> int:
     try:
         modules, given = split_imports(given)
-        if modules:
+        # Where it is loaded it may hold those of an earlier command in this process.
+        if modules or "archzoo.trust" in sys.modules:
             from archzoo.trust import import_for_user, user_imports
 
             user_imports[:] = modules

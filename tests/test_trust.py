@@ -499,6 +499,16 @@ archzoo.register_model("mine_micro", {
 """
 
 
+def test_a_command_imports_nothing_of_an_earlier_one(capsys):
+    """They are handed on to processes that a command starts, which may not find the module."""
+    from archzoo.trust import user_imports
+
+    assert main(["--import", "json", "show", "retnet_micro"]) == 0
+    assert user_imports == ["json"]
+    assert main(["show", "retnet_micro"]) == 0
+    assert user_imports == []
+
+
 def test_one_word_for_all_ways_of_starting(here):
     """`archzoo`, `python -m archzoo` and `train.py` import alike, before or after the command."""
     Path("mine.py").write_text(MINE)
