@@ -141,6 +141,20 @@ class Mixer(StartsFromPrefix):
         """
         return fork(state)
 
+    def fixed_state(self, state: State) -> State:
+        """The same state in tensors that stay where they are, so that a graph of `step` replays.
+
+        Whatever a step changes is then a tensor whose shape stays: a KV cache has the capacity for
+        the tokens to come, and its length is a tensor of no axes. `step` takes such a state, writes
+        into it or returns other tensors of the same shapes, and waits for no device; `copy_state`
+        makes an ordinary state of it again. The base class returns the state as it is, which is
+        right where it holds tensors of constant shapes alone.
+
+        Args:
+            state: Of a capacity for the tokens to come; it is consumed.
+        """
+        return state
+
     def step(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
         """One token, x (batch, 1, dim): the recurrent form. It defines the mixer.
 
@@ -462,6 +476,15 @@ class Block(nn.Module):
         return {
             "convolution": self.convolution.copy_state(state["convolution"], spare),
             "mixer": self.mixer.copy_state(state["mixer"], spare),
+        }
+
+    def fixed_state(self, state: State) -> State:
+        """As `Mixer.fixed_state`, of the state that a call of this block returns."""
+        if self.convolution is None:
+            return self.mixer.fixed_state(state)
+        return {
+            "convolution": self.convolution.fixed_state(state["convolution"]),
+            "mixer": self.mixer.fixed_state(state["mixer"]),
         }
 
     def _drop(self, branch: Tensor) -> Tensor:

@@ -379,6 +379,26 @@ class Decoder(nn.Module):
             ) from error
         return copied
 
+    def fixed_state(self, state: State) -> State:
+        """The same state in tensors that stay where they are, so that a graph of a step replays.
+
+        A call of one token in the recurrent form takes it, and waits for no device. See
+        `Mixer.fixed_state`.
+
+        Args:
+            state: From a call, of a capacity for the tokens to come; it is consumed.
+        """
+        check_state(state, len(state["place"]["positions"]), self.depth * self.loops)
+        place = state["place"]
+        # Without documents theirs are constants that many states share, and no step changes them.
+        moves = place if place["packed"] else {"positions": place["positions"]}
+        pairs = zip([*self.blocks] * self.loops, state["blocks"], strict=True)
+        return {
+            "place": place | fork(moves),
+            "embedding": fork(state["embedding"]),
+            "blocks": [block.fixed_state(held) for block, held in pairs],
+        }
+
     @contextmanager
     def weights_held(self) -> Iterator[None]:
         """For decoding: within it adapted weights that kernels read are computed once.
