@@ -440,6 +440,7 @@ UNITS = {
     "token_accuracy": ("tokens", "{:.2f} %", 100.0),
     "exact_match": ("exact match", "{:.2f} %", 100.0),
     "tokens_per_second": ("", "{:,.0f} tokens/s", 1.0),
+    "mfu": ("MFU", "{:.1f} %", 100.0),
 }
 
 

@@ -11,6 +11,7 @@ import sys
 import torch
 from torch import Tensor
 
+from archzoo.analysis.operations import utilisation
 from archzoo.block import Aux
 from archzoo.numerics import widest
 
@@ -100,12 +101,23 @@ class TrainingFigures:
         )
 
     @staticmethod
-    def means(sums: dict[str, Tensor], seconds: float) -> dict[str, float]:
-        """A row of the log from all ranks' sums; of the tokens, their number a second."""
+    def means(
+        sums: dict[str, Tensor], seconds: float, operations: float = 0.0, peak: float | None = None
+    ) -> dict[str, float]:
+        """A row of the log from all ranks' sums; of the tokens, their number a second, and MFU.
+
+        Args:
+            sums: `sums`, added up.
+            seconds: Since the last row.
+            operations: Of a token, see `archzoo.analysis.operations.training_operations`.
+            peak: Operations a second of all GPUs at most. None: unknown, and there is no MFU.
+        """
         row = {}
         for name, entry in sums.items():
             if name == "tokens":
-                row["tokens_per_second"] = entry.item() / seconds
+                speed = row["tokens_per_second"] = entry.item() / seconds
+                if operations and peak:
+                    row["mfu"] = utilisation(operations, speed, peak)
             else:
                 total, weight = entry.tolist()
                 row[name] = total / max(weight, 1)

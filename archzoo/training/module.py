@@ -14,6 +14,12 @@ from torch import Tensor
 from archzoo import block as interface
 from archzoo._version import __version__
 from archzoo.adapters.attach import adapt
+from archzoo.analysis.operations import (
+    Multiplied,
+    multiplied_parameters,
+    peak_of,
+    training_operations,
+)
 from archzoo.block import Aux
 from archzoo.checkpoint import load, read_safely, tokenizer_files, weights_digest
 from archzoo.decoder import Decoder
@@ -150,6 +156,8 @@ class LanguageModel(lightning.LightningModule):
         self._random_before: dict[str, Any] | None = None  # that validation
         self.sharded = False
         self._set_up_for: tuple[str, int] | None = None
+        self._multiplied: Multiplied | None = None
+        self._length = 1  # of the last batch's rows
         self._vocabulary: dict[str, bytes] | None = None  # of the weights training starts from
         if weights is not None:
             self.decoder = self._start_from(weights)
@@ -230,6 +238,7 @@ class LanguageModel(lightning.LightningModule):
                 f"{task.vocab_size}: this model was made for another vocabulary; "
                 + task.other_vocabulary
             )
+        self._multiplied = multiplied_parameters(self.decoder)  # before they are sharded
         if task is not None:
             task.prepare()
             if stage == "fit" or self.net.task is None:  # the task says how prompts are written
@@ -301,6 +310,7 @@ class LanguageModel(lightning.LightningModule):
         if batch_idx % self.trainer.accumulate_grad_batches == 0:  # as Lightning drops gradients
             self._sums = [{} for _ in range(self.net.depth)]
             self._labelled = self._scale = None
+        self._length = labels.shape[1]
         self._labelled = everywhere if self._labelled is None else self._labelled + everywhere
         if self._scale is None:
             # Any number would do; this one gives gradients the size that they will have.
@@ -477,7 +487,7 @@ class LanguageModel(lightning.LightningModule):
         self.check_losses()
         now = time.perf_counter()
         sums = sum_over_ranks(self.trainer, self.figures.sums())
-        row = self.figures.means(sums, now - self._clock)
+        row = self.figures.means(sums, now - self._clock, *self._operations_and_peak())
         row["learning_rate"] = learning_rate
         if self._gradient_norm is not None:
             row["gradient_norm"] = self._gradient_norm.item()
@@ -487,6 +497,14 @@ class LanguageModel(lightning.LightningModule):
         self.figures.clear()
         self._clock = now
         self._log({f"train/{name}": value for name, value in row.items()}, step)
+
+    def _operations_and_peak(self) -> tuple[float, float | None]:
+        """A token's operations at the length of the last batch, and a second's of all GPUs."""
+        peak = peak_of(self.device)
+        if peak is None or (self.progressive_loss and self.net.loops > 1):  # iterations are drawn
+            return 0.0, None
+        operations = training_operations(self.net, self._length, self._multiplied)
+        return operations, peak * self.trainer.world_size
 
     def _log(self, row: dict[str, float], step: int) -> None:
         self.latest |= row
