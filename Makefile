@@ -24,7 +24,7 @@ EXTRAS := .venv-extras
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
 # With a GPU torch brings its own; without one it interprets the kernels for their tests.
-TRITON := triton==3.9.0
+TRITON := $(shell grep '^triton==' constraints.txt)
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile
 
 # Where Python may not write bytecode, every import of torch takes seconds longer.

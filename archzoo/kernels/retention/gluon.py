@@ -35,6 +35,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 LOG2_E: gl.constexpr = gl.constexpr(1.4426950408889634)
 WIDE: gl.constexpr = gl.constexpr(64)  # columns of a swizzled box of bfloat16
+# What has other names from one Triton to the next: where a group's warps wait for each other, and
+# TMA's copies.
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+_renamed = hasattr(tma, "async_load")
+async_load = tma.async_load if _renamed else tma.async_copy_global_to_shared
+async_store = tma.async_store if _renamed else tma.async_copy_shared_to_global
 
 
 @gluon.jit
@@ -107,7 +113,7 @@ def _weigh(
         weights = warpgroup_mma_wait(0, deps=(weights,))
     weights_buffer.index(slot).store((weights * decay).to(gl.bfloat16))
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
 
 
 @gluon.jit
@@ -136,21 +142,13 @@ def _copy_and_weigh(
             mbarrier.expect(ready, BYTES)
             for i in gl.static_range(TILES):
                 at = split * BLOCK_A + i * WIDE
-                tma.async_copy_global_to_shared(
-                    a_desc, [begin, at], ready, a_buffer.index(stage * TILES + i)
-                )
-                tma.async_copy_global_to_shared(
-                    b_desc, [begin, at], ready, b_buffer.index(stage * TILES + i)
-                )
+                async_load(a_desc, [begin, at], ready, a_buffer.index(stage * TILES + i))
+                async_load(b_desc, [begin, at], ready, b_buffer.index(stage * TILES + i))
             for i in gl.static_range(2):
                 at = (2 * tile + i) * WIDE
-                tma.async_copy_global_to_shared(
-                    c_desc, [begin, at], ready, c_buffer.index(2 * stage + i)
-                )
+                async_load(c_desc, [begin, at], ready, c_buffer.index(2 * stage + i))
                 if ADD:
-                    tma.async_copy_global_to_shared(
-                        out_desc, [begin, at], ready, stored_buffer.index(2 * stage + i)
-                    )
+                    async_load(out_desc, [begin, at], ready, stored_buffer.index(2 * stage + i))
         turn = step - LEAD
         if turn >= 0:
             begin, size = _chunk(turn, turns, start, stop, CHUNK, REVERSE)
@@ -264,11 +262,11 @@ def _multiply(
             state3 = warpgroup_mma(scaled, b_buffer.index(a + 3), state3, is_async=True)
         out = warpgroup_mma_wait(TILES, deps=(out,))
         tma.store_wait(0)
-        gl.thread_barrier()
+        barrier()
         mine.permute((1, 0)).store(out.to(gl.bfloat16))
         fence_async_shared()
-        gl.thread_barrier()
-        tma.async_copy_shared_to_global(out_desc, [begin, (2 * tile + HALF) * WIDE], mine)
+        barrier()
+        async_store(out_desc, [begin, (2 * tile + HALF) * WIDE], mine)
         if TILES > 2:
             state0, state1, state2, state3, scaled = warpgroup_mma_wait(
                 0, deps=(state0, state1, state2, state3, scaled)
@@ -276,7 +274,7 @@ def _multiply(
         else:
             state0, state1, scaled = warpgroup_mma_wait(0, deps=(state0, state1, scaled))
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(empty.index(stage), count=1)
         if EACH > 1:
             # Tokens from the program's first to where the state stands now.
@@ -405,11 +403,9 @@ def _copy_summands(
         ready = full.index(stage)
         mbarrier.expect(ready, 2 * CHUNK * (BLOCK_B + 2 * WIDE))
         for i in gl.static_range(2):
-            tma.async_copy_global_to_shared(
-                c_desc, [begin, column + i * WIDE], ready, c_buffer.index(2 * stage + i)
-            )
+            async_load(c_desc, [begin, column + i * WIDE], ready, c_buffer.index(2 * stage + i))
         for i in gl.static_range(TILES):
-            tma.async_copy_global_to_shared(
+            async_load(
                 b_desc, [begin, row_column + i * WIDE], ready, b_buffer.index(stage * TILES + i)
             )
 
@@ -456,7 +452,7 @@ def _add_up(
         else:
             state0, state1, scaled = warpgroup_mma_wait(0, deps=(state0, state1, scaled))
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(empty.index(stage), count=1)
     rows = row_column + gl.arange(0, WIDE, layout=gl.SliceLayout(0, state_layout))
     columns = column + HALF * WIDE + gl.arange(0, WIDE, layout=gl.SliceLayout(1, state_layout))

@@ -39,7 +39,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from archzoo.kernels.retention.gluon import WIDE, log2_decay_of, power, slices_of
+from archzoo.kernels.retention.gluon import (
+    WIDE,
+    async_load,
+    async_store,
+    barrier,
+    log2_decay_of,
+    power,
+    slices_of,
+)
 
 # How a group's four warps hold 64 x 64 numbers: as products give them, and as a left factor.
 TILE: gl.constexpr = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
@@ -61,11 +69,11 @@ def _chunk(turn, turns, start, stop, CHUNK: gl.constexpr):
 def _store(desc, buffer, begin, result):
     """Hands a result to TMA, once it has read the one before."""
     tma.store_wait(0)
-    gl.thread_barrier()
+    barrier()
     buffer.store(result.to(gl.bfloat16))
     fence_async_shared()
-    gl.thread_barrier()
-    tma.async_copy_shared_to_global(desc, [begin, 0], buffer)
+    barrier()
+    async_store(desc, [begin, 0], buffer)
 
 
 @gluon.jit
@@ -81,9 +89,7 @@ def _copy_in(
         mbarrier.wait(kept_empty.index(slot), (pair // 2 & 1) ^ 1)
         mbarrier.expect(kept_full.index(slot), 2 * WIDE * WIDE)
         at = (start // (2 * CHUNK) + pairs - 1 - pair) * WIDE
-        tma.async_copy_global_to_shared(
-            kept_desc, [at, 0], kept_full.index(slot), kept_buffer.index(slot)
-        )
+        async_load(kept_desc, [at, 0], kept_full.index(slot), kept_buffer.index(slot))
         for half in gl.static_range(2):
             turn = 2 * pair + half
             begin, _ = _chunk(turn, 2 * pairs, start, stop, CHUNK)
@@ -91,10 +97,10 @@ def _copy_in(
             mbarrier.wait(empty.index(stage), (turn // STAGES & 1) ^ 1)
             ready = full.index(stage)
             mbarrier.expect(ready, 8 * CHUNK * WIDE)
-            tma.async_copy_global_to_shared(v_desc, [begin, 0], ready, v_buffer.index(stage))
-            tma.async_copy_global_to_shared(do_desc, [begin, 0], ready, do_buffer.index(stage))
-            tma.async_copy_global_to_shared(k_desc, [begin, 0], ready, k_buffer.index(stage))
-            tma.async_copy_global_to_shared(q_desc, [begin, 0], ready, q_buffer.index(stage))
+            async_load(v_desc, [begin, 0], ready, v_buffer.index(stage))
+            async_load(do_desc, [begin, 0], ready, do_buffer.index(stage))
+            async_load(k_desc, [begin, 0], ready, k_buffer.index(stage))
+            async_load(q_desc, [begin, 0], ready, q_buffer.index(stage))
 
 
 @gluon.jit
@@ -155,7 +161,7 @@ def _queries(
         others = gl.convert_layout(other.to(gl.bfloat16), LEFT)
         out = warpgroup_mma(others, k_buffer.index(first), out, is_async=True)
         out, weights, others = warpgroup_mma_wait(0, deps=(out, weights, others))
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(empty.index(second), count=1)
         _store(dq_desc, out_buffer, begin, out * normaliser[:, None])
 
@@ -171,7 +177,7 @@ def _queries(
         out *= from_initial[:, None]
         out = warpgroup_mma(weights, k_buffer.index(first), out, is_async=True)
         out, weights = warpgroup_mma_wait(0, deps=(out, weights))
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(empty.index(first), count=1)
         mbarrier.arrive(kept_empty.index(slot), count=1)
         _store(dq_desc, out_buffer, before, out * normaliser_before[:, None])
@@ -209,7 +215,7 @@ def _keys(
         out *= power(log2_decay, size - 1 - row)[:, None]
         out = warpgroup_mma(weights, q_buffer.index(stage), out, is_async=True)
         out, weights = warpgroup_mma_wait(0, deps=(out, weights))
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(taken.index(slot), count=1)
         mbarrier.arrive(empty.index(stage), count=1)
         _store(dk_desc, out_buffer, begin, out)
@@ -249,7 +255,7 @@ def _values(
         mbarrier.wait(taken.index(slot), (turn // 2 & 1) ^ 1)
         state_buffer.index(slot).store(state.to(gl.bfloat16))
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(given.index(slot), count=1)
         mbarrier.wait(full.index(stage), turn // STAGES & 1)
         k, q = k_buffer.index(stage), q_buffer.index(stage)
@@ -271,7 +277,7 @@ def _values(
         state = warpgroup_mma(scaled, q, state, is_async=True)
         out, state, weights, scaled = warpgroup_mma_wait(0, deps=(out, state, weights, scaled))
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(empty.index(stage), count=1)
         _store(dv_desc, out_buffer, begin, out)
     if HAS_FINAL:
