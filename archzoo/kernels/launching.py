@@ -21,6 +21,7 @@ TRITON_FOUND = importlib.util.find_spec("triton") is not None
 MAX_WIDTH = 8192  # of a row, which one program holds
 _FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _RUN_WITH = ("3.6.",)  # Tritons whose inner parts are known
+_OPTIONS = ("num_warps", "num_stages", "launch_pdl")  # how a kernel is compiled and launched
 
 
 def interpreting() -> bool:
@@ -225,7 +226,7 @@ def _find_launch(
 ) -> Launch:
     """A launch of a kernel, kept: of all that it depends on but where its tensors lie."""
     named = dict(constants)
-    options = {"num_warps": named.pop("num_warps")}
+    options = {name: named.pop(name) for name in _OPTIONS if name in named}
     found = getattr(importlib.import_module(module), kernel)
     return Launch(found, (*grid, 1, 1)[:3], numbers, named, **options)
 
@@ -251,7 +252,8 @@ def launch(
         tensors: Its first parameters.
         *numbers: Those that follow.
         kept: Options as pairs, by a caller who makes them once.
-        **options: Its constants by name, and `num_warps`.
+        **options: Its constants by name, `num_warps`, and where it needs them `num_stages` and
+            `launch_pdl`.
     """
     of_tensors = *[x.dtype for x in tensors], tensors[0].device
     found = _find_launch(module, kernel, grid, numbers, (*kept, *options.items()), *of_tensors)

@@ -1,0 +1,122 @@
+"""A decoding step by fused kernels against the decoder's own.
+
+Without a GPU the kernels run through Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import micro
+from kernel_device import DEVICE, GPU, define_kernels
+
+from archzoo.decoder import Decoder
+from archzoo.generation.fused import Step, fused_step
+from archzoo.generation.prompts import pad_left
+from archzoo.kernels import decoding as kernels
+from archzoo.numerics import MODEL_TOLERANCES
+from archzoo.states import State, fork
+
+define_kernels("archzoo.kernels.decoding.triton")
+define_kernels("archzoo.kernels.retention_layer.triton")
+
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5]]
+
+
+def make(**arguments: object) -> Decoder:
+    """Weights large enough that contexts matter, and norms that are not all ones."""
+    torch.manual_seed(0)
+    model = micro("retnet_micro", **{"depth": 1} | arguments)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(2).add_(0.05 * torch.randn_like(weight))
+    return model.to(DEVICE).eval()
+
+
+def find(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> Step | None:
+    if not GPU:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setattr(kernels, "PROGRAMS", 1)  # which the interpreter runs in turn
+    return fused_step(model)
+
+
+def read(model: Decoder, prompts: list[list[int]]) -> State:
+    tokens, documents = pad_left(prompts, model.device)
+    state = model.init_state(len(prompts), capacity=16)
+    read = model(tokens, state, documents).state
+    assert read is not None
+    return model.fixed_state(read)
+
+
+PARTIAL = {"class_path": "RotaryEmbedding", "init_args": {"partial_rotary_factor": 0.5}}
+OTHER = {"class_path": "Retention", "init_args": {"decay": "paper_lm", "value_factor": 1}}
+LOW = torch.bfloat16 if GPU else torch.float16  # the interpreter cuts bfloat16 off
+CASES = [
+    ({"depth": 2}, PROMPTS[:1], torch.float32),
+    ({"rotary": "none"}, PROMPTS[:1], torch.float32),
+    ({"rotary": PARTIAL}, PROMPTS[:2], torch.float32),
+    ({"tie_weights": True, "heads": 1}, PROMPTS, LOW),
+    ({"mixer": OTHER}, PROMPTS, torch.float32),
+]
+
+
+@pytest.mark.parametrize(("arguments", "prompts", "dtype"), CASES)
+def test_it_is_the_plain_step(arguments, prompts, dtype, monkeypatch):
+    model = make(**arguments).to(dtype)
+    with torch.inference_mode():
+        plain = read(model, prompts)
+        fused = fork(plain)
+        many = [torch.randint(64, (len(prompts), 1), device=DEVICE) for _ in range(2)]
+        wanted = []
+        for tokens in many:
+            output = model(tokens, plain, form="recurrent")
+            wanted.append(output.logits[:, 0])
+            plain = output.state
+        step = find(model, monkeypatch)
+        assert step is not None
+        for tokens, true in zip(many, wanted, strict=True):
+            logits, fused = step(tokens, fused)
+            assert logits.dtype == true.dtype
+            error = (logits - true).double().norm() / true.double().norm()
+            assert error < MODEL_TOLERANCES[dtype]
+    assert fused["place"]["positions"].equal(plain["place"]["positions"])
+    for mine, true in zip(fused["blocks"], plain["blocks"], strict=True):
+        error = (mine["memory"] - true["memory"]).norm() / true["memory"].norm()
+        assert error < MODEL_TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"norm": "layer"},
+        {"norm_placement": "post"},
+        {"loops": 2},
+        {"injection": "layer"},
+        {"convolution": 2},
+        {"feed_forward": "PlainFeedForward"},
+        {"feed_forward": {"class_path": "GatedFeedForward", "init_args": {"activation": "gelu"}}},
+        {"mixer": {"class_path": "Retention", "init_args": {"gate": False}}},
+        {"mixer": {"class_path": "Retention", "init_args": {"head_norm": "group"}}},
+        {"mixer": {"class_path": "Retention", "init_args": {"decay": "learnable"}}},
+        {"rotary": "XPos"},
+        {"adapter": "LoRA"},
+    ],
+)
+def test_other_parts_have_none(arguments, monkeypatch):
+    assert find(make(**arguments), monkeypatch) is None
+
+
+def test_nothing_else_is_fused(monkeypatch):
+    model = make()
+    assert find(model, monkeypatch) is not None
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert fused_step(model) is None
+    handle = model.blocks[0].register_forward_hook(lambda *_: None)
+    assert fused_step(model) is None
+    handle.remove()
+    assert fused_step(model.double()) is None
+
+
+@pytest.mark.skipif(GPU, reason="of the CPU")
+def test_the_cpu_has_none():
+    assert fused_step(make()) is None
