@@ -132,3 +132,21 @@ def test_fit_compiles_and_writes_the_names_of_the_model(tmp_path):
         net.compiled_hidden is None
         and "compile: true" in (tmp_path / "run" / "config.yaml").read_text()
     )
+
+
+@pytest.mark.parametrize("name", ["retnet_micro", "transformer_micro"])
+def test_a_compiled_step_copies_no_constants_to_the_device(name):
+    """Each would wait for the device: decays and frequencies are inputs of the graph, made once."""
+    net, graphs = net_of(name), []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    net.compile(backend=backend, fullgraph=True)
+    net.hidden(torch.randint(16, (2, 9)))
+    (graph,) = graphs
+    made = [node for node in graph.graph.nodes if node.target in (torch.tensor, torch.as_tensor)]
+    assert not made
+    held = [node.name for node in graph.graph.nodes if "numerics_compiled" in node.name]
+    assert len(held) == len(set(held)) > 0

@@ -161,4 +161,4 @@ def _accumulated(total: Tensor | None, gradient: Tensor, x: Tensor) -> Tensor:
         return product if total is None else total.add_(product)
     if total is None:
         return torch.mm(gradient.t(), x, out_dtype=torch.float32)
-    return torch.addmm(total, gradient.t(), x, out_dtype=torch.float32)
+    return torch.addmm(total, gradient.t(), x, out_dtype=torch.float32, out=total)

@@ -184,18 +184,25 @@ class Segments(NamedTuple):
 
 
 class Pass:
-    """What the launches of a pass are made of. Tensors go by their names; do has these strides."""
+    """What the launches of a pass are made of. Tensors go by their names.
 
-    def __init__(self, problem: Problem, do: Shape = ()) -> None:
+    Args:
+        problem: Of the pass.
+        do: Strides of the gradient of o.
+        dv: Strides of memory that is given for the gradient of v; (): it is allocated.
+    """
+
+    def __init__(self, problem: Problem, do: Shape = (), dv: Shape = ()) -> None:
         self.problem, self.plan = problem, problem.plan
-        batch, self.time, self.heads, dk, dv = problem.sizes
+        batch, self.time, self.heads, dk, width = problem.sizes
         self.rows = batch * self.heads
-        self.state_shape = batch, self.heads, dk, dv
+        self.state_shape = batch, self.heads, dk, width
         self.float32 = functools.partial(torch.empty, dtype=torch.float32, device=problem.device)
         q, k, v = problem.strides
-        self.widths = {"q": dk, "k": dk, "v": dv, "do": dv}
+        self.widths = {"q": dk, "k": dk, "v": width, "do": width}
         self.strides = {"q": q[:3], "k": k[:3], "v": v[:3], "do": do[:3]}
-        self.results = [self._result(*of) for of in ((q, dk), (k, dk), (v, dv))]
+        self.results = [self._result(*of) for of in ((q, dk), (k, dk), (v, width))]
+        self.dv_strides = dv[:3] or self._contiguous(width)
         self.table_rows = max(problem.table_shape[0], 1)
 
     def _contiguous(self, width: int) -> tuple[int, int, int]:
@@ -291,6 +298,7 @@ class Pass:
         """
         reverse, segment, segments, initial, final, sums, each = direction
         width, columns = self.widths[a], self.widths[c]
+        out = self.dv_strides if (a, c) == ("k", "do") else self._contiguous(columns)
         # The state of a map of values is the other's, transposed, which alone is handed on.
         by_key = a in ("q", "k")
         pair = self.plan.by_key if by_key else self.plan.by_value
@@ -305,7 +313,7 @@ class Pass:
             Launch(
                 kernel,
                 (-(-columns // cut.tile), self.rows, segments // each),
-                (*self.strides[a], *self.strides[b], *self.strides[c], *self._contiguous(columns),
+                (*self.strides[a], *self.strides[b], *self.strides[c], *out,
                  self.time, segment, segments, self.heads, -(-self.time // pair.chunk), split,
                  *((columns, 1) if by_key else (1, width)), self.table_rows,
                  -(-self.time // (2 * pair.chunk))),
@@ -324,7 +332,7 @@ class Pass:
         chunk, cut = self.plan.fused_backward
         _, segment, segments, initial, final, sums, _ = direction
         kernel, constants, options = self._form(cut, "backward_kernel")
-        results = (self._contiguous(self.widths[name]) for name in ("q", "k", "v"))
+        results = *(self._contiguous(self.widths[name]) for name in ("q", "k")), self.dv_strides
         return Launch(
             kernel,
             (self.rows, segments, 1),
@@ -359,9 +367,12 @@ class Forward(Pass):
         self.states_shape = problem.states_shape
         self.o = [self.prepare_map(self.direction, "q", "k", "v", keeps) for keeps in (False, True)]
         size = problem.dtype.itemsize
-        # By the strides of do, and whether the final state has a gradient; None: not for TMA.
+        # By the strides of do, and of dv where it is given, and whether the final state has a
+        # gradient; None: not for TMA.
         self.find_backward = functools.lru_cache(maxsize=16)(
-            lambda do, d_final: Backward(self, do, d_final) if strides_fit((do,), size) else None
+            lambda do, dv, d_final: (
+                Backward(self, do, dv, d_final) if strides_fit((do,), size) else None
+            )
         )
 
     def normalisers(self, stream: int | None, inputs: Inputs, reuse: bool) -> Tensor:
@@ -418,14 +429,36 @@ class Forward(Pass):
             run(stream, q, k, v, o, scores, *shared, initial, written, kept)
         return o, final, states, normaliser, scores
 
-    def backward(self, inputs: Inputs, do: Tensor, d_final: Tensor | None, *kept: Any) -> Any:
-        """The gradients of q, k, v and the initial state; `kept`: the forward's last results."""
-        found = None if do.data_ptr() % 16 else self.find_backward(do.stride(), d_final is not None)
+    def takes(self, dv: Tensor) -> bool:
+        """Whether the backward pass can write the gradient of v there."""
+        # At padding it writes nothing, and what it allocates itself is 0 there.
+        fits = not self.problem.ranges and dv.data_ptr() % 16 == 0
+        return fits and strides_fit((dv.stride(),), dv.element_size())
+
+    def backward(
+        self,
+        inputs: Inputs,
+        do: Tensor,
+        d_final: Tensor | None,
+        *kept: Any,
+        dv: Tensor | None = None,
+    ) -> Any:
+        """The gradients of q, k, v and the initial state.
+
+        Args:
+            inputs: The forward's.
+            do: Gradient of o.
+            d_final: Of the final state.
+            *kept: The forward's last results.
+            dv: Memory for the gradient of v, which `takes` accepts; None: it is allocated.
+        """
+        how = () if dv is None else dv.stride(), d_final is not None
+        found = None if do.data_ptr() % 16 else self.find_backward(do.stride(), *how)
         if found is None:
             do = aligned(do)
-            found = self.find_backward(do.stride(), d_final is not None)
+            found = self.find_backward(do.stride(), *how)
             assert found is not None
-        return found(inputs, do, d_final, *kept)
+        return found(inputs, do, d_final, dv, *kept)
 
 
 class Backward(Pass):
@@ -434,9 +467,9 @@ class Backward(Pass):
     dk and dv go in reverse, dq once more forward.
     """
 
-    def __init__(self, forward: Forward, do: Shape, d_final: bool) -> None:
+    def __init__(self, forward: Forward, do: Shape, dv: Shape, d_final: bool) -> None:
         problem = forward.problem
-        super().__init__(problem, do)
+        super().__init__(problem, do, dv)
         reverse = problem.direction(True, d_final, problem.state is not None)
         self.segments = self.prepare_segments(reverse, "q", "do")
         self.fused = self.prepare_fused_backward(reverse)
@@ -448,7 +481,7 @@ class Backward(Pass):
 
     @on_its_device
     def __call__(
-        self, inputs: Inputs, do: Tensor, d_final: Tensor | None, *kept: Any
+        self, inputs: Inputs, do: Tensor, d_final: Tensor | None, dv: Tensor | None, *kept: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """dq, dk, dv, and the gradient of the initial state (None without one)."""
         q, k, v, log_decay, state, _, documents, ranges = inputs
@@ -464,7 +497,8 @@ class Backward(Pass):
         elif state is not None:
             written = d_state = self.float32(self.state_shape)
         like_q, like_k, like_v = self.results
-        dq, dk, dv = like_q(q), like_k(k), like_v(v)
+        dq, dk = like_q(q), like_k(k)
+        dv = like_v(v) if dv is None else dv
         if self.fused is not None:
             self.fused(stream, q, k, v, do, dq, dk, dv, states, *shared, d_last, written)
         else:

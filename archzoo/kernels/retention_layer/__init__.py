@@ -177,10 +177,12 @@ def _backward(projected: Tensor, table: Tensor, log_decay: Tensor, *rest: Any) -
         (o, gate, dy.contiguous(), do, d_gate),
         tokens, o.stride(1), o.stride(2), gate.stride(1), heads, eps, **options,
     )  # fmt: skip
-    of_q, of_k, of_v, _ = forward.backward(inputs, do, None, states, normaliser, scores)
+    there = dv if forward.takes(dv) else None
+    of_q, of_k, of_v, _ = forward.backward(inputs, do, None, states, normaliser, scores, dv=there)
     _rotate(of_q, table, dq, 1.0, INVERSE=True)
     _rotate(of_k, table, dk, key_width**-0.5, INVERSE=True)
-    dv.copy_(of_v)
+    if there is None:
+        dv.copy_(of_v)
     return whole
 
 
