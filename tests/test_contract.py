@@ -361,6 +361,21 @@ class ForgetsToReturn(RunningMean):
         super().step(x, state, context)
 
 
+class FixesNothing(Attention):
+    def fixed_state(self, state):
+        return dict(state)
+
+
+class MovesAtEveryStep(Attention):
+    """Its fixed state grows."""
+
+    def step(self, x, state, context):
+        if not isinstance(state["length"], torch.Tensor):
+            return super().step(x, state, context)
+        y, after = super().step(x, self.copy_state(state, spare=1), context)
+        return y, super().fixed_state(after)
+
+
 BROKEN_MIXERS = [
     (PeeksAhead, "causal", "see tokens after"),
     (PeeksAheadWithoutGradient, "causal", "change with the tokens after"),
@@ -379,6 +394,8 @@ BROKEN_MIXERS = [
     (RunsAnotherForm, "interface", "'parallel' was given, 'chunkwise' was run"),
     (PutsHeadsFirst, "interface", "axis 0"),
     (HandsBackAView, "state round trip", "is a view of"),
+    (FixesNothing, "fixed state", "nothing changes"),
+    (MovesAtEveryStep, "fixed state", "nothing changes"),
     (KeepsAnObject, "interface", "only tensors"),
     (CutsTheGradient, "gradients", "slope"),
     (CutsTheGradientInOneForm, "gradients", "gradient of"),

@@ -51,6 +51,7 @@ MIXER_CHECKS: dict[str, Check] = {
     "documents": mixers.mixer_documents,
     "batch independence": mixers.mixer_batch,
     "state round trip": mixers.mixer_state,
+    "fixed state": mixers.mixer_fixed_state,
     "gradients": mixers.mixer_gradients,
     "casts": mixers.mixer_casts,
     "32 heads": mixers.mixer_heads,

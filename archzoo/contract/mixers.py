@@ -379,6 +379,64 @@ def mixer_state(subject: Subject) -> str:
     return f"fork, reorder, save, move, detach: float64 {worst:.0e}"
 
 
+def mixer_fixed_state(subject: Subject) -> str:
+    """A state of tensors that stay gives what an ordinary one gives, and waits for no device."""
+    mixer = subject.make()
+    time, more = 11, 6
+    numbers = torch.tensor([[-1] * 4 + [0] * 7, [0] * 11, [0] * 5 + [1] * 6])
+    worst = 0.0
+    for documents in (None, numbers):
+        x = subject.draw(BATCH, time + more, subject.dim)
+        with torch.no_grad():
+            start = _start(mixer, x, capacity=time + more)
+            _, carried = _run_plan(mixer, x[:, :time], [(time, None)], start, documents)
+            fixed = carried.map(interface.fork)
+            fixed = fixed._replace(state=mixer.fixed_state(fixed.state))
+            for t in range(time, time + more - 2):
+                before = _kinds_of(fixed.state)
+                want, carried = _run_plan(mixer, x[:, t : t + 1], [(1, None)], carried)
+                got, fixed = _run_plan(mixer, x[:, t : t + 1], [(1, None)], fixed)
+                what = "a step from a fixed state against one from an ordinary state"
+                worst = max(worst, expect_same(got, want, TOLERANCES[torch.float64], what))
+                if _kinds_of(fixed.state) == before:
+                    continue
+                if type(mixer).fixed_state is Mixer.fixed_state:
+                    return "none: a step changes more than tensors, and cannot be replayed"
+                raise Violation(
+                    f"a step changes the fixed state {before} to {_kinds_of(fixed.state)}: of a "
+                    "fixed state nothing changes but what its tensors hold"
+                )
+            plan = [(2, None)]
+            want, _ = _run_plan(mixer, x[:, -2:], plan, carried)
+            got, _ = _run_plan(
+                mixer, x[:, -2:], plan, fixed._replace(state=mixer.copy_state(fixed.state))
+            )
+            what = "a copy of a fixed state continues as an ordinary state"
+            worst = max(worst, expect_same(got, want, TOLERANCES[torch.float64], what))
+    with torch.device("meta"):
+        absent = subject.part(*subject.sizes.values(), **subject.arguments)
+    x = torch.empty(BATCH, 4, subject.dim, device="meta")
+    try:
+        with torch.no_grad(), _no_autocast_on_meta():
+            _, carried = _run_plan(absent, x[:, :3], [(3, None)], _start(absent, x, capacity=4))
+            fixed = carried._replace(state=absent.fixed_state(carried.state))
+            _run_plan(absent, x[:, 3:], [(1, None)], fixed)
+    except (RuntimeError, NotImplementedError) as error:
+        raise Violation(
+            f"a step from a fixed state on the meta device: {first_line(error)}: it waits for no "
+            "device, and makes nothing whose shape depends on numbers"
+        ) from None
+    return f"steps and copies, float64 {worst:.0e}; nothing waits"
+
+
+def _kinds_of(state: Any) -> list[Any]:
+    """Of each leaf of a state: a tensor's shape and dtype, else what it is."""
+    return [
+        (tuple(leaf.shape), str(leaf.dtype)) if isinstance(leaf, Tensor) else leaf
+        for leaf in leaves_of(state)
+    ]
+
+
 def mixer_gradients(subject: Subject) -> str:
     """Every form has the gradients of the recurrent one, through an incoming state too."""
     found: dict[torch.dtype, float] = {}

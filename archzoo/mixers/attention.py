@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from archzoo.block import Bias, Mixer, Rotary
 from archzoo.derivatives import differentiated_again, plain_gradients, transformed
 from archzoo.documents import Context
+from archzoo.kernels import cache_attention as kernels
 from archzoo.linear import Linear
 from archzoo.numerics import head_size, merge_heads, split_heads
 from archzoo.positions.rotary import RotaryEmbedding
@@ -25,6 +27,10 @@ LONG_CACHE = 4_096  # tokens
 
 # What the KV cache holds of every token, and the axis of tokens.
 CACHED = {"keys": 2, "values": 2, "positions": 1, "documents": 1}
+
+# Torch's own choice for one query on a GPU is cuDNN, which plans anew for every number of keys:
+# 45 ms a step of 12 layers, where reading 16,000 keys takes 0.2.
+WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Attention(Mixer):
@@ -80,13 +86,40 @@ class Attention(Mixer):
 
     def copy_state(self, state: State, spare: int = 0) -> State:
         """The KV cache in buffers for its tokens and `spare` more."""
-        length, after = state["length"], fork({n: v for n, v in state.items() if n not in CACHED})
+        length = int(state["length"])  # of a fixed state it waits for the device
+        rest = {n: v for n, v in state.items() if n not in CACHED and n != "arrivals"}
+        after = fork(rest) | {"length": length}
         for name, axis in CACHED.items():
             if name in state:
                 shape = list(state[name].shape)
                 shape[axis] = length + spare
                 after[name] = state[name].new_zeros(shape)
                 after[name].narrow(axis, 0, length).copy_(state[name].narrow(axis, 0, length))
+        return after
+
+    def fixed_state(self, state: State) -> State:
+        """The KV cache with its length on the device: a step writes into its buffers, in place.
+
+        Past their capacity nothing may be appended. Where documents are there, they are kept from
+        the first step on.
+
+        Args:
+            state: Of a capacity for the tokens to come; it is consumed.
+
+        Returns:
+            As `init_state`, length a 0-dim int64; and beside a kernel its counters, arrivals.
+        """
+        if isinstance(state["length"], Tensor):
+            return state
+        keys = state["keys"]
+        batch, _, capacity, _ = keys.shape
+        after = state | {"length": torch.tensor(state["length"], device=keys.device)}
+        if self.bias is not None and "positions" not in state:
+            after["positions"] = torch.zeros(
+                (batch, capacity), dtype=torch.int64, device=keys.device
+            )
+        if kernels.runs_beside(keys):
+            after["arrivals"] = kernels.make_arrivals(batch, self.heads, keys.device)
         return after
 
     def step(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
@@ -119,6 +152,8 @@ class Attention(Mixer):
             state: The cache, or None.
             context: Of the same tokens.
         """
+        if state is not None and self.fits_kernel(qk, v, state):
+            return self.attend_by_kernel(qk, v, state, context)
         q, k = self.rotary.both(
             split_heads(qk, self.heads + self.kv_heads), self.heads, context.positions
         )
@@ -127,14 +162,19 @@ class Attention(Mixer):
 
         positions = context.positions if self.bias is not None else None
         documents = context.documents if context.packed else None
+        length = None
         if state is not None:
             state = extend(state, k, v, positions, documents)
             length = state["length"]
-            k, v = state["keys"].narrow(2, 0, length), state["values"].narrow(2, 0, length)
-            positions = state["positions"][:, :length] if positions is not None else None
-            documents = state["documents"][:, :length] if documents is not None else None
+            held = {name: state[name] for name in CACHED if name in state}
+            if not isinstance(length, Tensor):
+                held = {n: value.narrow(CACHED[n], 0, length) for n, value in held.items()}
+                length = None
+            k, v = held["keys"], held["values"]
+            positions = held["positions"] if positions is not None else None
+            documents = held["documents"] if documents is not None else None
 
-        mask, causal = self.mask(q, k, context, positions, documents)
+        mask, causal = self.mask(q, k, context, positions, documents, length)
         if self.has_prefix:
             k, v, mask, causal = self.behind_prefix(q, k, v, mask, causal, context)
         once = q.shape[2] == 1 and k.shape[2] >= LONG_CACHE and mask is None
@@ -143,6 +183,72 @@ class Attention(Mixer):
         else:
             y = attend_all(q, k, v, mask, causal)
         return self.output(merge_heads(y.transpose(1, 2))), state
+
+    def fits_kernel(self, qk: Tensor, v: Tensor, state: State) -> bool:
+        """Whether `attend_by_kernel` takes this call: one token, no bias, no prefix.
+
+        Args:
+            qk: As for `attend`.
+            v: The same.
+            state: The cache.
+        """
+        if qk.shape[1] != 1 or self.bias is not None or self.has_prefix:
+            return False
+        if torch.compiler.is_compiling() and "arrivals" not in state:
+            return False  # counters of a stream, which no compiler follows
+        q, k, v = self.of_one_token(qk, v)
+        return kernels.available(q, k, v, state["keys"], state["values"])
+
+    def of_one_token(self, qk: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Q, k and v of one token, (batch, heads or kv_heads, head_dim)."""
+        q, k = split_heads(qk, self.heads + self.kv_heads)[:, 0].split_with_sizes(
+            (self.heads, self.kv_heads), 1
+        )
+        return q, k, split_heads(v, self.kv_heads)[:, 0]
+
+    def attend_by_kernel(
+        self, qk: Tensor, v: Tensor, state: State, context: Context
+    ) -> tuple[Tensor, State]:
+        """`attend` of one token in one launch: `archzoo.kernels.cache_attention`.
+
+        Args:
+            qk: (batch, 1, (heads + kv_heads) * head_dim).
+            v: (batch, 1, kv_heads * head_dim).
+            state: The cache.
+            context: Of the same token.
+        """
+        documents = context.documents if context.packed else None
+        q, k, values = self.of_one_token(qk, v)
+        rotary: Any = self.rotary
+        table = None
+        if hasattr(rotary, "table"):
+            table = rotary.table(context.positions, torch.float32)
+        else:
+            q, k = rotary.both(
+                split_heads(qk, self.heads + self.kv_heads), self.heads, context.positions
+            )
+            q, k = q[:, 0], k[:, 0]
+        length, arrivals = state["length"], state.get("arrivals")
+        after = state
+        if isinstance(length, Tensor):
+            expect_documents(state, documents)
+        else:
+            after = with_capacity(state, 1, {} if documents is None else {"documents": documents})
+            after["length"] = length + 1
+            length = torch.full((), length, dtype=torch.int64, device=q.device)
+        y = kernels.attend_cache(
+            q,
+            k,
+            values,
+            after["keys"],
+            after["values"],
+            length,
+            kernels.arrivals_here(q) if arrivals is None else arrivals,
+            table=table,
+            documents=after["documents"] if documents is not None else None,
+            document=documents,
+        )
+        return self.output(y.view(len(y), 1, -1)), after
 
     def prefix_shapes(self) -> dict[str, tuple[int, ...]]:
         """Keys and values that every document sees before its own: (kv_heads, 0, head_dim)."""
@@ -195,6 +301,7 @@ class Attention(Mixer):
         context: Context,
         key_positions: Tensor | None,
         key_documents: Tensor | None,
+        length: Tensor | None = None,
     ) -> tuple[Tensor | None, bool]:
         """What `scaled_dot_product_attention` needs: a mask, or None and whether it is causal.
 
@@ -207,14 +314,20 @@ class Attention(Mixer):
             context: Of the queries.
             key_positions: (batch, keys) int, for a bias; None: there is none.
             key_documents: (batch, keys) int; None: one document a row, without padding.
+            length: 0-dim int, of the keys that are there. None: all are.
         """
         queries, keys = q.shape[2], k.shape[2]
-        if self.bias is None and key_documents is None and (queries == 1 or queries == keys):
+        all_there = length is None and (queries == 1 or queries == keys)
+        if self.bias is None and key_documents is None and all_there:
             causal = True if queries > 1 else False  # noqa: SIM210  # no compiler's symbol
             return None, causal
-        # Query i is at key keys - queries + i.
-        seen = torch.ones((1, 1, queries, keys), dtype=torch.bool, device=q.device)
-        seen = seen.tril(keys - queries)
+        if length is None:  # query i is at key keys - queries + i
+            seen = torch.ones((1, 1, queries, keys), dtype=torch.bool, device=q.device)
+            seen = seen.tril(keys - queries)
+        else:
+            before = length - torch.arange(queries, 0, -1, device=q.device)
+            seen = torch.arange(keys, device=q.device) <= before[:, None]
+            seen = seen[None, None]
         if key_documents is not None:
             same = context.documents[:, :, None] == key_documents[:, None, :]
             seen = seen & rearrange(same, "b q k -> b 1 q k")
@@ -247,9 +360,35 @@ def attend_all(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: boo
         if choice == SDPBackend.FLASH_ATTENTION.value:
             fused: Tensor = _Attend.apply(q, k, v, mask, causal)
             return fused
+    if q.device.type == "cuda" and q.shape[2] == 1 and not torch.compiler.is_compiling():
+        return attend_without_plans(q, k, v, mask)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
     )
+
+
+def attend_without_plans(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of one query by torch's kernels that take any number of keys as they come.
+
+    The queries of one key head count as queries at several places: so no key is copied for them.
+
+    Args:
+        q: (batch, heads, 1, head_dim).
+        k: (batch, kv_heads, keys, head_dim), kv_heads dividing heads.
+        v: As k.
+        mask: Of `Attention.mask`, bool or float; None: none.
+
+    Returns:
+        (batch, heads, 1, head_dim).
+    """
+    batch, heads, _, size = q.shape
+    kv_heads = k.shape[1]
+    folded = q.reshape(batch, kv_heads, heads // kv_heads, size)
+    if mask is not None:
+        mask = mask.expand(-1, heads, -1, -1).reshape(len(mask), *folded.shape[1:3], -1)
+    with sdpa_kernel(WITHOUT_PLANS):
+        y = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask)
+    return y.reshape(q.shape)
 
 
 def attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -330,6 +469,7 @@ def extend(
 
     Where gradients are off they are written into its buffers, and the given state is consumed;
     where they are on, new tensors are made, since the old ones may be needed by a backward pass.
+    The buffers and the length of a fixed state are always written into.
 
     Args:
         state: The KV cache.
@@ -339,27 +479,58 @@ def extend(
         documents: (batch, time) int, to be kept too; None: no padding, one document a row.
     """
     length, time = state["length"], k.shape[2]
-    after = dict(state)
+    given = {"keys": k, "values": v, "positions": positions, "documents": documents}
+    fresh = {name: new for name, new in given.items() if new is not None}
+    if isinstance(length, Tensor):
+        expect_documents(state, documents)
+        index = length + torch.arange(time, device=k.device)
+        for name, new in fresh.items():
+            state[name].index_copy_(CACHED[name], index, new.to(state[name].dtype))
+        length.add_(time)
+        return state
+    kept = torch.is_grad_enabled() or transformed()
+    after = with_capacity(state, 0 if kept else time, fresh)
     after["length"] = length + time
-    fresh = [("keys", k, 2), ("values", v, 2)]  # name, new entries, the axis of time
-    if positions is not None:
-        fresh.append(("positions", positions, 1))
-    if documents is not None:
-        fresh.append(("documents", documents, 1))
-    for name, new, axis in fresh:
-        buffer = state.get(name)
-        if buffer is None:  # the first padding: everything before belongs to document 0
-            buffer = new.new_zeros((new.shape[0], state["keys"].shape[2]))
-        if torch.is_grad_enabled() or transformed():
+    for name, new in fresh.items():
+        axis, buffer = CACHED[name], after[name]
+        if kept:
             old = buffer.narrow(axis, 0, length)
             after[name] = torch.cat([old, new.to(buffer.dtype)], dim=axis)
+        else:
+            buffer.narrow(axis, length, time).copy_(new)
+    return after
+
+
+def with_capacity(state: State, time: int, fresh: Mapping[str, Tensor]) -> State:
+    """The cache with capacity for `time` more tokens: buffers that are too small are doubled.
+
+    Args:
+        state: Not fixed; it is consumed.
+        time: Tokens to come.
+        fresh: What will be written of them, by name.
+    """
+    length, after = state["length"], dict(state)
+    for name, axis in CACHED.items():
+        if name in state:
+            buffer = state[name]
+        elif name in fresh:  # the first padding: everything before belongs to document 0
+            buffer = fresh[name].new_zeros((len(fresh[name]), state["keys"].shape[2]))
+        else:
             continue
         if length + time > buffer.shape[axis]:
-            shape = list(new.shape)
+            shape = list(buffer.shape)
             shape[axis] = max(length + time, 2 * buffer.shape[axis])
             larger = buffer.new_zeros(shape)
             larger.narrow(axis, 0, length).copy_(buffer.narrow(axis, 0, length))
             buffer = larger
-        buffer.narrow(axis, length, time).copy_(new)
         after[name] = buffer
     return after
+
+
+def expect_documents(state: State, documents: Tensor | None) -> None:
+    """Refuse documents that begin in a fixed state: it has no tensor for them."""
+    if documents is not None and "documents" not in state:
+        raise ValueError(
+            "this fixed state was made of rows without padding and of one document each, and has "
+            "no tensor for others: give it no documents, or call copy_state first"
+        )
