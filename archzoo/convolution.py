@@ -130,13 +130,15 @@ def previous(
     if not context.packed:
         if prefix is not None:
             before = torch.where(context.starts[:, :1, None], prefix.to(x.dtype), before)
+        if torch.compiler.is_exporting():  # a slice of one token would be a case of its own
+            return torch.cat([before, x], dim=1)[:, :-1]
         return torch.cat([before, x[:, :-1]], dim=1)
     # After padding comes the last token before it, which may be that of the segment before: 0.
     index = torch.arange(1, x.shape[1], device=x.device)
     last = F.pad(torch.where(context.valid[:, :-1], index, 0).cummax(dim=1).values, (1, 0))
     known = torch.cat([before, x], dim=1)
     # Rows of the table of all tokens: to gather number by number takes a third more time.
-    row = last + known.shape[1] * torch.arange(len(x), device=x.device)[:, None]
+    row = last + known.shape[1] * torch.arange(x.shape[0], device=x.device)[:, None]
     shifted = known.flatten(0, 1).index_select(0, row.flatten()).view_as(x)
     if prefix is not None:
         return torch.where(context.starts[..., None], prefix.to(x.dtype), shifted)

@@ -21,7 +21,7 @@ from archzoo.feedforward.moe import (
     Experts,
     MixtureOfExperts,
 )
-from archzoo.kernels.experts import collect_rows, make_dispatch, spread_rows
+from archzoo.kernels.experts import collect_rows, loop_experts, make_dispatch, spread_rows
 from archzoo.parts import describe
 from archzoo.registry import get_preset
 
@@ -177,6 +177,27 @@ def test_grouped_products_in_bfloat16_are_the_loop():
     for got, want in zip(grouped, loop, strict=True):
         assert relative_error(got, want) < 2e-2
     assert torch.equal(grouped[0], loop[0])
+
+
+@pytest.mark.parametrize("shape", ["plain", "empty experts", "no token", "odd sizes"])
+def test_the_loop_is_an_operator_too(shape):
+    """Which compilers take, as they do not see how many rows an expert has."""
+    made, x, _, indices = problem(DOUBLE, **SHAPES[shape])
+    dispatch = make_dispatch(indices, made.experts, torch.rand(indices.shape) < 0.8)
+    rows = spread_rows(x, dispatch, indices.shape[1], DOUBLE)
+    inputs = [y.detach().requires_grad_() for y in (rows, made.gate_up.weight, made.down.weight)]
+    grad = torch.randn_like(rows)
+    runs = []
+    for loop in (made.loop, loop_experts):
+        y = loop(*inputs, dispatch.ends)
+        runs.append([y, *torch.autograd.grad(y, inputs, grad)])
+    for got, want in zip(runs[1], runs[0], strict=True):
+        assert relative_error(got, want) < 1e-12
+    torch.library.opcheck(
+        torch.ops.archzoo.loop_experts.default,
+        (*inputs, dispatch.ends),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
 
 
 def test_experts_without_tokens_get_zero_gradients():

@@ -64,7 +64,7 @@ def count_digits(is_digit: Tensor, context: Context, before: Tensor | None) -> T
         (batch, time) int64; at padding the count before it, as the document may continue.
     """
     if before is None:
-        before = torch.zeros(len(is_digit), dtype=torch.int64, device=is_digit.device)
+        before = torch.zeros(is_digit.shape[0], dtype=torch.int64, device=is_digit.device)
     if is_digit.shape[1] == 1 and not context.packed:  # decoding: a third of the operations
         return (before[:, None] + 1) * is_digit
     within = (-before)[:, None]  # a token that breaks no run: as far back as the run goes

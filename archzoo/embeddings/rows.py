@@ -55,7 +55,8 @@ class RowEmbedding(Embedding):
         made once and then looked up: one pass over x forward, and one backward, instead of five.
         """
         words = self.weight
-        if tokens.numel() > len(words) * self.rows:
+        # What is exported runs for any length.
+        if not torch.compiler.is_exporting() and tokens.numel() > len(words) * self.rows:
             pairs = self.norm(words[:, None] + self.table.weight).flatten(0, 1)
             return F.embedding(torch.add(rows, tokens, alpha=self.rows), pairs)
         normed: Tensor = self.norm(

@@ -7,8 +7,6 @@ fraction, P_j its mean probability. None of them counts padding.
 from __future__ import annotations
 
 import math
-from fractions import Fraction
-from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -56,9 +54,18 @@ def mean_over_tokens(values: Tensor, valid: Tensor | None = None) -> Tensor:
     return mean
 
 
-@lru_cache(maxsize=256)
-def _capacity_per_assignment(experts: int, factor: float) -> Fraction:
-    return Fraction(str(factor)) / experts
+def _as_written(factor: float) -> tuple[int, int]:
+    """Numerator and denominator of a factor as it is written: 11 and 10 of 1.1.
+
+    A compiler follows this, where it does not follow `fractions`.
+    """
+    digits, _, exponent = str(factor).partition("e")
+    whole, _, decimals = digits.partition(".")
+    places = len(decimals) - int(exponent or "0")
+    numerator = int(whole + decimals) * 10 ** max(-places, 0)
+    denominator = 10 ** max(places, 0)
+    common = math.gcd(numerator, denominator)
+    return numerator // common, denominator // common
 
 
 def capacity(assignments: Tensor | int, experts: int, factor: float) -> Tensor | int:
@@ -71,8 +78,8 @@ def capacity(assignments: Tensor | int, experts: int, factor: float) -> Tensor |
         experts: How many there are.
         factor: The capacity factor; 1 is enough for an even load.
     """
-    each = _capacity_per_assignment(experts, factor)
-    return -((-assignments * each.numerator) // each.denominator)
+    numerator, denominator = _as_written(factor)
+    return -((-assignments * numerator) // (denominator * experts))
 
 
 def load_fractions(

@@ -21,6 +21,7 @@ from archzoo.feedforward.dense import GatedFeedForward
 from archzoo.kernels.experts import (
     cast_weight,
     collect_rows,
+    loop_experts,
     make_dispatch,
     multiply,
     spread_rows,
@@ -92,10 +93,11 @@ class Experts(nn.Module):
         """
         if transformed():
             return "dense"
-        copied = 3 * assignments * self.dim * self.width
-        few = copied <= COPIED.get(device.type, COPIED_ELSEWHERE)
-        if few and not torch.is_grad_enabled():
-            return "gather"
+        # What is exported runs for any length.
+        if not (torch.is_grad_enabled() or torch.compiler.is_exporting()):
+            copied = 3 * assignments * self.dim * self.width
+            if copied <= COPIED.get(device.type, COPIED_ELSEWHERE):
+                return "gather"
         if dtype == torch.bfloat16 and self.dim % 8 == 0 and self.width % 8 == 0:
             return "grouped"
         return "loop"
@@ -196,6 +198,8 @@ class Experts(nn.Module):
             down: (experts, dim, width).
             ends: (experts,) int64, the row after each expert's last.
         """
+        if torch.compiler.is_compiling():
+            return loop_experts(rows, gate_up, down, ends)
         sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
         rest = len(rows) - sum(sizes)
         # An expert without rows still gets a gradient, of zeros, as ranks that reduce theirs

@@ -201,6 +201,8 @@ class Retention(KeepsFloat32, Mixer):
         """Recurrent for one token, parallel for few, chunkwise for many and on a GPU."""
         if x.shape[1] == 1 and state is not None:
             return "recurrent"
+        if torch.compiler.is_exporting():  # for any length, of torch's own operations
+            return "parallel"
         few = x.shape[1] <= PARALLEL_UP_TO and x.device.type == "cpu"
         return "parallel" if few else "chunkwise"
 

@@ -12,6 +12,7 @@ Importing this module needs neither Triton nor a GPU.
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -67,7 +68,7 @@ def make_dispatch(
     # On a GPU a sort takes a pass for every 8 bits.
     chosen, order = keys.to(torch.int16).sort(stable=True)
     inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order), device=order.device)
+    inverse[order] = torch.arange(order.numel(), device=order.device)
     last = torch.arange(experts, device=order.device, dtype=chosen.dtype)
     ends = torch.searchsorted(chosen, last, right=True, out_int32=True)
     return Dispatch(inverse, ends, order, dropped)
@@ -130,7 +131,7 @@ def _only_computed(rows: Tensor, dispatch: Dispatch) -> Tensor:
     """Zeros instead of dropped rows, in the gradient, too."""
     if not dispatch.dropped:
         return rows
-    index = torch.arange(len(rows), device=rows.device)
+    index = torch.arange(rows.shape[0], device=rows.device)
     return rows.masked_fill((index >= dispatch.ends[-1])[:, None], 0.0)
 
 
@@ -160,7 +161,7 @@ class _Rearrange(torch.autograd.Function):
         order, inverse = ctx.saved_tensors
         back: Tensor = _Rearrange.apply(grad, inverse, order, 1)
         if ctx.k > 1:
-            back = back.view(len(back) // ctx.k, ctx.k, back.shape[1]).sum(dim=1)
+            back = back.view(back.shape[0] // ctx.k, ctx.k, back.shape[1]).sum(dim=1)
         return back, None, None, None
 
 
@@ -347,6 +348,95 @@ def _experts_gradient(grad: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
         UPCAST=not grad.is_cuda, num_warps=8,
     )  # fmt: skip
     return d_weight
+
+
+# ---------------------------------------------------------------------------- loop
+
+_library = torch.library.Library("archzoo", "FRAGMENT")
+_library.define(
+    "loop_experts(Tensor rows, Tensor gate_up, Tensor down, Tensor ends) -> (Tensor, Tensor)"
+)
+_library.define(
+    "loop_experts_backward(Tensor grad, Tensor rows, Tensor gate_up, Tensor down, Tensor ends, "
+    "Tensor hidden) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def loop_experts(rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
+    """One expert after the other, as an operator: a compiler does not see how many rows each has.
+
+    The sizes are read on the host, so a GPU is waited for once a layer and direction; with
+    bfloat16 grouped products run there instead.
+
+    Args:
+        rows: (assignments, dim), sorted by expert; those after the last expert's give 0.
+        gate_up: (experts, 2 width, dim).
+        down: (experts, dim, width).
+        ends: (experts,) int32, where each expert's rows end.
+    """
+    y: Tensor
+    y, _ = torch.ops.archzoo.loop_experts(rows, gate_up, down, ends)
+    return y
+
+
+def _slices(ends: Tensor) -> list[slice]:
+    bounds = [0, *ends.tolist()]
+    return [slice(*pair) for pair in itertools.pairwise(bounds)]
+
+
+def _loop(rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows' results, and what SwiGLU took, (assignments, 2 width)."""
+    y, hidden = torch.zeros_like(rows), rows.new_zeros(len(rows), gate_up.shape[1])
+    for expert, some in enumerate(_slices(ends)):
+        torch.mm(rows[some], gate_up[expert].t(), out=hidden[some])
+        torch.mm(_swiglu_plainly(hidden[some]), down[expert].t(), out=y[some])
+    return y, hidden
+
+
+def _loop_backward(
+    grad: Tensor, rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor, hidden: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_rows, d_gate_up, d_down = (torch.zeros_like(x) for x in (rows, gate_up, down))
+    for expert, some in enumerate(_slices(ends)):
+        gate, up = hidden[some].chunk(2, dim=-1)
+        active, dy = F.silu(gate), grad[some]
+        torch.mm(dy.t(), active * up, out=d_down[expert])
+        inner = dy @ down[expert]
+        d_gate = torch.ops.aten.silu_backward(inner * up, gate)
+        d_hidden = torch.cat([d_gate, inner * active], dim=-1)
+        torch.mm(d_hidden.t(), rows[some], out=d_gate_up[expert])
+        torch.mm(d_hidden, gate_up[expert], out=d_rows[some])
+    return d_rows, d_gate_up, d_down
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("loop_experts", _loop, _key)
+    _library.impl("loop_experts_backward", _loop_backward, _key)
+
+
+@torch.library.register_fake("archzoo::loop_experts", lib=_library)
+def _loop_fake(rows: Tensor, gate_up: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(rows), rows.new_empty(rows.shape[0], gate_up.shape[1])
+
+
+@torch.library.register_fake("archzoo::loop_experts_backward", lib=_library)
+def _loop_backward_fake(
+    _: Tensor, rows: Tensor, gate_up: Tensor, down: Tensor, *__: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(rows), torch.empty_like(gate_up), torch.empty_like(down)
+
+
+def _keep_for_loop(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _loop_gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *torch.ops.archzoo.loop_experts_backward(grad, *ctx.saved_tensors), None
+
+
+torch.library.register_autograd(
+    "archzoo::loop_experts", _loop_gradients, setup_context=_keep_for_loop, lib=_library
+)
 
 
 # ---------------------------------------------------------------------------- SwiGLU

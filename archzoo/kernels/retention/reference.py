@@ -114,14 +114,21 @@ def decays(
 
         def of_chunks(points: Tensor) -> Tensor:
             """Before a chunk, after each of its tokens, and at its end: (b, n, chunk + 2)."""
-            points = points.unfold(1, chunk + 1, chunk)
+            one = chunks == 1  # of any length: what is exported cannot unfold by that
+            points = points[:, None] if one else points.unfold(1, chunk + 1, chunk)
             # Without documents all chunks are alike, and one stands for all.
             points = points if context.packed else points[:, :1]
             return torch.cat([points, points[..., -1:]], dim=-1)
 
+        def of_ends(points: Tensor) -> Tensor:
+            """Before the first chunk and after each: (b, n + 1)."""
+            if chunks == 1:
+                return torch.cat([points[:, :1], points[:, -1:]], dim=1)
+            return points[:, ::chunk]
+
         mask, ends = (
             decay_mask(log_decay, pick(tokens), None if documents is None else pick(documents))
-            for pick in (of_chunks, lambda points: points[:, ::chunk])
+            for pick in (of_chunks, of_ends)
         )
         intra, initial = scale * mask[..., 1:-1, 1:-1], mask[..., 1:-1, :1]
         final = scale * mask[..., -1, 1:-1, None]
