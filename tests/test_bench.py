@@ -2,16 +2,20 @@
 
 import csv
 import math
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import archzoo
 from archzoo.analysis import evidence
-from archzoo.analysis.bench import command
+from archzoo.analysis.bench import command, contenders, fitting
 from archzoo.analysis.bench.contenders import ZooContender
+from archzoo.analysis.bench.fitting import FitContender, random_text
 from archzoo.analysis.bench.measuring import Budget, Plan, foreseen, measure
 from archzoo.analysis.bench.memory import begin_peak, resident_peak
-from archzoo.analysis.bench.peers import FlashLinearAttention, Llama, Shape, Torchscale
+from archzoo.analysis.bench.peers import FlashLinearAttention, Llama, Nano, Shape, Torchscale
 from archzoo.analysis.bench.showing import (
     MEASURES,
     Line,
@@ -25,10 +29,13 @@ from archzoo.analysis.bench.showing import (
 )
 from archzoo.analysis.bench.sides import Process, Stopped
 from archzoo.analysis.bench.worker import Bench, answer_to, contender_of
+from archzoo.analysis.operations import training_operations
 from archzoo.cli import main
-from archzoo.states import nbytes
+from archzoo.states import map_state, nbytes
 
-TRAINING, DECODE, STATE = MEASURES[0], MEASURES[3], MEASURES[-1]
+TRAINING, STATE = MEASURES[0], MEASURES[-1]
+DECODE = next(measure for measure in MEASURES if measure.name == "decode")
+MEMORY = next(measure for measure in MEASURES if measure.name == "decode-memory")
 SIZES = {"length": 8, "batch": 2, "vocab_size": 64}
 
 
@@ -97,7 +104,7 @@ def plan_of(*contenders, **changed):
         "quantities": ["prefill"],
         "lengths": [16, 32, 64, 128],
         "batches": [1, 2],
-        "context": 8,
+        "contexts": [8],
         "tokens": 32,
         "rounds": 5,
         "precisions": ("float32", "float32"),
@@ -263,25 +270,29 @@ def test_a_side_does_each_quantity(name, quantity):
     bench.contender.build("cpu", "float32", quantity == "training")
     before = {k: p.detach().clone() for k, p in bench.contender.model.named_parameters()}
     bench.prepare(quantity, **SIZES)
-    assert bench.run(3) == {"seconds": 0.0}
+    assert bench.run(3)["seconds"] >= 0  # of decoding by a clock of its own
     changed = any(
         not torch.equal(before[k], p) for k, p in bench.contender.model.named_parameters()
     )
     assert changed == (quantity == "training")
 
 
-def test_every_turn_of_decoding_begins_after_the_same_tokens():
-    bench = Bench(ZooContender("transformer_micro"), "cpu", Clock())
-    bench.contender.build("cpu", "float32", False)
+def test_every_turn_of_decoding_step_by_step_begins_after_the_same_tokens():
     lengths = []
-    step = bench.contender.decode_step
 
-    def watched(token, state):
-        lengths.append(state["blocks"][0]["length"])
-        assert state["blocks"][0]["keys"].shape[:3] == (2, 2, 25)  # its room was made once
-        return step(token, state)
+    class StepByStep(ZooContender):
+        writes = False
 
-    bench.contender.decode_step = watched
+        def decode_step(self, token, state):
+            lengths.append(state["blocks"][0]["length"])
+            assert state["blocks"][0]["keys"].shape[:3] == (2, 2, 25)  # its room was made once
+            return self.model(token, state).state
+
+        def rewound(self, state, length):
+            return map_state(lambda leaf: leaf, state)
+
+    bench = Bench(StepByStep("transformer_micro"), "cpu", Clock())
+    bench.contender.build("cpu", "float32", False)
     bench.prepare("batch", **SIZES)
     for _ in range(3):
         lengths.clear()
@@ -289,15 +300,60 @@ def test_every_turn_of_decoding_begins_after_the_same_tokens():
         assert lengths == [8, 9, 10, 11, 12]  # the first is not timed
 
 
-def test_the_decoded_state_is_that_of_the_tokens_in_every_row():
-    contender = ZooContender("retnet_micro")
+@pytest.mark.parametrize("name", ["retnet_micro", "transformer_micro"])
+def test_what_is_written_follows_the_tokens_in_every_row(name):
+    contender = ZooContender(name)
     contender.build("cpu", "float32", False)
     tokens = torch.randint(64, (1, 8))
-    state = contender.repeated(contender.prefill(tokens, 4), 3)
     with torch.inference_mode():
-        logits = contender.model(tokens[:, :1].expand(3, 1), state).logits
-        whole = contender.model(torch.cat([tokens, tokens[:, :1]], 1)).logits[:, -1]
-    torch.testing.assert_close(logits[:, 0], whole.expand(3, -1), atol=1e-4, rtol=1e-4)
+        texts = contender.texts(tokens, 3)
+    alone = archzoo.generate(contender.model, tokens[0].tolist(), max_tokens=5).tokens
+    for _ in range(2):  # the texts stay as they are
+        assert archzoo.generate(contender.model, **texts, max_tokens=5).tokens == 3 * alone
+    contender.device = torch.device("cuda")  # where every row reads it
+    prompts = contender.texts(tokens, 3)
+    assert archzoo.generate(contender.model, **prompts, max_tokens=5).tokens == 3 * alone
+
+
+def test_what_a_text_takes_once_is_in_no_step(monkeypatch):
+    asked = []
+
+    def generate(model, max_tokens, **texts):
+        asked.append(max_tokens)
+        milliseconds = 80.0 + 2.0 * (max_tokens - 1)  # 80 of them once
+        return SimpleNamespace(milliseconds_per_token=milliseconds / (max_tokens - 1))
+
+    monkeypatch.setattr(contenders, "generate", generate)
+    contender = ZooContender("retnet_micro")
+    contender.model = None
+    assert contender.decoding_seconds({}, 20) == pytest.approx(2e-3)
+    assert asked == [25, 5]
+    # Where noise is more than the steps, they are timed with all else.
+    noise = iter([4.0, 40.0])
+    monkeypatch.setattr(
+        contenders,
+        "generate",
+        lambda model, max_tokens: SimpleNamespace(milliseconds_per_token=next(noise)),
+    )
+    assert contender.decoding_seconds({}, 4) == pytest.approx(4e-3 * 8 / 9)
+
+
+def test_training_takes_the_loss_of_fit_and_compiles_what_fit_compiles(monkeypatch):
+    contender = ZooContender("retnet_micro:compiled")
+    compiled = []
+    monkeypatch.setattr(archzoo.Decoder, "compile", lambda self: compiled.append(self))
+    contender.build("cpu", "float32", True)
+    assert compiled == [contender.model]
+    tokens = torch.randint(64, (2, 9))
+    logits = contender.model(tokens[:, :-1]).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    torch.testing.assert_close(contender.loss(tokens), expected)
+    called = []
+    monkeypatch.setattr(
+        contenders, "total_loss", lambda x, head, labels: called.append(head) or x.sum()
+    )
+    contender.loss(tokens)
+    assert called == [contender.model.head]
 
 
 def test_state_bytes_are_those_of_the_state_without_room_for_more():
@@ -447,7 +503,7 @@ def test_lines_of_rows_and_where_they_stop():
     assert b.x == [] and stops([a, b], DECODE) == [
         "b stops before 16 tokens: time: about 9 s are needed, and 3 s are left"
     ]
-    assert lines_of(MEASURES[4], rows) == []  # no peaks in them
+    assert lines_of(MEMORY, rows) == []  # no peaks in them
     sections = report_sections(rows, {"decode": ["a is alone"]})
     assert sections[0].note.startswith("a is alone. ") and sections[0].series[0].low == [1, 1]
     assert sections[1].rows == [["16", "1", "time"], ["32", "2 (1 to 3)", ""]]
@@ -518,7 +574,7 @@ def test_the_command_writes_rows_tables_figures_and_words(fake, tmp_path, capsys
 
 
 def test_the_same_command_continues_and_again_measures_anew(fake, tmp_path, capsys, monkeypatch):
-    first = [*ARGUMENTS, "--quantities", "prefill", "--output", "mine"]
+    first = [*ARGUMENTS, "--prefill", "--output", "mine"]
     path = tmp_path / "mine.csv"
 
     count = 0
@@ -554,14 +610,14 @@ def test_the_same_command_continues_and_again_measures_anew(fake, tmp_path, caps
 
 def test_one_preset_with_each_mixer(fake, capsys):
     arguments = ["bench", "retnet_tiny", "--mixers", "Retention,Attention", "--peers", "none"]
-    arguments += ["--quantities", "state", "--lengths", "16,32", "--output", "mixers"]
+    arguments += ["--state", "--lengths", "16,32", "--output", "mixers"]
     assert main(arguments) == 0
     said = capsys.readouterr().out
     assert "retnet_tiny:Attention" in said and "parameters matched" in said
 
 
 def test_compiling_is_for_training(fake, tmp_path):
-    arguments = [*ARGUMENTS, "--quantities", "training,decode", "--output", "c", "--compile"]
+    arguments = [*ARGUMENTS, "--training", "--decode", "--output", "c", "--compile"]
     assert main(arguments) == 0
     found = {(r["quantity"], r["contender"]) for r in evidence.read_rows(tmp_path / "c.csv")}
     names = ("retnet_micro", "transformer_micro")
@@ -573,7 +629,9 @@ def test_compiling_is_for_training(fake, tmp_path):
     ("arguments", "words"),
     [
         (["retnet_mikro"], "there is no model 'retnet_mikro'; nearest: retnet_micro"),
-        (["retnet_micro", "--quantities", "trainig"], "there is no 'trainig'; nearest: training"),
+        (["retnet_micro", "--trainig"], "there is no option --trainig; nearest: --training"),
+        (["retnet_micro", "--context", "1k,x"], "context=1k,x: 'x' is not an integer"),
+        (["retnet_micro:fit:compiled"], "archzoo fit chooses the form, and whether to compile"),
         (["retnet_micro", "--lengths", "256,0"], "'0' is not an integer of at least 1"),
         (["retnet_micro", "--lengths", "256,-4"], "'-4' is not an integer"),
         (["retnet_micro", "--batches", "x"], "batches=x: 'x' is not an integer"),
@@ -584,7 +642,7 @@ def test_compiling_is_for_training(fake, tmp_path):
         (["retnet_micro", "--device", "tpu"], "is not a valid device"),
         (["llama"], "name a preset too"),
         (
-            ["retnet_micro:parallel", "--quantities", "decode,state"],
+            ["retnet_micro:parallel", "--decode", "--state"],
             "retnet_micro:parallel cannot be asked for decode, state: decoding is the recurrent",
         ),
         (["retnet_base:depth=9000"], "parameters take 255 GB, and this machine has"),
@@ -605,7 +663,7 @@ def test_without_matplotlib_all_but_figures_is_there(fake, tmp_path, capsys, mon
         raise ValueError("a figure needs matplotlib: pip install 'archzoo[plots]'")
 
     monkeypatch.setattr(command, "pyplot", missing)
-    assert main([*ARGUMENTS, "--quantities", "state", "--output", "plain"]) == 0
+    assert main([*ARGUMENTS, "--state", "--output", "plain"]) == 0
     assert "without figures: a figure needs matplotlib: pip" in capsys.readouterr().out
     assert [path.name for path in tmp_path.glob("plain*")] == ["plain.csv"]
 
@@ -623,3 +681,149 @@ def test_a_cache_outgrows_a_state_where_their_sizes_say():
     )]  # fmt: skip
     assert sizes[1] == pytest.approx(sizes[0], rel=1e-3)
     assert command.cache_outgrows(retention, retention) is None
+
+
+# ---------------------------------------------------------------------------- fit as a side
+
+
+def test_a_text_of_random_characters_holds_all_of_them():
+    text = random_text(50_000, 40_000)
+    assert len(text) == 50_000 and len(set(text)) == 40_000
+    assert random_text(50_000, 40_000) == text and not set(text) & set(" \n")
+    assert len(text.encode("utf-8")) > 0  # no surrogates
+    assert len(random_text(3, 64)) == 64
+
+
+def in_this_process(command, **options):
+    """For `subprocess.run` of the command line, which takes seconds to import all."""
+    assert command[1:3] == ["-m", "archzoo"] and options["env"]["OMP_NUM_THREADS"]
+    return subprocess.CompletedProcess(command, main(command[3:]), "", "error: what it said")
+
+
+def test_fit_is_run_as_a_command_and_tells_its_steps(monkeypatch, capsys):
+    monkeypatch.setattr(fitting.subprocess, "run", in_this_process)
+    bench = Bench(contender_of({"name": "retnet_micro:Attention:fit", "match": True}), "cpu")
+    made = bench.build("float32", True)
+    assert made["parameters"] == ZooContender("retnet_micro:Attention").count
+    found = bench.prepare("training", **SIZES)
+    assert len(found["turns"]) == 5 and min(found["turns"]) > 0
+    assert found["memory_bytes"] >= 0
+    assert found["operations"] == training_operations(bench.contender.meta(), 8)
+    assert "retnet_micro" in capsys.readouterr().out  # what fit says of the model
+
+
+def test_why_fit_was_not_measured_is_told(monkeypatch):
+    bench = Bench(FitContender("retnet_micro:fit"), "cpu")
+    bench.build("float32", True)
+
+    def ended(status, said):
+        result = subprocess.CompletedProcess([], status, "", said)
+        monkeypatch.setattr(fitting.subprocess, "run", lambda *_, **__: result)
+        return answer_to(bench, {"do": "prepare", "quantity": "training", **SIZES})
+
+    assert ended(1, "Traceback\nerror: no such thing\n") == {
+        "stopped": "error",
+        "why": "archzoo fit ended with 1: error: no such thing",
+    }
+    assert ended(1, "torch.OutOfMemoryError: CUDA out of memory. Tried")["stopped"] == "memory"
+    assert ended(-9, "")["stopped"] == "memory"
+    assert ended(0, "")["why"] == "archzoo fit ended with 0: it said nothing"
+
+
+def test_its_settings_are_those_of_a_user_on_a_gpu(tmp_path):
+    contender = FitContender("retnet_micro:fit")
+    contender.build("cuda:1", "bf16-mixed", True)
+    found = contender.run_settings(tmp_path, 64, 4)
+    trainer = found["trainer"]
+    assert trainer["accelerator"] == "gpu" and trainer["devices"] == [1]
+    assert trainer["precision"] == "bf16-mixed" and trainer["max_steps"] == 56
+    assert trainer["val_check_interval"] == trainer["max_steps"]  # at the end
+    assert "compile" not in found  # which fit decides
+    assert set(contender.without) == {"prefill", "decode", "batch", "state"}
+
+
+def test_a_side_that_makes_all_its_steps_at_once_has_a_process_for_each_size():
+    said = []
+
+    class Whole(FakeSide):
+        def ask(self, do, timeout, **request):
+            answer = super().ask(do, timeout, **request)
+            if do == "prepare":
+                answer |= {"turns": [2.0, 1.0, 2.0, 3.0], "memory_bytes": 9, "operations": 5e3}
+            return answer
+
+    side = Named("a")
+    side.trains = True
+    plan = plan_of(side, quantities=["training"], lengths=[16, 32], peak=1e6, tracks_peaks=True)
+    sides = {"a": Whole(Clock(), lambda *_: 1.0, said=said)}
+    rows = [row for row, _ in measure(plan, lambda c: sides[c.name], Budget(1e6, Clock()))]
+    assert [do for do, _ in said if do in ("build", "run", "close")] == ["build", "close"] * 2
+    assert [(row["median"], row["mean"], row["rounds"]) for row in rows] == 2 * [(16, 16, 4)]
+    assert rows[0]["memory_bytes"] == 9 and rows[0]["mfu"] == 0.08
+    assert lines_of(MEASURES[1], rows)[0].y == [8, 8]  # per cent
+
+
+def test_fit_and_compiling_take_turns_over_sides(fake, tmp_path):
+    arguments = [*ARGUMENTS[:-2], "--peers", "nanogpt", "--training", "--decode"]
+    assert main([*arguments, "--output", "f", "--fit", "--compile"]) == 0
+    found = {(r["quantity"], r["contender"]) for r in evidence.read_rows(tmp_path / "f.csv")}
+    names = ("retnet_micro", "transformer_micro")
+    expected = {("decode", name) for name in names} | {("training", "nanogpt:compiled")}
+    assert found == expected | {("training", f"{name}:fit") for name in names}
+
+
+def test_throughput_after_several_lengths_is_a_line_each(fake, tmp_path, capsys):
+    arguments = [*ARGUMENTS, "--batch", "--context", "8,32", "--output", "b"]
+    assert main(arguments) == 0
+    rows = evidence.read_rows(tmp_path / "b.csv")
+    found = {(row["contender"], row["length"], row["batch"]) for row in rows}
+    assert len(rows) == len(found) == 2 * 2 * 2
+    batch = next(measure for measure in MEASURES if measure.name == "batch")
+    names = [line.name for line in lines_of(batch, rows)]
+    assert names == [
+        f"{name}, {length}" for length in (8, 32) for name in ("retnet_micro", "transformer_micro")
+    ]
+
+
+# ---------------------------------------------------------------------------- nanoGPT
+
+
+def test_nanogpt_is_causal_and_holds_what_a_block_of_ours_does():
+    with torch.device("meta"):
+        ours = ZooContender("transformer_base").make()
+        shape = Shape.of(ours)
+    peer = Nano("nanogpt", shape._replace(vocab_size=64, dim=64, depth=2, heads=2))
+    peer.build("cpu", "float32", True)
+    peer.fresh_shape(8)
+    assert peer.model.positions.shape == (8, 64)
+    # 12 dim^2 and two norms a block, the last norm, the head; positions are looked up.
+    active = 2 * (12 * 64**2 + 2 * 64) + 64 + 64 * 64
+    assert peer.parameters() == active + 8 * 64
+    assert peer.operations(8) == 6 * active + 3 * 2 * 2 * 64 * 9
+    before = [parameter.detach().clone() for parameter in peer.model.parameters()]
+    tokens = torch.randint(64, (2, 9))
+    logits = peer.logits(tokens[:, :8])
+    changed = tokens[:, :8].clone()
+    changed[:, 5] = (changed[:, 5] + 1) % 64
+    difference = (peer.logits(changed) - logits).abs().amax((0, 2))
+    assert difference[:5].max() == 0 < difference[5:].min()
+    peer.train_step(tokens)
+    after = list(peer.model.parameters())
+    assert all(not torch.equal(*pair) for pair in zip(before, after, strict=True))
+    assert set(peer.without) == {"prefill", "decode", "batch", "state"}
+
+
+def test_peers_with_attention_have_its_heads_beside_retention():
+    with torch.device("meta"):
+        retention = Shape.of(ZooContender("retnet_base").make())
+        attention = Shape.of(ZooContender("transformer_base").make())
+    assert Nano("nanogpt", retention).heads == Nano("nanogpt", attention).heads == 12
+    assert Llama("llama", retention).heads == 12 and retention.heads == 3
+    assert set(Llama("llama:static", attention).without) == {"training", "prefill", "state"}
+    peer = Nano("nanogpt", attention)
+    with torch.device("meta"):
+        peer.model = peer.make()
+    # As ours of the same dim and depth, but for the width of the feed-forward's three matrices.
+    assert peer.operations(2_048) == training_operations(
+        ZooContender("transformer_base").meta(), 2_048
+    )

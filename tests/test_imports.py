@@ -42,7 +42,7 @@ LAYERS = """
     analysis
     conversion contract
     training
-    analysis.compare
+    analysis.compare analysis.bench
     demo
     cli
     __main__

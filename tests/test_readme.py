@@ -79,7 +79,7 @@ SHELL = [line for line in commands() if not line.startswith("make ")]
 
 # Less of what takes minutes; the last of two values counts.
 SHORTER = {
-    "bench": ["--lengths", "16,32", "--quantities", "decode,state", "--minutes", "0.5"],
+    "bench": ["--lengths", "16,32", "--decode", "--state", "--minutes", "0.5"],
     "compare": [
         *("--model.preset", "retnet_micro", "--seeds", "0", "--learning_rates", "1e-3"),
         *("--trainer.max_steps", "3", "--trainer.val_check_interval", "3"),

@@ -45,7 +45,7 @@ from archzoo.states import State
 
 # On a CPU at width 128, 4 heads, a training step in one chunk against chunks of 64 took 32 against
 # 35 ms at 128 tokens, and 53 against 46 at 256: archzoo bench retnet_tiny:parallel
-# retnet_tiny:chunkwise --quantities training --lengths 64,128,256,512 --tokens 1.
+# retnet_tiny:chunkwise --training --lengths 64,128,256,512 --tokens 1.
 PARALLEL_UP_TO = 128  # tokens
 
 

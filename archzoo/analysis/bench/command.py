@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from archzoo.analysis import evidence
-from archzoo.analysis.bench.contenders import COMPILED, Contender, Precision, ZooContender
+from archzoo.analysis.bench.contenders import COMPILED, FIT, Contender, Precision, ZooContender
 from archzoo.analysis.bench.measuring import KEY, QUANTITIES, Budget, Plan, Row, measure
 from archzoo.analysis.bench.memory import free_memory
 from archzoo.analysis.bench.peers import PEERS, Peer, Shape
@@ -32,7 +32,9 @@ from archzoo.analysis.bench.showing import (
     table_of,
 )
 from archzoo.analysis.bench.sides import Process, Side, get_ready
+from archzoo.analysis.bench.worker import zoo_contender
 from archzoo.analysis.figures import pyplot
+from archzoo.analysis.operations import peak_of
 from archzoo.analysis.tables import Screen, show
 from archzoo.analysis.window import outgrown
 from archzoo.names import nearest
@@ -48,12 +50,17 @@ def bench_command(
     /,
     mixers: str | None = None,
     match: bool = True,
-    quantities: str = "training,prefill,decode,batch,state",
+    training: bool = False,
+    prefill: bool = False,
+    decode: bool = False,
+    batch: bool = False,
+    state: bool = False,
     lengths: str | None = None,
     batches: str = "1,2,4,8,16,32,64",
-    context: int = 1024,
+    context: str = "1k",
     tokens: int | None = None,
     precision: Literal["auto", "float32", "bfloat16", "bf16-mixed"] = "auto",
+    fit: bool = False,
     compile: bool = False,
     peers: str = "auto",
     rounds: int = 10,
@@ -70,29 +77,35 @@ def bench_command(
     faster or smaller than another, and draws OUTPUT-QUANTITY.png. Every side has a process of its
     own, and they run in turn within each round; a value is the median over the rounds, with the
     10th and 90th percentile. A curve ends where memory or its time ends, and says so. Interrupted,
-    it is continued by the same command.
+    it is continued by the same command. Without a choice of --training, --prefill, --decode,
+    --batch and --state all five are measured.
 
     Args:
         contenders: Presets, with what is changed of each after colons: a mixer, a form (parallel,
-            chunkwise, recurrent), an argument of the mixer or the model, or compiled; such as
-            retnet_tiny, retnet_tiny:Attention, retnet_tiny:chunk_size=128:chunkwise. Other
-            projects' models are llama, torchscale and fla.
+            chunkwise, recurrent), an argument of the mixer or the model, compiled, or fit, which
+            is archzoo fit itself; such as retnet_tiny, retnet_tiny:Attention, retnet_tiny:fit,
+            retnet_tiny:chunk_size=128:chunkwise. Other projects' models are nanogpt, llama,
+            llama:static, torchscale and fla.
         mixers: Each preset with each of these mixers, such as Retention,Attention.
         match: Where a mixer is changed, set the feed-forward's width so that the model holds as
             many parameters as its preset.
-        quantities: Which, of training (tokens/s and peak memory), prefill, decode (ms a token),
-            batch (tokens/s of decoding against the batch) and state (bytes).
+        training: Measure it: tokens/s, MFU on a GPU that is known, and peak memory.
+        prefill: Reading a text, milliseconds.
+        decode: Writing by archzoo.generate, milliseconds a token, against the tokens before.
+        batch: The same, tokens/s against the batch.
+        state: Its bytes.
         lengths: Tokens, such as 256,1k,16k. None: powers of 2 from 256, to 16k on a CPU and to
             128k on a GPU.
         batches: Rows at which decoding's throughput is measured.
-        context: Tokens that came before, in that.
+        context: Tokens that came before, in that; several such as 1k,8k.
         tokens: Of a training step, as many rows as they make; one row where it is longer. None:
             2,048 on a CPU, 32,768 on a GPU.
         precision: Of all sides. auto: float32 on a CPU; on a GPU bf16-mixed in training and
             bfloat16 weights in all else.
+        fit: Training of ours is archzoo fit itself, validation included in its memory.
         compile: Training runs under torch.compile, all sides.
         peers: Other projects' models that run too, at the shape of ours: all that are installed
-            (auto), none, or a list such as llama,torchscale.
+            (auto), none, or a list such as nanogpt,llama,llama:static.
         rounds: At most; where time is short, 3.
         minutes: Time for all of it. Each quantity gets an equal part of what is left.
         device: Such as cpu or cuda. None: a GPU where there is one.
@@ -112,32 +125,35 @@ def bench_command(
     if threads is not None:
         at_least_one("threads", threads)
         torch.set_num_threads(threads)
-    for name, value in (("rounds", rounds), ("context", context), ("tokens", tokens)):
+    for name, value in (("rounds", rounds), ("tokens", tokens)):
         if value is not None:
             at_least_one(name, value)
     if not (minutes > 0 and math.isfinite(minutes)):
         raise ValueError(f"minutes={minutes} must be more than 0")
-    wanted = _known(quantities, "quantities", list(QUANTITIES))
+    chosen = dict(zip(QUANTITIES, (training, prefill, decode, batch, state), strict=True))
+    wanted = [name for name in QUANTITIES if chosen[name] or not any(chosen.values())]
     longest = 131_072 if on_gpu else 16_384
     steps = [256 * 2**n for n in range(20) if 256 * 2**n <= longest]
     sizes = steps if lengths is None else integers(lengths, "lengths")
     precisions = _precisions(precision, on_gpu)
 
-    sides = _sides(contenders, mixers, match, peers, device, console)
-    if compile:
-        sides = _compiled(sides, match, wanted)
+    sides = _sides(contenders, mixers, match, peers, device, wanted, console)
+    for way, asked in ((FIT, fit), (COMPILED, compile)):
+        if asked:
+            sides = _trained_by(way, sides, match, wanted)
     _check_asked(sides, wanted)
     plan = Plan(
         contenders=sides,
         quantities=wanted,
         lengths=sizes,
         batches=integers(batches, "batches"),
-        context=context,
+        contexts=integers(context, "context"),
         tokens=tokens or (32_768 if on_gpu else 2_048),
         rounds=rounds,
         precisions=precisions,
         free_memory=free_memory(device),
         tracks_peaks=on_gpu,
+        peak=peak_of(device),
         vocab_size=min(_vocab_size(side) for side in sides),
     )
     for side in sides:
@@ -264,7 +280,13 @@ def _precisions(precision: str, on_gpu: bool) -> tuple[Precision, Precision]:
 
 
 def _sides(
-    names: list[str], mixers: str | None, match: bool, peers: str, device: str, console: Screen
+    names: list[str],
+    mixers: str | None,
+    match: bool,
+    peers: str,
+    device: str,
+    wanted: list[str],
+    console: Screen,
 ) -> list[Contender]:
     """What the names stand for, each once, and the peers behind them."""
     found: dict[str, Contender | None] = {}
@@ -273,12 +295,12 @@ def _sides(
             found[name] = None  # once the shape is known
             continue
         if mixers is None:
-            found[name] = ZooContender(name, match)
+            found[name] = zoo_contender(name, match)
             continue
         preset, *changes = name.split(":")
         for mixer in mixers.replace(" ", "").strip("[]").split(","):
             full = ":".join([preset, mixer, *changes])
-            found[full] = ZooContender(full, match)
+            found[full] = zoo_contender(full, match)
     ours = [side for side in found.values() if isinstance(side, ZooContender)]
     if not ours:
         raise ValueError(f"{', '.join(names)}: name a preset too, whose shape the others take")
@@ -289,16 +311,22 @@ def _sides(
             raise ValueError(f"{name}: {why}")
         found[name] = _peer(name, ours)
     asked = list(PEERS) if peers == "auto" else []
+    if peers == "auto" and torch.device(device).type == "cuda":
+        asked.insert(asked.index("llama") + 1, "llama:static")
     if peers not in ("auto", "none"):
         asked = peers.replace(" ", "").strip("[]").split(",")
         _known(",".join(name.partition(":")[0] for name in asked), "peers", list(PEERS))
     for name in asked:
         kind = PEERS[name.partition(":")[0]]
         why = kind.missing(device) or _no_shape(_beside(kind, ours))
+        if not why and not any((other.partition(":")[0] == name) for other in found):
+            peer = _peer(name, ours)
+            if set(wanted) - set(peer.without):
+                found[name] = peer
+            else:
+                why = peer.without[wanted[0]]
         if why:
             console.print(f"skipping {name}: {why}")
-        elif not any((other.partition(":")[0] == name) for other in found):
-            found[name] = _peer(name, ours)
     return [side for side in found.values() if side is not None]
 
 
@@ -329,23 +357,37 @@ def _no_shape(side: ZooContender) -> str | None:
     return f"{side.name} has no dense feed-forward whose width it could take"
 
 
-def _compiled(sides: list[Contender], match: bool, wanted: list[str]) -> list[Contender]:
-    """Each side compiled for training, and as it is for all else."""
+def _trained_by(
+    way: str, sides: list[Contender], match: bool, wanted: list[str]
+) -> list[Contender]:
+    """Each side for training in a way, and as it is for all else; who has that way already stays.
+
+    Args:
+        way: Compiled, or by `archzoo fit`, which is for ours alone.
+        sides: As they were named.
+        match: Whether parameters are matched.
+        wanted: Quantities.
+    """
     found: list[Contender] = []
     for side in sides:
-        if side.compiled:
+        of_ours = isinstance(side, ZooContender)
+        if side.compiled or side.trains or (way == FIT and (not of_ours or side.form)):  # type: ignore[attr-defined]
             found.append(side)
             continue
-        name = f"{side.name}:{COMPILED}"
-        if "training" not in side.without:
-            if isinstance(side, Peer):
-                found.append(type(side)(name, side.shape))
-            else:
-                found.append(ZooContender(name, match))
+        name = f"{side.name}:{way}"
+        if "training" not in side.without and "training" in wanted:
+            found.append(_named(name, side, match))
         if set(wanted) - {"training", *side.without}:
-            side.without["training"] = "it is trained compiled"
+            side.without["training"] = f"it is trained by {name}"
             found.append(side)
     return found
+
+
+def _named(name: str, side: Contender, match: bool) -> Contender:
+    """A side by another name, of the same kind."""
+    if isinstance(side, Peer):
+        return type(side)(name, side.shape)
+    return zoo_contender(name, match)
 
 
 def _check_asked(sides: list[Contender], wanted: list[str]) -> None:
@@ -403,7 +445,7 @@ def _settings(plan: Plan, device: str, threads: int | None, match: bool) -> dict
         "quantities": plan.quantities,
         "lengths": plan.lengths,
         "batches": plan.batches,
-        "context of the batches": plan.context,
+        "context of the batches": plan.contexts,
         "tokens of a training step": plan.tokens,
         "rounds at most": plan.rounds,
         "precision of training": plan.precisions[0],
@@ -443,6 +485,7 @@ def _contenders_table(sides: list[Contender], plan: Plan) -> Table:
         count = f"{side.count:,}" if isinstance(side, ZooContender) else ""
         form = getattr(side, "form", None) or ("its own" if isinstance(side, Peer) else "chosen")
         training = plan.precisions[0] + (", compiled" if side.compiled else "")
+        training += ", archzoo fit" if side.trains else ""
         numbers = ["" if "training" in side.without else training, plan.precisions[1]]
         if not set(plan.quantities) - {"training", *side.without}:
             numbers[1] = ""
@@ -468,6 +511,8 @@ def _told(row: Row) -> str:
         return f"{head}: stops, {row['stopped']}"
     low, high = shown(row["low"]), shown(row["high"])
     spread = f" ({low} to {high})" if low != high else ""
+    if row.get("mfu"):
+        spread += f", MFU {row['mfu']:.1%}"
     memory = row.get("memory_bytes")
     peak = f", {memory / 2**30:.3g} GiB at most" if memory else ""
     return f"{head}: {shown(row['median'])} {row['unit']}{spread}{peak}"

@@ -2,7 +2,7 @@
 
 A side is named by a preset and what is changed of it, with colons between:
 ``retnet_tiny``, ``retnet_tiny:Attention``, ``retnet_tiny:chunkwise``,
-``retnet_tiny:chunk_size=128:chunkwise``, ``transformer_base:compiled``.
+``retnet_tiny:chunk_size=128:chunkwise``, ``transformer_base:compiled``, ``retnet_base:fit``.
 """
 
 from __future__ import annotations
@@ -17,16 +17,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from archzoo.analysis.operations import decoding_bytes, training_operations
 from archzoo.block import FORMS
 from archzoo.decoder import Decoder
+from archzoo.generation.conversation import start_conversation
+from archzoo.generation.decoding import generate
 from archzoo.names import nearest
 from archzoo.parts import list_parts
 from archzoo.registry import check_size, create_model, get_preset
-from archzoo.states import map_state, nbytes, reorder
+from archzoo.states import nbytes, reorder
+from archzoo.training.losses import total_loss
 
 Precision = Literal["float32", "bfloat16", "bf16-mixed"]
 DECODING = ("decode", "batch", "state")  # quantities that need a state
-COMPILED = "compiled"
+COMPILED, FIT = "compiled", "fit"
+SETTLED = 5  # tokens of a text before its steps are timed
 NOT_COMPILED = "training alone is compiled here"
 
 
@@ -38,13 +43,15 @@ class Contender:
 
     Attributes:
         name: As tables and figures have it.
-        compiled: The training step's forward pass, loss included, runs under torch.compile.
+        compiled: The training step's forward pass runs under torch.compile.
+        writes: It is decoded by `decoding_seconds`, else step by step.
+        trains: It is trained by `training_run`, else step by step.
         without: Quantities that it cannot be asked for, and why.
         model: What `build` made.
     """
 
     name: str
-    compiled = False
+    compiled = writes = trains = False
     without: dict[str, str]
     model: nn.Module
 
@@ -72,6 +79,28 @@ class Contender:
         """One token (batch, 1), logits included; the state after it."""
         raise NotImplementedError(f"{type(self).__name__} needs decode_step(token, state)")
 
+    def texts(self, tokens: Tensor, batch: int) -> Any:
+        """What `decoding_seconds` continues: tokens (1, time), as each row of a batch."""
+        raise NotImplementedError(f"{type(self).__name__} needs texts(tokens, batch)")
+
+    def decoding_seconds(self, texts: Any, steps: int) -> float:
+        """Seconds of a step, the mean of so many; the texts stay as they are."""
+        raise NotImplementedError(f"{type(self).__name__} needs decoding_seconds(texts, steps)")
+
+    def training_run(self, length: int, batch: int, vocab_size: int) -> dict[str, Any]:
+        """Train a model on texts of random tokens, and say how that went.
+
+        Args:
+            length: Tokens of a row.
+            batch: Rows of a step.
+            vocab_size: Tokens are drawn below it.
+
+        Returns:
+            turns: Seconds of each step after a warm-up.
+            memory_bytes: At most, of all that belongs to training.
+        """
+        raise NotImplementedError(f"{type(self).__name__} needs training_run(...)")
+
     def rewound(self, state: Any, length: int) -> Any:
         """A state that has read more than `length` tokens, as long as it was after these."""
         return state
@@ -83,6 +112,14 @@ class Contender:
     def state_bytes(self, state: Any) -> int:
         """Bytes that the tensors of a state take."""
         return nbytes(state)
+
+    def operations(self, length: int) -> float | None:
+        """Of training, a token's, as `archzoo.analysis.operations` counts; None: not known."""
+        return None
+
+    def decoding_bytes(self, batch: int, length: int) -> int | None:
+        """The fewest that a step of decoding moves, as there; None: not known."""
+        return None
 
     def settings(self) -> str:
         """What a measurement of it depends on, as a short digest: rows are kept by it."""
@@ -110,15 +147,22 @@ class Contender:
             self.model.to(torch.bfloat16)
         self.model.train(training)
         self.step: Callable[[Tensor], Tensor] = self.loss
-        self.optimizer = None
+        self.optimizer: torch.optim.Optimizer | None = None
         if training:
-            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+            self.optimizer = self.make_optimizer()
         else:
             self.model.requires_grad_(False)
-        self.fresh_shape()
+        self.fresh_shape(1)
 
-    def fresh_shape(self) -> None:
-        """Forget what was compiled for another shape, which else makes the next one dynamic."""
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """AdamW over all parameters."""
+        return torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+
+    def fresh_shape(self, length: int) -> None:
+        """Make ready for texts of another length.
+
+        What was compiled for the last is forgotten, which else makes the next one dynamic.
+        """
         if self.compiled:
             torch.compiler.reset()
             self.step = torch.compile(self.loss, dynamic=False)
@@ -152,6 +196,7 @@ class ZooContender(Contender):
     """A preset of the zoo, with parts and arguments of it changed.
 
     The loss is the cross-entropy alone, without what parts add to it; the parts' work is all done.
+    It is computed and compiled as `archzoo fit` does; decoding is `archzoo.generate`.
 
     Args:
         text: Its name, see the top of this file.
@@ -161,6 +206,8 @@ class ZooContender(Contender):
     Raises:
         ValueError: An unknown name, or changes that do not go together.
     """
+
+    writes = True
 
     def __init__(self, text: str, match: bool = True) -> None:
         preset, *changes = text.split(":")
@@ -185,7 +232,7 @@ class ZooContender(Contender):
             elif change in mixers or "." in change:
                 mixer = change
             else:
-                known = [*FORMS, COMPILED, *mixers]
+                known = [*FORMS, COMPILED, FIT, *mixers]
                 raise ValueError(
                     f"{text}: {change!r} is no form, mixer or NAME=VALUE; {nearest(change, known)}"
                 )
@@ -209,20 +256,29 @@ class ZooContender(Contender):
         if self.compiled:
             self.without |= dict.fromkeys(("prefill", *DECODING), NOT_COMPILED)
         check_size(arguments | self.changed)  # before its blocks are built, even without memory
-        with torch.device("meta"):
-            decoder = self.make()
+        decoder = self.meta()
         self.config: dict[str, Any] = decoder.config
         self.count, self.vocab_size = decoder.parameter_count(), decoder.vocab_size
 
+    @property
+    def matched(self) -> bool:
+        """Whether the feed-forward's width is set."""
+        return self.match and "mixer" in self.changed and "width" not in self.changed
+
     def make(self) -> Decoder:
-        match = "parameters" if self.match and "mixer" in self.changed else None
-        if match and "width" in self.changed:
-            match = None
+        match: Any = "parameters" if self.matched else None
         return create_model(self.preset, match=match, **self.changed)
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        logits: Tensor = self.model(tokens, form=self.form).logits
-        return logits
+    def fresh_shape(self, length: int) -> None:
+        if self.compiled:
+            torch.compiler.reset()
+            self.model.compile()
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        model: Any = self.model
+        labels = tokens[:, 1:]
+        x = model.hidden(tokens[:, :-1], form=self.form)[0]
+        return total_loss(x, model.head, labels) / labels.numel()
 
     def prefill(self, tokens: Tensor, room: int) -> Any:
         model: Any = self.model
@@ -230,16 +286,40 @@ class ZooContender(Contender):
         state = model.init_state(batch, capacity=length + room)
         return model(tokens, state, form=self.form, logits_to_keep=1).state
 
-    def decode_step(self, token: Tensor, state: Any) -> Any:
-        return self.model(token, state, form="recurrent").state
-
-    def rewound(self, state: Any, length: int) -> Any:
-        # The tensors are shared: a cache is written again from where its length says, and what a
-        # recurrent state holds does not change the time of a step.
-        return map_state(lambda leaf: leaf, state)
-
     def repeated(self, state: Any, batch: int) -> Any:
         return reorder(state, torch.zeros(batch, dtype=torch.int64, device=self.device))
+
+    def texts(self, tokens: Tensor, batch: int) -> dict[str, Any]:
+        model: Any = self.model
+        if batch > 1 and self.device.type == "cuda":
+            # Read anew by every call: their state held beside may not fit into the memory.
+            return {"prompts": tokens.tolist() * batch}
+        state = model.init_state(1, capacity=tokens.shape[1])
+        output = model(tokens, state, form=self.form, logits_to_keep=1)
+        begun = start_conversation(output.state, output.logits[:, -1])
+        return {"conversation": begun if batch == 1 else self.repeated(begun, batch)}
+
+    def decoding_seconds(self, texts: Any, steps: int) -> float:
+        def seconds(tokens: int) -> float:
+            model: Any = self.model
+            found = generate(model, **texts, max_tokens=tokens)
+            return 1e-3 * found.milliseconds_per_token * (tokens - 1)  # the first takes no step
+
+        # What a text takes once, such as capturing a graph, is in both.
+        whole, begun = seconds(SETTLED + steps), seconds(SETTLED)
+        return (whole - begun) / steps if whole > begun else whole / (SETTLED + steps)
+
+    def operations(self, length: int) -> float | None:
+        return training_operations(self.meta(), length)
+
+    def decoding_bytes(self, batch: int, length: int) -> int | None:
+        dtype = torch.float32 if self.precision == "float32" else torch.bfloat16
+        return decoding_bytes(self.meta().to(dtype), batch, length)
+
+    def meta(self) -> Decoder:
+        """The model, without memory."""
+        with torch.device("meta"):
+            return self.make()
 
     def facts(self) -> dict[str, Any]:
         return {"config": self.config, "form": self.form, "compiled": self.compiled}

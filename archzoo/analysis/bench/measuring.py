@@ -20,6 +20,7 @@ import numpy as np
 from archzoo.analysis.bench.contenders import Contender, Precision
 from archzoo.analysis.bench.sides import Side, Stopped
 from archzoo.analysis.bench.worker import MOST_REPEATS
+from archzoo.analysis.operations import utilisation
 
 QUANTITIES = {
     "training": "tokens/s",
@@ -81,31 +82,33 @@ class Plan:
         quantities: Of `QUANTITIES`.
         lengths: Of training, prefill, decoding and state, ascending.
         batches: Of decoding's throughput, ascending.
-        context: Tokens before it.
+        contexts: Tokens before it.
         tokens: A training step's, where a length is not more.
         rounds: At most.
         precisions: Of training, and of all else.
         free_memory: Bytes that a side can take.
         tracks_peaks: Whether turns say their peak memory, as a GPU's do; else a process does, and
             each size that is trained gets a fresh one.
+        peak: bf16 operations a second at most; None: unknown.
     """
 
     contenders: list[Contender]
     quantities: list[str]
     lengths: list[int]
     batches: list[int]
-    context: int
+    contexts: list[int]
     tokens: int
     rounds: int
     precisions: tuple[Precision, Precision]
     free_memory: int
     tracks_peaks: bool
+    peak: float | None = None
     vocab_size: int = 2
 
     def sizes(self, quantity: str) -> list[Size]:
         """Where a quantity is measured, ascending."""
         if quantity == "batch":
-            return [Size(self.context, batch) for batch in self.batches]
+            return [Size(length, batch) for length in self.contexts for batch in self.batches]
         if quantity == "state":  # it costs little, and a cache outgrows a state early
             before = [16 * 2**n for n in range(20) if 16 * 2**n < self.lengths[0]]
             return [Size(length, 1) for length in [*before, *self.lengths]]
@@ -269,7 +272,6 @@ def _point(
 ) -> Iterator[Row]:
     """One size: the rows of all curves that reach it."""
     training = quantity == "training"
-    fresh = training and not plan.tracks_peaks
     turns: dict[int, list[float]] = {}
     repeats: dict[int, int] = {}
     facts: dict[int, Row] = {}
@@ -281,7 +283,7 @@ def _point(
         waiting = len(curves) - index
         try:
             _check(plan, curve, at, share.left() / waiting)
-            if fresh:
+            if _is_fresh(plan, training, curve):
                 curve.close()
             built = curve.side is not None
             side = curve.side = curve.side or curve.start()
@@ -293,11 +295,16 @@ def _point(
             facts[index] = {"parameters": curve.parameters}
             sizes = {"length": size.length, "batch": size.batch, "vocab_size": plan.vocab_size}
             ready = side.ask("prepare", share.left(), quantity=quantity, **sizes)
-            if "state_bytes" in ready:
-                facts[index]["state_bytes"] = ready["state_bytes"]
-            turns[index] = []
+            told = ("state_bytes", "operations", "bytes", "memory_bytes")
+            facts[index] |= {name: ready[name] for name in told if ready.get(name)}
+            turns[index] = ready.get("turns", [])
+            if turns[index]:  # all of them at once
+                gone.add(index)
+                curve.close()
+                continue
             seconds = ready["seconds"]
-            repeats[index] = min(max(math.ceil(TURN / max(seconds, 1e-9)), 1), MOST_REPEATS)
+            most = MOST_REPEATS["cuda" if plan.tracks_peaks else "cpu"]
+            repeats[index] = min(max(math.ceil(TURN / max(seconds, 1e-9)), 1), most)
         except Stopped as stop:
             stopped[index] = stop
 
@@ -326,6 +333,7 @@ def _point(
 
     for index, curve in enumerate(curves):
         row = plan.identity(curve.contender, quantity, size) | {"unit": QUANTITIES[quantity]}
+        fresh = _is_fresh(plan, training, curve)
         if index not in stopped and fresh and curve.side is not None:
             try:
                 facts[index] |= curve.side.ask("peak", 60)
@@ -337,10 +345,17 @@ def _point(
             curve.ended = True
         else:
             row |= _figures(quantity, size, turns[index], row.get("state_bytes"))
+            if training and plan.peak and row.get("operations"):
+                row["mfu"] = round(utilisation(row["operations"], row["median"], plan.peak), 4)
         curve.note(at, row)
         if fresh or curve.ended:
             curve.close()
         yield row
+
+
+def _is_fresh(plan: Plan, training: bool, curve: Curve) -> bool:
+    """Whether each size gets a process of its own."""
+    return training and (not plan.tracks_peaks or curve.contender.trains)
 
 
 def _check(plan: Plan, curve: Curve, at: float, left: float) -> None:
@@ -372,4 +387,6 @@ def _figures(quantity: str, size: Size, seconds: list[float], state_bytes: Any) 
         values = [tokens / value for value in (middle, slow, quick)]
     named = zip(("median", "low", "high"), values, strict=True)
     found: Row = {name: float(f"{value:.5g}") for name, value in named}
+    if quantity == "training":  # with what comes between steps now and then, such as a log's row
+        found["mean"] = float(f"{tokens / statistics.fmean(seconds):.5g}")
     return found | {"rounds": len(seconds), "seconds": float(f"{middle:.5g}")}

@@ -1,8 +1,9 @@
 """Other projects' models at the shape of ours, where they are installed.
 
-``llama`` is transformers' LlamaForCausalLM, ``torchscale`` torchscale's RetNet, ``fla`` the RetNet
-of flash-linear-attention. Each is asked for what its project offers: its own attention, its own
-kernels, its own cache.
+``nanogpt`` is nanoGPT's architecture, written out in `nanogpt`; ``llama`` is transformers'
+LlamaForCausalLM, with its static cache and compiled decoding as ``llama:static``; ``torchscale`` is
+torchscale's RetNet, and ``fla`` the RetNet of flash-linear-attention. Each is asked for what its
+project offers: its own attention, its own kernels, its own cache.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from archzoo.analysis.bench.contenders import (
     NOT_COMPILED,
     Contender,
 )
+from archzoo.analysis.bench.nanogpt import NanoGPT
+from archzoo.analysis.operations import attention_operations, retention_operations
 from archzoo.decoder import Decoder
 from archzoo.names import nearest
 
@@ -91,6 +94,26 @@ class Peer(Contender):
         if self.compiled:
             self.without |= dict.fromkeys(("prefill", *DECODING), NOT_COMPILED)
 
+    @property
+    def heads(self) -> int:
+        """Of attention: ours, or of 64 channels where ours are retention's, which are wider."""
+        own, dim = self.shape.heads, self.shape.dim
+        return dim // 64 if dim // own > 128 and dim % 64 == 0 else own
+
+    def operations(self, length: int) -> float | None:
+        """As `archzoo.analysis.operations.training_operations` counts ours."""
+        shape, active = self.shape, self.parameters() - self.looked_up()
+        if self.like == "Attention":
+            mixed = attention_operations(self.heads, shape.dim // self.heads, length)
+        else:
+            sizes = (shape.dim // shape.heads, 2 * shape.dim // shape.heads)
+            mixed = retention_operations(shape.heads, *sizes, length)
+        return 6.0 * active + 3.0 * shape.depth * mixed
+
+    def looked_up(self) -> int:
+        """Parameters that no token is multiplied by."""
+        return 0 if self.shape.tie_weights else self.shape.vocab_size * self.shape.dim
+
     @classmethod
     def missing(cls, device: str) -> str | None:
         """Why it cannot be run here; None: it can."""
@@ -103,18 +126,58 @@ class Peer(Contender):
         return {"name": self.name, "shape": self.shape._asdict(), "version": version}
 
 
+class Nano(Peer):
+    """nanoGPT's architecture; at our dim and depth its width and its biases are its own."""
+
+    kind, package, distribution, like = "nanogpt", "torch", "torch", "Attention"
+
+    def __init__(self, text: str, shape: Shape) -> None:
+        super().__init__(text, shape)
+        self.without |= dict.fromkeys(("prefill", *DECODING), "nanoGPT has no KV cache")
+
+    def make(self) -> nn.Module:
+        return NanoGPT(self.shape.vocab_size, self.shape.dim, self.shape.depth, self.heads)
+
+    def fresh_shape(self, length: int) -> None:
+        if self.optimizer is not None:
+            model: Any = self.model
+            model.extend(length)
+            self.optimizer = self.make_optimizer()
+        super().fresh_shape(length)
+
+    def looked_up(self) -> int:
+        positions: Any = self.model.positions
+        return int(positions.numel())
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.model(tokens)
+        return logits
+
+
 class Llama(Peer):
-    """LlamaForCausalLM of transformers, with torch's fused attention and its dynamic cache."""
+    """LlamaForCausalLM of transformers, with torch's fused attention.
+
+    Its cache is the dynamic one; with ``static`` the static one, and a step of decoding compiled as
+    its `generate` does then.
+    """
 
     kind, package, distribution, like = "llama", "transformers", "transformers", "Attention"
+    options = ("static",)
+
+    def __init__(self, text: str, shape: Shape) -> None:
+        super().__init__(text, shape)
+        self.static = "static" in self.given
+        if self.static:
+            why = "its cache is no other than that of llama, until it is decoded"
+            self.without |= dict.fromkeys(("training", "prefill", "state"), why)
 
     def make(self) -> nn.Module:
         transformers = importlib.import_module("transformers")
         config = transformers.LlamaConfig(
             hidden_size=self.shape.dim,
             num_hidden_layers=self.shape.depth,
-            num_attention_heads=self.shape.heads,
-            num_key_value_heads=self.shape.heads,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.heads,
             intermediate_size=self.shape.width,
             vocab_size=self.shape.vocab_size,
             tie_word_embeddings=self.shape.tie_weights,
@@ -132,23 +195,50 @@ class Llama(Peer):
         logits: Tensor = self.model(tokens, use_cache=False).logits
         return logits
 
+    def fresh_shape(self, length: int) -> None:
+        super().fresh_shape(length)
+        self.decoding: Any = self.model
+        if self.static:
+            torch.compiler.reset()
+            self.decoding = torch.compile(self.model.__call__, mode="reduce-overhead")
+
+    def empty_cache(self, room: int) -> Any:
+        """A cache for so many tokens."""
+        transformers = importlib.import_module("transformers")
+        if self.static:
+            return transformers.StaticCache(config=self.config, max_cache_len=room)
+        return transformers.DynamicCache(config=self.config)
+
     def prefill(self, tokens: Tensor, room: int) -> Any:
-        cache = importlib.import_module("transformers").DynamicCache(config=self.config)
+        cache = self.empty_cache(tokens.shape[1] + room)
         self.model(tokens, **{self.argument: cache}, use_cache=True, logits_to_keep=1)
         return cache
 
     def decode_step(self, token: Tensor, state: Any) -> Any:
-        self.model(token, **{self.argument: state}, use_cache=True)
+        self.decoding(token, **{self.argument: state}, use_cache=True)
         return state
 
     def rewound(self, state: Any, length: int) -> Any:
+        if self.static:
+            for layer in state.layers:
+                layer.cumulative_length.fill_(length)
+            return state
         if (excess := state.get_seq_length() - length) > 0:
             state.crop(-excess)
         return state
 
     def repeated(self, state: Any, batch: int) -> Any:
-        state.batch_repeat_interleave(batch)
-        return state
+        if not self.static:
+            state.batch_repeat_interleave(batch)
+            return state
+        wide = self.empty_cache(state.get_max_length())
+        for layer, one in zip(wide.layers, state.layers, strict=True):
+            held = [part.expand(batch, -1, -1, -1) for part in (one.keys, one.values)]
+            layer.lazy_initialization(*held)
+            layer.keys.copy_(one.keys)
+            layer.values.copy_(one.values)
+            layer.cumulative_length.copy_(one.cumulative_length)
+        return wide
 
     def state_bytes(self, state: Any) -> int:
         tensors = [part for layer in state.layers for part in (layer.keys, layer.values)]
@@ -261,5 +351,5 @@ def _states_of(cache: Any) -> list[dict[str, Any]]:
 
 
 PEERS: dict[str, type[Peer]] = {
-    peer.kind: peer for peer in (Llama, Torchscale, FlashLinearAttention)
+    peer.kind: peer for peer in (Nano, Llama, Torchscale, FlashLinearAttention)
 }

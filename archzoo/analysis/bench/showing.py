@@ -51,8 +51,15 @@ class Measure(NamedTuple):
 
 
 PEAK = ("memory_bytes", "memory_bytes", "memory_bytes")
+MFU = ("mfu", "mfu", "mfu")
 MEASURES = (
     Measure("training", "training", "training throughput", "tokens/s", more_is_better=True),
+    Measure(
+        *("training-mfu", "training", "model FLOPs utilisation (MFU)", "%", MFU, 0.01),
+        more_is_better=True,
+        verb="uses the GPU better",
+        short="uses it better",
+    ),
     Measure(
         *("training-memory", "training", "peak memory in training", "GiB", PEAK, 2**30),
         verb="takes less memory",
@@ -92,10 +99,16 @@ def lines_of(measure: Measure, rows: Sequence[Row]) -> list[Line]:
     """The contenders' lines in the order in which they come; those without any value are none."""
     found: list[Line] = []
     mine = [row for row in rows if row["quantity"] == measure.quantity]
-    for name in dict.fromkeys(row["contender"] for row in mine):
+    contexts = {str(row["length"]) for row in mine} if measure.axis == "batch" else set()
+
+    def name_of(row: Row) -> str:
+        several = len(contexts) > 1
+        return f"{row['contender']}, {int(row['length']):,}" if several else str(row["contender"])
+
+    for name in dict.fromkeys(map(name_of, mine)):
         line = Line(name, [], [], [], [], None)
         for row in sorted(
-            (row for row in mine if row["contender"] == name),
+            (row for row in mine if name_of(row) == name),
             key=lambda row: float(row[measure.axis]),
         ):
             at = float(row[measure.axis])

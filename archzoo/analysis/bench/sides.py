@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+import signal
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -112,7 +113,9 @@ class Process:
         return self._answer(timeout)
 
     def close(self) -> None:
-        """End the process, whatever it does."""
+        """End the process, whatever it does, and those that it started."""
+        with suppress(OSError, AttributeError):  # it has no group yet, or the system has none
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
         self._process.join()
         self._answers.close()

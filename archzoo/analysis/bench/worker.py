@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from archzoo.analysis.bench.contenders import Contender, ZooContender
+from archzoo.analysis.bench.contenders import FIT, Contender, ZooContender
+from archzoo.analysis.bench.fitting import FitContender
 from archzoo.analysis.bench.memory import begin_peak, free_memory, limit, resident_peak
 from archzoo.analysis.bench.peers import PEERS, Shape
 from archzoo.trust import import_for_user, user_imports
 
-MOST_REPEATS = 16  # calls in a turn
+MOST_REPEATS = {"cpu": 16, "cuda": 256}  # calls in a turn
 SPARED = 2**30  # bytes of memory left to the rest of the machine
 
 
@@ -29,7 +30,13 @@ def contender_of(spec: dict[str, Any]) -> Contender:
     name = spec["name"]
     if (peer := PEERS.get(name.partition(":")[0])) is not None:
         return peer(name, Shape(*spec["shape"]))
-    return ZooContender(name, spec["match"])
+    return zoo_contender(name, spec["match"])
+
+
+def zoo_contender(name: str, match: bool) -> ZooContender:
+    """A side of ours by its name."""
+    kind = FitContender if FIT in name.split(":")[1:] else ZooContender
+    return kind(name, match)
 
 
 class Bench:
@@ -49,14 +56,15 @@ class Bench:
         self.call: Callable[[], None] = lambda: None
         self.settle = 0  # calls at the beginning of a turn that are not timed
         self.begin: Callable[[], None] = lambda: None
+        self.steps: Callable[[int], float] | None = None  # instead of calls: seconds of each
         self.baseline = 0
 
     def build(self, precision: Any, training: bool) -> dict[str, Any]:
         """Make the model; its number of parameters."""
         if self.on_gpu:
             # Its plan for a key length costs more than a step of decoding, and decoding has
-            # another length at every step.
-            torch.backends.cuda.enable_cudnn_sdp(training)
+            # another length at every step. Ours is asked as a user asks it.
+            torch.backends.cuda.enable_cudnn_sdp(training or self.contender.writes)
             torch.set_float32_matmul_precision("high")
         else:
             x = torch.ones((64, 64), requires_grad=True)  # what libraries set up at the first use
@@ -79,15 +87,23 @@ class Bench:
         Returns:
             seconds: Of the last warm-up call; 0 of a state, which is not timed.
             state_bytes: Of the state of one row, without capacity for more, where that is asked.
+            operations: Of training, a token's, where they are known.
+            bytes: That a step of decoding moves at the least, where they are known.
+            turns: Seconds of steps, of a side that makes all of them at once; and memory_bytes.
         """
         self.release()
         contender = self.contender
-        contender.fresh_shape()
+        contender.fresh_shape(length)
         generator = torch.Generator().manual_seed(length)
         decoding = quantity in ("decode", "batch", "state")
+        answer: dict[str, Any] = {"seconds": 0.0}
+        if quantity == "training":
+            answer["operations"] = contender.operations(length)
+            if contender.trains:
+                with torch.inference_mode(False):
+                    return answer | contender.training_run(length, batch, vocab_size)
         shape = (1 if decoding else batch, length + (quantity == "training"))
         tokens = torch.randint(vocab_size, shape, generator=generator).to(self.device)
-        answer: dict[str, Any] = {"seconds": 0.0}
         if quantity == "training":
             with torch.inference_mode(False):
                 tokens = tokens.clone()
@@ -98,22 +114,17 @@ class Bench:
             if quantity == "state":
                 answer["state_bytes"] = contender.state_bytes(contender.prefill(tokens, 0))
                 return answer
-            held = [self._read(tokens, 1 + MOST_REPEATS, batch)]
-            token = tokens[:, :1].expand(batch, 1).contiguous()
-
-            def begin() -> None:
-                held[0] = contender.rewound(first, length)
-
-            def call() -> None:
-                held[0] = contender.decode_step(token, held[0])
-
-            first = held[0]
-            self.begin, self.call = begin, call
+            answer["bytes"] = contender.decoding_bytes(batch, length)
+            if contender.writes:
+                texts = contender.texts(tokens, batch)
+                self.steps = lambda repeat: contender.decoding_seconds(texts, repeat)
+            else:
+                self._step_by_step(tokens, length, batch)
         # A model read its weights for another side in between, or took its memory anew.
         self.settle = 1 if decoding or self.on_gpu else 0
         begun = self.clock()
         for _ in range(3 if self.on_gpu else 2):
-            answer["seconds"] = self._timed(1, 0)
+            answer["seconds"] = self._timed(4 if self.steps else 1, 0)
             if not self.on_gpu and self.clock() - begun > 5:
                 break
         return answer
@@ -135,9 +146,25 @@ class Bench:
     def release(self) -> None:
         """Let go of what the last size took."""
         self.call = self.begin = lambda: None
+        self.steps = None
         gc.collect()
         if self.on_gpu:
             torch.cuda.empty_cache()
+
+    def _step_by_step(self, tokens: Tensor, length: int, batch: int) -> None:
+        """Calls that decode a token after so many."""
+        contender = self.contender
+        held = [self._read(tokens, 1 + MOST_REPEATS[self.device.type], batch)]
+        token = tokens[:, :1].expand(batch, 1).contiguous()
+        first = held[0]
+
+        def begin() -> None:
+            held[0] = contender.rewound(first, length)
+
+        def call() -> None:
+            held[0] = contender.decode_step(token, held[0])
+
+        self.begin, self.call = begin, call
 
     def _read(self, tokens: Tensor, room: int, batch: int) -> Any:
         """The state after tokens (1, length), for every row of a batch."""
@@ -146,6 +173,8 @@ class Bench:
 
     def _timed(self, repeat: int, settle: int) -> float:
         with torch.inference_mode():
+            if self.steps is not None:
+                return self.steps(repeat)
             self.begin()
             for _ in range(settle):
                 self.call()
