@@ -1,6 +1,7 @@
 # make train        set up, train a RetNet on addition, test it, decode some sums
 # make test         set up, run the tests (all but the slow ones)
 # make test-slow    set up, run the slow ones
+# make test-triton  compile every kernel for a GPU, under the pinned Triton and the oldest, without one
 # make lint         set up, check style and types
 # make test-extras  set up an environment with the extras docs, report and demo, run their tests
 # make browser      install Chromium for them, where it is missing (Debian, as root or by sudo)
@@ -21,6 +22,7 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := .venv-extras
+OLDEST := .venv-triton
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
 # With a GPU torch brings its own; without one it interprets the kernels for their tests.
@@ -30,7 +32,7 @@ PYTEST := $(BIN)/pytest -n 2 --dist loadfile
 # Where Python may not write bytecode, every import of torch takes seconds longer.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup train test test-slow test-extras browser docs lint clean
+.PHONY: setup train test test-slow test-triton test-extras browser docs lint clean
 .DEFAULT_GOAL := test
 
 setup: $(VENV)/installed
@@ -52,6 +54,12 @@ test: setup
 
 test-slow: setup
 	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+# Triton's names change from one version to the next. Its compiler needs no GPU, so what a GPU would
+# find is found here. -n 2: one kernel after the other takes twice as long.
+test-triton: $(OLDEST)/installed
+	for bin in $(BIN) $(OLDEST)/bin; do \
+	  $$bin/python -m pytest -n 2 -m slow tests/test_kernels_compile.py $(PYTEST_ARGS) || exit 1; done
 
 # What brings packages of its own is tested in an environment of its own. Tests that need a browser
 # are skipped where there is none, unless ARCHZOO_BROWSER=required.
@@ -77,7 +85,7 @@ lint: setup
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(EXTRAS) site build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(EXTRAS) $(OLDEST) site build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find archzoo tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -118,4 +126,14 @@ $(EXTRAS)/installed: pyproject.toml constraints-extras.txt $(VENV)/installed
 	  $(BIN)/python -c "$$site" > "$$($(EXTRAS)/bin/python -c "$$site")/archzoo-venv.pth"
 	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-extras.txt \
 	  -e '.[docs,report,demo]' playwright
+	@touch $@
+
+# The same with one package, found before the Triton of .venv.
+$(OLDEST)/installed: constraints-triton.txt $(VENV)/installed
+	@rm -rf $(OLDEST)
+	@$(BIN)/python -m venv $(OLDEST)
+	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	  $(BIN)/python -c "$$site" > "$$($(OLDEST)/bin/python -c "$$site")/archzoo-venv.pth"
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-installed \
+	  -r constraints-triton.txt
 	@touch $@

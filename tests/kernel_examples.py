@@ -1,0 +1,346 @@
+"""A call of every kernel, and its compilation for a GPU that is not there.
+
+`EXAMPLES` calls what the kernels' packages offer, in the sizes, dtypes and forms that a GPU sees,
+and stands in for the launches. So each kernel is compiled for what it is given in earnest. The
+tensors lie on the CPU and no kernel runs: whatever one would have written is zero.
+
+As a script (`python tests/kernel_examples.py [--first] [NAME ...]`) it compiles all of them for
+Hopper (sm_90), or of each module the first kernel alone. No interpreter may have been asked for.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from archzoo.kernels import launching
+
+KERNELS = Path(launching.__file__).parent
+EXAMPLES: dict[str, Callable[[], None]] = {}
+
+
+def example(function: Callable[[], None]) -> Callable[[], None]:
+    """Enter a function into `EXAMPLES`, under its own name."""
+    EXAMPLES[function.__name__] = function
+    return function
+
+
+# ---------------------------------------------------------------------------- which kernels
+
+
+def modules() -> list[str]:
+    """The modules of archzoo/kernels that define functions for Triton to compile."""
+    found = []
+    for path in sorted(KERNELS.rglob("*.py")):
+        if _compiled(ast.parse(path.read_text())):
+            parts = path.relative_to(KERNELS).with_suffix("").parts
+            found.append(".".join(("archzoo.kernels", *parts)))
+    return found
+
+
+def kernels() -> set[tuple[str, str]]:
+    """(module, name) of what Python launches: the functions that no other compiled one calls."""
+    functions, called = [], set()
+    for module in modules():
+        path = KERNELS.joinpath(*module.split(".")[2:]).with_suffix(".py")
+        for function in _compiled(ast.parse(path.read_text())):
+            functions.append((module, function.name))
+            for node in ast.walk(function):
+                if isinstance(node, ast.Name | ast.Attribute) and node is not function:
+                    called.add(node.id if isinstance(node, ast.Name) else node.attr)
+    return {(module, name) for module, name in functions if name not in called}
+
+
+def _compiled(tree: ast.Module) -> list[ast.FunctionDef]:
+    """The functions under a decorator named `jit`, with or without arguments."""
+
+    def jit(decorator: ast.expr) -> bool:
+        decorator = decorator.func if isinstance(decorator, ast.Call) else decorator
+        return getattr(decorator, "attr", getattr(decorator, "id", "")) == "jit"
+
+    return [
+        node
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and any(map(jit, node.decorator_list))
+    ]
+
+
+# ---------------------------------------------------------------------------- instead of a GPU
+
+Launched = Callable[[launching.Launch, tuple[Any, ...]], None]
+
+
+@contextlib.contextmanager
+def launches(see: Launched) -> Iterator[None]:
+    """Kernels run on the CPU, so it seems: `see` gets the launches and their tensors instead."""
+
+    def compile_(self: launching.Launch, tensors: tuple[Any, ...]) -> None:
+        see(self, tuple(tensors))
+
+    with contextlib.ExitStack() as stack:
+        for patch in (
+            mock.patch.object(launching.Launch, "_compile", compile_),
+            mock.patch.dict(os.environ, TRITON_INTERPRET="1"),
+            # No kernel writes what is read here, as numbers of rows for instance.
+            mock.patch.object(torch, "empty", torch.zeros),
+            mock.patch.object(torch, "empty_like", torch.zeros_like),
+            mock.patch.object(torch.Tensor, "new_empty", torch.Tensor.new_zeros),
+        ):
+            stack.enter_context(patch)
+        launching._find_launch.cache_clear()
+        try:
+            yield
+        finally:
+            launching._find_launch.cache_clear()
+
+
+def name_of(launch: launching.Launch) -> tuple[str, str]:
+    """(module, name) of a launch's kernel."""
+    function = launch.kernel.fn
+    return function.__module__, function.__name__
+
+
+def compile_for_hopper(launch: launching.Launch, tensors: tuple[Any, ...]) -> Any:
+    """What Triton makes of a launch, up to the machine's code."""
+    constants = dict(launch.constants)
+    if "UPCAST" in constants:
+        constants["UPCAST"] = False  # for the interpreter's sake, who runs on the CPU
+    return launch.kernel.warmup(
+        *tensors, *launch.numbers, grid=launch.grid, **constants, **launch.options
+    )
+
+
+class _NoDriver:
+    """What Triton asks of a GPU's driver before it compiles."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+# ---------------------------------------------------------------------------- examples
+
+
+def _retention(
+    dk: int, dv: int, *, specialised: bool = False, dtype: Any = torch.bfloat16, **rest: Any
+) -> None:
+    """Forward and backward; the launches of another GPU's plans are not those kept."""
+    from archzoo.kernels import retention
+    from archzoo.kernels.retention import launch
+
+    time_, heads = 2048, 4
+    q, k = (torch.randn(1, time_, heads, dk, dtype=dtype, requires_grad=True) for _ in "qk")
+    v = torch.randn(1, time_, heads, dv, dtype=dtype, requires_grad=True)
+    decay = torch.log(1 - 2.0 ** -torch.arange(5.0, 5 + heads))
+    launch.find_forward.cache_clear()
+    with mock.patch.object(launch, "_warp_specialises", return_value=specialised):
+        o, _ = retention.retention(q, k, v, decay, **rest)
+        o.sum().backward()
+    launch.find_forward.cache_clear()
+
+
+@example
+def retention() -> None:
+    """Whole rows by Triton's kernels, cut into segments; and one token."""
+    from archzoo.kernels.retention import retention_step
+
+    _retention(64, 64)
+    _retention(128, 256)
+    q, v, state = torch.randn(2, 4, 64), torch.randn(2, 4, 64), torch.zeros(2, 4, 64, 64)
+    retention_step(q.bfloat16(), q.bfloat16(), v.bfloat16(), -torch.rand(4), state)
+
+
+@example
+def retention_wide() -> None:
+    """The widest heads, whose maps are split."""
+    _retention(256, 512)
+
+
+@example
+def retention_float32() -> None:
+    """Products without tensor cores."""
+    _retention(64, 128, dtype=torch.float32)
+
+
+@example
+def retention_documents() -> None:
+    """Packed documents, padding and a state from before."""
+    starts = torch.zeros(1, 2048, dtype=torch.bool)
+    starts[:, ::512] = True
+    positions = torch.arange(2048).remainder(512)[None]
+    valid = torch.ones(1, 2048, dtype=torch.bool)
+    valid[:, -100:] = False
+    for width in (64, 128):
+        _retention(
+            64, width, starts=starts, positions=positions, valid=valid,
+            state=torch.zeros(1, 4, 64, width), return_state=True,
+        )  # fmt: skip
+
+
+@example
+def retention_gluon() -> None:
+    """Warp specialisation, as on Hopper."""
+    _retention(64, 64, specialised=True)
+    _retention(128, 256, specialised=True)
+
+
+@example
+def retention_gluon_wide() -> None:
+    """The same of the widest heads."""
+    _retention(256, 512, specialised=True)
+
+
+@example
+def retention_layer() -> None:
+    from archzoo.kernels.retention import launch
+    from archzoo.kernels.retention_layer import gated_retention
+
+    projected = torch.randn(1, 512, 2 * 4 * (64 + 64), dtype=torch.bfloat16, requires_grad=True)
+    launch.find_forward.cache_clear()
+    y = gated_retention(
+        projected, torch.randn(1, 512, 1, 32, 2), -torch.rand(4), None, None, None,
+        heads=4, key_width=64, eps=1e-6,
+    )  # fmt: skip
+    y.sum().backward()
+    launch.find_forward.cache_clear()
+
+
+@example
+def cross_entropy() -> None:
+    from archzoo.kernels.cross_entropy import score, total_loss
+
+    x = torch.randn(16, 64, dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.zeros(16, dtype=torch.int64)
+    for vocabulary in (300, 32_000):
+        weight = torch.randn(vocabulary, 64, dtype=torch.bfloat16, requires_grad=True)
+        total_loss(x, weight, labels).backward()
+        score(x, weight, labels)
+
+
+@example
+def experts() -> None:
+    from archzoo.kernels.experts import (
+        cast_weight,
+        collect_rows,
+        make_dispatch,
+        multiply,
+        spread_rows,
+        swiglu,
+    )
+
+    for tokens, kept in ((64, None), (1025, torch.ones(1025, 2, dtype=torch.bool))):
+        x = torch.randn(tokens, 256, requires_grad=True)
+        weights = torch.rand(tokens, 2, requires_grad=True)
+        indices = torch.zeros(tokens, 2, dtype=torch.int64)
+        dispatch = make_dispatch(indices, 8, kept, kernels=True)
+        rows = spread_rows(x, dispatch, 2, torch.bfloat16)
+        collect_rows(rows, weights, dispatch).sum().backward()
+    weight = torch.randn(8, 256, 128, requires_grad=True)
+    rows = torch.randn(64, 128, dtype=torch.bfloat16, requires_grad=True)
+    matrices = cast_weight(weight, torch.bfloat16)
+    multiply(rows, matrices, weight, torch.arange(8, 72, 8, dtype=torch.int32)).sum().backward()
+    cast_weight(weight, torch.bfloat16).backward(torch.ones_like(matrices))
+    x = torch.randn(64, 2 * 1408, dtype=torch.bfloat16, requires_grad=True)
+    swiglu(x).sum().backward()
+
+
+@example
+def routers() -> None:
+    from archzoo.kernels import routers
+
+    x = torch.randn(1024, 512, requires_grad=True)
+    for columns in (96, 160):  # one program's, and two
+        weight = torch.randn(columns, 512, requires_grad=True)
+        projected, again = routers.project(x, weight)
+        (projected.sum() + again.sum()).backward()
+    for experts, sigmoid in ((32, False), (8, True)):
+        logits = torch.randn(64, experts, requires_grad=True)
+        weights, indices, probabilities = routers.choose(
+            logits, 2, torch.zeros(experts) if sigmoid else None, sigmoid=sigmoid, renormalise=True
+        )
+        kind = "switch" if sigmoid else "squared_mean"
+        _, loss, _ = routers.summarise_load(probabilities, indices, kind, 0.01, 8)
+        (weights.sum() + loss).backward()
+        routers.largest(logits, 2)
+    for experts in (32, 128):
+        projected = torch.randn(64, 3 * experts, requires_grad=True)
+        routers.attend_experts(projected).sum().backward()
+
+
+@example
+def digits() -> None:
+    from archzoo.documents import Context
+    from archzoo.kernels.digits import shifted_rows
+
+    tokens = torch.zeros(4, 100, dtype=torch.int64)
+    starts = torch.zeros(4, 100, dtype=torch.bool)
+    context = Context(tokens, tokens, ~starts, starts)
+    kinds = torch.zeros(16, dtype=torch.int8)
+    for examples in (None, tokens):
+        shifted_rows(
+            tokens, kinds, context, coupled=True, last=100, key=1, bound=10, examples=examples
+        )
+
+
+# ---------------------------------------------------------------------------- as a script
+
+
+def main(arguments: list[str]) -> int:
+    first = "--first" in arguments
+    names = [name for name in arguments if name != "--first"] or list(EXAMPLES)
+    assert not launching.interpreting()
+    import triton
+
+    triton.runtime.driver.set_active(_NoDriver())
+    for module in modules():
+        __import__(module)
+    seen: set[Any] = set()
+    failures = 0
+
+    def see(launch: launching.Launch, tensors: tuple[Any, ...]) -> None:
+        nonlocal failures
+        of = name_of(launch)
+        if first and of[0] in seen:
+            return
+        seen.add(of[0])
+        begin = time.perf_counter()
+        try:
+            compiled = compile_for_hopper(launch, tensors)
+        except Exception:
+            failures += 1
+            print(f"{'.'.join(of)} {launch.constants} {launch.options}:", file=sys.stderr)
+            traceback.print_exc(limit=0, chain=True)
+            return
+        if (of, compiled.hash) not in seen:
+            seen.add((of, compiled.hash))
+            seconds = time.perf_counter() - begin
+            print(f"{seconds:5.1f} s  {'.'.join(of[0].split('.')[2:])}.{of[1]}", flush=True)
+
+    print(f"triton {triton.__version__}, sm_90")
+    with launches(see):
+        for name in names:
+            EXAMPLES[name]()
+    return min(failures, 1)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    sys.exit(main(sys.argv[1:]))
