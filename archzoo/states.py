@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -31,6 +31,19 @@ def _mapped(function: Callable[..., Tensor], states: Sequence[Any]) -> Any:
         mapped = [_mapped(function, entries) for entries in zip(*states, strict=True)]
         return type(first)(*mapped) if hasattr(first, "_fields") else mapped  # a NamedTuple stays
     return first
+
+
+def leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of a state in order, each with where it is, such as "blocks 0 memory"."""
+    if isinstance(tree, dict):
+        entries: Any = tree.items()
+    elif isinstance(tree, list | tuple):
+        entries = enumerate(tree)
+    else:
+        yield name, tree
+        return
+    for key, entry in entries:
+        yield from leaves(entry, f"{name} {key}".lstrip())
 
 
 def fork(state: Tree) -> Tree:

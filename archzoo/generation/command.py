@@ -33,6 +33,7 @@ def generate_command(
     state: str | None = None,
     save_state: str | None = None,
     device: str | None = None,
+    graph: bool | None = None,
 ) -> None:
     """Continue a text, and say what a token costs in time and the state in memory.
 
@@ -58,6 +59,8 @@ def generate_command(
             after the text that is in it, and '' reads nothing more.
         save_state: Write the state at the end to this file, to be continued later.
         device: Such as cpu or cuda. None: a GPU where there is one.
+        graph: Replay a step that is captured as a CUDA graph: the same text, sooner. None: on a
+            GPU, without --check and in the recurrent form.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
@@ -135,6 +138,7 @@ def generate_command(
         on_token=show if alone else None,
         conversation=held,
         keep_state=save_state is not None,
+        graph=graph,
     )
     if not alone:
         for begin, text in zip(prompt, written.texts or [], strict=True):
@@ -159,6 +163,8 @@ def report(model: Decoder, written: Generation) -> str:
         + (f" for {rows} texts at once" if rows > 1 else "")
         + f", the prompt {written.prompt_milliseconds:.1f} ms"
     ]
+    if written.capture_milliseconds:
+        lines[0] += f", the graph {written.capture_milliseconds:.1f} ms"
     growth = rows * state_growth(model)
     if not written.state_bytes:
         lines.append("no state: all was recomputed at every token")

@@ -20,6 +20,7 @@ from archzoo.generation.conversation import (
     tails,
 )
 from archzoo.generation.prompts import Prompts, encode, pad_left
+from archzoo.generation.replay import AHEAD, LEAST, RING, Replay, replays, start_replay
 from archzoo.generation.rows import OnToken, RowWriter, StateReader, TextReader
 from archzoo.generation.sampling import Sampler
 from archzoo.numerics import MODEL_TOLERANCES, for_float64
@@ -50,6 +51,8 @@ class Generation(NamedTuple):
         largest_difference: With check, the largest relative root mean square difference of the
             two forms' logits over all rows and steps; else None.
         conversation: With keep_state, all that continuing takes, a later call or another process.
+        capture_milliseconds: Wall time of capturing a step as a graph, and of the step before it,
+            which loads the kernels; neither is in milliseconds_per_token. 0 where none was.
     """
 
     tokens: list[list[int]]
@@ -60,6 +63,7 @@ class Generation(NamedTuple):
     state_bytes: int
     largest_difference: float | None
     conversation: Conversation | None = None
+    capture_milliseconds: float = 0.0
 
 
 def generate(
@@ -78,6 +82,7 @@ def generate(
     on_token: OnToken | None = None,
     conversation: Conversation | None = None,
     keep_state: bool = False,
+    graph: bool | None = None,
 ) -> Generation:
     """Continue prompts, which may differ in length: each gets what it would get alone.
 
@@ -106,6 +111,11 @@ def generate(
             pause, bit for bit. A row that had stopped gets nothing, unless it reads more.
         keep_state: Return a `Conversation` to continue from. All tokens that were written are
             read, too; rows that end stay in the batch, as padding.
+        graph: Capture a step as a CUDA graph and replay it, in the recurrent form and without
+            check: the tokens are the same, and are handed over some steps later. A model whose
+            step cannot be captured is called as ever, and a warning says why. None: on a GPU,
+            where no part has hooks. True: on other devices, too, where the step is called
+            instead: to test.
 
     Raises:
         ValueError: An argument out of range, an empty prompt, a token or character that is not in
@@ -137,11 +147,11 @@ def generate(
         stop_token = tokenizer.stop_token
     model.embedding.check_prompts(rows)  # here, where it needs no synchronisation with a device
     before: list[list[int]] = [[] for _ in rows]
-    drawn = [0] * len(rows)
+    already = [0] * len(rows)  # drawn
     if conversation is not None:
         check_conversation(conversation, model, rows)
-        before, drawn = tails(conversation), conversation.drawn.tolist()
-    sampler = Sampler(len(rows), temperature, top_k, top_p, seed, drawn)
+        before, already = tails(conversation), conversation.drawn.tolist()
+    sampler = Sampler(len(rows), temperature, top_k, top_p, seed, already)
     writers = [
         RowWriter(row, before[row] + prompt, tokenizer, on_token, writing, keep_state)
         for row, prompt in enumerate(rows)
@@ -165,25 +175,63 @@ def generate(
             reader = _reader(model, form, capacity, conversation)
             other_form = "parallel" if form == "recurrent" else "recurrent"
             reference = _reader(model, other_form, capacity) if check else None
-            times: list[float] = []
+            prompt, asked = (tokens, documents), held
+            times: list[float] = []  # of steps, but for those that a capture begins with
             differences: list[float] = []
-            while len(times) < max_tokens and going:
+            capture_time, count = 0.0, 0
+            wanted = form == "recurrent" and not check and replays(model, graph)
+            replay: Replay | None = None
+            # With keep_state no step may follow one that ends a row.
+            ahead = 0 if keep_state and stop_token is not None else AHEAD
+            while count < max_tokens and going:
                 begin = time.perf_counter()
-                logits = reader.read(tokens, documents)
-                if len(going) < len(held):  # those that ended are only there
-                    logits = logits[[held.index(row) for row in going]]
-                chosen = sampler(logits, going)
-                drawn = chosen.tolist()  # waits for the device
-                times.append(1000 * (time.perf_counter() - begin))
-                if len(times) == 1 and not logits.isfinite().all():
+                left = max_tokens - count
+                if wanted and count and len(going) == len(held) and left >= LEAST:
+                    wanted = False
+                    assert isinstance(reader, StateReader)  # the recurrent form's
+                    replay = start_replay(reader, tokens[:, 0], sampler, held, left, ahead)
+                    capture_time += 1000 * (time.perf_counter() - begin)
+                    if replay is None:  # the first step failed, and what was read is lost
+                        sampler.restart(_draws(already, writers))
+                        reader = StateReader(model, capacity, conversation)
+                        reader.read(*prompt)
+                        places = [asked.index(row) for row in held]
+                        reader.keep(torch.tensor(places, device=model.device))
+                    continue
+                drawing = going
+                if replay is not None:
+                    drawing, called = held, replay.read == 0
+                    drawn = replay.next()
+                else:
+                    called = False
+                    logits = reader.read(tokens, documents)
+                    if len(going) < len(held):  # those that ended are only there
+                        logits = logits[[held.index(row) for row in going]]
+                    chosen = sampler(logits, going)
+                    drawn = chosen.tolist()  # waits for the device
+                if not called:
+                    times.append(1000 * (time.perf_counter() - begin))
+                count += 1
+                if count == 1 and not logits.isfinite().all():
                     raise ValueError("the model's logits are not finite: its weights are broken")
                 if reference is not None:
                     differences.append(difference(logits, reference.read(tokens, documents)))
-                for row, new in zip(going, drawn, strict=True):
+                for row, new in zip(drawing, drawn, strict=True):
                     writers[row].write(new, stop_token)
+                kept = [index for index, row in enumerate(drawing) if not writers[row].ended]
+                going = [drawing[index] for index in kept]
+                if replay is not None:
+                    padded = keep_state and 0 < len(going) < len(held)
+                    if not padded and (not replay.ended or count == max_tokens):
+                        if 2 * len(going) <= len(held) and max_tokens - count >= RING:
+                            replay.stop()  # and another one continues with fewer rows
+                        continue
+                    assert isinstance(reader, StateReader)
+                    replay.leave(reader, spare=max_tokens - count + 1)
+                    sampler.restart(_draws(already, writers))
+                    chosen, wanted = replay.tokens[:, 0], replay.reason is None
+                    replay = None
                 tokens, documents = chosen[:, None], None
-                kept = [index for index, row in enumerate(going) if not writers[row].ended]
-                going = [going[index] for index in kept]
                 if keep_state and len(going) < len(held):  # rows that have ended are padded
                     places = [held.index(row) for row in going]
                     chosen, tokens = tokens[kept], tokens.new_zeros((len(held), 1))
@@ -195,6 +243,13 @@ def generate(
                     for each in (reader, reference):
                         if each is not None:
                             each.keep(indices)
+            state_bytes = 0
+            if isinstance(reader, StateReader):
+                held_bytes = replay.state_bytes if replay is not None else nbytes(reader.state)
+                state_bytes = reader.ended_bytes + held_bytes
+                if replay is not None:  # no token is left, or no row
+                    replay.leave(reader)
+                    tokens, documents = replay.tokens, None
             if keep_state and going:
                 reader.read(tokens, documents)  # what was written last
             for writer in writers:
@@ -220,12 +275,16 @@ def generate(
         stopped=[writer.stopped for writer in writers],
         milliseconds_per_token=sum(times[1:]) / max(len(times) - 1, 1),
         prompt_milliseconds=sum(times[:1]),
-        state_bytes=reader.ended_bytes + nbytes(reader.state)
-        if isinstance(reader, StateReader)
-        else 0,
+        state_bytes=state_bytes,
         largest_difference=max(differences) if differences else None,
         conversation=kept_conversation,
+        capture_milliseconds=capture_time,
     )
+
+
+def _draws(already: list[int], writers: list[RowWriter]) -> list[int]:
+    """Tokens that each row has drawn."""
+    return [count + writer.draws for count, writer in zip(already, writers, strict=True)]
 
 
 def _reader(

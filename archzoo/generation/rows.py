@@ -22,6 +22,24 @@ if TYPE_CHECKING:
 OnToken = Callable[[int, int | None, str], None]
 
 
+# A GPU reads prompts in segments, so that a long one takes the activations of one alone: large
+# enough to keep the GPU busy, and of a row no shorter than its kernels like.
+SEGMENT = 16_384  # tokens of all rows
+LEAST_SEGMENT = 1_024  # tokens of a row
+
+
+def segment_length(model: Decoder, rows: int) -> int | None:
+    """Tokens of a row that a prompt's pass takes at once; None: all, as on a CPU.
+
+    Args:
+        model: That reads.
+        rows: Of the batch.
+    """
+    if model.device.type != "cuda":
+        return None
+    return max(SEGMENT // rows, LEAST_SEGMENT)
+
+
 class StateReader:
     """Reads a text segment by segment and keeps the state (such as a KV cache) between them.
 
@@ -29,12 +47,17 @@ class StateReader:
         model: That reads, in evaluation mode.
         capacity: Tokens that will be read.
         conversation: What was read before; it stays as it is.
+        segment: Tokens of a row that the prompt's pass takes at once. None: `segment_length`.
     """
 
     def __init__(
-        self, model: Decoder, capacity: int, conversation: Conversation | None = None
+        self,
+        model: Decoder,
+        capacity: int,
+        conversation: Conversation | None = None,
+        segment: int | None = None,
     ) -> None:
-        self.model, self.capacity = model, capacity
+        self.model, self.capacity, self.segment = model, capacity, segment
         self.state: State | None = None
         self.logits: Tensor | None = None  # of each row's last token
         self.ended_bytes = 0  # of the state of rows that have ended
@@ -45,16 +68,33 @@ class StateReader:
 
     def read(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
         """Tokens and documents (batch, time): the next segment. Logits (batch, vocab_size)."""
-        form = positions = None
-        if not tokens.shape[1]:  # nothing more is read
+        time = tokens.shape[1]
+        if not time:  # nothing more is read
             assert self.logits is not None  # `check_conversation`
             self.begun = True
             return self.logits
         if self.begun:
-            form = "recurrent"
-        else:  # the prompt, in one pass
-            positions = self.model.embedding.prompt_positions(tokens, documents)
+            return self._read(tokens, documents, "recurrent")
         self.begun = True
+        positions = self.model.embedding.prompt_positions(tokens, documents)
+        length = self.segment or segment_length(self.model, len(tokens)) or time
+        for begin in range(0, time, length):  # the prompt, in one pass where it is short
+            here = slice(begin, begin + length)
+            logits = self._read(
+                tokens[:, here],
+                None if documents is None else documents[:, here],
+                None,
+                None if positions is None else positions[:, here],
+            )
+        return logits
+
+    def _read(
+        self,
+        tokens: Tensor,
+        documents: Tensor | None,
+        form: str | None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         if self.state is None:
             self.state = self.model.init_state(tokens.shape[0], capacity=self.capacity)
         elif documents is not None:  # each row continues its document

@@ -98,19 +98,39 @@ class Sampler:
         self.top_p = None if top_p == 1 else top_p  # rounding would cut the least likely tokens
         self.generators: list[torch.Generator] = []
         if temperature:
-            first = int(torch.randint(2**62, ())) if seed is None else seed
-            self.generators = [torch.Generator().manual_seed(first + row) for row in range(rows)]
-            for generator, count in zip(self.generators, drawn or (), strict=False):
-                for begin in range(0, count, SKIPPED):
-                    size = min(SKIPPED, count - begin)
-                    torch.rand(size, generator=generator, dtype=torch.float64)
+            self.first = int(torch.randint(2**62, ())) if seed is None else seed
+            self.generators = [torch.Generator() for _ in range(rows)]
+        self.restart(drawn or [0] * rows)
+
+    def restart(self, drawn: Sequence[int]) -> None:
+        """Go to where each row has drawn so many tokens.
+
+        Args:
+            drawn: Of each row.
+        """
+        for row, (generator, count) in enumerate(zip(self.generators, drawn, strict=False)):
+            generator.manual_seed(self.first + row)
+            for begin in range(0, count, SKIPPED):
+                size = min(SKIPPED, count - begin)
+                torch.rand(size, generator=generator, dtype=torch.float64)
+
+    def draw(self, rows: Sequence[int], count: int) -> Tensor:
+        """The next random numbers of some rows: (count, rows) float64 on the CPU.
+
+        They are drawn there so that a seed means the same on every device.
+        """
+        generators = [self.generators[row] for row in rows]
+        numbers = [torch.rand(count, generator=g, dtype=torch.float64) for g in generators]
+        return torch.stack(numbers, dim=1)
+
+    def choose(self, logits: Tensor, numbers: Tensor) -> Tensor:
+        """The tokens (batch,) int64 of logits (batch, vocab_size) by random numbers (batch,)."""
+        likely = probabilities(logits, self.temperature, self.top_k, self.top_p)
+        return sample(likely, numbers.to(likely.device)).to(logits.device)
 
     def __call__(self, logits: Tensor, rows: Sequence[int] | None = None) -> Tensor:
         """Logits (batch, vocab_size) of some rows, None: of all, to tokens (batch,) int64."""
         if not self.temperature:
             return logits.argmax(dim=-1)
-        generators = self.generators if rows is None else [self.generators[row] for row in rows]
-        # Drawn on the CPU, so that a seed means the same on every device.
-        numbers = [torch.rand((), generator=g, dtype=torch.float64) for g in generators]
-        likely = probabilities(logits, self.temperature, self.top_k, self.top_p)
-        return sample(likely, torch.stack(numbers).to(likely.device)).to(logits.device)
+        everyone = range(len(self.generators))
+        return self.choose(logits, self.draw(everyone if rows is None else rows, 1)[0])
