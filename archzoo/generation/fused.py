@@ -1,8 +1,9 @@
 """A decoding step of few kernels: `archzoo.kernels.decoding`, put together as a decoder is.
 
-A layer is five launches: norm, projection and rotation; retention's step; head norm, gate, output
-and residual; norm, gate and up, SwiGLU; down and residual. The decoder's own step computes the
-same of any parts; this one knows those of the plain RetNet.
+A layer is five launches: norm, projection and rotation; retention's step, or attention to the
+cache; output (after head norm and gate) and residual; norm, gate and up, SwiGLU; down and
+residual. The decoder's own step computes the same of any parts; this one knows those of the plain
+RetNet and transformer, and hybrids of the two.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from archzoo.block import Block, Mixer, Rotary
 from archzoo.decoder import Decoder
 from archzoo.embeddings.token import TokenEmbedding
 from archzoo.feedforward.dense import GatedFeedForward
+from archzoo.kernels import cache_attention
 from archzoo.kernels import decoding as kernels
 from archzoo.kernels.decoding import Norm, Rotation
 from archzoo.linear import Linear
+from archzoo.mixers.attention import Attention
 from archzoo.mixers.retention import Retention
 from archzoo.norm import RMSNorm
 from archzoo.numerics import constant
@@ -49,12 +52,16 @@ def fused_step(model: Decoder) -> Step | None:
         return None
     found: list[Any] = [_frequencies(block.mixer) for block in model.blocks]
     rotations = list(dict.fromkeys(found))
+    attends = any(type(block.mixer) is Attention for block in model.blocks)
     # What follows reads attributes of the parts that were found.
     blocks: list[Any] = list(model.blocks)
     embedding, norm, head = model.embedding.weight, _norm(model.norm), model.head.weight
 
     def step(tokens: Tensor, state: State) -> tuple[Tensor, State]:
-        positions = state["place"]["positions"]
+        place = state["place"]
+        positions = place["positions"]
+        # A row continues its last document, as the contexts of calls number them.
+        document = (place["begun"] - 1)[:, None] if place["packed"] and attends else None
         tables = []
         for index, (frequencies, amplitude) in enumerate(rotations):
             theta = constant(frequencies, positions.device, torch.float64)
@@ -65,7 +72,10 @@ def fused_step(model: Decoder) -> Step | None:
             tables.append(table)
         for block, rotation, held in zip(blocks, found, state["blocks"], strict=True):
             table = tables[rotations.index(rotation)]
-            _retain(block.mixer, _norm(block.mixer_norm), x, held, positions, table)
+            if type(block.mixer) is Retention:
+                _retain(block.mixer, _norm(block.mixer_norm), x, held, positions, table)
+            else:
+                _attend(block.mixer, _norm(block.mixer_norm), x, held, document, table)
             fed = block.feed_forward
             gate_up, of_it = fed.gate_up.weight, _norm(block.feed_forward_norm)
             hidden = kernels.linear(x, gate_up, norm=of_it, paired=True)
@@ -95,6 +105,27 @@ def _retain(
     kernels.linear(o, mixer.output.weight, norm=of_heads, residual=x)
 
 
+def _attend(
+    mixer: Attention, norm: Norm, x: Tensor, held: State, document: Tensor | None, table: Tensor
+) -> None:
+    """Add an attention layer of one token to x (batch, dim), in place."""
+    width, keys = mixer.heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim
+    projected = kernels.linear(
+        x,
+        mixer.query_key_value.weight,
+        norm=norm,
+        rotation=Rotation(table, mixer.head_dim, width, keys),
+    )
+    q, k, v = projected.unflatten(1, (-1, mixer.head_dim)).split_with_sizes(
+        (mixer.heads, mixer.kv_heads, mixer.kv_heads), 1
+    )
+    y = cache_attention.attend_cache(
+        q, k, v, held["keys"], held["values"], held["length"], held["arrivals"],
+        documents=None if document is None else held["documents"], document=document,
+    )  # fmt: skip
+    kernels.linear(y.flatten(1), mixer.output.weight, residual=x)
+
+
 def _norm(norm: Any) -> Norm:
     return Norm(norm.weight, norm.eps or 0.0)
 
@@ -121,7 +152,8 @@ def _fits(block: Block) -> bool:
     if type(fed) is not GatedFeedForward or fed.activation is not F.silu:
         return False
     norms = _is_rms(block.mixer_norm) and _is_rms(block.feed_forward_norm)
-    return norms and _fits_retention(mixer) and _reads(fed.gate_up) and _reads(fed.down)
+    mixes = _fits_retention(mixer) or _fits_attention(mixer)
+    return norms and mixes and _reads(fed.gate_up) and _reads(fed.down)
 
 
 def _fits_retention(mixer: Mixer) -> bool:
@@ -132,6 +164,16 @@ def _fits_retention(mixer: Mixer) -> bool:
     if _frequencies(mixer) is None or mixer.head_dim % 2:
         return False
     return _reads(mixer.query_key_value_gate) and _reads(mixer.output)
+
+
+def _fits_attention(mixer: Mixer) -> bool:
+    if type(mixer) is not Attention or mixer.has_prefix or mixer.bias is not None:
+        return False
+    if _frequencies(mixer) is None or mixer.head_dim % 2:
+        return False
+    if mixer.head_dim > cache_attention.MAX_SIZE:
+        return False
+    return _reads(mixer.query_key_value) and _reads(mixer.output)
 
 
 def _frequencies(mixer: Any) -> Frequencies | None:
