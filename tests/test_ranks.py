@@ -4,10 +4,18 @@ import csv
 import os
 import subprocess
 import sys
+import types
+from collections import Counter
+from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
+from lightning.pytorch.trainer.connectors import data_connector
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import archzoo
 from archzoo.checkpoint import read_safely
@@ -68,6 +76,82 @@ def together(name, *arguments):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture
+def one_of_two(directory, monkeypatch, strategy):
+    """This process takes itself for the first of two; what they exchange is counted, by name."""
+    if strategy is DDP:  # alone, which only the reductions see
+        torch.distributed.init_process_group(
+            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
+    else:  # with no other
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(data_connector, "_InfiniteBarrier", nullcontext)  # it wants gloo
+    calls = Counter()
+
+    def counted(name, original):
+        def call(*arguments, **options):
+            calls[name] += 1
+            return original(*arguments, **options)
+
+        return call
+
+    scatter = "reduce_scatter_single"  # the name of reduce_scatter_tensor since torch 2.13
+    scatter = scatter if hasattr(torch.distributed, scatter) else "reduce_scatter_tensor"
+    for name in ("all_reduce", scatter, "barrier", "broadcast"):
+        original = getattr(torch.distributed, name)
+        monkeypatch.setattr(torch.distributed, name, counted(name, original))
+    yield calls
+    torch.distributed.destroy_process_group()
+
+
+ALONE = ["--trainer.enable_checkpointing=false", "--trainer.limit_val_batches=0"]
+ALONE += ["--trainer.callbacks=own.Watch", "--import=own"]
+
+
+def watch(**on):
+    """A callback that the command line can name, own.Watch, with these hooks."""
+    module = types.ModuleType("own")
+    module.Watch = type("Watch", (lightning.Callback,), {"__module__": "own", **on})
+    sys.modules["own"] = module
+
+
+@pytest.mark.parametrize("strategy", [DDP, FSDP2], ids=["ddp", "fsdp2"])
+def test_no_step_has_a_barrier(one_of_two, strategy):
+    """Through NCCL the host would wait there for all that its GPU has to do."""
+    seen = []
+    watch(on_train_batch_start=lambda *_: seen.append(one_of_two.copy()))
+    assert main(["fit", "--config", "run.yaml", "--name", "x", *strategy, *ALONE]) == 0
+    steps = [after - before for before, after in pairwise(seen)]
+    assert len(steps) == 3
+    for step in steps:
+        assert not step["barrier"] and not step["broadcast"] and step["all_reduce"]
+
+
+@pytest.mark.parametrize("strategy", [DDP, FSDP2], ids=["ddp", "fsdp2"])
+def test_gradients_are_exchanged_once_a_step(one_of_two, strategy):
+    """However many micro-batches it has."""
+    seen = []
+
+    def count(state, bucket):
+        one_of_two["reduce_scatter_single"] += 1
+        return default_hooks.allreduce_hook(None, bucket)
+
+    def begin(self, trainer, module):
+        if strategy is DDP:
+            trainer.model.register_comm_hook(None, count)
+
+    def note(self, trainer, module, outputs, batch, number):
+        seen.append(sum(n for name, n in one_of_two.items() if "scatter" in name))
+
+    watch(on_train_start=begin, on_train_batch_end=note)
+    accumulate = ["--trainer.accumulate_grad_batches=3", "--data.steps_per_epoch=5"]
+    given = ["fit", "--config", "run.yaml", "--name", "x", *strategy, *ALONE, *accumulate]
+    assert main([*given, "--trainer.max_steps=3", "--trainer.val_check_interval=5"]) == 0
+    exchanged = [after > before for before, after in pairwise([0, *seen])]
+    assert exchanged[3:] == [False, True, False, False, True]
 
 
 def assert_same(one, other, allowed):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 from lightning.fabric.utilities import rank_zero_only
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
@@ -23,6 +22,7 @@ from archzoo.training.ending import Ended, Signals
 from archzoo.training.files import MetricsFile
 from archzoo.training.loop import ResumingFitLoop
 from archzoo.training.module import LanguageModel
+from archzoo.training.ranks import AnySignal
 
 
 class Checkpoints(Checkpoint):
@@ -213,6 +213,7 @@ class EndOnSignal(lightning.Callback):
 
     def __init__(self, signals: Signals) -> None:
         self.signals = signals
+        self._any = AnySignal()
 
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -228,7 +229,7 @@ class EndOnSignal(lightning.Callback):
         batch_idx: int,
     ) -> None:
         if not trainer.fit_loop.epoch_loop._should_accumulate():
-            self._end_if_received(trainer, pl_module)
+            self._end_if_received(trainer, pl_module, wait=False)
 
     def on_validation_batch_end(
         self,
@@ -263,18 +264,17 @@ class EndOnSignal(lightning.Callback):
         self.signals.gentle = False  # all is written
         self._end_if_received(trainer, pl_module)
 
-    def _received(self, trainer: lightning.Trainer) -> int:
+    def _received(self, trainer: lightning.Trainer, wait: bool = True) -> int:
         """The signal that any of the ranks was sent, 0 for none."""
-        received = self.signals.received or 0
-        if trainer.world_size == 1:
-            return received
-        device = trainer.strategy.root_device
-        return int(trainer.strategy.reduce(torch.tensor(received, device=device), reduce_op="max"))
+        return self._any(trainer, self.signals.received or 0, wait)
 
     def _end_if_received(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        wait: bool = True,
     ) -> None:
-        if not (received := self._received(trainer)):
+        if not (received := self._received(trainer, wait)):
             return
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, Checkpoints):

@@ -406,6 +406,8 @@ class CommandLine(LightningCLI):
             # Lightning's own handlers end a run as if it had finished, and with several ranks they
             # wait for each other inside of a handler.
             trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+            # So no signal reaches its loop, which would ask for one at every step, and wait.
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
             return trainer
         except (MisconfigurationException, TypeError) as error:
             if not re.search("device|gpu|accelerator", str(error), re.IGNORECASE):

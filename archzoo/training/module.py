@@ -46,7 +46,7 @@ from archzoo.training.random_state import (
     gather_random_states,
     random_state,
 )
-from archzoo.training.ranks import pooled_losses, sum_over_ranks
+from archzoo.training.ranks import configure, pooled_losses, sum_over_ranks
 
 
 class LanguageModel(lightning.LightningModule):
@@ -211,6 +211,7 @@ class LanguageModel(lightning.LightningModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":  # before a checkpoint is read
+            configure(self.trainer.strategy)
             self._begin_run()
         self.set_up_with_task(stage)
 
@@ -311,6 +312,11 @@ class LanguageModel(lightning.LightningModule):
             self._sums = [{} for _ in range(self.net.depth)]
             self._labelled = self._scale = None
         self._length = labels.shape[1]
+        if self.sharded:  # gradients are exchanged once a step, as Lightning has it under DDP
+            # Before the first step a checkpoint's reader of the optimizer would take one of zeros
+            # if it saw no gradients, and those that wait are not seen.
+            waits = self.trainer.fit_loop._should_accumulate() and self.trainer.global_step > 0
+            self.net.set_requires_gradient_sync(not waits)  # type: ignore[operator]  # FSDP2's
         self._labelled = everywhere if self._labelled is None else self._labelled + everywhere
         if self._scale is None:
             # Any number would do; this one gives gradients the size that they will have.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TypeVar
 
 import lightning
 import torch
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from archzoo.block import Aux
@@ -15,8 +18,29 @@ from archzoo.decoder import Decoder
 Tensors = TypeVar("Tensors")  # a tensor, or lists and dicts of them
 
 
+def configure(strategy: Strategy) -> None:
+    """Give DistributedDataParallel what suits the models here, where no one has chosen otherwise.
+
+    Gradients lie where they are exchanged, so they are neither copied back nor held twice. Buffers
+    are not sent about: they are equal on all ranks, for what moves them is summed over the ranks.
+
+    Args:
+        strategy: Lightning's; any but DDP stays as it is.
+    """
+    if not isinstance(strategy, DDPStrategy):
+        return
+    given = strategy._ddp_kwargs
+    given.setdefault("gradient_as_bucket_view", True)
+    known = inspect.signature(DistributedDataParallel).parameters
+    names = [name for name in ("forward_sync_buffers", "broadcast_buffers") if name in known]
+    if not given.keys() & set(names):
+        given[names[0]] = False  # the second is the older name of the first
+
+
 def sum_over_ranks(trainer: lightning.Trainer, entries: Tensors) -> Tensors:
     """The sum of each tensor over the ranks: one reduction for all of one dtype.
+
+    The host does not wait for it, as it does for Lightning's `reduce`, which has a barrier.
 
     Args:
         trainer: Whose ranks.
@@ -29,13 +53,49 @@ def sum_over_ranks(trainer: lightning.Trainer, entries: Tensors) -> Tensors:
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):  # in equal order
         alike = [number for number, tensor in enumerate(tensors) if tensor.dtype == dtype]
         flat = torch.cat([tensors[number].flatten() for number in alike])  # it works in place
-        flat = trainer.strategy.reduce(flat, reduce_op="sum")
+        torch.distributed.all_reduce(flat)
         for number, part in zip(
             alike, flat.split([tensors[number].numel() for number in alike]), strict=True
         ):
             sums[number] = part.view_as(tensors[number])
     summed: Tensors = tree_unflatten(sums.values(), structure)
     return summed
+
+
+class AnySignal:
+    """The signal that any of the ranks was sent, asked once a step, without waiting for a GPU.
+
+    On a GPU the answer is that of the step before, which is there when the host has enqueued this
+    one. All ranks get the same answer at the same step.
+    """
+
+    def __init__(self) -> None:
+        self._before: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def __call__(self, trainer: lightning.Trainer, mine: int, wait: bool = False) -> int:
+        """The largest number over the ranks, 0 for none.
+
+        Args:
+            trainer: Of the ranks.
+            mine: This rank's signal.
+            wait: For the answer of this call.
+        """
+        if trainer.world_size == 1:
+            return mine
+        device = trainer.strategy.root_device
+        largest = torch.full((), mine, device=device)  # filled where it lies: no copy to wait for
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+        if wait or device.type != "cuda":
+            return int(largest)
+        answer = torch.empty((), dtype=largest.dtype, pin_memory=True)
+        answer.copy_(largest, non_blocking=True)
+        there = torch.cuda.Event()
+        there.record()
+        before, self._before = self._before, (answer, there)
+        if before is None:
+            return 0
+        before[1].synchronize()
+        return int(before[0])
 
 
 def pooled_losses(trainer: lightning.Trainer, decoder: Decoder, aux: list[Aux]) -> list[Aux]:
