@@ -25,6 +25,7 @@ import torch
 
 from archzoo.kernels import launching
 
+SHARED = 232_448  # bytes of shared memory that a program may take on an H100
 KERNELS = Path(launching.__file__).parent
 EXAMPLES: dict[str, Callable[[], None]] = {}
 
@@ -115,9 +116,12 @@ def compile_for_hopper(launch: launching.Launch, tensors: tuple[Any, ...]) -> An
     constants = dict(launch.constants)
     if "UPCAST" in constants:
         constants["UPCAST"] = False  # for the interpreter's sake, who runs on the CPU
-    return launch.kernel.warmup(
+    compiled = launch.kernel.warmup(
         *tensors, *launch.numbers, grid=launch.grid, **constants, **launch.options
     )
+    shared = compiled.metadata.shared
+    assert shared <= SHARED, f"{shared:,} bytes of shared memory, where an H100 has {SHARED:,}"
+    return compiled
 
 
 class _NoDriver:
@@ -297,6 +301,53 @@ def digits() -> None:
         shifted_rows(
             tokens, kinds, context, coupled=True, last=100, key=1, bound=10, examples=examples
         )
+
+
+@example
+def decoding() -> None:
+    """A step of one row, and of 64; kernels begin early on Hopper."""
+    from archzoo.kernels import decoding as kernels
+
+    dim, heads, width = 768, 4, 64
+    embedding = torch.randn(1000, dim, dtype=torch.bfloat16)
+    norm = kernels.Norm(torch.ones(dim, dtype=torch.bfloat16), 1e-6)
+    with mock.patch.object(kernels, "_begins_early", return_value=True):
+        for batch in (1, 64):
+            positions, tokens = torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, 1).long()
+            frequencies = torch.ones(width // 2, dtype=torch.float64)
+            x, table = kernels.start(tokens, embedding, positions, frequencies, 1.0)
+            kernels.rotation_table(positions, frequencies, 1.0)
+            weight = torch.randn(4 * heads * width, dim, dtype=torch.bfloat16)
+            q = heads * width
+            rotation = kernels.Rotation(table, width, q, q, 0.125)
+            y = kernels.linear(x, weight, norm=norm, rotation=rotation)
+            memory = torch.zeros(batch, heads, width, width)
+            decay = -torch.rand(heads)
+            o = kernels.retain(*y.split(q, 1)[:3], decay, positions, memory)
+            gated = kernels.Norm(None, 1e-6, heads, y[:, 3 * q :])
+            out = torch.randn(dim, q, dtype=torch.bfloat16)
+            x = kernels.linear(o, out, norm=gated, residual=x)
+            kernels.linear(x, weight, norm=norm, paired=True)
+            kernels.linear(x, embedding, norm=norm)
+
+
+@example
+def cache_attention() -> None:
+    """One row of grouped queries that are rotated here, and many of packed documents."""
+    from archzoo.kernels.cache_attention import attend_cache, make_arrivals
+
+    for batch, capacity, packed in ((1, 16_384, False), (8, 1024, True)):
+        heads, kv_heads, size = 12, 4, 64
+        q, k, v = (
+            torch.randn(batch, n, size, dtype=torch.bfloat16) for n in (heads, kv_heads, kv_heads)
+        )
+        keys, values = torch.zeros(2, batch, kv_heads, capacity, size, dtype=torch.bfloat16)
+        attend_cache(
+            q, k, v, keys, values, torch.tensor(5), make_arrivals(batch, heads, "cpu"),
+            table=None if packed else torch.randn(1, 1, 1, size // 2, 2),
+            documents=torch.zeros(batch, capacity, dtype=torch.int64) if packed else None,
+            document=torch.zeros(batch, 1, dtype=torch.int64) if packed else None,
+        )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------- as a script

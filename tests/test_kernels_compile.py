@@ -80,7 +80,7 @@ def test_first_kernel_of_each_module_compiles():
         assert f"  {module.removeprefix('archzoo.kernels.')}." in printed
 
 
-@pytest.mark.slow  # together some 90 s
+@pytest.mark.slow  # together some 2 minutes of one core
 @pytest.mark.parametrize("name", kernel_examples.EXAMPLES)
 def test_compiles(name):
     assert compile_examples(name).count(" s  ")
