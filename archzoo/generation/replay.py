@@ -12,7 +12,7 @@ On devices without graphs the same steps can be called one by one, which is how 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from archzoo.decoder import Decoder
+from archzoo.generation.fused import Step, fused_step
 from archzoo.generation.rows import StateReader
 from archzoo.generation.sampling import Sampler
 from archzoo.numerics import WITHOUT_FLOAT64
@@ -30,17 +31,17 @@ AHEAD = 4
 RING = 64  # steps whose tokens and random numbers the device keeps; more than AHEAD
 LEAST = 8  # tokens to come, below which capturing takes longer than it saves
 
-#: One token of every row: tokens (batch, 1) and a state to logits (batch, vocab_size) and a state.
-Step = Callable[[Tensor, State], tuple[Tensor, State]]
-
 
 def step_function(model: Decoder, batch_size: int) -> Step:
-    """What computes a step of this model: by default a call of it.
+    """What computes a step of this model: fused kernels where it has them, or else a call of it.
 
     Args:
         model: In evaluation mode.
         batch_size: Rows.
     """
+    fused = fused_step(model)
+    if fused is not None:
+        return fused
 
     def step(tokens: Tensor, state: State) -> tuple[Tensor, State]:
         output = model(tokens, state, form="recurrent", logits_to_keep=1)
