@@ -315,27 +315,18 @@ def test_what_is_written_follows_the_tokens_in_every_row(name):
     assert archzoo.generate(contender.model, **prompts, max_tokens=5).tokens == 3 * alone
 
 
-def test_what_a_text_takes_once_is_in_no_step(monkeypatch):
+def test_steps_are_timed_by_generate(monkeypatch):
     asked = []
 
     def generate(model, max_tokens, **texts):
-        asked.append(max_tokens)
-        milliseconds = 80.0 + 2.0 * (max_tokens - 1)  # 80 of them once
-        return SimpleNamespace(milliseconds_per_token=milliseconds / (max_tokens - 1))
+        asked.append((max_tokens, texts))
+        return SimpleNamespace(milliseconds_per_token=2.0)
 
     monkeypatch.setattr(contenders, "generate", generate)
     contender = ZooContender("retnet_micro")
     contender.model = None
-    assert contender.decoding_seconds({}, 20) == pytest.approx(2e-3)
-    assert asked == [25, 5]
-    # Where noise is more than the steps, they are timed with all else.
-    noise = iter([4.0, 40.0])
-    monkeypatch.setattr(
-        contenders,
-        "generate",
-        lambda model, max_tokens: SimpleNamespace(milliseconds_per_token=next(noise)),
-    )
-    assert contender.decoding_seconds({}, 4) == pytest.approx(4e-3 * 8 / 9)
+    assert contender.decoding_seconds({"prompts": [[1]]}, 20) == pytest.approx(2e-3)
+    assert asked == [(22, {"prompts": [[1]]})]
 
 
 def test_training_takes_the_loss_of_fit_and_compiles_what_fit_compiles(monkeypatch):

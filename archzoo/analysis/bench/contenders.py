@@ -31,7 +31,6 @@ from archzoo.training.losses import total_loss
 Precision = Literal["float32", "bfloat16", "bf16-mixed"]
 DECODING = ("decode", "batch", "state")  # quantities that need a state
 COMPILED, FIT = "compiled", "fit"
-SETTLED = 5  # tokens of a text before its steps are timed
 NOT_COMPILED = "training alone is compiled here"
 
 
@@ -300,14 +299,10 @@ class ZooContender(Contender):
         return {"conversation": begun if batch == 1 else self.repeated(begun, batch)}
 
     def decoding_seconds(self, texts: Any, steps: int) -> float:
-        def seconds(tokens: int) -> float:
-            model: Any = self.model
-            found = generate(model, **texts, max_tokens=tokens)
-            return 1e-3 * found.milliseconds_per_token * (tokens - 1)  # the first takes no step
-
-        # What a text takes once, such as capturing a graph, is in both.
-        whole, begun = seconds(SETTLED + steps), seconds(SETTLED)
-        return (whole - begun) / steps if whole > begun else whole / (SETTLED + steps)
+        model: Any = self.model
+        # The first token takes no step, and the second may be the one that is captured.
+        found = generate(model, **texts, max_tokens=2 + steps)
+        return 1e-3 * found.milliseconds_per_token
 
     def operations(self, length: int) -> float | None:
         return training_operations(self.meta(), length)
