@@ -306,7 +306,8 @@ class Attention(Mixer):
         """What `scaled_dot_product_attention` needs: a mask, or None and whether it is causal.
 
         The mask is bool (batch or 1, 1, queries, keys), or with a bias float
-        (batch or 1, heads, queries, keys).
+        (batch or 1, heads, queries, keys). On a GPU that of a later segment of a text is torch's
+        `causal_lower_right`, which its kernels know without reading one.
 
         Args:
             q: (batch, heads, queries, head_dim).
@@ -321,6 +322,10 @@ class Attention(Mixer):
         if self.bias is None and key_documents is None and all_there:
             causal = True if queries > 1 else False  # noqa: SIM210  # no compiler's symbol
             return None, causal
+        if key_documents is None and length is None and self.takes_segment(q):
+            from torch.nn.attention.bias import causal_lower_right  # which loads torch's compiler
+
+            return causal_lower_right(queries, keys), False
         if length is None:  # query i is at key keys - queries + i
             seen = torch.ones((1, 1, queries, keys), dtype=torch.bool, device=q.device)
             seen = seen.tril(keys - queries)
@@ -335,6 +340,11 @@ class Attention(Mixer):
             return seen, False
         bias = self.bias(context.positions, key_positions).to(q.dtype)
         return bias.masked_fill(~seen, float("-inf")), False
+
+    def takes_segment(self, q: Tensor) -> bool:
+        """Whether torch's kernels take later queries of a causal text without a mask in memory."""
+        plain = self.bias is None and not self.has_prefix and not torch.is_grad_enabled()
+        return plain and q.is_cuda and not (torch.compiler.is_compiling() or transformed())
 
 
 def attend_all(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
