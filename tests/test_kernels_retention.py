@@ -241,7 +241,7 @@ def test_launches_hand_over_what_their_kernels_take(monkeypatch, specialised, he
         for state, final, arriving in itertools.product((False, True), repeat=3):
             problem = real_problem(batch, time, heads, dk, dv, state, final)
             forward = launch.Forward(problem)
-            forward.find_backward(problem.strides[2], arriving)
+            forward.find_backward(problem.strides[2], (), arriving)
     assert any("gluon" in kernel.fn.__module__ for kernel in made) == specialised
 
 
@@ -253,6 +253,14 @@ def real_problem(batch, time, heads, dk, dv, state=False, final=False, device="c
         q, q, v, (heads,), of_state, None, None, False, tuple(strides), torch.bfloat16,
         torch.float32, torch.device(device), True, final,
     )  # fmt: skip
+
+
+def test_maps_run_beside_each_other_where_that_fills_the_chip():
+    """16 rows of 3 heads: 192 + 4 x 96 programs are 5 turns of 132, and one by one 6."""
+    wide = plans.find_plan(256, 512, torch.bfloat16, True)
+    assert plans.fills_better_beside(wide, 48, 1, 256, 512)
+    assert not plans.fills_better_beside(wide, 33, 2, 256, 512)  # 132 at a time fill it
+    assert not plans.fills_better_beside(plans.find_plan(256, 512, torch.bfloat16), 48, 1, 256, 512)
 
 
 def test_segments_per_program():
@@ -328,7 +336,7 @@ def test_sums_of_segments(monkeypatch, last, dtype):
     stream = stream_of(q)
     normaliser = forward.normalisers(stream, inputs, False)
     of_segments = []
-    backward = forward.find_backward(do.stride(), False).segments
+    backward = forward.find_backward(do.stride(), (), False).segments
     for level, (b, c) in ((forward.segments, (k, v)), (backward, (q, do))):
         of_segments.append(torch.full(level.shape, torch.nan, device=DEVICE))
         level.sum(stream, b, c, of_segments[-1], decay, *(normaliser,) * 3)

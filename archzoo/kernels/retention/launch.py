@@ -29,6 +29,7 @@ from archzoo.kernels.retention.plans import (
     Pair,
     Plan,
     cut_segments,
+    fills_better_beside,
     find_plan,
     segments_per_program,
     sums_per_segment,
@@ -478,6 +479,22 @@ class Backward(Pass):
         self.dq = self.prepare_map(forward.direction, "do", "v", "k")
         self.scores = self.prepare_scores(self.plan.by_value, "do", "v")
         self.scores_shape = problem.scores_shape(self.plan.by_value)
+        self.beside = problem.device.type == "cuda" and fills_better_beside(
+            self.plan, self.rows, reverse.segments, *self.state_shape[2:]
+        )
+
+    def _run_maps(self, *chains: Callable[[int | None], None], device: torch.device) -> None:
+        """Launch the maps' chains, the last of them on the current stream."""
+        now = torch.cuda.current_stream(device)
+        sides = _side_streams(device)
+        for side, chain in zip(sides, chains, strict=False):
+            side.wait_stream(now)
+            # What a launch allocates is of its stream, so that no other takes it before it ends.
+            with torch.cuda.stream(side):
+                chain(side.cuda_stream)
+        chains[-1](now.cuda_stream)
+        for side in sides:
+            now.wait_stream(side)
 
     @on_its_device
     def __call__(
@@ -502,21 +519,41 @@ class Backward(Pass):
         if self.fused is not None:
             self.fused(stream, q, k, v, do, dq, dk, dv, states, *shared, d_last, written)
         else:
-            for run in self.dv:
-                run(stream, k, q, do, dv, scores, *shared, d_last, written, None)
+            of_values = None
             if self.scores is not None:
-                scores = q.new_empty(self.scores_shape)
-                self.scores(stream, do, v, scores, *shared)
-            for run in self.dk:
-                run(stream, v, do, q, dk, scores, *shared, d_last, None, None)
-            for run in self.dq:
-                run(stream, do, v, k, dq, scores, *shared, initial, None, None)
+                of_values = q.new_empty(self.scores_shape)
+                self.scores(stream, do, v, of_values, *shared)
+
+            def make_dv(stream: int | None) -> None:
+                for run in self.dv:
+                    run(stream, k, q, do, dv, scores, *shared, d_last, written, None)
+
+            def make_dk(stream: int | None) -> None:
+                for run in self.dk:
+                    run(stream, v, do, q, dk, of_values, *shared, d_last, None, None)
+
+            def make_dq(stream: int | None) -> None:
+                for run in self.dq:
+                    run(stream, do, v, k, dq, of_values, *shared, initial, None, None)
+
+            if self.beside:
+                self._run_maps(make_dk, make_dq, make_dv, device=q.device)
+            else:
+                make_dv(stream)
+                make_dk(stream)
+                make_dq(stream)
         if d_state is not None and documents is not None:
             # A row that opens with a new document never looked at the initial state.
             at = torch.zeros_like(documents[:, :1]) if ranges is None else ranges[:, :1]
             unread = documents.gather(1, at.long()) != 0
             d_state.masked_fill_(unread[:, :, None, None], 0.0)
         return dq, dk, dv, d_state
+
+
+@functools.lru_cache(maxsize=64)
+def _side_streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """Two streams of a device beside the current one."""
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
 @functools.lru_cache(maxsize=256)

@@ -85,6 +85,7 @@ _WARP_SPECIALISED_PLANS: dict[tuple[int, int], Plan] = {
 # Segments are cut until the programs of dq and dk number this many: about one for each of the
 # 132 multiprocessors of an H100 or H200, twice that where the heads are narrow.
 _FILL = 128
+_MULTIPROCESSORS = 132
 _SEGMENT_LEAST = 512
 _SEGMENT_MULTIPLE = 256  # of every chunk, so that they divide a segment
 # Up to this many segments the maps of narrow heads join the sums themselves, instead of a kernel
@@ -167,6 +168,24 @@ def segments_per_program(plan: Plan, segments: int, dk: int, dv: int) -> int:
         return 1
     each = max(-(-dv // plan.by_key.forward.tile) // -(-dk // plan.by_value.forward.tile), 1)
     return each if segments % each == 0 else 1
+
+
+def fills_better_beside(plan: Plan, rows: int, segments: int, dk: int, dv: int) -> bool:
+    """Whether dv, dk and dq take fewer turns of all multiprocessors if none waits for another.
+
+    A program of a warp-specialised map takes a multiprocessor for itself. 16 rows of 3 heads are
+    192 programs of dv and 96 of each half of dk and dq: 2 + 4 turns one after the other, and 5
+    beside each other.
+    """
+    if plan.fused_backward is not None or not plan.by_key.reverse.warp_specialised:
+        return False
+    each = segments_per_program(plan, segments, dk, dv)
+    of_v = rows * -(-dv // plan.by_key.reverse.tile) * (segments // each)
+    of_qk = rows * -(-dk // plan.by_value.reverse.tile) * segments
+    programs = [of_v] * -(-dk // plan.by_key.reverse.block)
+    programs += [of_qk] * (2 * -(-dv // plan.by_value.reverse.block))
+    turns = sum(-(-count // _MULTIPROCESSORS) for count in programs)
+    return -(-sum(programs) // _MULTIPROCESSORS) < turns
 
 
 def sums_per_segment(plan: Plan, rows: int, segment: int, segments: int) -> int:
