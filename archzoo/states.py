@@ -53,7 +53,11 @@ def fork(state: Tree) -> Tree:
 
 def reorder(state: Tree, rows: Tensor) -> Tree:
     """Pick rows of the batch, with repetition: (kept,) int64, as beam search does."""
-    return map_state(lambda leaf: leaf.index_select(0, rows.to(leaf.device)), state)
+
+    def pick(leaf: Tensor) -> Tensor:  # without axes it holds for all rows
+        return leaf.index_select(0, rows.to(leaf.device)) if leaf.dim() else leaf.clone()
+
+    return map_state(pick, state)
 
 
 def detach(state: Tree) -> Tree:

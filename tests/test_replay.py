@@ -14,6 +14,7 @@ from archzoo.block import Context, Mixer, State
 from archzoo.decoder import Decoder
 from archzoo.generation import decoding, generate, replay
 from archzoo.generation.conversation import Conversation
+from archzoo.generation.fused import Step
 from archzoo.generation.prompts import pad_left
 from archzoo.generation.replay import AHEAD, Replay, step_function
 from archzoo.generation.rows import StateReader
@@ -85,8 +86,8 @@ def test_a_stop_token_is_noticed_some_steps_late(monkeypatch: pytest.MonkeyPatch
     place = next(i for i in range(10, 60) if tokens[i] not in tokens[:i])
     calls = 0
 
-    def counting(model: Decoder, batch_size: int) -> replay.Step:
-        step = step_function(model, batch_size)
+    def counting(model: Decoder, batch_size: int, plain: bool = False) -> Step:
+        step = step_function(model, batch_size, plain)
 
         def counted(tokens: Tensor, state: State) -> tuple[Tensor, State]:
             nonlocal calls
@@ -174,6 +175,21 @@ def test_a_state_that_is_not_fixed_is_stepped_as_ever(keep_state: bool) -> None:
         same(called.conversation, replayed.conversation)
 
 
+class Fixed(Counting):
+    """The same, whose ints are tensors once they are to be fixed."""
+
+    def fixed_state(self, state: State) -> State:
+        return state | {"seen": torch.tensor(state["seen"])}
+
+
+def test_a_mixer_of_ones_own_says_how_its_state_is_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "RING", 4)
+    model = make("retnet_micro", pattern=["Retention", Fixed]).double()
+    [tokens] = generate(model, [[5]], max_tokens=20).tokens
+    both(model, [[5], [6], [7]], max_tokens=30, temperature=1.0, seed=0)
+    both(model, [[5], [5], [6]], max_tokens=30, stop_token=tokens[9])
+
+
 def test_after_a_first_step_that_fails_the_prompt_is_read_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -182,7 +198,7 @@ def test_after_a_first_step_that_fails_the_prompt_is_read_again(
     called = generate(model, PROMPTS, keep_state=True, **settings)
     stop = called.tokens[1][0]  # so that the batch is smaller than the prompt's
 
-    def failing(model: Decoder, batch_size: int) -> replay.Step:
+    def failing(model: Decoder, batch_size: int, plain: bool = False) -> Step:
         def step(tokens: Tensor, state: State) -> tuple[Tensor, State]:
             model(tokens, state)  # which consumes the state
             raise RuntimeError("no kernel image\nand more")
@@ -197,7 +213,19 @@ def test_after_a_first_step_that_fails_the_prompt_is_read_again(
             replayed = generate(model, **arguments, **settings)
         assert replayed.tokens == plain.tokens
 
-    def full(model: Decoder, batch_size: int) -> replay.Step:
+    def fused_alone(model: Decoder, batch_size: int, plain: bool = False) -> Step:
+        return step_function(model, batch_size) if plain else failing(model, batch_size)
+
+    monkeypatch.setattr(replay, "step_function", fused_alone)
+    monkeypatch.setattr(decoding, "fused_step", lambda model: max)  # as if there were one
+    plain = generate(model, PROMPTS, stop_token=stop, **settings)
+    with pytest.warns(UserWarning, match="no kernel image$") as seen:
+        replayed = generate(model, PROMPTS, stop_token=stop, graph=True, **settings)
+    assert len(seen) == 1
+    assert replayed.tokens == plain.tokens
+    assert replayed.capture_milliseconds > 0
+
+    def full(model: Decoder, batch_size: int, plain: bool = False) -> Step:
         raise torch.OutOfMemoryError("full")
 
     monkeypatch.setattr(replay, "step_function", full)

@@ -19,6 +19,7 @@ from archzoo.generation.conversation import (
     start_conversation,
     tails,
 )
+from archzoo.generation.fused import fused_step
 from archzoo.generation.prompts import Prompts, encode, pad_left
 from archzoo.generation.replay import AHEAD, LEAST, RING, Replay, replays, start_replay
 from archzoo.generation.rows import OnToken, RowWriter, StateReader, TextReader
@@ -180,6 +181,7 @@ def generate(
             differences: list[float] = []
             capture_time, count = 0.0, 0
             wanted = form == "recurrent" and not check and replays(model, graph)
+            plain = False  # of a replay: without fused kernels
             replay: Replay | None = None
             # With keep_state no step may follow one that ends a row.
             ahead = 0 if keep_state and stop_token is not None else AHEAD
@@ -189,7 +191,7 @@ def generate(
                 if wanted and count and len(going) == len(held) and left >= LEAST:
                     wanted = False
                     assert isinstance(reader, StateReader)  # the recurrent form's
-                    replay = start_replay(reader, tokens[:, 0], sampler, held, left, ahead)
+                    replay = start_replay(reader, tokens[:, 0], sampler, held, left, ahead, plain)
                     capture_time += 1000 * (time.perf_counter() - begin)
                     if replay is None:  # the first step failed, and what was read is lost
                         sampler.restart(_draws(already, writers))
@@ -197,6 +199,7 @@ def generate(
                         reader.read(*prompt)
                         places = [asked.index(row) for row in held]
                         reader.keep(torch.tensor(places, device=model.device))
+                        wanted, plain = not plain and fused_step(model) is not None, True
                     continue
                 drawing = going
                 if replay is not None:

@@ -32,14 +32,15 @@ RING = 64  # steps whose tokens and random numbers the device keeps; more than A
 LEAST = 8  # tokens to come, below which capturing takes longer than it saves
 
 
-def step_function(model: Decoder, batch_size: int) -> Step:
+def step_function(model: Decoder, batch_size: int, plain: bool = False) -> Step:
     """What computes a step of this model: fused kernels where it has them, or else a call of it.
 
     Args:
         model: In evaluation mode.
         batch_size: Rows.
+        plain: A call of it.
     """
-    fused = fused_step(model)
+    fused = None if plain else fused_step(model)
     if fused is not None:
         return fused
 
@@ -72,21 +73,23 @@ def start_replay(
     rows: Sequence[int],
     steps: int,
     ahead: int = AHEAD,
+    plain: bool = False,
 ) -> Replay | None:
     """The steps that follow what a reader has read, or None: the first failed, and took the state.
 
     Args:
         reader: Whose state is taken over.
-        tokens: As for `Replay`, and so are the next four.
+        tokens: As for `Replay`, and so are the next five.
         sampler: The same.
         rows: The same.
         steps: The same.
         ahead: The same.
+        plain: The same.
     """
     state, reader.state = reader.state, None
     assert state is not None
     try:
-        replay = Replay(reader.model, state, tokens, sampler, rows, steps, ahead)
+        replay = Replay(reader.model, state, tokens, sampler, rows, steps, ahead, plain)
         replay.start()
     except torch.OutOfMemoryError:  # which calling the step would meet as well
         raise
@@ -121,6 +124,7 @@ class Replay:
         steps: Tokens of each row that are drawn at the most.
         ahead: Steps that may be launched before the first's tokens are read. 0: none is launched
             before the tokens of the one before it were read.
+        plain: Whether a step is a call of the model, even if fused kernels are there.
     """
 
     def __init__(
@@ -132,6 +136,7 @@ class Replay:
         rows: Sequence[int],
         steps: int,
         ahead: int = AHEAD,
+        plain: bool = False,
     ) -> None:
         self.model, self.sampler, self.rows = model, sampler, rows
         self.steps, self.ahead = steps, ahead
@@ -142,7 +147,7 @@ class Replay:
             name: map_state(_dense, part) for name, part in fixed.items() if name != "place"
         }
         self.tokens = tokens[:, None].clone()
-        self.step = step_function(model, len(tokens))
+        self.step = step_function(model, len(tokens), plain)
         self.launched = self.read = 0
         shape, device = (RING, len(tokens)), tokens.device
         self.drawn = torch.zeros(shape, dtype=torch.int64, device=device)
