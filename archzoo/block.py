@@ -151,7 +151,7 @@ class Mixer(StartsFromPrefix):
         right where it holds tensors of constant shapes alone.
 
         Args:
-            state: Of a capacity for the tokens to come; it is consumed.
+            state: Of a capacity for the tokens to come, perhaps fixed already; it is consumed.
         """
         return state
 

@@ -179,7 +179,7 @@ class Fixed(Counting):
     """The same, whose ints are tensors once they are to be fixed."""
 
     def fixed_state(self, state: State) -> State:
-        return state | {"seen": torch.tensor(state["seen"])}
+        return state | {"seen": torch.as_tensor(state["seen"])}
 
 
 def test_a_mixer_of_ones_own_says_how_its_state_is_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
