@@ -7,6 +7,7 @@ Relative error is ||out - reference|| / ||reference||.
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -466,43 +467,39 @@ def test_normalisers_follow_decays_that_are_written_over():
         check(*case(1, 40, 2, 16, 16, torch.float32), decays)
 
 
-@pytest.mark.parametrize("known", [False, True])
-def test_what_a_launch_hands_over(monkeypatch, known):
-    """First to Triton, something else instead of what is absent; then to what it compiled."""
-    seen = []
+@pytest.mark.parametrize(("dk", "dv"), [(64, 64), (128, 256)])
+def test_plain_kernels_take_over_where_warp_specialisation_fails(monkeypatch, dk, dv):
+    """At 64 x 64 in the backward pass, which is Gluon's alone there; said once."""
+    compile_ = Launch._compile
 
-    class Launcher:
-        num_ctas, global_scratch_size, profile_scratch_size = 1, 6, 0
-        launch_cooperative_grid = launch_pdl = False
+    def refuse(self, tensors):
+        if "gluon" in self.kernel.fn.__module__:
+            raise RuntimeError("no such instruction\nand more")
+        return compile_(self, tensors)
 
-        def __call__(self, *arguments):
-            seen.append(arguments)
+    monkeypatch.setattr(Launch, "_compile", refuse)
+    monkeypatch.setattr(launch, "_specialises", True)
+    monkeypatch.setattr(launch, "_warp_specialises", lambda _: True)
+    tensors, decay = case(1, 160, 2, dk, dv, torch.bfloat16, int(torch.randint(999, ()))), slopes(2)
+    wanted = (
+        r"do not run here \(Triton 3\S*: RuntimeError no such instruction\).* 1.4 times as long"
+    )
+    with pytest.warns(UserWarning, match=wanted):
+        check(*tensors, decay)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(*tensors, decay, random_state(1, 2, dk, dv))
+        check(*tensors, decay)
+    monkeypatch.setattr(launch, "_specialises", True)
 
-        launch = __call__
+    def broken(self, tensors):
+        raise torch.OutOfMemoryError("out of memory")
 
-    class Kernel:
-        arg_names = ("x_ptr", "absent_ptr", "size", "BLOCK")
-        function, packed_metadata = "function", "metadata"
-        run = Launcher()
-
-        def __getitem__(self, grid):
-            return lambda *pointers, **rest: seen.append((grid, *pointers, rest)) or self
-
-    monkeypatch.setattr(launching, "known_triton", lambda: known)
-    launch = Launch(Kernel(), (2, 3, 1), (7,), {"BLOCK": 16}, num_warps=4)
-    x = torch.zeros(4, dtype=torch.bfloat16)
-    launch("stream", x, None)
-    launch("stream", x, None)
-    first, second = seen
-    assert first == ((2, 3, 1), x, x, 7, {"BLOCK": 16, "num_warps": 4})
-    if known:
-        head, scratch, tail = second[:7], second[7], second[8:]
-        assert head == (2, 3, 1, "stream", "function", False, False)
-        assert scratch.nbytes == 2 * 3 * 6
-        assert tail == (None, "metadata", None, None, None, x, None, 7, 16)
-    else:
-        hooks = "metadata", None, None, None
-        assert second == (2, 3, 1, "stream", "function", *hooks, x, x, 7, 16)
+    monkeypatch.setattr(Launch, "_compile", broken)
+    launch.find_forward.cache_clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        retention(*tensors, decay)
+    assert launch._specialises
 
 
 @pytest.mark.parametrize("packed_rows", [False, True])

@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +21,6 @@ from archzoo.derivatives import followed
 TRITON_FOUND = importlib.util.find_spec("triton") is not None
 MAX_WIDTH = 8192  # of a row, which one program holds
 _FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_RUN_WITH = ("3.6.",)  # Tritons whose inner parts are known
 _OPTIONS = ("num_warps", "num_stages", "launch_pdl")  # how a kernel is compiled and launched
 
 
@@ -57,10 +57,10 @@ def _triton() -> Any:
     return triton
 
 
-@functools.lru_cache(maxsize=1)
-def known_triton() -> bool:
-    """Whether this Triton is one whose inner parts are known."""
-    return str(_triton().__version__).startswith(_RUN_WITH)
+def describe(error: Exception) -> str:
+    """The Triton that is installed, and the first line of what it raised."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"Triton {_triton().__version__}: {type(error).__name__} {first}".rstrip()
 
 
 def power_of_2(n: int) -> int:
@@ -140,12 +140,48 @@ def stream_of(tensor: Tensor) -> int | None:
     return stream
 
 
+_shortcuts = True  # whether launches are kept; not after one has failed
+
+
+def _give_up_shortcuts(error: Exception) -> None:
+    """Every launch goes through Triton from now on, which is said once."""
+    global _shortcuts
+    if _shortcuts:
+        _shortcuts = False
+        warnings.warn(
+            f"kernels are launched by Triton's own Python code, some 20 us each, because a shorter "
+            f"way does not work here ({describe(error)}); small models and decoding are slower",
+            stacklevel=3,
+        )
+
+
+def _find_shortcut(launcher: Any, hooks: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """How Triton's launcher calls its own function written in C; None where that does not show.
+
+    Args:
+        launcher: Triton's, of a compiled kernel.
+        hooks: What it is given after the kernel's handle: metadata, and no hooks.
+
+    Returns:
+        The arguments before and after the scratch memory, and whether the kernel's own come as one.
+    """
+    if launcher.profile_scratch_size or getattr(launcher, "gsan_enabled", False):
+        return None
+    flags = launcher.launch_cooperative_grid, launcher.launch_pdl
+    if hasattr(launcher, "kernel_signature"):  # one function for all kernels
+        return (*flags, *hooks), (None, launcher.arg_annotations, launcher.kernel_signature), True
+    if getattr(launcher.launch, "__module__", None) == "__triton_launcher":  # one for each
+        return flags, (None, *hooks), False
+    return None
+
+
 class Launch:
     """A kernel whose grid, numbers and constants are settled: a call hands over tensors alone.
 
     Triton finds the compiled kernel anew at every launch, from the type, value and alignment of
-    each argument, which takes longer than most of these kernels run. Here it does so once. So an
-    instance must see the same dtypes and alignments at every call.
+    each argument, which takes longer than most of these kernels run. Here it does so once, where
+    its inner parts have a known shape. So an instance must see the same dtypes and alignments at
+    every call.
 
     Args:
         kernel: with parameters in the order pointers, numbers, constants.
@@ -160,10 +196,11 @@ class Launch:
     ) -> None:
         self.kernel, self.grid, self.numbers = kernel, grid, numbers
         self.constants, self.options = constants, options
-        self.run: Callable[..., None] | None = None
-        self.launcher: Callable[..., None] | None = None
-        self.compiled: tuple[Any, ...] = ()
-        self.hooks: tuple[Any, ...] = ()
+        self.run: Callable[..., None] | None = None  # Triton's function in C
+        self.launcher: Callable[..., None] | None = None  # or what calls it, in Python
+        self.before: tuple[Any, ...] = ()  # the scratch memory
+        self.after: tuple[Any, ...] = ()
+        self.packed = False  # the kernel's own arguments come as one
         self.scratch = 0  # numbers of the first tensor's dtype
         names = kernel.arg_names[-len(constants) :]
         self.rest = (*numbers, *(constants[name] for name in names))
@@ -177,39 +214,66 @@ class Launch:
         if self.scratch:
             # Like the first tensor, the cheapest way to name a device and a dtype.
             scratch = tensors[0].new_empty(self.scratch)  # type: ignore[union-attr]
-        self.run(*self.grid, stream, *self.compiled, scratch, *self.hooks, *tensors, *self.rest)
+        before, after = self.before, self.after
+        try:
+            if self.packed:
+                arguments = *tensors, *self.rest
+                self.run(*self.grid, stream, *before, scratch, *after, arguments)
+            else:
+                self.run(*self.grid, stream, *before, scratch, *after, *tensors, *self.rest)
+        except Exception as error:
+            self._fall_back(error, tensors)
 
     def _by_triton(self, stream: int | None, *tensors: Tensor | None) -> None:
         """The first launch, and every one where Triton's inner parts are not known."""
+        if self.launcher is None:
+            handle = self._through(tensors)
+            if handle is not None and _shortcuts:  # the interpreter compiles nothing
+                self._keep(handle, tensors[0].element_size())  # type: ignore[union-attr]
+            return
+        try:
+            given = self._standing_in(tensors)
+            self.launcher(*self.grid, stream, *self.before, *given, *self.rest)
+        except Exception as error:
+            self._fall_back(error, tensors)
+
+    def _fall_back(self, error: Exception, tensors: tuple[Tensor | None, ...]) -> None:
+        """The launch that failed, as Triton's users write it, and so from now on."""
+        self.run = self.launcher = None
+        self._through(tensors)  # raises what is wrong with more than the way to launch
+        _give_up_shortcuts(error)
+
+    def _standing_in(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        """Triton compiles for what is given, so something has to stand in for what is absent."""
         first = tensors[0]
         assert first is not None
-        # Triton compiles for what is given, so something has to stand in for what is absent.
-        given = [first if tensor is None else tensor for tensor in tensors]
         if first.is_cuda:
             _triton().set_allocator(_allocate)  # of this thread
-        if self.launcher is not None:
-            self.launcher(*self.grid, stream, *self.compiled, *given, *self.rest)
-            return
-        handle = self._compile(given)
-        if handle is not None:  # the interpreter compiles nothing
-            self._keep(handle, first.element_size())
+        return [first if tensor is None else tensor for tensor in tensors]
+
+    def _through(self, tensors: Sequence[Tensor | None]) -> Any:
+        return self._compile(self._standing_in(tensors))
 
     def _compile(self, tensors: Sequence[Tensor | None]) -> Any:
         """A launch through Triton, which finds, or compiles, the kernel for these tensors."""
         return self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
 
     def _keep(self, handle: Any, itemsize: int) -> None:
-        """The compiled kernel; where Triton is known, round its launcher written in Python."""
-        launcher, hooks = handle.run, (handle.packed_metadata, None, None, None)
-        if not known_triton() or launcher.profile_scratch_size:
-            self.compiled = handle.function, *hooks
-            self.launcher = launcher  # last: other threads launch by it once it is there
-            return
-        programs = self.grid[0] * self.grid[1] * self.grid[2] * launcher.num_ctas
-        self.scratch = -(-launcher.global_scratch_size * programs // itemsize)
-        flags = launcher.launch_cooperative_grid, launcher.launch_pdl
-        self.compiled, self.hooks = (handle.function, *flags), (None, *hooks)
-        self.run = launcher.launch  # last, as above
+        """The compiled kernel, and what its launcher written in Python would call."""
+        try:
+            launcher, hooks = handle.run, (handle.packed_metadata, None, None, None)
+            found = _find_shortcut(launcher, hooks)
+            if found is None:
+                self.before = handle.function, *hooks
+                self.launcher = launcher  # last: other threads launch by it once it is there
+                return
+            programs = self.grid[0] * self.grid[1] * self.grid[2] * launcher.num_ctas
+            self.scratch = -(-launcher.global_scratch_size * programs // itemsize)
+            before, self.after, self.packed = found
+            self.before = handle.function, *before
+            self.run = launcher.launch  # last, as above
+        except Exception as error:  # the kernel was launched
+            _give_up_shortcuts(error)
 
     @on_its_device
     def run_on(self, tensors: tuple[Tensor | None, ...], aligned: bool = True) -> None:
@@ -217,7 +281,7 @@ class Launch:
         if aligned:
             self(stream_of(tensors[0]), *tensors)  # type: ignore[arg-type]
         else:
-            self._compile(tensors)
+            self._through(tensors)
 
 
 @functools.lru_cache(maxsize=2048)

@@ -8,6 +8,8 @@ is planned once (`plans`), with its launches ready; called, it allocates and lau
 from __future__ import annotations
 
 import functools
+import importlib
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ from torch import Tensor
 from archzoo.kernels.launching import (
     Launch,
     aligned,
-    known_triton,
+    describe,
     on_its_device,
     padded_width,
     result_like,
@@ -68,6 +70,7 @@ class Problem(NamedTuple):
     device: torch.device
     normalise: bool  # o is divided by sqrt(s_n)
     final: bool  # the final state is wanted
+    plain: bool = False  # without warp specialisation, on Hopper too
 
     @classmethod
     def of(cls, inputs: Inputs, normalise: bool, final: bool) -> Problem:
@@ -80,7 +83,7 @@ class Problem(NamedTuple):
             None if positions is None else positions.shape,
             None if documents is None else documents.shape,
             ranges is not None, (q.stride(), k.stride(), v.stride()),
-            q.dtype, log_decay.dtype, q.device, normalise, final,
+            q.dtype, log_decay.dtype, q.device, normalise, final, False,
         ))  # fmt: skip
 
     def check(self) -> None:
@@ -104,8 +107,10 @@ class Problem(NamedTuple):
 
     @property
     def plan(self) -> Plan:
-        specialised = not (self.documents or self.ranges) and _warp_specialises(self.device)
-        return find_plan(self.q[-1], self.v[-1], self.dtype, specialised)
+        whole = not (self.plain or self.documents or self.ranges)
+        return find_plan(
+            self.q[-1], self.v[-1], self.dtype, whole and _warp_specialises(self.device)
+        )
 
     def direction(self, reverse: bool, initial: bool, final: bool) -> Direction:
         """How rows are gone through, see `Direction`."""
@@ -556,14 +561,87 @@ def _side_streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.S
     return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
+_specialises = True  # not after warp specialisation has failed
+
+
+def _give_up_warp_specialisation(error: Exception) -> None:
+    """Said once: from now on the plain kernels run."""
+    global _specialises
+    if _specialises:
+        _specialises = False
+        warnings.warn(
+            f"the retention kernels with warp specialisation do not run here ({describe(error)}): "
+            "those without run instead, and take up to 1.4 times as long",
+            stacklevel=3,
+        )
+
+
+class Guarded:
+    """A forward pass with warp specialisation, and from the first error on the one without.
+
+    Both keep the same for the backward pass, in the same shapes, as a compiled graph expects: what
+    the plain one alone needs is made again.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.forward = Forward(problem)
+        self.find_plain = functools.lru_cache(maxsize=1)(
+            lambda: Forward(problem._replace(plain=True))
+        )
+        self.takes = self.forward.takes
+
+    def __call__(self, *arguments: Any) -> Any:
+        """As `Forward`."""
+        return self._first(self.forward, self._plain_forward, arguments, {})
+
+    def backward(self, *arguments: Any, **options: Any) -> Any:
+        """As `Forward`'s."""
+        return self._first(self.forward.backward, self._plain_backward, arguments, options)
+
+    def _first(
+        self, run: Callable[..., Any], plain: Callable[..., Any], arguments: Any, options: Any
+    ) -> Any:
+        if not _specialises:
+            return plain(*arguments, **options)
+        try:
+            return run(*arguments, **options)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            first = arguments[0].q
+            if first.is_cuda and not torch.cuda.is_current_stream_capturing():
+                torch.cuda.synchronize(first.device)  # memory goes back that others still write to
+            found = plain(*arguments, **options)  # raises what is wrong with more than that
+            _give_up_warp_specialisation(error)
+            return found
+
+    def _plain_forward(self, *arguments: Any) -> Any:
+        *found, _scores = self.find_plain()(*arguments)
+        return *found, None
+
+    @on_its_device
+    def _plain_backward(
+        self, inputs: Inputs, do: Tensor, d_final: Tensor | None, *kept: Any, **options: Any
+    ) -> Any:
+        forward, (states, normaliser, scores) = self.find_plain(), kept
+        if forward.scores is not None:
+            q, k, _, log_decay, *_, documents, ranges = inputs
+            scores = q.new_empty(forward.scores_shape)
+            shared = log_decay, normaliser, documents, ranges
+            forward.scores(stream_of(q), q, k, scores, *shared)
+        return forward.backward(inputs, do, d_final, states, normaliser, scores, **options)
+
+
 @functools.lru_cache(maxsize=256)
-def find_forward(problem: Problem) -> Forward | None:
+def find_forward(problem: Problem) -> Forward | Guarded | None:
     """The forward pass of a problem, kept; None where TMA does not take its strides."""
     problem.check()
-    return Forward(problem) if strides_fit(problem.strides, problem.dtype.itemsize) else None
+    if not strides_fit(problem.strides, problem.dtype.itemsize):
+        return None
+    return Guarded(problem) if problem.plan.warp_specialised else Forward(problem)
 
 
-def prepare(inputs: Inputs, normalise: bool, final: bool) -> tuple[Inputs, Forward]:
+def prepare(inputs: Inputs, normalise: bool, final: bool) -> tuple[Inputs, Forward | Guarded]:
     """The forward pass of these tensors, and them with q, k, v as TMA takes them."""
     q, k, v, *_ = inputs
     found = None
@@ -578,13 +656,19 @@ def prepare(inputs: Inputs, normalise: bool, final: bool) -> tuple[Inputs, Forwa
 
 @functools.lru_cache(maxsize=64)
 def _warp_specialises(device: torch.device) -> bool:
-    """Whether the kernels with warp specialisation run there.
+    """Whether the kernels with warp specialisation may run there.
 
     They are Hopper's, and written in Gluon, which renames its functions from one Triton to the
-    next: only with those that they were run with. The others' kernels are `triton`'s.
+    next: `gluon` takes each by a name that is there. The others' kernels are `triton`'s.
     """
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    return hopper and known_triton()
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    try:
+        importlib.import_module("archzoo.kernels.retention.gluon_backward")
+    except (ImportError, AttributeError) as error:
+        _give_up_warp_specialisation(error)
+        return False
+    return True
 
 
 def _state_like(tensor: Tensor) -> Tensor:

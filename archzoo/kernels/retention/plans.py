@@ -43,6 +43,15 @@ class Plan(NamedTuple):
     # dq, dk and dv in one kernel: tokens a loop step, as many as o's map takes, and cut
     fused_backward: tuple[int, Cut] | None = None
 
+    @property
+    def warp_specialised(self) -> bool:
+        """Whether a kernel of it is."""
+        cuts = [
+            cut for pair in (self.by_key, self.by_value) for cut in (pair.forward, pair.reverse)
+        ]
+        cuts += [self.sums[1], (self.fused_backward or self.sums)[1]]
+        return any(cut.warp_specialised for cut in cuts)
+
 
 # Measured on an H200: docs/kernels/diary.md. Keys: the widths (dk, dv) up to which a row holds.
 _BFLOAT16_PLANS: dict[tuple[int, int], Plan] = {
