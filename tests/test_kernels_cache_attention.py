@@ -21,6 +21,7 @@ define_kernels("archzoo.kernels.cache_attention.triton")
 def interpreted(monkeypatch):
     if not GPU:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setattr(kernels, "INTERPRETED", True)
 
 
 def distance(found, wanted):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -152,7 +151,7 @@ class Attention(Mixer):
             state: The cache, or None.
             context: Of the same tokens.
         """
-        if state is not None and self.fits_kernel(qk, v, state):
+        if state is not None and kernels.may_run(state["keys"]) and self.fits_kernel(qk, v, state):
             return self.attend_by_kernel(qk, v, state, context)
         q, k = self.rotary.both(
             split_heads(qk, self.heads + self.kv_heads), self.heads, context.positions
@@ -165,14 +164,13 @@ class Attention(Mixer):
         length = None
         if state is not None:
             state = extend(state, k, v, positions, documents)
-            length = state["length"]
-            held = {name: state[name] for name in CACHED if name in state}
-            if not isinstance(length, Tensor):
-                held = {n: value.narrow(CACHED[n], 0, length) for n, value in held.items()}
-                length = None
-            k, v = held["keys"], held["values"]
-            positions = held["positions"] if positions is not None else None
-            documents = held["documents"] if documents is not None else None
+            k, v, stop = state["keys"], state["values"], state["length"]
+            if isinstance(stop, Tensor):  # how many are there decides the mask, not the shapes
+                length, stop = stop, None
+            else:
+                k, v = k.narrow(2, 0, stop), v.narrow(2, 0, stop)
+            positions = state["positions"][:, :stop] if positions is not None else None
+            documents = state["documents"][:, :stop] if documents is not None else None
 
         mask, causal = self.mask(q, k, context, positions, documents, length)
         if self.has_prefix:
@@ -233,8 +231,10 @@ class Attention(Mixer):
         if isinstance(length, Tensor):
             expect_documents(state, documents)
         else:
-            after = with_capacity(state, 1, {} if documents is None else {"documents": documents})
-            after["length"] = length + 1
+            after = state | {"length": length + 1}
+            for name, new in (("keys", k), ("values", values), ("documents", documents)):
+                if new is not None:
+                    after[name] = enlarged(state, name, new, 1)
             length = torch.full((), length, dtype=torch.int64, device=q.device)
         y = kernels.attend_cache(
             q,
@@ -370,7 +370,7 @@ def attend_all(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: boo
         if choice == SDPBackend.FLASH_ATTENTION.value:
             fused: Tensor = _Attend.apply(q, k, v, mask, causal)
             return fused
-    if q.device.type == "cuda" and q.shape[2] == 1 and not torch.compiler.is_compiling():
+    if q.is_cuda and q.shape[2] == 1 and not torch.compiler.is_compiling():
         return attend_without_plans(q, k, v, mask)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
@@ -489,8 +489,11 @@ def extend(
         documents: (batch, time) int, to be kept too; None: no padding, one document a row.
     """
     length, time = state["length"], k.shape[2]
-    given = {"keys": k, "values": v, "positions": positions, "documents": documents}
-    fresh = {name: new for name, new in given.items() if new is not None}
+    fresh = {"keys": k, "values": v}
+    if positions is not None:
+        fresh["positions"] = positions
+    if documents is not None:
+        fresh["documents"] = documents
     if isinstance(length, Tensor):
         expect_documents(state, documents)
         index = length + torch.arange(time, device=k.device)
@@ -499,42 +502,41 @@ def extend(
         length.add_(time)
         return state
     kept = torch.is_grad_enabled() or transformed()
-    after = with_capacity(state, 0 if kept else time, fresh)
+    after = dict(state)
     after["length"] = length + time
     for name, new in fresh.items():
-        axis, buffer = CACHED[name], after[name]
+        axis, buffer = CACHED[name], state.get(name)
+        if buffer is None or (length + time > buffer.shape[axis] and not kept):
+            buffer = enlarged(state, name, new, 0 if kept else time)
         if kept:
             old = buffer.narrow(axis, 0, length)
             after[name] = torch.cat([old, new.to(buffer.dtype)], dim=axis)
         else:
             buffer.narrow(axis, length, time).copy_(new)
+            after[name] = buffer
     return after
 
 
-def with_capacity(state: State, time: int, fresh: Mapping[str, Tensor]) -> State:
-    """The cache with capacity for `time` more tokens: buffers that are too small are doubled.
+def enlarged(state: State, name: str, new: Tensor, time: int) -> Tensor:
+    """A buffer of the cache with capacity for `time` more tokens: twice as large, if it must be.
 
     Args:
-        state: Not fixed; it is consumed.
+        state: Not fixed.
+        name: Of the buffer.
+        new: What will be written of the tokens.
         time: Tokens to come.
-        fresh: What will be written of them, by name.
     """
-    length, after = state["length"], dict(state)
-    for name, axis in CACHED.items():
-        if name in state:
-            buffer = state[name]
-        elif name in fresh:  # the first padding: everything before belongs to document 0
-            buffer = fresh[name].new_zeros((len(fresh[name]), state["keys"].shape[2]))
-        else:
-            continue
-        if length + time > buffer.shape[axis]:
-            shape = list(buffer.shape)
-            shape[axis] = max(length + time, 2 * buffer.shape[axis])
-            larger = buffer.new_zeros(shape)
-            larger.narrow(axis, 0, length).copy_(buffer.narrow(axis, 0, length))
-            buffer = larger
-        after[name] = buffer
-    return after
+    length, axis, buffer = state["length"], CACHED[name], state.get(name)
+    if buffer is None:  # the first padding: everything before belongs to document 0
+        buffer = new.new_zeros((new.shape[0], state["keys"].shape[2]))
+    if length + time <= buffer.shape[axis]:
+        found: Tensor = buffer
+        return found
+    shape = list(buffer.shape)
+    shape[axis] = max(length + time, 2 * buffer.shape[axis])
+    larger: Tensor = buffer.new_zeros(shape)
+    larger.narrow(axis, 0, length).copy_(buffer.narrow(axis, 0, length))
+    return larger
 
 
 def expect_documents(state: State, documents: Tensor | None) -> None:

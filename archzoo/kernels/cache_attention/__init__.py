@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from archzoo.derivatives import transformed
-from archzoo.kernels.launching import launch, power_of_2, run_beside
+from archzoo.kernels.launching import interpreting, launch, power_of_2, run_beside
 
 MAX_SIZE = 256  # channels of a head
 QUERIES = 8  # of one key head that one program takes
@@ -31,6 +31,7 @@ NUMBERS = 4096  # of keys that one program reads at once, times its queries; no 
 WARPS = 4
 PROGRAMS = 8  # on each multiprocessor: enough that some wait for memory while others compute
 MAX_SPLITS = 128  # partial results that the last program joins
+INTERPRETED = interpreting()  # read once: a step on a CPU shall not lose a hundredth by asking
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -50,6 +51,11 @@ def available(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> 
         return False
     whole = keys.is_contiguous() and values.is_contiguous() and keys.shape == values.shape
     return whole and q.numel() > 0 and all(x.stride(-1) == 1 for x in (q, k, v))
+
+
+def may_run(keys: Tensor) -> bool:
+    """Whether there is more to ask, beside a cache on this device: of a CPU there is not."""
+    return keys.is_cuda or INTERPRETED
 
 
 def runs_beside(keys: Tensor) -> bool:
