@@ -19,7 +19,7 @@ from archzoo.generation.prompts import pad_left
 from archzoo.generation.replay import AHEAD, Replay, step_function
 from archzoo.generation.rows import StateReader
 from archzoo.generation.sampling import Sampler
-from archzoo.states import leaves
+from archzoo.states import fork, leaves
 
 SETTINGS: list[dict[str, Any]] = [
     {},
@@ -180,6 +180,9 @@ class Fixed(Counting):
 
     def fixed_state(self, state: State) -> State:
         return state | {"seen": torch.as_tensor(state["seen"])}
+
+    def copy_state(self, state: State, spare: int = 0) -> State:
+        return fork(state) | {"seen": int(state["seen"])}
 
 
 def test_a_mixer_of_ones_own_says_how_its_state_is_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
