@@ -2,7 +2,7 @@
 
     python benchmarks/tables.py              write them anew, between their marks
     python benchmarks/tables.py --check      say which are not what the rows say
-    python benchmarks/tables.py --figures    draw the figures of lengths, scaling and kernels again
+    python benchmarks/tables.py --figures    draw the figures of lengths, scaling, kernels and speed
 
 A table stands in a page between <!-- table: NAME --> and <!-- end -->.
 """
@@ -363,6 +363,135 @@ def kernels() -> str:
     return markdown(headings, found, 3)
 
 
+# ---------------------------------------------------------------------------- whole models
+
+BENCH = f"{H100}-bench"
+BASES = ("retnet_base", "transformer_base")
+LENGTHS_TRAINED, CONTEXTS = (
+    (2_048, 8_192, 32_768),
+    ((1, (1_024, 16_384, 65_536)), (64, (1_024, 8_192))),
+)
+BANDWIDTH = 3.35e12  # of an H100 SXM, by its data sheet
+
+
+def bench_rows(quantity: str) -> list[Row]:
+    """What `archzoo bench` measured of a quantity, peers included; none where it is not there."""
+    names = [name for name in (BENCH, f"{BENCH}-peers") if (RESULTS / f"{name}.csv").exists()]
+    found = [row for name in names for row in rows_of(name) if row["quantity"] == quantity]
+    named = {(row["contender"], row["length"], row["batch"]): row for row in found}
+    return list(named.values())  # of two rows the later file's
+
+
+def pictures(*measures: str) -> str:
+    """Links to the figures that there are."""
+    found = [(name, f"{BENCH}-{name}.png") for name in measures]
+    there = [f"![{name}](../results/{file})" for name, file in found if (RESULTS / file).exists()]
+    return "".join(f"\n\n{link}" for link in there)
+
+
+def speed_training() -> str:
+    """Tokens/s, MFU and peak memory by contender and length, and the speed over nanoGPT's."""
+    rows = bench_rows("training")
+    if not rows:
+        return NOT_YET
+    speed = {(r["contender"], int(r["length"])): r for r in rows}
+    found = []
+    for name in dict.fromkeys(row["contender"] for row in rows):
+        cells = [f"`{name}`"]
+        for length in LENGTHS_TRAINED:
+            row, nano = speed.get((name, length)), speed.get(("nanogpt:compiled", length))
+            if row is None or not row["median"]:
+                cells += [row["stopped"].partition(":")[0] if row else "", ""]
+                continue
+            figures = [f"{float(row['median']) / 1e3:,.0f}"]
+            if nano and nano["median"]:
+                figures[0] += f" ({float(row['median']) / float(nano['median']):.2f})"
+            figures += [f"{float(row['mfu']):.1%}"] if row.get("mfu") else []
+            cells += [", ".join(figures), f"{float(row['memory_bytes']) / 2**30:.1f}"]
+        found.append(cells)
+    headings = ["thousand tokens/s (over nanoGPT's), MFU"]
+    for length in LENGTHS_TRAINED:
+        headings += [f"T {length:,}", "GiB"]
+    return markdown(headings, found) + pictures("training", "training-memory")
+
+
+def speed_decoding() -> str:
+    """Milliseconds a step at batch 1, and tokens/s at batch 64, by contender and context."""
+    rows = bench_rows("decode") + bench_rows("batch")
+    if not rows:
+        return NOT_YET
+    found = []
+    for name in dict.fromkeys(row["contender"] for row in rows):
+        cells = [f"`{name}`"]
+        for batch, lengths in CONTEXTS:
+            for length in lengths:
+                size = (name, str(length), str(batch))
+                here = [r for r in rows if (r["contender"], r["length"], r["batch"]) == size]
+                if not here or not here[0]["median"]:
+                    cells.append(here[0]["stopped"].partition(":")[0] if here else "")
+                elif here[0]["quantity"] == "decode":
+                    cells.append(f"{float(here[0]['median']):#.3g}")
+                else:
+                    cells.append(f"{float(here[0]['median']):,.0f}")
+        found.append(cells)
+    headings = ["", *(f"batch {b}, {n // 1024}k" for b, lengths in CONTEXTS for n in lengths)]
+    return markdown(headings, found) + pictures("decode", "batch")
+
+
+def speed_parts() -> str:
+    """Where a step of `fit` goes at 2,048 tokens, milliseconds, by what kernels are for."""
+    name = f"{BENCH}-profile"
+    if not (RESULTS / f"{name}.csv").exists():
+        return NOT_YET
+    rows = [row for row in rows_of(name) if row["length"] == "2048"]
+    sides = list(dict.fromkeys(row["contender"] for row in rows))
+    sums: dict[str, dict[str, float]] = {}
+    for row in rows:
+        part = sums.setdefault(row["part"], dict.fromkeys(sides, 0.0))
+        part[row["contender"]] += float(row["ms"])
+    found = [
+        [part, *(f"{by_side[side]:.1f}" if by_side[side] else "" for side in sides)]
+        for part, by_side in sorted(sums.items(), key=lambda entry: -max(entry[1].values()))
+    ]
+    steps = {
+        side: next(float(r["step_ms"]) for r in rows if r["contender"] == side) for side in sides
+    }
+    busy = {side: sum(part[side] for part in sums.values()) for side in sides}
+    found.append(["all kernels", *(f"{busy[side]:.1f}" for side in sides)])
+    found.append(["a step", *(f"{steps[side]:.1f}" for side in sides)])
+    return markdown(["ms", *(f"`{side}`" for side in sides)], found)
+
+
+def speed_floors() -> str:
+    """The operations that training needs and the bytes that decoding moves, and their times."""
+    import torch
+
+    import archzoo
+    from archzoo.analysis.operations import decoding_bytes, peak_operations, training_operations
+
+    peak = peak_operations("NVIDIA H100 80GB HBM3")
+    assert peak is not None
+    found = []
+    for name in BASES:
+        with torch.device("meta"):
+            model = archzoo.create_model(name)
+        cells = [f"`{name}`"]
+        for length in LENGTHS_TRAINED:
+            needed = training_operations(model, length)
+            cells.append(f"{needed / 1e6:,.0f} M, {1e3 * 32_768 * needed / peak:.1f} ms")
+        for batch, lengths in CONTEXTS:
+            for length in lengths:
+                moved = decoding_bytes(model.bfloat16(), batch, length)
+                milliseconds = 1e3 * moved / BANDWIDTH
+                said = f"{milliseconds:.2f} ms"
+                cells.append(said if batch == 1 else f"{1e3 * batch / milliseconds:,.0f} tokens/s")
+        found.append(cells)
+    headings = ["", *(f"training, T {length:,}" for length in LENGTHS_TRAINED)]
+    headings += [f"batch {b}, {n // 1024}k" for b, lengths in CONTEXTS for n in lengths]
+    return markdown(headings, found)
+
+
+NOT_YET = "*No rows yet.*"
 TABLES: dict[str, Callable[[], str]] = {
     "addition_seeds": addition_seeds,
     "coverage": coverage,
@@ -382,6 +511,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "moe_router": lambda: variants("moe_router", "linear", GATE),
     "same_runs": same_runs,
     "retention_kernels": kernels,
+    "speed_training": speed_training,
+    "speed_decoding": speed_decoding,
+    "speed_parts": speed_parts,
+    "speed_floors": speed_floors,
 }
 
 
@@ -402,6 +535,7 @@ def figures() -> None:
     import retention_kernels
     from rope_scaling import means_of
 
+    from archzoo.analysis.bench.showing import MEASURES, draw, lines_of
     from archzoo.analysis.extend import Reading, plot
 
     for name in LENGTHS:
@@ -423,6 +557,11 @@ def figures() -> None:
     readings = means_of(list(runs.values()))
     facts = (int(rows[0]["trained_length"]), int(rows[0]["tail_tokens"]))
     plot(readings, *facts, RESULTS / f"{name}.png")
+    for measure in MEASURES:
+        rows = bench_rows(measure.quantity)
+        if lines := lines_of(measure, rows):
+            note = f"{rows[0]['machine']}, torch {rows[0]['torch']}, {rows[0]['dtype']}"
+            draw(measure, lines, RESULTS / f"{BENCH}-{measure.name}.png", note)
     for name in (f"{H100}-bf16-retention-kernels", f"{H200}-bf16-retention-kernels"):
         rows = [
             row | {c: int(row[c]) for c in ("heads", "dk", "dv", "time")} for row in rows_of(name)

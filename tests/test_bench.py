@@ -16,6 +16,7 @@ from archzoo.analysis.bench.fitting import FitContender, random_text
 from archzoo.analysis.bench.measuring import Budget, Plan, foreseen, measure
 from archzoo.analysis.bench.memory import begin_peak, resident_peak
 from archzoo.analysis.bench.peers import FlashLinearAttention, Llama, Nano, Shape, Torchscale
+from archzoo.analysis.bench.profile import kernels_of, part_of, profile_rows
 from archzoo.analysis.bench.showing import (
     MEASURES,
     Line,
@@ -622,6 +623,7 @@ def test_compiling_is_for_training(fake, tmp_path):
         (["retnet_mikro"], "there is no model 'retnet_mikro'; nearest: retnet_micro"),
         (["retnet_micro", "--trainig"], "there is no option --trainig; nearest: --training"),
         (["retnet_micro", "--context", "1k,x"], "context=1k,x: 'x' is not an integer"),
+        (["retnet_micro", "--profile"], "profile is of archzoo fit: add --fit"),
         (["retnet_micro:fit:compiled"], "archzoo fit chooses the form, and whether to compile"),
         (["retnet_micro", "--lengths", "256,0"], "'0' is not an integer of at least 1"),
         (["retnet_micro", "--lengths", "256,-4"], "'-4' is not an integer"),
@@ -698,7 +700,7 @@ def test_fit_is_run_as_a_command_and_tells_its_steps(monkeypatch, capsys):
     assert made["parameters"] == ZooContender("retnet_micro:Attention").count
     found = bench.prepare("training", **SIZES)
     assert len(found["turns"]) == 5 and min(found["turns"]) > 0
-    assert found["memory_bytes"] >= 0
+    assert found["memory_bytes"] >= 0 and "kernels" not in found
     assert found["operations"] == training_operations(bench.contender.meta(), 8)
     assert "retnet_micro" in capsys.readouterr().out  # what fit says of the model
 
@@ -731,6 +733,54 @@ def test_its_settings_are_those_of_a_user_on_a_gpu(tmp_path):
     assert trainer["val_check_interval"] == trainer["max_steps"]  # at the end
     assert "compile" not in found  # which fit decides
     assert set(contender.without) == {"prefill", "decode", "batch", "state"}
+
+
+def test_a_profile_is_of_the_steps_behind_the_timed_ones(monkeypatch, tmp_path):
+    monkeypatch.setattr(fitting.subprocess, "run", in_this_process)
+    spec = {"name": "retnet_micro:fit", "match": True, "profiled": True}
+    bench = Bench(contender_of(spec), "cpu")
+    bench.build("float32", True)
+    found = bench.prepare("training", **SIZES)
+    assert len(found["turns"]) == 5 and found["kernels"] == []  # a CPU has none
+    settings = bench.contender.run_settings(tmp_path, 8, 2)
+    assert settings["trainer"]["max_steps"] == 2 + 5 + 1 + 4
+
+
+def test_kernels_are_told_by_what_they_are_for():
+    def event(name, kind, microseconds):
+        elapsed = SimpleNamespace(elapsed_us=lambda: microseconds)
+        return SimpleNamespace(name=name, device_type=kind, time_range=elapsed)
+
+    events = [event("stream_kernel", "DeviceType.CUDA", 500)] * 4
+    events += [event("nvjet_sm90_tst_256", "DeviceType.CUDA", 3000)] * 2
+    events += [event("aten::mm", "DeviceType.CPU", 9000)]
+    kernels = kernels_of(SimpleNamespace(events=lambda: events), 2)
+    assert kernels == [
+        {"kernel": "nvjet_sm90_tst_256", "calls": 1, "ms": 3.0},
+        {"kernel": "stream_kernel", "calls": 2, "ms": 1.0},
+    ]
+    row = {"contender": "a:fit", "settings": "x", "length": 8, "batch": 2, "dtype": "float32"}
+    first = profile_rows(row | {"seconds": 0.0065, "median": 3}, kernels)[0]
+    assert first["part"] == "matrix products" and first["step_ms"] == 6.5 and "median" not in first
+    assert {
+        part_of("triton_per_fused__fused_rms_norm_backward__to_copy_add_view_5"): "norms",
+        part_of("triton_poi_fused__unsafe_view_cat_mul_silu_silu_backward_split_view_3"): "SwiGLU",
+        part_of("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdam"): (
+            "optimizer"
+        ),
+        part_of("cross_entropy_kernel"): "loss",
+        part_of("gate_backward_kernel"): "head norm and gate",
+        part_of("rotate_kernel"): "rotation",
+        part_of("Memcpy DtoD (Device -> Device)"): "copies, casts and zeros",
+        part_of("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16"): "attention",
+        part_of("triton_poi_fused_add_3"): "all else",
+    } == {
+        name: name
+        for name in (
+            *("norms", "SwiGLU", "optimizer", "loss", "head norm and gate", "rotation"),
+            *("copies, casts and zeros", "attention", "all else"),
+        )
+    }
 
 
 def test_a_side_that_makes_all_its_steps_at_once_has_a_process_for_each_size():

@@ -1,5 +1,6 @@
 """The tables of docs/ are what the rows of results/ say."""
 
+import csv
 import re
 import sys
 from pathlib import Path
@@ -44,6 +45,63 @@ def test_the_peer_is_shown_at_its_better_form_in_each_pass(tables):
     assert len(lines) - 2 == 2 * len(
         {(r["heads"], r["dk"], r["dv"], r["time"]) for r in rows if r["pass"] != "step"}
     )
+
+
+def test_tables_of_speed_take_peers_from_a_file_of_their_own(tables, monkeypatch, tmp_path):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.speed_training() == tables.speed_decoding() == tables.speed_parts()
+    columns = [
+        "quantity",
+        "contender",
+        "length",
+        "batch",
+        "dtype",
+        "median",
+        "mfu",
+        "memory_bytes",
+        "stopped",
+    ]
+    train, decode, batch = ("training", "decode", "batch")
+    rows = [
+        (train, "retnet_base:fit", 2048, 16, "bf16-mixed", 500_000, 0.36, 2**34, ""),
+        (train, "retnet_base:fit", 8192, 4, "bf16-mixed", "", "", "", "memory: full"),
+        (train, "nanogpt:compiled", 2048, 16, "bf16-mixed", 400_000, 0.3, 2**33, ""),
+        (decode, "retnet_base", 1024, 1, "bfloat16", 0.2, "", "", ""),
+        (batch, "retnet_base", 8192, 64, "bfloat16", 60_000, "", "", ""),
+    ]
+    files = {"": rows, "-peers": [(decode, "fla", 1024, 1, "bfloat16", 7.25, "", "", "")]}
+    files["-peers"].append((decode, "retnet_base", 1024, 1, "bfloat16", 0.3, "", "", ""))
+    for name, some in files.items():
+        with (tmp_path / f"{tables.BENCH}{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([columns, *some])
+    lines = tables.speed_training().splitlines()
+    assert lines[2] == "| `retnet_base:fit` | 500 (1.25), 36.0% | 16.0 | memory |  |  |  |"
+    assert lines[3] == "| `nanogpt:compiled` | 400 (1.00), 30.0% | 8.0 |  |  |  |  |"
+    lines = tables.speed_decoding().splitlines()
+    assert lines[2] == "| `retnet_base` | 0.300 |  |  |  | 60,000 |"  # the later file's
+    assert lines[3] == "| `fla` | 7.25 |  |  |  |  |" and len(lines) == 4
+    (tmp_path / f"{tables.BENCH}-decode.png").write_bytes(b"")
+    assert tables.speed_decoding().endswith(f"![decode](../results/{tables.BENCH}-decode.png)")
+
+
+def test_a_profile_is_summed_by_what_kernels_are_for(tables, monkeypatch, tmp_path):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    rows = [
+        ("contender", "length", "part", "ms", "step_ms"),
+        ("a:fit", 2048, "norms", 1.25, 60),
+        ("a:fit", 2048, "matrix products", 30, 60),
+        ("a:fit", 2048, "norms", 2, 60),
+        ("b:fit", 2048, "matrix products", 33, 64),
+        ("b:fit", 8192, "matrix products", 99, 99),
+    ]
+    with (tmp_path / f"{tables.BENCH}-profile.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    assert tables.speed_parts().splitlines()[2:] == [
+        "| matrix products | 30.0 | 33.0 |",
+        "| norms | 3.2 |  |",
+        "| all kernels | 33.2 | 33.0 |",
+        "| a step | 60.0 | 64.0 |",
+    ]
 
 
 def test_links_to_results_exist(tables):

@@ -13,6 +13,7 @@ import torch
 # What a run imports anyhow is no memory of its training.
 import archzoo.training.command  # noqa: F401
 from archzoo.analysis.bench.memory import begin_peak, resident_peak
+from archzoo.analysis.bench.profile import kernels_of
 
 BASELINE = begin_peak()
 
@@ -26,11 +27,15 @@ class StepClock(lightning.Callback):
         path: Of a JSON file: `turns`, seconds, and `memory_bytes` of the whole run, validation
             included, at most.
         first: Steps before them.
+        steps: How many are timed.
+        profile: Profile all steps that follow: `kernels`, as `profile.kernels_of` gives them.
     """
 
-    def __init__(self, path: str, first: int) -> None:
-        self.path, self.first = Path(path), first
+    def __init__(self, path: str, first: int, steps: int, profile: bool = False) -> None:
+        self.path, self.first, self.steps, self.profile = Path(path), first, steps, profile
         self.marks: list[Any] = []
+        self.profiled = 0
+        self.profiler: Any = None
 
     def on_train_batch_start(
         self,
@@ -41,11 +46,25 @@ class StepClock(lightning.Callback):
     ) -> None:
         if trainer.global_step < self.first:
             return
+        if len(self.marks) > self.steps:
+            if self.profile and self.profiler is None:
+                self.profiler = torch.profiler.profile()
+                self.profiler.__enter__()
+            self.profiled += self.profile
+            return
         if pl_module.device.type == "cuda":
             self.marks.append(torch.cuda.Event(enable_timing=True))
             self.marks[-1].record()
         else:
             self.marks.append(time.perf_counter())
+
+    def on_validation_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        if self.profiler is not None:
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            self.profiler.__exit__(None, None, None)
 
     def teardown(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
@@ -58,4 +77,7 @@ class StepClock(lightning.Callback):
         else:
             turns = [end - begin for begin, end in pairs]
             memory = resident_peak() - BASELINE
-        self.path.write_text(json.dumps({"turns": turns, "memory_bytes": memory}))
+        found: dict[str, Any] = {"turns": turns, "memory_bytes": memory}
+        if self.profiler is not None:
+            found["kernels"] = kernels_of(self.profiler, self.profiled)
+        self.path.write_text(json.dumps(found))

@@ -19,6 +19,8 @@ from archzoo.analysis.bench.contenders import COMPILED, FIT, Contender, Precisio
 from archzoo.analysis.bench.measuring import KEY, QUANTITIES, Budget, Plan, Row, measure
 from archzoo.analysis.bench.memory import free_memory
 from archzoo.analysis.bench.peers import PEERS, Peer, Shape
+from archzoo.analysis.bench.profile import KEY as PROFILE_KEY
+from archzoo.analysis.bench.profile import profile_rows
 from archzoo.analysis.bench.showing import (
     MEASURES,
     Line,
@@ -61,6 +63,7 @@ def bench_command(
     tokens: int | None = None,
     precision: Literal["auto", "float32", "bfloat16", "bf16-mixed"] = "auto",
     fit: bool = False,
+    profile: bool = False,
     compile: bool = False,
     peers: str = "auto",
     rounds: int = 10,
@@ -103,6 +106,7 @@ def bench_command(
         precision: Of all sides. auto: float32 on a CPU; on a GPU bf16-mixed in training and
             bfloat16 weights in all else.
         fit: Training of ours is archzoo fit itself, validation included in its memory.
+        profile: Say, too, where the time of a step of it goes: OUTPUT-profile.csv.
         compile: Training runs under torch.compile, all sides.
         peers: Other projects' models that run too, at the shape of ours: all that are installed
             (auto), none, or a list such as nanogpt,llama,llama:static.
@@ -122,6 +126,8 @@ def bench_command(
     console = Screen(highlight=False)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = _check_device(device)
+    if profile and not any(FIT in name.split(":")[1:] for name in contenders) and not fit:
+        raise ValueError("profile is of archzoo fit: add --fit, or name a side PRESET:fit")
     if threads is not None:
         at_least_one("threads", threads)
         torch.set_num_threads(threads)
@@ -174,7 +180,7 @@ def bench_command(
     budget = Budget(60 * minutes)
 
     def start(contender: Contender) -> Side:
-        spec: dict[str, Any] = {"name": contender.name, "match": match}
+        spec: dict[str, Any] = {"name": contender.name, "match": match, "profiled": profile}
         if isinstance(contender, Peer):
             spec["shape"] = list(contender.shape)
         return Process(spec, device, threads, list(user_imports))
@@ -183,6 +189,11 @@ def bench_command(
         with _progress(plan.points(), budget, console) as (tell, advance):
             for row, was_known in measure(plan, start, budget, known, tell):
                 rows.append(row)
+                if kernels := row.pop("kernels", None):
+                    where = path.with_name(f"{path.stem}-profile.csv")
+                    evidence.write_rows(
+                        where, profile_rows(row, kernels), PROFILE_KEY, device=device
+                    )
                 if not was_known:
                     evidence.write_rows(path, [row], KEY, device=device)
                     console.print(_told(row), soft_wrap=True)

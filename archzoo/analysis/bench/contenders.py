@@ -45,12 +45,13 @@ class Contender:
         compiled: The training step's forward pass runs under torch.compile.
         writes: It is decoded by `decoding_seconds`, else step by step.
         trains: It is trained by `training_run`, else step by step.
+        profiled: That says where a step's time goes, too.
         without: Quantities that it cannot be asked for, and why.
         model: What `build` made.
     """
 
     name: str
-    compiled = writes = trains = False
+    compiled = writes = trains = profiled = False
     without: dict[str, str]
     model: nn.Module
 
@@ -97,6 +98,7 @@ class Contender:
         Returns:
             turns: Seconds of each step after a warm-up.
             memory_bytes: At most, of all that belongs to training.
+            kernels: With `profiled`, those of a step, see `profile.kernels_of`.
         """
         raise NotImplementedError(f"{type(self).__name__} needs training_run(...)")
 

@@ -19,6 +19,7 @@ from archzoo.trust import user_imports
 
 CLOCK = "archzoo.analysis.bench.clock"
 STEPS = {"cuda": (15, 40), "cpu": (2, 5)}  # before the clock runs, and while it does
+PROFILED = 4  # steps after them
 PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-true", "bf16-mixed": "bf16-mixed"}
 
 
@@ -82,9 +83,10 @@ class FitContender(ZooContender):
             batch: Rows of a step.
         """
         first, steps = STEPS[self.device.type]
-        last = first + steps + 1
+        last = first + steps + 1 + PROFILED * self.profiled
         match = "parameters" if self.matched else None
-        clock = {"path": str(place / "times.json"), "first": first}
+        clock = {"path": str(place / "times.json"), "first": first, "steps": steps}
+        clock |= {"profile": self.profiled}
         model = {"preset": self.preset, "match": match, "vocab_size": self.vocab_size}
         data = {
             "path": str(place / "text.txt"),

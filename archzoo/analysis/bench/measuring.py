@@ -295,7 +295,7 @@ def _point(
             facts[index] = {"parameters": curve.parameters}
             sizes = {"length": size.length, "batch": size.batch, "vocab_size": plan.vocab_size}
             ready = side.ask("prepare", share.left(), quantity=quantity, **sizes)
-            told = ("state_bytes", "operations", "bytes", "memory_bytes")
+            told = ("state_bytes", "operations", "bytes", "memory_bytes", "kernels")
             facts[index] |= {name: ready[name] for name in told if ready.get(name)}
             turns[index] = ready.get("turns", [])
             if turns[index]:  # all of them at once

@@ -31,7 +31,9 @@ def contender_of(spec: dict[str, Any]) -> Contender:
     name = spec["name"]
     if (peer := PEERS.get(name.partition(":")[0])) is not None:
         return peer(name, Shape(*spec["shape"]))
-    return zoo_contender(name, spec["match"])
+    side = zoo_contender(name, spec["match"])
+    side.profiled = spec.get("profiled", False)
+    return side
 
 
 def zoo_contender(name: str, match: bool) -> ZooContender:
