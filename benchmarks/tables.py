@@ -535,7 +535,8 @@ def figures() -> None:
     import retention_kernels
     from rope_scaling import means_of
 
-    from archzoo.analysis.bench.showing import MEASURES, draw, lines_of
+    from archzoo.analysis.bench.measuring import QUANTITIES
+    from archzoo.analysis.bench.showing import draw, lines_of, measures_of
     from archzoo.analysis.extend import Reading, plot
 
     for name in LENGTHS:
@@ -557,7 +558,8 @@ def figures() -> None:
     readings = means_of(list(runs.values()))
     facts = (int(rows[0]["trained_length"]), int(rows[0]["tail_tokens"]))
     plot(readings, *facts, RESULTS / f"{name}.png")
-    for measure in MEASURES:
+    everything = [row for quantity in QUANTITIES for row in bench_rows(quantity)]
+    for measure in measures_of(everything):
         rows = bench_rows(measure.quantity)
         if lines := lines_of(measure, rows):
             note = f"{rows[0]['machine']}, torch {rows[0]['torch']}, {rows[0]['dtype']}"

@@ -24,6 +24,7 @@ from archzoo.analysis.bench.showing import (
     draw,
     in_words,
     lines_of,
+    measures_of,
     report_sections,
     rounded,
     stops,
@@ -824,6 +825,21 @@ def test_throughput_after_several_lengths_is_a_line_each(fake, tmp_path, capsys)
     assert names == [
         f"{name}, {length}" for length in (8, 32) for name in ("retnet_micro", "transformer_micro")
     ]
+
+
+def test_throughput_of_one_batch_is_against_the_length():
+    rows = [
+        {"quantity": "batch", "contender": name, "length": length, "batch": 64, "median": length,
+         "low": length, "high": length}
+        for name in ("a", "b") for length in (8, 32)
+    ]  # fmt: skip
+    batch = next(measure for measure in measures_of(rows) if measure.name == "batch")
+    assert batch.axis == "length" and "of 64 rows" in batch.title
+    assert [(line.name, line.x) for line in lines_of(batch, rows)] == [
+        ("a", [8, 32]),
+        ("b", [8, 32]),
+    ]
+    assert measures_of(rows[:1]) == list(MEASURES)
 
 
 # ---------------------------------------------------------------------------- nanoGPT

@@ -22,12 +22,12 @@ from archzoo.analysis.bench.peers import PEERS, Peer, Shape
 from archzoo.analysis.bench.profile import KEY as PROFILE_KEY
 from archzoo.analysis.bench.profile import profile_rows
 from archzoo.analysis.bench.showing import (
-    MEASURES,
     Line,
     crossover,
     draw,
     in_words,
     lines_of,
+    measures_of,
     report_sections,
     shown,
     stops,
@@ -210,7 +210,7 @@ def bench_command(
     print(f"wrote {path}" if path.exists() else "nothing was measured")
     facts = evidence.facts(device)
     note = f"{facts['machine']}, torch {facts['torch']}, {' and '.join(dict.fromkeys(precisions))}"
-    for measured in MEASURES if figures else ():
+    for measured in measures_of(rows) if figures else ():
         if lines := lines_of(measured, rows):
             figure = Path(f"{output}-{measured.name}.png")
             draw(measured, lines, figure, note)
@@ -570,7 +570,7 @@ def _show(
 ) -> dict[str, list[str]]:
     """Print tables and sentences; the sentences by the measure's name."""
     sentences: dict[str, list[str]] = {}
-    for measured in MEASURES:
+    for measured in measures_of(rows):
         lines = lines_of(measured, rows)
         if not lines:
             continue

@@ -27,6 +27,7 @@ class Measure(NamedTuple):
         more_is_better: Else less.
         verb: What the better side does, such as "trains faster".
         short: The same in a figure.
+        against: The column along which it is measured; empty: batch for throughput, else length.
     """
 
     name: str
@@ -38,16 +39,17 @@ class Measure(NamedTuple):
     more_is_better: bool = False
     verb: str = "is faster"
     short: str = "faster"
+    against: str = ""
 
     @property
     def axis(self) -> str:
         """The column along which it is measured."""
-        return "batch" if self.quantity == "batch" else "length"
+        return self.against or ("batch" if self.quantity == "batch" else "length")
 
     @property
     def axis_title(self) -> str:
         """That column in words."""
-        return "rows" if self.quantity == "batch" else "tokens"
+        return "rows" if self.axis == "batch" else "tokens"
 
 
 PEAK = ("memory_bytes", "memory_bytes", "memory_bytes")
@@ -75,6 +77,19 @@ MEASURES = (
     Measure("batch", "batch", "decoding throughput", "tokens/s", more_is_better=True),
     Measure("state", "state", "state of one text", "bytes", verb="is smaller", short="smaller"),
 )
+
+
+def measures_of(rows: Sequence[Row]) -> list[Measure]:
+    """`MEASURES`; throughput of one batch after texts of several lengths is against these."""
+    mine = [row for row in rows if row["quantity"] == "batch"]
+    batches, lengths = ({str(row[axis]) for row in mine} for axis in ("batch", "length"))
+    if len(batches) != 1 or len(lengths) < 2:
+        return list(MEASURES)
+    title = f"decoding throughput of {batches.pop()} rows, after so many tokens each"
+    return [
+        measure._replace(title=title, against="length") if measure.quantity == "batch" else measure
+        for measure in MEASURES
+    ]
 
 
 class Line(NamedTuple):
@@ -389,7 +404,7 @@ def report_sections(rows: Sequence[Row], sentences: Mapping[str, list[str]]) -> 
     from archzoo.analysis import report
 
     sections: list[Any] = []
-    for measure in MEASURES:
+    for measure in measures_of(rows):
         lines = lines_of(measure, rows)
         if not lines:
             continue
