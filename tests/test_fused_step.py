@@ -74,13 +74,15 @@ CASES = [
 ]
 
 
-def check(model: Decoder, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def check(
+    model: Decoder, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch, steps: int = 1
+) -> None:
     """Some steps of a fused model, against its own."""
     allowed = MODEL_TOLERANCES[model.dtype]
     with torch.inference_mode():
         plain = read(model, prompts)
         fused = fork(plain)
-        many = [torch.randint(64, (len(prompts), 1), device=DEVICE) for _ in range(2)]
+        many = [torch.randint(64, (len(prompts), 1), device=DEVICE) for _ in range(steps)]
         wanted = []
         for tokens in many:
             output = model(tokens, plain, form="recurrent")
@@ -104,7 +106,7 @@ def check(model: Decoder, prompts: list[list[int]], monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(("arguments", "prompts", "dtype"), CASES)
 def test_it_is_the_plain_step(arguments, prompts, dtype, monkeypatch):
-    check(make(**arguments).to(dtype), prompts, monkeypatch)
+    check(make(**arguments).to(dtype), prompts, monkeypatch, steps=2)
 
 
 # One half of each block is fused, the other is called.

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ _MODULE = "archzoo.kernels.decoding.triton"
 _VECTOR_ROWS = 2  # up to which a row is a program's, and the weight is read once for each
 _TILE_BYTES = 2**15  # of a weight, which 128 threads hold in registers
 PROGRAMS = 128  # at least, where the sizes allow it: one for each multiprocessor, about
+EVICTION = (
+    "evict_first"  # of weights, so that the state of a step stays in the cache until the next
+)
 # (rows, outputs) of a program's product, the most at once first.
 _TILES = ((64, 128), (64, 64), (64, 32), (32, 32), (32, 16), (16, 16))
 
@@ -194,7 +197,7 @@ def linear(
 
 def _plan_vector(
     batch: int, out: int, width: int, groups: int, itemsize: int, tiles: int
-) -> tuple[tuple[int, int], dict[str, int]]:
+) -> tuple[tuple[int, int], dict[str, Any]]:
     """The programs of `vector_kernel`, and its blocks."""
     group = width // groups
     block_group, block_groups = power_of_2(group), power_of_2(groups)
@@ -202,10 +205,10 @@ def _plan_vector(
     block = 16
     while block > 2 and (block * row > _TILE_BYTES or -(-out // block) * batch < PROGRAMS):
         block //= 2
-    warps = 4 if block * row <= 2 * _TILE_BYTES else 8
-    sizes = {"GROUP": group, "GROUPS": groups, "BLOCK_GROUP": block_group}
+    warps = 4 if block * row <= _TILE_BYTES else 8
+    sizes: dict[str, Any] = {"GROUP": group, "GROUPS": groups, "BLOCK_GROUP": block_group}
     sizes |= {"BLOCK_GROUPS": block_groups, "BLOCK_OUT": block, "num_warps": warps}
-    return (-(-out // block), batch), sizes
+    return (-(-out // block), batch), sizes | {"EVICTION": EVICTION}
 
 
 def _plan_matrix(

@@ -123,7 +123,7 @@ def vector_kernel(
     BLOCK_OUT: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
     NORM: tl.constexpr, WEIGHTED: tl.constexpr, GATED: tl.constexpr, PAIRED: tl.constexpr,
     ADD: tl.constexpr, ROTATED: tl.constexpr, HEAD: tl.constexpr, PAIRS: tl.constexpr,
-    EARLY: tl.constexpr,
+    EVICTION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_OUT outputs of one row: norm, gate, product, `_finish`.
 
@@ -144,9 +144,10 @@ def vector_kernel(
     out = first + tl.arange(0, BLOCK_OUT)
     at = weight_ptr + out.to(tl.int64)[:, None] * WIDTH + channel[None, :]
     both = (out < OUT)[:, None] & inside[None, :]
-    weight = tl.load(at, mask=both, other=0.0)
+    weight = tl.load(at, mask=both, other=0.0, eviction_policy=EVICTION)
     if PAIRED:
-        weight_up = tl.load(at + OUT * WIDTH, mask=both, other=0.0)
+        at += OUT * WIDTH
+        weight_up = tl.load(at, mask=both, other=0.0, eviction_policy=EVICTION)
     if WEIGHTED:
         scales = tl.load(scale_ptr + channel, mask=inside, other=0.0).to(tl.float32)
     _wait(EARLY)
