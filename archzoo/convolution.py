@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archzoo.block import Mixer
+from archzoo.derivatives import exporting
 from archzoo.documents import Context
 from archzoo.numerics import cast
 from archzoo.states import State
@@ -130,7 +131,7 @@ def previous(
     if not context.packed:
         if prefix is not None:
             before = torch.where(context.starts[:, :1, None], prefix.to(x.dtype), before)
-        if torch.compiler.is_exporting():  # a slice of one token would be a case of its own
+        if exporting():  # a slice of one token would be a case of its own
             return torch.cat([before, x], dim=1)[:, :-1]
         return torch.cat([before, x[:, :-1]], dim=1)
     # After padding comes the last token before it, which may be that of the segment before: 0.

@@ -43,6 +43,15 @@ def followed() -> bool:
     )
 
 
+def exporting() -> bool:
+    """Whether `torch.export` makes a graph for any length, of torch's own operations.
+
+    `torch.compiler.is_exporting` says yes under every compiler up to torch 2.12.
+    """
+    flag: bool = torch.compiler._is_exporting_flag
+    return flag
+
+
 def differentiated_again() -> bool:
     """In a backward pass: whether it is to be differentiated (``create_graph=True``), or mapped."""
     return torch.is_grad_enabled() or transformed()

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from kernel_device import DEVICE, GPU, define_kernels
+from torch._dynamo.backends.debugging import aot_eager
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from archzoo.block import Routing, make_context
@@ -645,3 +646,96 @@ def test_a_whole_mixture_under_transforms_and_twice_differentiated(router, any_t
     for found in (product(torch.float32), by_func):
         for name, value in want.items():
             assert relative_error(found[name].double(), value) < 1e-3, name
+
+
+# ---------------------------------------------------------------------------- under a compiler
+
+COMPILED = {
+    "attention router": {"router": "AttentionRouter", "z_coefficient": 1e-3},
+    "normalised gate, dropping": {
+        "router": {
+            "class_path": "LinearRouter",
+            "init_args": {"logit_norm": 1.0, "bias_rate": 1e-3, "score": "sigmoid"},
+        },
+        "balance": "squared_mean",
+        "adaptive": True,
+        "drop": "position",
+    },
+}
+
+
+@pytest.mark.parametrize("options", COMPILED.values(), ids=COMPILED)
+def test_a_compiler_takes_the_kernels_as_operators(options, monkeypatch):
+    """In one graph, to the same numbers: outputs, gradients, losses, metrics and counts."""
+    monkeypatch.setattr(routers, "MIN_TOKENS", 8)
+    made = MixtureOfExperts(32, 16, experts=4, **options).to(DEVICE).train()
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x, cotangent = torch.randn(2, 2, 12, 32, device=DEVICE)
+    context, _ = make_context(2, 12, device=DEVICE)
+    names = []
+
+    def backend(graph, inputs):
+        names.extend(str(node.target) for node in graph.graph.nodes)
+        return aot_eager(graph, inputs)
+
+    def compute(x):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            y, aux = made(x, context)
+        return (y * cotangent).sum() + sum(aux.losses.values()), y, aux
+
+    torch._dynamo.reset()
+    runs = []
+    for function in (compute, torch.compile(compute, backend=backend, fullgraph=True)):
+        leaf = x.clone().requires_grad_()
+        loss, y, aux = function(leaf)
+        made.zero_grad()
+        loss.backward()
+        gradients = [leaf.grad, *(parameter.grad.clone() for parameter in made.parameters())]
+        counted = [value.double() for value in (*aux.metrics.values(), *aux.sums.values())]
+        runs.append([loss.detach(), y.detach(), *gradients, *counted])
+    for got, want in zip(*runs, strict=True):
+        assert relative_error(got, want) < 1e-5
+    ours = [name.removeprefix("archzoo.").removesuffix(".default") for name in names]
+    for operator in ("project_router", "choose_experts", "dispatch_rows", "spread_rows"):
+        assert operator in ours
+    for operator in ("multiply_experts", "swiglu", "collect_rows", "summarise_load"):
+        assert operator in ours
+
+
+def drawn_for_operators():
+    """Arguments of each operator, of 24 tokens, 2 of 4 experts, 32 channels."""
+    tokens, experts, k, dim = 24, 4, 2, 32
+    randn = functools.partial(torch.randn, device=DEVICE)
+    logits = randn(tokens, experts)
+    indices = logits.topk(k).indices
+    inverse, ends = kernels._dispatch(indices.flatten(), experts, False)
+    weights, probabilities = randn(tokens, k), logits.softmax(-1)
+    rows, matrices = randn(tokens * k, dim).bfloat16(), randn(experts, 8, dim).bfloat16()
+    options = (True, True)
+    return {
+        "dispatch_rows": (indices.flatten(), experts, False),
+        "spread_rows": (randn(tokens, dim), inverse, ends, k, torch.bfloat16),
+        "collect_rows": (rows, weights, inverse, ends, k, torch.float32),
+        "collect_rows_backward": (randn(tokens, dim), rows, weights, inverse, ends),
+        "multiply_experts": (rows, matrices, matrices.float(), ends),
+        "multiply_experts_backward": (rows[:, :8], rows, matrices, ends, True, [True, True]),
+        "swiglu": (randn(tokens, dim),),
+        "swiglu_backward": (randn(tokens, dim), randn(tokens, dim // 2)),
+        "project_router": (randn(tokens, dim), randn(experts, dim)),
+        "project_router_back": (randn(tokens, experts), randn(2, dim, 16), None),
+        "largest": (logits, k),
+        "choose_experts": (logits, None, k, *options),
+        "choose_experts_backward": (logits, indices, weights, probabilities, *options),
+        "attend_experts": (randn(tokens, 3 * experts),),
+        "attend_experts_backward": (randn(tokens, 3 * experts), logits),
+        "summarise_load": (probabilities, indices, 1, None, 0.1, 15),
+    }
+
+
+def test_operators_say_what_they_make():
+    """Their schema, and shapes, dtypes and strides to a compiler."""
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for name, given in drawn_for_operators().items():
+        operator = getattr(torch.ops.archzoo, name).default
+        torch.library.opcheck(operator, given, test_utils=checks)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archzoo.block import Embedding
+from archzoo.derivatives import exporting
 from archzoo.embeddings.token import TokenEmbedding
 from archzoo.norm import RMSNorm
 
@@ -56,7 +57,7 @@ class RowEmbedding(Embedding):
         """
         words = self.weight
         # What is exported runs for any length.
-        if not torch.compiler.is_exporting() and tokens.numel() > len(words) * self.rows:
+        if not exporting() and tokens.numel() > len(words) * self.rows:
             pairs = self.norm(words[:, None] + self.table.weight).flatten(0, 1)
             return F.embedding(torch.add(rows, tokens, alpha=self.rows), pairs)
         normed: Tensor = self.norm(

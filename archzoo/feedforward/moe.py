@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archzoo.block import Aux, FeedForward, Router
-from archzoo.derivatives import transformed
+from archzoo.derivatives import exporting, transformed
 from archzoo.documents import Context
 from archzoo.feedforward.balance import Balance, within_capacity
 from archzoo.feedforward.dense import GatedFeedForward
@@ -94,7 +94,7 @@ class Experts(nn.Module):
         if transformed():
             return "dense"
         # What is exported runs for any length.
-        if not (torch.is_grad_enabled() or torch.compiler.is_exporting()):
+        if not (torch.is_grad_enabled() or exporting()):
             copied = 3 * assignments * self.dim * self.width
             if copied <= COPIED.get(device.type, COPIED_ELSEWHERE):
                 return "gather"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from archzoo.derivatives import followed
+from archzoo.kernels.operators import compiling
 
 TRITON_FOUND = importlib.util.find_spec("triton") is not None
 MAX_WIDTH = 8192  # of a row, which one program holds
@@ -39,15 +40,19 @@ def run_beside(x: Tensor) -> bool:
 
 
 def fused(x: Tensor, width: int = 1) -> bool:
-    """Whether the kernels of a mixture run on tensors such as x, with rows of `width`."""
+    """Whether the kernels of a mixture run on tensors such as x, with rows of `width`.
+
+    Under a compiler they are operators (`archzoo.kernels.operators`); what is exported has none.
+    """
     if x.dtype not in _FUSED_DTYPES or width > MAX_WIDTH or not x.numel():
         return False
-    return not followed() and run_beside(x)
+    return (compiling() or not followed()) and run_beside(x)
 
 
 def on_hopper(x: Tensor) -> bool:
     """Whether x lies on the kind of GPU that our products were written for."""
-    return torch.cuda.get_device_capability(x.device) == (9, 0)
+    properties = torch.cuda.get_device_properties(x.device)  # which compilers know to be constant
+    return (properties.major, properties.minor) == (9, 0)
 
 
 @functools.lru_cache(maxsize=1)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archzoo.block import Mixer, Rotary
-from archzoo.derivatives import transformed
+from archzoo.derivatives import exporting, transformed
 from archzoo.documents import Context, since_start
 from archzoo.kernels import retention as kernels
 from archzoo.kernels import retention_layer as layer_kernels
@@ -201,7 +201,7 @@ class Retention(KeepsFloat32, Mixer):
         """Recurrent for one token, parallel for few, chunkwise for many and on a GPU."""
         if x.shape[1] == 1 and state is not None:
             return "recurrent"
-        if torch.compiler.is_exporting():  # for any length, of torch's own operations
+        if exporting():  # for any length, of torch's own operations
             return "parallel"
         few = x.shape[1] <= PARALLEL_UP_TO and x.device.type == "cpu"
         return "parallel" if few else "chunkwise"

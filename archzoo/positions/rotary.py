@@ -195,7 +195,10 @@ def _polar(length: Tensor, angles: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def rotation_table(
-    positions: Tensor, frequencies: Frequencies, dtype: torch.dtype, amplitude: float = 1.0
+    positions: Tensor,
+    frequencies: Frequencies,
+    dtype: torch.dtype,
+    amplitude: float | tuple[float, ...] = 1.0,
 ) -> Tensor:
     """``amplitude * exp(i * position * theta)``, computed once for all layers of a call.
 
@@ -203,7 +206,8 @@ def rotation_table(
         positions: (batch, time) ints; rows that are one row expanded give a table of batch 1.
         frequencies: theta, one a pair.
         dtype: float32 or float64, of the table's parts.
-        amplitude: What the rotated channels are multiplied with besides.
+        amplitude: What the rotated channels are multiplied with besides; a compiler of any size
+            takes a number for one that may change, and one in a tuple for a constant.
 
     Returns:
         (batch or 1, time, 1, pairs) complex, to multiply (batch, time, heads, pairs) with; under a
@@ -214,7 +218,8 @@ def rotation_table(
         rows = for_float64(positions[:1] if positions.stride(0) == 0 else positions)
         theta = constant(frequencies, rows.device, torch.float64)
         angles = rows.view(*rows.shape, 1, 1) * theta
-        lengths = constant((amplitude,), rows.device, torch.float64)
+        given = amplitude if isinstance(amplitude, tuple) else (amplitude,)
+        lengths = constant(given, rows.device, torch.float64)
         return _polar(lengths, angles, dtype).to(positions.device)
 
     return once_per_call(positions, ("rotation", frequencies, dtype, amplitude), compute)
@@ -256,11 +261,12 @@ class _Rotation(Rotary):
         super().__init__()
         self.head_dim, self.frequencies = head_dim, frequencies
         self.attention_factor = attention_factor
+        self._amplitude = (attention_factor,)
 
     def table(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
         """What queries and keys at these positions are turned by: `rotation_table`."""
         dtype = at_least_float32(dtype)
-        return rotation_table(positions, self.frequencies, dtype, self.attention_factor)
+        return rotation_table(positions, self.frequencies, dtype, self._amplitude)
 
     def forward(
         self, q: Tensor, k: Tensor, query_positions: Tensor, key_positions: Tensor

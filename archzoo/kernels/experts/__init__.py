@@ -2,8 +2,8 @@
 
 A mixture of experts is two grouped matrix products and much moving of memory around them. Each
 function here moves every tensor once, forward and backward, in a kernel or two, and falls back to
-its PyTorch reference implementation wherever `fused` says no: on the CPU, in float64, and under
-`torch.compile`, which fuses that by itself. What a router needs is in `routers`. Measurements:
+its PyTorch reference implementation wherever `fused` says no: on the CPU, and in float64. Under
+`torch.compile` the kernels are operators. What a router needs is in `routers`. Measurements:
 docs/experts.md.
 
 Importing this module needs neither Triton nor a GPU.
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from archzoo.derivatives import differentiated_again, plain_gradients, transformed
 from archzoo.kernels.launching import fused, launch, on_hopper, power_of_2, warps_for
+from archzoo.kernels.operators import compiling, define
 
 KEYS = 2048  # assignments that one program counts or places
 MAX_ROWS = 1024  # of an expert on average, for our product to make the gradient of its weights
@@ -64,7 +65,9 @@ def make_dispatch(
     keys = indices if kept is None else indices.masked_fill(~kept, experts)
     keys = keys.flatten()
     if kernels:
-        return Dispatch(*_dispatch(keys, experts, dropped), dropped=dropped)
+        place = _dispatch_operator if compiling() else _dispatch
+        inverse, ends = place(keys, experts, dropped)
+        return Dispatch(inverse, ends, dropped=dropped)
     # On a GPU a sort takes a pass for every 8 bits.
     chosen, order = keys.to(torch.int16).sort(stable=True)
     inverse = torch.empty_like(order)
@@ -76,8 +79,8 @@ def make_dispatch(
 
 def _dispatch(keys: Tensor, experts: int, dropped: bool) -> tuple[Tensor, Tensor]:
     """Inverse and ends by counting, in two kernels where a sort takes ten."""
-    inverse = torch.empty_like(keys)
-    ends = keys.new_empty(experts, dtype=torch.int32)
+    keys = keys.contiguous()
+    inverse, ends = _dispatch_shapes(keys, experts, dropped)
     bins, blocks = experts + dropped, -(-len(keys) // KEYS)
     counts = ends
     if blocks > 1:
@@ -88,6 +91,17 @@ def _dispatch(keys: Tensor, experts: int, dropped: bool) -> tuple[Tensor, Tensor
         COUNTED=blocks > 1, BLOCK=KEYS, TABLE=1024, num_warps=4,
     )  # fmt: skip
     return inverse, ends
+
+
+def _dispatch_shapes(keys: Tensor, experts: int, _: bool) -> tuple[Tensor, Tensor]:
+    return keys.new_empty(keys.shape), keys.new_empty(experts, dtype=torch.int32)
+
+
+_dispatch_operator = define(
+    "dispatch_rows(Tensor keys, int experts, bool dropped) -> (Tensor, Tensor)",
+    _dispatch,
+    _dispatch_shapes,
+)
 
 
 def spread_rows(x: Tensor, dispatch: Dispatch, k: int, dtype: torch.dtype) -> Tensor:
@@ -102,7 +116,8 @@ def spread_rows(x: Tensor, dispatch: Dispatch, k: int, dtype: torch.dtype) -> Te
         dtype: Of the rows.
     """
     if dispatch.order is None:
-        rows: Tensor = _Spread.apply(x, dispatch.inverse, dispatch.ends, k, dtype)
+        spread = _spread_operator if compiling() else _Spread.apply
+        rows: Tensor = spread(x, dispatch.inverse, dispatch.ends, k, dtype)
         return rows
     rows = _rearrange(x.to(dtype), dispatch.order, dispatch.inverse, k)
     return _only_computed(rows, dispatch)
@@ -118,10 +133,15 @@ def collect_rows(rows: Tensor, weights: Tensor, dispatch: Dispatch) -> Tensor:
         weights: (tokens, k).
         dispatch: Where each assignment's row lies.
     """
-    if dispatch.order is None:
-        y: Tensor = _Collect.apply(rows, weights, dispatch.inverse, dispatch.ends)
-        return y
     tokens, k = weights.shape
+    if dispatch.order is None:
+        y: Tensor
+        if compiling():
+            placed = dispatch.inverse, dispatch.ends
+            y = _collect_operator(rows, weights, *placed, k, weights.dtype)
+        else:
+            y = _Collect.apply(rows, weights, dispatch.inverse, dispatch.ends)
+        return y
     rows = _only_computed(rows, dispatch)
     back = _rearrange(rows, dispatch.inverse, dispatch.order, 1)
     return (back.view(tokens, k, rows.shape[1]) * weights[:, :, None]).sum(dim=1)
@@ -174,15 +194,7 @@ class _Spread(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(inverse, ends)
         ctx.k, ctx.dtype = k, x.dtype
-        x = x.contiguous()
-        tokens, width = x.shape
-        rows = x.new_empty((tokens * k, width), dtype=dtype)
-        block = power_of_2(width)
-        _launch(
-            "spread_kernel", (tokens,), (x, inverse, ends, rows), len(ends), width,
-            K=k, BLOCK=block, num_warps=warps_for(block),
-        )  # fmt: skip
-        return rows
+        return _spread(x, inverse, ends, k, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -211,17 +223,23 @@ class _Collect(torch.autograd.Function):
             )
             by_rows, by_weights = plain_gradients(compute, (rows, weights), (grad,))
             return by_rows, by_weights, None, None
-        rows, weights = rows.contiguous(), weights.contiguous()
-        d_rows, d_weights = torch.empty_like(rows), torch.empty_like(weights)
-        tokens, k = weights.shape
-        block = power_of_2(rows.shape[1])
-        _launch(
-            "collect_backward_kernel", (tokens,),
-            (grad.contiguous(), rows, weights, inverse, ends, d_rows, d_weights),
-            len(ends), rows.shape[1],
-            K=k, BLOCK=block, num_warps=warps_for(block),
-        )  # fmt: skip
-        return d_rows, d_weights, None, None
+        return *_collect_backward(grad, rows, weights, inverse, ends), None, None
+
+
+def _spread(x: Tensor, inverse: Tensor, ends: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    x = x.contiguous()
+    rows = _spread_shape(x, inverse, ends, k, dtype)
+    tokens, width = x.shape
+    block = power_of_2(width)
+    _launch(
+        "spread_kernel", (tokens,), (x, inverse, ends, rows), len(ends), width,
+        K=k, BLOCK=block, num_warps=warps_for(block),
+    )  # fmt: skip
+    return rows
+
+
+def _spread_shape(x: Tensor, _: Tensor, __: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    return x.new_empty((x.shape[0] * k, x.shape[1]), dtype=dtype)
 
 
 def _collect_plainly(
@@ -237,16 +255,86 @@ def _collect(
     rows: Tensor, weights: Tensor | None, inverse: Tensor, ends: Tensor, k: int, dtype: torch.dtype
 ) -> Tensor:
     rows = rows.contiguous()
-    width = rows.shape[1]
-    tokens = len(rows) // k
-    y = rows.new_empty((tokens, width), dtype=dtype)
+    y = _collect_shape(rows, weights, inverse, ends, k, dtype)
+    tokens, width = y.shape
     block = power_of_2(width)
+    scale = rows if weights is None else weights.contiguous()
     _launch(
-        "collect_kernel", (tokens,), (rows, rows if weights is None else weights, inverse, ends, y),
-        len(ends), width,
+        "collect_kernel", (tokens,), (rows, scale, inverse, ends, y), len(ends), width,
         K=k, WEIGHTED=weights is not None, BLOCK=block, num_warps=warps_for(block),
     )  # fmt: skip
     return y
+
+
+def _collect_shape(
+    rows: Tensor, _: Tensor | None, __: Tensor, ___: Tensor, k: int, dtype: torch.dtype
+) -> Tensor:
+    return rows.new_empty((rows.shape[0] // k, rows.shape[1]), dtype=dtype)
+
+
+def _collect_backward(
+    grad: Tensor, rows: Tensor, weights: Tensor, inverse: Tensor, ends: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Those of the rows, but for rows after the last expert's, and of the weights."""
+    rows, weights = rows.contiguous(), weights.contiguous()
+    d_rows, d_weights = _collect_backward_shapes(grad, rows, weights)
+    tokens, k = weights.shape
+    block = power_of_2(rows.shape[1])
+    _launch(
+        "collect_backward_kernel", (tokens,),
+        (grad.contiguous(), rows, weights, inverse, ends, d_rows, d_weights),
+        len(ends), rows.shape[1],
+        K=k, BLOCK=block, num_warps=warps_for(block),
+    )  # fmt: skip
+    return d_rows, d_weights
+
+
+def _collect_backward_shapes(
+    _: Tensor, rows: Tensor, weights: Tensor, *__: Tensor
+) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape), weights.new_empty(weights.shape)
+
+
+def _keep_for_spread(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, inverse, ends, ctx.k, _ = inputs
+    ctx.dtype = x.dtype
+    ctx.save_for_backward(inverse, ends)
+
+
+def _spread_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    found: Tensor = _collect_operator(grad, None, *ctx.saved_tensors, ctx.k, ctx.dtype)
+    return found, None, None, None, None
+
+
+def _keep_for_collect(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])  # there are weights, wherever it is differentiated
+
+
+def _collect_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *_collect_backward_operator(grad, *ctx.saved_tensors), None, None, None, None
+
+
+_spread_operator = define(
+    "spread_rows(Tensor x, Tensor inverse, Tensor ends, int k, ScalarType dtype) -> Tensor",
+    _spread,
+    _spread_shape,
+    _keep_for_spread,
+    _spread_gradients,
+)
+_collect_operator = define(
+    "collect_rows(Tensor rows, Tensor? weights, Tensor inverse, Tensor ends, int k, "
+    "ScalarType dtype) -> Tensor",
+    _collect,
+    _collect_shape,
+    _keep_for_collect,
+    _collect_gradients,
+)
+_collect_backward_operator = define(
+    "collect_rows_backward(Tensor grad, Tensor rows, Tensor weights, Tensor inverse, Tensor ends)"
+    " -> (Tensor, Tensor)",
+    _collect_backward,
+    _collect_backward_shapes,
+)
 
 
 # ---------------------------------------------------------------------------- weights
@@ -258,7 +346,8 @@ def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     Torch's own copy from bfloat16 to float32 takes twice as long, and the gradient of all experts
     is the largest tensor of a layer.
     """
-    if weight.dtype == torch.float32 and dtype == torch.bfloat16 and fused(weight):
+    narrowed = weight.dtype == torch.float32 and dtype == torch.bfloat16
+    if narrowed and fused(weight) and not compiling():  # whose own copies are as fast
         lower: Tensor = _Cast.apply(weight)
         return lower
     return weight.to(dtype)
@@ -295,8 +384,16 @@ def multiply(rows: Tensor, matrices: Tensor, weight: Tensor, ends: Tensor) -> Te
         weight: (experts, out, in), which gets the gradient.
         ends: (experts,) int32, where each expert's rows end.
     """
-    if _widens(rows, weight):
-        y: Tensor = _Multiply.apply(rows, matrices.detach(), weight, ends)
+    widens = _widens(rows, weight)
+    y: Tensor
+    if compiling():
+        if widens:
+            y = _multiply_operator(rows, matrices.detach(), weight, ends)
+        else:
+            y = _multiply_operator(rows, matrices, None, ends)
+        return y
+    if widens:
+        y = _Multiply.apply(rows, matrices.detach(), weight, ends)
         return y
     return F.grouped_mm(rows, matrices.mT, offs=ends)
 
@@ -307,7 +404,8 @@ def _widens(rows: Tensor, weight: Tensor) -> bool:
         return False
     if not (weight.requires_grad and torch.is_grad_enabled()):
         return False
-    return len(rows) <= MAX_ROWS * len(weight) and (not rows.is_cuda or on_hopper(rows))
+    few = rows.shape[0] <= MAX_ROWS * weight.shape[0]
+    return few and (not rows.is_cuda or on_hopper(rows))
 
 
 class _Multiply(torch.autograd.Function):
@@ -337,6 +435,68 @@ class _Multiply(torch.autograd.Function):
         return d_rows, None, d_weight, None
 
 
+def _grouped(rows: Tensor, matrices: Tensor, _: Tensor | None, ends: Tensor) -> Tensor:
+    return F.grouped_mm(rows, matrices.mT, offs=ends)
+
+
+def _grouped_shape(rows: Tensor, matrices: Tensor, *_: Tensor | None) -> Tensor:
+    return rows.new_empty((rows.shape[0], matrices.shape[1]))
+
+
+def _grouped_backward(
+    grad: Tensor, rows: Tensor, matrices: Tensor, ends: Tensor, wide: bool, wanted: list[bool]
+) -> tuple[Tensor, Tensor]:
+    """The gradients of rows and of the weights, the latter in float32 if `wide`."""
+    d_rows, d_weight = _grouped_backward_shapes(grad, rows, matrices, ends, wide, [False, False])
+    grad = grad.contiguous()
+    if wanted[0]:
+        d_rows = F.grouped_mm(grad, matrices, offs=ends)
+    if wanted[1] and wide:
+        d_weight = _experts_gradient(grad, rows.contiguous(), ends)
+    elif wanted[1]:
+        d_weight = F.grouped_mm(grad.mT, rows, offs=ends)
+    return d_rows, d_weight
+
+
+def _grouped_backward_shapes(
+    _: Tensor, rows: Tensor, matrices: Tensor, __: Tensor, wide: bool, wanted: list[bool]
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.float32 if wide else matrices.dtype
+    return (
+        rows.new_empty(rows.shape if wanted[0] else (0,)),
+        rows.new_empty(matrices.shape if wanted[1] else (0,), dtype=dtype),
+    )
+
+
+def _keep_for_grouped(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, matrices, weight, ends = inputs
+    ctx.wide = weight is not None
+    ctx.save_for_backward(rows, matrices, ends)
+
+
+def _grouped_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    rows, matrices, ends = ctx.saved_tensors
+    wanted = [ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])]
+    d_rows, d_weight = _multiply_backward_operator(grad, rows, matrices, ends, ctx.wide, wanted)
+    d_rows, d_weight = [d if w else None for d, w in zip((d_rows, d_weight), wanted, strict=True)]
+    return d_rows, None if ctx.wide else d_weight, d_weight if ctx.wide else None, None
+
+
+_multiply_operator = define(
+    "multiply_experts(Tensor rows, Tensor matrices, Tensor? weight, Tensor ends) -> Tensor",
+    _grouped,
+    _grouped_shape,
+    _keep_for_grouped,
+    _grouped_gradients,
+)
+_multiply_backward_operator = define(
+    "multiply_experts_backward(Tensor grad, Tensor rows, Tensor matrices, Tensor ends, bool wide, "
+    "bool[] wanted) -> (Tensor, Tensor)",
+    _grouped_backward,
+    _grouped_backward_shapes,
+)
+
+
 def _experts_gradient(grad: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
     """(experts, out, in) float32."""
     out, width = grad.shape[1], rows.shape[1]
@@ -352,15 +512,6 @@ def _experts_gradient(grad: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------- loop
 
-_library = torch.library.Library("archzoo", "FRAGMENT")
-_library.define(
-    "loop_experts(Tensor rows, Tensor gate_up, Tensor down, Tensor ends) -> (Tensor, Tensor)"
-)
-_library.define(
-    "loop_experts_backward(Tensor grad, Tensor rows, Tensor gate_up, Tensor down, Tensor ends, "
-    "Tensor hidden) -> (Tensor, Tensor, Tensor)"
-)
-
 
 def loop_experts(rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
     """One expert after the other, as an operator: a compiler does not see how many rows each has.
@@ -375,7 +526,7 @@ def loop_experts(rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> T
         ends: (experts,) int32, where each expert's rows end.
     """
     y: Tensor
-    y, _ = torch.ops.archzoo.loop_experts(rows, gate_up, down, ends)
+    y, _ = _loop_operator(rows, gate_up, down, ends)
     return y
 
 
@@ -409,18 +560,11 @@ def _loop_backward(
     return d_rows, d_gate_up, d_down
 
 
-for _key in ("CPU", "CUDA"):
-    _library.impl("loop_experts", _loop, _key)
-    _library.impl("loop_experts_backward", _loop_backward, _key)
-
-
-@torch.library.register_fake("archzoo::loop_experts", lib=_library)
-def _loop_fake(rows: Tensor, gate_up: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+def _loop_shapes(rows: Tensor, gate_up: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(rows), rows.new_empty(rows.shape[0], gate_up.shape[1])
 
 
-@torch.library.register_fake("archzoo::loop_experts_backward", lib=_library)
-def _loop_backward_fake(
+def _loop_backward_shapes(
     _: Tensor, rows: Tensor, gate_up: Tensor, down: Tensor, *__: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(rows), torch.empty_like(gate_up), torch.empty_like(down)
@@ -431,11 +575,21 @@ def _keep_for_loop(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, .
 
 
 def _loop_gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *torch.ops.archzoo.loop_experts_backward(grad, *ctx.saved_tensors), None
+    return *_loop_backward_operator(grad, *ctx.saved_tensors), None
 
 
-torch.library.register_autograd(
-    "archzoo::loop_experts", _loop_gradients, setup_context=_keep_for_loop, lib=_library
+_loop_operator = define(
+    "loop_experts(Tensor rows, Tensor gate_up, Tensor down, Tensor ends) -> (Tensor, Tensor)",
+    _loop,
+    _loop_shapes,
+    _keep_for_loop,
+    _loop_gradients,
+)
+_loop_backward_operator = define(
+    "loop_experts_backward(Tensor grad, Tensor rows, Tensor gate_up, Tensor down, Tensor ends, "
+    "Tensor hidden) -> (Tensor, Tensor, Tensor)",
+    _loop_backward,
+    _loop_backward_shapes,
 )
 
 
@@ -445,7 +599,7 @@ torch.library.register_autograd(
 def swiglu(x: Tensor) -> Tensor:
     """``silu(gate) * up`` of x (rows, 2 * width), gate first: (rows, width)."""
     if fused(x):
-        y: Tensor = _SwiGLU.apply(x)
+        y: Tensor = _swiglu_operator(x) if compiling() else _SwiGLU.apply(x)
         return y
     return _swiglu_plainly(x)
 
@@ -461,27 +615,60 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        x = x.contiguous()
-        rows, width = x.shape[0], x.shape[1] // 2
-        y = x.new_empty(rows, width)
-        block = min(power_of_2(width), 1024)
-        _launch(
-            "swiglu_kernel", (rows, -(-width // block)), (x, y), width,
-            BLOCK=block, num_warps=warps_for(block),
-        )  # fmt: skip
-        return y
+        return _swiglu(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor | None:
         (x,) = ctx.saved_tensors
         if differentiated_again():
             return plain_gradients(_swiglu_plainly, (x,), (grad,))[0]
-        x = x.contiguous()
-        rows, width = x.shape[0], x.shape[1] // 2
-        d_x = torch.empty_like(x)
-        block = min(power_of_2(width), 1024)
-        _launch(
-            "swiglu_backward_kernel", (rows, -(-width // block)), (x, grad.contiguous(), d_x),
-            width, BLOCK=block, num_warps=warps_for(block),
-        )  # fmt: skip
-        return d_x
+        return _swiglu_backward(x, grad)
+
+
+def _swiglu(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    y = _swiglu_shape(x)
+    rows, width = y.shape
+    block = min(power_of_2(width), 1024)
+    _launch(
+        "swiglu_kernel", (rows, -(-width // block)), (x, y), width,
+        BLOCK=block, num_warps=warps_for(block),
+    )  # fmt: skip
+    return y
+
+
+def _swiglu_shape(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1] // 2)
+
+
+def _swiglu_backward(x: Tensor, grad: Tensor) -> Tensor:
+    x = x.contiguous()
+    d_x = torch.empty_like(x)
+    rows, width = x.shape[0], x.shape[1] // 2
+    block = min(power_of_2(width), 1024)
+    _launch(
+        "swiglu_backward_kernel", (rows, -(-width // block)), (x, grad.contiguous(), d_x),
+        width, BLOCK=block, num_warps=warps_for(block),
+    )  # fmt: skip
+    return d_x
+
+
+def _swiglu_backward_shape(x: Tensor, _: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _keep_for_swiglu(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _swiglu_gradients(ctx: Any, grad: Tensor) -> Tensor:
+    found: Tensor = _swiglu_backward_operator(*ctx.saved_tensors, grad)
+    return found
+
+
+_swiglu_operator = define(
+    "swiglu(Tensor x) -> Tensor", _swiglu, _swiglu_shape, _keep_for_swiglu, _swiglu_gradients
+)
+_swiglu_backward_operator = define(
+    "swiglu_backward(Tensor x, Tensor grad) -> Tensor", _swiglu_backward, _swiglu_backward_shape
+)
