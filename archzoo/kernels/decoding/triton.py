@@ -115,7 +115,7 @@ def _finish(
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # one form for all batches of a plan
 def vector_kernel(
     x_ptr, gate_ptr, scale_ptr, weight_ptr, table_ptr, y_ptr,
     rows, x_row, gate_row, y_row, eps, scaled_from, scale,
@@ -190,7 +190,7 @@ def _product(x, weight, total, UPCAST: tl.constexpr):
     return tl.dot(x, tl.trans(weight), total, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # one form for all batches of a plan
 def matrix_kernel(
     x_ptr, scale_ptr, weight_ptr, table_ptr, y_ptr,
     rows, x_row, y_row, eps, scaled_from, scale,
