@@ -462,6 +462,28 @@ def speed_parts() -> str:
     return markdown(["ms", *(f"`{side}`" for side in sides)], found)
 
 
+def speed_mixtures() -> str:
+    """Mixtures beside a dense model of the same active size: training, and a step of decoding."""
+    name = f"{BENCH}-mixtures"
+    if not (RESULTS / f"{name}.csv").exists():
+        return NOT_YET
+    rows = rows_of(name)
+    found = []
+    for side in dict.fromkeys(row["contender"].removesuffix(":fit") for row in rows):
+        cells = [f"`{side}`", "", "", "", ""]
+        for row in rows:
+            if not row["median"] or row["contender"].removesuffix(":fit") != side:
+                continue
+            cells[1] = f"{int(row['parameters']) / 1e6:,.0f} M"
+            if row["quantity"] == "training":
+                cells[2] = f"{float(row['median']):,.0f}"
+                cells[3] = f"{float(row['memory_bytes']) / 2**30:.1f}"
+            elif row["quantity"] == "decode":
+                cells[4] = f"{float(row['median']):#.3g}"
+        found.append(cells)
+    return markdown(["", "parameters", "tokens/s of fit", "GiB", "ms a token"], found)
+
+
 def speed_floors() -> str:
     """The operations that training needs and the bytes that decoding moves, and their times."""
     import torch
@@ -514,6 +536,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed_training": speed_training,
     "speed_decoding": speed_decoding,
     "speed_parts": speed_parts,
+    "speed_mixtures": speed_mixtures,
     "speed_floors": speed_floors,
 }
 

@@ -84,6 +84,22 @@ def test_tables_of_speed_take_peers_from_a_file_of_their_own(tables, monkeypatch
     assert tables.speed_decoding().endswith(f"![decode](../results/{tables.BENCH}-decode.png)")
 
 
+def test_a_mixture_has_a_row_of_training_and_decoding(tables, monkeypatch, tmp_path):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    rows = [
+        ("quantity", "contender", "parameters", "median", "memory_bytes"),
+        ("training", "yuan_base:fit", 747_000_000, 250_000, 2**34),
+        ("training", "skywork_base:fit", 700_000_000, "", ""),
+        ("decode", "yuan_base", 747_000_000, 0.5, ""),
+    ]
+    with (tmp_path / f"{tables.BENCH}-mixtures.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    assert tables.speed_mixtures().splitlines()[2:] == [
+        "| `yuan_base` | 747 M | 250,000 | 16.0 | 0.500 |",
+        "| `skywork_base` |  |  |  |  |",
+    ]
+
+
 def test_a_profile_is_summed_by_what_kernels_are_for(tables, monkeypatch, tmp_path):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     rows = [
