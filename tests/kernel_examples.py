@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import importlib
 import os
 import sys
 import time
@@ -361,7 +362,7 @@ def main(arguments: list[str]) -> int:
 
     triton.runtime.driver.set_active(_NoDriver())
     for module in modules():
-        __import__(module)
+        importlib.import_module(module)  # before an interpreter is asked for
     seen: set[Any] = set()
     failures = 0
 

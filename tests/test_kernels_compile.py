@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -39,10 +40,10 @@ def declared(requirements: list[str]) -> str | None:
     return None
 
 
-def compile_examples(*arguments: str) -> str:
+def compile_examples(*arguments: str, script: str = kernel_examples.__file__) -> str:
     """In a process of its own: here an interpreter may have taken the compiler's place."""
     run = subprocess.run(
-        [sys.executable, kernel_examples.__file__, *arguments],
+        [sys.executable, script, *arguments],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-6000:]
@@ -84,6 +85,16 @@ def test_first_kernel_of_each_module_compiles():
 @pytest.mark.parametrize("name", kernel_examples.EXAMPLES)
 def test_compiles(name):
     assert compile_examples(name).count(" s  ")
+
+
+@pytest.mark.slow  # 20 s
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@pytest.mark.skipif(kernel_device.GPU, reason="a driver is there already")
+def test_shorter_launch_hands_over_the_same():
+    """What Triton hands over itself, to a driver that only writes it down."""
+    names = ("cross_entropy", "decoding", "retention_gluon")
+    printed = compile_examples(*names, script=str(ROOT / "tests" / "kernel_driver.py"))
+    assert int(re.search(r"(\d+) launches alike", printed)[1]) >= 20
 
 
 def test_pins():
