@@ -150,3 +150,15 @@ def test_a_compiled_step_copies_no_constants_to_the_device(name):
     assert not made
     held = [node.name for node in graph.graph.nodes if "numerics_compiled" in node.name]
     assert len(held) == len(set(held)) > 0
+
+
+def test_a_compiled_retnet_takes_chunks_of_a_long_text(monkeypatch):
+    """As in eager mode: torch 2.11 says within `torch.compile` that a model is being exported."""
+    net, calls = net_of(), []
+    mixer = type(net.blocks[0].mixer)
+    chunkwise = mixer.chunkwise
+    monkeypatch.setattr(mixer, "parallel", None)
+    monkeypatch.setattr(mixer, "chunkwise", lambda *given: calls.append(1) or chunkwise(*given))
+    net.compile(backend="eager", fullgraph=True)
+    net.hidden(torch.randint(16, (1, 300)))
+    assert calls
