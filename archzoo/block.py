@@ -29,7 +29,7 @@ and a part is swapped by naming another class for its slot. All parts share thre
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -422,6 +422,10 @@ class Block(nn.Module):
         convolution: Stands before the mixer: f(h) is mixer(h + convolution(h)) then.
     """
 
+    #: What `forward` calls in training instead of `run`, with this block first, once
+    #: `Decoder.compile_blocks` has compiled that.
+    compiled_run: Callable[..., Any] | None = None
+
     def __init__(
         self,
         mixer: Mixer,
@@ -437,6 +441,10 @@ class Block(nn.Module):
         self.convolution, self.mixer, self.feed_forward = convolution, mixer, feed_forward
         self.post = placement == "post"
         self.dropout = dropout
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the compiled form, which is neither saved nor copied."""
+        return {n: value for n, value in super().__getstate__().items() if n != "compiled_run"}
 
     def start_state(self, batch_size: int, **options: Any) -> State:
         """The mixer's; beside a convolution's, {"convolution": ..., "mixer": ...}, if it has one.
@@ -501,6 +509,29 @@ class Block(nn.Module):
         """X (batch, time, dim) to (x, the state after it, the feed-forward's aux).
 
         `injected`, of x's shape, is added first: input injection, as looped models use it.
+        """
+        given = (x, state, context, injected, form)
+        if self.compiled_run is not None and self.training and torch.is_grad_enabled():
+            computed: tuple[Tensor, State | None, Aux] = self.compiled_run(self, *given)
+            return computed
+        return self.run(*given)
+
+    def run(
+        self,
+        x: Tensor,
+        state: State | None,
+        context: Context,
+        injected: Tensor | None,
+        form: str | None,
+    ) -> tuple[Tensor, State | None, Aux]:
+        """`forward`, as it is written down.
+
+        Args:
+            x: As for `forward`, and so are the others.
+            state: The same.
+            context: The same.
+            injected: The same.
+            form: The same.
         """
         if injected is not None:
             x = x + injected

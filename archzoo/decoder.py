@@ -317,6 +317,33 @@ class Decoder(nn.Module):
         """
         self.compiled_hidden = torch.compile(self._hidden, *arguments, **options)
 
+    def compile_blocks(self, *arguments: Any, **options: Any) -> None:
+        """Compile each block by itself: blocks that are alike are compiled once, for all of them.
+
+        So gradients of a block are there, to be exchanged with other processes, while those of the
+        blocks before it are computed, and hooks around a block, such as FSDP2's, run as they do
+        without. What `compile` has compiled is forgotten.
+
+        Args:
+            *arguments: Of `torch.compile`.
+            **options: The same.
+        """
+        compiled = torch.compile(Block.run, *arguments, **options)
+        for block in self.blocks:
+            block.compiled_run = compiled
+        settings = {
+            "optimize_ddp": False,  # would cut a block where DDP's buckets end
+            "recompile_limit": 8 * self.depth,  # blocks of several kinds share one function
+            "specialize_float": True,  # whose constants stay constants
+        }
+        self.compiled_hidden = torch._dynamo.config.patch(settings)(self._hidden)
+
+    def forget_compiled(self) -> None:
+        """Undo `compile` and `compile_blocks`."""
+        self.compiled_hidden = None
+        for block in self.blocks:
+            block.compiled_run = None
+
     def __getstate__(self) -> dict[str, Any]:
         """Without the compiled form, which is of this object alone."""
         return {n: value for n, value in super().__getstate__().items() if n != "compiled_hidden"}

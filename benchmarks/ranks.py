@@ -1,15 +1,23 @@
-"""One process, two by DDP and two by FSDP2: the same losses, and what each costs.
+"""Several processes beside one: equal in float64, how fast, and what rounding does to them.
 
-    python benchmarks/ranks.py                                                  # on two GPUs, NCCL
-    python benchmarks/ranks.py --accelerator cpu --batch_size 4 --context_length 128    # gloo
+    python benchmarks/ranks.py equal --accelerator cpu                       # two processes, gloo
+    python benchmarks/ranks.py speed --text TEXT                             # on two GPUs, NCCL
+    python benchmarks/ranks.py rounding
 
-A Skywork mixture reads the text in data/, with its balancing loss over all ranks' tokens. Each run
-is `archzoo fit` with Lightning's flags; what is compared is its metrics.csv, row by row.
+`equal` trains a micro model of every family for two steps in float64, alone and in several
+processes by DDP and by FSDP2, on the same batches: loss and gradients must be the same to 1e-12, or
+it fails. Balancing losses are those of all processes' tokens.
 
-In float64 two processes must be one, to 1e-9 at every step, or this script fails. In float32 they
-are at the first step, and then rounding grows: a token whose second and third expert are nearly
-tied goes to the other, and AdamW's first steps follow a gradient's sign, however small it is. The
-row "rounding" shows how far that leads one process whose weights start one digit of float32 off.
+`speed` runs `archzoo fit` on one GPU and on several, each GPU with as many tokens, compiled and
+not, and compares the tokens a second of its log.
+
+`rounding` trains a Skywork mixture in float64, float32 and bf16-mixed. In float64 two processes
+must be one, to 1e-9 at every step, or it fails. In float32 they are at the first step, and then
+rounding grows: a token whose second and third expert are nearly tied goes to the other, and AdamW's
+first steps follow a gradient's sign, however small it is. The row "rounding" shows how far that
+leads one process whose weights start one digit of float32 off.
+
+Each run is `archzoo fit` with Lightning's flags.
 """
 
 from __future__ import annotations
@@ -17,36 +25,263 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import socket
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import lightning
+import torch
 from harness import ROOT, write_rows
+from torch import Tensor
+
+from archzoo.cli import main as archzoo
 
 Log = list[dict[str, str]]
 
-FSDP2 = {
-    "--trainer.strategy": "ModelParallelStrategy",
-    "--trainer.strategy.data_parallel_size": "2",
-    "--trainer.strategy.tensor_parallel_size": "1",
-    "--trainer.strategy.save_distributed_checkpoint": "false",
+
+def ddp(processes: int) -> dict[str, str]:
+    """Lightning's flags for DDP."""
+    return {"--trainer.devices": str(processes), "--trainer.strategy": "ddp"}
+
+
+def fsdp2(processes: int) -> dict[str, str]:
+    """Lightning's flags for FSDP2."""
+    return {
+        "--trainer.devices": str(processes),
+        "--trainer.strategy": "ModelParallelStrategy",
+        "--trainer.strategy.data_parallel_size": str(processes),
+        "--trainer.strategy.tensor_parallel_size": "1",
+        "--trainer.strategy.save_distributed_checkpoint": "false",
+    }
+
+
+ONE = {"--trainer.devices": "1"}
+STRATEGIES = {"ddp": ddp, "fsdp2": fsdp2}
+# ModelParallelStrategy refuses the name 64-true, and takes what is behind it.
+FLOAT64 = {"--trainer.plugins": "lightning.pytorch.plugins.DoublePrecision"}
+
+# ---------------------------------------------------------------------------- equal
+
+MIXTURE = {
+    "--model.feed_forward": "MixtureOfExperts",
+    "--model.feed_forward.balance_over": "ranks",
+    "--model.feed_forward.z_coefficient": "1e-3",
 }
+FAMILIES: dict[str, dict[str, str]] = {
+    "retnet": {},
+    "transformer": {},
+    "yuan": MIXTURE
+    | {"--model.feed_forward.router": "AttentionRouter", "--model.feed_forward.balance": "switch"},
+    "skywork": MIXTURE
+    | {
+        "--model.feed_forward.router": "LinearRouter",
+        "--model.feed_forward.router.logit_norm": "1.0",
+        "--model.feed_forward.balance": "squared_mean",
+        "--model.feed_forward.adaptive": "true",
+    },
+    "abacus": {},
+}
+SAME = 1e-12  # relative, of the loss and of each gradient's norm
+
+
+class Kept(lightning.Callback):
+    """Keeps each step's loss and gradients."""
+
+    seen: ClassVar[list[dict[str, Tensor]]] = []
+
+    def on_before_optimizer_step(
+        self, trainer: lightning.Trainer, pl_module: Any, optimizer: Any
+    ) -> None:
+        found = {}
+        for name, parameter in pl_module.named_parameters():
+            gradient: Any = parameter.grad
+            if gradient is not None:
+                whole = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+                found[name] = whole.cpu().clone()
+        self.seen.append(found)
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        latest = pl_module.latest
+        losses = {
+            n: torch.tensor(v, dtype=torch.float64) for n, v in latest.items() if "/loss" in n
+        }
+        self.seen[-1] |= losses
+
+
+def trained(
+    family: str, flags: dict[str, str], given: argparse.Namespace
+) -> list[dict[str, Tensor]]:
+    """Loss and gradients of each step, of one `archzoo fit` in this process."""
+    Kept.seen.clear()
+    options = {
+        "--name": family,
+        "--seed_everything": "0",
+        "--model.preset": f"{family}_micro",
+        "--model.warmup_steps": "1",
+        "--model.learning_rate": "1e-3",
+        "--data": "Addition",
+        "--data.digits": "2",
+        "--data.batch_size": "8",
+        "--trainer.default_root_dir": given.runs,
+        "--trainer.accelerator": given.accelerator,
+        "--trainer.max_steps": "2",
+        "--trainer.limit_val_batches": "0",
+        "--trainer.log_every_n_steps": "1",
+        "--trainer.enable_progress_bar": "false",
+        "--trainer.enable_checkpointing": "false",
+        "--trainer.callbacks": "__main__.Kept",
+    }
+    parts = [part for option in (options | flags).items() for part in option]
+    if archzoo(["fit", *parts]):
+        sys.exit(f"{family} failed: {' '.join(parts)}")
+    return list(Kept.seen)
+
+
+def distance(ours: list[dict[str, Tensor]], alone: list[dict[str, Tensor]], losses: bool) -> float:
+    """The largest relative distance of a loss, or of a gradient, at any step."""
+    far = [0.0]
+    for mine, one in zip(ours, alone, strict=True):
+        assert mine.keys() == one.keys() and any("/loss" in name for name in one)
+        for name, value in one.items():
+            if ("/loss" in name) == losses:
+                apart, size = (mine[name] - value).norm(), value.norm()
+                far.append(float(apart / size) if size else float(apart))
+    return max(far)
+
+
+def equal(given: argparse.Namespace) -> int:
+    """One row a family and strategy."""
+    if "LOCAL_RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, *sys.argv], env=os.environ | common | {"LOCAL_RANK": n}
+            )
+            for n in map(str, range(given.processes))
+        ]
+        while not any(rank.poll() for rank in ranks) and any(rank.poll() is None for rank in ranks):
+            time.sleep(0.1)
+        for rank in ranks:
+            rank.terminate()  # which waits for one that failed
+        return max(abs(rank.wait()) for rank in ranks)
+    given.runs = str(Path(given.runs, os.environ["LOCAL_RANK"]))
+    first, rows, wrong = os.environ["LOCAL_RANK"] == "0", [], []
+    for family in given.families:
+        flags = FAMILIES[family] | FLOAT64
+        alone = trained(family, flags | ONE, given) if first else []
+        for strategy in given.strategies:
+            ours = trained(family, flags | STRATEGIES[strategy](given.processes), given)
+            if not first:
+                continue
+            row: dict[str, Any] = {"way": strategy, "processes": given.processes}
+            row |= {"model": f"{family}_micro", "precision": "float64"}
+            row["loss_apart"] = f"{distance(ours, alone, losses=True):.1e}"
+            row["gradients_apart"] = f"{distance(ours, alone, losses=False):.1e}"
+            print(row, flush=True)
+            rows.append(row)
+            if not max(float(row["loss_apart"]), float(row["gradients_apart"])) <= SAME:
+                wrong.append(f"{strategy} of {given.processes} is not one process: {row}")
+    if first and given.write:
+        write_rows("ranks-equal", rows, on_gpu=given.accelerator == "cuda")
+    if wrong:
+        print("; ".join(wrong), file=sys.stderr)
+    return len(wrong)
+
+
+# ---------------------------------------------------------------------------- speed
+
+
+def speed(given: argparse.Namespace) -> int:
+    """One row a strategy, compiled and not: tokens a second in all, and of how many times one."""
+    rows: list[dict[str, Any]] = []
+    on_gpu, failed = given.accelerator == "cuda", 0
+    windows = given.tokens // given.context_length
+    for compiled in given.compile:
+        alone = None
+        for way in ("one", *given.strategies):
+            count = 1 if way == "one" else given.processes
+            options = {
+                "--name": f"{way}_{compiled}",
+                "--trainer.default_root_dir": given.runs,
+                "--trainer.accelerator": given.accelerator,
+                "--trainer.max_steps": str(given.steps),
+                "--trainer.val_check_interval": str(given.steps),
+                "--trainer.limit_val_batches": "4",
+                "--trainer.log_every_n_steps": "10",
+                "--trainer.enable_progress_bar": "false",
+                "--trainer.enable_checkpointing": "false",
+                "--model.preset": given.preset,
+                "--model.dropout": "0",
+                "--data": "Text",
+                "--data.path": given.text,
+                "--data.context_length": str(given.context_length),
+                "--data.batch_size": str(windows * count),
+                "--compile": compiled,
+            }
+            if given.vocab_size:
+                options |= {"--data.tokenizer": "bpe", "--data.vocab_size": str(given.vocab_size)}
+            options |= ONE if way == "one" else STRATEGIES[way](count)
+            row: dict[str, Any] = {"way": way, "processes": count, "model": given.preset}
+            row |= {"time": given.context_length, "tokens_a_process": given.tokens}
+            row["compile"] = compiled
+            try:
+                log = [entry for entry in fit(options, given) if entry["train/loss"]]
+                row |= rates(log)
+                alone = row["tokens_per_second"] if way == "one" else alone
+                row["times_one"] = round(row["tokens_per_second"] / alone, 3) if alone else ""
+            except subprocess.CalledProcessError as error:
+                row["failed"] = f"exit status {error.returncode}"
+                failed += 1
+            print(row, flush=True)
+            rows.append(row)
+            write_rows("ranks-speed", rows, on_gpu=on_gpu)
+    return failed
+
+
+def rates(log: Log) -> dict[str, Any]:
+    """The median of the second half's tokens a second, and the most memory of the first process."""
+    late = log[len(log) // 2 :]
+    memory = next(name for name in log[-1] if name.endswith("_memory_mb"))
+    return {
+        "steps": int(log[-1]["step"]),
+        "last_loss": log[-1]["train/loss"][:9],
+        "tokens_per_second": round(
+            statistics.median(float(x["train/tokens_per_second"]) for x in late)
+        ),
+        "peak_memory_mb": round(float(log[-1][memory])),
+    }
+
+
+def fit(options: dict[str, str], given: argparse.Namespace) -> Log:
+    """The log of one run; subprocess.CalledProcessError if it fails."""
+    parts = [part for option in options.items() for part in option]
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ
+    subprocess.run([sys.executable, "-m", "archzoo", "fit", *parts], check=True, env=environment)
+    with Path(given.runs, options["--name"], "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---------------------------------------------------------------------------- rounding
+
 WAYS: dict[str, dict[str, str]] = {
-    "one": {"--trainer.devices": "1"},
+    "one": ONE,
     # Matrices start at 1 + 2^-23 times what they are: their last digit in float32.
     "rounding": {"--trainer.devices": "1", "--model.init_std": str(0.02 * (1 + 2**-23))},
-    "ddp": {"--trainer.devices": "2", "--trainer.strategy": "ddp"},
-    "fsdp2": {"--trainer.devices": "2"} | FSDP2,
+    "ddp": ddp(2),
+    "fsdp2": fsdp2(2),
 }
 PRECISIONS: dict[str, dict[str, str]] = {
-    "float64": {
-        # ModelParallelStrategy refuses the name 64-true, and takes what is behind it.
-        "--trainer.plugins": "lightning.pytorch.plugins.DoublePrecision",
-        "--trainer.max_steps": "10",
-        "--trainer.val_check_interval": "10",
-    },
+    "float64": FLOAT64 | {"--trainer.max_steps": "10", "--trainer.val_check_interval": "10"},
     "float32": {"--trainer.precision": "32-true"},
     "bf16-mixed": {"--trainer.precision": "bf16-mixed"},
 }
@@ -54,8 +289,8 @@ TRAINING = ("train/loss", "train/gradient_norm", "train/loss/balance/0")
 EQUAL = 1e-9  # in float64, relative
 
 
-def fit(name: str, flags: dict[str, str], given: argparse.Namespace) -> Log:
-    """The log of one run; subprocess.CalledProcessError if it fails."""
+def mixture(name: str, flags: dict[str, str], given: argparse.Namespace) -> Log:
+    """The log of one run of a Skywork mixture."""
     options = {
         "--name": name,
         "--trainer.default_root_dir": given.runs,
@@ -81,11 +316,7 @@ def fit(name: str, flags: dict[str, str], given: argparse.Namespace) -> Log:
         "--data.context_length": str(given.context_length),
         "--data.batch_size": str(given.batch_size),
     }
-    parts = [part for option in (options | flags).items() for part in option]
-    environment = {"OMP_NUM_THREADS": "1"} | os.environ
-    subprocess.run([sys.executable, "-m", "archzoo", "fit", *parts], check=True, env=environment)
-    with Path(given.runs, name, "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+    return fit(options | flags, given)
 
 
 def differences(log: Log, one: Log, column: str) -> list[float]:
@@ -114,42 +345,76 @@ def summarise(log: Log, one: Log | None) -> dict[str, Any]:
     return row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--accelerator", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--size", default="small", help="of the skywork family [small]")
-    parser.add_argument("--steps", type=int, default=40, help="float64: 10 [40]")
-    parser.add_argument("--batch_size", type=int, default=32, help="windows, all ranks together")
-    parser.add_argument("--context_length", type=int, default=512)
-    parser.add_argument(
-        "--precisions", nargs="+", choices=PRECISIONS, help="default: all; no bf16-mixed on a CPU"
-    )
-    given = parser.parse_args()
+def rounding(given: argparse.Namespace) -> int:
+    """One row a precision and way."""
     on_gpu = given.accelerator == "cuda"
     rows, wrong = [], []
-    with tempfile.TemporaryDirectory(prefix="archzoo-ranks-") as given.runs:
-        for precision in given.precisions or list(PRECISIONS)[: 3 if on_gpu else 2]:
-            one = None
-            for way, flags in WAYS.items():
-                if way == "rounding" and precision != "float32":
-                    continue  # it is float32's last digit
-                row: dict[str, Any] = {"way": way, "precision": precision}
-                try:
-                    log = fit(f"{way}_{precision}", flags | PRECISIONS[precision], given)
-                    one = log if way == "one" else one
-                    row |= summarise(log, one)
-                except subprocess.CalledProcessError as error:
-                    row["failed"] = f"exit status {error.returncode}"
-                    wrong.append(f"{way} in {precision} failed")
-                far = [float(row.get(f"{column} apart, at most", 0)) for column in TRAINING]
-                if precision == "float64" and not max(far) <= EQUAL:
-                    wrong.append(f"{way} in float64 is {max(far)} from one process")
-                print(row, flush=True)
-                rows.append(row)
+    for precision in given.precisions or list(PRECISIONS)[: 3 if on_gpu else 2]:
+        one = None
+        for way, flags in WAYS.items():
+            if way == "rounding" and precision != "float32":
+                continue  # it is float32's last digit
+            row: dict[str, Any] = {"way": way, "precision": precision}
+            try:
+                log = mixture(f"{way}_{precision}", flags | PRECISIONS[precision], given)
+                one = log if way == "one" else one
+                row |= summarise(log, one)
+            except subprocess.CalledProcessError as error:
+                row["failed"] = f"exit status {error.returncode}"
+                wrong.append(f"{way} in {precision} failed")
+            far = [float(row.get(f"{column} apart, at most", 0)) for column in TRAINING]
+            if precision == "float64" and not max(far) <= EQUAL:
+                wrong.append(f"{way} in float64 is {max(far)} from one process")
+            print(row, flush=True)
+            rows.append(row)
     write_rows("ranks", rows, on_gpu=on_gpu)
     if wrong:
-        sys.exit("; ".join(wrong))
+        print("; ".join(wrong), file=sys.stderr)
+    return len(wrong)
+
+
+# ---------------------------------------------------------------------------- the command line
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parts = parser.add_subparsers(required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--accelerator", choices=("cuda", "cpu"), default="cuda")
+    ranks = argparse.ArgumentParser(add_help=False)
+    ranks.add_argument("--processes", type=int, default=2)
+    ranks.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
+
+    part = parts.add_parser("equal", parents=[common, ranks])
+    part.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    part.add_argument("--write", action="store_true", help="rows in results/")
+    part.set_defaults(run=equal)
+
+    part = parts.add_parser("speed", parents=[common, ranks])
+    part.add_argument("--text", default=str(ROOT / "data" / "*.txt"))
+    part.add_argument("--preset", default="retnet_base")
+    part.add_argument("--vocab_size", type=int, default=32000, help="0: characters [32000]")
+    part.add_argument("--context_length", type=int, default=2048)
+    part.add_argument("--tokens", type=int, default=32768, help="a step and process [32768]")
+    part.add_argument("--steps", type=int, default=120)
+    part.add_argument("--compile", nargs="+", choices=("true", "false"), default=["true", "false"])
+    part.set_defaults(run=speed)
+
+    part = parts.add_parser("rounding", parents=[common])
+    part.add_argument("--size", default="small", help="of the skywork family [small]")
+    part.add_argument("--steps", type=int, default=40, help="float64: 10 [40]")
+    part.add_argument("--batch_size", type=int, default=32, help="windows, all ranks together")
+    part.add_argument("--context_length", type=int, default=512)
+    part.add_argument(
+        "--precisions", nargs="+", choices=PRECISIONS, help="default: all; no bf16-mixed on a CPU"
+    )
+    part.set_defaults(run=rounding)
+
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="archzoo-ranks-") as given.runs:
+        status: int = given.run(given)
+        return status
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.backends.registry import lookup_backend
 
 import archzoo
 from archzoo.training import compiling
@@ -51,8 +52,48 @@ def test_only_training_is_compiled_and_a_copy_is_not():
     assert calls
 
 
+@pytest.mark.parametrize("name", ["retnet_micro", "transformer_micro"])
+def test_blocks_are_compiled_once_for_all_of_them(name):
+    torch.manual_seed(0)
+    net, tokens = archzoo.create_model(name, vocab_size=16, depth=3).train(), torch.ones(2, 9).int()
+    names = list(net.state_dict())
+    wanted = gradients(net, tokens)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    net.compile_blocks(backend=backend, fullgraph=True)
+    found = gradients(net, tokens)
+    for mine, true in zip(found, wanted, strict=True):
+        assert (mine - true).norm() < 1e-5 * true.norm()
+    assert len(graphs) == 1 and list(net.state_dict()) == names
+    assert copy.deepcopy(net).blocks[0].compiled_run is None
+    net.eval()(tokens)
+    assert len(graphs) == 1
+    net.train().forget_compiled()
+    net.hidden(torch.ones(3, 7).int())
+    assert len(graphs) == 1
+
+
+def test_blocks_of_several_kinds_are_compiled_each():
+    options = {"mixer": None, "depth": 12, "pattern": ["Retention", "Attention", "Retention"]}
+    torch.manual_seed(0)
+    net, tokens = (
+        archzoo.create_model("retnet_micro", vocab_size=16, **options).train(),
+        [[3, 1, 4]],
+    )
+    wanted = gradients(net, torch.tensor(tokens))
+    torch._dynamo.reset()
+    net.compile_blocks(backend="aot_eager", fullgraph=True)
+    found = gradients(net, tokens)
+    for mine, true in zip(found, wanted, strict=True):
+        assert (mine - true).norm() < 1e-5 * true.norm()
+
+
 def callback_says(when, module, capfd):
-    CompileModel(when).on_train_start(SimpleNamespace(), module)
+    CompileModel(when).on_train_start(SimpleNamespace(world_size=1), module)
     return capfd.readouterr().err
 
 

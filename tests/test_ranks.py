@@ -1,6 +1,7 @@
 """Several processes train as one: DDP and FSDP2 by Lightning's flags, on gloo."""
 
 import csv
+import functools
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.trainer.connectors import data_connector
+from torch._dynamo.backends.registry import lookup_backend
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -152,6 +154,24 @@ def test_gradients_are_exchanged_once_a_step(one_of_two, strategy):
     assert main([*given, "--trainer.max_steps=3", "--trainer.val_check_interval=5"]) == 0
     exchanged = [after > before for before, after in pairwise([0, *seen])]
     assert exchanged[3:] == [False, True, False, False, True]
+
+
+@pytest.mark.parametrize("strategy", [DDP, FSDP2], ids=["ddp", "fsdp2"])
+def test_each_rank_compiles_its_blocks(one_of_two, strategy, monkeypatch, capfd):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    watch()
+    dense = [*ALONE, "--model.preset=retnet_micro", "--model.feed_forward=GatedFeedForward"]
+    run = ["fit", "--config", "run.yaml", "--name", "x", *strategy, *dense, "--compile=true"]
+    assert main(run) == 0
+    assert "compiling the model" in capfd.readouterr().err
+    assert len(graphs) == 1  # for all blocks and steps
 
 
 def assert_same(one, other, allowed):

@@ -25,8 +25,6 @@ COST = "a step of retnet_base takes 1.18 times as long so"
 
 def reason_against(module: LanguageModel) -> str | None:
     """Why `auto` does not compile this model on an NVIDIA GPU; None: nothing speaks against it."""
-    if module.sharded:
-        return "its weights are sharded"
     if module.progressive_loss and module.net.loops > 1:
         return "progressive_loss draws another number of iterations for every step"
     if any(isinstance(part, MixtureOfExperts) for part in module.net.modules()):
@@ -47,6 +45,8 @@ def missing() -> str | None:
 class CompileModel(lightning.Callback):
     """Compiles the decoder before the first step, and says how long that took.
 
+    Where several processes train it, it is compiled block by block: see `Decoder.compile_blocks`.
+
     Args:
         when: "auto" compiles a model of 20 M parameters or more on an NVIDIA GPU, unless
             something speaks against it, and says what.
@@ -61,7 +61,7 @@ class CompileModel(lightning.Callback):
     ) -> None:
         assert isinstance(pl_module, LanguageModel)
         net = pl_module.net
-        net.compiled_hidden = None
+        net.forget_compiled()
         if self.when == "auto":
             if pl_module.device.type != "cuda" or torch.version.hip is not None:
                 return
@@ -73,7 +73,10 @@ class CompileModel(lightning.Callback):
                 return
         if not self.when:
             return
-        net.compile()
+        if trainer.world_size > 1:
+            net.compile_blocks()
+        else:
+            net.compile()
         compiled, plain = net.compiled_hidden, net._hidden
 
         def compute(*given: Any) -> Any:
@@ -86,7 +89,8 @@ class CompileModel(lightning.Callback):
                         f"the model cannot be compiled ({line}): --compile false trains without"
                     ) from error
                 say(f"the model cannot be compiled ({line}); {COST}")
-                self._began, net.compiled_hidden = None, None
+                self._began = None
+                net.forget_compiled()
                 return plain(*given)
 
         net.compiled_hidden = compute
