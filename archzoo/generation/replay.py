@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from archzoo.decoder import Decoder
 from archzoo.generation.fused import Step, fused_step
@@ -52,7 +53,7 @@ def step_function(model: Decoder, batch_size: int, plain: bool = False) -> Step:
 
 
 def replays(model: Decoder, graph: bool | None) -> bool:
-    """Whether decoding replays: as asked, or where there are graphs and nobody watches the calls.
+    """Whether decoding replays: as asked, or on one GPU where nobody watches the calls.
 
     Args:
         model: That decodes.
@@ -63,7 +64,9 @@ def replays(model: Decoder, graph: bool | None) -> bool:
     if model.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return False
     # A hook would see the step that is captured, and none that is replayed.
-    return not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+    watched = any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+    places = {(type(weight), weight.device) for weight in model.parameters()}
+    return not watched and places == {(Parameter, model.device)}  # no shards, and one GPU
 
 
 def start_replay(
