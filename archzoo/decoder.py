@@ -18,6 +18,7 @@ from archzoo.adapters import Adapter, Target
 from archzoo.adapters.attach import attach, start_adapters
 from archzoo.adapters.prompts import insert_prompts
 from archzoo.block import Aux, Bias, Block, Embedding, FeedForward, Mixer, Rotary, Router
+from archzoo.compiled import own_name
 from archzoo.convolution import ShortConvolution
 from archzoo.derivatives import transformed
 from archzoo.documents import Context
@@ -343,6 +344,16 @@ class Decoder(nn.Module):
         self.compiled_hidden = None
         for block in self.blocks:
             block.compiled_run = None
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        """Take the names that a state of `torch.compile(decoder)` has, too."""
+        for name in [n for n in state_dict if n.startswith(prefix)]:
+            own = prefix + own_name(name.removeprefix(prefix))
+            if own != name:
+                state_dict[own] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the compiled form, which is of this object alone."""

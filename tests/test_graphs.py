@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.export import Dim, export
 
 import archzoo
+from archzoo.training.comparison import check_weights_fit
+from archzoo.training.module import LanguageModel
 
 HYBRID = {"pattern": ["Retention", "Attention"], "depth": 2}
 ABACUS = {
@@ -51,3 +54,53 @@ def test_a_model_is_exported_with_a_dynamic_length(family):
         for rows, time in ((2, 2), (3, 12), (1, 200)):
             tokens = drawn(rows, time)
             assert torch.allclose(exported(tokens).logits, net(tokens).logits, atol=1e-5)
+
+
+def test_a_compiled_model_is_the_model_elsewhere(tmp_path):
+    """Saved by its own names, adapted, and asked to write."""
+    net = whole("transformer").eval()
+    compiled = torch.compile(net, backend="eager")
+    net.blocks[0] = torch.compile(net.blocks[0], backend="eager")
+    assert next(iter(compiled.state_dict())).startswith("_orig_mod.")
+    archzoo.save_pretrained(tmp_path / "model", compiled)
+    loaded, _ = archzoo.from_pretrained(tmp_path / "model")
+    net.blocks[0] = net.blocks[0]._orig_mod
+    assert list(loaded.state_dict()) == list(net.state_dict())
+    tokens = drawn(1, 5)
+    assert torch.equal(loaded(tokens).logits, net(tokens).logits)
+    wanted = archzoo.generate(net, tokens.tolist(), max_tokens=3, temperature=0).tokens
+    assert archzoo.generate(compiled, tokens.tolist(), max_tokens=3, temperature=0).tokens == wanted
+    state = net(tokens, net.init_state(1)).state
+    archzoo.save_state(tmp_path / "state.safetensors", state, compiled)
+    archzoo.load_state(tmp_path / "state.safetensors", net)
+    assert archzoo.remove_adapters(archzoo.adapt(compiled, "LoRA")) is net
+
+
+def test_the_names_of_a_compiled_model_are_read(tmp_path):
+    net, other = whole("transformer"), whole("retnet")
+    archzoo.save_pretrained(tmp_path, net)
+    theirs = {f"_orig_mod.{name}": tensor + 1 for name, tensor in net.state_dict().items()}
+    save_file(theirs, tmp_path / "model.safetensors")
+    loaded, _ = archzoo.from_pretrained(tmp_path)
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, net.state_dict()[name] + 1)
+    net.load_state_dict(theirs)
+    assert torch.equal(net.head.weight, loaded.head.weight)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        other.load_state_dict(theirs)
+
+
+def test_a_checkpoint_with_the_names_of_a_compiled_model_is_read(tmp_path):
+    module = LanguageModel(preset="transformer_micro", vocab_size=16, depth=1)
+    content = {
+        "hyper_parameters": module.hyper_parameters(),
+        "state_dict": {
+            name.replace("decoder.", "decoder._orig_mod."): tensor
+            for name, tensor in module.state_dict().items()
+        },
+    }
+    torch.save(content, tmp_path / "run.ckpt")
+    loaded, _ = archzoo.from_pretrained(tmp_path / "run.ckpt")
+    assert torch.equal(loaded.head.weight, module.net.head.weight)
+    check_weights_fit(module.net, content["state_dict"])
+    module.load_state_dict(content["state_dict"])

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from archzoo.adapters import Adapter, Kind, Target
+from archzoo.compiled import uncompiled
 from archzoo.linear import Linear
 from archzoo.names import nearest
 from archzoo.parts import Spec, build, describe, describe_adapters, find, named_adapters
@@ -65,6 +66,7 @@ def adapt(decoder: Decoder, adapter: Any) -> Decoder:
         ValueError: It has adapters already, nothing matches the targets, or the class cannot
             change what matches.
     """
+    decoder = uncompiled(decoder)
     if named_adapters(decoder.config):
         raise ValueError(
             "the model has adapters already: omit adapter to continue training them, or merge "
@@ -261,6 +263,7 @@ def merge_adapters(decoder: Decoder) -> Decoder:
         ValueError: It has none, or one that cannot be merged; the message names it, and nothing
             has changed.
     """
+    decoder = uncompiled(decoder)
     if not named_adapters(decoder.config):
         raise ValueError("this decoder has no adapter to merge")
     for module in decoder.modules():
@@ -279,6 +282,7 @@ def merge_adapters(decoder: Decoder) -> Decoder:
 
 def remove_adapters(decoder: Decoder) -> Decoder:
     """Take all adapters off a decoder, in place: the base again, bit for bit; all of it learns."""
+    decoder = uncompiled(decoder)
     for module in decoder.modules():
         if isinstance(module, Linear):
             module.detach_adapters()

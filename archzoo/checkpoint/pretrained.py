@@ -29,6 +29,7 @@ from archzoo.checkpoint.building import Pretrained, build_with, shapes_of
 from archzoo.checkpoint.checks import check_task, text_or_none
 from archzoo.checkpoint.digest import DIGEST, weights_digest
 from archzoo.checkpoint.vocabulary import TOKENIZER_LONGEST, check_vocabulary, tokenizer_of
+from archzoo.compiled import own_name, uncompiled
 from archzoo.decoder import Decoder
 from archzoo.parts import SLOTS, find, named_adapters
 from archzoo.trust import WITHIN, shown, strings
@@ -66,7 +67,8 @@ def save_pretrained(
 
     Args:
         directory: It is made where it is missing.
-        model: To write, in its own dtypes.
+        model: To write, in its own dtypes; what `torch.compile` made of one is written as the
+            model itself.
         tokenizer: To write, or None.
         task: What the model was trained on, as `Task.config` gives it. None: `Decoder.task`.
 
@@ -77,6 +79,7 @@ def save_pretrained(
             the model knows.
         OSError: The files cannot be written; nothing has changed.
     """
+    model = uncompiled(model)
     task = getattr(model, "task", None) if task is None else task
     _check_order(directory, model, tokenizer, task)
     target = Path(directory).resolve()
@@ -95,7 +98,7 @@ def save_pretrained(
     }
     files[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     tensors, shared = _tensors(model)
-    metadata = {"format": "pt", DIGEST: weights_digest(model.state_dict()), **shared}
+    metadata = {"format": "pt", DIGEST: weights_digest(_weights(model)), **shared}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as partial:
@@ -115,12 +118,17 @@ def save_pretrained(
         raise OSError(f"the model cannot be written to {directory}: {error}") from None
 
 
+def _weights(model: Decoder) -> dict[str, Tensor]:
+    """A model's weights by their own names, whichever of its modules were compiled."""
+    return {own_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+
+
 def _tensors(model: Decoder) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A model's tensors, each once, and {other name: the name that it is stored under}."""
     tensors: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
     first: dict[int, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for name, tensor in _weights(model).items():
         if id(tensor) in first:
             shared[name] = first[id(tensor)]
         else:
@@ -171,7 +179,7 @@ def _check_rebuilds(model: Decoder, directory: str | os.PathLike[str]) -> None:
     """Refuse a model whose configuration would build other weights: it could not be loaded."""
     config = json.loads(json.dumps(model.config))
     built, held = (
-        {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}
+        {name: tuple(tensor.shape) for name, tensor in _weights(decoder).items()}
         for decoder in (shapes_of(config, Path(directory))[0], model)
     )
     for name in built | held:
@@ -207,10 +215,13 @@ def read_directory(path: Path, changes: dict[str, Any]) -> Pretrained:
     """The content of a directory that `save_pretrained` wrote; `changes` are of its decoder."""
     config = read_config(path)
     tokenizer = named_tokenizer(config.get("tokenizer"), path)
-    with _weights_file(path / WEIGHTS) as (file, metadata, held):
+    with _weights_file(path / WEIGHTS) as (file, metadata, stored):
+        # Another program may have written what torch.compile(model) calls them.
+        called = {own_name(name): name for name in stored}
+        held = {own: stored[name] for own, name in called.items()}
 
         def read(name: str) -> Tensor:
-            tensor: Tensor = file.get_tensor(name)
+            tensor: Tensor = file.get_tensor(called[name])
             return tensor.clone()  # of its own: the file may change under a map of it
 
         sources = {name: name for name in held}

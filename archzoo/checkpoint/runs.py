@@ -12,6 +12,7 @@ from archzoo.checkpoint.building import Pretrained, build_with, expected_of
 from archzoo.checkpoint.checks import check_settings, check_sizes, check_task, text_or_none
 from archzoo.checkpoint.digest import DIGEST, check_digest, weights_digest
 from archzoo.checkpoint.vocabulary import run_tokenizer
+from archzoo.compiled import own_name
 from archzoo.decoder import Decoder
 
 LAST = "last.ckpt"  # of a run's directory
@@ -40,10 +41,11 @@ def read_run(path: Path, changes: dict[str, Any]) -> Pretrained:
 
 def _decoder_weights(content: dict[str, Any]) -> dict[str, Any]:
     """The decoder's tensors in a run's checkpoint, by their own names."""
+    named = {own_name(n): held for n, held in content["state_dict"].items() if isinstance(n, str)}
     return {
         name.removeprefix("decoder."): tensor
-        for name, tensor in content["state_dict"].items()
-        if isinstance(name, str) and name.startswith("decoder.")
+        for name, tensor in named.items()
+        if name.startswith("decoder.")
     }
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from archzoo.compiled import uncompiled
 from archzoo.decoder import Decoder
 from archzoo.generation.conversation import Conversation, check_conversation, prompts_of, tails
 from archzoo.generation.prompts import Prompts, encode, pad_left
@@ -108,6 +109,7 @@ def beam_search(
         raise ValueError(f"max_tokens={max_tokens} must be at least 1")
     if not 0 <= length_power < math.inf:
         raise ValueError(f"length_power={length_power} must be at least 0, and finite")
+    model = uncompiled(model)
     prompts = prompts_of(prompts, conversation)
     writing = writing_of(model.task)
     rows = encode(prompts, tokenizer, model.vocab_size, writing, continues=conversation is not None)

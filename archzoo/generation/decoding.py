@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from archzoo.block import FORMS
+from archzoo.compiled import uncompiled
 from archzoo.decoder import Decoder
 from archzoo.generation.conversation import (
     Conversation,
@@ -133,6 +134,7 @@ def generate(
             "a conversation holds a state and not its text: only the recurrent form continues it, "
             "without check"
         )
+    model = uncompiled(model)
     prompts = prompts_of(prompts, conversation)
     writing = writing_of(model.task)
     asked_in_text = isinstance(prompts, str) or any(isinstance(entry, str) for entry in prompts)

@@ -21,6 +21,7 @@ import torch
 
 from archzoo.checkpoint.archives import check_regular
 from archzoo.checkpoint.digest import weights_digest
+from archzoo.compiled import uncompiled
 from archzoo.decoder import Decoder
 from archzoo.generation.conversation import Conversation, extended, start_conversation
 from archzoo.generation.state_files import StateLayout, leaves_of, read_state, write_state
@@ -92,6 +93,7 @@ def read_document(
     path, layout = Path(path), StateLayout(model)
     if segment < 2 * AFTER:
         raise ValueError(f"segment={segment} must be at least {2 * AFTER} characters")
+    model = uncompiled(model)
     check_regular(path)
     size = path.stat().st_size
     if not size:

@@ -27,6 +27,7 @@ from archzoo._version import __version__
 from archzoo.checkpoint.archives import Stored, check_json_depth
 from archzoo.checkpoint.digest import weights_digest
 from archzoo.checkpoint.pretrained import open_tensors
+from archzoo.compiled import uncompiled
 from archzoo.decoder import Decoder
 from archzoo.generation.conversation import Conversation, start_conversation
 from archzoo.states import State, to
@@ -62,7 +63,7 @@ class StateLayout:
     """
 
     def __init__(self, model: Decoder) -> None:
-        self.model = model
+        self.model = uncompiled(model)
         self._expected: dict[tuple[bool, bool], tuple[State, dict[str, Expected]]] = {}
 
     @functools.cached_property

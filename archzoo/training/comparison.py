@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from archzoo.compiled import own_name
 from archzoo.decoder import Decoder
 from archzoo.parts import find, named_adapters
 from archzoo.registry import count_parameters, get_preset
@@ -95,8 +96,9 @@ def check_weights_fit(decoder: Decoder, theirs: Any) -> None:
     """
     if not isinstance(theirs, dict):
         raise ValueError("the checkpoint holds no weights")
+    theirs = {own_name(name): value for name, value in theirs.items()}
     theirs = {name: value for name, value in theirs.items() if name.startswith("decoder.")}
-    ours = {f"decoder.{name}": value for name, value in decoder.state_dict().items()}
+    ours = {f"decoder.{own_name(name)}": held for name, held in decoder.state_dict().items()}
     misfit = "the checkpoint's weights do not fit its settings: they"
     for verb, odd in (("miss", ours.keys() - theirs), ("have", theirs.keys() - ours)):
         if odd:
