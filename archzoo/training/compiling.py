@@ -11,7 +11,6 @@ import lightning
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
-from archzoo.feedforward.moe import MixtureOfExperts
 from archzoo.kernels.launching import TRITON_FOUND
 from archzoo.training.ending import say
 from archzoo.training.module import LanguageModel
@@ -27,8 +26,6 @@ def reason_against(module: LanguageModel) -> str | None:
     """Why `auto` does not compile this model on an NVIDIA GPU; None: nothing speaks against it."""
     if module.progressive_loss and module.net.loops > 1:
         return "progressive_loss draws another number of iterations for every step"
-    if any(isinstance(part, MixtureOfExperts) for part in module.net.modules()):
-        return "mixtures of experts have kernels of their own"
     lacking = missing()
     return lacking and f"{lacking}; {COST}"
 
