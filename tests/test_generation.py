@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import archzoo
+from archzoo.cli import main
 from archzoo.decoder import Decoder
 from archzoo.generation import (
     FormsDisagree,
@@ -460,6 +461,17 @@ def test_command(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = model.init_state(1)
     assert lines[1] == f"state {archzoo.block.nbytes(state):,} bytes, the same at any length"
     assert lines[2].startswith("recurrent and recomputed logits agree to ")
+
+
+def test_command_replays(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seen = []
+    for flag in ("false", "true"):
+        given = ["12+345=", "--max_tokens", "12", "--device", "cpu", "--graph", flag]
+        main(["generate", str(checkpoint), *given])
+        seen.append(capsys.readouterr().out.partition("\n\n"))
+    assert seen[0][0] == seen[1][0]
+    assert "the graph" not in seen[0][2]
+    assert re.search(r"the prompt \d+\.\d ms, the graph \d+\.\d ms\n", seen[1][2])
 
 
 def test_command_with_several_prompts(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
