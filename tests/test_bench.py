@@ -409,7 +409,7 @@ def test_peers_take_the_shape_of_ours_or_say_why_not(monkeypatch):
         assert Shape.of(ZooContender("yuan_micro").make()) is None
     assert FlashLinearAttention.missing("cpu") == "flash-linear-attention needs a CUDA device"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert Llama.missing("cpu") == "transformers is not installed (pip install transformers)"
+    assert Llama.missing("cpu") == "transformers is not installed (pip install 'archzoo[peers]')"
     assert Torchscale("torchscale", shape).chunk_size == 512
     assert Torchscale("torchscale:parallel", shape).chunk_size is None
     peer = contender_of({"name": "torchscale:chunk_size=64", "shape": list(shape)})

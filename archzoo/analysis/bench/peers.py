@@ -74,7 +74,7 @@ class Peer(Contender):
     kind: str  # its name in `PEERS`
     package: str  # what is imported
     distribution: str  # what is installed
-    install = ""  # how, where its name is not enough
+    install = "'archzoo[peers]'"  # how
     options: tuple[str, ...] = ()
     like: str  # the mixer of ours that it stands beside
 
@@ -118,7 +118,7 @@ class Peer(Contender):
     def missing(cls, device: str) -> str | None:
         """Why it cannot be run here; None: it can."""
         if importlib.util.find_spec(cls.package) is None:
-            return f"{cls.package} is not installed (pip install {cls.install or cls.distribution})"
+            return f"{cls.package} is not installed (pip install {cls.install})"
         return None
 
     def facts(self) -> dict[str, Any]:
