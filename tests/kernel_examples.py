@@ -228,6 +228,15 @@ def retention_layer() -> None:
 
 
 @example
+def rotation() -> None:
+    from archzoo.kernels.rotation import split_rotated
+
+    projected = torch.randn(2, 128, 4 * 64, dtype=torch.bfloat16, requires_grad=True)
+    parts = split_rotated(projected, torch.randn(1, 128, 1, 32, 2), 2, 1)
+    sum(part.sum() for part in parts).backward()
+
+
+@example
 def cross_entropy() -> None:
     from archzoo.kernels.cross_entropy import score, total_loss
 

@@ -15,6 +15,7 @@ from archzoo.block import Bias, Mixer, Rotary
 from archzoo.derivatives import differentiated_again, plain_gradients, transformed
 from archzoo.documents import Context
 from archzoo.kernels import cache_attention as kernels
+from archzoo.kernels import rotation
 from archzoo.linear import Linear
 from archzoo.numerics import head_size, merge_heads, split_heads
 from archzoo.positions.rotary import RotaryEmbedding
@@ -137,8 +138,20 @@ class Attention(Mixer):
         self, x: Tensor, state: State | None, context: Context
     ) -> tuple[Tensor, State | None]:
         """X (batch, time, dim) against itself and whatever the state holds."""
-        qk, v = self.query_key_value(x).split_with_sizes(self.widths, -1)
+        projected = self.query_key_value(x)
+        if state is None and self.splits_in_one(projected):
+            table = self.rotary.table(context.positions, torch.float32)  # type: ignore[operator]
+            parts = rotation.split_rotated(projected, table, self.heads, self.kv_heads)
+            return self.attend_rotated(*parts, None, context)
+        qk, v = projected.split_with_sizes(self.widths, -1)
         return self.attend(qk, v, state, context)
+
+    def splits_in_one(self, projected: Tensor) -> bool:
+        """Whether `archzoo.kernels.rotation` cuts and rotates this result of the one matrix."""
+        if not rotation.available(projected):
+            return False
+        rotary: Any = self.rotary  # one table has to describe it, and it has to turn all channels
+        return hasattr(rotary, "table") and 2 * len(rotary.frequencies) == self.head_dim
 
     def attend(
         self, qk: Tensor, v: Tensor, state: State | None, context: Context
@@ -156,7 +169,20 @@ class Attention(Mixer):
         q, k = self.rotary.both(
             split_heads(qk, self.heads + self.kv_heads), self.heads, context.positions
         )
-        v = split_heads(v, self.kv_heads)
+        return self.attend_rotated(q, k, split_heads(v, self.kv_heads), state, context)
+
+    def attend_rotated(
+        self, q: Tensor, k: Tensor, v: Tensor, state: State | None, context: Context
+    ) -> tuple[Tensor, State | None]:
+        """`attend` from the rotation on.
+
+        Args:
+            q: (batch, time, heads, head_dim).
+            k: (batch, time, kv_heads, head_dim).
+            v: Shaped like k.
+            state: The cache, or None.
+            context: Of the same tokens.
+        """
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (batch, heads, time, head_dim)
 
         positions = context.positions if self.bias is not None else None

@@ -1,0 +1,153 @@
+"""Queries, keys and values out of the result of one matrix: cut apart and rotated in one pass.
+
+    q_n, k_n turned by n theta: (a, b) -> (a cos - b sin, a sin + b cos)        v_n as it is
+
+and back, for the gradients: turned the other way and joined, in one pass, where a compiler makes
+two. The three lie in memory of their own, so that attention keeps them alone for its backward pass,
+and not the matrix's result, in which its values would be a third.
+
+The plain form is `archzoo.positions.rotary`, which runs wherever `available` says no. Importing
+this module needs neither Triton nor a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from archzoo.derivatives import transformed
+from archzoo.kernels.launching import launch, power_of_2, run_beside
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def available(projected: Tensor) -> bool:
+    """Whether the kernel takes this result of a matrix."""
+    # Asked first: on a CPU, where no kernel runs, nothing else is looked at.
+    if not run_beside(projected) or transformed() or projected.dtype not in _DTYPES:
+        return False
+    return projected.is_contiguous() and projected.numel() > 0
+
+
+def split_rotated(
+    projected: Tensor, table: Tensor, heads: int, key_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Q, k and v, each contiguous, (batch, time, its heads, head_dim); q and k rotated.
+
+    Args:
+        projected: (batch, time, (heads + 2 key_heads) * head_dim), in this order, contiguous.
+        table: The rotation of all channels, (batch or 1, time, 1, head_dim / 2) complex, or cosine
+            and sine in a last axis; float32.
+        heads: Of q.
+        key_heads: Of k, and of v.
+    """
+    if table.is_complex():
+        table = torch.view_as_real(table)
+    q, k, v = torch.ops.archzoo.split_rotated(projected, table.contiguous(), heads, key_heads)
+    return q, k, v
+
+
+_library = torch.library.Library("archzoo", "FRAGMENT")
+_library.define(
+    "split_rotated(Tensor projected, Tensor table, int heads, int key_heads) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+_library.define("join_rotated(Tensor q, Tensor k, Tensor v, Tensor table) -> Tensor")
+
+
+def _width(projected: Tensor, heads: int, key_heads: int) -> int:
+    return projected.shape[-1] // (heads + 2 * key_heads)
+
+
+def _empty(projected: Tensor, heads: int, key_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for q, k and v."""
+    batch, time, _ = projected.shape
+    width = _width(projected, heads, key_heads)
+    q, k, v = (
+        projected.new_empty((batch, time, count, width)) for count in (heads, key_heads, key_heads)
+    )
+    return q, k, v
+
+
+def _run(joined: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor, join: bool) -> None:
+    """Cut `joined` apart into q, k and v, or join them there."""
+    batch, time, heads, width = q.shape
+    block = power_of_2(width)
+    rows = max(2048 // block, 1)
+    tokens = batch * time
+    of_batch = 0 if table.shape[0] == 1 else time * width
+    strides = (stride for part in (q, k, v) for stride in part.stride()[:3])
+    launch(
+        "archzoo.kernels.rotation.triton", "rotation_kernel",
+        (-(-tokens // rows), heads + 2 * k.shape[2]), (joined, q, k, v, table),
+        tokens, time, heads, k.shape[2], *strides, of_batch,
+        WIDTH=width, BLOCK=block, ROWS=rows, JOIN=join, num_warps=4,
+    )  # fmt: skip
+
+
+def _split(
+    projected: Tensor, table: Tensor, heads: int, key_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator."""
+    parts = _empty(projected, heads, key_heads)
+    _run(projected, *parts, table, False)
+    return parts
+
+
+def _join(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    """Its transpose, which is its inverse."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    batch, time, heads, width = q.shape
+    joined = q.new_empty((batch, time, (heads + 2 * k.shape[2]) * width))
+    _run(joined, q, k, v, table, True)
+    return joined
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("split_rotated", _split, _key)
+    _library.impl("join_rotated", _join, _key)
+
+
+@torch.library.register_fake("archzoo::split_rotated", lib=_library)
+def _split_fake(
+    projected: Tensor, table: Tensor, heads: int, key_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty(projected, heads, key_heads)
+
+
+@torch.library.register_fake("archzoo::join_rotated", lib=_library)
+def _join_fake(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    batch, time, heads, width = q.shape
+    return q.new_empty((batch, time, (heads + 2 * k.shape[2]) * width))
+
+
+def _keep_for_split(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    _, table, *ctx.heads = inputs
+    ctx.save_for_backward(table)
+
+
+def _split_gradients(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Any, ...]:
+    (table,) = ctx.saved_tensors
+    return torch.ops.archzoo.join_rotated(dq, dk, dv, table), None, None, None
+
+
+def _keep_for_join(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, _, table = inputs
+    ctx.heads = q.shape[2], k.shape[2]
+    ctx.save_for_backward(table)
+
+
+def _join_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    (table,) = ctx.saved_tensors
+    return *torch.ops.archzoo.split_rotated(grad.contiguous(), table, *ctx.heads), None
+
+
+# The two are each other's transpose, so that all derivatives are theirs.
+torch.library.register_autograd(
+    "archzoo::split_rotated", _split_gradients, setup_context=_keep_for_split, lib=_library
+)
+torch.library.register_autograd(
+    "archzoo::join_rotated", _join_gradients, setup_context=_keep_for_join, lib=_library
+)
