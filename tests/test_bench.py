@@ -658,7 +658,8 @@ def test_without_matplotlib_all_but_figures_is_there(fake, tmp_path, capsys, mon
 
     monkeypatch.setattr(command, "pyplot", missing)
     assert main([*ARGUMENTS, "--state", "--output", "plain"]) == 0
-    assert "without figures: a figure needs matplotlib: pip" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "without figures: a figure needs matplotlib: pip install 'archzoo[plots]'" in said
     assert [path.name for path in tmp_path.glob("plain*")] == ["plain.csv"]
 
 
@@ -812,6 +813,15 @@ def test_fit_and_compiling_take_turns_over_sides(fake, tmp_path):
     names = ("retnet_micro", "transformer_micro")
     expected = {("decode", name) for name in names} | {("training", "nanogpt:compiled")}
     assert found == expected | {("training", f"{name}:fit") for name in names}
+
+
+def test_a_peer_that_is_skipped_says_why(fake, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    arguments = [*ARGUMENTS[:-1], "llama,nanogpt,fla", "--state", "--output", "p"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "skipping llama: transformers is not installed (pip install 'archzoo[peers]')" in said
+    assert "skipping fla: flash-linear-attention needs a CUDA device" in said
 
 
 def test_throughput_after_several_lengths_is_a_line_each(fake, tmp_path, capsys):

@@ -196,7 +196,7 @@ def bench_command(
                     )
                 if not was_known:
                     evidence.write_rows(path, [row], KEY, device=device)
-                    console.print(_told(row), soft_wrap=True)
+                    console.print(_told(row), markup=False, soft_wrap=True)
                 advance()
     except KeyboardInterrupt:
         print(f"{len(rows)} rows are in {path}; the same command continues", file=sys.stderr)
@@ -337,7 +337,7 @@ def _sides(
             else:
                 why = peer.without[wanted[0]]
         if why:
-            console.print(f"skipping {name}: {why}")
+            console.print(f"skipping {name}: {why}", markup=False, soft_wrap=True)
     return [side for side in found.values() if side is not None]
 
 
@@ -444,7 +444,7 @@ def _figures_wanted(console: Screen) -> bool:
     try:
         pyplot()
     except ValueError as error:
-        console.print(f"without figures: {error}")
+        console.print(f"without figures: {error}", markup=False, soft_wrap=True)
         return False
     return True
 
@@ -580,7 +580,7 @@ def _show(
             words += _window(lines, sides, dtype)
         words += stops(lines, measured)
         for sentence in words:
-            console.print(f"  {sentence}", soft_wrap=True)
+            console.print(f"  {sentence}", markup=False, soft_wrap=True)
         console.print()
         sentences[measured.name] = words
     return sentences
