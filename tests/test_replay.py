@@ -117,6 +117,11 @@ def test_a_stop_token_is_noticed_some_steps_late(monkeypatch: pytest.MonkeyPatch
     assert calls == place  # no step beyond the state that is kept
 
 
+def test_more_tokens_than_the_device_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "RING", 7)
+    both(make("retnet_micro").double(), PROMPTS, max_tokens=32, temperature=1.0, seed=2)
+
+
 def test_fewer_rows_are_replayed_once_half_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "RING", 4)
     made: list[int] = []
