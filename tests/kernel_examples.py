@@ -353,7 +353,7 @@ def cache_attention() -> None:
         )
         keys, values = torch.zeros(2, batch, kv_heads, capacity, size, dtype=torch.bfloat16)
         attend_cache(
-            q, k, v, keys, values, torch.tensor(5), make_arrivals(batch, heads, "cpu"),
+            q, k, v, keys, values, torch.tensor(5), make_arrivals(batch, heads, 5, "cpu"),
             table=None if packed else torch.randn(1, 1, 1, size // 2, 2),
             documents=torch.zeros(batch, capacity, dtype=torch.int64) if packed else None,
             document=torch.zeros(batch, 1, dtype=torch.int64) if packed else None,

@@ -92,7 +92,8 @@ def check(
         assert step is not None
         for held in fused["blocks"]:  # as a fixed state has them where kernels run
             if "keys" in held:
-                held["arrivals"] = make_arrivals(len(prompts), model.heads, DEVICE)
+                length = int(held["length"])
+                held["arrivals"] = make_arrivals(len(prompts), model.heads, length, DEVICE)
         for tokens, true in zip(many, wanted, strict=True):
             logits, fused = step(tokens, fused)
             assert logits.dtype == true.dtype

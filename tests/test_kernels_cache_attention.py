@@ -45,7 +45,7 @@ def compare(tensors, length, documents=None, document=None, tolerance=1e-6):
     count = torch.tensor(length, device=DEVICE)
     counted = count.clone()
     marks = None if documents is None else documents.clone()
-    arrivals = kernels.make_arrivals(batch, heads, DEVICE)
+    arrivals = kernels.make_arrivals(batch, heads, length, DEVICE)
     with torch.no_grad():
         assert kernels.available(q, k, v, keys, values)
         found = kernels.attend_cache(
@@ -54,12 +54,21 @@ def compare(tensors, length, documents=None, document=None, tolerance=1e-6):
         wanted = kernels.attend_plainly(*wide, counted, documents=marks, document=document)
     assert found.dtype == q.dtype and distance(found, wanted) < tolerance
     assert count == counted == length + 1
-    assert not arrivals.any()
+    places = batch * k.shape[1] * -(-heads // k.shape[1] // kernels.QUERIES)
+    assert not arrivals[..., 0].any() and (arrivals[..., 1].flatten()[:places] == length + 1).all()
     for mine, true in zip((keys, values), wide[3:], strict=True):
         assert torch.equal(mine[:, :, : length + 1].double(), true[:, :, : length + 1])
         assert mine[:, :, length + 1 :].isnan().all()
     if documents is not None:
         assert torch.equal(documents, marks)
+
+
+def test_the_programs_that_work_follow_the_length(monkeypatch):
+    """Where places fill the GPU, and where the least that a program takes leaves one or some."""
+    monkeypatch.setattr(kernels, "_multiprocessors", lambda _: 1)
+    torch.manual_seed(0)
+    for length in (3, 100, 290):
+        compare(draw(1, 2, 1, 256, 300, length), length)
 
 
 # Nothing before, less than a block of keys, a full one, one more, and the last place; then more
@@ -104,7 +113,7 @@ def test_a_full_cache_is_not_written_past_its_end():
     before = keys.clone()
     count = torch.tensor(8, device=DEVICE)
     with torch.no_grad():
-        kernels.attend_cache(q, k, v, keys, values, count, kernels.make_arrivals(2, 2, DEVICE))
+        kernels.attend_cache(q, k, v, keys, values, count, kernels.make_arrivals(2, 2, 8, DEVICE))
     assert torch.equal(keys, before)
 
 
@@ -120,7 +129,7 @@ def test_rotation_in_the_same_launch(fraction, batch):
     count = torch.tensor(9, device=DEVICE)
     with torch.no_grad():
         wanted = kernels.attend_plainly(*wide, count.clone())
-        arrivals = kernels.make_arrivals(batch, 4, DEVICE)
+        arrivals = kernels.make_arrivals(batch, 4, 9, DEVICE)
         found = kernels.attend_cache(q, k, v, keys, values, count, arrivals, table=table)
     assert distance(found, wanted) < 1e-6
     assert distance(keys[:, :, 9], wide[3][:, :, 9]) < 1e-6

@@ -152,7 +152,9 @@ def _attend(
     q, k, v = heads_of_all.split_with_sizes((heads, kv_heads, kv_heads), 1)
     cache = held["keys"], held["values"], held["length"], held["arrivals"]
     documents = None if here.document is None else held["documents"]
-    y = cache_attention.attend_cache(q, k, v, *cache, documents=documents, document=here.document)
+    y = cache_attention.attend_cache(
+        q, k, v, *cache, documents=documents, document=here.document, early=True
+    )
     kernels.linear(y.flatten(1), mixer.output.weight, residual=x)
     return held
 

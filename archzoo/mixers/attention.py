@@ -119,7 +119,9 @@ class Attention(Mixer):
                 (batch, capacity), dtype=torch.int64, device=keys.device
             )
         if kernels.runs_beside(keys):
-            after["arrivals"] = kernels.make_arrivals(batch, self.heads, keys.device)
+            after["arrivals"] = kernels.make_arrivals(
+                batch, self.heads, state["length"], keys.device
+            )
         return after
 
     def step(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
@@ -218,8 +220,10 @@ class Attention(Mixer):
         """
         if qk.shape[1] != 1 or self.bias is not None or self.has_prefix:
             return False
-        if torch.compiler.is_compiling() and "arrivals" not in state:
-            return False  # counters of a stream, which no compiler follows
+        fixed = isinstance(state["length"], Tensor)
+        # Without counters of its own it would take its stream's, which no compiler follows.
+        if "arrivals" not in state and (fixed or torch.compiler.is_compiling()):
+            return False
         q, k, v = self.of_one_token(qk, v)
         return kernels.available(q, k, v, state["keys"], state["values"])
 
@@ -252,16 +256,17 @@ class Attention(Mixer):
                 split_heads(qk, self.heads + self.kv_heads), self.heads, context.positions
             )
             q, k = q[:, 0], k[:, 0]
-        length, arrivals = state["length"], state.get("arrivals")
-        after = state
+        length, after = state["length"], state
         if isinstance(length, Tensor):
             expect_documents(state, documents)
+            arrivals = state["arrivals"]
         else:
             after = state | {"length": length + 1}
             for name, new in (("keys", k), ("values", values), ("documents", documents)):
                 if new is not None:
                     after[name] = enlarged(state, name, new, 1)
-            length = torch.full((), length, dtype=torch.int64, device=q.device)
+            arrivals = kernels.arrivals_here(q, length)
+            length = torch.empty((), dtype=torch.int64, device=q.device)
         y = kernels.attend_cache(
             q,
             k,
@@ -269,7 +274,7 @@ class Attention(Mixer):
             after["keys"],
             after["values"],
             length,
-            kernels.arrivals_here(q) if arrivals is None else arrivals,
+            arrivals,
             table=table,
             documents=after["documents"] if documents is not None else None,
             document=documents,
@@ -526,6 +531,8 @@ def extend(
         for name, new in fresh.items():
             state[name].index_copy_(CACHED[name], index, new.to(state[name].dtype))
         length.add_(time)
+        if "arrivals" in state:
+            state["arrivals"][..., 1] += time
         return state
     kept = torch.is_grad_enabled() or transformed()
     after = dict(state)

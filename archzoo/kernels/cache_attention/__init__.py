@@ -17,7 +17,9 @@ Importing this module needs neither Triton nor a GPU.
 from __future__ import annotations
 
 import functools
+import importlib
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +27,14 @@ from torch import Tensor
 from archzoo.derivatives import transformed
 from archzoo.kernels.launching import interpreting, launch, power_of_2, run_beside
 
+_MODULE = "archzoo.kernels.cache_attention.triton"
 MAX_SIZE = 256  # channels of a head
 QUERIES = 8  # of one key head that one program takes
-NUMBERS = 4096  # of keys that one program reads at once, times its queries; no fewer than 1024
+RUN_ONE, RUN_MANY = 4, 2  # keys that a thread holds at once, for one query of a head or several
 WARPS = 4
-PROGRAMS = 8  # on each multiprocessor: enough that some wait for memory while others compute
+RESIDENT = 4  # programs of a multiprocessor that run at once, about
+WAVES = 8  # programs of each place where places alone fill the GPU, so that few idle at the end
+LEAST = 4  # blocks of keys that each of these takes, at least
 MAX_SPLITS = 128  # partial results that the last program joins
 INTERPRETED = interpreting()  # read once: a step on a CPU shall not lose a hundredth by asking
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -63,29 +68,40 @@ def runs_beside(keys: Tensor) -> bool:
     return run_beside(keys) and keys.dtype in _DTYPES and keys.shape[-1] <= MAX_SIZE
 
 
-def make_arrivals(batch: int, heads: int, device: torch.device | str) -> Tensor:
-    """Counters that the kernel finds and leaves at 0, (batch, heads + 1) int32.
+def make_arrivals(batch: int, heads: int, length: int, device: torch.device | str) -> Tensor:
+    """Of each place a counter, at 0 between calls, and the cache's length: (batch, heads, 2) int32.
 
-    Calls that may run at the same time need counters of their own.
+    Beside each other they are read at once, and no place waits for another. Calls that may run at
+    the same time need their own.
 
     Args:
         batch: Rows.
         heads: Of the queries.
+        length: Of the cache.
         device: Of the cache.
     """
-    return torch.zeros((batch, heads + 1), dtype=torch.int32, device=device)
+    arrivals = torch.zeros((batch, heads, 2), dtype=torch.int32, device=device)
+    arrivals[..., 1] = length
+    return arrivals
 
 
 @functools.lru_cache(maxsize=64)
 def _arrivals_of(batch: int, heads: int, device: torch.device, _stream: int) -> Tensor:
     with torch.inference_mode(False):
-        return make_arrivals(batch, heads, device)
+        return make_arrivals(batch, heads, 0, device)
 
 
-def arrivals_here(q: Tensor) -> Tensor:
-    """Counters of all calls on the stream in use, one after another, for q (batch, heads, ...)."""
+def arrivals_here(q: Tensor, length: int) -> Tensor:
+    """`make_arrivals` for all calls on the stream in use, one after another.
+
+    Args:
+        q: (batch, heads, ...).
+        length: Of the cache of the next call.
+    """
     stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
-    return _arrivals_of(q.shape[0], q.shape[1], q.device, stream)
+    arrivals = _arrivals_of(q.shape[0], q.shape[1], q.device, stream)
+    arrivals[..., 1] = length
+    return arrivals
 
 
 def attend_cache(
@@ -100,10 +116,11 @@ def attend_cache(
     table: Tensor | None = None,
     documents: Tensor | None = None,
     document: Tensor | None = None,
+    early: bool = False,
 ) -> Tensor:
     """Each row's token against its cache and itself; the cache takes it and is 1 longer.
 
-    ``keys``, ``values``, ``documents`` and ``length`` are changed in place.
+    ``keys``, ``values``, ``documents``, ``length`` and ``arrivals`` are changed in place.
 
     Args:
         q: (batch, heads, head_dim).
@@ -111,13 +128,15 @@ def attend_cache(
         v: As k.
         keys: (batch, kv_heads, capacity, head_dim), of which the first `length` are seen.
         values: As keys.
-        length: 0-dim int64, below capacity.
-        arrivals: `make_arrivals` or `arrivals_here`.
+        length: 0-dim int64, below capacity; it is written, and read from `arrivals`.
+        arrivals: `make_arrivals` or `arrivals_here`, of the same length.
         table: A rotation of q and k, (batch or 1, 1, 1, pairs) complex, or cosine and sine in a
             last axis; it turns the first 2 * pairs channels. None: they are rotated already.
         documents: (batch, capacity) int64: a row sees the keys of its token's document alone.
             None: all.
         document: (batch, 1) int64, the token's.
+        early: Begin while the kernel before this still runs, which nothing but q, k, v, the table
+            and `document` may come from (from Hopper on; elsewhere it changes nothing).
 
     Returns:
         (batch, heads, head_dim).
@@ -125,7 +144,7 @@ def attend_cache(
     if table is not None and table.is_complex():
         table = torch.view_as_real(table)
     found: Tensor = torch.ops.archzoo.attend_cache(
-        q, k, v, keys, values, length, arrivals, documents, document, table
+        q, k, v, keys, values, length, arrivals, documents, document, table, early
     )
     return found
 
@@ -171,22 +190,36 @@ def attend_plainly(
 @functools.lru_cache(maxsize=16)
 def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
-        return 2  # the interpreter's, so that a test of few heads has several splits
+        return 16  # the interpreter's, so that a test of few heads has several splits
     count: int = torch.cuda.get_device_properties(device).multi_processor_count
     return count
 
 
-def _splits(places: int, capacity: int, block: int, device: torch.device) -> int:
-    """Programs for each of `places`: by shapes alone, so that all lengths launch alike."""
-    wanted = -(-PROGRAMS * _multiprocessors(device) // places)
-    return max(min(wanted, MAX_SPLITS, -(-capacity // block)), 1)
+def _splits(places: int, capacity: int, block: int, device: torch.device) -> tuple[int, int]:
+    """Programs for each of `places`, and how many blocks of keys each takes at the least.
+
+    By shapes alone, so that all lengths launch alike. Few places share what runs at once, so that
+    all begin together. Where the places fill that themselves, some more programs even it out.
+    """
+    at_once = RESIDENT * _multiprocessors(device)
+    wanted, least = (at_once // places, 1) if 4 * places <= at_once else (WAVES, LEAST)
+    blocks = -(-capacity // (block * least))
+    return max(min(wanted, MAX_SPLITS, blocks), 1), least
+
+
+@functools.lru_cache(maxsize=8)
+def _begins_early(device: torch.device) -> bool:
+    """Whether kernels may begin while the one before still runs: from Hopper on."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    return bool(importlib.import_module(_MODULE).CAN_BEGIN_EARLY)
 
 
 _library = torch.library.Library("archzoo", "FRAGMENT")
 _library.define(
     "attend_cache(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, "
     "Tensor(c!) length, Tensor(d!) arrivals, Tensor(e!)? documents, Tensor? document, "
-    "Tensor? table) -> Tensor"
+    "Tensor? table, bool early) -> Tensor"
 )
 
 
@@ -201,6 +234,7 @@ def _attend(
     documents: Tensor | None,
     document: Tensor | None,
     table: Tensor | None,
+    early: bool,
 ) -> Tensor:
     """The operator."""
     batch, heads, size = q.shape
@@ -208,9 +242,10 @@ def _attend(
     group = heads // kv_heads
     queries = min(power_of_2(group), QUERIES)
     block_d = power_of_2(max(size, 16))
-    block_n = max(NUMBERS // queries, 1024) // block_d
+    lanes = max(512 * WARPS // keys.itemsize // block_d, 1)
     places = batch * kv_heads * -(-group // queries)
-    splits = _splits(places, capacity, block_n, keys.device)
+    run = RUN_ONE if queries == 1 else RUN_MANY
+    splits, least = _splits(places, capacity, lanes * run, keys.device)
     y = q.new_empty(q.shape)
     # Each split's sums, and the largest score and the sum of weights of each of its queries.
     floats = places * splits * queries * (block_d + 2) if splits > 1 else 0
@@ -220,9 +255,11 @@ def _attend(
         table = table.contiguous()
         pairs = table.shape[3]
         table_row = 0 if table.shape[0] == 1 else 2 * pairs
+    early = early and _begins_early(q.device)
+    how = {"launch_pdl": True} if early else {}
     absent = arrivals  # stands for what the kernel does not read
     launch(
-        "archzoo.kernels.cache_attention.triton", "attend_kernel", (places, splits),
+        _MODULE, "attend_kernel", (places, splits),
         (
             q, k, v, keys, values, length, arrivals,
             absent if documents is None else documents, absent if document is None else document,
@@ -230,9 +267,9 @@ def _attend(
         ),
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         table_row, 0 if document is None else document.stride(0),
-        kv_heads, group, capacity, splits, size**-0.5 * math.log2(math.e),
-        SIZE=size, PAIRS=pairs, PACKED=documents is not None,
-        GROUP=queries, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=WARPS,
+        kv_heads, group, capacity, splits, least, size**-0.5 * math.log2(math.e),
+        SIZE=size, PAIRS=pairs, PACKED=documents is not None, EARLY=early,
+        GROUP=queries, LANES=lanes, RUN=run, BLOCK_D=block_d, num_warps=WARPS, **how,
     )  # fmt: skip
     return y
 
@@ -242,5 +279,5 @@ for _key in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("archzoo::attend_cache", lib=_library)
-def _fake(q: Tensor, *_: Tensor | None) -> Tensor:
+def _fake(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
