@@ -129,7 +129,7 @@ def trained(
         "--data": "Addition",
         "--data.digits": "2",
         "--data.batch_size": "8",
-        "--trainer.default_root_dir": given.runs,
+        "--trainer.default_root_dir": given.root,
         "--trainer.accelerator": given.accelerator,
         "--trainer.max_steps": "2",
         "--trainer.limit_val_batches": "0",
@@ -174,23 +174,26 @@ def equal(given: argparse.Namespace) -> int:
         for rank in ranks:
             rank.terminate()  # which waits for one that failed
         return max(abs(rank.wait()) for rank in ranks)
-    given.runs = str(Path(given.runs, os.environ["LOCAL_RANK"]))
+    given.root = str(Path(given.root, os.environ["LOCAL_RANK"]))
     first, rows, wrong = os.environ["LOCAL_RANK"] == "0", [], []
-    for family in given.families:
-        flags = FAMILIES[family] | FLOAT64
-        alone = trained(family, flags | ONE, given) if first else []
-        for strategy in given.strategies:
-            ours = trained(family, flags | STRATEGIES[strategy](given.processes), given)
-            if not first:
-                continue
-            row: dict[str, Any] = {"way": strategy, "processes": given.processes}
-            row |= {"model": f"{family}_micro", "precision": "float64"}
-            row["loss_apart"] = f"{distance(ours, alone, losses=True):.1e}"
-            row["gradients_apart"] = f"{distance(ours, alone, losses=False):.1e}"
-            print(row, flush=True)
-            rows.append(row)
-            if not max(float(row["loss_apart"]), float(row["gradients_apart"])) <= SAME:
-                wrong.append(f"{strategy} of {given.processes} is not one process: {row}")
+    pairs = [pair.split("/") for pair in given.runs]
+    alone = {}
+    if first:  # before there is any other process, for which Lightning would wait
+        for family in dict.fromkeys(family for _, family in pairs):
+            alone[family] = trained(family, FAMILIES[family] | FLOAT64 | ONE, given)
+    for strategy, family in pairs:
+        flags = FAMILIES[family] | FLOAT64 | STRATEGIES[strategy](given.processes)
+        ours = trained(family, flags, given)
+        if not first:
+            continue
+        row: dict[str, Any] = {"way": strategy, "processes": given.processes}
+        row |= {"model": f"{family}_micro", "precision": "float64"}
+        row["loss_apart"] = f"{distance(ours, alone[family], losses=True):.1e}"
+        row["gradients_apart"] = f"{distance(ours, alone[family], losses=False):.1e}"
+        print(row, flush=True)
+        rows.append(row)
+        if not max(float(row["loss_apart"]), float(row["gradients_apart"])) <= SAME:
+            wrong.append(f"{strategy} of {given.processes} is not one process: {row}")
     if first and given.write:
         write_rows("ranks-equal", rows, on_gpu=given.accelerator == "cuda")
     if wrong:
@@ -212,7 +215,7 @@ def speed(given: argparse.Namespace) -> int:
             count = 1 if way == "one" else given.processes
             options = {
                 "--name": f"{way}_{compiled}",
-                "--trainer.default_root_dir": given.runs,
+                "--trainer.default_root_dir": given.root,
                 "--trainer.accelerator": given.accelerator,
                 "--trainer.max_steps": str(given.steps),
                 "--trainer.val_check_interval": str(given.steps),
@@ -267,7 +270,7 @@ def fit(options: dict[str, str], given: argparse.Namespace) -> Log:
     parts = [part for option in options.items() for part in option]
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
     subprocess.run([sys.executable, "-m", "archzoo", "fit", *parts], check=True, env=environment)
-    with Path(given.runs, options["--name"], "metrics.csv").open(newline="") as file:
+    with Path(given.root, options["--name"], "metrics.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -293,7 +296,7 @@ def mixture(name: str, flags: dict[str, str], given: argparse.Namespace) -> Log:
     """The log of one run of a Skywork mixture."""
     options = {
         "--name": name,
-        "--trainer.default_root_dir": given.runs,
+        "--trainer.default_root_dir": given.root,
         "--trainer.accelerator": given.accelerator,
         "--trainer.max_steps": str(given.steps),
         "--trainer.val_check_interval": str(given.steps),
@@ -381,16 +384,16 @@ def main() -> int:
     parts = parser.add_subparsers(required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--accelerator", choices=("cuda", "cpu"), default="cuda")
-    ranks = argparse.ArgumentParser(add_help=False)
-    ranks.add_argument("--processes", type=int, default=2)
-    ranks.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
-
-    part = parts.add_parser("equal", parents=[common, ranks])
-    part.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    part = parts.add_parser("equal", parents=[common])
+    part.add_argument("--processes", type=int, default=2)
+    runs = [f"{strategy}/{family}" for family in FAMILIES for strategy in STRATEGIES]
+    part.add_argument("--runs", nargs="+", choices=runs, default=runs, help="[all of them]")
     part.add_argument("--write", action="store_true", help="rows in results/")
     part.set_defaults(run=equal)
 
-    part = parts.add_parser("speed", parents=[common, ranks])
+    part = parts.add_parser("speed", parents=[common])
+    part.add_argument("--processes", type=int, default=2)
+    part.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
     part.add_argument("--text", default=str(ROOT / "data" / "*.txt"))
     part.add_argument("--preset", default="retnet_base")
     part.add_argument("--vocab_size", type=int, default=32000, help="0: characters [32000]")
@@ -411,7 +414,7 @@ def main() -> int:
     part.set_defaults(run=rounding)
 
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="archzoo-ranks-") as given.runs:
+    with tempfile.TemporaryDirectory(prefix="archzoo-ranks-") as given.root:
         status: int = given.run(given)
         return status
 

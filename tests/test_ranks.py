@@ -14,6 +14,7 @@ from pathlib import Path
 import lightning
 import pytest
 import torch
+from families import MICRO
 from lightning.pytorch.trainer.connectors import data_connector
 from torch._dynamo.backends.registry import lookup_backend
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
@@ -196,6 +197,34 @@ def assert_same(one, other, allowed):
         else:
             assert torch.allclose(value, theirs[name], rtol=0, atol=allowed), name
     assert any("alpha" in name for name in mine) and any("expert_bias" in name for name in mine)
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def equal(*arguments):
+    """Runs `benchmarks/ranks.py equal`, which fails where processes are not one to 1e-12."""
+    command = [sys.executable, "benchmarks/ranks.py", "equal", "--accelerator=cpu", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+
+
+def test_two_processes_are_one_in_every_family():
+    """In loss and gradients, to 1e-12 in float64, balancing losses included."""
+    runs = [f"ddp/{name.removesuffix('_micro')}" for name in MICRO] + ["fsdp2/skywork"]
+    done = equal("--runs", *runs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("gradients_apart") == len(runs)
+
+
+@pytest.mark.slow  # some 40 s
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_are_one_in_every_family(processes):
+    done = equal(f"--processes={processes}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("gradients_apart") == 2 * len(MICRO)
 
 
 def test_two_ranks_are_one_process_with_the_whole_batch(directory):
