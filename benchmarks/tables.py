@@ -3,6 +3,7 @@
     python benchmarks/tables.py              write them anew, between their marks
     python benchmarks/tables.py --check      say which are not what the rows say
     python benchmarks/tables.py --figures    draw the figures of lengths, scaling, kernels and speed
+                                             again; speed: only of whole models' speed
 
 A table stands in a page between <!-- table: NAME --> and <!-- end -->.
 """
@@ -383,10 +384,10 @@ def bench_rows(quantity: str) -> list[Row]:
 
 
 def pictures(*measures: str) -> str:
-    """Links to the figures that there are."""
+    """Links to the rows, and to the figures that there are."""
     found = [(name, f"{BENCH}-{name}.png") for name in measures]
     there = [f"![{name}](../results/{file})" for name, file in found if (RESULTS / file).exists()]
-    return "".join(f"\n\n{link}" for link in there)
+    return "".join(f"\n\n{link}" for link in [f"[The rows](../results/{BENCH}.csv)", *there])
 
 
 def speed_training() -> str:
@@ -558,8 +559,6 @@ def figures() -> None:
     import retention_kernels
     from rope_scaling import means_of
 
-    from archzoo.analysis.bench.measuring import QUANTITIES
-    from archzoo.analysis.bench.showing import draw, lines_of, measures_of
     from archzoo.analysis.extend import Reading, plot
 
     for name in LENGTHS:
@@ -581,12 +580,6 @@ def figures() -> None:
     readings = means_of(list(runs.values()))
     facts = (int(rows[0]["trained_length"]), int(rows[0]["tail_tokens"]))
     plot(readings, *facts, RESULTS / f"{name}.png")
-    everything = [row for quantity in QUANTITIES for row in bench_rows(quantity)]
-    for measure in measures_of(everything):
-        rows = bench_rows(measure.quantity)
-        if lines := lines_of(measure, rows):
-            note = f"{rows[0]['machine']}, torch {rows[0]['torch']}, {rows[0]['dtype']}"
-            draw(measure, lines, RESULTS / f"{BENCH}-{measure.name}.png", note)
     for name in (f"{H100}-bf16-retention-kernels", f"{H200}-bf16-retention-kernels"):
         rows = [
             row | {c: int(row[c]) for c in ("heads", "dk", "dv", "time")} for row in rows_of(name)
@@ -594,13 +587,31 @@ def figures() -> None:
         retention_kernels.draw(rows, RESULTS / f"{name}.png")
 
 
+def speed_figures() -> None:
+    """Draw what `archzoo bench` measured of whole models again."""
+    from archzoo.analysis.bench.measuring import QUANTITIES
+    from archzoo.analysis.bench.showing import draw, lines_of, measures_of
+
+    everything = [row for quantity in QUANTITIES for row in bench_rows(quantity)]
+    for measure in measures_of(everything):
+        rows = bench_rows(measure.quantity)
+        if lines := lines_of(measure, rows):
+            note = f"{rows[0]['machine']}, torch {rows[0]['torch']}, {rows[0]['dtype']}"
+            draw(measure, lines, RESULTS / f"{BENCH}-{measure.name}.png", note)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="write nothing, fail on a difference")
-    parser.add_argument("--figures", action="store_true", help="draw the figures, too")
+    which = ("all", "speed")
+    parser.add_argument("--figures", nargs="?", const="all", choices=which, help="draw them, too")
     given = parser.parse_args()
+    if given.figures:  # before the pages, which link to those that there are
+        speed_figures()
+    if given.figures == "all":
+        figures()
     other = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
@@ -608,8 +619,6 @@ def main() -> None:
             other.append(page.name)
             if not given.check:
                 page.write_text(new, encoding="utf-8")
-    if given.figures:
-        figures()
     if given.check and other:
         raise SystemExit(f"error: not as the rows have it: {', '.join(other)}")
     print(f"{len(TABLES)} tables, {len(other)} pages written" if not given.check else "current")
