@@ -3,6 +3,8 @@
 Without a GPU it runs through Triton's interpreter.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from kernel_device import DEVICE, GPU, define_kernels
@@ -223,3 +225,12 @@ def test_a_fixed_step_compiles_without_a_break():
         for _ in range(2):
             assert distance(compiled(x, again), step(x, state)) < 1e-6
     assert again["length"] == 2 and torch.equal(again["keys"], state["keys"])
+
+
+def test_threads_on_one_stream_have_counters_of_their_own():
+    q = torch.randn(1, 2, 16, device=DEVICE)
+    here = kernels.arrivals_here(q, 3)
+    assert kernels.arrivals_here(q, 4) is here and (here[..., 1] == 4).all()
+    with ThreadPoolExecutor(1) as pool:
+        there = pool.submit(kernels.arrivals_here, q, 5).result()
+    assert there is not here and (here[..., 1] == 4).all()

@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import threading
 from typing import Any
 
 import torch
@@ -86,20 +87,22 @@ def make_arrivals(batch: int, heads: int, length: int, device: torch.device | st
 
 
 @functools.lru_cache(maxsize=64)
-def _arrivals_of(batch: int, heads: int, device: torch.device, _stream: int) -> Tensor:
+def _arrivals_of(
+    batch: int, heads: int, device: torch.device, _stream: int, _thread: int
+) -> Tensor:
     with torch.inference_mode(False):
         return make_arrivals(batch, heads, 0, device)
 
 
 def arrivals_here(q: Tensor, length: int) -> Tensor:
-    """`make_arrivals` for all calls on the stream in use, one after another.
+    """`make_arrivals` for all calls of this thread on the stream in use, one after another.
 
     Args:
         q: (batch, heads, ...).
         length: Of the cache of the next call.
     """
     stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
-    arrivals = _arrivals_of(q.shape[0], q.shape[1], q.device, stream)
+    arrivals = _arrivals_of(q.shape[0], q.shape[1], q.device, stream, threading.get_ident())
     arrivals[..., 1] = length
     return arrivals
 
