@@ -24,7 +24,7 @@ def main() -> None:
         status = archzoo(
             [
                 *("bench", "retnet_micro", "--mixers", "Retention,Attention", "--device", "cpu"),
-                *("--quantities", "decode,state", "--lengths", "16,64,256", "--rounds", "3"),
+                *("--decode", "--state", "--lengths", "16,64,256", "--rounds", "3"),
                 *("--minutes", "0.5", "--peers", "none", "--output", f"{directory}/bench"),
             ]
         )

@@ -56,7 +56,7 @@ def test_compare(tmp_path: Path, visit: Any) -> None:
 def test_bench(tmp_path: Path, visit: Any) -> None:
     printed = archzoo(
         tmp_path,
-        "bench retnet_micro transformer_micro --quantities decode,state --lengths 16,32,64"
+        "bench retnet_micro transformer_micro --decode --state --lengths 16,32,64"
         " --rounds 3 --minutes 0.5 --peers none --device cpu --output out/bench"
         " --report bench.html",
     )
