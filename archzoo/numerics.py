@@ -69,7 +69,6 @@ class _Compiled:
     """Constants of compiled graphs, an attribute each: so Dynamo makes an input of each."""
 
 
-@torch.compiler.assume_constant_result
 def _keep_for_graphs(
     values: tuple[float, ...], device: torch.device | str | None, dtype: torch.dtype
 ) -> str:
@@ -81,6 +80,10 @@ def _keep_for_graphs(
     name = "of_" + hashlib.sha256(repr((values, where, dtype)).encode()).hexdigest()[:16]
     setattr(_Compiled, name, made)  # and so it lives, whatever `_constant` keeps
     return name
+
+
+# What torch.compiler.assume_constant_result does, which imports the whole compiler for it.
+_keep_for_graphs._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def constant(
