@@ -13,7 +13,7 @@ import torch
 if not kernel_device.INSTALLED:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from archzoo.kernels import launching
+from archzoo.kernels import launching, retention
 from archzoo.kernels.launching import Launch
 
 
@@ -25,6 +25,7 @@ class Kernel:
     def __init__(self, module: str = "", **launcher: Any) -> None:
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.error: Exception | None = None
+        self.fn = SimpleNamespace(__name__="some_kernel")
         kernel = self
 
         class Launcher(SimpleNamespace):
@@ -138,3 +139,24 @@ def test_error_of_more_than_the_way_is_raised(monkeypatch):
     with pytest.raises(RuntimeError, match="illegal memory access"):
         launch(99, x, x)
     assert launching._shortcuts
+
+
+def test_kernels_can_be_switched_off(monkeypatch):
+    """An error of a kernel says how; the environment is read when the package is imported."""
+    kernel, x = Kernel(), torch.zeros(1)
+
+    def fail(self, grid):
+        raise RuntimeError("no such instruction\nand more")
+
+    monkeypatch.setattr(Kernel, "__getitem__", fail)
+    with pytest.raises(RuntimeError, match="no such instruction") as caught:
+        make(kernel)(99, x, x)
+    (note,) = caught.value.__notes__
+    assert "some_kernel (Triton 3" in note and "ARCHZOO_KERNELS=off" in note
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    q = torch.zeros(1, 4, 2, 16)
+    assert launching.run_beside(x) and retention.available(q, q, q)
+    monkeypatch.setattr(launching, "SWITCHED_OFF", True)
+    assert not launching.run_beside(x)
+    assert retention.unavailable(q, q, q) == "ARCHZOO_KERNELS is off in the environment"

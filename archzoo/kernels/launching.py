@@ -20,6 +20,8 @@ from archzoo.derivatives import followed
 from archzoo.kernels.operators import compiling
 
 TRITON_FOUND = importlib.util.find_spec("triton") is not None
+SWITCH = "ARCHZOO_KERNELS"  # in the environment: "off" is for where Triton or the GPU fails
+SWITCHED_OFF = os.environ.get(SWITCH, "on").lower() in ("off", "0", "false")
 MAX_WIDTH = 8192  # of a row, which one program holds
 _FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _OPTIONS = ("num_warps", "num_stages", "launch_pdl")  # how a kernel is compiled and launched
@@ -32,7 +34,7 @@ def interpreting() -> bool:
 
 def run_beside(x: Tensor) -> bool:
     """Whether kernels run where x lies."""
-    if not TRITON_FOUND:
+    if not TRITON_FOUND or SWITCHED_OFF:
         return False
     if x.is_cuda:
         return torch.version.hip is None  # never run there
@@ -257,7 +259,14 @@ class Launch:
         return [first if tensor is None else tensor for tensor in tensors]
 
     def _through(self, tensors: Sequence[Tensor | None]) -> Any:
-        return self._compile(self._standing_in(tensors))
+        try:
+            return self._compile(self._standing_in(tensors))
+        except Exception as error:
+            error.add_note(
+                f"This was the launch of {self.kernel.fn.__name__} ({describe(error)}): "
+                f"{SWITCH}=off in the environment computes without kernels, several times slower."
+            )
+            raise
 
     def _compile(self, tensors: Sequence[Tensor | None]) -> Any:
         """A launch through Triton, which finds, or compiles, the kernel for these tensors."""

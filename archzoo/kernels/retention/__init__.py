@@ -46,6 +46,8 @@ def unavailable(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None
     """
     if not TRITON_FOUND:
         return "triton is not installed"
+    if launching.SWITCHED_OFF:
+        return f"{launching.SWITCH} is off in the environment"
     if not q.is_cuda and not (interpreting() and q.device.type == "cpu"):
         return f"the kernels need a CUDA device, the tensors are on {q.device.type}"
     if _ROCM:
