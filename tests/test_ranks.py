@@ -23,6 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import archzoo
 from archzoo.checkpoint import read_safely
 from archzoo.cli import main
+from archzoo.training import losses
 
 RUN = """
 seed_everything: 0
@@ -155,6 +156,22 @@ def test_gradients_are_exchanged_once_a_step(one_of_two, strategy):
     assert main([*given, "--trainer.max_steps=3", "--trainer.val_check_interval=5"]) == 0
     exchanged = [after > before for before, after in pairwise([0, *seen])]
     assert exchanged[3:] == [False, True, False, False, True]
+
+
+@pytest.mark.parametrize("strategy", [FSDP2], ids=["fsdp2"])
+def test_the_fused_loss_gets_the_whole_head(one_of_two, strategy, monkeypatch):
+    """In training and validation; it would refuse one rank's part, a DTensor."""
+    seen = []
+
+    def available(x, head):
+        seen.append((type(head.weight), torch.is_grad_enabled()))
+        return False
+
+    monkeypatch.setattr(losses.kernels, "available", available)
+    watch()
+    validate = ["--trainer.limit_val_batches=1", "--trainer.max_steps=2"]
+    assert main(["fit", "--config", "run.yaml", *strategy, *ALONE, *validate]) == 0
+    assert set(seen) == {(torch.nn.Parameter, True), (torch.nn.Parameter, False)}
 
 
 @pytest.mark.parametrize("strategy", [DDP, FSDP2], ids=["ddp", "fsdp2"])
