@@ -33,7 +33,8 @@ MAX_SIZE = 256  # channels of a head
 QUERIES = 8  # of one key head that one program takes
 RUN_ONE, RUN_MANY = 4, 2  # keys that a thread holds at once, for one query of a head or several
 WARPS = 4
-RESIDENT = 4  # programs of a multiprocessor that run at once, about
+# Programs of a multiprocessor that run at once, by their registers, for 1, 2, 4 or 8 queries.
+RESIDENT = {1: 4, 2: 4, 4: 3, 8: 2}
 WAVES = 8  # programs of each place where places alone fill the GPU, so that few idle at the end
 LEAST = 4  # blocks of keys that each of these takes, at least
 MAX_SPLITS = 128  # partial results that the last program joins
@@ -198,13 +199,12 @@ def _multiprocessors(device: torch.device) -> int:
     return count
 
 
-def _splits(places: int, capacity: int, block: int, device: torch.device) -> tuple[int, int]:
+def _splits(places: int, capacity: int, block: int, at_once: int) -> tuple[int, int]:
     """Programs for each of `places`, and how many blocks of keys each takes at the least.
 
     By shapes alone, so that all lengths launch alike. Few places share what runs at once, so that
     all begin together. Where the places fill that themselves, some more programs even it out.
     """
-    at_once = RESIDENT * _multiprocessors(device)
     wanted, least = (at_once // places, 1) if 4 * places <= at_once else (WAVES, LEAST)
     blocks = -(-capacity // (block * least))
     return max(min(wanted, MAX_SPLITS, blocks), 1), least
@@ -248,7 +248,9 @@ def _attend(
     lanes = max(512 * WARPS // keys.itemsize // block_d, 1)
     places = batch * kv_heads * -(-group // queries)
     run = RUN_ONE if queries == 1 else RUN_MANY
-    splits, least = _splits(places, capacity, lanes * run, keys.device)
+    at_once = RESIDENT[queries] * _multiprocessors(keys.device)
+    splits, least = _splits(places, capacity, lanes * run, at_once)
+    join = max((2048 if queries <= 4 else 1024) // block_d, 1)  # as many as registers hold
     y = q.new_empty(q.shape)
     # Each split's sums, and the largest score and the sum of weights of each of its queries.
     floats = places * splits * queries * (block_d + 2) if splits > 1 else 0
@@ -272,7 +274,7 @@ def _attend(
         table_row, 0 if document is None else document.stride(0),
         kv_heads, group, capacity, splits, least, size**-0.5 * math.log2(math.e),
         SIZE=size, PAIRS=pairs, PACKED=documents is not None, EARLY=early,
-        GROUP=queries, LANES=lanes, RUN=run, BLOCK_D=block_d, num_warps=WARPS, **how,
+        GROUP=queries, LANES=lanes, RUN=run, JOIN=join, BLOCK_D=block_d, num_warps=WARPS, **how,
     )  # fmt: skip
     return y
 

@@ -61,7 +61,8 @@ def attend_kernel(
     q_row, q_head, k_row, k_head, v_row, v_head, table_row, document_row,
     kv_heads, group, capacity, splits, least, scale,
     SIZE: tl.constexpr, PAIRS: tl.constexpr, PACKED: tl.constexpr, EARLY: tl.constexpr,
-    GROUP: tl.constexpr, LANES: tl.constexpr, RUN: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, LANES: tl.constexpr, RUN: tl.constexpr, JOIN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One token of a row against some of the keys of one key head, for GROUP of its queries.
 
@@ -176,12 +177,13 @@ def attend_kernel(
         if place == 0:
             tl.store(length, (count + 1).to(tl.int64))
     if used > 1 and split < used and counted % 65536 == used:
-        tops = tl.full((GROUP, LANES), NOTHING, tl.float32)
-        totals = tl.zeros((GROUP, LANES), tl.float32)
-        sums = tl.zeros((GROUP, LANES, BLOCK_D), tl.float32)
-        for start in range(0, used, LANES):
-            there = (start + lane < used)[None, :]
-            slots = first + (start + lane)[None, :] * GROUP + tl.arange(0, GROUP)[:, None]
+        source = tl.arange(0, JOIN)
+        tops = tl.full((GROUP, JOIN), NOTHING, tl.float32)
+        totals = tl.zeros((GROUP, JOIN), tl.float32)
+        sums = tl.zeros((GROUP, JOIN, BLOCK_D), tl.float32)
+        for start in range(0, used, JOIN):
+            there = (start + source < used)[None, :]
+            slots = first + (start + source)[None, :] * GROUP + tl.arange(0, GROUP)[:, None]
             # Not from the first-level cache, which knows nothing of other programs.
             their_top = tl.load(
                 softmaxes + 2 * slots, mask=there, other=NOTHING, cache_modifier=".cg"
