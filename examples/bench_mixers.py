@@ -25,7 +25,7 @@ def main() -> None:
             [
                 *("bench", "retnet_micro", "--mixers", "Retention,Attention", "--device", "cpu"),
                 *("--decode", "--state", "--lengths", "16,64,256", "--rounds", "3"),
-                *("--minutes", "0.5", "--peers", "none", "--output", f"{directory}/bench"),
+                *("--minutes", "2", "--peers", "none", "--output", f"{directory}/bench"),
             ]
         )
         print("wrote", *sorted(path.name for path in Path(directory).iterdir()))
