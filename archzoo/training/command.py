@@ -586,7 +586,8 @@ def _check_trainer(config: Any) -> None:
         config.accelerator == "auto" and not torch.cuda.is_available()
     )
     devices = str(config.devices)
-    if on_cpu and devices.isdigit() and int(devices) > max(cores or 1, 2):
+    started = "LOCAL_RANK" in os.environ  # by another program, which knows why
+    if on_cpu and not started and devices.isdigit() and int(devices) > max(cores or 1, 2):
         raise ValueError(
             f"trainer.devices={devices}: on the CPU these are processes, and there are {cores} "
             "cores; 'auto' takes one process"
