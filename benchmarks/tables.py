@@ -366,7 +366,8 @@ def kernels() -> str:
 
 # ---------------------------------------------------------------------------- whole models
 
-BENCH = f"{H100}-bench"
+BENCHES = (f"{H100}-bench", f"{H200}-bench")  # the first that there is
+BENCH = next((name for name in BENCHES if (RESULTS / f"{name}.csv").exists()), BENCHES[0])
 BASES = ("retnet_base", "transformer_base")
 LENGTHS_TRAINED, CONTEXTS = (
     (2_048, 8_192, 32_768),
@@ -387,7 +388,10 @@ def pictures(*measures: str) -> str:
     """Links to the rows, and to the figures that there are."""
     found = [(name, f"{BENCH}-{name}.png") for name in measures]
     there = [f"![{name}](../results/{file})" for name, file in found if (RESULTS / file).exists()]
-    return "".join(f"\n\n{link}" for link in [f"[The rows](../results/{BENCH}.csv)", *there])
+    first = rows_of(BENCH)[0]
+    where = [first[fact] for fact in ("machine", "commit") if fact in first]
+    rows = f"[The rows](../results/{BENCH}.csv): {', commit '.join(where)}"
+    return "".join(f"\n\n{link}" for link in [rows, *there])
 
 
 def speed_training() -> str:

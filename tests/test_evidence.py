@@ -51,6 +51,7 @@ def test_tables_of_speed_take_peers_from_a_file_of_their_own(tables, monkeypatch
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert tables.speed_training() == tables.speed_decoding() == tables.speed_parts()
     columns = [
+        "machine",
         "quantity",
         "contender",
         "length",
@@ -72,6 +73,7 @@ def test_tables_of_speed_take_peers_from_a_file_of_their_own(tables, monkeypatch
     files = {"": rows, "-peers": [(decode, "fla", 1024, 1, "bfloat16", 7.25, "", "", "")]}
     files["-peers"].append((decode, "retnet_base", 1024, 1, "bfloat16", 0.3, "", "", ""))
     for name, some in files.items():
+        some = [("a GPU", *row) for row in some]
         with (tmp_path / f"{tables.BENCH}{name}.csv").open("w", newline="") as file:
             csv.writer(file).writerows([columns, *some])
     lines = tables.speed_training().splitlines()
@@ -80,7 +82,7 @@ def test_tables_of_speed_take_peers_from_a_file_of_their_own(tables, monkeypatch
     lines = tables.speed_decoding().splitlines()
     assert lines[2] == "| `retnet_base` | 0.300 |  |  |  | 60,000 |"  # the later file's
     assert lines[3] == "| `fla` | 7.25 |  |  |  |  |"
-    assert lines[4:] == ["", f"[The rows](../results/{tables.BENCH}.csv)"]
+    assert lines[4:] == ["", f"[The rows](../results/{tables.BENCH}.csv): a GPU"]
     (tmp_path / f"{tables.BENCH}-decode.png").write_bytes(b"")
     assert tables.speed_decoding().endswith(f"![decode](../results/{tables.BENCH}-decode.png)")
 
