@@ -152,8 +152,9 @@ def _attend(
     q, k, v = heads_of_all.split_with_sizes((heads, kv_heads, kv_heads), 1)
     cache = held["keys"], held["values"], held["length"], held["arrivals"]
     documents = None if here.document is None else held["documents"]
+    early = kernels.begins_early(len(x), x.device)
     y = cache_attention.attend_cache(
-        q, k, v, *cache, documents=documents, document=here.document, early=True
+        q, k, v, *cache, documents=documents, document=here.document, early=early
     )
     kernels.linear(y.flatten(1), mixer.output.weight, residual=x)
     return held

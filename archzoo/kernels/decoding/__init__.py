@@ -29,6 +29,7 @@ _TILE_BYTES = 2**15  # of a weight, which 128 threads hold in registers
 # Up to which a kernel begins while the one before still runs. At batch 64 weights that come early
 # are in the state's way: retnet_base took 1,562 us a step on an H100, and 1,416 without.
 EARLY_ROWS = 16
+_SHARED_BYTES = 200_000  # of a multiprocessor, about
 PROGRAMS = 128  # at least, where the sizes allow it: one for each multiprocessor, about
 EVICTION = (
     "evict_first"  # of weights, so that the state of a step stays in the cache until the next
@@ -84,6 +85,16 @@ def _begins_early(device: torch.device) -> bool:
     return bool(importlib.import_module(_MODULE).CAN_BEGIN_EARLY)
 
 
+def begins_early(batch: int, device: torch.device) -> bool:
+    """Whether the kernels of a step begin while the one before still runs.
+
+    Args:
+        batch: Rows.
+        device: Where.
+    """
+    return batch <= EARLY_ROWS and _begins_early(device)
+
+
 def _launch(
     kernel: str,
     grid: tuple[int, ...],
@@ -92,7 +103,7 @@ def _launch(
     *numbers: float,
     **options: int,
 ) -> None:
-    early = batch <= EARLY_ROWS and _begins_early(tensors[0].device)
+    early = begins_early(batch, tensors[0].device)
     if early:
         options["launch_pdl"] = True
     launch(_MODULE, kernel, grid, tensors, *numbers, EARLY=early, **options)
@@ -233,9 +244,14 @@ def _plan_matrix(
         grid = -(-out // block), -(-batch // rows)
         if grid[0] * grid[1] >= PROGRAMS:
             break
-    depth = min(256 // itemsize, max(power_of_2(width), 16))
-    sizes = {"BLOCK_ROWS": rows, "BLOCK_OUT": block, "BLOCK": depth}
-    return grid, {**sizes, "num_warps": 8 if rows * block * tiles > 4096 else 4, "num_stages": 3}
+    # As many bytes under way as fit, where all programs shall run at once.
+    few = rows + block * tiles <= 32
+    depth = min((512 if few else 256) // itemsize, max(power_of_2(width), 16))
+    stage = (rows + block * tiles) * depth * itemsize
+    together = min(-(-grid[0] * grid[1] // PROGRAMS), 3)
+    stages = min(max(1 + _SHARED_BYTES // (stage * together), 3), 5)
+    sizes = {"BLOCK_ROWS": rows, "BLOCK_OUT": block, "BLOCK": depth, "num_stages": stages}
+    return grid, {**sizes, "num_warps": 8 if rows * block * tiles > 4096 else 4}
 
 
 def _gated(x: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:

@@ -200,7 +200,10 @@ def matrix_kernel(
     ADD: tl.constexpr, ROTATED: tl.constexpr, HEAD: tl.constexpr, PAIRS: tl.constexpr,
     UPCAST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_OUT outputs of some rows: norm with a weight, product, `_finish`."""
+    """BLOCK_OUT outputs of some rows: norm with a weight, product, `_finish`.
+
+    The mean square is one number a row, so it can follow the product, and x is read once for both.
+    """
     first = tl.program_id(0) * BLOCK_OUT
     row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     out = first + tl.arange(0, BLOCK_OUT)
@@ -211,14 +214,7 @@ def matrix_kernel(
     beside = _load_beside(
         table_ptr, y_ptr, row, first, rows, y_row, OUT, BLOCK_OUT, ADD, ROTATED, HEAD, PAIRS
     )
-    root = tl.zeros((BLOCK_ROWS,), tl.float32)
-    if NORM:
-        for begin in range(0, WIDTH, BLOCK):
-            channel = begin + tl.arange(0, BLOCK)
-            inside = (channel < WIDTH)[None, :]
-            x = tl.load(from_x + channel[None, :], mask=some & inside, other=0.0).to(tl.float32)
-            root += tl.sum(x * x, 1)
-        root = tl.rsqrt(root / WIDTH + eps)
+    squares = tl.zeros((BLOCK_ROWS,), tl.float32)
     y = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
     up = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
     for begin in range(0, WIDTH, BLOCK):
@@ -227,13 +223,19 @@ def matrix_kernel(
         x = tl.load(from_x + channel[None, :], mask=some & inside, other=0.0)
         if NORM:
             scales = tl.load(scale_ptr + channel, mask=channel < WIDTH, other=0.0).to(tl.float32)
-            x = (x.to(tl.float32) * root[:, None] * scales[None, :]).to(x_ptr.dtype.element_ty)
+            wide = x.to(tl.float32)
+            squares += tl.sum(wide * wide, 1)
+            x = (wide * scales[None, :]).to(x_ptr.dtype.element_ty)
         both = (out < OUT)[:, None] & inside
         weight = tl.load(from_weight + channel[None, :], mask=both, other=0.0)
         y = _product(x, weight, y, UPCAST)
         if PAIRED:
             weight = tl.load(from_weight + OUT * WIDTH + channel[None, :], mask=both, other=0.0)
             up = _product(x, weight, up, UPCAST)
+    if NORM:
+        root = tl.rsqrt(squares / WIDTH + eps)[:, None]
+        y *= root
+        up *= root
     _finish(
         y, up, beside, y_ptr, row, first, rows, y_row, scaled_from, scale,
         OUT, BLOCK_OUT, PAIRED, ADD, ROTATED,
