@@ -100,7 +100,8 @@ class Experts(nn.Module):
                 return "gather"
         if dtype == torch.bfloat16 and self.dim % 8 == 0 and self.width % 8 == 0:
             return "grouped"
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        eager_on_gpu = device.type == "cuda" and not torch.compiler.is_compiling()
+        if eager_on_gpu and torch.cuda.is_current_stream_capturing():  # no compiler follows this
             return "dense"  # which does not ask the device how many rows each expert has
         return "loop"
 
