@@ -855,6 +855,17 @@ def test_throughput_of_one_batch_is_against_the_length():
 # ---------------------------------------------------------------------------- nanoGPT
 
 
+def test_nanogpt_learns_positions_that_a_graph_can_keep():
+    """What inference mode makes could not be saved for a compiled backward pass."""
+    with torch.device("meta"):
+        shape = Shape.of(ZooContender("transformer_micro").make())
+    peer = Nano("nanogpt", shape)
+    peer.build("cpu", "float32", True)
+    Bench(peer, "cpu").prepare("training", 12, 2, 16)
+    assert len(peer.model.positions) == 12
+    assert not peer.model.positions.is_inference()
+
+
 def test_nanogpt_is_causal_and_holds_what_a_block_of_ours_does():
     with torch.device("meta"):
         ours = ZooContender("transformer_base").make()

@@ -96,7 +96,8 @@ class Bench:
         """
         self.release()
         contender = self.contender
-        contender.fresh_shape(length)
+        with torch.inference_mode(False):  # what is made there could not be trained
+            contender.fresh_shape(length)
         generator = torch.Generator().manual_seed(length)
         decoding = quantity in ("decode", "batch", "state")
         answer: dict[str, Any] = {"seconds": 0.0}
