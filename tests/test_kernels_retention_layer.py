@@ -7,7 +7,7 @@ import pytest
 import torch
 from kernel_device import DEVICE, GPU, define_kernels
 
-from archzoo.block import make_context
+from archzoo.block import init_cursor, make_context
 from archzoo.kernels import retention_layer as kernels
 from archzoo.mixers import retention as mixers
 from archzoo.mixers.retention import Retention
@@ -129,6 +129,44 @@ def test_partial_rotation_and_a_state_run_as_before():
     assert distance(layer.chunkwise(x, None, context)[0], y) < 1e-5
     layer.rotary = RotaryEmbedding(8, partial_rotary_factor=0.5)
     assert not layer.fits_one_kernel(layer.query_key_value_gate(x), layer.log_decay(x))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_segments_of_a_text_are_read_from_state_to_state(packed, monkeypatch):
+    torch.manual_seed(3)
+    layer = Retention(24, 3).to(DEVICE)
+    x = torch.randn(2, 30, 24, device=DEVICE)
+    documents = documents_of(2, 30, packed)
+    calls = []
+    real = kernels.gated_retention_from
+    monkeypatch.setattr(
+        kernels,
+        "gated_retention_from",
+        lambda *given, **how: calls.append(1) or real(*given, **how),
+    )
+
+    def read(layer, x):
+        state, cursor = layer.init_state(2, device=DEVICE), init_cursor(2, DEVICE)
+        ys, seen = [], []
+        with torch.no_grad():
+            for segment in (slice(0, 17), slice(17, 30)):
+                some = None if documents is None else documents[:, segment]
+                time = segment.stop - segment.start
+                context, cursor = make_context(
+                    2, time, documents=some, cursor=cursor, device=torch.device(DEVICE)
+                )
+                y, state = layer.chunkwise(x[:, segment], state, context)
+                ys.append(y)
+                seen.append(context.valid.expand(2, time))
+        return torch.cat(ys, 1), state["memory"], torch.cat(seen, 1)
+
+    y, memory, valid = read(layer, x)
+    assert len(calls) == 2
+    monkeypatch.setattr(kernels, "available", lambda *_: False)
+    monkeypatch.setattr(mixers.kernels, "available", lambda *_: False)
+    wanted, wanted_memory, _ = read(layer.double(), x.double())
+    assert len(calls) == 2
+    assert distance(y[valid], wanted[valid]) < 1e-5 and distance(memory, wanted_memory) < 1e-5
 
 
 def test_compiles_without_a_break_and_refuses_a_second_derivative():

@@ -336,27 +336,32 @@ class Retention(KeepsFloat32, Mixer):
             return False
         return layer_kernels.available(projected, log_decay, self.heads, self.head_dim)
 
-    def in_one(self, projected: Tensor, log_decay: Tensor, context: Context) -> Tensor:
-        """All between the two matrices: `archzoo.kernels.retention_layer`.
+    def in_one(
+        self, projected: Tensor, log_decay: Tensor, context: Context, memory: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """All between the two matrices: `archzoo.kernels.retention_layer`; and S after it.
 
         Args:
             projected: What the first matrix gives, (batch, time, sum of widths).
             log_decay: log gamma of each head.
             context: Of the same tokens.
+            memory: S before them; None: 0, and it is not kept.
         """
         rotary: Any = self.rotary
-        packed = context.packed  # else positions are 0, 1, 2, ...
-        return layer_kernels.gated_retention(
+        packed = context.packed  # else positions are 0, 1, 2, ..., or count on from the state's
+        given = (
             projected,
             rotary.table(context.positions, torch.float32),
             log_decay,
-            context.positions if packed else None,
+            context.positions if packed or memory is not None else None,
             context.starts if packed else None,
             context.valid if packed else None,
-            heads=self.heads,
-            key_width=self.head_dim,
-            eps=max(self.norm_eps, 1e-24),
         )
+        how: Any = {"heads": self.heads, "key_width": self.head_dim}
+        how["eps"] = max(self.norm_eps, 1e-24)
+        if memory is None:
+            return layer_kernels.gated_retention(*given, **how), None
+        return layer_kernels.gated_retention_from(memory, *given, **how)
 
     def chunkwise(
         self, x: Tensor, state: State | None, context: Context
@@ -369,10 +374,13 @@ class Retention(KeepsFloat32, Mixer):
         log_decay = self.log_decay(x)
         scale = self.head_dim**-0.5
         projected = self.query_key_value_gate(x)
-        if state is None and self.fits_one_kernel(projected, log_decay):
-            return self.output(self.in_one(projected, log_decay, context)), None
-        qk, v, gate = self.split(projected)
         memory = None if state is None else state["memory"]
+        # The kernels hand on a state without gradients.
+        reads = memory is None or not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if reads and self.fits_one_kernel(projected, log_decay):
+            y, memory = self.in_one(projected, log_decay, context, memory)
+            return self.output(y), None if memory is None else {"memory": memory}
+        qk, v, gate = self.split(projected)
         if kernels.available(qk, qk, v, log_decay):
             q, k = self.rotated(qk, context)
             counted = memory is not None or context.packed  # else positions are 0, 1, 2, ...

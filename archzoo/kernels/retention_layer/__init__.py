@@ -83,6 +83,42 @@ def gated_retention(
     return found
 
 
+def gated_retention_from(
+    memory: Tensor,
+    projected: Tensor,
+    table: Tensor,
+    log_decay: Tensor,
+    positions: Tensor | None,
+    starts: Tensor | None,
+    valid: Tensor | None,
+    *,
+    heads: int,
+    key_width: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """`gated_retention` of the next segment of a text, without gradients; and the state after it.
+
+    Args:
+        memory: S before the first token, (batch, heads, key_width, value width) float32.
+        projected: As for `gated_retention`, and so are the others.
+        table: The same.
+        log_decay: The same.
+        positions: The same.
+        starts: The same.
+        valid: The same.
+        heads: The same.
+        key_width: The same.
+        eps: The same.
+    """
+    if table.is_complex():
+        table = torch.view_as_real(table)
+    _, _, v, gate = _parts(projected, heads, key_width)
+    q, k = _rotated(projected, table.contiguous(), heads, key_width).split(heads, dim=2)
+    o, after = retention.retention(q, k, v, log_decay, memory, positions, starts, valid)
+    assert after is not None  # one was given
+    return _gated(o, gate, eps), after
+
+
 def _parts(projected: Tensor, heads: int, key_width: int) -> tuple[Tensor, ...]:
     """Views of q, k, v, (batch, time, heads, size), and of g, (batch, time, width)."""
     keys = heads * key_width
@@ -120,6 +156,19 @@ def _gate_options(width: int) -> dict[str, int]:
     return {"WIDTH": width, "BLOCK": block, "ROWS": max(2048 // block, 1), "num_warps": 4}
 
 
+def _gated(o: Tensor, gate: Tensor, eps: float) -> Tensor:
+    """``silu(gate) * o / rms(o)``, (batch, time, heads * width)."""
+    batch, time, heads, width = o.shape
+    y = gate.new_empty((batch, time, heads * width))
+    options = _gate_options(width)
+    tokens = batch * time
+    _launch(
+        "gate_kernel", (-(-tokens // options["ROWS"]), heads), (o, gate, y),
+        tokens, o.stride(1), o.stride(2), gate.stride(1), heads, eps, **options,
+    )  # fmt: skip
+    return y
+
+
 _PLACES = "Tensor? positions, Tensor? documents, Tensor? ranges, "
 _SIZES = "int heads, int key_width, float eps"
 _library = torch.library.Library("archzoo", "FRAGMENT")
@@ -148,14 +197,7 @@ def _forward(projected: Tensor, table: Tensor, log_decay: Tensor, *rest: Any) ->
     inputs, gate = _inputs(projected, table, log_decay, places, heads, key_width)
     inputs, forward = prepare(inputs, True, False)
     o, _, states, normaliser, scores = forward(inputs, True, False)
-    batch, time, _, width = o.shape
-    y = projected.new_empty((batch, time, heads * width))
-    options = _gate_options(width)
-    tokens = batch * time
-    _launch(
-        "gate_kernel", (-(-tokens // options["ROWS"]), heads), (o, gate, y),
-        tokens, o.stride(1), o.stride(2), gate.stride(1), heads, eps, **options,
-    )  # fmt: skip
+    y = _gated(o, gate, eps)
     if states is None:
         states = o.new_empty((0,), dtype=torch.float32)
     return y, o, states, normaliser, o.new_empty((0,)) if scores is None else scores
