@@ -80,11 +80,9 @@ def test_blocks_are_compiled_once_for_all_of_them():
 def test_blocks_of_several_kinds_are_compiled_each():
     options = {"mixer": None, "depth": 12, "pattern": ["Retention", "Attention", "Retention"]}
     torch.manual_seed(0)
-    net, tokens = (
-        archzoo.create_model("retnet_micro", vocab_size=16, **options).train(),
-        [[3, 1, 4]],
-    )
-    wanted = gradients(net, torch.tensor(tokens))
+    net = archzoo.create_model("retnet_micro", vocab_size=16, **options).train()
+    tokens = torch.tensor([[3, 1, 4]])
+    wanted = gradients(net, tokens)
     torch._dynamo.reset()
     net.compile_blocks(backend="aot_eager", fullgraph=True)
     found = gradients(net, tokens)

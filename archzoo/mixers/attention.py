@@ -203,7 +203,9 @@ class Attention(Mixer):
             positions = state["positions"][:, :stop] if positions is not None else None
             documents = state["documents"][:, :stop] if documents is not None else None
 
-        mask, causal = self.mask(q, k, context, positions, documents, length)
+        # A mask of one's own, from before there were fixed states, takes no length.
+        fixed = () if length is None else (length,)
+        mask, causal = self.mask(q, k, context, positions, documents, *fixed)
         if self.has_prefix:
             k, v, mask, causal = self.behind_prefix(q, k, v, mask, causal, context)
         once = q.shape[2] == 1 and k.shape[2] >= LONG_CACHE and mask is None

@@ -210,10 +210,10 @@ class LanguageModel(lightning.LightningModule):
         self._skipped, self.cut_short = 0, False
 
     def setup(self, stage: str) -> None:
+        self.set_up_with_task(stage)
         if stage == "fit":  # before a checkpoint is read
             configure(self.trainer.strategy)
             self._begin_run()
-        self.set_up_with_task(stage)
 
     def set_up_with_task(self, stage: str) -> None:
         """Make the decoder and give it what the task says of numbers.
