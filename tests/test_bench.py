@@ -14,7 +14,7 @@ from archzoo.analysis.bench import command, contenders, fitting
 from archzoo.analysis.bench.contenders import ZooContender
 from archzoo.analysis.bench.fitting import FitContender, random_text
 from archzoo.analysis.bench.measuring import Budget, Plan, foreseen, measure
-from archzoo.analysis.bench.memory import begin_peak, resident_peak
+from archzoo.analysis.bench.memory import begin_peak, grown, resident_peak
 from archzoo.analysis.bench.peers import FlashLinearAttention, Llama, Nano, Shape, Torchscale
 from archzoo.analysis.bench.profile import kernels_of, part_of, profile_rows
 from archzoo.analysis.bench.showing import (
@@ -693,6 +693,10 @@ def in_this_process(command, **options):
     """For `subprocess.run` of the command line, which takes seconds to import all."""
     assert command[1:3] == ["-m", "archzoo"] and options["env"]["OMP_NUM_THREADS"]
     return subprocess.CompletedProcess(command, main(command[3:]), "", "error: what it said")
+
+
+def test_memory_has_not_grown_by_less_than_nothing():
+    assert grown(begin_peak() + 10**12) == 0 < grown(0)
 
 
 def test_fit_is_run_as_a_command_and_tells_its_steps(monkeypatch, capsys):

@@ -12,7 +12,7 @@ import torch
 
 # What a run imports anyhow is no memory of its training.
 import archzoo.training.command  # noqa: F401
-from archzoo.analysis.bench.memory import begin_peak, resident_peak
+from archzoo.analysis.bench.memory import begin_peak, grown
 from archzoo.analysis.bench.profile import kernels_of
 
 BASELINE = begin_peak()
@@ -76,7 +76,7 @@ class StepClock(lightning.Callback):
             memory = torch.cuda.max_memory_allocated()
         else:
             turns = [end - begin for begin, end in pairs]
-            memory = resident_peak() - BASELINE
+            memory = grown(BASELINE)
         found: dict[str, Any] = {"turns": turns, "memory_bytes": memory}
         if self.profiler is not None:
             found["kernels"] = kernels_of(self.profiler, self.profiled)

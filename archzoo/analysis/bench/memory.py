@@ -48,6 +48,14 @@ def begin_peak() -> int:
     return resident_peak()
 
 
+def grown(baseline: int) -> int:
+    """Bytes of `resident_peak` beyond `begin_peak`'s; 0 where the system's counts say fewer.
+
+    Linux counts pages a thread at a time, so that a peak may be some pages below what it follows.
+    """
+    return max(resident_peak() - baseline, 0)
+
+
 def limit(bytes_more: int) -> None:
     """Let an allocation beyond this fail, where it would else end this or another process."""
     with suppress(ImportError, OSError, ValueError, StopIteration):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from archzoo.analysis.bench.contenders import FIT, Contender, ZooContender
 from archzoo.analysis.bench.fitting import FitContender
-from archzoo.analysis.bench.memory import begin_peak, free_memory, limit, resident_peak
+from archzoo.analysis.bench.memory import begin_peak, free_memory, grown, limit
 from archzoo.analysis.bench.peers import PEERS, Shape
 from archzoo.trust import import_for_user, user_imports
 
@@ -145,7 +145,7 @@ class Bench:
 
     def peak(self) -> dict[str, Any]:
         """By how many bytes the process has grown since before its model was built, at most."""
-        return {"memory_bytes": resident_peak() - self.baseline}
+        return {"memory_bytes": grown(self.baseline)}
 
     def release(self) -> None:
         """Let go of what the last size took."""
