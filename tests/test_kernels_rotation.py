@@ -95,7 +95,7 @@ def test_attention_takes_it_and_compiles_without_a_break(monkeypatch):
         assert (mine - plain).norm() < 1e-5 * plain.norm()
 
 
-def test_what_one_table_does_not_describe_takes_the_plain_form():
+def test_what_one_table_does_not_describe_takes_the_plain_form(monkeypatch):
     layer = Attention(24, 3).to(DEVICE)
     projected = torch.randn(1, 4, 72, device=DEVICE)
     assert layer.splits_in_one(projected)
@@ -103,3 +103,6 @@ def test_what_one_table_does_not_describe_takes_the_plain_form():
     assert not layer.splits_in_one(projected)
     assert not kernels.available(projected.double())
     assert not kernels.available(projected.mT)
+    assert kernels.available(projected)
+    monkeypatch.setattr(kernels, "exporting", lambda: True)  # of torch's own operations
+    assert not kernels.available(projected)

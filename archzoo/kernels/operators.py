@@ -37,7 +37,7 @@ def define(
             memory with a parameter or another result.
         compute: Computes it.
         shapes: Makes empty results, strides included, of the same arguments.
-        keep: ``keep(ctx, inputs, output)``, for the backward pass. None: there is no gradient.
+        keep: ``keep(ctx, inputs, output)``, for the backward pass. None: it has none.
         gradients: ``gradients(ctx, *grads)``, of each parameter; made of operators, too.
     """
     name = schema[: schema.index("(")]

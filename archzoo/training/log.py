@@ -110,7 +110,7 @@ class TrainingFigures:
             sums: `sums`, added up.
             seconds: Since the last row.
             operations: Of a token, see `archzoo.analysis.operations.training_operations`.
-            peak: Operations a second of all GPUs at most. None: unknown, and there is no MFU.
+            peak: Operations a second of all GPUs at most. None: unknown, and MFU is left out.
         """
         row = {}
         for name, entry in sums.items():

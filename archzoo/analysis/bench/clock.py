@@ -10,7 +10,7 @@ from typing import Any
 import lightning
 import torch
 
-# What a run imports anyhow is no memory of its training.
+# What a run imports anyhow does not count as memory of its training.
 import archzoo.training.command  # noqa: F401
 from archzoo.analysis.bench.memory import begin_peak, grown
 from archzoo.analysis.bench.profile import kernels_of

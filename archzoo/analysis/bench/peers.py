@@ -168,7 +168,7 @@ class Llama(Peer):
         super().__init__(text, shape)
         self.static = "static" in self.given
         if self.static:
-            why = "its cache is no other than that of llama, until it is decoded"
+            why = "its cache differs from that of llama only once it is decoded"
             self.without |= dict.fromkeys(("training", "prefill", "state"), why)
 
     def make(self) -> nn.Module:

@@ -7,8 +7,8 @@ anew, and the rotation, the activation or the residual after it.
 
 `linear` and `retain` write their results rounded as the layers' own operations do, and sum in
 float32. The plain form is the layers' own `step`; who puts the kernels together is
-`archzoo.generation.fused`. There is no gradient. Importing this module needs neither Triton nor a
-GPU.
+`archzoo.generation.fused`. There is no backward pass. Importing this module needs neither Triton
+nor a GPU.
 """
 
 from __future__ import annotations

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from archzoo.derivatives import transformed
+from archzoo.derivatives import exporting, transformed
 from archzoo.kernels.launching import launch, power_of_2, run_beside
+from archzoo.kernels.operators import define
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -27,6 +28,8 @@ def available(projected: Tensor) -> bool:
     """Whether the kernel takes this result of a matrix."""
     # Asked first: on a CPU, where no kernel runs, nothing else is looked at.
     if not run_beside(projected) or transformed() or projected.dtype not in _DTYPES:
+        return False
+    if exporting():  # what is exported is made of torch's own operations
         return False
     return projected.is_contiguous() and projected.numel() > 0
 
@@ -45,30 +48,26 @@ def split_rotated(
     """
     if table.is_complex():
         table = torch.view_as_real(table)
-    q, k, v = torch.ops.archzoo.split_rotated(projected, table.contiguous(), heads, key_heads)
+    q, k, v = _split_operator(projected, table.contiguous(), heads, key_heads)
     return q, k, v
 
 
-_library = torch.library.Library("archzoo", "FRAGMENT")
-_library.define(
-    "split_rotated(Tensor projected, Tensor table, int heads, int key_heads) "
-    "-> (Tensor, Tensor, Tensor)"
-)
-_library.define("join_rotated(Tensor q, Tensor k, Tensor v, Tensor table) -> Tensor")
-
-
-def _width(projected: Tensor, heads: int, key_heads: int) -> int:
-    return projected.shape[-1] // (heads + 2 * key_heads)
-
-
-def _empty(projected: Tensor, heads: int, key_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_parts(
+    projected: Tensor, _: Tensor, heads: int, key_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Memory for q, k and v."""
-    batch, time, _ = projected.shape
-    width = _width(projected, heads, key_heads)
+    batch, time, whole = projected.shape
+    width = whole // (heads + 2 * key_heads)
     q, k, v = (
         projected.new_empty((batch, time, count, width)) for count in (heads, key_heads, key_heads)
     )
     return q, k, v
+
+
+def _empty_joined(q: Tensor, k: Tensor, _v: Tensor, _table: Tensor) -> Tensor:
+    """Memory for the three side by side."""
+    batch, time, heads, width = q.shape
+    return q.new_empty((batch, time, (heads + 2 * k.shape[2]) * width))
 
 
 def _run(joined: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor, join: bool) -> None:
@@ -91,7 +90,7 @@ def _split(
     projected: Tensor, table: Tensor, heads: int, key_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator."""
-    parts = _empty(projected, heads, key_heads)
+    parts = _empty_parts(projected, table, heads, key_heads)
     _run(projected, *parts, table, False)
     return parts
 
@@ -99,28 +98,9 @@ def _split(
 def _join(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
     """Its transpose, which is its inverse."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    batch, time, heads, width = q.shape
-    joined = q.new_empty((batch, time, (heads + 2 * k.shape[2]) * width))
+    joined = _empty_joined(q, k, v, table)
     _run(joined, q, k, v, table, True)
     return joined
-
-
-for _key in ("CPU", "CUDA"):
-    _library.impl("split_rotated", _split, _key)
-    _library.impl("join_rotated", _join, _key)
-
-
-@torch.library.register_fake("archzoo::split_rotated", lib=_library)
-def _split_fake(
-    projected: Tensor, table: Tensor, heads: int, key_heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(projected, heads, key_heads)
-
-
-@torch.library.register_fake("archzoo::join_rotated", lib=_library)
-def _join_fake(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
-    batch, time, heads, width = q.shape
-    return q.new_empty((batch, time, (heads + 2 * k.shape[2]) * width))
 
 
 def _keep_for_split(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -130,7 +110,7 @@ def _keep_for_split(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) 
 
 def _split_gradients(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Any, ...]:
     (table,) = ctx.saved_tensors
-    return torch.ops.archzoo.join_rotated(dq, dk, dv, table), None, None, None
+    return _join_operator(dq, dk, dv, table), None, None, None
 
 
 def _keep_for_join(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -141,13 +121,16 @@ def _keep_for_join(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _join_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     (table,) = ctx.saved_tensors
-    return *torch.ops.archzoo.split_rotated(grad.contiguous(), table, *ctx.heads), None
+    return *_split_operator(grad.contiguous(), table, *ctx.heads), None
 
 
 # The two are each other's transpose, so that all derivatives are theirs.
-torch.library.register_autograd(
-    "archzoo::split_rotated", _split_gradients, setup_context=_keep_for_split, lib=_library
-)
-torch.library.register_autograd(
-    "archzoo::join_rotated", _join_gradients, setup_context=_keep_for_join, lib=_library
-)
+_split_operator = define(
+    "split_rotated(Tensor projected, Tensor table, int heads, int key_heads) "
+    "-> (Tensor, Tensor, Tensor)",
+    _split, _empty_parts, _keep_for_split, _split_gradients,
+)  # fmt: skip
+_join_operator = define(
+    "join_rotated(Tensor q, Tensor k, Tensor v, Tensor table) -> Tensor",
+    _join, _empty_joined, _keep_for_join, _join_gradients,
+)  # fmt: skip
