@@ -199,6 +199,8 @@ def build(answers: Answers, prompt: str, max_tokens: int, temperature: float, se
     sides = answers.sides
     # One after the other: what is timed shares the machine with nothing of ours.
     alone = {"concurrency_id": "models", "concurrency_limit": 1, "api_visibility": "private"}
+    # A press while the one before is still answered is not lost: the last one counts.
+    alone["trigger_mode"] = "always_last"
     quick: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}
     quick["api_visibility"] = "private"
     several_layers = any(map(differ_by_layer, answers.layers))

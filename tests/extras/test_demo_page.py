@@ -175,6 +175,17 @@ def test_a_prompt_that_cannot_be_read_gets_one_line(
     finished(page)
 
 
+def test_a_press_while_the_models_write_is_not_lost(visit: Any, served: str) -> None:
+    page = opened(visit, served)
+    write(page, 1500)
+    generate(page, "to be")
+    page.locator("#status", has_text="writing").wait_for()
+    write(page, 30)
+    generate(page, "or not")
+    finished(page, 30)
+    assert page.locator("#card0 .az-text").inner_text().startswith("or not")
+
+
 def test_a_prompt_is_limited_in_length(visit: Any, served: str) -> None:
     page = opened(visit, served)
     assert page.locator("#prompt textarea").get_attribute("maxlength") == "2000"
