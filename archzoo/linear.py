@@ -50,6 +50,8 @@ class Linear(nn.Linear):
     weight_is_read = False
     #: Whether it has initialised itself, so that the decoder does not.
     keeps_init = False
+    #: Into how many heads the rows of a block divide, by its name; a mixer says so.
+    heads: Mapping[str, int] = {}
     #: By the adapter's name and the block's; there once it is adapted.
     adapter_modules: nn.ModuleDict
 
@@ -132,12 +134,12 @@ class Linear(nn.Linear):
         """
         if not self.adapted:
             return self.product(x)
-        return self._changed(x, self.product(x), tuple(self.blocks))
+        return self._changed(x, tuple(self.blocks))
 
     def part(self, x: Tensor, *names: str) -> Tensor:
         """The same, but only of blocks that lie side by side: y (..., their rows)."""
-        y = self.product(x, self.rows(*names))
-        return self._changed(x, y, names) if self.adapted else y
+        rows = self.rows(*names)
+        return self._changed(x, names, rows) if self.adapted else self.product(x, rows)
 
     def product(self, x: Tensor, rows: slice | None = None) -> Tensor:
         """``x W^T + b`` without adapters, of all rows or of some."""
@@ -148,18 +150,70 @@ class Linear(nn.Linear):
             bias = bias if bias is None else bias[..., rows]
         return _of_each(x, weight, bias)
 
-    def _changed(self, x: Tensor, y: Tensor, names: Sequence[str]) -> Tensor:
-        """Y of some blocks, with what the adapters add."""
-        parts = list(y.split_with_sizes([self.blocks[name] for name in names], -1))
-        for name, adapter in self.adapters():
-            if name not in names:
-                continue
-            at = names.index(name)
-            change = adapter.output(x, parts[at])
-            if change is None:  # it knows the change of the weight alone
-                change = _of_each(x, self._delta(name, adapter))
-            parts[at] = parts[at] + change.to(parts[at].dtype)
-        return torch.cat(parts, dim=-1)
+    def _changed(self, x: Tensor, names: Sequence[str], rows: slice | None = None) -> Tensor:
+        """Y of some blocks, with what the adapters add.
+
+        Args:
+            x: (..., in_features).
+            names: Of blocks that lie side by side.
+            rows: Theirs. None: all.
+        """
+        adapters = self._by_block(names)
+        seen = {name: _seen(x, those) for name, those in adapters.items()}
+        if any(each[0] is not x for each in seen.values()):  # they do not share their input
+            parts = []
+            for name in names:
+                y = self.product(seen[name][0] if name in seen else x, self.rows(name))
+                change = self._change(name, y, adapters.get(name, []), seen.get(name, []))
+                parts.append(y if change is None else y + change)
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        y = self.product(x, rows)
+        if not adapters:
+            return y
+        if len(names) == 1:
+            change = self._change(names[0], y, adapters[names[0]], seen[names[0]])
+            assert change is not None  # there are adapters
+            return y + change
+        # One sum for all blocks: its gradient goes to each without a copy.
+        changes = []
+        sizes = [self.blocks[name] for name in names]
+        for name, part in zip(names, y.split_with_sizes(sizes, -1), strict=True):
+            change = self._change(name, part, adapters.get(name, []), seen.get(name, []))
+            changes.append(y.new_zeros(()).expand(part.shape) if change is None else change)
+        return y + torch.cat(changes, dim=-1)
+
+    def _change(
+        self, name: str, y: Tensor, adapters: Sequence[Any], seen: Sequence[Tensor]
+    ) -> Tensor | None:
+        """What the adapters of one block add to its y; None: there are none.
+
+        Args:
+            name: Of the block.
+            y: Its own, (..., rows).
+            adapters: In order.
+            seen: As `_seen` gives it.
+        """
+        total = None
+        for adapter, before, x in zip(adapters, seen[:-1], seen[1:], strict=True):
+            change = adapter.output(x, y)
+            if change is None:
+                if before is not x:  # it has changed what the others see
+                    continue
+                change = self._product_of_delta(x, name, adapter)
+            change = change.to(y.dtype)
+            total = change if total is None else total + change
+            if adapter is not adapters[-1]:
+                y = y + change
+        return total
+
+    def _product_of_delta(self, x: Tensor, name: str, adapter: Any) -> Tensor:
+        """What an adapter adds to y that knows the change of the weight and the bias alone."""
+        with without_autocast(self.device):  # weights are changed in their own dtype
+            weight: Tensor = adapter.delta(self._weights(name, adapter)[name])
+            bias = None
+            if self.bias is not None:
+                bias = adapter.bias_delta(self._biases(name, adapter)[name])
+        return _of_each(x, weight, bias)
 
     # ------------------------------------------------------------------------ read
 
@@ -195,15 +249,16 @@ class Linear(nn.Linear):
         finally:
             self._held = None
 
+    def effective_bias(self) -> Tensor | None:
+        """B with the change of every adapter, or None where there is none."""
+        if self.bias is None or not self.adapted:
+            return self.bias
+        with without_autocast(self.device):
+            return torch.cat(list(self._biases().values()), dim=-1)
+
     def _effective(self) -> Tensor:
         with without_autocast(self.device):  # weights are changed in their own dtype
             return torch.cat(list(self._weights().values()), dim=-2)
-
-    def _delta(self, name: str, adapter: Any) -> Tensor:
-        """An adapter's change of its block, on top of those before it."""
-        with without_autocast(self.device):
-            change: Tensor = adapter.delta(self._weights(name, adapter)[name])
-        return change
 
     def _weights(self, only: str | None = None, before: Any = None) -> dict[str, Tensor]:
         """Each block's weight with its adapters' changes.
@@ -222,6 +277,20 @@ class Linear(nn.Linear):
                 weights[name] = weight + adapter.delta(weight).to(weight.dtype)
         return weights
 
+    def _biases(self, only: str | None = None, before: Any = None) -> dict[str, Tensor]:
+        """Each block's part of b with its adapters' changes, as `_weights`."""
+        assert self.bias is not None  # who calls has looked
+        parts = self.bias.split_with_sizes(list(self.blocks.values()), -1)
+        biases = dict(zip(self.blocks, parts, strict=True))
+        for name, adapter in self.adapters():
+            if adapter is before:
+                break
+            if only in (None, name):
+                bias = biases[name]
+                change = adapter.bias_delta(bias)
+                biases[name] = bias if change is None else bias + change.to(bias.dtype)
+        return biases
+
     # ------------------------------------------------------------------------ adapters
 
     def adapters(self) -> Iterator[tuple[str, Any]]:
@@ -229,6 +298,14 @@ class Linear(nn.Linear):
         if self.adapted:
             for of_blocks in self.adapter_modules.values():
                 yield from of_blocks.items()  # type: ignore[operator]
+
+    def _by_block(self, names: Sequence[str]) -> dict[str, list[Any]]:
+        """The adapters of each of these blocks that has some, in order."""
+        found: dict[str, list[Any]] = {}
+        for name, adapter in self.adapters():
+            if name in names:
+                found.setdefault(name, []).append(adapter)
+        return found
 
     def attach(self, entry: str, block: str, adapter: nn.Module) -> None:
         """Put an adapter on a block.
@@ -247,9 +324,12 @@ class Linear(nn.Linear):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Put the adapters' changes into the weight, and take the adapters away."""
+        """Put the adapters' changes into weight and bias, and take the adapters away."""
         if self.adapted:
-            self.set_weight(self._effective())
+            weight, bias = self._effective(), self.effective_bias()
+            self.set_weight(weight)
+            if bias is not None:
+                self.bias.copy_(bias)
             self.detach_adapters()
 
     def set_weight(self, weight: Tensor) -> None:
@@ -272,6 +352,15 @@ class Linear(nn.Linear):
         if self.adapted:
             del self.adapter_modules
             self.adapted = False
+
+
+def _seen(x: Tensor, adapters: Sequence[Any]) -> list[Tensor]:
+    """What the base sees of x, and after it what each adapter of a block sees, in order."""
+    seen = [x]
+    for adapter in reversed(adapters):
+        change = adapter.input(seen[-1])
+        seen.append(seen[-1] if change is None else seen[-1] + change.to(seen[-1].dtype))
+    return seen[::-1]
 
 
 def _of_each(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,8 +1,10 @@
 """Adapters and the house Linear: what they compute, what they leave alone, what they declare."""
 
+import copy
 import functools
 import itertools
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,64 @@ class Scale(Adapter):
 
     def delta(self, weight):
         return weight * (self.scale - 1)[:, None]
+
+    def bias_delta(self, bias):
+        return bias * (self.scale - 1)
+
+
+class InputScale(Scale):
+    """Each column of x times a learned number, before it is multiplied by this block."""
+
+    default_targets = ("down",)
+
+    def __init__(self, target, *, targets=None, layers=None):
+        Adapter.__init__(self, target, targets=targets, layers=layers)
+        self.scale = nn.Parameter(torch.empty(target.shape[-1]))
+        self.reset_parameters()
+
+    def input(self, x):
+        return x * (self.scale - 1)
+
+    def output(self, x, y):
+        return None
+
+    def delta(self, weight):
+        return weight * (self.scale - 1)
+
+    def bias_delta(self, bias):
+        return None
+
+
+class Shared(Adapter):
+    """A number for all layers, and a vector of each layer's own."""
+
+    default_targets = ("query",)
+    mergeable = True
+
+    def __init__(self, target, *, targets=None, layers=None):
+        super().__init__(target, targets=targets, layers=layers)
+        self.own = nn.Parameter(torch.zeros(target.shape[-2]))
+        self.common = None
+
+    @classmethod
+    def connect(cls, adapters):
+        adapters[0].common = nn.Parameter(torch.ones(()))
+        for adapter in adapters[1:]:
+            adapter.refer("owner", adapters[0])
+
+    def reset_parameters(self):
+        nn.init.zeros_(self.own)
+        if self.common is not None:
+            nn.init.ones_(self.common)
+
+    def factor(self):
+        return self.own * (self.owner.common if self.common is None else self.common)
+
+    def output(self, x, y):
+        return y * self.factor()
+
+    def delta(self, weight):
+        return weight * self.factor()[:, None]
 
 
 class Weighed(Adapter):
@@ -162,7 +222,9 @@ class Doubled(Linear):
 # ---------------------------------------------------------------------------- the rules
 
 
-@pytest.mark.parametrize("cls", [archzoo.LoRA, Scale, Weighed, Gated, Prefix, Prompt])
+@pytest.mark.parametrize(
+    "cls", [archzoo.LoRA, Scale, InputScale, Shared, Weighed, Gated, Prefix, Prompt]
+)
 @pytest.mark.parametrize("rule", CHECKS["adapter"])
 def test_adapters_keep_the_rules(cls, rule):
     finding = run_check(cls, rule)
@@ -321,6 +383,93 @@ def test_loras_changes_add_up_and_follow_their_order():
     x = torch.randn(3, net.dim, dtype=torch.float64)
     torch.testing.assert_close(linear(x)[:, linear.rows("value")], F.linear(x, w))
     torch.testing.assert_close(linear.effective_weight()[linear.rows("value")], w)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations("abc")))
+def test_changes_of_input_output_and_weight_follow_their_order_and_merge(order):
+    """In a Linear with a bias, of two blocks that share x: called, by blocks, read, and merged."""
+    linear = Linear(6, {"first": 4, "second": 5}, bias=True).double()
+    w, b = linear.weight[:4], linear.bias[:4]
+    classes = {"a": InputScale, "b": Scale, "c": Weighed}
+    for entry in order:
+        adapter = classes[entry](Target("linear", "first", (4, 6))).double()
+        for parameter in adapter.parameters():
+            nn.init.normal_(parameter)
+        linear.attach(entry, "first", adapter)
+        w, b = w + adapter.delta(w), b + b * (adapter.scale - 1) if entry == "b" else b
+    x = torch.randn(3, 6, dtype=torch.float64)
+    want = torch.cat([F.linear(x, w, b), F.linear(x, linear.weight[4:], linear.bias[4:])], 1)
+    assert relative_error(linear(x), want) < 1e-12
+    parts = torch.cat([linear.part(x, "first"), linear.part(x, "second")], 1)
+    assert relative_error(parts, want) < 1e-12
+    assert relative_error(linear.effective_weight()[:4], w) < 1e-12
+    assert relative_error(linear.effective_bias()[:4], b) < 1e-12
+    linear.merge()
+    assert not linear.adapted
+    assert relative_error(linear(x), want) < 1e-12
+
+
+BIASED = {
+    "filter": ("yuan_micro", {}, ["filter_first", "filter_second"]),
+    "fire": ("transformer_micro", {"bias": "FIRE"}, ["fire_inner"]),
+}
+
+
+@pytest.mark.parametrize("model", BIASED)
+@pytest.mark.parametrize("cls", [Scale, InputScale, Weighed])
+def test_merged_with_biases_it_computes_what_it_did_beside_the_weights(model, cls):
+    name, arguments, targets = BIASED[model]
+    net = archzoo.create_model(name, vocab_size=20, **arguments).double().eval()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.2)  # biases, too
+    archzoo.adapt(net, functools.partial(cls, targets=targets))
+    for _, module in adapter_modules(net):
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, mean=1.0)
+    tokens = torch.randint(20, (2, 9))
+    forms = (None, "recurrent", "chunkwise", "parallel")
+    with torch.no_grad():
+        before = [net(tokens, form=form).logits for form in forms]
+        archzoo.merge_adapters(net)
+        after = [net(tokens, form=form).logits for form in forms]
+    for was, now in zip(before, after, strict=True):
+        assert relative_error(now, was) < 1e-12
+
+
+def test_modules_of_all_layers_share_what_one_owns():
+    """A state holds it once; copies, casts and loading keep it shared, and all layers move it."""
+    net = archzoo.create_model("transformer_micro", vocab_size=20, adapter=Shared)
+    names = [name for name in net.state_dict() if name.endswith("common")]
+    assert len(names) == 1
+    again = archzoo.Decoder(**net.config)
+    again.load_state_dict(net.state_dict())
+    for made in (net, copy.deepcopy(net).double(), again, pickle.loads(pickle.dumps(net))):
+        first, second = (module for _, module in adapter_modules(made))
+        assert second.owner is first
+        assert first.common.dtype == made.dtype
+    first, second = (module for _, module in adapter_modules(net))
+    for module in (first, second):
+        nn.init.normal_(module.own)
+    net(torch.randint(20, (2, 9))).logits.square().sum().backward()
+    whole = first.common.grad.clone()
+    nn.init.zeros_(second.own)
+    first.common.grad = None
+    net(torch.randint(20, (2, 9))).logits.square().sum().backward()
+    assert not torch.allclose(first.common.grad, whole)
+
+
+def test_a_target_says_how_many_heads_its_rows_are():
+    heads = {}
+    for name, mixer in (("retnet_micro", None), ("transformer_micro", "Attention")):
+        arguments = {"class_path": mixer, "init_args": {"kv_heads": 1}} if mixer else None
+        net = archzoo.create_model(name, vocab_size=20, mixer=arguments, linear="Linear")
+        heads |= {(name, p.name): p.target.heads for p in list_targets(net) if p.target.heads}
+    assert heads == {
+        **{("retnet_micro", block): 2 for block in ("query", "key", "value", "gate")},
+        ("transformer_micro", "query"): 2,
+        ("transformer_micro", "key"): 1,
+        ("transformer_micro", "value"): 1,
+    }
 
 
 # ---------------------------------------------------------------------------- seams

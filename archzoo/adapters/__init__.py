@@ -4,8 +4,9 @@ A decoder takes one (``adapter="LoRA"``) or several by name (``{"sums": "LoRA", 
 and then trains nothing else. An adapter changes one of four kinds of things:
 
 * ``linear``: a block of a `Linear`, by its name (``query``, ``value``, ``up``, ...). It says
-  `Adapter.output`, what it adds to y, or `Adapter.delta`, what it adds to W, or both. Where a
-  kernel reads the weight instead of calling the Linear, as a router's, only `delta` is possible.
+  `Adapter.output`, what it adds to y, `Adapter.input`, what it adds to x, or `Adapter.delta`, what
+  it adds to W; with `delta` it can be merged. Where a kernel reads the weight instead of calling
+  the Linear, as a router's, only `delta` is possible.
 * ``experts``: the same of a stack of matrices, one for each expert.
 * ``input``: `Adapter.prompt`, vectors that precede the text of every document.
 * ``state``: `Adapter.prefix`, the state that every document starts from.
@@ -33,6 +34,7 @@ class Target(NamedTuple):
             a stack; (dim,) for the input; () for a state.
         layer: Of which block of the decoder, or None.
         state: For a state: the shape of each tensor, by name, as `Mixer.prefix_shapes` gives it.
+        heads: Of a mixer's query, key, value or gate: into how many heads its rows divide.
     """
 
     kind: Kind
@@ -40,6 +42,7 @@ class Target(NamedTuple):
     shape: tuple[int, ...]
     layer: int | None = None
     state: dict[str, tuple[int, ...]] | None = None
+    heads: int | None = None
 
 
 class Adapter(nn.Module, ABC):
@@ -61,7 +64,7 @@ class Adapter(nn.Module, ABC):
     default_targets: ClassVar[tuple[str, ...]] = ()
     #: Whether the adapted model computes what the base computes until the adapter is trained.
     identity_at_start: ClassVar[bool] = True
-    #: Whether `delta` holds all that it does, so that it can be merged into the weight.
+    #: Whether `delta` and `bias_delta` hold all that it does, so that it can be merged.
     mergeable: ClassVar[bool] = False
 
     def __init__(
@@ -74,6 +77,25 @@ class Adapter(nn.Module, ABC):
         super().__init__()
         if target.kind in ("input", "state"):  # tables and states, which decay would shrink
             self.decays = False
+
+    @classmethod
+    def connect(cls, adapters: list[Adapter]) -> None:
+        """Let the modules of one entry, of all layers, share parameters; before any of them starts.
+
+        The first owns what they share, and the others reach it by `refer`.
+
+        Args:
+            adapters: All that were built for one entry, in the order of the decoder's modules.
+        """
+
+    def refer(self, name: str, module: nn.Module) -> None:
+        """Reach a module that another one owns as ``self.name``: its parameters stay the owner's.
+
+        Args:
+            name: Of the attribute.
+            module: It is not registered, so a state holds it once.
+        """
+        object.__setattr__(self, name, module)
 
     @abstractmethod
     def reset_parameters(self) -> None:
@@ -99,9 +121,34 @@ class Adapter(nn.Module, ABC):
         """
         return None
 
+    def input(self, x: Tensor) -> Tensor | None:
+        """What is added to x before it is multiplied by this block alone.
+
+        The adapters before this one see the changed x, as ``(W + their changes) (x + input(x))``
+        says; those after it see x itself.
+
+        Args:
+            x: (..., columns).
+
+        Returns:
+            Of x's shape, or None: nothing.
+        """
+        return None
+
     def delta(self, weight: Tensor) -> Tensor:
         """What is added to W, of its shape; `weight` is W with the adapters before this one."""
         raise NotImplementedError(f"{type(self).__name__} has no delta(weight)")
+
+    def bias_delta(self, bias: Tensor) -> Tensor | None:
+        """What is added to b, where the Linear has one: an output that is scaled scales it, too.
+
+        Args:
+            bias: (rows,), of a stack (experts, rows): b with the adapters before this one.
+
+        Returns:
+            Of its shape, or None: nothing.
+        """
+        return None
 
     def prompt(self) -> Tensor:
         """(tokens, dim): vectors that precede the text of every document."""

@@ -47,7 +47,9 @@ def list_targets(decoder: Decoder) -> list[Place]:
             stack = () if module.stack is None else (module.stack,)
             for name, rows in module.blocks.items():
                 shape = (*stack, rows, module.in_features)
-                found.append(Place(Target(kind, f"{path}.{name}", shape, layer), name, module))
+                heads = module.heads.get(name)
+                target = Target(kind, f"{path}.{name}", shape, layer, heads=heads)
+                found.append(Place(target, name, module))
     for layer, block in enumerate(decoder.blocks):
         mixer: Any = block.mixer
         target = Target("state", f"blocks.{layer}.mixer.state", (), layer, mixer.prefix_shapes())
@@ -103,6 +105,9 @@ def attach(decoder: Decoder, entries: dict[str, Spec]) -> dict[str, Any]:
         for place in matched
     ]
     _check_together(made)  # all is refused before anything is changed
+    for entry in entries:
+        own = [adapter for name, _, adapter in made if name == entry]
+        type(own[0]).connect(own)
     decoder.learned_before = {n for n, p in decoder.named_parameters() if p.requires_grad}
     for parameter in decoder.parameters():
         parameter.requires_grad_(False)
@@ -142,7 +147,8 @@ def _check_together(made: list[tuple[str, Place, Adapter]]) -> None:
                 "decoder has one"
             )
         for name, other in others:
-            if not adapter.says("output") and not other.says("delta"):
+            beside = adapter.says("output") or adapter.says("input")
+            if not beside and not other.says("delta"):
                 raise ValueError(
                     f"{type(adapter).__name__} ({entry}) changes the weight of "
                     f"{place.target.path}, and {type(other).__name__} ({name}) before it has no "
@@ -203,8 +209,10 @@ def _check_declared(cls: type[Adapter]) -> None:
         ValueError: It declares a kind whose method it lacks, or is mergeable without `delta`.
     """
     linear = {"linear", "experts"} & set(cls.kinds)
-    if linear and not (cls.says("output") or cls.says("delta")):
-        raise ValueError(f"{cls.__name__} changes a Linear: it needs output(x, y) or delta(weight)")
+    if linear and not any(cls.says(method) for method in ("output", "input", "delta")):
+        raise ValueError(
+            f"{cls.__name__} changes a Linear: it needs output(x, y), input(x) or delta(weight)"
+        )
     if cls.mergeable and not cls.says("delta"):
         raise ValueError(f"{cls.__name__} is declared mergeable: it needs delta(weight)")
     for kind, method in (("input", "prompt"), ("state", "prefix")):

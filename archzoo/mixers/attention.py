@@ -64,6 +64,7 @@ class Attention(Mixer):
         self.widths = [dim + keys, keys]  # of q and k, and of v
         blocks = {"query": dim, "key": keys, "value": keys}
         self.query_key_value = Linear(dim, blocks)
+        self.query_key_value.heads = {"query": heads, "key": self.kv_heads, "value": self.kv_heads}
         self.output = Linear(dim, {"output": dim}, residual_projection=True)
         self.rotary: Rotary = RotaryEmbedding(self.head_dim)
         self.bias: Bias | None = None

@@ -135,6 +135,7 @@ class Retention(KeepsFloat32, Mixer):
         self.widths = [2 * dim, value_width] + [value_width] * gate
         blocks = {"query": dim, "key": dim, "value": value_width}
         self.query_key_value_gate = Linear(dim, blocks | ({"gate": value_width} if gate else {}))
+        self.query_key_value_gate.heads = dict.fromkeys(self.query_key_value_gate.blocks, heads)
         self.output = Linear(value_width, {"output": dim}, residual_projection=True)
         self.rotary: Rotary = RetentionRotation(self.head_dim)
 

@@ -213,7 +213,8 @@ class FIRE(Bias):
         threshold = (self.threshold * self.multiplier.to(dtype)).abs()
         reach = (slope * torch.maximum(queries, threshold)).log1p()
         fraction = (slope * distance.to(dtype)).log1p() / reach.clamp(min=1e-6)
-        inner, shift = self.inner.effective_weight().to(dtype), self.inner.bias.to(dtype)
-        hidden = F.relu(F.linear(fraction[..., None], inner, shift))
+        inner, shift = self.inner.effective_weight().to(dtype), self.inner.effective_bias()
+        assert shift is not None  # it has one
+        hidden = F.relu(F.linear(fraction[..., None], inner, shift.to(dtype)))
         bias = F.linear(hidden, self.outer.effective_weight().to(dtype))
         return rearrange(bias, "b q k h -> b h q k")
