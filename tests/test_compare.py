@@ -34,8 +34,17 @@ data:
 trainer: {accelerator: cpu, max_steps: 4, log_every_n_steps: 1, val_check_interval: 2}
 """
 OPTIONS = dict.fromkeys(
-    ("seeds", "learning_rates", "tune_seeds", "arms", "may_differ", "metric", "measure")
+    ("seeds", "learning_rates", "tune_seeds", "arms", "may_differ", "metric", "measure", "base")
 )
+# Subtraction, learnt by what can add: all of it, or an adapter's few parameters.
+ADAPTED = f"""
+arms: {{full: {{}}, lora: {{model.adapter: {{class_path: LoRA, init_args: {{rank: 2}}}}}}}}
+compare: {{base: a.yaml, learning_rates: {{full: [1.0e-3], lora: [1.0e-3, 1.0e-2]}}, seeds: [3]}}
+claim:
+- {{arm: lora, metric: exact_match/base, sign: 1}}
+- {{arm: lora, metric: loss@2, sign: 1}}
+{CONFIG.replace("{preset: retnet_micro, warmup_steps: 2}", "{warmup_steps: 2}")}
+""".replace("Addition", "Subtraction")
 
 
 @pytest.fixture
@@ -273,6 +282,61 @@ def test_arms_may_differ_in_data_where_that_is_said(place):
     plan = plan_of({"data.digits": "1,2"}, may_differ="data,tokens")
     one, two = plan.arms.values()
     assert one.batches != two.batches and "data.digits=2" in two.differs
+
+
+def test_arms_start_from_a_base_of_their_seed(place):
+    Path("b.yaml").write_text(ADAPTED)
+    plan = plan_of(config="b.yaml", seeds="0,1", tune_seeds="0")
+    assert [(base.arm, base.seed, base.is_base) for base in plan.bases] == [
+        ("a", 0, True),
+        ("a", 1, True),
+    ]
+    assert all(run.base.seed == run.seed for run in plan.runs.values())
+    assert plan.rates == {"full": [1e-3], "lora": [1e-3, 1e-2]}
+    full, lora = plan.arms.values()
+    assert full.trainable == full.sizes.parameters
+    assert lora.sizes.parameters - lora.trainable == full.sizes.parameters
+    assert f"{lora.trainable:,} trained parameters against" in matched(lora, full)
+    assert plan.early == ["loss@2"] and plan.beside == ["exact_match/base", "loss@2"]
+    # The same base again has the same key; another is another run's, whatever its weights' path.
+    again = plan_of(config="b.yaml", seeds="0,1", tune_seeds="0")
+    assert {run.key for run in again.runs.values()} == {run.key for run in plan.runs.values()}
+    assert {run.name for run in again.runs.values()} == {run.name for run in plan.runs.values()}
+    Path("a.yaml").write_text(CONFIG.replace("max_steps: 4", "max_steps: 6"))
+    other = plan_of(config="b.yaml", seeds="0,1", tune_seeds="0")
+    assert not {run.key for run in other.runs.values()} & {run.key for run in plan.runs.values()}
+    # Of some arms only; and none at all where the command line says what is started from.
+    Path("c.yaml").write_text(
+        ADAPTED.replace("base: a.yaml", "base: {lora: a.yaml}").replace(
+            "full: {}", "full: {model.preset: retnet_micro}"
+        )
+    )
+    plan = plan_of(config="c.yaml")
+    assert [run.base is None for run in plan.runs.values()] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("base: a.yaml", "base: x.yaml", "there is no configuration x.yaml; nearest"),
+        ("base: a.yaml", "base: {lor: a.yaml}", "base: no arm is called 'lor'; nearest: lora"),
+        ("base: a.yaml", "base: [a.yaml]", "it takes the name of a configuration file"),
+        ("full: [1.0e-3], ", "", "learning_rates names none for the arm full"),
+        ("full: [1.0e-3]", "ful: [1.0e-3]", "no arm is called 'ful'; nearest: full"),
+        ("loss@2", "loss@5", "give a step up to 4"),
+        ("loss@2", "loss@1", "validation runs every 2 steps"),
+        ("loss@2", "losses", "no run measures losses; nearest: loss"),
+        ("exact_match/base", "exact/base", "no run measures exact/base"),
+        ("rank: 2", "rank: two", "arm lora: "),
+        ("digits: 1", "digits: 1, vocabulary: own", "its base a is trained with another vocab"),
+    ],
+)
+def test_what_is_wrong_with_a_base_is_one_line(place, capsys, old, new, words):
+    Path("b.yaml").write_text(ADAPTED.replace(old, new))
+    assert main(["compare", "b.yaml"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and words in line, line
+    assert not Path("runs").exists(), "all is said before anything is trained"
 
 
 # ---------------------------------------------------------------------------- placing
@@ -531,6 +595,54 @@ def test_what_is_trained_has_done_all_its_steps(tmp_path, monkeypatch):
     assert progress.lines(found, tmp_path)[0].step == 0
     monkeypatch.setattr(progress, "state_of", lambda directory: "trained")
     assert progress.lines(found, tmp_path)[0].step == 4
+
+
+def test_a_base_is_trained_once_and_what_is_left_of_it_is_measured(place, capsys):
+    Path("b.yaml").write_text(ADAPTED)
+    assert main(["compare", "b.yaml", "--at_once", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "base a, rate 0.002, seed 3  done" in out and "lora: the learning rate is" in out
+    assert "lora against full, exact_match/base: undecided at 1 seed" in out
+    assert "lora against full, loss@2: undecided at 1 seed" in out
+    base, full, *lora = rows("runs/compare/b/runs.csv")
+    assert base["arm"] == "base a" and full["base"] == base["key"]
+    (run,) = Path("runs/compare/bases").iterdir()
+    weights = [torch.load(d / "last.ckpt")["base"] for d in Path("runs/compare/b/runs").iterdir()]
+    assert len(set(weights)) == 1 and weights[0]
+    # The base's own task, of the base and of what was made of it.
+    measured = [row for row in (full, *lora) if row["test/loss"]]
+    assert all(row["test/exact_match/base"] and row["test/loss/base"] for row in measured)
+    again = f"test --ckpt_path {run / 'last.ckpt'} --trainer.accelerator cpu --table again"
+    assert main(again.split()) == 0
+    assert rows(run / "again.csv")[0]["test/loss"] == rows(run / "test.csv")[0]["test/loss"]
+    held = {
+        row["step"]: row for row in rows(Path("runs/compare/b/runs", full["run"], "metrics.csv"))
+    }
+    assert float(full["validation/loss@2"]) == pytest.approx(
+        float(held["2"]["validation/loss"] or 0), rel=1e-4
+    )
+    for table in (rows("runs/compare/b/table.csv"), rows("runs/compare/b/runs.csv")[1:]):
+        assert [int(row["trainable"]) < int(row["parameters"]) for row in table[:2]] == [
+            False,
+            True,
+        ]
+    # Another comparison beside it finds the base; and its status tells of it.
+    capsys.readouterr()
+    words = "compare b.yaml --arms full --trainer.max_steps 2 --output runs/compare/c"
+    assert main(words.split()) == 0
+    assert not re.search(r"base a,.*started", capsys.readouterr().out)
+    assert main(["compare", "--status", "runs/compare/c"]) == 0
+    assert re.search(r"base a +3 .*done", capsys.readouterr().out)
+
+
+def test_a_table_has_a_plain_name_and_is_of_evaluations(place, capsys):
+    for words, said in (
+        ("fit --config a.yaml --table x", "--table is for validate and test"),
+        ("test --config a.yaml --table ../x", "give the plain name of a file"),
+        ("test --config a.yaml --table metrics", "metrics is of fit"),
+    ):
+        assert main(words.split()) == 1
+        assert said in capsys.readouterr().err
 
 
 def test_failed_and_cut_runs_do_not_cost_the_others(place, capsys, monkeypatch):

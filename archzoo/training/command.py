@@ -57,7 +57,7 @@ NOT_STORED = {"preset", "match", "weights"}  # a run's checkpoint holds what the
 IN_VARIANTS = ("model", "data", "trainer", "checkpoint", "seed_everything")  # what one may set
 HARDWARE = ("accelerator", "devices")  # of the trainer's settings
 # What settings say of other runs than the one that they make.
-NOT_OF_A_RUN = ("ckpt_path", "resume", "arms", "arm", "compare", "claim")
+NOT_OF_A_RUN = ("ckpt_path", "resume", "table", "arms", "arm", "compare", "claim")
 
 
 class Resolved(NamedTuple):
@@ -226,6 +226,14 @@ class CommandLine(LightningCLI):
             "and begins otherwise.",
         )
         parser.add_argument(
+            "--table",
+            type=str | None,
+            default=None,
+            help="Of validate and test: their figures are added to TABLE.csv beside the "
+            "checkpoint; default: validate.csv and test.csv. For another task than the run's: "
+            "--data Addition --table test_addition.",
+        )
+        parser.add_argument(
             "--arms",
             type=dict[str, dict[str, Any]] | None,
             default=None,
@@ -371,6 +379,7 @@ class CommandLine(LightningCLI):
         last = self.directory / "last.ckpt"
         if config.resume is not None and self.subcommand != "fit":
             raise ValueError(f"--resume is for fit; {self.subcommand} takes --ckpt_path CHECKPOINT")
+        self._check_table(config.table)
         if config.resume == "auto" and last.is_file():
             config.ckpt_path = str(last)
         if config.ckpt_path in ("last", "best"):
@@ -380,6 +389,16 @@ class CommandLine(LightningCLI):
             _mean_what_it_meant(config)
         _check_trainer(config.trainer)
         settings.check_amounts(config.data)
+
+    def _check_table(self, table: str | None) -> None:
+        if table is None:
+            return
+        if self.subcommand not in ("validate", "test"):
+            raise ValueError(f"--table is for validate and test; {self.subcommand} has its own")
+        if not re.fullmatch(r"\w[\w.+-]*", table) or table == "metrics":
+            raise ValueError(
+                f"--table {table}: give the plain name of a file, without .csv; metrics is of fit"
+            )
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Any:
         fitting = self.subcommand == "fit"
@@ -396,8 +415,9 @@ class CommandLine(LightningCLI):
             saves = any(isinstance(callback, Checkpoints) for callback in callbacks)
             callbacks = [*callbacks, (SaveAndEndOnSignal if saves else EndOnSignal)(SIGNALS)]
         config["default_root_dir"] = str(self.directory)
-        table = "metrics.csv" if fitting else f"{self.subcommand}.csv"
-        config["logger"] = [MetricsFile(self.directory / table), *_as_list(config.get("logger"))]
+        table = "metrics" if fitting else self.config[self.subcommand].table or self.subcommand
+        file = MetricsFile(self.directory / f"{table}.csv")
+        config["logger"] = [file, *_as_list(config.get("logger"))]
         config["plugins"] = [CheckpointFiles(), *_as_list(config.get("plugins"))]
         if config.get("precision") is None:
             config["precision"] = usual_precision(config)

@@ -22,7 +22,8 @@ class Claim(NamedTuple):
     Attributes:
         arm: Which arm it is about. None: every arm but the control.
         control: The arm that it is compared with. None: the first.
-        metric: Of the test part, such as bits_per_byte. None: the comparison's.
+        metric: Of the test part, such as bits_per_byte; of validation after some steps (loss@100),
+            or of the base's own task (exact_match/base). None: the comparison's.
         paper: The effect that the paper reports. None: it names no size.
         sign: -1: the arm's metric is lower than the control's; 1: it is higher.
         margin: Within it an effect counts as none. None: a third of the paper's.
@@ -147,7 +148,7 @@ def _judge(
     def show(number: float) -> str:
         return f"{number * scale:+.3g}{unit}"
 
-    about = f"{arm} against {control}: "
+    about = f"{arm} against {control}{f', {claim.metric}' if claim.metric else ''}: "
     size = "" if claim.paper is None else f"; the paper {show(claim.paper)}"
     if difference.low is None or difference.high is None:
         text = f"{about}undecided at 1 seed: {show(difference.mean)}, an anecdote{size}"

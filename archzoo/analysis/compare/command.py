@@ -37,6 +37,7 @@ def compare_command(
     may_differ: str | None = None,
     metric: str | None = None,
     measure: Literal["last", "best"] | None = None,
+    base: str | None = None,
     at_once: int = 1,
     minutes: float | None = None,
     output: str | None = None,
@@ -62,7 +63,10 @@ def compare_command(
 
     A file may hold what the options say under `compare:`, by their names, and under `claim:` what
     is claimed: arm, control, metric, paper (the effect that it reports), sign, margin and rule
-    (difference or equivalence). The verdict is printed.
+    (difference or equivalence). The verdict is printed. There `learning_rates` may be lists by the
+    arms' names, and `base` files by the arms' names, relative to the file. A claim's metric may be
+    one of validation after some steps (loss@100), or of the task that the base was trained on
+    (exact_match/base): what is left of it.
 
     Args:
         config: A configuration file, as of archzoo fit.
@@ -76,6 +80,9 @@ def compare_command(
             else loss.
         measure: Which checkpoint is measured; default: last. The best one was chosen on validation
             data.
+        base: A configuration file of what is trained first, once for each seed: every arm starts
+            from its last checkpoint of the same seed, and is tested on its task, too. It lies in
+            the directory bases beside this comparison's, where others find it.
         at_once: Runs side by side on every GPU, or on the processor, whose cores they share.
         minutes: After these, runs are saved and ended; the same command continues them.
         output: The comparison's directory; default: runs/compare/NAME, of the file's name.
@@ -107,6 +114,7 @@ def compare_command(
         "may_differ": may_differ,
         "metric": metric,
         "measure": measure,
+        "base": base,
     }
     with SIGNALS:
         plan = make_plan(config, content, settings, options, at_once)
@@ -164,10 +172,15 @@ def _announce(plan: Plan, at_once: int, threads: str, directory: Path) -> None:
         + f" of {control.steps:,} steps, {control.tokens:,} tokens; {at_once} at once, "
         f"{threads} threads each; {directory}"
     )
+    for base in plan.of_bases.values():
+        print(
+            f"  base {base.name}: {base.sizes.parameters:,} parameters, {base.steps:,} steps for "
+            f"each seed, first; in {directory.parent / 'bases'}"
+        )
     print(f"  {control.name}: {control.sizes.parameters:,} parameters")
     for arm in others:
         print(f"  {arm.name}: {matched(arm, control)}")
-    if any("NOT matched" in matched(arm, control) for arm in others):
+    if not plan.bases and any("NOT matched" in matched(arm, control) for arm in others):
         print("  (--model.match parameters matches a swapped part by the feed-forward's width)")
 
 

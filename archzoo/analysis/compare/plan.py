@@ -11,6 +11,7 @@ import copy
 import hashlib
 import json
 import math
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from archzoo.analysis.compare.arms import Arm, file_name, make_arms
 from archzoo.analysis.compare.claims import Claim, read_claims
 from archzoo.analysis.compare.places import memory_of
 from archzoo.analysis.listing import Row, row_of
+from archzoo.checkpoint import save_pretrained
+from archzoo.decoder import Decoder
 from archzoo.names import nearest
 from archzoo.registry import check_size
 from archzoo.tasks.stream import Task
@@ -33,7 +36,10 @@ MAY_DIFFER = ("data", "tokens")
 BATCHES = (0, 1, 2)  # of training, whose digests say that arms see the same
 COPIES = 4  # of the weights in training: themselves, gradients, and AdamW's two means
 # Options that a file's `compare` may give.
-IN_FILE = ("seeds", "learning_rates", "tune_seeds", "metric", "may_differ", "measure")
+IN_FILE = ("seeds", "learning_rates", "tune_seeds", "metric", "may_differ", "measure", "base")
+# What the command line says of how an arm is run, its base is run by, too.
+OF_BASE = "base"  # behind the name of a metric: of the task that the base was trained on
+OF_BASES = ("trainer.accelerator", "trainer.precision", "trainer.enable_progress_bar")
 # The task's own metric: the first of these that it has.
 USUAL = ("bits_per_byte", "exact_match", "loss")
 HIGHER = ("exact_match", "accuracy")  # within the names of what is better when higher
@@ -50,6 +56,8 @@ class Run:
         key: A digest of all that the run depends on.
         name: Of its directory.
         settings: As a configuration file would hold them.
+        base: The run whose weights this one starts from, of the same seed; None: it begins anew.
+        is_base: Whether others start from it.
     """
 
     arm: str
@@ -58,6 +66,15 @@ class Run:
     key: str
     name: str
     settings: dict[str, Any]
+    base: Run | None = None
+    is_base: bool = False
+
+    def directory(self, output: Path) -> Path:
+        """Where its files are: in the comparison's directory, or beside it, of a base.
+
+        So comparisons that start from the same one, side by side in one directory, train it once.
+        """
+        return (output.parent / "bases" if self.is_base else output / "runs") / self.name
 
 
 class ArmFacts(NamedTuple):
@@ -70,6 +87,7 @@ class ArmFacts(NamedTuple):
         tokens: Tokens that a run trains on.
         batches: A digest of its first batches, of training and of validation.
         differs: Its settings that are not the first arm's, as text.
+        trainable: Parameters that are trained; the others are frozen.
     """
 
     name: str
@@ -78,6 +96,7 @@ class ArmFacts(NamedTuple):
     tokens: int
     batches: str
     differs: str
+    trainable: int
 
 
 class Plan(NamedTuple):
@@ -94,6 +113,9 @@ class Plan(NamedTuple):
         precision: Of training, such as 32-true.
         claims: Written before.
         runs: By (arm, rate, seed).
+        bases: The runs that are trained first, whose weights others start from.
+        of_bases: What is known of each of them, by its name.
+        metric_of_base: The usual one of their task.
     """
 
     name: str
@@ -106,6 +128,26 @@ class Plan(NamedTuple):
     precision: str
     claims: list[Claim]
     runs: dict[tuple[str, float, int], Run]
+    bases: list[Run]
+    of_bases: dict[str, ArmFacts]
+    metric_of_base: str
+
+    def facts(self, run: Run) -> ArmFacts:
+        """What is known of a run's arm, or of the base that it is."""
+        return (self.of_bases if run.is_base else self.arms)[run.arm]
+
+    @property
+    def beside(self) -> list[str]:
+        """What is shown beside the metric: what claims are about, and what is left of the base."""
+        found = [claim.metric for claim in self.claims if claim.metric]
+        if self.bases:
+            found.append(f"{self.metric_of_base}/{OF_BASE}")
+        return [name for name in dict.fromkeys(found) if name not in (self.metric, "loss")]
+
+    @property
+    def early(self) -> list[str]:
+        """Of those, what validation gives after some steps, such as `loss@100`."""
+        return [name for name in self.beside if "@" in name]
 
     @property
     def chooses(self) -> bool:
@@ -198,13 +240,30 @@ def make_plan(
     picked = options.get("arms")
     picked = [name.strip() for name in picked.split(",")] if picked else None
     arms = make_arms(given_arms, picked, settings, whose)
-    claims = read_claims(content.get("claim"), list(map(str, given_arms or {})), whose)
-    seeds, rates, tune_seeds = (
-        None if chosen[name] is None else numbers(chosen[name], f"--{name}", kind)
-        for name, kind in (("seeds", int), ("learning_rates", float), ("tune_seeds", int))
+    names = list(map(str, given_arms or {}))
+    claims = read_claims(content.get("claim"), names, whose)
+    seeds, tune_seeds = (
+        None if chosen[name] is None else numbers(chosen[name], f"--{name}", int)
+        for name in ("seeds", "tune_seeds")
     )
-    found = {arm.name: _resolve(arm, config) for arm in arms}
+    rates_of = _rates(chosen["learning_rates"], [arm.name for arm in arms], names, whose)
+    files = _files_of_bases(chosen["base"], options.get("base") is None, config, names, whose)
+    if "model.weights" in settings:  # which say themselves what is started from
+        files = {}
+    bases: dict[str, Resolved] = {}
+    with tempfile.TemporaryDirectory() as place:
+        for path in dict.fromkeys(files.values()):
+            bases[path.stem] = _resolve_base(path, settings, Path(place) / path.stem)
+        starts = {arm.name: files.get(of_file_arm(arm.name), files.get("")) for arm in arms}
+        found = {
+            arm.name: _resolve(arm, config, start and Path(place) / start.stem)
+            for arm, start in zip(arms, starts.values(), strict=True)
+        }
     facts = dict(_facts(found, _allowed(chosen["may_differ"])))
+    of_bases = {name: _facts_of(name, entry) for name, entry in bases.items()}
+    for name, start in starts.items():
+        if start is not None:
+            _check_vocabulary(name, found[name].task, start.stem, bases[start.stem].task)
     first = next(iter(found.values()))
     seeds = seeds or [int(first.settings["seed_everything"] or 0)]
     for seed in seeds:
@@ -217,23 +276,34 @@ def make_plan(
     if measured not in ("last", "best"):
         raise ValueError(f"--measure {measured} is neither last nor best")
     metric = _metric(chosen["metric"], first.task, whose)
+    interval = first.settings["trainer"]["val_check_interval"]
+    for claim in claims:
+        _check_metric(claim.metric, first.task, bases, next(iter(facts.values())), interval, whose)
     rates_of = {
-        name: rates or [float(entry.settings["model"]["learning_rate"])]
+        name: rates_of.get(name) or [float(entry.settings["model"]["learning_rate"])]
         for name, entry in found.items()
     }
     precision = _precision(first.settings)
     _check_hardware(found, facts, at_once)
-    # What settings only name: a preset's sizes, and the text that a path leads to.
-    named = {
-        arm: {"decoder": _decoder_config(entry), "fingerprint": entry.task.fingerprint()}
-        for arm, entry in found.items()
-    }
-    runs = {
-        (arm, rate, seed): _run(arm, entry.settings, named[arm], rate, seed)
-        for arm, entry in found.items()
-        for rate in rates_of[arm]
+    runs_of_bases = {
+        (name, seed): _run(
+            name,
+            entry.settings,
+            _named(entry),
+            float(entry.settings["model"]["learning_rate"]),
+            seed,
+            is_base=True,
+        )
         for seed in seeds
+        for name, entry in bases.items()
     }
+    runs = {}
+    for arm, entry in found.items():
+        start, named = starts[arm], _named(entry)
+        for rate in rates_of[arm]:
+            for seed in seeds:
+                base = None if start is None else runs_of_bases[start.stem, seed]
+                runs[arm, rate, seed] = _run(arm, entry.settings, named, rate, seed, base)
     return Plan(
         name=Path(config).stem if config else "compare",
         arms=facts,
@@ -245,6 +315,9 @@ def make_plan(
         precision=precision,
         claims=claims,
         runs=runs,
+        bases=list(runs_of_bases.values()),
+        of_bases=of_bases,
+        metric_of_base=next((_metric(None, base.task, "") for base in bases.values()), ""),
     )
 
 
@@ -261,21 +334,110 @@ def _allowed(given: Any) -> list[str]:
     return names
 
 
-def _resolve(arm: Arm, config: str | None) -> Resolved:
+def _rates(given: Any, arms: list[str], names: list[str], whose: str) -> dict[str, list[float]]:
+    """The learning rates to choose from, by the arm: the same of all, or each arm's own."""
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        return dict.fromkeys(arms, numbers(given, "--learning_rates", float))
+    found = {}
+    for name, entries in given.items():
+        if name not in names:
+            raise ValueError(
+                f"{whose}: learning_rates: no arm is called {name!r}; {_near(name, names)}"
+            )
+        found[name] = numbers(entries, f"learning_rates.{name}", float)
+    for name in arms:
+        if of_file_arm(name) not in found:
+            raise ValueError(f"{whose}: learning_rates names none for the arm {of_file_arm(name)}")
+    return {name: found[of_file_arm(name)] for name in arms}
+
+
+def of_file_arm(name: str) -> str:
+    """Which of the file's arms an arm is made of: ``lora`` of ``lora+depth=2``."""
+    return name.partition("+")[0]
+
+
+def _near(name: Any, names: list[str]) -> str:
+    return nearest(str(name), names) if names else "it has none"
+
+
+# ---------------------------------------------------------------------------- bases
+
+
+def _files_of_bases(
+    given: Any, by_file: bool, config: str | None, names: list[str], whose: str
+) -> dict[str, Path]:
+    """The files of what is trained first, by the arm that starts from it; "": by every arm.
+
+    Args:
+        given: A file's name, or a file's name for each of some arms.
+        by_file: Whether the configuration file says so: its names are relative to itself.
+        config: That file.
+        names: Of its arms.
+        whose: For messages: its name.
+    """
+    if given is None:
+        return {}
+    above = Path(config).parent if config and by_file else Path()
+    entries = given if isinstance(given, dict) else {"": given}
+    for name, file in entries.items():
+        if name and name not in names:
+            raise ValueError(f"{whose}: base: no arm is called {name!r}; {_near(name, names)}")
+        if not isinstance(file, str):
+            raise ValueError(
+                f"{whose}: base is {file!r}: it takes the name of a configuration file"
+            )
+    return {str(name): above / file for name, file in entries.items()}
+
+
+def _resolve_base(path: Path, settings: dict[str, str], place: Path) -> Resolved:
+    """The settings of a base, and its model as it begins, written where arms can be read from it.
+
+    So what is wrong with an arm is said before its base is trained.
+    """
+    given = [word for n in OF_BASES if n in settings for word in (f"--{n}", settings[n])]
+    try:
+        found = resolve(["--config", str(path), *given])
+        _check_trainer("base", found)
+        found.task.prepare()
+        decoder = found.model.decoder or _built(found)
+    except ValueError as error:
+        raise ValueError(f"base {path}: {error}") from None
+    save_pretrained(place, decoder, found.task.tokenizer, found.task.config())
+    return found
+
+
+def _check_vocabulary(arm: str, task: Task, base: str, of_base: Task) -> None:
+    if task.tokenizer.files() != of_base.tokenizer.files():
+        raise ValueError(
+            f"arm {arm}: its base {base} is trained with another vocabulary than its task's: "
+            + task.other_vocabulary
+        )
+
+
+def _resolve(arm: Arm, config: str | None, base: Path | None) -> Resolved:
     start = ["--config", config] if config else []
+    start += ["--model.weights", str(base)] if base else []
     try:
         found = resolve([*start, *arm.arguments])
     except ValueError as error:
         raise ValueError(f"arm {arm.name}: {error}") from None
+    if base is not None:  # its place is known when it is trained
+        found.settings["model"]["weights"] = f"those of the base {base.name}"
+    _check_trainer(f"arm {arm.name}", found)
+    return found
+
+
+def _check_trainer(whose: str, found: Resolved) -> None:
     trainer = found.settings["trainer"]
     if str(trainer["devices"]) not in ("auto", "1") or trainer["num_nodes"] != 1:
         raise ValueError(
-            f"arm {arm.name}: trainer.devices={trainer['devices']}: a run of compare takes one "
+            f"{whose}: trainer.devices={trainer['devices']}: a run of compare takes one "
             "device; --at_once says how many runs share it"
         )
     if trainer["fast_dev_run"]:
         raise ValueError("trainer.fast_dev_run tries one run out, with archzoo fit")
-    return found
 
 
 # ---------------------------------------------------------------------------- what arms are
@@ -286,15 +448,12 @@ def _facts(found: dict[str, Resolved], allowed: list[str]) -> Iterator[tuple[str
     first: tuple[str, Resolved, ArmFacts] | None = None
     for name, resolved in found.items():
         try:
-            sizes = row_of(name, _decoder_config(resolved))
-            steps = _steps(resolved)
-            batches = digest(resolved.task)
+            entry = _facts_of(name, resolved)
         except ValueError as error:
             raise ValueError(f"arm {name}: {error}") from None
-        accumulated = resolved.settings["trainer"]["accumulate_grad_batches"]
-        tokens = steps * accumulated * resolved.task.batch_size * resolved.task.context_length
+        tokens, batches = entry.tokens, entry.batches
         differs = [] if first is None else _differences(first[1].settings, resolved.settings)
-        entry = ArmFacts(name, sizes, steps, tokens, batches, "; ".join(differs))
+        entry = entry._replace(differs="; ".join(differs))
         if first is None:
             first = name, resolved, entry
         of_data = [text for text in differs if text.startswith("data.")]
@@ -312,24 +471,51 @@ def _facts(found: dict[str, Resolved], allowed: list[str]) -> Iterator[tuple[str
         yield name, entry
 
 
-def _decoder_config(resolved: Resolved) -> dict[str, Any]:
-    """The arguments of an arm's decoder, which is built without memory and not kept.
+def _facts_of(name: str, resolved: Resolved) -> ArmFacts:
+    """What is known of one arm, or of a base, by itself."""
+    decoder = _decoder(resolved)
+    steps, accumulated = _steps(resolved), resolved.settings["trainer"]["accumulate_grad_batches"]
+    return ArmFacts(
+        name=name,
+        sizes=row_of(name, dict(decoder.config)),
+        steps=steps,
+        tokens=steps * accumulated * resolved.task.batch_size * resolved.task.context_length,
+        batches=digest(resolved.task),
+        differs="",
+        trainable=sum(p.numel() for p in decoder.parameters() if p.requires_grad),
+    )
+
+
+def _decoder(resolved: Resolved) -> Decoder:
+    """An arm's decoder: what it starts from, or one that is built without memory.
 
     Raises:
         ValueError: It would not fit into this machine's memory, or its parts do not fit together.
     """
-    model, task = resolved.model, resolved.task
+    task = resolved.task
     task.prepare()
-    decoder = model.decoder
+    decoder = resolved.model.decoder
     if decoder is None:
-        model.architecture["vocab_size"] = task.vocab_size
-        if model.architecture.get("context_length") is None:
-            model.architecture["context_length"] = task.context_length
         with torch.device("meta"):
-            decoder = model.build()
+            decoder = _built(resolved)
     check_size(decoder.config)
     decoder.bind(task, training=True)
-    return dict(decoder.config)
+    return decoder
+
+
+def _built(resolved: Resolved) -> Decoder:
+    """The decoder that the settings describe, for the vocabulary of its task."""
+    model, task = resolved.model, resolved.task
+    model.architecture["vocab_size"] = task.vocab_size
+    if model.architecture.get("context_length") is None:
+        model.architecture["context_length"] = task.context_length
+    return model.build()
+
+
+def _named(resolved: Resolved) -> dict[str, Any]:
+    """What settings only name: a preset's sizes, and the text that a path leads to."""
+    config = dict(_decoder(resolved).config)
+    return {"decoder": config, "fingerprint": resolved.task.fingerprint()}
 
 
 def _steps(resolved: Resolved) -> int:
@@ -392,11 +578,16 @@ def _flat(settings: Any, above: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def matched(arm: ArmFacts, control: ArmFacts) -> str:
-    """One line: an arm's parameters against another's, and whether they match."""
-    ours, theirs = arm.sizes.parameters, control.sizes.parameters
-    difference = ours / theirs - 1
+    """One line: an arm's parameters against another's, and whether they match.
+
+    Of those that are trained, where one of them trains only some: an adapter's.
+    """
+    some = any(entry.trainable < entry.sizes.parameters for entry in (arm, control))
+    ours, theirs = (entry.trainable if some else entry.sizes.parameters for entry in (arm, control))
+    difference = ours / theirs - 1 if theirs else math.inf
     verdict = "matched" if abs(difference) <= MATCHED else "NOT matched"
-    return f"{ours:,} parameters against {theirs:,}, {difference:+.1%}: {verdict}"
+    what = "trained parameters" if some else "parameters"
+    return f"{ours:,} {what} against {theirs:,}, {difference:+.1%}: {verdict}"
 
 
 def _metric(given: str | None, task: Task, whose: str) -> str:
@@ -411,6 +602,36 @@ def _metric(given: str | None, task: Task, whose: str) -> str:
     return name
 
 
+def _check_metric(
+    given: str | None,
+    task: Task,
+    bases: dict[str, Resolved],
+    arm: ArmFacts,
+    interval: Any,
+    whose: str,
+) -> None:
+    """Refuse a claim's metric that no run has.
+
+    Beside those of the test part it may be one of validation after some steps (`loss@100`), or one
+    of the base's own task (`exact_match/base`).
+    """
+    if given is None:
+        return
+    name, at, step = given.partition("@")
+    if at and not (step.isdigit() and 0 < int(step) <= arm.steps):
+        raise ValueError(f"{whose}: claim: {given}: give a step up to {arm.steps}, as loss@100")
+    if at and isinstance(interval, int) and int(step) % interval:
+        raise ValueError(
+            f"{whose}: claim: {given}: validation runs every {interval} steps; give a multiple"
+        )
+    known = ["loss", *task.metrics]
+    known += [f"exact_match/{entry}" for entry in task.extra_evaluations("test")]
+    if not at:
+        known += [f"{m}/{OF_BASE}" for base in bases.values() for m in ("loss", *base.task.metrics)]
+    if name not in known and not (name.startswith("exact_match/") and not name.endswith(OF_BASE)):
+        raise ValueError(f"{whose}: claim: no run measures {given}; {nearest(name, known)}")
+
+
 # ---------------------------------------------------------------------------- runs
 
 
@@ -419,17 +640,26 @@ def _precision(settings: dict[str, Any]) -> str:
     return str(trainer["precision"] or usual_precision(dict(trainer)) or "32-true")
 
 
-def _run(arm: str, of_arm: dict[str, Any], named: dict[str, Any], rate: float, seed: int) -> Run:
+def _run(
+    arm: str,
+    of_arm: dict[str, Any],
+    named: dict[str, Any],
+    rate: float,
+    seed: int,
+    base: Run | None = None,
+    is_base: bool = False,
+) -> Run:
     settings = copy.deepcopy(of_arm)
     settings["model"]["learning_rate"] = rate
-    common = _digest(settings, named)
+    common = _digest(settings, named | ({"base": base.name.rpartition("_")[0]} if base else {}))
     settings["seed_everything"] = seed
     data = settings["data"]
     if "seed" in (data.get("init_args") or {}):
         data["init_args"]["seed"] = seed
     # It ends in the seed: what comes before is the same for all seeds of an arm.
     name = f"{file_name(arm)}_lr{rate:g}_{common[:6]}_{seed}"
-    return Run(arm, rate, seed, _digest(settings, named), name, settings | {"name": name})
+    key = _digest(settings, named | ({"base": base.key} if base else {}))
+    return Run(arm, rate, seed, key, name, settings | {"name": name}, base, is_base)
 
 
 def _digest(settings: dict[str, Any], named: dict[str, Any]) -> str:

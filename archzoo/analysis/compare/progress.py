@@ -66,15 +66,16 @@ def write_plan(plan: Plan, output: Path, command: str) -> None:
     """
     runs = [
         {
-            "arm": run.arm,
+            "arm": f"base {run.arm}" if run.is_base else run.arm,
             "seed": run.seed,
             "learning_rate": run.rate,
             "name": run.name,
             "key": run.key,
-            "steps": plan.arms[run.arm].steps,
-            "first": run in plan.first(),
+            "steps": plan.facts(run).steps,
+            "first": run.is_base or run in plan.first(),
+            "base": run.is_base,
         }
-        for run in plan.runs.values()
+        for run in [*plan.bases, *plan.runs.values()]
     ]
     content = {"name": plan.name, "metric": plan.metric, "measured": plan.measured}
     write_json(output / "compare.json", content | {"command": command, "runs": runs})
@@ -110,7 +111,8 @@ def lines(found: dict[str, Any], output: Path) -> list[Line]:
     """
     lines = []
     for run in found["runs"]:
-        directory = output / "runs" / Path(str(run["name"])).name
+        above = output.parent / "bases" if run.get("base") else output / "runs"
+        directory = above / Path(str(run["name"])).name
         far, outcome = progress(directory), read_outcome(directory)
         state: str = state_of(directory)
         if in_use(directory):
@@ -236,7 +238,7 @@ class Show:
         every = lines(self.found, self.output)
         if self.runner is None or not self.plan.chooses:
             return every
-        first = {run.name for run in self.plan.first()}
+        first = {run.name for run in [*self.plan.bases, *self.plan.first()]}
         for arm, rates in self.plan.rates.items():
             rate = self.runner.chosen.get(arm, rates[0])  # one of them, for the time left
             first |= {run.name for run in self.plan.then(arm, rate)}
@@ -275,7 +277,8 @@ class Show:
 
 def title_of(run: Run) -> str:
     """A run as people say it."""
-    return f"{run.arm}, rate {run.rate:g}, seed {run.seed}"
+    arm = f"base {run.arm}" if run.is_base else run.arm
+    return f"{arm}, rate {run.rate:g}, seed {run.seed}"
 
 
 def show_status(output: Path) -> None:

@@ -21,6 +21,7 @@ from archzoo.analysis.compare.places import Slot
 from archzoo.analysis.compare.plan import Plan, Run
 from archzoo.analysis.compare.processes import Process, Starter, wait
 from archzoo.analysis.compare.runs import (
+    TABLE_OF_BASE,
     evaluated,
     read_outcome,
     state_of,
@@ -97,7 +98,7 @@ class Runner:
 
     def directory(self, run: Run) -> Path:
         """Where a run's files are."""
-        return self.output / "runs" / run.name
+        return run.directory(self.output)
 
     # ------------------------------------------------------------------------ what is left
 
@@ -106,6 +107,8 @@ class Runner:
             return
         self._seen.add((run.key, tests))
         if not self.is_done(run, tests):
+            if run.base is not None:
+                self._add(run.base, tests=True)
             self.waiting.append(Job(run, tests))
 
     def is_done(self, run: Run, tests: bool) -> bool:
@@ -118,7 +121,9 @@ class Runner:
             return False
         step = read_outcome(directory).get(f"{self.plan.measured}_step")
         parts = ("validation", "test") if tests else ("validation",)
-        return all(evaluated(directory, part, step) for part in parts)
+        return all(evaluated(directory, part, step) for part in parts) and not (
+            tests and run.base and not evaluated(directory, "test", step, TABLE_OF_BASE)
+        )
 
     def metrics(self, run: Run, part: str) -> dict[str, float]:
         """The metrics of a run that is whole; {}: it is not, or not measured.
@@ -156,6 +161,9 @@ class Runner:
         for run in self.plan.first():
             # Where nothing is chosen, a run is measured by the process that trains it.
             self._add(run, tests=not self.plan.chooses)
+        if self.waiting:  # other seeds' come next, for whichever rate is chosen
+            for run in self.plan.bases:
+                self._add(run, tests=True)
         self._choose()
         try:
             return self._work()
@@ -180,10 +188,23 @@ class Runner:
                 return
             job = self.waiting.popleft()
             # A process of an earlier call, which was killed, may still be saving its step.
-            if in_use(self.directory(job.run)):
+            if in_use(self.directory(job.run)) or self._waits_for_base(job.run):
                 self.waiting.append(job)
                 continue
+            if job.run in self.failed:
+                continue
             self._start(job, self._free.pop(0))
+
+    def _waits_for_base(self, run: Run) -> bool:
+        """Whether what a run starts from is not trained yet; a run whose base failed fails, too."""
+        base = run.base
+        if base is None or state_of(self.directory(base)) == "trained":
+            return False
+        if base in self.failed or self.is_done(base, tests=True):  # it was cut
+            self.failed[run] = f"its base {base.name} is not trained"
+            self.tell(Event("failed", run, self.failed[run]))
+            return False
+        return True
 
     def _start(self, job: Job, number: int) -> None:
         run, slot = job.run, self.places[number]
@@ -210,8 +231,10 @@ class Runner:
             path = self.output / "settings" / f"{run.name}.yaml"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(settings.written(run.settings) + "\n", encoding="utf-8")
-            root = ["--trainer.default_root_dir", str(self.output / "runs")]
-            yield ["fit", *imports, "--config", str(path), *root, "--resume", "auto"]
+            given = ["--trainer.default_root_dir", str(directory.parent)]
+            if run.base is not None:
+                given += ["--model.weights", str(self.directory(run.base) / "last.ckpt")]
+            yield ["fit", *imports, "--config", str(path), *given, "--resume", "auto"]
         # Model and data are the checkpoint's; how they are run is as in training.
         given = [*imports, "--trainer", json.dumps(run.settings["trainer"])]
         data = run.settings["data"].get("init_args") or {}
@@ -227,11 +250,18 @@ class Runner:
                 wanted = part == "test" or not self._ends_validated(run)
             if wanted and (part == "validation" or job.tests):
                 yield [command, "--ckpt_path", checkpoint, *given]
+        if run.base is None or not job.tests:
+            return
+        if not (trained and evaluated(directory, "test", step, TABLE_OF_BASE)):
+            # What is left of what the base had learnt.
+            given = [*imports, "--trainer", json.dumps(run.settings["trainer"])]
+            given += ["--data", json.dumps(run.base.settings["data"]), "--table", TABLE_OF_BASE]
+            yield ["test", "--ckpt_path", checkpoint, *given]
 
     def _ends_validated(self, run: Run) -> bool:
         """Whether training itself evaluates the checkpoint that is measured."""
         trainer = run.settings["trainer"]
-        interval, steps = trainer["val_check_interval"], self.plan.arms[run.arm].steps
+        interval, steps = trainer["val_check_interval"], self.plan.facts(run).steps
         if trainer["limit_val_batches"] is not None or self.plan.measured == "best":
             return self.plan.measured == "best"
         batches = steps * trainer["accumulate_grad_batches"]
@@ -249,7 +279,7 @@ class Runner:
 
     def _note(self, job: Job, status: int) -> None:
         run, directory = job.run, self.directory(job.run)
-        steps = self.plan.arms[run.arm].steps
+        steps = self.plan.facts(run).steps
         if status:
             text = self._why(run, status)
             self.failed[run] = text

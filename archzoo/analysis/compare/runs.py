@@ -11,10 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from archzoo.analysis.compare.plan import ArmFacts, Plan, Run
+from archzoo.analysis.compare.plan import OF_BASE, Plan, Run
 from archzoo.checkpoint import read_safely
 
 State = Literal["waiting", "running", "trained", "done", "cut", "failed"]
+TABLE_OF_BASE = "test_base"  # the file of what the base's task gives, without its end
 TAIL = 16_384  # bytes of a log's end that hold its last rows
 SPEED, MEMORY = "train/tokens_per_second", ("train/peak_memory_mb", "train/process_memory_mb")
 
@@ -96,15 +97,18 @@ def state_of(directory: Path) -> State:
     return state if state in ("trained", "cut", "failed") else "waiting"
 
 
-def evaluated(directory: Path, part: str, step: int | None) -> dict[str, float]:
+def evaluated(
+    directory: Path, part: str, step: int | None, table: str = "test"
+) -> dict[str, float]:
     """The metrics of one part of the checkpoint of a step; {}: none.
 
     Args:
         directory: The run's.
         part: "validation" or "test".
         step: Of the checkpoint.
+        table: Of the test part, the file without its end.
     """
-    files = ("test.csv",) if part == "test" else ("validate.csv", "metrics.csv")
+    files = (f"{table}.csv",) if part == "test" else ("validate.csv", "metrics.csv")
     for name in files:
         try:
             with (directory / name).open(newline="") as file:
@@ -120,19 +124,18 @@ def evaluated(directory: Path, part: str, step: int | None) -> dict[str, float]:
     return {}
 
 
-def row_of_run(run: Run, arm: ArmFacts, plan: Plan, directory: Path) -> dict[str, Any]:
+def row_of_run(run: Run, plan: Plan, directory: Path) -> dict[str, Any]:
     """A run as a row of runs.csv; what is not known yet is left empty.
 
     Args:
         run: Which.
-        arm: What is known of its arm.
         plan: The comparison.
         directory: The run's.
     """
-    outcome = read_outcome(directory)
+    arm, outcome = plan.facts(run), read_outcome(directory)
     step = outcome.get(f"{plan.measured}_step")
     row: dict[str, Any] = {
-        "arm": run.arm,
+        "arm": f"base {run.arm}" if run.is_base else run.arm,
         "seed": run.seed,
         "learning_rate": f"{run.rate:g}",
         "state": outcome.get("state", ""),
@@ -145,6 +148,7 @@ def row_of_run(run: Run, arm: ArmFacts, plan: Plan, directory: Path) -> dict[str
         "precision": plan.precision,
         "batches": arm.batches,
         "parameters": arm.sizes.parameters,
+        "trainable": arm.trainable,
         "active": arm.sizes.active,
         "state_1k": arm.sizes.state_1k,
         "state_16k": arm.sizes.state_16k,
@@ -152,6 +156,14 @@ def row_of_run(run: Run, arm: ArmFacts, plan: Plan, directory: Path) -> dict[str
     for part in ("validation", "test"):
         found = evaluated(directory, part, step)
         row |= {name: f"{value:.6g}" for name, value in sorted(found.items())}
+    if run.base is not None:
+        row["base"] = run.base.key
+        found = evaluated(directory, "test", step, TABLE_OF_BASE)
+        row |= {f"{name}/{OF_BASE}": f"{value:.6g}" for name, value in sorted(found.items())}
+    for metric in plan.early:
+        name, _, at = metric.partition("@")
+        value = evaluated(directory, "validation", int(at)).get(f"validation/{name}")
+        row[f"validation/{metric}"] = "" if value is None else f"{value:.6g}"
     row |= {name: f"{value:.5g}" for name, value in _of_training(directory).items()}
     with suppress(OSError, ValueError):
         row |= json.loads((directory / "facts.json").read_text(encoding="utf-8"))

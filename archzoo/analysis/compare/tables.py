@@ -59,8 +59,8 @@ class Results(NamedTuple):
     part: str
 
     def values(self, metric: str) -> dict[str, dict[int, float]]:
-        """A metric of the part by arm and seed."""
-        name = f"{self.part}/{metric}"
+        """A metric of the part by arm and seed; one after some steps is of validation."""
+        name = f"{'validation' if '@' in metric else self.part}/{metric}"
         return {
             arm.name: {seed: float(row[name]) for seed, row in arm.rows.items() if row.get(name)}
             for arm in self.arms
@@ -77,17 +77,19 @@ def collect(plan: Plan, output: Path, chosen: dict[str, float]) -> Results:
         output: Its directory.
         chosen: The learning rate of every arm that has one.
     """
-    directory = output / "runs"
     begun, others = {}, []
-    for index, run in plan.runs.items():
-        state = state_of(directory / run.name)
+    of_bases = {(run.arm, "base", run.seed): run for run in plan.bases}
+    for index, run in [*of_bases.items(), *plan.runs.items()]:
+        directory = run.directory(output)
+        state = state_of(directory)
         if state in ("trained", "cut", "failed"):
-            begun[index] = row_of_run(run, plan.arms[run.arm], plan, directory / run.name)
-            begun[index]["chosen"] = "yes" if chosen.get(run.arm) == run.rate else ""
+            begun[index] = row_of_run(run, plan, directory)
+            chose = not run.is_base and chosen.get(run.arm) == run.rate
+            begun[index]["chosen"] = "yes" if chose else ""
         if state in ("cut", "failed"):
-            why = str(read_outcome(directory / run.name).get("why", "")).splitlines()
+            why = str(read_outcome(directory).get("why", "")).splitlines()
             step = begun[index]["step"]
-            about = f"at step {step} of {plan.arms[run.arm].steps}" if state == "cut" else ""
+            about = f"at step {step} of {plan.facts(run).steps}" if state == "cut" else ""
             others.append((run, f"{state} {about or (why[-1] if why else '')}".strip()))
     command = {"command": command_line()}
     if begun:
@@ -128,7 +130,9 @@ def title_of(metric: str) -> str:
     part, slash, name = metric.partition("/")
     if part in ("train", "validation", "test") and slash:
         return f"{part} {title_of(name)}"
-    return metric.replace("bits_per_byte", "bits/byte").replace("_", " ")
+    metric, at, step = metric.partition("@")
+    after = f" after {int(step):,} steps" if at else ""
+    return metric.replace("bits_per_byte", "bits/byte").replace("_", " ") + after
 
 
 def mean_and_spread(values: list[float], metric: str) -> str:
@@ -187,8 +191,9 @@ def _mean_of(rows: dict[int, dict[str, Any]], *names: str) -> float | None:
 def headings(results: Results) -> list[str]:
     """Of the table of arms."""
     metric, part = results.plan.metric, results.part
-    names = ["arm", "n", "parameters", "active", "rate", f"{part} {title_of(metric)}"]
-    names += [f"{part} loss"] if metric != "loss" else []
+    names = ["arm", "n", "parameters", *(["trained"] if _some(results) else []), "active", "rate"]
+    names += [f"{part} {title_of(metric)}", *([f"{part} loss"] if metric != "loss" else [])]
+    names += [title_of(name) for name in results.plan.beside]
     control = results.arms[0].name
     return [
         *names,
@@ -200,10 +205,16 @@ def headings(results: Results) -> list[str]:
     ]
 
 
+def _some(results: Results) -> bool:
+    """Whether an arm trains only some of its parameters."""
+    return any(arm.trainable < arm.sizes.parameters for arm in results.plan.arms.values())
+
+
 def cells(results: Results) -> list[list[str]]:
     """The table of arms, a row an arm."""
     plan, values = results.plan, results.values(results.plan.metric)
     losses, control = results.values("loss"), results.arms[0].name
+    beside = {name: results.values(name) for name in plan.beside}
     found = []
     for arm in results.arms:
         sizes = plan.arms[arm.name].sizes
@@ -214,6 +225,7 @@ def cells(results: Results) -> list[list[str]]:
             arm.name,
             str(len(arm.rows)),
             f"{sizes.parameters:,}",
+            *([f"{plan.arms[arm.name].trainable:,}"] if _some(results) else []),
             f"{sizes.active:,}",
             "" if arm.rate is None else f"{arm.rate:g}",
             mean_and_spread(list(values[arm.name].values()), plan.metric),
@@ -221,6 +233,7 @@ def cells(results: Results) -> list[list[str]]:
         if plan.metric != "loss":
             row.append(mean_and_spread(list(losses[arm.name].values()), "loss"))
         row += [
+            *(mean_and_spread(list(beside[n][arm.name].values()), n) for n in beside),
             difference_text(against, plan.metric, plan.lower),
             "" if speed is None else f"{speed:,.0f}",
             "" if memory is None else _size(memory * 2**20),
@@ -388,11 +401,12 @@ def _write_csv(results: Results, path: Path) -> Path:
             "tokens": facts.tokens,
             "precision": plan.precision,
             "parameters": facts.sizes.parameters,
+            "trainable": facts.trainable,
             "active": facts.sizes.active,
             "state_1k": facts.sizes.state_1k,
             "state_16k": facts.sizes.state_16k,
         }
-        for name in dict.fromkeys((metric, "loss")):
+        for name in dict.fromkeys((metric, "loss", *plan.beside)):
             values = results.values(name)
             if values[arm.name]:
                 found = summary(list(values[arm.name].values()))
