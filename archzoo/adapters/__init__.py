@@ -66,6 +66,8 @@ class Adapter(nn.Module, ABC):
     identity_at_start: ClassVar[bool] = True
     #: Whether `delta` and `bias_delta` hold all that it does, so that it can be merged.
     mergeable: ClassVar[bool] = False
+    #: Whether it can change a router's weight, if it has `delta`.
+    takes_routers: ClassVar[bool] = True
 
     def __init__(
         self,

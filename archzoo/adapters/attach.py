@@ -229,6 +229,11 @@ def _check_place(cls: type[Adapter], place: Place, decoder: Decoder) -> None:
             f"{', '.join(cls.kinds)}"
         )
     if isinstance(module, Linear):
+        if ".router." in path and not cls.takes_routers:
+            raise ValueError(
+                f"{cls.__name__} cannot change {path}: a router's rows are scores of experts and "
+                "no channels; remove it from targets"
+            )
         if module.weight_is_read and not cls.says("delta"):
             raise ValueError(
                 f"{cls.__name__} cannot change {path}: its weight is read directly instead of by "

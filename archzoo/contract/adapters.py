@@ -67,7 +67,7 @@ DOCUMENTS = torch.tensor([[-1] * 4 + [0] * 16, [0] * 7 + [1] * 9 + [-1] * 4, [0]
 def targets_of(cls: type[Adapter], model: str) -> list[str]:
     """Every target of a model that the class says it can change."""
     kinds = list(cls.kinds)
-    if "linear" in kinds and cls.says("delta"):
+    if "linear" in kinds and cls.says("delta") and cls.takes_routers:
         kinds.append("router")  # type: ignore[arg-type]
     if "experts" not in model:
         kinds = [kind for kind in kinds if kind not in ("experts", "router")]
