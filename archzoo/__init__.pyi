@@ -15,6 +15,8 @@ from archzoo.block import FeedForward as FeedForward
 from archzoo.block import Mixer as Mixer
 from archzoo.block import Rotary as Rotary
 from archzoo.block import Router as Router
+from archzoo.checkpoint.adapters import load_adapter as load_adapter
+from archzoo.checkpoint.adapters import save_adapter as save_adapter
 from archzoo.checkpoint.loading import from_pretrained as from_pretrained
 from archzoo.checkpoint.pretrained import save_pretrained as save_pretrained
 from archzoo.contract import check as check

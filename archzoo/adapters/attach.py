@@ -258,6 +258,22 @@ def adapter_modules(decoder: Decoder) -> Iterator[tuple[str, Adapter]]:
             yield path, module
 
 
+def attached(decoder: Decoder) -> list[tuple[str, Place, Adapter]]:
+    """Every adapter of a decoder, with its entry's name and its place, in the order of places."""
+    found = []
+    for place in list_targets(decoder):
+        holder: Any = place.module
+        entries: dict[str, Any] = {}
+        if isinstance(holder, Linear) and holder.adapted:
+            modules: Any = holder.adapter_modules
+            entries = {n: held[place.name] for n, held in modules.items() if place.name in held}
+        elif not isinstance(holder, Linear):
+            name = "prompt" if place.name == "input" else "prefix"
+            entries = dict(getattr(holder, name)) if getattr(holder, f"has_{name}") else {}
+        found += [(entry, place, adapter) for entry, adapter in entries.items()]
+    return found
+
+
 def start_adapters(decoder: Decoder) -> None:
     """Start every adapter of a Linear from the weight that it changes, once that is loaded."""
     for module in decoder.modules():

@@ -21,6 +21,7 @@ user has imported, and nothing is imported because a file names it (`archzoo.tru
 
 from __future__ import annotations
 
+from archzoo.checkpoint.adapters import load_adapter, save_adapter
 from archzoo.checkpoint.building import Pretrained
 from archzoo.checkpoint.digest import DIGEST, weights_digest
 from archzoo.checkpoint.loading import device_of, from_pretrained, load, locate, read_task, task_of
@@ -37,9 +38,11 @@ __all__ = [
     "device_of",
     "from_pretrained",
     "load",
+    "load_adapter",
     "locate",
     "read_safely",
     "read_task",
+    "save_adapter",
     "save_pretrained",
     "sign",
     "task_of",

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from archzoo.checkpoint.archives import Stored
 from archzoo.checkpoint.checks import MISFIT, check_settings, check_sizes, first_line
 from archzoo.checkpoint.digest import check_digest
+from archzoo.compiled import own_name
 from archzoo.decoder import Decoder
 from archzoo.numerics import KeepsFloat32
 from archzoo.registry import build_decoder
@@ -230,14 +231,19 @@ def _assign(model: Decoder, weights: Mapping[str, Tensor]) -> None:
     model.load_state_dict({name: made[id(old)] for name, old in names.items()}, assign=True)
 
 
-def _check_dtypes(model: Decoder, dtypes: Mapping[str, torch.dtype], misfit: str) -> None:
-    """Refuse foreign weights of several dtypes, but for those that stay float32 in any model."""
-    kept = {
-        f"{prefix}.{name}"
+def names_in_float32(model: Decoder) -> set[str]:
+    """The names of the weights that stay float32 where the others take less."""
+    return {
+        own_name(f"{prefix}.{name}")
         for prefix, module in model.named_modules()
         if isinstance(module, KeepsFloat32)
         for name in module.float32_names
     }
+
+
+def _check_dtypes(model: Decoder, dtypes: Mapping[str, torch.dtype], misfit: str) -> None:
+    """Refuse foreign weights of several dtypes, but for those that stay float32 in any model."""
+    kept = names_in_float32(model)
     usual = dtypes["head.weight"]
     for name, dtype in dtypes.items():
         if dtype not in (usual, torch.float32 if name in kept else usual) and dtype in FLOATS:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from archzoo.compiled import own_name
 
 DIGEST = "digest"  # in the weights' metadata, and in a run's checkpoint
 
@@ -27,6 +29,11 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
         digest.update(json.dumps([name, dtype, list(tensor.shape)]).encode() + b"\n")
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def own_weights(model: nn.Module) -> dict[str, Tensor]:
+    """A model's weights by their own names, whichever of its modules were compiled."""
+    return {own_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
 def check_digest(weights: Mapping[str, Tensor], digest: Any, path: Path) -> None:

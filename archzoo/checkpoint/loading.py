@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from archzoo.checkpoint.adapters import ADAPTER, ADAPTER_WEIGHTS, load_adapter, read_adapter
 from archzoo.checkpoint.archives import Archive
+from archzoo.checkpoint.bases import Base, find_base
 from archzoo.checkpoint.building import Pretrained
 from archzoo.checkpoint.pretrained import (
     CONFIG,
@@ -20,6 +22,7 @@ from archzoo.checkpoint.pretrained import (
 from archzoo.checkpoint.runs import LAST, check_run, read_run
 from archzoo.checkpoint.vocabulary import check_vocabulary, run_tokenizer
 from archzoo.decoder import Decoder
+from archzoo.parts import named_adapters
 
 if TYPE_CHECKING:
     from archzoo.tasks.stream import Task
@@ -27,21 +30,25 @@ if TYPE_CHECKING:
 
 
 def from_pretrained(
-    path: str | os.PathLike[str], device: torch.device | str | None = None
+    path: str | os.PathLike[str],
+    device: torch.device | str | None = None,
+    base: str | os.PathLike[str] | None = None,
 ) -> tuple[Decoder, Tokenizer | None]:
     """A model, in evaluation mode, and its tokenizer (None where it has none).
 
     Args:
-        path: A directory written by `save_pretrained`, a Lightning checkpoint of a run, or a run's
-            directory, which stands for its last.ckpt.
+        path: A directory written by `save_pretrained` or `save_adapter`, a Lightning checkpoint of
+            a run, or a run's directory, which stands for its last.ckpt.
         device: Where the model goes; "auto": a GPU where there is one. None: the CPU.
+        base: Where the base of an adapter's directory lies. None: where it was when the adapter was
+            written, as long as that is under the current directory.
 
     Raises:
         FileNotFoundError: There is no such file, or none of ours in the directory.
         ValueError: A file is truncated, holds code, names unknown parts, or the weights do not fit
             the configuration.
     """
-    found = load(path, device)
+    found = load(path, device, base)
     return found.model, found.tokenizer
 
 
@@ -55,12 +62,18 @@ def locate(path: str | os.PathLike[str]) -> Path:
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"a checkpoint is given by its path, and this is a {type(path).__name__}")
     path = Path(path)
-    if path.name in (CONFIG, WEIGHTS):
+    if path.name in (CONFIG, WEIGHTS, ADAPTER, ADAPTER_WEIGHTS):
         path = path.parent
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     last = path / LAST
-    return last if path.is_dir() and not (path / CONFIG).exists() and last.exists() else path
+    ours = any((path / name).exists() for name in (CONFIG, ADAPTER))
+    return last if path.is_dir() and not ours and last.exists() else path
+
+
+def holds_adapter(path: Path) -> bool:
+    """Whether a directory is an adapter's alone."""
+    return (path / ADAPTER).exists() and not (path / CONFIG).exists()
 
 
 def device_of(name: torch.device | str | None) -> torch.device:
@@ -82,22 +95,54 @@ def device_of(name: torch.device | str | None) -> torch.device:
 
 
 def load(
-    path: str | os.PathLike[str], device: torch.device | str | None = None, **changes: Any
+    path: str | os.PathLike[str],
+    device: torch.device | str | None = None,
+    base: str | os.PathLike[str] | None = None,
+    **changes: Any,
 ) -> Pretrained:
     """`from_pretrained`, with the task beside the model.
 
     Args:
         path: As for `from_pretrained`.
-        device: Where the model goes; "auto": a GPU where there is one. None: the CPU.
+        device: The same.
+        base: The same.
         **changes: Arguments of the decoder instead of the checkpoint's, such as `dropout`:
             the weights must fit them.
     """
     path, device = locate(path), device_of(device)
+    if holds_adapter(path):
+        found = _load_beside(path, base, changes)
+    else:
+        found = _load_whole(path, changes)
+    return found._replace(model=found.model.to(device).eval())
+
+
+def _load_whole(path: Path, changes: dict[str, Any]) -> Pretrained:
     read = read_directory if path.is_dir() else read_run
     found = read(path, changes)
     check_vocabulary(found.model, found.tokenizer, str(path))
     found.model.task = found.task
-    return found._replace(model=found.model.to(device).eval())
+    if not named_adapters(found.model.config):
+        found.model.base_path = str(path)
+    return found
+
+
+def _load_beside(
+    path: Path, base: str | os.PathLike[str] | None, changes: dict[str, Any]
+) -> Pretrained:
+    """An adapter's directory on its base."""
+    _, record, task = read_adapter(path)
+    found = _load_whole(_place_of(record, base, path), changes)
+    load_adapter(path, found.model)
+    return found._replace(task=task if task is not None else found.task)
+
+
+def _place_of(record: Base, base: str | os.PathLike[str] | None, path: Path) -> Path:
+    """Where the base of a file's adapters lies, which is no adapter itself."""
+    place = locate(find_base(record, base, path))
+    if holds_adapter(place):
+        raise ValueError(f"{path}: its base {place} is an adapter itself: name a whole model")
+    return place
 
 
 def task_of(found: Pretrained, **changes: Any) -> Task:
@@ -123,14 +168,19 @@ def task_of(found: Pretrained, **changes: Any) -> Task:
 
 
 def read_task(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
 ) -> tuple[dict[str, Any] | None, Tokenizer | None]:
     """What a model was trained on and its tokenizer, as `load` gives them; no weights are read.
 
     Args:
         path: As for `from_pretrained`.
+        base: The same.
     """
     path = locate(path)
+    if holds_adapter(path):
+        _, record, task = read_adapter(path)
+        of_base, tokenizer = read_task(_place_of(record, base, path))
+        return of_base if task is None else task, tokenizer
     if path.is_dir():
         config = read_config(path)
         return config.get("task"), named_tokenizer(config.get("tokenizer"), path)

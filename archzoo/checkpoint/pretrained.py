@@ -27,7 +27,7 @@ from archzoo.checkpoint.archives import (
 )
 from archzoo.checkpoint.building import Pretrained, build_with, shapes_of
 from archzoo.checkpoint.checks import check_task, text_or_none
-from archzoo.checkpoint.digest import DIGEST, weights_digest
+from archzoo.checkpoint.digest import DIGEST, own_weights, weights_digest
 from archzoo.checkpoint.vocabulary import TOKENIZER_LONGEST, check_vocabulary, tokenizer_of
 from archzoo.compiled import own_name, uncompiled
 from archzoo.decoder import Decoder
@@ -82,9 +82,6 @@ def save_pretrained(
     model = uncompiled(model)
     task = getattr(model, "task", None) if task is None else task
     _check_order(directory, model, tokenizer, task)
-    target = Path(directory).resolve()
-    if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"{directory} is a file: give a directory")
     check_vocabulary(model, tokenizer, str(directory))
     _check_parts(model.config)
     _check_rebuilds(model, directory)
@@ -98,29 +95,49 @@ def save_pretrained(
     }
     files[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     tensors, shared = _tensors(model)
-    metadata = {"format": "pt", DIGEST: weights_digest(_weights(model)), **shared}
+    metadata = {DIGEST: weights_digest(own_weights(model)), **shared}
+    write_directory(directory, WEIGHTS, tensors, metadata, files)
+
+
+def write_directory(
+    directory: str | os.PathLike[str],
+    weights: str,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str],
+    files: dict[str, bytes],
+) -> None:
+    """Write files beside a directory first, and then move all of them in; others in it stay.
+
+    Args:
+        directory: It is made where it is missing.
+        weights: Name of the file of tensors.
+        tensors: By name.
+        metadata: Of that file.
+        files: The others, by name; the last one makes the others what they are.
+
+    Raises:
+        OSError: They cannot be written; nothing has changed.
+    """
+    target = Path(directory).resolve()
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{directory} is a file: give a directory")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as partial:
             folder = Path(partial)
             for name, content in files.items():
                 (folder / name).write_bytes(content)
-            save_file(tensors, folder / WEIGHTS, metadata=metadata)
+            save_file(tensors, folder / weights, metadata={"format": "pt", **metadata})
             # It keeps its file to the user: take what the umask left of the others' permissions.
-            (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode & 0o777)
-            for name in (WEIGHTS, *files):  # or after a power cut a name may have no content
+            (folder / weights).chmod((folder / next(iter(files))).stat().st_mode & 0o777)
+            for name in (weights, *files):  # or after a power cut a name may have no content
                 with open(folder / name, "rb") as file:
                     os.fsync(file.fileno())
             target.mkdir(exist_ok=True)
-            for name in (WEIGHTS, *files):  # the configuration last: it makes the others a model
+            for name in (weights, *files):
                 (folder / name).replace(target / name)
     except (OSError, SafetensorError) as error:
         raise OSError(f"the model cannot be written to {directory}: {error}") from None
-
-
-def _weights(model: Decoder) -> dict[str, Tensor]:
-    """A model's weights by their own names, whichever of its modules were compiled."""
-    return {own_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
 def _tensors(model: Decoder) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -128,7 +145,7 @@ def _tensors(model: Decoder) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
     first: dict[int, str] = {}
-    for name, tensor in _weights(model).items():
+    for name, tensor in own_weights(model).items():
         if id(tensor) in first:
             shared[name] = first[id(tensor)]
         else:
@@ -179,7 +196,7 @@ def _check_rebuilds(model: Decoder, directory: str | os.PathLike[str]) -> None:
     """Refuse a model whose configuration would build other weights: it could not be loaded."""
     config = json.loads(json.dumps(model.config))
     built, held = (
-        {name: tuple(tensor.shape) for name, tensor in _weights(decoder).items()}
+        {name: tuple(tensor.shape) for name, tensor in own_weights(decoder).items()}
         for decoder in (shapes_of(config, Path(directory))[0], model)
     )
     for name in built | held:
