@@ -1,12 +1,15 @@
 from archzoo._version import __version__ as __version__
 from archzoo.adapters import Adapter as Adapter
 from archzoo.adapters.attach import adapt as adapt
+from archzoo.adapters.attach import collapse_adapters as collapse_adapters
 from archzoo.adapters.attach import merge_adapters as merge_adapters
 from archzoo.adapters.attach import remove_adapters as remove_adapters
 from archzoo.adapters.ia3 import IA3 as IA3
 from archzoo.adapters.lora import LoRA as LoRA
 from archzoo.adapters.mixture import MoLoRA as MoLoRA
 from archzoo.adapters.mixture import MoV as MoV
+from archzoo.adapters.prompt_tuning import PromptTuning as PromptTuning
+from archzoo.adapters.prompt_tuning import PTuning as PTuning
 from archzoo.block import Bias as Bias
 from archzoo.block import Block as Block
 from archzoo.block import Context as Context

@@ -15,7 +15,7 @@ and then trains nothing else. An adapter changes one of four kinds of things:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -106,7 +106,8 @@ class Adapter(nn.Module, ABC):
     def start(self, weight: Tensor) -> None:
         """Start from the weight (..., rows, columns) that it will change; called once it is known.
 
-        The base class draws: most adapters do not look at the weight.
+        Of the input it is the vocabulary's table (vocab_size, dim). The base class draws: most
+        adapters do not look at the weight.
         """
         self.reset_parameters()
 
@@ -159,6 +160,14 @@ class Adapter(nn.Module, ABC):
     def prefix(self) -> dict[str, Tensor]:
         """The state that every document starts from: tensors without a batch, by name."""
         raise NotImplementedError(f"{type(self).__name__} has no prefix()")
+
+    def collapse(self) -> dict[str, Any]:
+        """Throw away what only training needs: what remains computes the same.
+
+        Returns:
+            The arguments of the constructor that say so; {}, the base class's: nothing was.
+        """
+        return {}
 
     @classmethod
     def says(cls, method: str) -> bool:

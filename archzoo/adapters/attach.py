@@ -275,12 +275,35 @@ def attached(decoder: Decoder) -> list[tuple[str, Place, Adapter]]:
 
 
 def start_adapters(decoder: Decoder) -> None:
-    """Start every adapter of a Linear from the weight that it changes, once that is loaded."""
+    """Start every adapter from the weight that it changes, once that is loaded."""
     for module in decoder.modules():
         if isinstance(module, Linear):
             for name, adapter in module.adapters():
                 with torch.no_grad():
                     adapter.start(module.base_weight()[..., module.rows(name), :])
+    if decoder.has_prompt:
+        for prompt in decoder.prompt.values():
+            with torch.no_grad():
+                prompt.start(decoder.embedding.weight)  # type: ignore[operator]
+
+
+def collapse_adapters(decoder: Decoder) -> Decoder:
+    """Throw away what only the training of adapters needed, in place: it computes the same.
+
+    The network that makes the vectors of `PTuning`, say, which leaves those vectors.
+    """
+    decoder = uncompiled(decoder)
+    entries = named_adapters(decoder.config)
+    for path, adapter in adapter_modules(decoder):
+        arguments = adapter.collapse()
+        entry = next(name for name in path.split(".") if name in entries)
+        entries[entry] = entries[entry] | {
+            "init_args": entries[entry].get("init_args", {}) | arguments
+        }
+    if entries:
+        one = list(entries) == ["default"]
+        decoder.config |= {"adapter" if one else "adapters": entries["default"] if one else entries}
+    return decoder
 
 
 def merge_adapters(decoder: Decoder) -> Decoder:
