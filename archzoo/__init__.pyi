@@ -4,10 +4,13 @@ from archzoo.adapters.attach import adapt as adapt
 from archzoo.adapters.attach import collapse_adapters as collapse_adapters
 from archzoo.adapters.attach import merge_adapters as merge_adapters
 from archzoo.adapters.attach import remove_adapters as remove_adapters
+from archzoo.adapters.dora import DoRA as DoRA
 from archzoo.adapters.ia3 import IA3 as IA3
 from archzoo.adapters.lora import LoRA as LoRA
 from archzoo.adapters.mixture import MoLoRA as MoLoRA
 from archzoo.adapters.mixture import MoV as MoV
+from archzoo.adapters.moslora import MoSLoRA as MoSLoRA
+from archzoo.adapters.pissa import PiSSA as PiSSA
 from archzoo.adapters.prompt_tuning import PromptTuning as PromptTuning
 from archzoo.adapters.prompt_tuning import PTuning as PTuning
 from archzoo.block import Bias as Bias

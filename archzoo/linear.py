@@ -195,7 +195,13 @@ class Linear(nn.Linear):
         """
         total = None
         for adapter, before, x in zip(adapters, seen[:-1], seen[1:], strict=True):
-            change = adapter.output(x, y)
+            if adapter.says("output_beside"):
+                with without_autocast(self.device):
+                    weight = self._weights(name, adapter)[name]
+                    bias = None if self.bias is None else self._biases(name, adapter)[name]
+                change = adapter.output_beside(x, y, weight, bias)
+            else:
+                change = adapter.output(x, y)
             if change is None:
                 if before is not x:  # it has changed what the others see
                     continue

@@ -138,6 +138,19 @@ class Adapter(nn.Module, ABC):
         """
         return None
 
+    def output_beside(
+        self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor | None:
+        """`output` for a class that looks at the weight, too, such as at the norms of its rows.
+
+        Args:
+            x: As `output`'s.
+            y: As `output`'s.
+            weight: W with the adapters before this one, (..., rows, columns).
+            bias: What y holds beside x W^T: (rows), of a stack (experts, rows), or None.
+        """
+        return self.output(x, y)
+
     def delta(self, weight: Tensor) -> Tensor:
         """What is added to W, of its shape; `weight` is W with the adapters before this one."""
         raise NotImplementedError(f"{type(self).__name__} has no delta(weight)")

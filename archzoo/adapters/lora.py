@@ -1,4 +1,4 @@
-"""LoRA: a change of low rank beside each weight."""
+"""LoRA: a change of low rank beside each weight, and what its relatives share."""
 
 from __future__ import annotations
 
@@ -11,13 +11,56 @@ from torch.nn import functional as F
 from archzoo.adapters import Adapter, Target
 
 
+def check_rank(adapter: Adapter, target: Target, rank: int) -> None:
+    """Refuse a rank that the target's matrix, or each matrix of its stack, cannot have.
+
+    Args:
+        adapter: Whose rank it is.
+        target: What the adapter changes.
+        rank: Of the change.
+
+    Raises:
+        ValueError: It is below 1, or above the smaller of rows and columns.
+    """
+    rows, columns = target.shape[-2:]
+    if not 1 <= rank <= min(rows, columns):
+        raise ValueError(
+            f"{type(adapter).__name__}: rank={rank} must be at least 1 and at most "
+            f"{min(rows, columns)} for {target.path}, of {rows} rows and {columns} columns: take "
+            "a lower one, or remove it from targets"
+        )
+
+
+def scale_of(alpha: float, rank: int, rank_stabilised: bool) -> float:
+    """``alpha / rank``, or ``alpha / sqrt(rank)``.
+
+    Args:
+        alpha: Any number but 0.
+        rank: Of the change.
+        rank_stabilised: Divide by the root.
+
+    Raises:
+        ValueError: It is 0 or not finite: nothing would ever change.
+    """
+    if not alpha or not math.isfinite(alpha):
+        raise ValueError(f"alpha={alpha} must be a number other than 0: it scales the change")
+    return alpha / (math.sqrt(rank) if rank_stabilised else rank)
+
+
+def times(x: Tensor, matrix: Tensor) -> Tensor:
+    """``x M^T`` of one matrix, or of each of a stack."""
+    return F.linear(x, matrix) if matrix.dim() == 2 else x @ matrix.mT
+
+
 class LoRA(Adapter):
-    """``y = W x + (alpha / rank) B (A x)``, A (rank, columns), B (rows, rank), of each block alone.
+    """``y = W x + s B (A x)``, s = alpha / rank, A (rank, columns), B (rows, rank), of each block.
 
     A starts uniform within 1 / sqrt(columns), as the authors' code has it (the paper says
-    Gaussian), and B at 0, so nothing changes before the first step. Each target block has an A of
-    its own: ``query`` and ``value`` of one matrix cost rank * (2 columns + rows of both). Each
-    expert has its own A and B.
+    Gaussian), and B at 0, so nothing changes before the first step, at which A's gradient is 0.
+    Each target block has an A of its own: ``query`` and ``value`` of one matrix cost
+    rank * (2 columns + rows of both). Each expert has its own A and B.
+
+    Parameters: rank * (rows + columns) for a block.
 
     Source: Hu et al., arXiv 2106.09685, section 4.1; scale by 1 / sqrt(rank): Kalajdzievski,
     arXiv 2312.03732, section 3.
@@ -27,14 +70,14 @@ class LoRA(Adapter):
         targets: Names of blocks, or regular expressions that match a whole path such as
             ``blocks.0.mixer.query_key_value.query``. None: query and value, as in the paper.
         layers: Only in these blocks of the decoder, counted from 0. None: in all.
-        rank: Of the change.
+        rank: Of the change; at most the block's rows or columns.
         alpha: Over rank, the scale of the change.
         dropout: Of x, where the change is added to y; where a weight is read there is no x, so an
             adapted router or expert has none.
         rank_stabilised: Scale by alpha / sqrt(rank) instead of alpha / rank.
 
     Raises:
-        ValueError: A rank below 1, or dropout outside [0, 1).
+        ValueError: A rank below 1 or above the block's, an alpha of 0, or dropout outside [0, 1).
     """
 
     kinds = ("linear", "experts")
@@ -53,14 +96,13 @@ class LoRA(Adapter):
         rank_stabilised: bool = False,
     ) -> None:
         super().__init__(target, targets=targets, layers=layers)
-        if rank < 1:
-            raise ValueError(f"rank={rank} must be at least 1")
+        check_rank(self, target, rank)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout} must lie in [0, 1)")
         *stack, rows, columns = target.shape
         self.first = nn.Parameter(torch.empty(*stack, rank, columns))  # A
         self.second = nn.Parameter(torch.empty(*stack, rows, rank))  # B
-        self.scale = alpha / (math.sqrt(rank) if rank_stabilised else rank)
+        self.scale = scale_of(alpha, rank, rank_stabilised)
         self.dropout = dropout
         self.reset_parameters()
 
@@ -70,14 +112,14 @@ class LoRA(Adapter):
         nn.init.uniform_(self.first, -bound, bound)
         nn.init.zeros_(self.second)
 
-    def output(self, x: Tensor, y: Tensor) -> Tensor:
+    def dropped(self, x: Tensor) -> Tensor:
+        """X in the dtype of A, which may be wider than the base's, with dropout while it trains."""
+        x = x.to(self.first.dtype)
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+    def output(self, x: Tensor, y: Tensor) -> Tensor | None:
         """``s B (A x)``, (..., rows); of a stack (experts, rows of x, rows)."""
-        x = x.to(self.first.dtype)  # which may be wider than the base's
-        if self.dropout:
-            x = F.dropout(x, self.dropout, self.training)
-        if self.first.dim() == 2:
-            return F.linear(F.linear(x, self.first), self.second) * self.scale
-        return x @ self.first.mT @ self.second.mT * self.scale
+        return times(times(self.dropped(x), self.first), self.second) * self.scale
 
     def delta(self, weight: Tensor) -> Tensor:
         """``s B A``, of the weight's shape."""

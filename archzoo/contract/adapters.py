@@ -36,7 +36,7 @@ from archzoo.numerics import MODEL_TOLERANCES, TOLERANCES
 
 MIXTURE = {
     "class_path": "MixtureOfExperts",
-    "init_args": {"experts": 4, "router": "AttentionRouter"},
+    "init_args": {"experts": 8, "router": "AttentionRouter"},
 }
 
 SIZES: dict[str, Any] = {
