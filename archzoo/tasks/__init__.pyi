@@ -6,6 +6,7 @@ from archzoo.tasks.arithmetic import exact_match as exact_match
 from archzoo.tasks.copying import Copying as Copying
 from archzoo.tasks.copying import Induction as Induction
 from archzoo.tasks.copying import SelectiveCopying as SelectiveCopying
+from archzoo.tasks.key_values import KeyValues as KeyValues
 from archzoo.tasks.mixed import Mixed as Mixed
 from archzoo.tasks.recall import FuzzyRecall as FuzzyRecall
 from archzoo.tasks.recall import Memorisation as Memorisation
