@@ -9,6 +9,7 @@ from archzoo.adapters.ia3 import IA3 as IA3
 from archzoo.adapters.lora import LoRA as LoRA
 from archzoo.adapters.mixture import MoLoRA as MoLoRA
 from archzoo.adapters.mixture import MoV as MoV
+from archzoo.adapters.mora import MoRA as MoRA
 from archzoo.adapters.moslora import MoSLoRA as MoSLoRA
 from archzoo.adapters.pissa import PiSSA as PiSSA
 from archzoo.adapters.prompt_tuning import PromptTuning as PromptTuning
