@@ -2,6 +2,7 @@ from archzoo._version import __version__ as __version__
 from archzoo.adapters import Adapter as Adapter
 from archzoo.adapters.attach import adapt as adapt
 from archzoo.adapters.attach import collapse_adapters as collapse_adapters
+from archzoo.adapters.attach import merge_adapter as merge_adapter
 from archzoo.adapters.attach import merge_adapters as merge_adapters
 from archzoo.adapters.attach import remove_adapters as remove_adapters
 from archzoo.adapters.dora import DoRA as DoRA
@@ -14,6 +15,8 @@ from archzoo.adapters.moslora import MoSLoRA as MoSLoRA
 from archzoo.adapters.pissa import PiSSA as PiSSA
 from archzoo.adapters.prompt_tuning import PromptTuning as PromptTuning
 from archzoo.adapters.prompt_tuning import PTuning as PTuning
+from archzoo.adapters.switch import disable_adapters as disable_adapters
+from archzoo.adapters.switch import enable_adapters as enable_adapters
 from archzoo.block import Bias as Bias
 from archzoo.block import Block as Block
 from archzoo.block import Context as Context

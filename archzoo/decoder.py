@@ -126,6 +126,8 @@ class Decoder(nn.Module):
     compiled_hidden: Callable[..., Any] | None = None
     #: The parameters that learned before adapters were put on, by name.
     learned_before: set[str]
+    #: The names of adapters that are switched off, see `archzoo.enable_adapters`.
+    adapters_off: frozenset[str] = frozenset()
     #: Whether an adapter puts vectors before the text of every document.
     has_prompt = False
     prompt: nn.ModuleDict

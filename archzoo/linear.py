@@ -8,7 +8,7 @@ trained model (`archzoo.adapters`) says what it changes by these names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,7 +42,7 @@ class Linear(nn.Linear):
 
     Attributes:
         blocks: As given.
-        adapted: Whether it has adapters.
+        adapted: Whether it has adapters that are on.
     """
 
     #: Whether its weight is read without a call, by a kernel or a product of all experts.
@@ -52,8 +52,10 @@ class Linear(nn.Linear):
     keeps_init = False
     #: Into how many heads the rows of a block divide, by its name; a mixer says so.
     heads: Mapping[str, int] = {}
-    #: By the adapter's name and the block's; there once it is adapted.
+    #: By the adapter's name and the block's; there once one is attached.
     adapter_modules: nn.ModuleDict
+    #: The names of adapters that are switched off.
+    adapters_off: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -299,11 +301,26 @@ class Linear(nn.Linear):
 
     # ------------------------------------------------------------------------ adapters
 
-    def adapters(self) -> Iterator[tuple[str, Any]]:
-        """Each adapter with the name of the block that it changes, in order."""
-        if self.adapted:
-            for of_blocks in self.adapter_modules.values():
+    def adapters(self, *, off: bool = False) -> Iterator[tuple[str, Any]]:
+        """Each adapter with the name of the block that it changes, in order.
+
+        Args:
+            off: Those that are switched off, too.
+        """
+        for entry, of_blocks in self.entries().items():
+            if off or entry not in self.adapters_off:
                 yield from of_blocks.items()  # type: ignore[operator]
+
+    def entries(self) -> dict[str, nn.Module]:
+        """The adapters of each entry, off or on: modules that hold them by the blocks' names."""
+        entries = self._modules.get("adapter_modules")
+        return {} if entries is None else entries._modules  # type: ignore[return-value]
+
+    def switch_off(self, names: Iterable[str]) -> None:
+        """Let these adapters, and no others, change nothing."""
+        self.adapters_off = frozenset(names) & self.entries().keys()
+        self.adapted = bool(self.entries().keys() - self.adapters_off)
+        self._held = None
 
     def _by_block(self, names: Sequence[str]) -> dict[str, list[Any]]:
         """The adapters of each of these blocks that has some, in order."""
@@ -321,9 +338,9 @@ class Linear(nn.Linear):
             block: Which rows.
             adapter: Of `archzoo.adapters.Adapter`.
         """
-        if not self.adapted:
+        if not self.entries():
             self.adapter_modules = nn.ModuleDict()
-            self.adapted = True
+        self.adapted = True
         if entry not in self.adapter_modules:
             self.adapter_modules[entry] = nn.ModuleDict()
         self.adapter_modules[entry].add_module(block, adapter)
@@ -353,11 +370,13 @@ class Linear(nn.Linear):
                 "an adapter cannot be merged into it"
             )
 
-    def detach_adapters(self) -> None:
-        """Take the adapters away; the weight stays as it is."""
-        if self.adapted:
+    def detach_adapters(self, names: Iterable[str] | None = None) -> None:
+        """Take adapters away, all or those of some names; the weight stays as it is."""
+        for entry in [e for e in self.entries() if names is None or e in names]:
+            del self.adapter_modules[entry]
+        if self._modules.get("adapter_modules") is not None and not self.entries():
             del self.adapter_modules
-            self.adapted = False
+        self.switch_off(self.adapters_off)
 
 
 def _seen(x: Tensor, adapters: Sequence[Any]) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import itertools
 import json
 import pickle
@@ -700,6 +701,163 @@ def test_a_file_holds_paths_and_no_regular_expressions(tmp_path):
             archzoo.from_pretrained(tmp_path / "model")
 
 
+# ---------------------------------------------------------------------------- targets, recipes
+
+
+@pytest.mark.parametrize(
+    ("targets", "blocks"),
+    [
+        (["mixer.query"], ["mixer.query_key_value.query"]),
+        (["feed_forward.up", "mixer.output"], ["feed_forward.experts.gate_up.up", "mixer.output"]),
+        (["experts.down"], ["feed_forward.experts.down.down"]),
+        (["router"], [f"feed_forward.router.projection.router_{n}" for n in ("query", "key")]),
+        (["bias"], ["mixer.bias.inner.fire_inner", "mixer.bias.outer.fire_outer"]),
+        (["experts"], [f"feed_forward.experts.gate_up.{n}" for n in ("gate", "up")]),
+        (["feed_forward"], ["feed_forward.experts.down.down"]),
+        (["mixer"], ["mixer.first.filter_first", "mixer.query_key_value.key", "mixer.output"]),
+    ],
+)
+def test_targets_are_named_by_meaning(targets, blocks):
+    net = archzoo.create_model("yuan_micro", vocab_size=20, bias="FIRE")
+    archzoo.adapt(net, archzoo.LoRA(rank=1, targets=targets, layers=[0]))
+    at = [
+        f"{path}.{block}"
+        for path, module in net.named_modules()
+        if isinstance(module, Linear)
+        for block, _ in module.adapters()
+    ]
+    parts = {path.split(".")[2] for path in at}
+    assert parts == {block.split(".")[0] for block in blocks}
+    for block in blocks:
+        assert any(path.startswith(f"blocks.0.{block}") for path in at), (block, at)
+    if targets != ["feed_forward"]:
+        assert not [path for path in at if "router" in path] or targets == ["router"]
+    assert not [path for path in at if ".bias." in path] or targets == ["bias"]
+    assert set(net.config["adapter"]["init_args"]["targets"]) == set(at)  # whole paths are saved
+    again = archzoo.Decoder(**net.config)
+    assert again.state_dict().keys() == net.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ("mixer.quary", r"nothing here is called 'mixer.quary'; nearest: mixer.query"),
+        ("feedforward.up", "nearest: feed_forward.up"),
+        ("routr", "nearest: router"),
+        ("expert", "nearest: experts"),
+        ("blocks.0.mixer.query_key_value.quary", "nearest: blocks.0.mixer.query_key_value.query"),
+        ("embedding", "LoRA cannot change embedding, of the kind 'input'"),
+    ],
+)
+def test_an_unknown_target_gets_the_nearest_names(target, says):
+    with pytest.raises(ValueError, match=says):
+        archzoo.create_model("yuan_micro", vocab_size=20, adapter=archzoo.LoRA(targets=[target]))
+
+
+def test_without_a_target_a_class_gives_a_recipe():
+    recipe = archzoo.LoRA(rank=2, targets=["mixer.value"])
+    assert recipe.func is archzoo.LoRA
+    assert list(inspect.signature(archzoo.LoRA).parameters)[:2] == ["target", "targets"]
+    one = archzoo.create_model("retnet_micro", vocab_size=20, adapter=recipe)
+    two = archzoo.create_model("retnet_micro", vocab_size=20)
+    archzoo.adapt(two, recipe)
+    assert one.config == two.config
+    several = {"sums": recipe, "style": archzoo.LoRA()}
+    net = archzoo.create_model("retnet_micro", vocab_size=20, adapters=several)
+    assert list(net.config["adapters"]) == ["sums", "style"]
+    copied = copy.deepcopy(next(adapter_modules(net))[1])
+    assert isinstance(copied, archzoo.LoRA)
+    with pytest.raises(ValueError, match="LoRA has no argument 'rnk'; nearest: rank"):
+        archzoo.adapt(archzoo.create_model("retnet_micro", vocab_size=20), archzoo.LoRA(rnk=2))
+
+
+# ---------------------------------------------------------------------------- on and off
+
+
+def switched_model():
+    """A model with three adapters, none of which is at its start."""
+    entries = {
+        "sums": archzoo.LoRA(rank=2, targets=["mixer", "router"]),
+        "style": Scale,
+        "text": Prompt,
+    }
+    net = archzoo.create_model("yuan_micro", vocab_size=20, adapters=entries).double().eval()
+    for _, module in adapter_modules(net):
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    return net
+
+
+def test_adapters_are_switched_on_and_off():
+    net = switched_model()
+    tokens = torch.randint(20, (2, 9))
+
+    def logits(of=net):
+        with torch.no_grad():
+            return of(tokens).logits
+
+    def alone(*left):
+        copied = copy.deepcopy(net)
+        copied = archzoo.remove_adapters(copied, *({"sums", "style", "text"} - set(left)))
+        assert list(copied.config["adapters"] or {}) == [*left]
+        return logits(copied)
+
+    whole = logits()
+    with archzoo.disable_adapters(net) as inside:
+        assert inside is net
+        assert torch.equal(logits(), logits(archzoo.remove_adapters(copy.deepcopy(net))))
+        with archzoo.enable_adapters(net, "sums"):
+            assert torch.equal(logits(), alone("sums"))
+        assert net.adapters_off == {"sums", "style", "text"}
+    assert torch.equal(logits(), whole)
+    archzoo.enable_adapters(net, "text", "style")
+    assert torch.equal(logits(), alone("style", "text"))
+    archzoo.disable_adapters(net, "text")
+    assert torch.equal(logits(), alone("style"))
+    # A copy is as the model is; what is saved and read again has all of them on.
+    assert torch.equal(logits(copy.deepcopy(net)), alone("style"))
+    again = archzoo.Decoder(**net.config).double().eval()
+    again.load_state_dict(net.state_dict())
+    assert torch.equal(logits(again), whole)
+    # What is off learns nothing.
+    net(tokens).logits.square().sum().backward()
+    for path, module in adapter_modules(net):
+        for parameter in module.parameters():
+            assert (parameter.grad is not None) == (".style." in path), path
+    archzoo.enable_adapters(net)
+    assert torch.equal(logits(), whole)
+    with pytest.raises(ValueError, match="the model has no adapter 'stile'; nearest: style"):
+        archzoo.enable_adapters(net, "stile")
+
+
+def test_what_is_switched_off_is_neither_merged_nor_lost_unsaid():
+    net = switched_model()
+    archzoo.remove_adapters(net, "text")
+    archzoo.disable_adapters(net, "sums")
+    with pytest.raises(ValueError, match=r"the adapter sums is switched off.*remove_adapters"):
+        archzoo.merge_adapter(net)
+    tokens = torch.randint(20, (2, 9))
+    with torch.no_grad():
+        want = net(tokens).logits
+        archzoo.remove_adapters(net, "sums")
+        assert relative_error(archzoo.merge_adapter(net)(tokens).logits, want) < 1e-12
+    with pytest.raises(ValueError, match="no adapter to merge: it is merged already"):
+        archzoo.merge_adapter(net)
+    assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_switched_within_held_weights_nothing_is_stale():
+    net = switched_model()
+    tokens = torch.randint(20, (2, 9))
+    with torch.no_grad():
+        with archzoo.disable_adapters(net):
+            want = net(tokens).logits
+        with net.weights_held():
+            net(tokens)
+            with archzoo.disable_adapters(net):
+                assert torch.equal(net(tokens).logits, want)
+
+
 # ---------------------------------------------------------------------------- in words
 
 
@@ -736,7 +894,9 @@ def test_what_cannot_be_adapted_is_refused_by_name():
             "yuan_micro", vocab_size=20, adapter=functools.partial(Gated, targets=["router_query"])
         )
     net = archzoo.create_model("retnet_micro", vocab_size=20)
-    with pytest.raises(ValueError, match="no adapter to merge"):
+    with pytest.raises(
+        ValueError, match="no adapter to merge: it is merged already, or never had one"
+    ):
         archzoo.merge_adapters(net)
     archzoo.adapt(net, "LoRA")
     with pytest.raises(ValueError, match="has adapters already"):

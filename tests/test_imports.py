@@ -26,7 +26,8 @@ LAYERS = """
     block trust
     adapters convolution
     parts
-    adapters.attach
+    adapters.targets
+    adapters.attach adapters.switch
     kernels
     positions
     embeddings mixers feedforward

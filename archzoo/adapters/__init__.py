@@ -14,7 +14,9 @@ and then trains nothing else. An adapter changes one of four kinds of things:
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import functools
+import inspect
+from abc import ABCMeta, abstractmethod
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -35,6 +37,8 @@ class Target(NamedTuple):
         layer: Of which block of the decoder, or None.
         state: For a state: the shape of each tensor, by name, as `Mixer.prefix_shapes` gives it.
         heads: Of a mixer's query, key, value or gate: into how many heads its rows divide.
+        part: Of what it is a part: "mixer", "feed_forward", "experts", "router", "bias",
+            "convolution", "head", or "decoder" for the input.
     """
 
     kind: Kind
@@ -43,17 +47,40 @@ class Target(NamedTuple):
     layer: int | None = None
     state: dict[str, tuple[int, ...]] | None = None
     heads: int | None = None
+    part: str = ""
 
 
-class Adapter(nn.Module, ABC):
+class _Recipes(ABCMeta):
+    """Without a target a class gives a recipe: ``LoRA(rank=4)`` is what a decoder builds later."""
+
+    def __call__(cls, *arguments: Any, **named: Any) -> Any:
+        if not arguments and "target" not in named:
+            return functools.partial(cls, **named)
+        return super().__call__(*arguments, **named)
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """Of `__init__`: what is asked of the class, `__call__` would answer."""
+        begin: Any = cls.__init__  # type: ignore[misc]
+        try:
+            signature = inspect.signature(begin, eval_str=True)
+        except Exception:  # a name that only type checkers know
+            signature = inspect.signature(begin)
+        return signature.replace(parameters=[*signature.parameters.values()][1:])
+
+
+class Adapter(nn.Module, metaclass=_Recipes):
     """A change of one target: ``__init__(self, target, *, targets=None, layers=None, ...)``.
 
     The decoder builds one for each target that matches. What a class declares below is checked by
-    `archzoo.check`, and what it does not declare is refused with a message that names it.
+    `archzoo.check`, and what it does not declare is refused with a message that names it. Called
+    without a target a class gives a recipe, a `functools.partial`: ``LoRA(rank=4)``.
 
     Args:
         target: What it changes.
-        targets: Which targets the decoder builds it for: names of blocks ("query"), or regular
+        targets: Which targets the decoder builds it for. By name: ``query``, or a whole path. By
+            meaning: ``mixer.query``, ``feed_forward.up``, ``experts.down``, ``router``, ``head``,
+            or all of ``mixer``, ``feed_forward`` (its experts too) or ``experts``. Or regular
             expressions that match a whole path. None: `default_targets`.
         layers: Only in these blocks of the decoder, counted from 0. None: in all.
     """
