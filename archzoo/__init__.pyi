@@ -6,6 +6,7 @@ from archzoo.adapters.attach import merge_adapter as merge_adapter
 from archzoo.adapters.attach import merge_adapters as merge_adapters
 from archzoo.adapters.attach import remove_adapters as remove_adapters
 from archzoo.adapters.dora import DoRA as DoRA
+from archzoo.adapters.fourier import FourierFT as FourierFT
 from archzoo.adapters.ia3 import IA3 as IA3
 from archzoo.adapters.lora import LoRA as LoRA
 from archzoo.adapters.mixture import MoLoRA as MoLoRA

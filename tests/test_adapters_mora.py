@@ -213,8 +213,8 @@ def test_merged_it_is_what_it_was_beside_every_weight(name, options):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"rank": 0}, "rank=0 must lie between 1 and 32"),
-        ({"rank": 33}, r"rank=33 must lie between 1 and 32, the rank of blocks\.0.*\(32 x 32\)"),
+        ({"rank": 0}, "MoRA: rank=0 must be at least 1 and at most 32"),
+        ({"rank": 33}, r"rank=33 must be .* at most 32 for blocks\.0.*query, of 32 rows"),
         ({"kind": "rotate"}, "kind='rotate' is not valid; nearest: rotation"),
         ({"kind": "sharing", "inputs": "cyclc"}, "inputs='cyclc' is not valid; nearest: cyclic"),
         ({"outputs": "contiguous"}, "set kind='sharing' or omit them"),

@@ -12,6 +12,8 @@ DIGITS = {"digit_tokens": list(range(10)), "longest_run": 3, "rows": 32}
 ABACUS = {"class_path": "AbacusEmbedding", "init_args": DIGITS | {"max_shift": 5}}
 COUPLING = {"class_path": "PositionCoupling", "init_args": {"digit_tokens": list(range(10))}}
 ALL_BLOCKS = {"class_path": "LoRA", "init_args": {"targets": [".*"]}}
+FREQUENCIES = {"class_path": "FourierFT", "init_args": {"targets": ["query", "router_key"]}}
+ROTATING = {"class_path": "MoRA", "init_args": {"targets": ["query", "router_key"], "rank": 2}}
 ROUTER = {"class_path": "LinearRouter", "init_args": {"score": "sigmoid", "bias_rate": 1e-3}}
 EXPERTS = {
     "class_path": "MixtureOfExperts",
@@ -42,6 +44,8 @@ PARTS = {
 SLOW_PARTS = {
     "loops, state, packed": ("retnet", ("state", "documents"), {"loops": 2, "injection": "loop"}),
     "adapter": ("retnet", (), {"adapter": "LoRA"}),
+    "adapter that rotates": ("yuan", (), {"adapter": ROTATING}),
+    "adapter of frequencies": ("yuan", (), {"adapter": FREQUENCIES}),
     "attention, packed": ("transformer", ("documents",), {}),
     "experts, packed": ("yuan", ("documents",), {}),
     "attention, state": ("transformer", ("state",), {}),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from archzoo.adapters import Adapter, Target
+from archzoo.adapters.lora import check_rank
 from archzoo.names import nearest
 from archzoo.numerics import constant
 
@@ -45,6 +46,8 @@ class MoRA(Adapter):
     Its types are here: 1 is sharing; 2 contiguous inputs and outputs; 3 contiguous inputs; 4
     contiguous outputs; 6 rotation.
 
+    Parameters: size^2 for a block, and for each expert of a stack.
+
     Merging adds D M C to W, which is exact.
 
     Source: Jiang et al., arXiv 2405.12130, section 4, equations 6 (sharing) and 9 (rotation).
@@ -67,7 +70,6 @@ class MoRA(Adapter):
     kinds = ("linear", "experts")
     default_targets = ("query", "value")
     mergeable = True
-    contract_arguments: ClassVar[dict[str, Any]] = {"rank": 4}  # a router there has 4 rows
 
     def __init__(
         self,
@@ -82,14 +84,10 @@ class MoRA(Adapter):
     ) -> None:
         super().__init__(target, targets=targets, layers=layers)
         *stack, rows, columns = target.shape
-        if not 1 <= rank <= min(rows, columns):
-            raise ValueError(
-                f"rank={rank} must lie between 1 and {min(rows, columns)}, the rank of "
-                f"{target.path} ({rows} x {columns})"
-            )
-        _check("kind", kind, Kind)
-        _check("inputs", inputs, Grouping)
-        _check("outputs", outputs, Grouping)
+        check_rank(self, target, rank)
+        check_known("kind", kind, Kind)
+        check_known("inputs", inputs, Grouping)
+        check_known("outputs", outputs, Grouping)
         if kind == "rotation" and (inputs, outputs) != ("cyclic", "cyclic"):
             raise ValueError(
                 f"inputs={inputs!r} and outputs={outputs!r} group what kind='sharing' shares; a "
@@ -161,7 +159,17 @@ class MoRA(Adapter):
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def _check(name: str, value: str, known: object) -> None:
+def check_known(name: str, value: str, known: object) -> None:
+    """Refuse a value that is not one of a Literal's, naming the nearest.
+
+    Args:
+        name: Of the argument.
+        value: Given.
+        known: The Literal.
+
+    Raises:
+        ValueError: It is none of them.
+    """
     names = list(get_args(known))
     if value not in names:
         raise ValueError(f"{name}={value!r} is not valid; {nearest(str(value), names)}")
