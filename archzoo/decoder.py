@@ -725,7 +725,7 @@ def _replace_linears(part: nn.Module, spec: Spec) -> None:
             if child.keeps_init:  # its own values, which are drawn already
                 made.load_state_dict(child.state_dict(), strict=False)
                 made.keeps_init = True
-            made.heads = child.heads
+            made.heads, made.called_in_parts = child.heads, child.called_in_parts
             setattr(part, name, made)
         elif not isinstance(child, Router):  # which choose in full precision
             _replace_linears(child, spec)

@@ -48,6 +48,8 @@ class Linear(nn.Linear):
     #: Whether its weight is read without a call, by a kernel or a product of all experts.
     #: An adapter must then be able to say how it changes the weight.
     weight_is_read = False
+    #: Whether it is called by `part` alone, so that nothing that is called can stand for it.
+    called_in_parts = False
     #: Whether it has initialised itself, so that the decoder does not.
     keeps_init = False
     #: Into how many heads the rows of a block divide, by its name; a mixer says so.

@@ -499,7 +499,7 @@ def test_a_pissa_goes_back_on_its_base():
     assert torch.equal(logits(base), want)
 
 
-def test_a_pissa_is_a_lora_of_twice_the_rank():
+def test_the_change_of_a_pissa_is_what_was_learned():
     torch.manual_seed(0)
     for shape in ((20, 34), (3, 12, 9)):
         kind = "linear" if len(shape) == 2 else "experts"
@@ -508,17 +508,9 @@ def test_a_pissa_is_a_lora_of_twice_the_rank():
         pissa.start(weight)
         for parameter in pissa.parameters():
             parameter.data.add_(0.3 * torch.randn_like(parameter))
-        lora = pissa.to_lora()
-        assert type(lora) is archzoo.LoRA
-        assert lora.first.shape[-2] == 8
-        x, y = torch.randn(5, shape[-1], dtype=torch.float64), torch.empty(0)
         with torch.no_grad():
-            assert relative_error(lora.delta(weight), pissa.delta(weight)) < 1e-12
-            plain = pissa.second @ pissa.first - pissa.second_start @ pissa.first_start
-            assert relative_error(lora.delta(weight), pissa.scale * plain) < 1e-12
-            assert relative_error(lora.output(x, y), pissa.output(x, y)) < 1e-12
-    with pytest.raises(ValueError, match=r"LoRA: rank=12 .* at most 9 for value"):
-        archzoo.PiSSA(Target("linear", "value", (9, 20)), rank=6).to_lora()
+            learned = pissa.second @ pissa.first - pissa.second_start @ pissa.first_start
+            assert relative_error(pissa.delta(weight), pissa.scale * learned) < 1e-12
 
 
 def test_pissas_do_not_decay_and_loras_do():

@@ -79,10 +79,16 @@ class DoRA(LoRA):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
             with without_autocast(weight.device):
                 wide = at_least_float32(weight.dtype)
-                changed = weight.to(wide) + super().delta(weight).to(wide)
-                norm: Tensor = torch.linalg.vector_norm(changed, dim=-1)
+                norm = self.norms(weight.to(wide) + super().delta(weight).to(wide))
             norm = norm.to(self.magnitude.dtype)
             return norm.clamp_min(torch.finfo(norm.dtype).tiny)
+
+    @staticmethod
+    def norms(weight: Tensor) -> Tensor:
+        """Of a matrix's rows, at least in float32."""
+        wide = weight.to(at_least_float32(weight.dtype))
+        norms: Tensor = torch.linalg.vector_norm(wide, dim=-1)
+        return norms
 
     def gain(self, weight: Tensor) -> Tensor:
         """``m / |V|``, (rows) or (experts, rows): 1 at the start."""

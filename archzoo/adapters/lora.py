@@ -112,6 +112,10 @@ class LoRA(Adapter):
         nn.init.uniform_(self.first, -bound, bound)
         nn.init.zeros_(self.second)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B of the change ``s B A``."""
+        return self.first, self.second
+
     def dropped(self, x: Tensor) -> Tensor:
         """X in the dtype of A, which may be wider than the base's, with dropout while it trains."""
         x = x.to(self.first.dtype)
@@ -123,4 +127,5 @@ class LoRA(Adapter):
 
     def delta(self, weight: Tensor) -> Tensor:
         """``s B A``, of the weight's shape."""
-        return self.second @ self.first * self.scale
+        first, second = self.factors()
+        return second @ first * self.scale

@@ -89,6 +89,6 @@ class MoSLoRA(LoRA):
         mixed = times(times(self.dropped(x), self.first), self.mixer)
         return times(mixed, self.second) * self.scale
 
-    def delta(self, weight: Tensor) -> Tensor:
-        """``s B M A``, of the weight's shape."""
-        return self.second @ (self.mixer @ self.first) * self.scale
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """M A and B of the change ``s B M A``."""
+        return self.mixer @ self.first, self.second

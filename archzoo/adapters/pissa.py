@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from archzoo.adapters import Adapter, Target
-from archzoo.adapters.lora import LoRA, check_rank, scale_of, times
+from archzoo.adapters.lora import check_rank, scale_of, times
 from archzoo.numerics import at_least_float32
 
 
@@ -19,7 +19,8 @@ class PiSSA(Adapter):
     whole and the buffers ``first_start`` and ``second_start`` hold A0 and B0, which trains the same
     and can be switched off, removed and put on the same base again. They are saved with A and B:
     another decomposition could turn the signs, or more where singular values are equal, and what
-    was learned would fit no longer. `to_lora` gives the same change without them.
+    was learned would fit no longer. `archzoo.conversion.low_rank.to_lora` makes LoRAs of twice the
+    rank, which need them no more.
 
     Weight decay would pull the pretrained part of W to 0 instead of the change, so A and B do not
     decay. Dropout would drop that part, too: there is none.
@@ -67,7 +68,6 @@ class PiSSA(Adapter):
         if alpha < 0:
             raise ValueError(f"PiSSA: alpha={alpha} must be above 0: A0 and B0 divide by its root")
         self.scale = scale_of(alpha, rank, rank_stabilised)
-        self.target = target
         *stack, rows, columns = target.shape
         self.first = nn.Parameter(torch.empty(*stack, rank, columns))  # A
         self.second = nn.Parameter(torch.empty(*stack, rows, rank))  # B
@@ -114,18 +114,3 @@ class PiSSA(Adapter):
         """``s (B A - B0 A0)``, of the weight's shape."""
         first, second = self.factors()
         return second @ first * self.scale
-
-    @torch.no_grad()
-    def to_lora(self) -> LoRA:
-        """The same change as a LoRA of twice the rank, which needs no A0 and B0 any more.
-
-        Raises:
-            ValueError: Twice the rank is more than the block has.
-        """
-        rank = 2 * self.first.shape[-2]
-        lora = LoRA(self.target, rank=rank, alpha=self.scale * rank)
-        first, second = self.factors()
-        lora.to(first.device, first.dtype).train(self.training)
-        lora.first.copy_(first)
-        lora.second.copy_(second)
-        return lora

@@ -40,6 +40,7 @@ class FilteredAttention(Attention):
 
     def __init__(self, dim: int, heads: int, *, kv_heads: int | None = None) -> None:
         super().__init__(dim, heads, kv_heads=kv_heads)
+        self.query_key_value.called_in_parts = True  # q and k see the filtered x, v sees x
         # A causal convolution of two taps is one matrix on [token before; token].
         self.first = Linear(2 * dim, {"filter_first": dim // 2}, bias=True)
         self.second = Linear(dim, {"filter_second": dim}, bias=True)
