@@ -308,7 +308,7 @@ def _read_modules(decoder: Decoder, path: Path, settings: dict[str, Any]) -> dic
             for name, entry in held.items():
                 matched = TENSOR.fullmatch(name.removeprefix(PREFIX))
                 if not matched:
-                    raise ValueError(f"{file}: {shown(name)} is no tensor of a LoRA or DoRA")
+                    raise ValueError(f"{file}: {shown(name)} does not belong to a LoRA or DoRA")
                 module, kind = matched.groups()
                 if module not in linears:
                     near = nearest(module[:200], list(linears))
