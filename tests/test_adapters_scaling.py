@@ -1,5 +1,6 @@
 """(IA)^3, MoV and MoLoRA: golden numbers, what they are made of, what they refuse, entropies."""
 
+import csv
 import functools
 import math
 from pathlib import Path
@@ -13,6 +14,7 @@ import archzoo
 from archzoo.adapters import Target
 from archzoo.adapters.attach import adapter_modules
 from archzoo.adapters.mixture import SoftRouter, gate_entropies
+from archzoo.cli import main
 from archzoo.contract import CHECKS, run_check
 from archzoo.contract.measure import relative_error
 from archzoo.linear import Linear
@@ -385,3 +387,27 @@ def test_the_entropy_of_a_router_is_at_most_that_of_its_top_k():
     assert torch.special.entr(gates).sum(-1).max() <= router.most + 1e-6
     assert router.most == pytest.approx(math.log(2))
     assert SoftRouter(8, 5, top_k=5).most == pytest.approx(math.log(5))
+
+
+@pytest.mark.parametrize("cls", ["MoV", "MoLoRA"])
+def test_the_log_tells_how_evenly_routers_blend(cls, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    adapter = ["--model.adapter", cls, "--model.adapter.experts", "3"]
+    run = ["--model.preset", "retnet_micro", "--data", "Addition", "--data.digits", "1"]
+    steps = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
+    cpu = ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", "run"]
+    assert main(["fit", *run, *adapter, *steps, *cpu]) == 0
+    (path,) = tmp_path.glob("run/**/metrics.csv")
+    rows = list(csv.DictReader(path.open()))
+    (row,) = [row for row in rows if row["validation/loss"]]
+    got = {n.removeprefix("validation/"): float(v) for n, v in row.items() if "gate_entropy" in n}
+    assert got["gate_entropy_maximum"] == pytest.approx(math.log(3))
+    assert got.keys() == {
+        "gate_entropy",
+        "gate_entropy_maximum",
+        "gate_entropy/0",
+        "gate_entropy/1",
+    }
+    assert 0.5 < got["gate_entropy"] <= math.log(3) + 1e-6  # R is small at the start
+    assert got["gate_entropy"] == pytest.approx((got["gate_entropy/0"] + got["gate_entropy/1"]) / 2)
+    assert not any("entropy" in n for n in row if n.startswith("train/"))

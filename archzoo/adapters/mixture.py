@@ -5,7 +5,8 @@ Pushing Mixture of Experts to the Limit, arXiv 2309.05444, section 2). So each t
 its own, which no single weight can hold: neither can be merged.
 
 A router that collapses to one expert makes of a mixture what a single adapter is. `gate_entropies`
-watches for it.
+watches for it, and training logs what it sees of the first batch of each evaluation, in nats:
+``validation/gate_entropy`` with its maximum, and of each layer ``validation/gate_entropy/LAYER``.
 """
 
 from __future__ import annotations

@@ -211,6 +211,28 @@ class EvaluationFigures:
         return row
 
 
+def mean_entropies(sums: dict[str, Tensor]) -> dict[str, float]:
+    """A row of the log: how evenly the routers of adapters blend their experts, in nats.
+
+    0 is a router that always takes one expert alone, the maximum one that blends all equally.
+
+    Args:
+        sums: As `archzoo.adapters.mixture.gate_entropies` gives them, of all ranks.
+
+    Returns:
+        gate_entropy and gate_entropy_maximum, the means over routers, and gate_entropy/LAYER.
+    """
+    layers: dict[str, list[float]] = {}
+    most = []
+    for path, entry in sums.items():
+        total, number, largest = entry.tolist()
+        layers.setdefault(path.split(".")[1], []).append(total / max(number, 1))
+        most.append(largest / max(number, 1))
+    every = [entropy for entropies in layers.values() for entropy in entropies]
+    row = {"gate_entropy": sum(every) / len(every), "gate_entropy_maximum": sum(most) / len(most)}
+    return row | {f"gate_entropy/{n}": sum(each) / len(each) for n, each in layers.items()}
+
+
 def _counts(right: Tensor, labelled: Tensor) -> Tensor:
     """How many of both, (2,) int64."""
     return torch.stack([right.sum(), labelled.sum()])

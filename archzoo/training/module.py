@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import lightning
@@ -14,6 +15,7 @@ from torch import Tensor
 from archzoo import block as interface
 from archzoo._version import __version__
 from archzoo.adapters.attach import adapt
+from archzoo.adapters.mixture import gate_entropies
 from archzoo.analysis.operations import (
     Multiplied,
     multiplied_parameters,
@@ -37,7 +39,13 @@ from archzoo.training.comparison import (
     describe_model,
 )
 from archzoo.training.files import MetricsFile
-from archzoo.training.log import EvaluationFigures, TrainingFigures, memory, scalars
+from archzoo.training.log import (
+    EvaluationFigures,
+    TrainingFigures,
+    mean_entropies,
+    memory,
+    scalars,
+)
 from archzoo.training.losses import check_labels, score, total_loss
 from archzoo.training.optim import clip_by_norm, decay_groups, learning_rate_schedule, regroup
 from archzoo.training.progressive import passes
@@ -138,6 +146,7 @@ class LanguageModel(lightning.LightningModule):
         self.architecture = architecture
         self.decoder: Decoder | None = None
         self._evaluated = EvaluationFigures(self.device)
+        self._entropies: dict[str, Tensor] = {}  # of the adapters' routers, in this evaluation
         #: The latest logged values, plain floats, for whoever displays them.
         self.latest: dict[str, float] = {}
         self.figures = TrainingFigures()  # since the last row of the log
@@ -519,9 +528,12 @@ class LanguageModel(lightning.LightningModule):
 
     # ------------------------------------------------------------------------ evaluation
 
-    def _evaluate(self, batch: Batch, split: str, loader: int = 0) -> None:
+    def _evaluate(self, batch: Batch, split: str, number: int, loader: int = 0) -> None:
         labels = check_labels(batch)
-        x, _ = self._hidden(batch, split)
+        first = number == loader == 0  # which tells enough of the adapters' routers
+        watched = gate_entropies(self.net) if first else nullcontext(self._entropies)
+        with watched as self._entropies:
+            x, _ = self._hidden(batch, split)
         losses, predicted = score(x, self.net.head, labels)
         labelled = labels != IGNORED
         right = predicted.view_as(labels) == labels
@@ -532,6 +544,8 @@ class LanguageModel(lightning.LightningModule):
         extra = self.task.extra_evaluations(split) if self.task else ()
         metrics = self.task.extra_metrics if self.task else ()
         self._evaluated = EvaluationFigures(self.device, extra, metrics)
+        with gate_entropies(self.net) as self._entropies:
+            pass  # a rank without a batch has the same names as the others
         if self.trainer.state.fn != "fit" and self.task is not None:
             for logger in self.trainer.loggers:
                 if isinstance(logger, MetricsFile):
@@ -542,6 +556,8 @@ class LanguageModel(lightning.LightningModule):
             return
         sums = sum_over_ranks(self.trainer, self._evaluated.sums)
         means = self._evaluated.means(sums, self.task.metrics if self.task else None)
+        if self._entropies:
+            means |= mean_entropies(sum_over_ranks(self.trainer, self._entropies))
         row = {f"{split}/{name}": value for name, value in means.items()}
         several = self.trainer.world_size > 1  # all have the same values; this says so
         if self.trainer.state.fn == "fit":
@@ -553,10 +569,10 @@ class LanguageModel(lightning.LightningModule):
             self.log_dict({"step": float(self.loaded_step or 0), **row}, sync_dist=several)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, "validation", dataloader_idx)
+        self._evaluate(batch, "validation", batch_idx, dataloader_idx)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, "test", dataloader_idx)
+        self._evaluate(batch, "test", batch_idx, dataloader_idx)
 
     def on_validation_start(self) -> None:
         self._paused = time.perf_counter()
