@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from archzoo.adapters import Adapter, Target
 from archzoo.adapters.ia3 import scales_input
-from archzoo.numerics import KeepsFloat32, at_least_float32, widest
+from archzoo.numerics import KeepsFloat32, at_least_float32, cast, widest
 
 if TYPE_CHECKING:
     from archzoo.decoder import Decoder
@@ -64,7 +64,8 @@ class SoftRouter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """X (..., columns) to gates (..., experts) that sum to 1."""
-        logits = F.linear(x.to(self.weight.dtype), self.weight)
+        weight = self.weight
+        logits = F.linear(cast(x, weight.dtype), weight)
         if self.top_k is not None:
             best = logits.topk(self.top_k, dim=-1)
             logits = torch.full_like(logits, -math.inf).scatter(-1, best.indices, best.values)
@@ -140,11 +141,13 @@ class MoV(KeepsFloat32, Adapter):
         """``z * sum_e g_e (l_e - 1)``, of z's shape (..., width)."""
         vectors = self.vectors - 1  # the gates sum to 1
         if self.heads is None:
-            blend: Tensor = self.router(z).to(vectors.dtype) @ vectors
+            blend: Tensor = cast(self.router(z), vectors.dtype) @ vectors
             return z * blend
         each: Tensor = z.unflatten(-1, (self.heads, -1))
-        gates = self.router(each).to(vectors.dtype)
-        return (each * torch.einsum("...he,hed->...hd", gates, vectors)).flatten(-2)
+        gates = cast(self.router(each), vectors.dtype).flatten(0, -3)  # (tokens, heads, experts)
+        # Head by head; einsum would say the same in three times the time of one token.
+        blend = torch.bmm(gates.transpose(0, 1), vectors).transpose(0, 1)
+        return (each * blend.view(each.shape)).flatten(-2)
 
 
 class MoLoRA(Adapter):
@@ -204,9 +207,10 @@ class MoLoRA(Adapter):
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
         """``s sum_e g_e B_e (A_e x)``, (..., rows)."""
-        x = x.to(self.first.dtype)  # which may be wider than the base's
-        hidden = F.linear(x, self.first.flatten(0, 1)).unflatten(-1, self.first.shape[:2])
-        gates = (self.router(x) * self.scale).to(hidden.dtype)
+        first = self.first
+        x = cast(x, first.dtype)  # which may be wider than the base's
+        hidden: Tensor = F.linear(x, first.flatten(0, 1)).unflatten(-1, first.shape[:2])
+        gates = cast(self.router(x) * self.scale, hidden.dtype)
         return F.linear((hidden * gates[..., None]).flatten(-2), self.second.flatten(1))
 
 
