@@ -443,9 +443,9 @@ class Decoder(nn.Module):
 
     @contextmanager
     def weights_held(self) -> Iterator[None]:
-        """For decoding: within it adapted weights are computed once, see `Linear.held`.
+        """For decoding: within it adapted weights that kernels read are computed once.
 
-        So what can be merged costs what the base does. No weight may change within.
+        No weight may change within.
         """
         with ExitStack() as stack:
             for module in self.modules():

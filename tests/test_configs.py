@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from archzoo.analysis.compare.plan import resolve_base
 from archzoo.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -15,25 +16,47 @@ TINY = {
     "Text": "--data.batch_size 2 --data.context_length 32",
     "Mixed": "--data.batch_size 2 --data.context_length 128",
     "Recall": "--data.batch_size 4 --data.validation_examples 8 --data.sizes [[2,16]]",
+    "KeyValues": "--data.batch_size 4 --data.pairs 8",
 }
+TINY |= dict.fromkeys(["Subtraction", "Arithmetic"], TINY["Addition"])
 
 
-def small(content):
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Where the base of a file's arms lies, untrained, whose sizes they take; None: it has none."""
+    made = {}
+
+    def of(path, arm=None):
+        named = (yaml.safe_load(path.read_text()).get("compare") or {}).get("base")
+        if isinstance(named, dict):
+            named = named.get(arm) if arm else next(iter(named.values()))
+        if named and named not in made:
+            made[named] = tmp_path_factory.mktemp("base") / "model"
+            resolve_base(path.parent / named, {}, made[named])
+        return made.get(named)
+
+    return of
+
+
+def small(content, weights=None):
     """Options of a small model: the preset's own micro where its width is a match's to set."""
+    if weights is not None:
+        return f"--model.weights {weights}"
     if not content["model"].get("match"):
         return TINY["model"]
     return f"--model.preset {content['model']['preset'].partition('_')[0]}_micro"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_config_trains(path, tmp_path, monkeypatch):
+def test_config_trains(path, base, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     content = yaml.safe_load(path.read_text())
     task = content["data"]["class_path"]
     arguments = [
         *f"fit --config {path.relative_to(ROOT)} --trainer.max_steps 3".split(),
         *f"--trainer.default_root_dir {tmp_path} --trainer.val_check_interval 2".split(),
-        *f"--trainer.limit_val_batches 2 --trainer.accelerator cpu {small(content)}".split(),
+        *["--trainer.limit_val_batches", "2", "--trainer.accelerator", "cpu"],
+        *small(content, base(path)).split(),
         *TINY[task].split(),
     ]
     if task in ("Text", "Mixed"):
@@ -69,12 +92,13 @@ def cache(tmp_path_factory):
     ids=lambda value: value.stem if isinstance(value, Path) else value,
 )
 @pytest.mark.filterwarnings("ignore:a number of .* digits is longer than")  # some mean to show it
-def test_every_variant_trains_with_its_settings(path, arm, cache, tmp_path, monkeypatch):
+def test_every_variant_trains_with_its_settings(path, arm, base, cache, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     content = yaml.safe_load(path.read_text())
     task, settings = content["data"]["class_path"], arms(path)[arm]
     # Small, but for what the arm sets itself; `match` sets the width.
-    sizes = [size for size in small(content).split("--") if size.partition(" ")[0] not in settings]
+    sizes = small(content, base(path, arm)).split("--")
+    sizes = [size for size in sizes if size.partition(" ")[0] not in settings]
     sizes = "--".join(sizes) if "model.match" not in settings else ""
     arguments = [
         *f"fit --config {path.relative_to(ROOT)} --arm {arm} --trainer.max_steps 1".split(),
@@ -92,6 +116,9 @@ def test_every_variant_trains_with_its_settings(path, arm, cache, tmp_path, monk
             if part not in found and "init_args" in found:
                 found = found["init_args"]
             found = found[part]
+        if isinstance(value, dict) and "class_path" in value:  # with arguments: all are saved
+            assert value.get("init_args", {}).items() <= found["init_args"].items(), name
+            value = value["class_path"]
         if isinstance(found, dict) and isinstance(value, str):  # a part by its name alone
             found, value = found["class_path"], value.rpartition(".")[2]
             found = found.rpartition(".")[2]

@@ -26,7 +26,9 @@ SMALL = {
     "Addition": {"batch_size": 2, "validation_examples": 4, "test_examples": 4},
     "Text": {"batch_size": 2, "context_length": 32, "path": "corpus.txt", "cache_dir": "cache"},
     "Mixed": {"batch_size": 2, "context_length": 128, "path": "corpus.txt", "cache_dir": "cache"},
+    "KeyValues": {"batch_size": 2, "pairs": 8},
 }
+SMALL |= dict.fromkeys(["Subtraction", "Arithmetic"], SMALL["Addition"])
 FREE = ("arms", "compare", "claim")  # looked at when an arm is run, or all are compared
 
 
@@ -65,6 +67,8 @@ KNOWN = {"corpus.txt", "cache", "out", "evil.py", "stranger"}
 def small(settings: dict[str, Any]) -> dict[str, Any]:
     """The same experiment at a size that takes a step at once."""
     model, data = settings["model"], settings["data"]
+    if "base" in settings.get("compare", {}):  # what its arms start from is trained by `compare`
+        model["preset"] = "transformer_micro"
     model |= {"dim": 16, "depth": 2, "heads": 2, "width": 32}
     data.setdefault("init_args", {})
     data["init_args"] |= SMALL[data["class_path"]]

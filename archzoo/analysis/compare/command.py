@@ -177,7 +177,9 @@ def _announce(plan: Plan, at_once: int, threads: str, directory: Path) -> None:
             f"  base {base.name}: {base.sizes.parameters:,} parameters, {base.steps:,} steps for "
             f"each seed, first; in {directory.parent / 'bases'}"
         )
-    print(f"  {control.name}: {control.sizes.parameters:,} parameters")
+    count = control.sizes.parameters
+    some = f", of which {control.trainable:,} are trained" if control.trainable < count else ""
+    print(f"  {control.name}: {count:,} parameters{some}")
     for arm in others:
         print(f"  {arm.name}: {matched(arm, control)}")
     if not plan.bases and any("NOT matched" in matched(arm, control) for arm in others):

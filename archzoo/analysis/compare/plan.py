@@ -253,7 +253,7 @@ def make_plan(
     bases: dict[str, Resolved] = {}
     with tempfile.TemporaryDirectory() as place:
         for path in dict.fromkeys(files.values()):
-            bases[path.stem] = _resolve_base(path, settings, Path(place) / path.stem)
+            bases[path.stem] = resolve_base(path, settings, Path(place) / path.stem)
         starts = {arm.name: files.get(of_file_arm(arm.name), files.get("")) for arm in arms}
         found = {
             arm.name: _resolve(arm, config, start and Path(place) / start.stem)
@@ -391,7 +391,7 @@ def _files_of_bases(
     return {str(name): above / file for name, file in entries.items()}
 
 
-def _resolve_base(path: Path, settings: dict[str, str], place: Path) -> Resolved:
+def resolve_base(path: Path, settings: dict[str, str], place: Path) -> Resolved:
     """The settings of a base, and its model as it begins, written where arms can be read from it.
 
     So what is wrong with an arm is said before its base is trained.
