@@ -395,6 +395,14 @@ def resolve_base(path: Path, settings: dict[str, str], place: Path) -> Resolved:
     """The settings of a base, and its model as it begins, written where arms can be read from it.
 
     So what is wrong with an arm is said before its base is trained.
+
+    Args:
+        path: Of its configuration file.
+        settings: The command line's, by their full names: those that say how runs are run.
+        place: The directory that its model is written to, as of `archzoo.save_pretrained`.
+
+    Raises:
+        ValueError: Something is wrong with a setting; the message names the file.
     """
     given = [word for n in OF_BASES if n in settings for word in (f"--{n}", settings[n])]
     try:
