@@ -22,6 +22,7 @@ from archzoo.compiled import own_name
 from archzoo.convolution import ShortConvolution
 from archzoo.derivatives import transformed
 from archzoo.documents import Context
+from archzoo.freezing import is_frozen
 from archzoo.inputs import check_beside, check_state, check_tokens, explain
 from archzoo.linear import Linear
 from archzoo.norm import RMSNorm
@@ -641,11 +642,13 @@ class Decoder(nn.Module):
         return [interface.check_aux(part, part.pooled_losses(mine)) for part, mine in parts]
 
     def after_step(self, sums: list[dict[str, Tensor]]) -> None:
-        """Hand each layer's sums to its feed-forward."""
-        if named_adapters(self.config):  # the base stays, its coefficients and experts' biases too
-            return
+        """Hand each layer's sums to its feed-forward, unless that is frozen.
+
+        Beside an adapter the base stays, its coefficients and experts' biases too.
+        """
         for part, mine in self._with_each_layer(sums, "sums"):
-            part.after_step(mine)
+            if not is_frozen(part):
+                part.after_step(mine)
 
     def _with_each_layer(
         self, entries: list[dict[str, Tensor]], kind: str

@@ -27,7 +27,7 @@ LAYERS = """
     adapters convolution
     parts
     adapters.targets
-    adapters.attach adapters.switch
+    adapters.attach adapters.switch freezing
     kernels
     positions
     embeddings mixers feedforward

@@ -182,7 +182,7 @@ def test_a_part_says_what_decays():
 def test_a_run_from_before_biases_were_spared_resumes(tmp_path, bias, monkeypatch):
     """Each parameter finds its own moments again, in other groups."""
 
-    def groups(decoder, weight_decay):
+    def groups(decoder, weight_decay, joining=()):
         tables = {id(entry) for entry in decoder.embedding.parameters()}
         matrices, others = optim._split(decoder, tables)
         return [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]

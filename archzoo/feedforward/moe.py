@@ -18,6 +18,7 @@ from archzoo.derivatives import exporting, transformed
 from archzoo.documents import Context
 from archzoo.feedforward.balance import Balance, within_capacity
 from archzoo.feedforward.dense import GatedFeedForward
+from archzoo.freezing import is_frozen
 from archzoo.kernels.experts import (
     cast_weight,
     collect_rows,
@@ -353,7 +354,12 @@ class MixtureOfExperts(FeedForward):
         return self.balance.pooled_losses(pools)
 
     def after_step(self, sums: dict[str, Tensor]) -> None:
-        """Move the coefficient, and what the router moves, by the counts of an optimizer step."""
+        """Move the coefficient, and what the router moves, by the counts of an optimizer step.
+
+        A router that is frozen stays as it is, and what balances it too.
+        """
+        if is_frozen(self.router):
+            return
         self.balance.after_step(sums["assignments"], sums.get("dropped"))
         self.router.after_step(sums)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
+
+from torch import nn
 
 from archzoo.compiled import own_name
 from archzoo.decoder import Decoder
-from archzoo.parts import find, named_adapters
+from archzoo.parts import find
 from archzoo.registry import count_parameters, get_preset
 
 # A swap is fair where the parameters agree to this; `match: parameters` keeps to it.
@@ -17,18 +20,25 @@ SIZES = ("vocab_size", "dim", "depth", "heads", "tie_weights", "context_length")
 MAY_DIFFER = ("context_length", "dropout", "init_std", "activation_checkpointing")
 
 
-def describe_model(decoder: Decoder, preset: str | None, architecture: dict[str, Any]) -> str:
+def describe_model(
+    decoder: Decoder,
+    preset: str | None,
+    architecture: dict[str, Any],
+    joining: Iterable[nn.Parameter] = (),
+) -> str:
     """One line: which model, how many parameters, and whether a swap is a fair one.
 
     Args:
         decoder: The model.
         preset: What it was made from, if anything.
         architecture: What was given instead of the preset's arguments; None: nothing.
+        joining: Parameters that are frozen at first and trained later.
     """
-    count = decoder.parameter_count()
-    if named_adapters(decoder.config):
-        learned = sum(p.numel() for p in decoder.parameters() if p.requires_grad)
-        return f"{count:,} parameters, of which {learned:,} learn: {learned / count:.1%}"
+    count, learned = decoder.parameter_count(), learned_count(decoder)
+    if learned < count:
+        line = f"{count:,} parameters, of which {learned:,} learn: {learned / count:.1%}"
+        later = sum(parameter.numel() for parameter in joining if not parameter.requires_grad)
+        return f"{line}; {learned + later:,} in the end" if later else line
     if preset is None:
         return f"{count:,} parameters"
     swapped = [
@@ -47,6 +57,29 @@ def describe_model(decoder: Decoder, preset: str | None, architecture: dict[str,
         f"{preset} with another {', '.join(swapped)}: {count:,} parameters against "
         f"{reference:,}, {difference:+.1%}: {verdict}"
     )
+
+
+def learned_count(decoder: Decoder) -> int:
+    """Parameters that are trained now, shared ones once."""
+    return sum(parameter.numel() for parameter in decoder.parameters() if parameter.requires_grad)
+
+
+def check_same_training(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Refuse to resume a run that has trained other parameters.
+
+    Args:
+        ours: What is said of freezing here.
+        theirs: The checkpoint's settings.
+
+    Raises:
+        ValueError: A setting differs.
+    """
+    for name, value in ours.items():
+        if value != theirs.get(name):
+            raise ValueError(
+                f"the checkpoint's run has {name}={theirs.get(name)}, and here it is {value}: "
+                "resume with the same, or start a new run from it by --model.weights"
+            )
 
 
 def check_same_model(ours: dict[str, Any], theirs: dict[str, Any]) -> None:

@@ -42,7 +42,8 @@ def missing() -> str | None:
 class CompileModel(lightning.Callback):
     """Compiles the decoder before the first step, and says how long that took.
 
-    Where several processes train it, it is compiled block by block: see `Decoder.compile_blocks`.
+    Where several processes train it, or it is unfrozen layer by layer, it is compiled block by
+    block: see `Decoder.compile_blocks`.
 
     Args:
         when: "auto" compiles a model of 20 M parameters or more on an NVIDIA GPU, unless
@@ -70,8 +71,8 @@ class CompileModel(lightning.Callback):
                 return
         if not self.when:
             return
-        if trainer.world_size > 1:
-            net.compile_blocks()
+        if trainer.world_size > 1 or pl_module.unfreezes:
+            net.compile_blocks()  # a block that is unfrozen compiles nothing of the others anew
         else:
             net.compile()
         compiled, plain = net.compiled_hidden, net._hidden

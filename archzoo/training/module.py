@@ -25,6 +25,7 @@ from archzoo.analysis.operations import (
 from archzoo.block import Aux
 from archzoo.checkpoint import load, read_safely, tokenizer_files, weights_digest
 from archzoo.decoder import Decoder
+from archzoo.freezing import Freezing
 from archzoo.inputs import IGNORED
 from archzoo.numerics import widest
 from archzoo.registry import check_size, create_model, get_preset
@@ -35,9 +36,11 @@ from archzoo.tasks.writing import writing_of
 from archzoo.training.comparison import (
     MAY_DIFFER,
     check_same_model,
+    check_same_training,
     check_weights_fit,
     describe_model,
 )
+from archzoo.training.ending import say
 from archzoo.training.files import MetricsFile
 from archzoo.training.log import (
     EvaluationFigures,
@@ -54,7 +57,8 @@ from archzoo.training.random_state import (
     gather_random_states,
     random_state,
 )
-from archzoo.training.ranks import configure, pooled_losses, sum_over_ranks
+from archzoo.training.ranks import configure, mean_gradients, pooled_losses, sum_over_ranks
+from archzoo.training.unfreezing import LayerByLayer
 
 
 class LanguageModel(lightning.LightningModule):
@@ -92,6 +96,13 @@ class LanguageModel(lightning.LightningModule):
         weights: A checkpoint or a directory of `archzoo.save_pretrained` whose weights training
             starts from, such as `archzoo upcycle` writes. The architecture is its own but for an
             adapter, and what is saved keeps their digest as `base`.
+        freeze: What is not trained: all (but the adapter), top.2 (two blocks, the final norm and
+            the head), bottom.2 (the embedding and two blocks), norms, a path such as blocks.0, or
+            parts such as router and experts.down; a list of them: [embedding, router].
+        unfreeze: What is trained though `freeze`, or an adapter, would keep it: the same names.
+        unfreeze_every: Layer by layer: after that many optimizer steps the highest block that is
+            frozen is trained too, after as many more the next, and the embedding at last; the
+            final norm and the head from the start. See `Freezing`.
         learning_rate: The peak, per optimizer step.
         warmup_steps: Optimizer steps from 0 to the peak.
         schedule: "cosine", which runs until the trainer's last step, or "constant".
@@ -112,6 +123,9 @@ class LanguageModel(lightning.LightningModule):
         preset: str | None = None,
         match: Literal["parameters"] | None = None,
         weights: str | None = None,
+        freeze: list[str] | str | None = None,
+        unfreeze: list[str] | str | None = None,
+        unfreeze_every: int | None = None,
         learning_rate: float = 2e-3,
         warmup_steps: int = 100,
         schedule: Literal["cosine", "constant"] = "cosine",
@@ -138,7 +152,19 @@ class LanguageModel(lightning.LightningModule):
             raise ValueError(f"betas={list(betas)} must be two numbers from 0 to below 1")
         if not 0 <= progressive_loss <= 1:
             raise ValueError(f"progressive_loss={progressive_loss} must lie in [0, 1]: a fraction")
+        if unfreeze_every is not None and not unfreeze_every >= 1:
+            raise ValueError(f"unfreeze_every={unfreeze_every} must be at least 1 optimizer step")
         self.preset, self.match = preset, match
+        #: What is said of freezing, as plain data.
+        self.frozen: dict[str, Any] = {
+            "freeze": _as_names(freeze),
+            "unfreeze": _as_names(unfreeze),
+            "unfreeze_every": unfreeze_every,
+        }
+        #: What of the decoder is trained from which step on; None: all that learns by itself.
+        self.freezing: Freezing | None = None
+        self._joining: list[torch.nn.Parameter] = []  # which DDP takes for frozen for ever
+        self._weights = weights
         self.progressive_loss, self.progressive_seed = progressive_loss, progressive_seed
         self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
         self.schedule, self.final_learning_rate = schedule, final_learning_rate
@@ -248,6 +274,8 @@ class LanguageModel(lightning.LightningModule):
                 f"{task.vocab_size}: this model was made for another vocabulary; "
                 + task.other_vocabulary
             )
+        if stage == "fit":
+            self._freeze()
         self._multiplied = multiplied_parameters(self.decoder)  # before they are sharded
         if task is not None:
             task.prepare()
@@ -259,6 +287,23 @@ class LanguageModel(lightning.LightningModule):
                     + task.other_vocabulary
                 )
             self.net.bind(task, training=stage == "fit")
+
+    def _freeze(self) -> None:
+        """Let learn what is trained at the first step, and nothing else."""
+        freeze, unfreeze, every = self.frozen.values()
+        if self.freezing is None and (freeze or unfreeze or every is not None):
+            self.freezing = Freezing(self.net, freeze or (), unfreeze or (), every)
+        if self.freezing is not None:
+            self.freezing.apply(self.net, 0)
+            self._joining = self.freezing.joining(self.net)
+
+    @property
+    def unfreezes(self) -> bool:
+        """Whether more is trained later than at first."""
+        return self.frozen["unfreeze_every"] is not None
+
+    def configure_callbacks(self) -> list[lightning.Callback]:
+        return [LayerByLayer()] if self.unfreezes else []
 
     def configure_model(self) -> None:
         """Under Lightning's ModelParallelStrategy: cut the weights among the ranks."""
@@ -276,7 +321,7 @@ class LanguageModel(lightning.LightningModule):
 
     def about(self) -> str:
         """One line: which model, how many parameters, and whether a swap is a fair one."""
-        return describe_model(self.net, self.preset, self.architecture)
+        return describe_model(self.net, self.preset, self.architecture, self._joining)
 
     # ------------------------------------------------------------------------ loss
 
@@ -422,7 +467,7 @@ class LanguageModel(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         half = str(self.trainer.precision).startswith("16")  # whose loss scaling knows no fused one
         optimizer = torch.optim.AdamW(
-            decay_groups(self.net, self.weight_decay),
+            decay_groups(self.net, self.weight_decay, self._joining),
             lr=self.learning_rate,
             betas=self.betas,
             fused=True if self.device.type == "cuda" and not half else None,
@@ -462,6 +507,7 @@ class LanguageModel(lightning.LightningModule):
 
         def closure() -> Any:
             result = None if optimizer_closure is None else optimizer_closure()
+            mean_gradients(self.trainer, self._joining)
             self._divide_gradients()  # before anyone looks at them: callbacks, scaling, clipping
             return result
 
@@ -637,6 +683,7 @@ class LanguageModel(lightning.LightningModule):
             "betas": list(self.betas),
             "progressive_loss": self.progressive_loss,
             "progressive_seed": self.progressive_seed,
+            **self.frozen,
             **self.net.config,
         }
 
@@ -701,6 +748,8 @@ class LanguageModel(lightning.LightningModule):
         ):
             raise ValueError("this checkpoint was not written by archzoo's training")
         check_same_model(self.net.config, theirs)
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            check_same_training(self.frozen, theirs)
         if not self.sharded:  # under FSDP2 Lightning has loaded the weights by itself
             check_weights_fit(self.net, checkpoint.get("state_dict"))
         files = checkpoint.get("tokenizer")
@@ -717,7 +766,9 @@ class LanguageModel(lightning.LightningModule):
         if self.task is not None and type(self.task).__qualname__ not in checkpoint:
             self._take_up_stream(checkpoint)
         states = checkpoint.get("optimizer_states", [])
-        checkpoint["optimizer_states"] = [regroup(state, self.net) for state in states]
+        checkpoint["optimizer_states"] = [
+            regroup(state, self.net, self._joining) for state in states
+        ]
         self.loaded_step = checkpoint["global_step"]
         self.figures.load(training["totals"])
         self._carried = dict(training["carried"])
@@ -737,10 +788,20 @@ class LanguageModel(lightning.LightningModule):
 
     def on_train_start(self) -> None:
         self.figures.to(self.device)
+        if self._weights is None and self.loaded_step is None and self.freezing is not None:
+            say(
+                "what is frozen keeps the random values that it was drawn with: --model.weights "
+                "CHECKPOINT starts from trained ones"
+            )
         # Last of all, so that nothing draws random numbers in between.
         bring_back_random_state(self._random, self.global_rank)
         self._random = None
         self._clock = time.perf_counter()
+
+
+def _as_names(names: list[str] | str | None) -> list[str] | None:
+    """One name as a list of it."""
+    return [names] if isinstance(names, str) else names
 
 
 def _grows(decoder: Decoder) -> bool:

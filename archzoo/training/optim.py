@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from archzoo.decoder import Decoder
 from archzoo.numerics import at_least_float32
 
 
-def decay_groups(decoder: Decoder, weight_decay: float) -> list[dict[str, Any]]:
+def decay_groups(
+    decoder: Decoder, weight_decay: float, joining: Iterable[nn.Parameter] = ()
+) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer: matrices decay, everything else does not.
 
     A matrix maps vectors to vectors, and decay keeps its gain in bounds. Norms, biases and decay
@@ -28,11 +30,13 @@ def decay_groups(decoder: Decoder, weight_decay: float) -> list[dict[str, Any]]:
     Args:
         decoder: Whose parameters.
         weight_decay: Of the matrices.
+        joining: Parameters that are frozen now and trained later. A step skips what has no
+            gradient, and keeps nothing of it.
 
     Returns:
         Two groups in the form torch's optimizers take, in a fixed order.
     """
-    matrices, others = _split(decoder, _spared(decoder))
+    matrices, others = _split(decoder, _spared(decoder), joining)
     groups = [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
@@ -49,18 +53,23 @@ def _spared(module: nn.Module, decays: bool = True) -> set[int]:
     return found
 
 
-def _split(decoder: Decoder, spared: set[int]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def _split(
+    decoder: Decoder, spared: set[int], joining: Iterable[nn.Parameter] = ()
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Those trained parameters that decay, and the others."""
+    later = {id(parameter) for parameter in joining}
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for parameter in decoder.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad or id(parameter) in later:
             is_matrix = parameter.dim() >= 2 and id(parameter) not in spared
             (matrices if is_matrix else others).append(parameter)
     return matrices, others
 
 
-def regroup(state: dict[str, Any], decoder: Decoder) -> dict[str, Any]:
+def regroup(
+    state: dict[str, Any], decoder: Decoder, joining: Iterable[nn.Parameter] = ()
+) -> dict[str, Any]:
     """An optimizer's state as today's: from before biases were exempt from weight decay, say.
 
     Its tensors lie in memory as the weights do, which lay otherwise before: a fused step takes both
@@ -69,6 +78,7 @@ def regroup(state: dict[str, Any], decoder: Decoder) -> dict[str, Any]:
     Args:
         state: Its `state_dict`. Torch numbers parameters group by group, FSDP2 as the model does.
         decoder: Whose parameters it moved.
+        joining: As for `decay_groups`.
 
     Returns:
         The same groups where they are today's, or others than `decay_groups` ever made.
@@ -82,7 +92,8 @@ def regroup(state: dict[str, Any], decoder: Decoder) -> dict[str, Any]:
     }
     state = state | {"state": laid}
     tables = {id(parameter) for parameter in decoder.embedding.parameters()}
-    before, now = _split(decoder, tables), _split(decoder, _spared(decoder))
+    before = _split(decoder, tables, joining)
+    now = _split(decoder, _spared(decoder), joining)
     sizes = [len(group["params"]) for group in state["param_groups"]]
     if sizes != [len(group) for group in before if group] or not all(map(len, now)):
         return state

@@ -8,7 +8,7 @@ from typing import TypeVar
 import lightning
 import torch
 from lightning.pytorch.strategies import DDPStrategy, Strategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -60,6 +60,25 @@ def sum_over_ranks(trainer: lightning.Trainer, entries: Tensors) -> Tensors:
             sums[number] = part.view_as(tensors[number])
     summed: Tensors = tree_unflatten(sums.values(), structure)
     return summed
+
+
+def mean_gradients(trainer: lightning.Trainer, parameters: list[nn.Parameter]) -> None:
+    """Average the gradients of parameters that DDP leaves alone, in place.
+
+    It exchanges those of the parameters that learned when it was made; what is unfrozen later it
+    never looks at, and each rank would move it by gradients of its own.
+
+    Args:
+        trainer: Whose ranks.
+        parameters: The same on every rank; the frozen ones among them are left out.
+    """
+    learn = [parameter for parameter in parameters if parameter.requires_grad]
+    if trainer.world_size == 1 or not learn:
+        return
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in learn]
+    means = [total / trainer.world_size for total in sum_over_ranks(trainer, grads)]
+    for parameter, mean in zip(learn, means, strict=True):
+        parameter.grad = mean
 
 
 class AnySignal:
