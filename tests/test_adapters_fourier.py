@@ -164,6 +164,27 @@ def test_a_file_says_which_entries_whatever_the_seed():
     } == {torch.int64}
 
 
+def test_saved_alone_it_is_put_on_its_base_again(tmp_path):
+    """In whatever order its targets were given: one of them keeps the entries of all."""
+    base = archzoo.create_model("retnet_micro", vocab_size=20).eval()
+    archzoo.save_pretrained(tmp_path / "base", base)
+    tokens = torch.randint(20, (2, 9))
+    for targets in (["up", "query", "key"], ["key", "up", "query"]):
+        net, _ = archzoo.from_pretrained(tmp_path / "base")
+        archzoo.adapt(net, archzoo.FourierFT(targets=targets, frequencies=9))
+        for _, module in adapter_modules(net):
+            nn.init.normal_(module.coefficients, std=0.3)
+        for _, module in adapter_modules(net):
+            if module.shared is None:  # as another generator would have drawn them
+                module.entries.copy_(module.entries.flip(1))
+        archzoo.save_adapter(tmp_path / "alone", net)
+        held = load_file(tmp_path / "alone" / "adapter.safetensors")
+        assert sum(name.endswith("entries") for name in held) == 2
+        again, _ = archzoo.from_pretrained(tmp_path / "base")
+        archzoo.load_adapter(tmp_path / "alone", again)
+        assert torch.equal(again(tokens).logits, net(tokens).logits)
+
+
 @pytest.mark.parametrize("rule", CHECKS["adapter"])
 def test_fourierft_keeps_the_rules(rule):
     finding = run_check(archzoo.FourierFT, rule)

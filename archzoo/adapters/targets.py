@@ -98,6 +98,9 @@ def resolved(spec: Spec, matched: list[Place]) -> Spec:
 def matching(decoder: Decoder, spec: Spec, places: list[Place]) -> list[Place]:
     """The places that an adapter's targets and layers name, each of a kind that it can change.
 
+    They are in the decoder's order, whatever that of the targets is: what they share belongs to the
+    first of them, and a file names its owner.
+
     Args:
         decoder: Without adapters.
         spec: Plain data of the adapter.
@@ -140,7 +143,7 @@ def matching(decoder: Decoder, spec: Spec, places: list[Place]) -> list[Place]:
         found |= {place.target.path: place for place in hits}
     for place in found.values():
         _check_place(cls, place, decoder)
-    return list(found.values())
+    return [place for place in places if place.target.path in found]
 
 
 def _meanings(places: list[Place]) -> list[str]:
