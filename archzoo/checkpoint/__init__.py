@@ -22,11 +22,12 @@ user has imported, and nothing is imported because a file names it (`archzoo.tru
 from __future__ import annotations
 
 from archzoo.checkpoint.adapters import load_adapter, save_adapter
+from archzoo.checkpoint.bases import Base, base_of
 from archzoo.checkpoint.building import Pretrained
 from archzoo.checkpoint.digest import DIGEST, weights_digest
 from archzoo.checkpoint.loading import device_of, from_pretrained, load, locate, read_task, task_of
 from archzoo.checkpoint.pretrained import CONFIG, WEIGHTS, save_pretrained
-from archzoo.checkpoint.runs import LAST, read_safely, sign
+from archzoo.checkpoint.runs import LAST, base_in, read_safely, sign
 from archzoo.checkpoint.vocabulary import tokenizer_files
 
 __all__ = [
@@ -34,7 +35,10 @@ __all__ = [
     "DIGEST",
     "LAST",
     "WEIGHTS",
+    "Base",
     "Pretrained",
+    "base_in",
+    "base_of",
     "device_of",
     "from_pretrained",
     "load",

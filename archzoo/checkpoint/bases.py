@@ -91,7 +91,7 @@ def check_base(decoder: Decoder, wanted: Base, path: Path) -> None:
         )
 
 
-def parse_base(record: Any, path: Path) -> Base:
+def parse_base(record: Any, path: str | os.PathLike[str]) -> Base:
     """What a file says of a base, once it is sure that it says it."""
     if (
         not isinstance(record, dict)

@@ -6,7 +6,7 @@ It is built on the meta device, without memory, and drawn only where a part of t
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -49,6 +49,7 @@ def build_with(
     sources: dict[str, str],
     path: Path,
     digest: str | None,
+    signed: Collection[str] | None = None,
 ) -> Decoder:
     """The decoder of a configuration with the weights of a file, in their dtypes.
 
@@ -59,6 +60,7 @@ def build_with(
         sources: Under which of those names each weight is stored: a shared one once.
         path: For messages.
         digest: Of the weights, where the file has one.
+        signed: The names of those weights that the digest is of. None: all.
     """
     model, made = expected_of(config, held, sources, path)
     expected = model.state_dict(keep_vars=True)
@@ -67,7 +69,8 @@ def build_with(
         _check_dtypes(model, {name: held[sources[name]].dtype for name in expected}, misfit)
     loaded = {source: read(source) for source in dict.fromkeys(sources[n] for n in expected)}
     weights = {name: loaded[sources[name]] for name in expected}
-    check_digest(weights, digest, path)
+    signed = weights.keys() if signed is None else signed
+    check_digest({n: w for n, w in weights.items() if n in signed}, digest, path)
     for names in _names_of_each(expected):
         first = names[0]
         for name in names[1:]:

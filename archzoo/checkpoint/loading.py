@@ -17,9 +17,8 @@ from archzoo.checkpoint.pretrained import (
     WEIGHTS,
     named_tokenizer,
     read_config,
-    read_directory,
 )
-from archzoo.checkpoint.runs import LAST, check_run, read_run
+from archzoo.checkpoint.runs import LAST, check_run, read_whole
 from archzoo.checkpoint.vocabulary import check_vocabulary, run_tokenizer
 from archzoo.decoder import Decoder
 from archzoo.parts import named_adapters
@@ -40,8 +39,9 @@ def from_pretrained(
         path: A directory written by `save_pretrained` or `save_adapter`, a Lightning checkpoint of
             a run, or a run's directory, which stands for its last.ckpt.
         device: Where the model goes; "auto": a GPU where there is one. None: the CPU.
-        base: Where the base of an adapter's directory lies. None: where it was when the adapter was
-            written, as long as that is under the current directory.
+        base: Where the base of an adapter lies, which neither its directory nor an adapted run's
+            checkpoint holds. None: where it was when the adapter was trained, as long as that is
+            under the current directory.
 
     Raises:
         FileNotFoundError: There is no such file, or none of ours in the directory.
@@ -113,13 +113,14 @@ def load(
     if holds_adapter(path):
         found = _load_beside(path, base, changes)
     else:
-        found = _load_whole(path, changes)
+        found = _load_whole(path, changes, base)
     return found._replace(model=found.model.to(device).eval())
 
 
-def _load_whole(path: Path, changes: dict[str, Any]) -> Pretrained:
-    read = read_directory if path.is_dir() else read_run
-    found = read(path, changes)
+def _load_whole(
+    path: Path, changes: dict[str, Any], base: str | os.PathLike[str] | None = None
+) -> Pretrained:
+    found = read_whole(path, changes, None if base is None else locate(base))
     check_vocabulary(found.model, found.tokenizer, str(path))
     found.model.task = found.task
     if not named_adapters(found.model.config):

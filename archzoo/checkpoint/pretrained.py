@@ -232,7 +232,7 @@ def read_directory(path: Path, changes: dict[str, Any]) -> Pretrained:
     """The content of a directory that `save_pretrained` wrote; `changes` are of its decoder."""
     config = read_config(path)
     tokenizer = named_tokenizer(config.get("tokenizer"), path)
-    with _weights_file(path / WEIGHTS) as (file, metadata, stored):
+    with weights_file(path / WEIGHTS) as (file, metadata, stored):
         # Another program may have written what torch.compile(model) calls them.
         called = {own_name(name): name for name in stored}
         held = {own: stored[name] for own, name in called.items()}
@@ -262,7 +262,7 @@ def named_tokenizer(name: Any, path: Path) -> Tokenizer | None:
 
 
 @contextmanager
-def _weights_file(path: Path) -> Iterator[tuple[Any, dict[str, str], dict[str, Stored]]]:
+def weights_file(path: Path) -> Iterator[tuple[Any, dict[str, str], dict[str, Stored]]]:
     """`open_tensors` of the weights of a directory."""
     try:
         with open_tensors(path) as opened:

@@ -3,40 +3,133 @@
 from __future__ import annotations
 
 import os
+import re
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from archzoo.checkpoint.archives import Archive, Stored
+from archzoo.checkpoint.bases import (
+    BASE,
+    DTYPES,
+    Base,
+    base_weights,
+    check_base,
+    find_base,
+    parse_base,
+)
 from archzoo.checkpoint.building import Pretrained, build_with, expected_of
 from archzoo.checkpoint.checks import check_settings, check_sizes, check_task, text_or_none
 from archzoo.checkpoint.digest import DIGEST, check_digest, weights_digest
+from archzoo.checkpoint.pretrained import WEIGHTS, read_config, read_directory, weights_file
 from archzoo.checkpoint.vocabulary import run_tokenizer
 from archzoo.compiled import own_name
 from archzoo.decoder import Decoder
 
+Path_ = str | os.PathLike[str]
 LAST = "last.ckpt"  # of a run's directory
 # Arguments of `Decoder` that older checkpoints do not hold.
 ADDED = {"loops", "injection", "linear", "adapter", "adapters", "convolution"}
+OF_ADAPTERS = re.compile(r"^prompt\.|\.mixer\.prefix\.|\.adapter_modules\.")  # in a weight's name
 
 
-def read_run(path: Path, changes: dict[str, Any]) -> Pretrained:
-    """What a run's checkpoint holds for use; `changes` are of its decoder."""
+def read_run(path: Path, changes: dict[str, Any], base: Path_ | None = None) -> Pretrained:
+    """What a run's checkpoint holds for use; `changes` are of its decoder.
+
+    Args:
+        path: Of the file.
+        changes: Arguments of the decoder instead of the checkpoint's.
+        base: Where the weights lie that the file leaves out, as an adapted run's does. None: where
+            they were.
+    """
     with Archive(path) as archive:
         content = archive.content
         config, held = check_run(content, path)
         tokenizer = run_tokenizer(archive, path)
-        sources = {name: name for name in held}
+        record = base_in(content, path)
+        beside: dict[str, Tensor] = {}
+        place = None if record is None else find_base(record, base, path)
+        if record is not None and place is not None:
+            check_beside(path, place)
+            beside = _weights_beside(record, place, path)
+        sizes = {n: Stored(tuple(tensor.shape), tensor.dtype) for n, tensor in beside.items()}
+        sizes |= held
         model = build_with(
             config | changes,
-            held,
-            lambda name: archive.tensor(held[name]),
-            sources,
+            sizes,
+            lambda name: archive.tensor(held[name]) if name in held else beside[name],
+            {name: name for name in sizes},
             path,
             content.get(DIGEST),
+            held.keys(),
         )
         model.base = text_or_none(content.get("base"))
+    if place is not None and not held.keys() & beside.keys():  # nothing of it has moved
+        model.base_path = str(place)
     return Pretrained(model, tokenizer, content.get("task"))
+
+
+def read_whole(path: Path, changes: dict[str, Any], base: Path_ | None = None) -> Pretrained:
+    """What a directory of `save_pretrained` or a run's checkpoint holds for use."""
+    return read_directory(path, changes) if path.is_dir() else read_run(path, changes, base)
+
+
+def base_in(content: dict[str, Any], path: Path_) -> Base | None:
+    """What a run's checkpoint says of the weights that it leaves out; None: it holds them all."""
+    record = content.get(BASE)
+    return None if record is None else parse_base(record, path)
+
+
+def names_base(path: Path) -> bool:
+    """Whether a file is a run's checkpoint that leaves out the base of its adapters."""
+    with Archive(path) as archive:
+        content = archive.content
+        return isinstance(content, dict) and base_in(content, path) is not None
+
+
+def check_beside(path: Path, place: Path) -> None:
+    """Refuse a run's checkpoint that does not fit the base it leaves out, before either is built.
+
+    Args:
+        path: Of the checkpoint.
+        place: Of the base, a whole model.
+
+    Raises:
+        ValueError: It does not, or the base is none.
+    """
+    of_base = _sizes_of(place)
+    with Archive(path) as archive:
+        config, held = check_run(archive.content, path)
+    sizes = of_base | held
+    expected_of(config, sizes, {name: name for name in sizes}, path)
+
+
+def _sizes_of(place: Path) -> dict[str, Stored]:
+    """What a whole model's file says of each of its weights, but for those of adapters."""
+    if place.is_dir():
+        read_config(place)
+        with weights_file(place / WEIGHTS) as (_, metadata, stored):
+            held = {own_name(name): entry for name, entry in stored.items()}
+            shared = {n: held[first] for n, first in metadata.items() if first in held}
+            held = shared | held
+    else:
+        with Archive(place) as archive:
+            _, held = check_run(archive.content, place)
+            if base_in(archive.content, place) is not None:
+                raise ValueError(
+                    f"{place} is no base: it holds adapters alone; name the model beside them"
+                )
+    return {name: entry for name, entry in held.items() if not OF_ADAPTERS.search(name)}
+
+
+def _weights_beside(record: Base, place: Path, path: Path) -> dict[str, Tensor]:
+    """The weights of a base, in the dtype in which adapters were trained beside it."""
+    model = read_whole(place, {}).model.to(DTYPES[record.dtype])
+    model.base_path = str(place)
+    check_base(model, record, path)
+    return {name: weight.detach() for name, weight in base_weights(model).items()}
 
 
 def _decoder_weights(content: dict[str, Any]) -> dict[str, Any]:
@@ -73,6 +166,7 @@ def read_safely(path: str | os.PathLike[str]) -> dict[str, Any]:
         ours = _is_run(content)
         if ours:
             config, held = check_run(content, Path(path))
+        if ours and base_in(content, Path(path)) is None:  # else there is nothing to hold it to
             expected_of(config, held, {name: name for name in held}, Path(path))
         content = archive.everything()
         if ours:
@@ -108,6 +202,7 @@ def check_run(content: Any, path: Path) -> tuple[dict[str, Any], dict[str, Store
     # The decoder's arguments are among the optimizer's, its weights among the metrics' sums.
     config = {n: content["hyper_parameters"].get(n) for n in signature(Decoder).parameters}
     check_settings(config, path)
-    check_sizes(config, held, path)
+    if base_in(content, path) is None:
+        check_sizes(config, held, path)
     check_task(content.get("task"), path)
     return config, held

@@ -31,7 +31,9 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from archzoo import parts
-from archzoo.checkpoint import locate, read_safely, read_task, tokenizer_files
+from archzoo.checkpoint import base_in, locate, read_safely, read_task, tokenizer_files
+from archzoo.checkpoint.bases import WAY_OUT, find_base
+from archzoo.checkpoint.runs import check_beside, names_base
 from archzoo.decoder import Decoder
 from archzoo.names import nearest
 from archzoo.tasks.stream import Task, import_all, known_tasks, named, readable, since
@@ -42,6 +44,7 @@ from archzoo.training.callbacks import (
     SaveAndEndOnSignal,
     ShowProgress,
 )
+from archzoo.training.comparison import module_arguments
 from archzoo.training.compiling import CompileModel
 from archzoo.training.directory import RunDirectory
 from archzoo.training.ending import SIGNALS, Ended, say
@@ -279,7 +282,11 @@ class CommandLine(LightningCLI):
         if logger == "TensorBoardLogger" and not _option(arguments, "--trainer.logger.save_dir"):
             arguments += ["--trainer.logger.save_dir", RUN_DIRECTORY]
         weights = _option(arguments, "--model.weights")
-        if weights and not any(a.startswith(("--config", "-c", "--data")) for a in arguments):
+        if (
+            weights
+            and not path
+            and not any(a.startswith(("--config", "-c", "--data")) for a in arguments)
+        ):
             arguments = ["--config", settings.written(self._data_of(weights)), *arguments]
         if not _option(arguments, "--config"):
             path = _of_named_run(command, path, arguments)
@@ -306,13 +313,18 @@ class CommandLine(LightningCLI):
         model, task = checkpoint.get("hyper_parameters"), checkpoint.get("task")
         if not isinstance(model, dict) or not isinstance(task, dict):
             raise ValueError(f"{path} was not written by archzoo's training")
-        model = {name: value for name, value in model.items() if value is not None}
+        weights = None
+        if record := base_in(checkpoint, path):
+            weights = find_base(record, _option(given, "--model.weights"), Path(path))
+        model = module_arguments(checkpoint)
+        model = {n: value for n, value in model.items() if n != "weights" and value is not None}
         known = inspect.signature(LanguageModel).parameters.keys() - NOT_STORED
         known |= inspect.signature(Decoder).parameters.keys()
         odd = sorted(map(str, model.keys() - known))
         if odd:
             raise ValueError(f"{path}: a run's checkpoint does not hold the setting {odd[0]!r}")
         settings.check({"model": model}, path)
+        model |= {} if weights is None else {"weights": str(weights)}
         own = path if tokenizer_files(checkpoint) else None
         return {"model": model, "data": self._data(task, own, path, given)}
 
@@ -387,6 +399,7 @@ class CommandLine(LightningCLI):
         if config.ckpt_path:
             config.ckpt_path = _file_of(config.ckpt_path)
             _mean_what_it_meant(config)
+            _check_beside(config)
         _check_trainer(config.trainer)
         settings.check_amounts(config.data)
 
@@ -798,6 +811,16 @@ def _mean_what_it_meant(config: Any) -> None:
     for name, value in task.added.items():
         if isinstance(given, dict) and name not in given:
             config.data.init_args[name] = value
+
+
+def _check_beside(config: Any) -> None:
+    """Refuse a checkpoint of adapters that do not fit the base, before they are put on it."""
+    path, weights = Path(config.ckpt_path), config.model.weights
+    if weights is None or not names_base(path):
+        return
+    if not Path(weights).exists():
+        raise FileNotFoundError(f"{path}: its base {weights} is not there: {WAY_OUT}")
+    check_beside(path, locate(weights))
 
 
 def _file_of(path: str) -> str:

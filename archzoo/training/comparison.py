@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import nn
 
+from archzoo.checkpoint import base_in
 from archzoo.compiled import own_name
 from archzoo.decoder import Decoder
 from archzoo.parts import find
@@ -117,12 +118,27 @@ def _in_full(name: str, value: Any) -> Any:
     return {"class_path": cls, "init_args": defaults | given}
 
 
-def check_weights_fit(decoder: Decoder, theirs: Any) -> None:
+def module_arguments(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that make the module of a run's checkpoint again, by name.
+
+    Those of a checkpoint that leaves out its base name the base instead of an architecture.
+    """
+    arguments: dict[str, Any] = checkpoint["hyper_parameters"]
+    record = base_in(checkpoint, "the checkpoint")
+    if record is None:
+        return arguments
+    known = inspect.signature(Decoder).parameters.keys() - {"adapter", "adapters", *MAY_DIFFER}
+    kept = {name: value for name, value in arguments.items() if name not in known}
+    return kept | {"weights": record.path}
+
+
+def check_weights_fit(decoder: Decoder, theirs: Any, beside: Collection[str] = ()) -> None:
     """Refuse weights of other names and shapes than this model's.
 
     Args:
         decoder: The model.
         theirs: The weights of a run's checkpoint, each name with "decoder." before it.
+        beside: The names of those that it may leave out.
 
     Raises:
         ValueError: The first that does not fit, or that there are none.
@@ -133,10 +149,13 @@ def check_weights_fit(decoder: Decoder, theirs: Any) -> None:
     theirs = {name: value for name, value in theirs.items() if name.startswith("decoder.")}
     ours = {f"decoder.{own_name(name)}": held for name, held in decoder.state_dict().items()}
     misfit = "the checkpoint's weights do not fit its settings: they"
-    for verb, odd in (("miss", ours.keys() - theirs), ("have", theirs.keys() - ours)):
+    missing = ours.keys() - theirs - {f"decoder.{name}" for name in beside}
+    for verb, odd in (("miss", missing), ("have", theirs.keys() - ours)):
         if odd:
             raise ValueError(f"{misfit} {verb} {min(odd).removeprefix('decoder.')}")
     for name, mine in ours.items():
+        if name not in theirs:
+            continue
         found = getattr(theirs[name], "shape", None)
         if found != mine.shape:
             raise ValueError(

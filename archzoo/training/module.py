@@ -23,11 +23,22 @@ from archzoo.analysis.operations import (
     training_operations,
 )
 from archzoo.block import Aux
-from archzoo.checkpoint import load, read_safely, tokenizer_files, weights_digest
+from archzoo.checkpoint import (
+    Base,
+    base_in,
+    base_of,
+    load,
+    read_safely,
+    tokenizer_files,
+    weights_digest,
+)
+from archzoo.checkpoint.bases import BASE, DTYPES, base_digest, base_weights
+from archzoo.compiled import own_name
 from archzoo.decoder import Decoder
 from archzoo.freezing import Freezing
 from archzoo.inputs import IGNORED
 from archzoo.numerics import widest
+from archzoo.parts import named_adapters
 from archzoo.registry import check_size, create_model, get_preset
 from archzoo.states import State
 from archzoo.tasks.stream import Batch, Task
@@ -39,6 +50,7 @@ from archzoo.training.comparison import (
     check_same_training,
     check_weights_fit,
     describe_model,
+    module_arguments,
 )
 from archzoo.training.ending import say
 from archzoo.training.files import MetricsFile
@@ -95,7 +107,8 @@ class LanguageModel(lightning.LightningModule):
             parameters as the preset without the swapped parts, within 1 %.
         weights: A checkpoint or a directory of `archzoo.save_pretrained` whose weights training
             starts from, such as `archzoo upcycle` writes. The architecture is its own but for an
-            adapter, and what is saved keeps their digest as `base`.
+            adapter, and what is saved keeps their digest as `base`. A checkpoint of an adapted run
+            leaves them out: it is resumed beside the same ones.
         freeze: What is not trained: all (but the adapter), top.2 (two blocks, the final norm and
             the head), bottom.2 (the embedding and two blocks), norms, a path such as blocks.0, or
             parts such as router and experts.down; a list of them: [embedding, router].
@@ -194,6 +207,7 @@ class LanguageModel(lightning.LightningModule):
         self._multiplied: Multiplied | None = None
         self._length = 1  # of the last batch's rows
         self._vocabulary: dict[str, bytes] | None = None  # of the weights training starts from
+        self.base: Base | None = None  # those weights, where they stay beside adapters
         if weights is not None:
             self.decoder = self._start_from(weights)
         elif architecture.get("vocab_size") is not None:
@@ -228,7 +242,11 @@ class LanguageModel(lightning.LightningModule):
         decoder, state = found.model.train(), found.model.state_dict()
         decoder.task, decoder.base = None, weights_digest(state)
         decoder = decoder.to(torch.get_default_dtype())  # in which training keeps weights
-        return adapt(decoder, adapter) if adapter else decoder
+        decoder = adapt(decoder, adapter) if adapter else decoder
+        if named_adapters(decoder.config) and decoder.base_path is not None:
+            self.base = base_of(decoder)
+            self.strict_loading = False  # Lightning's: `on_load_checkpoint` looks at what is there
+        return decoder
 
     @property
     def net(self) -> Decoder:
@@ -708,6 +726,28 @@ class LanguageModel(lightning.LightningModule):
             "carried": dict(self._carried),
             "random": gather_random_states(random, self.trainer.world_size),
         }
+        if self.base is not None and "averaging_state" not in checkpoint:  # Lightning's, of all
+            checkpoint[BASE] = self.base._asdict()
+            left_out = self._left_out()
+            checkpoint["state_dict"] = {
+                name: tensor
+                for name, tensor in checkpoint["state_dict"].items()
+                if own_name(name).removeprefix("decoder.") not in left_out
+            }
+
+    def _left_out(self) -> set[str]:
+        """The names of the base's weights that are as they were when training started."""
+        trained = {
+            id(p) for o in self.trainer.optimizers for g in o.param_groups for p in g["params"]
+        }
+        parameters = {
+            own_name(name): parameter
+            for name, parameter in self.net.named_parameters(remove_duplicate=False)
+        }
+        moved = {n for n, p in parameters.items() if p.requires_grad or id(p) in trained}
+        names = base_weights(self.net).keys()
+        # What is no parameter moves with those that it belongs to: experts' biases, say.
+        return names - moved if not names & moved else (names & parameters.keys()) - moved
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # Lightning's is not a usual method
@@ -731,8 +771,9 @@ class LanguageModel(lightning.LightningModule):
         checkpoint = read_safely(checkpoint_path)
         if not isinstance(checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY), dict):
             raise ValueError(f"{checkpoint_path} was not written by archzoo's training")
-        module = cls(**(checkpoint[cls.CHECKPOINT_HYPER_PARAMS_KEY] | arguments))
+        module = cls(**(module_arguments(checkpoint) | arguments))
         module.on_load_checkpoint(checkpoint)
+        strict = strict and checkpoint.get(BASE) is None
         module.load_state_dict(checkpoint["state_dict"], strict=strict)
         return module.to(map_location or "cpu")
 
@@ -750,8 +791,12 @@ class LanguageModel(lightning.LightningModule):
         check_same_model(self.net.config, theirs)
         if self._trainer is not None and self.trainer.state.fn == "fit":
             check_same_training(self.frozen, theirs)
+        record = base_in(checkpoint, "the checkpoint")
+        if record is not None:
+            self._check_base(record)
         if not self.sharded:  # under FSDP2 Lightning has loaded the weights by itself
-            check_weights_fit(self.net, checkpoint.get("state_dict"))
+            beside = set() if record is None else base_weights(self.net).keys()
+            check_weights_fit(self.net, checkpoint.get("state_dict"), beside)
         files = checkpoint.get("tokenizer")
         if self.task is not None and files is not None:
             # Rebuilt first: a file may say of truncating and the like what is switched off now.
@@ -773,6 +818,23 @@ class LanguageModel(lightning.LightningModule):
         self.figures.load(training["totals"])
         self._carried = dict(training["carried"])
         self._random, self._skipped = training["random"], training.get("skipped", 0)
+
+    def _check_base(self, wanted: Base) -> None:
+        """Refuse a checkpoint of adapters whose base is not the one that they stand beside here."""
+        if self.base is None:
+            raise ValueError(
+                f"the checkpoint holds adapters alone, of the base {wanted}: give "
+                f"--model.weights {wanted.path or 'PLACE'}"
+            )
+        if self.base.dtype == wanted.dtype or self.sharded:
+            same = self.base.digest == wanted.digest
+        else:
+            same = base_digest(self.net, DTYPES[wanted.dtype]) == wanted.digest
+        if not same:
+            raise ValueError(
+                f"the checkpoint's adapters belong to another base: {wanted}, and this one is "
+                f"{self.base}, by their digests: give --model.weights PLACE, where theirs lies"
+            )
 
     def _take_up_stream(self, checkpoint: dict[str, Any]) -> None:
         """Tell the task what a run has used whose checkpoints did not say so themselves."""
