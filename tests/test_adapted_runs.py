@@ -246,7 +246,8 @@ STRANGE: list[tuple[dict[str, Any], str]] = [
     ({"path": None}, "names no base"),
     ({"path": "runs/base/config.yaml"}, "cannot be loaded"),
     ({"digest": "0" * 64}, "belongs to another base"),
-    ({"rank": 10**8}, "has shape"),
+    ({"rank": 10**8}, "at most 32"),
+    ({"rank": 3}, "has shape"),
     ({"depth": 10**8}, "they miss blocks.2"),
     ({"dim": 10**8}, "columns where dim="),
 ]

@@ -51,7 +51,7 @@ def attach(decoder: Decoder, entries: dict[str, Spec]) -> dict[str, Any]:
     """Put adapters on a decoder and let nothing else learn.
 
     Args:
-        decoder: Without adapters.
+        decoder: Without adapters of these names; others stay and go on learning.
         entries: Plain data by the adapters' names, as `archzoo.parts.named_adapters` gives it.
 
     Returns:
@@ -68,13 +68,15 @@ def attach(decoder: Decoder, entries: dict[str, Spec]) -> dict[str, Any]:
         for entry, matched in found.items()
         for place in matched
     ]
-    _check_together(made)  # all is refused before anything is changed
+    before = attached(decoder)
+    _check_together([*before, *made])  # all is refused before anything is changed
     for entry in entries:
         own = [adapter for name, _, adapter in made if name == entry]
         type(own[0]).connect(own)
-    decoder.learned_before = {n for n, p in decoder.named_parameters() if p.requires_grad}
-    for parameter in decoder.parameters():
-        parameter.requires_grad_(False)
+    if not before:
+        decoder.learned_before = {n for n, p in decoder.named_parameters() if p.requires_grad}
+        for parameter in decoder.parameters():
+            parameter.requires_grad_(False)
     for entry, place, adapter in made:
         if isinstance(place.module, Linear):
             place.module.attach(entry, place.name, adapter)
@@ -82,7 +84,8 @@ def attach(decoder: Decoder, entries: dict[str, Spec]) -> dict[str, Any]:
             name = "prompt" if place.name == "input" else "prefix"
             setattr(place.module, name, nn.ModuleDict({entry: adapter}))
             setattr(place.module, f"has_{name}", True)
-    named = {entry: resolved(spec, found[entry]) for entry, spec in entries.items()}
+    named = dict(named_adapters(decoder.config)) if before else {}
+    named |= {entry: resolved(spec, found[entry]) for entry, spec in entries.items()}
     one = list(named) == ["default"]
     return {"adapter": named["default"] if one else None, "adapters": None if one else named}
 

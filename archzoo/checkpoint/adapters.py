@@ -11,6 +11,7 @@ One directory holds one adapter; those of several directories go by names that a
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -38,8 +39,9 @@ ADAPTER, ADAPTER_WEIGHTS = "adapter.json", "adapter.safetensors"
 def save_adapter(directory: str | os.PathLike[str], net: Decoder, name: str | None = None) -> None:
     """Write an adapter without the model that it changes.
 
-    It is bound to the model's weights by their digest. Everything is written beside the directory
-    first and then moved in, as `save_pretrained` does.
+    It is bound to the model's weights by their digest. What only its training needed is left out,
+    such as the network that makes the vectors of `PTuning`. Everything is written beside the
+    directory first and then moved in, as `save_pretrained` does.
 
     Args:
         directory: It is made where it is missing.
@@ -57,13 +59,17 @@ def save_adapter(directory: str | os.PathLike[str], net: Decoder, name: str | No
     _check_found_again(spec)
     tensors = {}
     paths = []
-    for entry, place, adapter in attached(net):
-        if entry == name:
-            paths.append(place.target.path)
-            for inner, tensor in adapter.state_dict().items():
-                own = f"{place.target.path}.{own_name(inner)}"
-                tensors[own] = tensor.detach().clone(memory_format=torch.contiguous_format)
     arguments = {n: v for n, v in spec.get("init_args", {}).items() if n != "layers"}
+    for entry, place, adapter in attached(net):
+        if entry != name:
+            continue
+        paths.append(place.target.path)
+        if adapter.says("collapse"):  # what only training needs is not handed on
+            adapter = copy.deepcopy(adapter)
+            arguments |= adapter.collapse()
+        for inner, tensor in adapter.state_dict().items():
+            own = f"{place.target.path}.{own_name(inner)}"
+            tensors[own] = tensor.detach().clone(memory_format=torch.contiguous_format)
     content = {
         "archzoo": __version__,
         "adapter": {
@@ -82,7 +88,9 @@ def save_adapter(directory: str | os.PathLike[str], net: Decoder, name: str | No
 def load_adapter(
     directory: str | os.PathLike[str], net: Decoder, name: str | None = None
 ) -> Decoder:
-    """Put the adapter of a directory on a model, in place: it alone learns.
+    """Put the adapter of a directory on a model, in place: adapters alone learn.
+
+    The adapters of several directories go on one base by names, one call each.
 
     Args:
         directory: As `save_adapter` wrote it.

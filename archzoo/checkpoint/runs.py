@@ -72,7 +72,13 @@ def read_run(path: Path, changes: dict[str, Any], base: Path_ | None = None) -> 
 
 
 def read_whole(path: Path, changes: dict[str, Any], base: Path_ | None = None) -> Pretrained:
-    """What a directory of `save_pretrained` or a run's checkpoint holds for use."""
+    """What a directory of `save_pretrained` or a run's checkpoint holds for use.
+
+    Args:
+        path: Of the directory or the file.
+        changes: Arguments of the decoder instead of those that it holds.
+        base: As for `read_run`.
+    """
     return read_directory(path, changes) if path.is_dir() else read_run(path, changes, base)
 
 
