@@ -51,7 +51,7 @@ def attach(decoder: Decoder, entries: dict[str, Spec]) -> dict[str, Any]:
     """Put adapters on a decoder and let nothing else learn.
 
     Args:
-        decoder: Without adapters of these names; others stay and go on learning.
+        decoder: Without adapters of these names; others stay, and still learn.
         entries: Plain data by the adapters' names, as `archzoo.parts.named_adapters` gives it.
 
     Returns:

@@ -90,7 +90,7 @@ def load_adapter(
 ) -> Decoder:
     """Put the adapter of a directory on a model, in place: adapters alone learn.
 
-    The adapters of several directories go on one base by names, one call each.
+    Those of several directories are put on one base by names, one call each.
 
     Args:
         directory: As `save_adapter` wrote it.
