@@ -99,6 +99,7 @@ class DoRA(LoRA):
     def output_beside(self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``(m / |V| - 1) W x + m / |V| s B (A x)``, of y's shape."""
         gain = self.gain(weight)
+        scaled = self.second * gain[..., None]  # for y is larger than B
         gain = gain if gain.dim() == 1 else gain[:, None]
         if self.dropout and self.training:
             x = self.dropped(x)
@@ -106,7 +107,7 @@ class DoRA(LoRA):
         else:
             x = x.to(self.first.dtype)
             base = y if bias is None else y - (bias if bias.dim() == 1 else bias[:, None])
-        return (gain - 1) * base + gain * self.scale * times(times(x, self.first), self.second)
+        return (gain - 1) * base + times(times(x, self.first) * self.scale, scaled)
 
     def delta(self, weight: Tensor) -> Tensor:
         """``m V / |V| - W``, of the weight's shape."""

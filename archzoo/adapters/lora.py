@@ -123,7 +123,8 @@ class LoRA(Adapter):
 
     def output(self, x: Tensor, y: Tensor) -> Tensor | None:
         """``s B (A x)``, (..., rows); of a stack (experts, rows of x, rows)."""
-        return times(times(self.dropped(x), self.first), self.second) * self.scale
+        # Scaled where it is smallest: y has many times as many numbers.
+        return times(times(self.dropped(x), self.first) * self.scale, self.second)
 
     def delta(self, weight: Tensor) -> Tensor:
         """``s B A``, of the weight's shape."""

@@ -87,7 +87,7 @@ class MoSLoRA(LoRA):
     def output(self, x: Tensor, y: Tensor) -> Tensor:
         """``s B M (A x)``, (..., rows); of a stack (experts, rows of x, rows)."""
         mixed = times(times(self.dropped(x), self.first), self.mixer)
-        return times(mixed, self.second) * self.scale
+        return times(mixed * self.scale, self.second)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """M A and B of the change ``s B M A``."""

@@ -108,7 +108,7 @@ class PiSSA(Adapter):
     def output(self, x: Tensor, y: Tensor) -> Tensor:
         """``s (B A - B0 A0) x``, (..., rows); of a stack (experts, rows of x, rows)."""
         first, second = self.factors()
-        return times(times(x.to(first.dtype), first), second) * self.scale
+        return times(times(x.to(first.dtype), first) * self.scale, second)
 
     def delta(self, weight: Tensor) -> Tensor:
         """``s (B A - B0 A0)``, of the weight's shape."""
