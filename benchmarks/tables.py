@@ -231,6 +231,97 @@ def recall() -> str:
     return markdown([*headings, "accuracy, %: all", *list(sizes)[1:]], found)
 
 
+# ---------------------------------------------------------------------------- adaptation
+
+NOT_RUN = "not run yet"
+
+
+def adaptation_rows(name: str) -> list[Row]:
+    """The runs of an experiment that count, at each arm's chosen rate; none where it is not run."""
+    files = sorted(RESULTS.glob(f"*-claims-adaptation-{name}.csv"))
+    return [row for row in rows_of(files[0].stem) if row["chosen"]] if files else []
+
+
+def by_seed(rows: list[Row], metric: str) -> dict[str, dict[int, float]]:
+    """A metric by arm and seed: of the test part, or of validation after some steps."""
+    column = f"{'validation' if '@' in metric else 'test'}/{metric}"
+    found: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if row.get(column):
+            found.setdefault(row["arm"], {})[int(row["seed"])] = float(row[column])
+    return found
+
+
+def is_share(metric: str) -> bool:
+    """Whether it is a fraction, of which differences are in points."""
+    return "exact_match" in metric or "accuracy" in metric
+
+
+def adaptation() -> str:
+    """Every claim about adapters: the paper's figure, ours with its interval, and the verdict."""
+    import yaml
+
+    from archzoo.analysis.compare.claims import judge, read_claims
+    from archzoo.analysis.compare.statistics import paired
+
+    found = []
+    for path in sorted((ROOT / "configs/claims/adaptation").glob("*.yaml")):
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        rows, arms = adaptation_rows(path.stem), list(content.get("arms", ()))
+        for claim in read_claims(content.get("claim"), arms, path.name):
+            metric, control = claim.metric or "exact_match", claim.control or arms[0]
+            share = is_share(metric)
+            unit = "points" if share else "%"
+            if claim.rule == "equivalence":
+                says = f"equal, within {100 * (claim.margin or 0):g} {unit}"
+            else:
+                says = "higher" if claim.sign > 0 else "lower"
+                says += "" if claim.paper is None else f", by {abs(100 * claim.paper):.1f} {unit}"
+            name = metric.replace("_", " ").replace("@", " after ").replace("/base", " of addition")
+            cells = [path.stem, f"`{claim.arm}` against `{control}`", name, says]
+            values = by_seed(rows, metric)
+            difference = paired(values.get(claim.arm or "", {}), values.get(control, {}))
+            if difference is None:
+                found.append([*cells, "", "", NOT_RUN])
+                continue
+            shown = difference if share else difference.relative()
+            interval = ""
+            if shown.low is not None and shown.high is not None:
+                interval = f"{100 * shown.low:+.1f} to {100 * shown.high:+.1f} (n = {shown.seeds})"
+            (verdict,) = judge(claim, values, relative=not share)
+            more = re.search(r"[\d,]+ seeds would decide|no number of seeds would", verdict.text)
+            said = f"**{verdict.verdict}**" + (f": {more[0]}" if more else "")
+            found.append([*cells, f"{100 * shown.mean:+.1f} {unit}", interval, said])
+    headings = ["experiment", "arm", "measured", "the papers", "here", "95 %", "verdict"]
+    return markdown(headings, found, 4)
+
+
+def adaptation_arms() -> str:
+    """Every arm: what it trains, how well it does, and what is left of addition."""
+    found = []
+    for path in sorted((ROOT / "configs/claims/adaptation").glob("*.yaml")):
+        rows = adaptation_rows(path.stem)
+        for arm in dict.fromkeys(row["arm"] for row in rows):
+            mine = [row for row in rows if row["arm"] == arm and row.get("test/loss")]
+            if not mine:
+                continue
+            cells = [path.stem, f"`{arm}`", str(len(mine)), f"{int(mine[0]['trainable']):,}"]
+            cells.append(f"{float(mine[0]['learning_rate']):g}")
+            for column in ("exact_match", "token_accuracy", "loss", "exact_match/base"):
+                values = [float(row[f"test/{column}"]) for row in mine if row.get(f"test/{column}")]
+                if not values:
+                    cells.append("")
+                    continue
+                scale, places = (100, 1) if is_share(column) else (1, 3)
+                spread = scale * statistics.stdev(values) if len(values) > 1 else 0.0
+                mean = scale * statistics.fmean(values)
+                cells.append(f"{mean:.{places}f} ± {spread:.{places}f}")
+            found.append(cells)
+    headings = ["experiment", "arm", "runs", "trained", "rate", "exact match, %"]
+    headings += ["characters, %", "loss", "addition, exact match, %"]
+    return markdown(headings, found, 2) if found else NOT_YET
+
+
 # ---------------------------------------------------------------------------- mixtures
 
 
@@ -528,6 +619,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "learning_rates": learning_rates,
     "retnet": lambda: compared("retnet", "retnet", "bits_per_byte"),
     "recall": recall,
+    "adaptation": adaptation,
+    "adaptation_arms": adaptation_arms,
     "filtered_attention": lambda: variants("filtered_attention", "plain", {}),
     "normalised_gate": lambda: variants("normalised_gate", "none", GATE),
     "adaptive_balance": lambda: variants(

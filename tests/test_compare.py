@@ -635,6 +635,18 @@ def test_a_base_is_trained_once_and_what_is_left_of_it_is_measured(place, capsys
     assert re.search(r"base a +3 .*done", capsys.readouterr().out)
 
 
+def test_what_is_frozen_is_not_counted_as_trained(place):
+    frozen = "full: {model.freeze: [bottom.1]}, late: {model.freeze: all, model.unfreeze_every: 1}"
+    Path("b.yaml").write_text(
+        ADAPTED.replace("full: {}", frozen).replace(
+            "{full: [1.0e-3],", "{full: 1.0e-3, late: 1.0e-3,"
+        )
+    )
+    full, late, lora = plan_of(config="b.yaml").arms.values()
+    base = lora.sizes.parameters - lora.trainable
+    assert 0 < full.trainable < full.sizes.parameters == late.trainable == base
+
+
 def test_a_table_has_a_plain_name_and_is_of_evaluations(place, capsys):
     for words, said in (
         ("fit --config a.yaml --table x", "--table is for validate and test"),

@@ -140,3 +140,26 @@ def test_runs_are_named_by_what_tells_them_apart(tables, monkeypatch):
     assert list(lengths.titles(compared).values()) == ["RoPE", "Abacus and RoPE"]
     sys.modules.pop("lengths", None)
     sys.modules.pop("harness", None)
+
+
+def test_verdicts_of_adapters_follow_the_rows(tables, monkeypatch, tmp_path):
+    """Of the rows that count: at the chosen rate, paired by seed, by the rule of the file."""
+    found = [
+        {"arm": arm, "seed": seed, "chosen": "yes", "learning_rate": 0.01, "trainable": 4448}
+        | {"test/loss": 1.0, "test/token_accuracy": value + seed / 100, "test/exact_match/base": 0}
+        for arm, value in (("lora", 0.30), ("mora", 0.62))
+        for seed in range(3)
+    ]
+    found.append(found[0] | {"chosen": "", "test/token_accuracy": 0.9})
+    with (tmp_path / "x-claims-adaptation-memorisation.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(found[0]))
+        writer.writeheader()
+        writer.writerows(found)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    line = next(li for li in tables.adaptation().splitlines() if "`mora` against" in li)
+    assert "higher, by 46.0 points | +32.0 points | +32.0 to +32.0 (n = 3) | **holds** |" in line
+    assert tables.adaptation().count(tables.NOT_RUN) > 10
+    assert (
+        "| memorisation | `mora` | 3 | 4,448 | 0.01 |  | 63.0 ± 1.0 | 1.000 ± 0.000 | 0.0 ± 0.0"
+        in (tables.adaptation_arms())
+    )

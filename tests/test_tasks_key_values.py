@@ -69,7 +69,7 @@ def test_what_is_out_of_range_is_refused(arguments, words):
         KeyValues(**arguments)
 
 
-def test_a_model_memorises(tmp_path, monkeypatch, capsys):
+def test_a_model_memorises(tmp_path, monkeypatch, capsys, recwarn):
     monkeypatch.chdir(tmp_path)
     words = (
         "fit --model.preset transformer_micro --model.dim 64 --model.learning_rate 1e-2 --name x "
@@ -79,6 +79,10 @@ def test_a_model_memorises(tmp_path, monkeypatch, capsys):
     assert main(words.split()) == 0
     assert main(["test", "--ckpt_path", "runs/x/last.ckpt", "--trainer.accelerator", "cpu"]) == 0
     assert "100" in capsys.readouterr().out.partition("test")[2]
+    other = "test --ckpt_path runs/x/last.ckpt --data Addition --data.digits 1 --table other"
+    assert main([*other.split(), "--trainer.accelerator", "cpu"]) == 0
+    assert (tmp_path / "runs/x/other.csv").is_file()
+    assert not any("other parts" in str(w.message) for w in recwarn), "parts are each task's own"
     line = KeyValues(20).text(7)
     key, _, value = line.partition("=")
     assert main(["generate", "runs/x/last.ckpt", f"{key}=", "--max_tokens", "4"]) == 0

@@ -540,7 +540,8 @@ class CommandLine(LightningCLI):
         if self._tries():
             print("trainer.fast_dev_run: nothing was written")
             return
-        names = ("last.ckpt", "best.ckpt", "metrics.csv", "test.csv", "config.yaml")
+        table = f"{self.config[self.subcommand].table or 'test'}.csv"
+        names = ("last.ckpt", "best.ckpt", "metrics.csv", table, "config.yaml")
         found = [name for name in names if (self.directory / name).is_file()]
         if found:
             print(f"{self.directory} holds {', '.join(found)}")

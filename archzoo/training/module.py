@@ -841,6 +841,9 @@ class LanguageModel(lightning.LightningModule):
         task = checkpoint.get("task")
         if self.task is None or not isinstance(task, dict):
             return
+        same = str(task.get("class_path")).rpartition(".")[2] == type(self.task).__qualname__
+        if not same and self.trainer.state.fn != "fit":
+            return  # of the parts of another task it says nothing
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]
         batches, batch_size = progress["completed"], task["init_args"]["batch_size"]
         state = {"batches": batches, "examples": batches * batch_size, "batch_size": batch_size}

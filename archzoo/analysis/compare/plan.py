@@ -26,11 +26,12 @@ from archzoo.analysis.compare.places import memory_of
 from archzoo.analysis.listing import Row, row_of
 from archzoo.checkpoint import save_pretrained
 from archzoo.decoder import Decoder
+from archzoo.freezing import Freezing
 from archzoo.names import nearest
 from archzoo.registry import check_size
 from archzoo.tasks.stream import Task
 from archzoo.training.command import Resolved, resolve, usual_precision
-from archzoo.training.comparison import MATCHED
+from archzoo.training.comparison import MATCHED, learned_count
 
 MAY_DIFFER = ("data", "tokens")
 BATCHES = (0, 1, 2)  # of training, whose digests say that arms see the same
@@ -87,7 +88,7 @@ class ArmFacts(NamedTuple):
         tokens: Tokens that a run trains on.
         batches: A digest of its first batches, of training and of validation.
         differs: Its settings that are not the first arm's, as text.
-        trainable: Parameters that are trained; the others are frozen.
+        trainable: Parameters that are trained, at the end at least; the others are frozen.
     """
 
     name: str
@@ -490,8 +491,17 @@ def _facts_of(name: str, resolved: Resolved) -> ArmFacts:
         tokens=steps * accumulated * resolved.task.batch_size * resolved.task.context_length,
         batches=digest(resolved.task),
         differs="",
-        trainable=sum(p.numel() for p in decoder.parameters() if p.requires_grad),
+        trainable=_trainable(decoder, resolved),
     )
+
+
+def _trainable(decoder: Decoder, resolved: Resolved) -> int:
+    """Parameters that are trained at the end, when all that joins on the way is there."""
+    freeze, unfreeze, every = resolved.model.frozen.values()
+    if freeze or unfreeze or every is not None:
+        freezing = Freezing(decoder, freeze or (), unfreeze or (), every)
+        freezing.apply(decoder, len(freezing.stages) - 1)
+    return learned_count(decoder)
 
 
 def _decoder(resolved: Resolved) -> Decoder:
