@@ -14,6 +14,8 @@ from archzoo.adapters.mixture import MoV as MoV
 from archzoo.adapters.mora import MoRA as MoRA
 from archzoo.adapters.moslora import MoSLoRA as MoSLoRA
 from archzoo.adapters.pissa import PiSSA as PiSSA
+from archzoo.adapters.prefix import PrefixTuning as PrefixTuning
+from archzoo.adapters.prefix import PTuningV2 as PTuningV2
 from archzoo.adapters.prompt_tuning import PromptTuning as PromptTuning
 from archzoo.adapters.prompt_tuning import PTuning as PTuning
 from archzoo.adapters.switch import disable_adapters as disable_adapters

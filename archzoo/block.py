@@ -180,7 +180,7 @@ class Mixer(StartsFromPrefix):
         for t in range(x.shape[1]):
             here = context.segment(t, t + 1)
             if guarded:
-                fresh = self.start_state(x.shape[0], device=x.device, dtype=x.dtype)
+                fresh = self.start_state(x.shape[0], here.start, device=x.device, dtype=x.dtype)
                 state = select_rows(here.starts[:, 0], fresh, state)
                 before = fork(state)
             y, state = self.step(x[:, t : t + 1], state, here)
@@ -200,7 +200,7 @@ class Mixer(StartsFromPrefix):
             context: Of the same tokens.
         """
         if state is None:
-            state = self.start_state(x.shape[0], device=x.device, dtype=x.dtype)
+            state = self.start_state(x.shape[0], context.start, device=x.device, dtype=x.dtype)
         return self.recurrent(x, state, context)
 
     def parallel(
@@ -234,8 +234,8 @@ class Mixer(StartsFromPrefix):
         if form not in FORMS:
             raise ValueError(f"form {form!r} is not one of {', '.join(FORMS)}")
         keep = state is not None
-        if not keep and (form == "recurrent" or self.has_prefix):
-            state = self.start_state(x.shape[0], device=x.device, dtype=x.dtype)
+        if not keep and (form == "recurrent" or context.start):
+            state = self.start_state(x.shape[0], context.start, device=x.device, dtype=x.dtype)
         y, state = getattr(self, form)(x, state, context)
         return y, state if keep else None
 
@@ -446,17 +446,34 @@ class Block(nn.Module):
         """Without the compiled form, which is neither saved nor copied."""
         return {n: value for n, value in super().__getstate__().items() if n != "compiled_run"}
 
-    def start_state(self, batch_size: int, **options: Any) -> State:
+    def start_state(self, batch_size: int, start: State | None = None, **options: Any) -> State:
         """The mixer's; beside a convolution's, {"convolution": ..., "mixer": ...}, if it has one.
 
         Args:
             batch_size: Rows.
+            start: A state of one row to start from, such as `learned_start` gives it, or None.
             **options: As for `Mixer.init_state`.
         """
-        state = self.mixer.start_state(batch_size, **options)
         if self.convolution is None:
-            return state
-        return {"convolution": self.convolution.start_state(batch_size, **options), "mixer": state}
+            return self.mixer.start_state(batch_size, start, **options)
+        start = start or {}
+        return {
+            name: part.start_state(batch_size, start.get(name), **options)
+            for name, part in (("convolution", self.convolution), ("mixer", self.mixer))
+        }
+
+    def learned_start(self) -> State:
+        """What an adapter's prefix lets a document start from, in the form of `start_state`."""
+        start = self.mixer.learned_start()
+        if self.convolution is None:
+            return start
+        near = self.convolution.learned_start()
+        return {"convolution": near, "mixer": start} if near or start else {}
+
+    def prefix_length(self) -> int:
+        """How many positions a prefix takes before a document's text; 0 without one."""
+        parts = [part for part in (self.convolution, self.mixer) if part is not None]
+        return max(part.prefix_length() for part in parts)
 
     def mix(
         self, h: Tensor, state: State | None, context: Context, form: str | None
@@ -473,8 +490,11 @@ class Block(nn.Module):
             mixed, state = self.mixer(h, state, context, form)
             return mixed, state
         before, own = (None, None) if state is None else (state["convolution"], state["mixer"])
-        near, before = self.convolution(h, before, context, form)
-        mixed, own = self.mixer(h + near, own, context, form)
+        start = context.start or {}
+        near, before = self.convolution(
+            h, before, context._replace(start=start.get("convolution")), form
+        )
+        mixed, own = self.mixer(h + near, own, context._replace(start=start.get("mixer")), form)
         return mixed, None if state is None else {"convolution": before, "mixer": own}
 
     def copy_state(self, state: State, spare: int = 0) -> State:

@@ -76,6 +76,10 @@ class ShortConvolution(Mixer):
         shape = (batch_size, self.taps - 1, self.weight.shape[1])
         return {"inputs": torch.zeros(shape, device=device, dtype=dtype or self.weight.dtype)}
 
+    def prefix_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tokens before a document's first: (taps - 1, dim)."""
+        return {"inputs": (self.taps - 1, self.weight.shape[1])}
+
     def parallel(
         self, x: Tensor, state: State | None, context: Context
     ) -> tuple[Tensor, State | None]:
@@ -86,8 +90,10 @@ class ShortConvolution(Mixer):
             before = cast(state["inputs"], x.dtype)
         if context.packed:
             seen = [x]  # and of each token the vector of the one 1, 2, ... before it
+            start = context.start["inputs"] if context.start else None
             for tap in range(1, self.taps):
-                seen.append(previous(seen[-1], before[:, -tap], context))
+                first = None if start is None else start[:, -tap]
+                seen.append(previous(seen[-1], before[:, -tap], context, first))
             newest = [last_valid(seen[i], before[:, -1 - i], context) for i in range(last)]
             after = torch.stack(newest[::-1], dim=1)
         else:
@@ -115,7 +121,7 @@ class ShortConvolution(Mixer):
 
 
 def previous(
-    x: Tensor, before: Tensor | None, context: Context, prefix: Tensor | None = None
+    x: Tensor, before: Tensor | None, context: Context, start: Tensor | None = None
 ) -> Tensor:
     """Of each token the vector of the one before it in its document; 0 at the first.
 
@@ -123,14 +129,12 @@ def previous(
         x: (batch, time, width).
         before: (batch, width), of the last token before this segment; None: there is none.
         context: Of the same tokens.
-        prefix: (width,), instead of the 0 at the first.
+        start: (1, width), instead of the 0 at the first; where nothing is packed `before` is it.
     """
     if before is None:
         before = x.new_zeros((x.shape[0], x.shape[2]))
     before = before.to(x.dtype)[:, None]
     if not context.packed:
-        if prefix is not None:
-            before = torch.where(context.starts[:, :1, None], prefix.to(x.dtype), before)
         if exporting():  # a slice of one token would be a case of its own
             return torch.cat([before, x], dim=1)[:, :-1]
         return torch.cat([before, x[:, :-1]], dim=1)
@@ -141,8 +145,8 @@ def previous(
     # Rows of the table of all tokens: to gather number by number takes a third more time.
     row = last + known.shape[1] * torch.arange(x.shape[0], device=x.device)[:, None]
     shifted = known.flatten(0, 1).index_select(0, row.flatten()).view_as(x)
-    if prefix is not None:
-        return torch.where(context.starts[..., None], prefix.to(x.dtype), shifted)
+    if start is not None:
+        return torch.where(context.starts[..., None], start.to(x.dtype), shifted)
     return shifted.masked_fill(context.starts[..., None], 0)
 
 

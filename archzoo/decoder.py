@@ -16,11 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from archzoo import block as interface
 from archzoo.adapters import Adapter, Target
 from archzoo.adapters.attach import attach, start_adapters
-from archzoo.adapters.prompts import insert_prompts
+from archzoo.adapters.prompts import prepend_prompt
 from archzoo.block import Aux, Bias, Block, Embedding, FeedForward, Mixer, Rotary, Router
 from archzoo.compiled import own_name
 from archzoo.convolution import ShortConvolution
-from archzoo.derivatives import transformed
+from archzoo.derivatives import followed, transformed
 from archzoo.documents import Context
 from archzoo.freezing import is_frozen
 from archzoo.inputs import check_beside, check_state, check_tokens, explain
@@ -132,6 +132,8 @@ class Decoder(nn.Module):
     #: Whether an adapter puts vectors before the text of every document.
     has_prompt = False
     prompt: nn.ModuleDict
+    #: Within `weights_held`: adapters_off, and what `_lengths_before` and `_starts` give.
+    _held: tuple[frozenset[str], tuple[int, int], list[State]] | None = None
 
     def __init__(
         self,
@@ -394,14 +396,12 @@ class Decoder(nn.Module):
         """
         device, dtype = device or self.device, dtype or self.dtype
         options: Any = {"capacity": capacity, "device": device, "dtype": dtype}
+        place = interface.init_cursor(batch_size, device, sum(self._lengths_before()))
+        pairs = zip([*self.blocks] * self.loops, self._starts(self.loops), strict=True)
         return {
-            "place": interface.init_cursor(batch_size, device),  # the key is in saved states
+            "place": place,  # the key is in saved states
             "embedding": self.embedding.init_state(batch_size, **options),
-            "blocks": [
-                block.start_state(batch_size, **options)
-                for _ in range(self.loops)
-                for block in self.blocks
-            ],
+            "blocks": [block.start_state(batch_size, start, **options) for block, start in pairs],
         }
 
     def copy_state(self, state: State, spare: int = 0) -> State:
@@ -446,13 +446,61 @@ class Decoder(nn.Module):
     def weights_held(self) -> Iterator[None]:
         """For decoding: within it adapted weights that kernels read are computed once.
 
-        No weight may change within.
+        So is what documents start from, behind a prompt or a prefix. No weight may change within.
         """
         with ExitStack() as stack:
             for module in self.modules():
                 if isinstance(module, Linear):
                     stack.enter_context(module.held())
-            yield
+            before = self._held
+            with torch.no_grad():
+                self._held = self.adapters_off, self._lengths_before(), self._starts(self.loops)
+            try:
+                yield
+            finally:
+                self._held = before
+
+    # ------------------------------------------------------------------------ what texts start from
+
+    def _lengths_before(self) -> tuple[int, int]:
+        """How many positions a prefix and a prompt take before a document's text."""
+        if self._held is not None and self._held[0] == self.adapters_off:
+            return self._held[1]
+        length = 0
+        if self.has_prompt:
+            adapter: Any = next(iter(self.prompt.values()))
+            length = len(adapter.prompt()) if adapter.positions is None else adapter.positions
+        return max(block.prefix_length() for block in self.blocks), length
+
+    def _starts(self, loops: int, no_grad_loops: int = 0) -> list[State]:
+        """What documents start from, for each run of each block: a state of one row.
+
+        It is {} where nothing says it; else the prefix, and where there is a prompt the state
+        after reading it, which is the same as reading it before each document.
+
+        Args:
+            loops: Iterations of the stack with gradients.
+            no_grad_loops: Runs before those, without gradients.
+        """
+        runs = [*self.blocks] * (no_grad_loops + loops)
+        held = self._held
+        if held is not None and not (torch.is_grad_enabled() or followed()):
+            off, _, states = held
+            if off == self.adapters_off and len(states) == len(runs):
+                return states
+        starts = [block.learned_start() for block in self.blocks] * (no_grad_loops + loops)
+        if not self.has_prompt:
+            return starts
+        adapter: Any = next(iter(self.prompt.values()))
+        x: Tensor = adapter.prompt()[None].to(self.dtype)
+        first, time = self._lengths_before()[0], x.shape[1]
+        context, _ = interface.make_context(1, time, device=x.device, first=first)
+        options: Any = {"device": x.device, "dtype": x.dtype}
+        pairs = zip(runs, starts, strict=True)
+        before = [block.start_state(1, start, **options) for block, start in pairs]
+        after: list[State | None] = []
+        self._run_all(x, before, context, starts, None, loops, no_grad_loops, after, [])
+        return [block.copy_state(state or {}) for block, state in zip(runs, after, strict=True)]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -520,6 +568,7 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, State | None, list[Aux]]:
         """`hidden` of inputs whose kind is right."""
         batch_size, time = tokens.shape
+        lengths = self._lengths_before()
         if state is not None and self.training and self.embedding.trains_on_whole_documents:
             raise ValueError(
                 f"{type(self.embedding).__name__} draws positions for whole documents in training, "
@@ -533,11 +582,19 @@ class Decoder(nn.Module):
             positions=positions,
             cursor=None if state is None else state["place"],
             device=tokens.device,
+            first=sum(lengths),
         )
-        placed = self.embedding.assign_positions(context)
-        if placed is not context:
-            placed = placed._replace(positions=interface.of_this_call(placed.positions))
-        context = placed
+        # The embedding counts a prefix's tokens, which stand for a text's, and no prompt's; and
+        # what the task calls a position it sees as such.
+        named = type(self.embedding).prompt_positions is not Embedding.prompt_positions
+        unseen = lengths[1] + (lengths[0] if named or positions is not None else 0)
+        text = context
+        if unseen:
+            text = context._replace(positions=(context.positions - unseen) * context.valid)
+        placed = self.embedding.assign_positions(text)
+        if placed is not text:
+            counted = placed.positions + unseen * placed.valid if unseen else placed.positions
+            context = placed._replace(positions=interface.of_this_call(counted))
         keep = state is not None
         loops = self.loops - no_grad_loops if loops is None else loops
         if loops < 1 or no_grad_loops < 0 or (keep and no_grad_loops + loops != self.loops):
@@ -549,28 +606,48 @@ class Decoder(nn.Module):
         if state is not None:
             before = state["blocks"]
         carried = None if state is None else state["embedding"]
-        x, embedded = self.embedding(tokens, carried, context)
+        x, embedded = self.embedding(tokens, carried, placed)
         if self.dropout:
             x = nn.functional.dropout(x, self.dropout, self.training)
-        text = None  # where the text's own tokens are, if there are prompts between them
-        if self.has_prompt:
+        starts: list[State] = []
+        prepended = 0
+        if state is None and not context.packed and self.has_prompt:
+            # One document a row: the prompt is read with the text, in one pass.
             adapter: Any = next(iter(self.prompt.values()))
-            x, context, text = insert_prompts(x, context, adapter.prompt())
-        embedding = x
+            x, context = prepend_prompt(x, context, adapter.prompt(), lengths[0])
+            prepended = x.shape[1] - time
+            starts = [block.learned_start() for block in self.blocks] * (no_grad_loops + loops)
+        elif state is None or context.packed:  # else the state holds it
+            starts = self._starts(loops, no_grad_loops)
         after: list[State | None] = []
         aux: list[Aux] = []
-        if no_grad_loops:
-            with torch.no_grad():
-                for loop in range(no_grad_loops):
-                    x = self._run(x, embedding, before, context, form, loop, after, [])
-        for loop in range(no_grad_loops, no_grad_loops + loops):
-            x = self._run(x, embedding, before, context, form, loop, after, aux)
+        x = self._run_all(x, before, context, starts, form, loops, no_grad_loops, after, aux)
         if loops > 1:
             aux = [_over_loops(aux[layer :: self.depth]) for layer in range(self.depth)]
         state = {"place": cursor, "embedding": embedded, "blocks": after} if keep else None
-        if text is not None:
-            x = x.gather(1, text[..., None].expand(-1, -1, x.shape[-1]))
-        return self.norm(x), state, aux
+        return self.norm(x[:, prepended:]), state, aux
+
+    def _run_all(
+        self,
+        x: Tensor,
+        before: Sequence[State | None],
+        context: Context,
+        starts: Sequence[State],
+        form: str | None,
+        loops: int,
+        no_grad_loops: int,
+        after: list[State | None],
+        aux: list[Aux],
+    ) -> Tensor:
+        """All iterations of the stack, on its input x; see `_run`."""
+        embedding = x
+        if no_grad_loops:
+            with torch.no_grad():
+                for loop in range(no_grad_loops):
+                    x = self._run(x, embedding, before, context, starts, form, loop, after, [])
+        for loop in range(no_grad_loops, no_grad_loops + loops):
+            x = self._run(x, embedding, before, context, starts, form, loop, after, aux)
+        return x
 
     def _run(
         self,
@@ -578,6 +655,7 @@ class Decoder(nn.Module):
         embedding: Tensor,
         before: Sequence[State | None],
         context: Context,
+        starts: Sequence[State],
         form: str | None,
         loop: int,
         after: list[State | None],
@@ -590,7 +668,9 @@ class Decoder(nn.Module):
             # The first block has the embedding in x already.
             injects = self.injection == "layer" or (self.injection == "loop" and layer == 0)
             injected = embedding if injects and loop + layer else None
-            arguments = (x, before[loop * self.depth + layer], context, injected, form)
+            run = loop * self.depth + layer
+            here = context._replace(start=starts[run]) if starts and starts[run] else context
+            arguments = (x, before[run], here, injected, form)
             if recompute:
                 again = _with_these_weights(block)
                 x, mixed, entries = checkpoint(again, *arguments, use_reentrant=False)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from archzoo.numerics import constant, of_this_call
+from archzoo.states import State
 
 
 class Context(NamedTuple):
@@ -17,12 +18,16 @@ class Context(NamedTuple):
     Attributes:
         documents: int64, which document of its row a token belongs to, counted from 0 over all
             segments of the text, whatever numbers the caller gave; -1 is padding.
-        positions: int64, counted from 0 within the document, or as the caller gives them.
+        positions: int64, counted from 0 within the document, or as the caller gives them; behind
+            a prompt or a prefix they count on from its tokens.
         valid: bool, not padding.
         starts: bool, the first token of its document.
         examples: int64 or None, the task's example numbers, when it gives them.
         packed: False says that no row holds padding or a second document, in this call or before
             it, so masks may be skipped. A plain bool: reading it never waits for a device.
+        start: What a document of this layer starts from, a state of one row, where an adapter
+            says it; else None: from `Mixer.init_state`. Where nothing is packed the state that
+            a mixer is given holds it already.
     """
 
     documents: Tensor
@@ -31,6 +36,7 @@ class Context(NamedTuple):
     starts: Tensor
     examples: Tensor | None = None
     packed: bool = False
+    start: State | None = None
 
     def segment(self, begin: int, end: int) -> Context:
         """The same for the tokens begin..end-1."""
@@ -41,6 +47,7 @@ class Context(NamedTuple):
             self.starts[:, begin:end],
             None if self.examples is None else self.examples[:, begin:end],
             self.packed,
+            self.start,
         )
 
     def piece(self, begin: int, end: int) -> Context:
@@ -61,13 +68,21 @@ def since_start(context: Context) -> tuple[Tensor, Tensor]:
     return count - count.gather(1, start.clamp(min=0)) + 1, start >= 0
 
 
-def init_cursor(batch_size: int, device: torch.device | str | None = None) -> dict[str, Any]:
-    """The cursor before the first token: no document yet (-1), position -1, nothing packed."""
+def init_cursor(
+    batch_size: int, device: torch.device | str | None = None, first: int = 0
+) -> dict[str, Any]:
+    """The cursor before the first token: no document yet (-1), nothing packed.
+
+    Args:
+        batch_size: Rows.
+        device: Where the tensors live.
+        first: The position of a document's first token.
+    """
     before = torch.full((batch_size,), -1, dtype=torch.int64, device=device)
     return {
         "documents": before,
         "begun": torch.zeros_like(before),
-        "positions": before.clone(),
+        "positions": before + first,
         "packed": False,
     }
 
@@ -84,6 +99,7 @@ def make_context(
     positions: Tensor | None = None,
     cursor: dict[str, Any] | None = None,
     device: torch.device | str | None = None,
+    first: int = 0,
 ) -> tuple[Context, dict[str, Any]]:
     """Build the context of a segment of text, and the cursor at its end.
 
@@ -100,6 +116,7 @@ def make_context(
             document, how many have begun, and the position of the last token, as `init_cursor`
             and this function return it. None: nothing came before.
         device: Where the tensors live.
+        first: The position of a document's first token; given positions are shifted by it.
 
     Returns:
         The context, and the cursor after the segment.
@@ -119,13 +136,14 @@ def make_context(
         zero = constant((0,), device, torch.int64).expand(batch_size, time)
         valid = constant((True,), device, torch.bool).expand(batch_size, time)
         if time > 1 or cursor is None:
-            counted = torch.arange(time, device=device).expand(batch_size, time)
+            begin = first if cursor is None else 0
+            counted = torch.arange(begin, begin + time, device=device).expand(batch_size, time)
             if cursor is not None:
                 counted = counted + (cursor["positions"][:, None] + 1)
         else:
             counted = cursor["positions"].view(batch_size, 1) + 1
-        positions = of_this_call(counted if positions is None else _copied(positions))
-        context = Context(zero, positions, valid, counted == 0, examples)
+        positions = of_this_call(counted if positions is None else _copied(positions, first))
+        context = Context(zero, positions, valid, counted == first, examples)
         after = {
             "documents": zero.select(1, 0),
             "begun": constant((1,), device, torch.int64).expand(batch_size),
@@ -135,7 +153,7 @@ def make_context(
         return context, after
 
     index = torch.arange(time, device=device)
-    cursor = cursor or init_cursor(batch_size, device)
+    cursor = cursor or init_cursor(batch_size, device, first)
     if documents is None:  # each row continues its last document
         documents = cursor["documents"].clamp(min=0)[:, None].expand(batch_size, time)
     documents = documents.to(torch.int64)
@@ -153,7 +171,9 @@ def make_context(
     if positions is None:
         within = count - count.gather(1, last_start.clamp(min=0))
         continued = cursor["positions"][:, None] + count
-        positions = torch.where(last_start >= 0, within, continued)
+        positions = torch.where(last_start >= 0, within + first, continued)
+    elif first:
+        positions = positions.long() + first
     positions = of_this_call(positions.long() * valid)
     begun = cursor["begun"][:, None] + starts.cumsum(dim=1)
     # The new cursor: the last token that is not padding; a segment of padding moves nothing.
@@ -169,7 +189,8 @@ def make_context(
     return Context(runs, positions, valid, starts, examples, True), cursor
 
 
-def _copied(given: Tensor) -> Tensor:
+def _copied(given: Tensor, first: int) -> Tensor:
     """A caller's (batch, time) ints as int64 that the caller cannot change; one row stays one."""
     rows = given[:1] if given.stride(0) == 0 else given
-    return rows.to(torch.int64, copy=True).expand(given.shape)
+    rows = rows.to(torch.int64, copy=True)
+    return (rows + first if first else rows).expand(given.shape)

@@ -33,7 +33,7 @@ class Target(NamedTuple):
         path: Where it is, such as ``blocks.0.mixer.query_key_value.query``; ``embedding`` for the
             input and ``blocks.0.mixer`` for a state.
         shape: Of what it changes: a weight's block (rows, columns), with the experts in front for
-            a stack; (dim,) for the input; () for a state.
+            a stack; (dim,), the model's width, for the input and a state.
         layer: Of which block of the decoder, or None.
         state: For a state: the shape of each tensor, by name, as `Mixer.prefix_shapes` gives it.
         heads: Of a mixer's query, key, value or gate: into how many heads its rows divide.
@@ -95,6 +95,11 @@ class Adapter(nn.Module, metaclass=_Recipes):
     mergeable: ClassVar[bool] = False
     #: Whether it can change a router's weight, if it has `delta`.
     takes_routers: ClassVar[bool] = True
+    #: Of the input or a state: how many positions it takes before the text's. None: as many as
+    #: `prompt` has vectors, or `prefix` tokens.
+    positions: int | None = None
+    #: Of a state: start it at the one after these tokens, see `start_from`. None: `prefix` draws.
+    tokens: list[int] | None = None
 
     def __init__(
         self,
@@ -137,6 +142,14 @@ class Adapter(nn.Module, metaclass=_Recipes):
         adapters do not look at the weight.
         """
         self.reset_parameters()
+
+    def start_from(self, state: dict[str, Tensor]) -> None:
+        """Start from the state after `tokens`, read by the model without adapters.
+
+        Args:
+            state: Tensors without a batch, by name, as `prefix` gives them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no start_from(state)")
 
     def output(self, x: Tensor, y: Tensor) -> Tensor | None:
         """What is added to y = x W^T, without gradient through W's own.

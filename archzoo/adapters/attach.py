@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from archzoo.adapters import Adapter
 from archzoo.adapters.targets import Place, matching, resolved
@@ -15,6 +15,7 @@ from archzoo.compiled import uncompiled
 from archzoo.linear import Linear
 from archzoo.names import nearest
 from archzoo.parts import Spec, build, describe, describe_adapters, named_adapters
+from archzoo.states import fork, leaves
 
 if TYPE_CHECKING:
     from archzoo.decoder import Decoder
@@ -143,6 +144,68 @@ def start_adapters(decoder: Decoder) -> None:
     for prompt in getattr(decoder, "prompt", {}).values():
         with torch.no_grad():
             prompt.start(decoder.embedding.weight)
+    if decoder.device.type != "meta":
+        _start_prefixes(decoder)
+
+
+@torch.no_grad()
+def _start_prefixes(decoder: Decoder) -> None:
+    """Start prefixes that say so at the state after their tokens.
+
+    Raises:
+        ValueError: A token that is not in the vocabulary, a stack that is applied several times,
+            or an embedding that carries something on behind the tokens.
+    """
+    parts = [
+        (block, name, adapter)
+        for block in decoder.blocks
+        for name in ("mixer", "convolution")
+        for adapter in getattr(getattr(block, name), "prefix", {}).values()
+        if adapter.tokens is not None
+    ]
+    states: dict[tuple[int, ...], Any] = {}
+    for block, name, adapter in parts:
+        tokens = tuple(adapter.tokens)
+        if tokens not in states:
+            states[tokens] = _state_after(decoder, tokens, type(adapter).__name__)
+        state = states[tokens]["blocks"][[*decoder.blocks].index(block)]
+        state = state if block.convolution is None else state[name]
+        adapter.start_from({n: leaf[0] for n, leaf in state.items() if isinstance(leaf, Tensor)})
+
+
+def _state_after(decoder: Decoder, tokens: tuple[int, ...], name: str) -> Any:
+    """The state after tokens that the model has read without prompts and prefixes."""
+    if max(tokens) >= decoder.vocab_size:
+        raise ValueError(
+            f"{name}: token {max(tokens)} is not one of the model's 0 to {decoder.vocab_size - 1}"
+        )
+    if decoder.loops > 1:
+        raise ValueError(
+            f"{name}: tokens leave a state in each of the {decoder.loops} iterations of this "
+            "model's stack, and a prefix is one for all: omit tokens"
+        )
+    holders = [(holder, f"has_{name}") for holder, name in adapter_holders(decoder)]
+    before = [getattr(holder, name) for holder, name in holders]
+    training = decoder.training
+    decoder.eval()
+    try:
+        for holder, has in holders:
+            setattr(holder, has, False)
+        begun = decoder.init_state(1)
+        fresh = fork(begun["embedding"])
+        read = torch.tensor([tokens], device=decoder.device)
+        state = decoder(read, begun, logits_to_keep=0).state
+    finally:
+        for (holder, has), value in zip(holders, before, strict=True):
+            setattr(holder, has, value)
+        decoder.train(training)
+    pairs = zip(leaves(fresh), leaves(state["embedding"]), strict=True)
+    if not all(torch.equal(old, new) for (_, old), (_, new) in pairs):
+        raise ValueError(
+            f"{name}: {type(decoder.embedding).__name__} carries something on behind these tokens, "
+            "such as a number that has not ended: end them with another token"
+        )
+    return decoder.copy_state(state)
 
 
 def collapse_adapters(decoder: Decoder) -> Decoder:
@@ -229,7 +292,8 @@ def remove_adapters(decoder: Decoder, *names: str) -> Decoder:
 
 def adapter_holders(decoder: Decoder) -> Iterator[tuple[Any, str]]:
     """The decoder and the mixers that hold a prompt or a prefix, and the attribute's name."""
-    holders: list[tuple[Any, str]] = [(block.mixer, "prefix") for block in decoder.blocks]
+    parts = [part for block in decoder.blocks for part in (block.mixer, block.convolution)]
+    holders: list[tuple[Any, str]] = [(part, "prefix") for part in parts]
     for holder, name in [(decoder, "prompt"), *holders]:
         if hasattr(holder, name):
             yield holder, name

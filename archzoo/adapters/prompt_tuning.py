@@ -62,6 +62,7 @@ class PromptTuning(Adapter):
         self.tokens = check_tokens(tokens)
         self.words, self.seed, self.std = start == "vocabulary", seed, check_std(std)
         length = check_length(length) if tokens is None else len(tokens)
+        self.positions = length
         self.vectors = nn.Parameter(torch.empty(length, *target.shape))
         self.reset_parameters()
 
@@ -135,8 +136,8 @@ class PTuning(Adapter):
             raise ValueError(
                 f"encoder=lstm runs at dim / 2 each way, and dim={dim} is odd: take encoder=mlp"
             )
-        self.encoder = encoder
-        self.vectors = nn.Parameter(torch.empty(check_length(length), dim))  # E, or P itself
+        self.encoder, self.positions = encoder, check_length(length)
+        self.vectors = nn.Parameter(torch.empty(length, dim))  # E, or P itself
         if encoder == "lstm":
             self.lstm = nn.LSTM(dim, dim // 2, 2, bidirectional=True, batch_first=True)
         if encoder != "none":

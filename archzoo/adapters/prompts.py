@@ -1,63 +1,40 @@
-"""Vectors before the text of every document: where they go, and where the text is afterwards."""
+"""Vectors before a text: what stands before what, and where."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from archzoo.documents import Context
+from archzoo.documents import Context, make_context
 from archzoo.numerics import of_this_call
 
 
-def insert_prompts(x: Tensor, context: Context, prompt: Tensor) -> tuple[Tensor, Context, Tensor]:
-    """Put a prompt before each document that begins in this call.
+def prepend_prompt(
+    x: Tensor, context: Context, prompt: Tensor, first: int
+) -> tuple[Tensor, Context]:
+    """Put a prompt before the texts of rows of one document each, without padding.
 
-    A document that continues from the call before has its prompt already. Either way the text's
-    positions count on from the prompt's.
+    Nothing waits for a device: where the text is afterwards does not depend on values.
 
     Args:
         x: (batch, time, dim), the text's vectors.
-        context: Of the same tokens.
+        context: Of the same tokens, whose positions count on from the prompt's.
         prompt: (tokens, dim).
+        first: The position of its first vector.
 
     Returns:
-        x and context with the prompts, (batch, longer, ...), padded at the end where rows begin
-        fewer documents than others; and where the text's tokens are, (batch, time) int64.
+        x and the context of both, (batch, tokens + time, ...).
     """
-    batch, time, dim = x.shape
+    batch, time, _ = x.shape
     length = len(prompt)
-    begun = context.starts.cumsum(dim=1)
-    most = int(begun[:, -1].max())
-    where = torch.arange(time, device=x.device) + length * begun
-    positions = context.positions + length * context.valid
-    if not most:
-        return x, context._replace(positions=of_this_call(positions)), where
-    longer = time + length * most
-    rows, columns = context.starts.nonzero(as_tuple=True)
-    first = where[rows, columns, None] - length + torch.arange(length, device=x.device)
-    rows = rows[:, None]
-
-    def spread(text: Tensor, fill: float, prompts: Tensor) -> Tensor:
-        """(batch, time, ...) to (batch, longer, ...), with each document's prompt before it."""
-        made = text.new_full((batch, longer, *text.shape[2:]), fill)
-        made = made.scatter(
-            1, where.view(*where.shape, *(1,) * (text.dim() - 2)).expand_as(text), text
-        )
-        return made.index_put((rows, first), prompts.to(text.dtype))
-
-    starts = torch.zeros_like(first, dtype=torch.bool)
-    starts[:, 0] = True
-    documents = context.documents[rows[:, 0], columns, None].expand_as(first)
-    examples = context.examples
-    if examples is not None:
-        examples = spread(examples, 0, examples[rows[:, 0], columns, None].expand_as(first))
-    same = not context.packed and bool((begun[:, -1] == most).all())
-    inserted = Context(
-        spread(context.documents, -1, documents),
-        of_this_call(spread(positions, 0, torch.arange(length, device=x.device).expand_as(first))),
-        spread(context.valid, False, torch.ones_like(starts)),
-        spread(torch.zeros_like(context.starts), False, starts),
-        examples,
-        not same,
+    x = torch.cat([prompt.to(x.dtype).expand(batch, -1, -1), x], dim=1)
+    whole, _ = make_context(batch, length + time, device=x.device, first=first)
+    before, examples = whole.positions[:, :length], context.examples
+    whole = whole._replace(
+        positions=of_this_call(torch.cat([before, context.positions], dim=1)), start=context.start
     )
-    return spread(x, 0.0, prompt.expand(len(first), length, dim)), inserted, where
+    if examples is not None:
+        whole = whole._replace(
+            examples=torch.cat([examples[:, :1].expand(-1, length), examples], dim=1)
+        )
+    return x, whole

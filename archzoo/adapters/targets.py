@@ -75,9 +75,12 @@ def list_targets(decoder: Decoder) -> list[Place]:
                 )
                 found.append(Place(target, name, module))
     for layer, block in enumerate(decoder.blocks):
-        mixer: Any = block.mixer
-        path, shapes = f"blocks.{layer}.mixer.state", mixer.prefix_shapes()
-        found.append(Place(Target("state", path, (), layer, shapes, part="mixer"), "state", mixer))
+        for part in ("mixer", "convolution"):
+            mixer: Any = getattr(block, part)
+            if mixer is not None:
+                path, shapes = f"blocks.{layer}.{part}.state", mixer.prefix_shapes()
+                target = Target("state", path, (decoder.dim,), layer, shapes, part=part)
+                found.append(Place(target, "state", mixer))
     return found
 
 
@@ -208,8 +211,12 @@ def _check_place(cls: type[Adapter], place: Place, decoder: Decoder) -> None:
                 f"{cls.__name__} cannot change {path}: the head is the embedding's table "
                 "(tie_weights), which would change too; remove it from targets"
             )
-    if kind == "state" and place.target.state is None:
-        raise ValueError(
-            f"{cls.__name__} cannot change {path}: {type(module).__name__} handles documents "
-            "itself and has no prefix_shapes(), which says what it can start from"
-        )
+    starts: list[Any] = [module] if kind == "state" else []
+    if kind == "input":  # of a packed row each document starts behind the prompt
+        starts = [part for block in decoder.blocks for part in (block.convolution, block.mixer)]
+    for part in starts:
+        if part is not None and part.prefix_shapes() is None:
+            raise ValueError(
+                f"{cls.__name__} cannot change {path}: {type(part).__name__} handles documents "
+                "itself and has no prefix_shapes(), which says what it can start from"
+            )

@@ -25,7 +25,7 @@ from archzoo.kernels import cache_attention
 from archzoo.kernels import decoding as kernels
 from archzoo.kernels.decoding import Norm, Rotation
 from archzoo.linear import Linear
-from archzoo.mixers.attention import Attention
+from archzoo.mixers.attention import Attention, prefix_of
 from archzoo.mixers.retention import Retention
 from archzoo.norm import RMSNorm
 from archzoo.numerics import constant
@@ -152,6 +152,8 @@ def _attend(
     q, k, v = heads_of_all.split_with_sizes((heads, kv_heads, kv_heads), 1)
     cache = held["keys"], held["values"], held["length"], held["arrivals"]
     documents = None if here.document is None else held["documents"]
+    if here.document is not None and (prefix := prefix_of(held)):  # which every document sees
+        held["documents"][:, :prefix] = here.document
     early = kernels.begins_early(len(x), x.device)
     y = cache_attention.attend_cache(
         q, k, v, *cache, documents=documents, document=here.document, early=early
@@ -186,7 +188,7 @@ def _is_plain_around(model: Decoder) -> bool:
     """Whether all around the halves of blocks is what `fused_step` computes."""
     if type(model) is not Decoder or type(model.embedding) is not TokenEmbedding:
         return False
-    if model.injection != "none" or model.has_prompt:
+    if model.injection != "none":
         return False
     if any(type(block) is not Block or block.post for block in model.blocks):
         return False
@@ -205,7 +207,7 @@ def _find_mix(block: Block) -> Mix | None:
     if type(mixer) not in (Retention, Attention) or block.convolution is not None:
         return None
     dtype = mixer.output.dtype
-    if rotation is None or mixer.has_prefix or mixer.head_dim % 2:
+    if rotation is None or mixer.head_dim % 2:
         return None
     if not (_is_rms(block.mixer_norm, dtype) and _is_weight(mixer.output, dtype)):
         return None

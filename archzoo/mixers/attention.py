@@ -88,6 +88,38 @@ class Attention(Mixer):
         buffer = torch.zeros(shape, device=device, dtype=dtype or self.output.dtype)
         return {"length": 0, "keys": buffer, "values": buffer.clone()}
 
+    def start_state(
+        self,
+        batch_size: int,
+        start: State | None = None,
+        *,
+        capacity: int | None = None,
+        **options: Any,
+    ) -> State:
+        """A KV cache that holds the keys and values of a start in front, which every query sees.
+
+        Args:
+            batch_size: Rows.
+            start: keys and values (1, kv_heads, tokens, head_dim), and whatever else.
+            capacity: Tokens to come, beside those.
+            **options: As for `init_state`.
+
+        Returns:
+            As `init_state`; with a start also prefix, bool (batch, its tokens), whose shape alone
+            matters: a number would not be checked where a state is read from a file.
+        """
+        if not start:
+            return super().start_state(batch_size, start, capacity=capacity, **options)
+        length = start["keys"].shape[2]
+        marks = torch.zeros((1, length), dtype=torch.bool, device=start["keys"].device)
+        start = start | {"length": length, "prefix": marks}
+        state = super().start_state(batch_size, start, **options)
+        for name, axis in CACHED.items():
+            if name in state and capacity:
+                room = (0, 0) * (state[name].dim() - 1 - axis) + (0, capacity)
+                state[name] = F.pad(state[name], room)
+        return state
+
     def copy_state(self, state: State, spare: int = 0) -> State:
         """The KV cache in buffers for its tokens and `spare` more."""
         length = int(state["length"])  # of a fixed state it waits for the device
@@ -193,22 +225,24 @@ class Attention(Mixer):
 
         positions = context.positions if self.bias is not None else None
         documents = context.documents if context.packed else None
-        length = None
+        length, prefix = None, 0
         if state is not None:
             state = extend(state, k, v, positions, documents)
+            prefix = prefix_of(state)
             k, v, stop = state["keys"], state["values"], state["length"]
             if isinstance(stop, Tensor):  # how many are there decides the mask, not the shapes
-                length, stop = stop, None
+                length, stop = stop - prefix if prefix else stop, None
             else:
                 k, v = k.narrow(2, 0, stop), v.narrow(2, 0, stop)
-            positions = state["positions"][:, :stop] if positions is not None else None
-            documents = state["documents"][:, :stop] if documents is not None else None
+            positions = state["positions"][:, prefix:stop] if positions is not None else None
+            documents = state["documents"][:, prefix:stop] if documents is not None else None
 
         # A mask of one's own, from before there were fixed states, takes no length.
         fixed = () if length is None else (length,)
-        mask, causal = self.mask(q, k, context, positions, documents, *fixed)
-        if self.has_prefix:
-            k, v, mask, causal = self.behind_prefix(q, k, v, mask, causal, context)
+        text = k[:, :, prefix:] if prefix else k
+        mask, causal = self.mask(q, text, context, positions, documents, *fixed)
+        if prefix:
+            mask, causal = self.mask_behind_prefix(q, k, mask, causal, context, prefix)
         once = q.shape[2] == 1 and k.shape[2] >= LONG_CACHE and mask is None
         if once and q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64):
             y = attend_once(q, k, v)
@@ -220,14 +254,14 @@ class Attention(Mixer):
         return self.output(merge_heads(y.transpose(1, 2))), state
 
     def fits_kernel(self, qk: Tensor, v: Tensor, state: State) -> bool:
-        """Whether `attend_by_kernel` takes this call: one token, no bias, no prefix.
+        """Whether `attend_by_kernel` takes this call: one token, no bias.
 
         Args:
             qk: As for `attend`.
             v: The same.
             state: The cache.
         """
-        if qk.shape[1] != 1 or self.bias is not None or self.has_prefix:
+        if qk.shape[1] != 1 or self.bias is not None:
             return False
         fixed = isinstance(state["length"], Tensor)
         # Without counters of its own it would take its stream's, which no compiler follows.
@@ -276,6 +310,8 @@ class Attention(Mixer):
                     after[name] = enlarged(state, name, new, 1)
             arrivals = kernels.arrivals_here(q, length)
             length = torch.empty((), dtype=torch.int64, device=q.device)
+        if documents is not None and (prefix := prefix_of(state)):  # which every document sees
+            after["documents"][:, :prefix] = documents
         y = kernels.attend_cache(
             q,
             k,
@@ -295,44 +331,45 @@ class Attention(Mixer):
         shape = (self.kv_heads, 0, self.head_dim)
         return {"keys": shape, "values": shape}
 
-    def behind_prefix(
+    def mask_behind_prefix(
         self,
         q: Tensor,
         k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
+        mask: Any,
         causal: bool,
         context: Context,
-    ) -> tuple[Tensor, Tensor, Tensor, bool]:
-        """Put the learned keys and values before all others; every query sees them.
+        prefix: int,
+    ) -> tuple[Any, bool]:
+        """The mask of the text's keys with columns for a prefix before them, which all queries see.
 
-        They are not rotated (Li and Liang, arXiv 2101.00190), and for a bias they are in front
-        of a document's first token.
+        Its keys are not rotated (Li and Liang, arXiv 2101.00190); for a bias they are the
+        positions from 0 on.
 
         Args:
             q: (batch, heads, queries, head_dim).
-            k: (batch, kv_heads, keys, head_dim).
-            v: Shaped like k.
-            mask: As `mask` gives it.
+            k: (batch, kv_heads, keys, head_dim), the prefix's first.
+            mask: As `mask` gives it for the keys of the text.
             causal: The same.
             context: Of the queries.
+            prefix: Keys of it.
         """
-        prefix = self.learned_prefix()
-        keys, values = prefix["keys"].to(k.dtype), prefix["values"].to(v.dtype)
-        length = keys.shape[1]
-        shape = (1, 1, q.shape[2], k.shape[2])
-        if mask is None:
-            mask = torch.ones(shape, dtype=torch.bool, device=q.device)
-            mask = mask.tril() if causal else mask
+        queries, keys = q.shape[2], k.shape[2]
+        if mask is None and not causal:  # one query, which sees all
+            return None, False
+        if not isinstance(mask, Tensor) or mask.dim() < 4:  # causal, as is all that is before it
+            if self.takes_segment(q):
+                from torch.nn.attention.bias import causal_lower_right
+
+                return causal_lower_right(queries, keys), False
+            seen = torch.ones((1, 1, queries, keys), dtype=torch.bool, device=q.device)
+            return seen.tril(keys - queries), False
         if self.bias is None:
-            seen = mask.new_ones((*mask.shape[:3], length))
+            seen = mask.new_ones((*mask.shape[:3], prefix))
         else:
-            before = torch.arange(-length, 0, device=q.device)[None]
+            before = torch.arange(prefix, device=q.device)[None]
             seen = self.bias(context.positions, before).to(q.dtype)
             seen = seen.expand(mask.shape[0], *seen.shape[1:])
-        k = torch.cat([keys.expand(len(k), *keys.shape), k], dim=2)
-        v = torch.cat([values.expand(len(v), *values.shape), v], dim=2)
-        return k, v, torch.cat([seen, mask], dim=3), False
+        return torch.cat([seen, mask], dim=3), False
 
     def mask(
         self,
@@ -383,7 +420,7 @@ class Attention(Mixer):
 
     def takes_segment(self, q: Tensor) -> bool:
         """Whether torch's kernels take later queries of a causal text without a mask in memory."""
-        plain = self.bias is None and not self.has_prefix and not torch.is_grad_enabled()
+        plain = self.bias is None and not torch.is_grad_enabled()
         return plain and q.is_cuda and not (torch.compiler.is_compiling() or transformed())
 
 
@@ -579,6 +616,12 @@ def enlarged(state: State, name: str, new: Tensor, time: int) -> Tensor:
     larger: Tensor = buffer.new_zeros(shape)
     larger.narrow(axis, 0, length).copy_(buffer.narrow(axis, 0, length))
     return larger
+
+
+def prefix_of(state: State) -> int:
+    """How many keys of a cache are a prefix's."""
+    length: int = state["prefix"].shape[1] if "prefix" in state else 0
+    return length
 
 
 def expect_documents(state: State, documents: Tensor | None) -> None:

@@ -94,10 +94,10 @@ class FilteredAttention(Attention):
         start_hidden: Any = None
         if state is not None:
             start, start_hidden = state["filter_input"], state["filter_hidden"]
-        prefix = self.learned_prefix()
-        before = previous(x, start, context, prefix.get("filter_input"))
+        begun = context.start or {}
+        before = previous(x, start, context, begun.get("filter_input"))
         hidden = self.first(torch.cat([before, x], dim=-1))
-        before = previous(hidden, start_hidden, context, prefix.get("filter_hidden"))
+        before = previous(hidden, start_hidden, context, begun.get("filter_hidden"))
         c2 = self.second(torch.cat([before, hidden], dim=-1))
         if state is not None:
             state = state | {

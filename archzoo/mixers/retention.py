@@ -279,10 +279,11 @@ class Retention(KeepsFloat32, Mixer):
     def from_prefix(
         self, qk: Tensor, o: Tensor, memory: Tensor | None, log_decay: Tensor, context: Context
     ) -> tuple[Tensor, Tensor | None]:
-        """Add what an adapter's S_0 gives documents that began here, whatever computed the rest.
+        """Add what an S_0 gives documents that begin in packed rows, whatever computed the rest.
 
         Retention is linear in its state, so from S_0 instead of 0 it is
-        ``o_n + gamma^n q_n S_0 / sqrt(s_n)`` and ``S_n + gamma^n S_0``, n counted from 1.
+        ``o_n + gamma^n q_n S_0 / sqrt(s_n)`` and ``S_n + gamma^n S_0``, n counted from 1. Where
+        nothing is packed S is S_0 before the first token, and no more is to be done.
 
         Args:
             qk: (batch, time, 2 heads, key_dim), q and k side by side.
@@ -291,9 +292,9 @@ class Retention(KeepsFloat32, Mixer):
             log_decay: log gamma of each head.
             context: Of the same tokens.
         """
-        if not self.has_prefix:
+        if not (context.start and context.packed):
             return o, memory
-        initial = self.learned_prefix()["memory"].to(log_decay.dtype)
+        initial = context.start["memory"][0].to(log_decay.dtype)
         count, begun = since_start(context)
         with without_autocast(o.device):
             decay = (count[..., None] * log_decay).exp() * begun[..., None]  # (batch, time, heads)
@@ -329,7 +330,7 @@ class Retention(KeepsFloat32, Mixer):
 
     def fits_one_kernel(self, projected: Tensor, log_decay: Tensor) -> bool:
         """Whether `in_one` computes this layer of this text."""
-        plain = self.head_norm == "rms" and len(self.widths) == 3 and not self.has_prefix
+        plain = self.head_norm == "rms" and len(self.widths) == 3
         rotary: Any = self.rotary
         if not plain or not hasattr(rotary, "table"):  # which one table does not describe
             return False
@@ -378,7 +379,8 @@ class Retention(KeepsFloat32, Mixer):
         memory = None if state is None else state["memory"]
         # The kernels hand on a state without gradients.
         reads = memory is None or not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if reads and self.fits_one_kernel(projected, log_decay):
+        adds = context.start and context.packed  # to o before the norm: `from_prefix`
+        if reads and not adds and self.fits_one_kernel(projected, log_decay):
             y, memory = self.in_one(projected, log_decay, context, memory)
             return self.output(y), None if memory is None else {"memory": memory}
         qk, v, gate = self.split(projected)
@@ -410,13 +412,16 @@ class Retention(KeepsFloat32, Mixer):
         qk, v, gate, memory = self.unpack(x, state)
         assert memory is not None, "the recurrent form needs a state"
         log_decay = self.log_decay(x)
+        starts = context.starts if context.packed else None
+        if starts is not None and context.start:  # from where no reset is needed
+            first = context.start["memory"].to(memory.dtype)
+            memory, starts = torch.where(starts[:, :, None, None], first, memory), None
         if not torch.is_grad_enabled() and kernels.available(qk, qk, v):
             q, k = self.rotated(qk, context)
-            seen = (context.starts, context.valid) if context.packed else (None, None)
+            seen = (starts, context.valid if context.packed else None)
             o, memory = kernels.retention_step(
                 q, k * self.head_dim**-0.5, v, log_decay, memory, context.positions, *seen
             )
-            o, memory = self.from_prefix(qk, o, memory, log_decay, context)
             return self.finish(o, gate, memory, x.dtype)
         batch, heads = x.shape[0], self.heads
         with without_autocast(x.device):
@@ -426,13 +431,13 @@ class Retention(KeepsFloat32, Mixer):
             k, v = k.view(batch, heads, -1, 1), v.view(batch, heads, 1, -1)
             gamma = self.gamma(log_decay)
             if context.packed:  # a new document forgets the past; padding lets nothing decay
-                keep, valid = ~context.starts[:, :, None, None], context.valid[:, :, None, None]
-                gamma = torch.where(valid, gamma * keep, 1.0)
+                valid = context.valid[:, :, None, None]
+                kept = gamma if starts is None else gamma * ~starts[:, :, None, None]
+                gamma = torch.where(valid, kept, 1.0)
             if torch.is_grad_enabled() or transformed():
                 memory = torch.addcmul(memory * gamma, k, v, value=self.head_dim**-0.5)
             else:
                 memory.mul_(gamma).addcmul_(k, v, value=self.head_dim**-0.5)
             o = torch.bmm(q.view(batch * heads, 1, -1), memory.flatten(0, 1))
             o = o.view(batch, 1, heads, -1)
-        o, memory = self.from_prefix(qk, o, memory, log_decay, context)
         return self.finish(o, gate, memory, x.dtype)
