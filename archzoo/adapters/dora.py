@@ -79,7 +79,7 @@ class DoRA(LoRA):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
             with without_autocast(weight.device):
                 wide = at_least_float32(weight.dtype)
-                norm = self.norms(weight.to(wide) + super().delta(weight).to(wide))
+                norm = self.norms(weight.to(wide) + self.change().to(wide))
             norm = norm.to(self.magnitude.dtype)
             return norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
@@ -112,4 +112,4 @@ class DoRA(LoRA):
     def delta(self, weight: Tensor) -> Tensor:
         """``m V / |V| - W``, of the weight's shape."""
         gain = self.gain(weight)[..., None]
-        return (gain - 1) * weight + gain * super().delta(weight)
+        return (gain - 1) * weight + gain * self.change()

@@ -128,5 +128,9 @@ class LoRA(Adapter):
 
     def delta(self, weight: Tensor) -> Tensor:
         """``s B A``, of the weight's shape."""
+        return self.change()
+
+    def change(self) -> Tensor:
+        """``s B A``."""
         first, second = self.factors()
         return second @ first * self.scale
