@@ -451,6 +451,22 @@ def test_doras_dropout_is_of_all_that_is_added():
     torch.testing.assert_close(dropped.mean(0), whole[0], atol=0.15, rtol=0)
 
 
+def test_magnitudes_stay_in_float32_and_their_file_says_what_is(tmp_path):
+    """Half precision has steps of 0.4 % there; A and B are the base's, after loading too."""
+    net = adapted("yuan_micro", archzoo.DoRA).float().bfloat16()
+    base = archzoo.remove_adapters(copy.deepcopy(net))
+    assert torch.equal(logits(archzoo.adapt(copy.deepcopy(base), "DoRA")), logits(base))
+    moved(net)
+    archzoo.save_adapter(tmp_path, net)
+    again = archzoo.load_adapter(tmp_path, base).eval()
+    for model in (net, again):
+        for _, module in adapter_modules(model):
+            assert module.magnitude.dtype == torch.float32
+            assert module.first.dtype == module.second.dtype == torch.bfloat16
+    assert logits(net).dtype == torch.bfloat16
+    assert torch.equal(logits(again), logits(net))
+
+
 def test_magnitudes_do_not_decay_those_of_experts_neither():
     net = adapted("yuan_micro", archzoo.DoRA)
     spared = {id(p) for group in decay_groups(net, 0.1)[1:] for p in group["params"]}

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from archzoo.adapters import Adapter, Target
 from archzoo.adapters.lora import LoRA, times
-from archzoo.numerics import at_least_float32, without_autocast
+from archzoo.numerics import KeepsFloat32, at_least_float32, without_autocast
 
 
-class DoRA(LoRA):
+class DoRA(KeepsFloat32, LoRA):
     """``W' = m V / |V|``, ``V = W + s B A``, s = alpha / rank, m (rows), |V| the norm of each row.
 
     m starts at the norms of W's rows and B at 0, so nothing changes before the first step. Rows of
@@ -23,7 +23,8 @@ class DoRA(LoRA):
     ``detach_norm=False`` A and B get the gradient through it as well, while y and the gradients of
     m and x are the same.
 
-    Parameters: rank * (rows + columns) + rows for a block. m is a vector, which does not decay.
+    Parameters: rank * (rows + columns) + rows for a block. m is a vector, which does not decay, and
+    stays in float32 beside a base in half precision, which has no step small enough near m.
 
     Source: Liu et al., arXiv 2402.09353, equation 5; the norm as a constant: section 4.3.
 
@@ -42,6 +43,8 @@ class DoRA(LoRA):
     Raises:
         ValueError: What LoRA refuses.
     """
+
+    float32_names = ("magnitude",)
 
     def __init__(
         self,
@@ -99,7 +102,7 @@ class DoRA(LoRA):
     def output_beside(self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``(m / |V| - 1) W x + m / |V| s B (A x)``, of y's shape."""
         gain = self.gain(weight)
-        scaled = self.second * gain[..., None]  # for y is larger than B
+        scaled = (self.second * gain[..., None]).to(self.second.dtype)  # for y is larger than B
         gain = gain if gain.dim() == 1 else gain[:, None]
         if self.dropout and self.training:
             x = self.dropped(x)
@@ -107,7 +110,7 @@ class DoRA(LoRA):
         else:
             x = x.to(self.first.dtype)
             base = y if bias is None else y - (bias if bias.dim() == 1 else bias[:, None])
-        return (gain - 1) * base + times(times(x, self.first) * self.scale, scaled)
+        return (gain - 1).to(base.dtype) * base + times(times(x, self.first) * self.scale, scaled)
 
     def delta(self, weight: Tensor) -> Tensor:
         """``m V / |V| - W``, of the weight's shape."""

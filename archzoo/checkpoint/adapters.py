@@ -124,9 +124,9 @@ def load_adapter(
             before = f"{place.target.path}."
             own = {n.removeprefix(before): t for n, t in tensors.items() if n.startswith(before)}
             own = {n: own[n] for n in adapter.state_dict()}
-            dtypes = {t.dtype for t in own.values() if t.is_floating_point()}
-            for dtype in dtypes:  # never narrower than it was written
-                adapter.to(torch.promote_types(dtype, net.dtype))
+            for n, held in adapter.state_dict(keep_vars=True).items():
+                if held.is_floating_point():  # never narrower than it was written
+                    held.data = held.data.to(torch.promote_types(own[n].dtype, net.dtype))
             adapter.load_state_dict(own)
             adapter.to(net.device).train(net.training)
     net.task = task if task is not None else net.task

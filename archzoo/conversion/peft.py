@@ -182,7 +182,8 @@ def _fused(linear: Linear, adapters: dict[str, Adapter]) -> _Module:
             begin += part.shape[1]
     magnitude = None
     if any(type(adapter) is DoRA for adapter in adapters.values()):
-        magnitude = DoRA.norms(linear.base_weight()).to(first.dtype)
+        dtype = next(one.magnitude.dtype for one in held.values())
+        magnitude = DoRA.norms(linear.base_weight()).to(dtype)
         for block, one in held.items():
             magnitude[linear.rows(block)] = one.magnitude
     return _Module(first, second, magnitude, next(iter(own.values()))[1])
