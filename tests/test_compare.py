@@ -635,6 +635,13 @@ def test_a_base_is_trained_once_and_what_is_left_of_it_is_measured(place, capsys
     assert re.search(r"base a +3 .*done", capsys.readouterr().out)
 
 
+def test_claims_are_of_the_arms_that_are_taken(place):
+    Path("b.yaml").write_text(ADAPTED)
+    assert len(plan_of(config="b.yaml").claims) == 2
+    for arms in ("lora", "full"):
+        assert plan_of(config="b.yaml", arms=arms).claims == []
+
+
 def test_what_is_frozen_is_not_counted_as_trained(place):
     frozen = "full: {model.freeze: [bottom.1]}, late: {model.freeze: all, model.unfreeze_every: 1}"
     Path("b.yaml").write_text(

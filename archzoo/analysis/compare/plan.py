@@ -243,6 +243,7 @@ def make_plan(
     arms = make_arms(given_arms, picked, settings, whose)
     names = list(map(str, given_arms or {}))
     claims = read_claims(content.get("claim"), names, whose)
+    claims = [claim for claim in claims if _is_compared(claim, picked or names)]
     seeds, tune_seeds = (
         None if chosen[name] is None else numbers(chosen[name], f"--{name}", int)
         for name in ("seeds", "tune_seeds")
@@ -352,6 +353,13 @@ def _rates(given: Any, arms: list[str], names: list[str], whose: str) -> dict[st
         if of_file_arm(name) not in found:
             raise ValueError(f"{whose}: learning_rates names none for the arm {of_file_arm(name)}")
     return {name: found[of_file_arm(name)] for name in arms}
+
+
+def _is_compared(claim: Claim, picked: list[str]) -> bool:
+    """Whether a claim is about two of the arms that are taken."""
+    control = claim.control or next(iter(picked), None)
+    there = all(name is None or name in picked for name in (claim.arm, claim.control))
+    return there and (claim.arm is None or claim.arm != control)
 
 
 def of_file_arm(name: str) -> str:
