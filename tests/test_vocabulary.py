@@ -172,6 +172,8 @@ def test_every_configuration_says_which_vocabulary_it_has():
         "claims/addition_learning_rates.yaml": True,
         "claims/adaptation/adder.yaml": True,
         "claims/adaptation/adder_retention.yaml": True,
+        "claims/adaptation/prefix.yaml": True,
+        "claims/adaptation/styles.yaml": True,
         "claims/adaptation/subtraction.yaml": True,
         "claims/abacus.yaml": "own",  # its rows were made with it
         "claims/abacus_coverage.yaml": "own",
