@@ -62,6 +62,8 @@ DYNAMIC = {
     "init_args": {"rope_type": "dynamic", "factor": 2, "original_max_position_embeddings": 8},
 }
 GROUPED = {"class_path": "Attention", "init_args": {"kv_heads": 2}}
+PREFIX = {"class_path": "PTuningV2", "init_args": {"length": 3}}
+PROMPT = {"class_path": "PTuning", "init_args": {"length": 3}}
 CASES = [
     ({"depth": 2}, PROMPTS[:1], torch.float32),
     ({"rotary": "none"}, PROMPTS[:1], torch.float32),
@@ -71,6 +73,8 @@ CASES = [
     ({"pattern": ["Retention", "Attention"], "depth": 2}, PROMPTS[:1], torch.float32),
     ({"name": "transformer_micro"}, PROMPTS[:2], LOW),
     ({"mixer": GROUPED, "heads": 4}, PROMPTS, torch.float32),
+    ({"pattern": ["Retention", "Attention"], "depth": 2, "adapter": PREFIX}, PROMPTS, LOW),
+    ({"pattern": ["Attention", "Retention"], "depth": 2, "adapter": PROMPT}, PROMPTS, LOW),
 ]
 
 

@@ -140,7 +140,7 @@ def test_rotation_in_the_same_launch(fraction, batch):
 # ---------------------------------------------------------------------------- in the mixers
 
 
-def steps(mixer, x, documents, *, fixed, monkeypatch, by_kernel=True):
+def steps(mixer, x, documents, *, fixed, monkeypatch, by_kernel=True, start=None):
     """A prompt of 7 tokens at once and the rest one by one; outputs of these, and the state."""
     with monkeypatch.context() as patch, torch.no_grad():
         if not by_kernel:
@@ -149,8 +149,9 @@ def steps(mixer, x, documents, *, fixed, monkeypatch, by_kernel=True):
         real = kernels.attend_cache
         patch.setattr(kernels, "attend_cache", lambda *a, **b: ran.append(1) or real(*a, **b))
         batch, time, _ = x.shape
-        state = mixer.init_state(batch, capacity=time if fixed else 8, device=DEVICE, dtype=x.dtype)
         device = torch.device(DEVICE)
+        how = {"capacity": time if fixed else 8, "device": device, "dtype": x.dtype}
+        state = mixer.start_state(batch, start, **how)
         context, cursor = make_context(batch, 7, documents=documents, device=device)
         _, state = mixer(x[:, :7], state, context)
         state = mixer.fixed_state(state) if fixed else state
@@ -192,6 +193,24 @@ def test_steps_of_a_mixer(part, rotary, fixed, padded, monkeypatch):
         assert distance(state[name], true[name]) < 1e-5
     if padded:
         assert torch.equal(state["documents"], true["documents"])
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_steps_behind_a_prefix(fixed, padded, monkeypatch):
+    """Its keys are in the cache, and every document sees them."""
+    torch.manual_seed(0)
+    mixer = Attention(24, 2, kv_heads=1).to(DEVICE)
+    x = torch.randn(2, 9, 24, device=DEVICE)
+    start = {name: torch.randn(1, 1, 3, 12, device=DEVICE) for name in ("keys", "values")}
+    documents = torch.tensor([[-1] * 3 + [0] * 4, [0, 0, 1, 1, 1, 2, 2]], device=DEVICE)
+    how = {"documents": documents if padded else None, "monkeypatch": monkeypatch}
+    found, state = steps(mixer, x, fixed=fixed, start=start, **how)
+    wanted, true = steps(
+        mixer.double(), x.double(), fixed=False, by_kernel=False, start=start, **how
+    )
+    assert distance(found, wanted) < 1e-5
+    assert state["length"] == true["length"] == 12 and state["prefix"].shape == (2, 3)
 
 
 @pytest.mark.parametrize("reason", ["bias", "gradients", "float64", "two tokens"])

@@ -169,6 +169,38 @@ def test_segments_of_a_text_are_read_from_state_to_state(packed, monkeypatch):
     assert distance(y[valid], wanted[valid]) < 1e-5 and distance(memory, wanted_memory) < 1e-5
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_documents_start_from_a_memory(packed, monkeypatch):
+    """By kernels with gradients, without any, token by token, and by none of them."""
+    torch.manual_seed(0)
+    layer = Retention(32, 2).to(DEVICE)
+    x = torch.randn(2, 11, 32, device=DEVICE)
+    begun = torch.randn(1, 2, 16, 32, device=DEVICE, requires_grad=True)
+    documents = documents_of(2, 11, packed)
+    context, _ = make_context(2, 11, documents=documents, device=torch.device(DEVICE), first=4)
+    grad = torch.randn_like(x) * context.valid[..., None]
+
+    def compute(layer, begun, x, grad):
+        here = context._replace(start={"memory": begun})
+        y, _ = layer(x, None, here, "chunkwise")
+        slopes = torch.autograd.grad(y, (begun, layer.output.weight), grad)
+        with torch.no_grad():
+            state = layer.start_state(2, here.start, device=DEVICE, dtype=x.dtype)
+            read, _ = layer(x, state, here, "chunkwise")
+            steps, _ = layer(x, None, here, "recurrent")
+        seen = context.valid.expand(2, 11)
+        return y[seen].detach(), *slopes, read[seen], steps[seen]
+
+    found = compute(layer, begun, x, grad)
+    monkeypatch.setattr(kernels, "available", lambda *_: False)
+    monkeypatch.setattr(mixers.kernels, "available", lambda *_: False)
+    wide = begun.detach().double().requires_grad_()
+    wanted = compute(layer.double(), wide, x.double(), grad.double())
+    for mine, true in zip(found, wanted, strict=True):
+        assert distance(mine, true) < 1e-4
+    assert distance(wanted[3], wanted[0]) < 1e-12 and distance(wanted[4], wanted[0]) < 1e-12
+
+
 def test_compiles_without_a_break_and_refuses_a_second_derivative():
     layer = Retention(16, 2).to(DEVICE)
     x = torch.randn(2, 9, 16, device=DEVICE, requires_grad=True)

@@ -105,13 +105,13 @@ class Attention(Mixer):
             **options: As for `init_state`.
 
         Returns:
-            As `init_state`; with a start also prefix, bool (batch, its tokens), whose shape alone
+            As `init_state`; with a start also prefix, uint8 (batch, its tokens), whose shape alone
             matters: a number would not be checked where a state is read from a file.
         """
         if not start:
             return super().start_state(batch_size, start, capacity=capacity, **options)
         length = start["keys"].shape[2]
-        marks = torch.zeros((1, length), dtype=torch.bool, device=start["keys"].device)
+        marks = torch.zeros((1, length), dtype=torch.uint8, device=start["keys"].device)
         start = start | {"length": length, "prefix": marks}
         state = super().start_state(batch_size, start, **options)
         for name, axis in CACHED.items():
