@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archzoo.derivatives import followed
-from archzoo.numerics import without_autocast
+from archzoo.low_rank import Change, changed_product
+from archzoo.numerics import autocast_dtype, without_autocast
 
 
 class Linear(nn.Linear):
@@ -163,6 +164,11 @@ class Linear(nn.Linear):
             rows: Theirs. None: all.
         """
         adapters = self._by_block(names)
+        if not adapters:
+            return self.product(x, rows)
+        quick = self._of_low_rank(x, names, rows, adapters)
+        if quick is not None:
+            return quick
         seen = {name: _seen(x, those) for name, those in adapters.items()}
         if any(each[0] is not x for each in seen.values()):  # they do not share their input
             parts = []
@@ -172,8 +178,6 @@ class Linear(nn.Linear):
                 parts.append(y if change is None else y + change)
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         y = self.product(x, rows)
-        if not adapters:
-            return y
         if len(names) == 1:
             change = self._change(names[0], y, adapters[names[0]], seen[names[0]])
             assert change is not None  # there are adapters
@@ -185,6 +189,42 @@ class Linear(nn.Linear):
             change = self._change(name, part, adapters.get(name, []), seen.get(name, []))
             changes.append(y.new_zeros(()).expand(part.shape) if change is None else change)
         return y + torch.cat(changes, dim=-1)
+
+    def _of_low_rank(
+        self,
+        x: Tensor,
+        names: Sequence[str],
+        rows: slice | None,
+        adapters: dict[str, list[Any]],
+    ) -> Tensor | None:
+        """`_changed` where all changes are of low rank and of one dtype; else None.
+
+        Args:
+            x: As `_changed`'s.
+            names: The same.
+            rows: The same.
+            adapters: Of each block that has some.
+        """
+        if self.stack is not None or type(self).product is not Linear.product:
+            return None
+        dtype = autocast_dtype(self.device) or x.dtype
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if rows is not None:
+            weight, bias = weight[rows], bias if bias is None else bias[rows]
+        begin, changes = 0, []
+        for name in names:
+            for adapter in adapters.get(name, ()):
+                factors = adapter.low_rank()
+                if factors is None or factors[0].dtype != weight.dtype:
+                    return None
+                first, second, scale = factors
+                changes.append(Change(begin, first.to(dtype), second.to(dtype), scale))
+            begin += self.blocks[name]
+        if x.dtype != weight.dtype and dtype == x.dtype:
+            return None  # torch's own operations say what is wrong
+        bias = bias if bias is None else bias.to(dtype)
+        return changed_product(x.to(dtype), weight.to(dtype), bias, changes)
 
     def _change(
         self, name: str, y: Tensor, adapters: Sequence[Any], seen: Sequence[Tensor]

@@ -45,6 +45,13 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What products of a device are computed in, where autocast is on; else None."""
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Autocast off: it would round sums over time and scores to its own dtype."""
     # The meta device knows no autocast, and refuses the question.

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = """
     _version compiled derivatives names public
     numerics
-    documents states auxiliary prefixes
+    documents states auxiliary prefixes low_rank
     norm linear
     block trust
     adapters convolution

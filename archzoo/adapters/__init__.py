@@ -101,6 +101,12 @@ class Adapter(nn.Module, metaclass=_Recipes):
     #: Of a state: start it at the one after these tokens, see `start_from`. None: `prefix` draws.
     tokens: list[int] | None = None
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        added = {"input", "output", "output_beside", "delta", "bias_delta"}
+        if added & vars(cls).keys() and "low_rank" not in vars(cls):
+            cls.low_rank = Adapter.low_rank  # type: ignore[method-assign]
+
     def __init__(
         self,
         target: Target,
@@ -190,6 +196,18 @@ class Adapter(nn.Module, metaclass=_Recipes):
             bias: What y holds beside x W^T: (rows), of a stack (experts, rows), or None.
         """
         return self.output(x, y)
+
+    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
+        """First (rank, columns), second (rows, rank), scale: ``scale * second @ first`` is all.
+
+        Where `output` adds ``scale * second (first x)`` and nothing else now, the product of the
+        block takes it in at a lower cost. A class that overrides what is added, such as `output`
+        or `delta`, and not this, has none, whatever it derives from.
+
+        Returns:
+            None: it is of another kind, or drops some of x.
+        """
+        return None
 
     def delta(self, weight: Tensor) -> Tensor:
         """What is added to W, of its shape; `weight` is W with the adapters before this one."""

@@ -116,6 +116,12 @@ class LoRA(Adapter):
         """A and B of the change ``s B A``."""
         return self.first, self.second
 
+    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
+        """A, B and s; None while it drops some of x."""
+        if self.dropout and self.training:
+            return None
+        return *self.factors(), self.scale
+
     def dropped(self, x: Tensor) -> Tensor:
         """X in the dtype of A, which may be wider than the base's, with dropout while it trains."""
         x = x.to(self.first.dtype)

@@ -89,6 +89,8 @@ class MoSLoRA(LoRA):
         mixed = times(times(self.dropped(x), self.first), self.mixer)
         return times(mixed * self.scale, self.second)
 
+    low_rank = LoRA.low_rank
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """M A and B of the change ``s B M A``."""
         return self.mixer @ self.first, self.second

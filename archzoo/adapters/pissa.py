@@ -105,6 +105,10 @@ class PiSSA(Adapter):
         second = torch.cat([self.second, self.second - self.second_start], dim=-1)
         return first, second
 
+    def low_rank(self) -> tuple[Tensor, Tensor, float]:
+        """Both factors and s."""
+        return *self.factors(), self.scale
+
     def output(self, x: Tensor, y: Tensor) -> Tensor:
         """``s (B A - B0 A0) x``, (..., rows); of a stack (experts, rows of x, rows)."""
         first, second = self.factors()

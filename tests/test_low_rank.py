@@ -1,0 +1,130 @@
+"""Products with changes of low rank beside them: in place against torch's own operations."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import archzoo
+from archzoo.adapters import Target
+from archzoo.adapters.attach import adapter_modules
+from archzoo.contract.measure import relative_error
+from archzoo.linear import Linear
+from archzoo.low_rank import Change, changed_product
+
+ROWS, COLUMNS = {"query": 5, "key": 3, "value": 7}, 6
+
+
+def drawn(dtype=torch.float64, bias=True):
+    """X, W, b and changes: two of one block, of other ranks and scales, and none of another."""
+    torch.manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, dtype=dtype).requires_grad_()
+
+    x, weight = draw(2, 4, COLUMNS), draw(15, COLUMNS)
+    places = ((0, 5, 2, 0.5), (8, 7, 3, -2.0), (0, 5, 1, 1.0))
+    changes = [Change(b, draw(rank, COLUMNS), draw(n, rank), s) for b, n, rank, s in places]
+    return x, weight, draw(15) if bias else None, changes
+
+
+def plainly(x, weight, bias, changes):
+    y = F.linear(x, weight, bias)
+    for begin, first, second, scale in changes:
+        change = F.linear(F.linear(x, first), second) * scale
+        y = y + F.pad(change, (begin, 15 - begin - len(second)))
+    return y
+
+
+def leaves_of(x, weight, bias, changes):
+    learn = [x, weight, *(t for change in changes for t in (change.first, change.second))]
+    return learn if bias is None else [*learn, bias]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_it_computes_what_plain_operations_do(bias, frozen):
+    given = drawn(bias=bias)
+    if frozen:
+        given[1].requires_grad_(False)
+    learn = [leaf for leaf in leaves_of(*given) if leaf.requires_grad]
+    got, want = changed_product(*given), plainly(*given)
+    assert relative_error(got, want) < 1e-14
+    outer = torch.randn_like(want)
+    for mine, true in zip(
+        torch.autograd.grad(got, learn, outer), torch.autograd.grad(want, learn, outer), strict=True
+    ):
+        assert relative_error(mine, true) < 1e-13
+        assert mine.shape == true.shape
+
+
+def test_it_has_all_derivatives_and_transforms():
+    x, weight, bias, changes = drawn()
+
+    def compute(x, *factors):
+        made = [
+            c._replace(first=factors[2 * i], second=factors[2 * i + 1])
+            for i, c in enumerate(changes)
+        ]
+        return changed_product(x, weight, bias, made)
+
+    factors = [factor for change in changes for factor in (change.first, change.second)]
+    assert torch.autograd.gradgradcheck(compute, (x, *factors))
+    each = torch.func.vmap(torch.func.grad(lambda x: compute(x, *factors).square().sum()))(x)
+    (whole,) = torch.autograd.grad(compute(x, *factors).square().sum(), x)
+    assert relative_error(each, whole) < 1e-12
+    compiled = torch.compile(compute, backend="eager", fullgraph=True)
+    assert relative_error(compiled(x, *factors), compute(x, *factors)) < 1e-14
+
+
+@pytest.mark.parametrize("cls", ["LoRA", "MoSLoRA", "PiSSA"])
+def test_adapters_give_the_same_with_and_without_it(cls, monkeypatch):
+    adapters = {"one": getattr(archzoo, cls)(rank=2, targets=["mixer"]), "two": "LoRA"}
+    net = archzoo.create_model("yuan_micro", vocab_size=20, adapters=adapters).double()
+    for _, module in adapter_modules(net):
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    tokens = torch.randint(20, (2, 9))
+    learn = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    found = []
+    for quick in (True, False):
+        if not quick:
+            monkeypatch.setattr(Linear, "_of_low_rank", lambda *_: None)
+        logits = net(tokens).logits
+        found.append([logits, *torch.autograd.grad(logits.square().sum(), learn)])
+    for mine, true in zip(*found, strict=True):
+        assert relative_error(mine, true) < 1e-12
+
+
+def test_dtypes_that_differ_and_autocast_are_seen_to():
+    torch.manual_seed(0)
+    linear = Linear(COLUMNS, ROWS, bias=True)
+    lora = archzoo.LoRA(Target("linear", "value", (7, COLUMNS)), rank=2)
+    nn.init.normal_(lora.second)
+    linear.attach("default", "value", lora)
+    x = torch.randn(4, COLUMNS)
+    want = linear(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = linear(x)
+    assert y.dtype == torch.bfloat16
+    assert relative_error(y.float(), want) < 0.02
+    y.float().square().sum().backward()
+    assert lora.first.grad.dtype == torch.float32
+    linear.bfloat16()
+    lora.float()  # wider than its base
+    y = linear(x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    assert relative_error(y.float(), want) < 0.02
+
+
+def test_what_overrides_what_is_added_is_not_of_low_rank():
+    class Halved(archzoo.LoRA):
+        def output(self, x, y):
+            return super().output(x, y) / 2
+
+    target = Target("linear", "value", (7, COLUMNS))
+    assert Halved(target, rank=2).low_rank() is None
+    assert archzoo.DoRA(target, rank=2).low_rank() is None
+    assert archzoo.LoRA(target, rank=2).low_rank() is not None
+    assert archzoo.LoRA(target, rank=2, dropout=0.1).low_rank() is None
+    assert archzoo.LoRA(target, rank=2, dropout=0.1).eval().low_rank() is not None
