@@ -332,7 +332,9 @@ def test_ia3_merges_where_the_feed_forward_has_no_gate():
             {"class_path": "MoLoRA", "init_args": {"experts": 2, "top_k": 3}},
             "top_k=3 must lie between 1 and experts=2",
         ),
-        ({"class_path": "MoLoRA", "init_args": {"rank": 0}}, "rank=0 must be at least 1"),
+        ({"class_path": "MoLoRA", "init_args": {"rank": 0}}, "MoLoRA: rank=0 must be at least 1"),
+        ({"class_path": "MoLoRA", "init_args": {"rank": 99}}, "rank=99 must be .* at most 32"),
+        ({"class_path": "MoLoRA", "init_args": {"alpha": 0.0}}, "alpha=0.0 must be a number"),
     ],
 )
 def test_what_they_cannot_do_is_refused_in_a_line(adapter, says):

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from archzoo.adapters import Adapter, Target
 from archzoo.adapters.ia3 import scales_input
+from archzoo.adapters.lora import check_rank, scale_of
 from archzoo.numerics import KeepsFloat32, at_least_float32, cast, widest
 
 if TYPE_CHECKING:
@@ -167,12 +168,13 @@ class MoLoRA(Adapter):
         targets: As for `archzoo.LoRA`. None: query and value.
         layers: Only in these blocks of the decoder, counted from 0. None: in all.
         experts: LoRAs of each block.
-        rank: Of each.
+        rank: Of each; at most the block's rows or columns.
         alpha: Over rank, the scale of the change.
         top_k: Experts of a token; the others' gates are 0. None: all, as in the paper.
 
     Raises:
-        ValueError: A rank below 1, no expert, or a top_k that is not between 1 and their number.
+        ValueError: A rank below 1 or above the block's, an alpha of 0, no expert, or a top_k that is
+            not between 1 and their number.
     """
 
     default_targets = ("query", "value")
@@ -189,14 +191,13 @@ class MoLoRA(Adapter):
         top_k: int | None = None,
     ) -> None:
         super().__init__(target, targets=targets, layers=layers)
-        if rank < 1:
-            raise ValueError(f"rank={rank} must be at least 1")
+        check_rank(self, target, rank)
         rows, columns = target.shape
         self.router = SoftRouter(columns, experts, top_k)
         # So that each is one matrix of all experts without a copy.
         self.first = nn.Parameter(torch.empty(experts, rank, columns))  # A
         self.second = nn.Parameter(torch.empty(rows, experts, rank))  # B
-        self.scale = alpha / rank
+        self.scale = scale_of(alpha, rank, rank_stabilised=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
