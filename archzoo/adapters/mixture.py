@@ -173,8 +173,8 @@ class MoLoRA(Adapter):
         top_k: Experts of a token; the others' gates are 0. None: all, as in the paper.
 
     Raises:
-        ValueError: A rank below 1 or above the block's, an alpha of 0, no expert, or a top_k that is
-            not between 1 and their number.
+        ValueError: A rank below 1 or above the block's, an alpha of 0, no expert, or a top_k that
+            is not between 1 and their number.
     """
 
     default_targets = ("query", "value")
