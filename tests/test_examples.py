@@ -141,13 +141,29 @@ def check_beams(printed):
     assert "state 16,432 bytes" in printed and "state 131,456 bytes" in printed
 
 
+def check_adapted(printed):
+    assert "trained : one two, buckle my shoe" in printed
+    assert "adapted : one two, the sky is blue; three four" in printed
+    assert "off     : what it wrote before" in printed
+    assert "merged  : what it wrote adapted" in printed
+
+
+def check_started(printed):
+    assert "shoes, 2,048 numbers: one two, buckle my shoe; three four, knock" in printed
+    assert "skies, 2,048 numbers: one two, the sky is blue; three four, sea" in printed
+    assert printed.count("its state: 8,192 bytes, as without") == 2
+    assert float(re.search(r"against reading it: (\S+)$", printed, re.MULTILINE)[1]) < 1e-4
+
+
 check = {
+    "adapt_a_trained_model": check_adapted,
     "beam_search": check_beams,
     "bench_mixers": check_bench,
     "compare_mixers": check_compare,
     "decode_side_by_side": check_side_by_side,
     "how_far_a_head_reads": check_how_far,
     "keep_a_conversation": check_conversation,
+    "learn_where_to_start": check_started,
     "read_a_long_document": check_reading,
     "write_your_own_mixer": check_own_mixer,
     "write_your_own_preset": check_own_preset,
