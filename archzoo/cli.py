@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -23,11 +24,13 @@ class Command(NamedTuple):
         about: One line for the help.
         module: Where it is defined.
         function: Its name there. What it takes is read off its signature and docstring.
+        actions: Instead of both: the commands that its next word names.
     """
 
     about: str
-    module: str
-    function: str
+    module: str = ""
+    function: str = ""
+    actions: dict[str, Command] = {}  # noqa: RUF012, which no one writes into
 
 
 COMMANDS = {
@@ -47,6 +50,29 @@ COMMANDS = {
     ),
     "demo": Command(
         "show two models decode one prompt side by side, with their states", "demo", "demo_command"
+    ),
+    "adapter": Command(
+        "save, merge, export or import an adapter",
+        actions={
+            "save": Command(
+                "write the adapter of a run alone", "conversion.adapters", "save_command"
+            ),
+            "merge": Command(
+                "put an adapter into the weights of its base: a plain model",
+                "conversion.adapters",
+                "merge_command",
+            ),
+            "export": Command(
+                "write an adapter in the files of another library",
+                "conversion.adapters",
+                "export_command",
+            ),
+            "import": Command(
+                "read an adapter from the files of another library",
+                "conversion.adapters",
+                "import_command",
+            ),
+        },
     ),
     "upcycle": Command(
         "make a mixture of experts of a dense checkpoint", "conversion.upcycle", "upcycle_command"
@@ -178,13 +204,13 @@ def split_imports(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def dispatch(name: str, arguments: list[str]) -> int:
     """Import a command and run it."""
-    if name not in COMMANDS:
-        import difflib
-
-        near = difflib.get_close_matches(name, COMMANDS, n=2, cutoff=0.4)
-        hint = f"nearest: {' or '.join(near)}" if near else f"there are {', '.join(COMMANDS)}"
-        raise ValueError(f"there is no command {name!r}; {hint}")
-    command = COMMANDS[name]
+    command = _named(name, COMMANDS, "archzoo")
+    if command.actions:
+        action, *arguments = arguments or [""]
+        if action in ("", "-h", "--help"):
+            print(usage_of(name))
+            return 0 if action else 2
+        command, name = _named(action, command.actions, f"archzoo {name}"), f"{name} {action}"
     if not command.function:
         # Threads that wait by spinning slow small steps several times where cores are shared.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -198,13 +224,25 @@ def dispatch(name: str, arguments: list[str]) -> int:
     return call(getattr(module, command.function), f"archzoo {name}", arguments)
 
 
+def _named(name: str, commands: dict[str, Command], program: str) -> Command:
+    """The command of a name; where there is none, the nearest are named."""
+    if name in commands:
+        return commands[name]
+    import difflib
+
+    near = difflib.get_close_matches(name, commands, n=2, cutoff=0.4)
+    hint = f"nearest: {' or '.join(near)}" if near else f"there are {', '.join(commands)}"
+    within = "" if program == "archzoo" else f" of {program}"
+    raise ValueError(f"there is no command {name!r}{within}; {hint}")
+
+
 def call(function: Callable[..., Any], program: str, arguments: list[str]) -> int:
     """Call a function with what a command line gives for its parameters.
 
     Parameters without a default are positional, and so are those that Python says are; a list
     takes all arguments that follow. Booleans are switches: the name alone means true, and true or
-    false may follow. A function that takes `**settings` is given those of `archzoo fit` by their
-    full names, as texts.
+    false may follow. An option that takes several texts is given once for each. A function that
+    takes `**settings` is given those of `archzoo fit` by their full names, as texts.
 
     Args:
         function: Its signature and docstring are the command's arguments and help.
@@ -265,7 +303,9 @@ def call(function: Callable[..., Any], program: str, arguments: list[str]) -> in
         settings, arguments = split_settings(arguments)
     parser.add_function_arguments(function, skip={*positional, *rest})
     switches = {f"--{name}" for name, p in parameters.items() if p.annotation is bool}
-    given = parser.instantiate_classes(parser.parse_args(_set(switches, arguments))).as_dict()
+    lists = {f"--{n}" for n, p in parameters.items() if p.annotation == list[str] | None}
+    arguments = _together(lists, _set(switches, arguments))
+    given = parser.instantiate_classes(parser.parse_args(arguments)).as_dict()
     first = [given.pop(name) for name in positional]
     return int(function(*first, **given, **settings) or 0)
 
@@ -302,17 +342,55 @@ def _set(switches: set[str], arguments: list[str]) -> list[str]:
     return [f"{a}=true" if a in switches else a for a in found]
 
 
+def _together(lists: set[str], arguments: list[str]) -> list[str]:
+    """The arguments with the values of an option that is given several times as one list."""
+    values: dict[str, list[str]] = {}
+    others: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        option, equals, value = argument.partition("=")
+        if argument == "--":
+            others += [argument, *rest]
+        elif option not in lists:
+            others.append(argument)
+        else:
+            value = value if equals else next(rest, "")
+            if not value:
+                raise ValueError(f"{option} needs a value")
+            values.setdefault(option, []).append(value)
+    return [*(f"{option}={json.dumps(found)}" for option, found in values.items()), *others]
+
+
+def usage_of(name: str) -> str:
+    """The help of a command whose next word names another."""
+    command = COMMANDS[name]
+    return "\n".join(
+        [
+            f"usage: archzoo {name} COMMAND ...",
+            "",
+            f"{command.about[0].upper()}{command.about[1:]}.",
+            "",
+            *_listed(command.actions),
+            "",
+            f"archzoo {name} COMMAND --help says what a command takes.",
+        ]
+    )
+
+
+def _listed(commands: dict[str, Command]) -> list[str]:
+    width = max(map(len, commands))
+    return [f"  {name:<{width}}  {command.about}" for name, command in commands.items()]
+
+
 def usage() -> str:
     """The help of the command as a whole."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {command.about}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: archzoo COMMAND ...",
             "",
             "Decoder-only language models that share one block interface and swap the rest.",
             "",
-            *lines,
+            *_listed(COMMANDS),
             "",
             "--import MODULE, before or after COMMAND, imports a module of yours first, from the",
             "current directory too; then its mixers, tasks, presets and callbacks can be named.",

@@ -1002,7 +1002,8 @@ def test_a_checkpoint_is_adapted_resumed_and_read_from_the_command_line(
     assert main(["generate", str(adapted), "1+2=", "--max_tokens", "2"]) == 0
     capsys.readouterr()
     assert main(["show", str(adapted)]) == 0
-    assert "LoRA (targets: query, up" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "of which trainable" in said and "mixer.query, experts.up" in said
     assert main(["fit", "--model.weights", str(adapted), *lora, *steps, "twice"]) == 1
     assert "has adapters already" in capsys.readouterr().err
 

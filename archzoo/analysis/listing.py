@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from rich.table import Table
 
-from archzoo.adapters.attach import adapter_modules
+from archzoo.adapters.attach import adapter_modules, attached
 from archzoo.analysis.tables import Screen, show
 from archzoo.analysis.window import print_windows
 from archzoo.checkpoint import load
 from archzoo.decoder import Decoder
 from archzoo.models import ACTIVE_PARAMETERS, WITHIN, sized_as_named
 from archzoo.names import nearest
+from archzoo.parts import named_adapters
 from archzoo.registry import build_decoder, get_preset, list_models
 from archzoo.states import nbytes
 
@@ -113,16 +114,17 @@ def list_command(pattern: str = "*", /, markdown: bool = False) -> None:
         console.print(f"Sized otherwise, for reasons that archzoo show gives: {', '.join(others)}.")
 
 
-def show_command(name: str, /, window: bool = False) -> None:
-    """Show one model: its architecture, parts and sizes.
+def show_command(name: str, /, window: bool = False, base: str | None = None) -> None:
+    """Show one model: its architecture, parts and sizes, and what its adapters change.
 
     Args:
         name: Of a preset, which `archzoo list` shows; or a checkpoint: a file, or a directory of a
-            run or of `archzoo.save_pretrained`.
+            run, of `archzoo.save_pretrained` or of `archzoo.save_adapter`.
         window: Show how far back its heads read, instead: half-lives, the distance at which a
             token weighs 1 %, and the length at which attention's cache outgrows the state.
+        base: Where the base of an adapted checkpoint lies. None: where it was.
     """
-    saved = load(name, "cpu").model if os.path.exists(name) else None
+    saved = load(name, "cpu", base).model if os.path.exists(name) else None
     if window:
         model = _on_meta(get_preset(name).arguments) if saved is None else saved
         print_windows(model, Screen(highlight=False))
@@ -140,7 +142,7 @@ def show_command(name: str, /, window: bool = False) -> None:
     decoder = _on_meta(arguments)
     settings = Table(box=None, show_header=False)
     for key, value in decoder.config.items():
-        if value is not None:
+        if value is not None and key not in ("adapter", "adapters"):  # a table says more of them
             settings.add_row(key, _written(value))
     console.print(settings)
     console.print()
@@ -152,8 +154,15 @@ def show_command(name: str, /, window: bool = False) -> None:
     table.add_row("in all", "", f"{row.parameters:,}", "")
     if row.active < row.parameters:
         table.add_row("of which active", "", f"{row.active:,}", "")
+    trainable = sum(p.numel() for p in decoder.parameters() if p.requires_grad)
+    if trainable < row.parameters:
+        share = f"{trainable / row.parameters:.1%}"
+        table.add_row("of which trainable", "", f"{trainable:,}", share)
     show(table, console)
     console.print()
+    if trainable < row.parameters:
+        show(_adapters_table(decoder), console)
+        console.print()
     console.print(
         f"state of one text: {_bytes(row.state_1k)} at 1k tokens, {_bytes(row.state_16k)} at 16k"
     )
@@ -183,6 +192,32 @@ def parameters_by_part(decoder: Decoder) -> Iterator[tuple[str, str, int]]:
     blocks = sum(map(count, decoder.blocks))  # what is left of them
     yield "norms", type(decoder.blocks[0].mixer_norm).__name__, blocks + count(decoder.norm)
     yield "head", "tied to the embedding" if decoder.tie_weights else "Linear", count(decoder.head)
+
+
+def _adapters_table(decoder: Decoder) -> Table:
+    """A line for each adapter: what it is and what it changes."""
+    table = Table(box=None, header_style="bold")
+    for heading in ("adapter", "class", "parameters", "targets"):
+        table.add_column(heading, justify="right" if heading == "parameters" else "left")
+    every = attached(decoder)
+    for entry, spec in named_adapters(decoder.config).items():
+        mine = [(place, adapter) for name, place, adapter in every if name == entry]
+        count = sum(p.numel() for _, adapter in mine for p in adapter.parameters())
+        options = spec.get("init_args", {})
+        said = {name: value for name, value in options.items() if name not in ("targets", "layers")}
+        about = _written({"class_path": spec["class_path"], "init_args": said})
+        layers: dict[str, list[int | None]] = {}
+        for place, _ in mine:
+            layers.setdefault(place.meanings[1], []).append(place.target.layer)
+        together: dict[str, list[str]] = {}  # what is changed in the same layers
+        for meaning, those in layers.items():
+            whole = those in ([None], list(range(decoder.depth)))
+            blocks = "block" if len(those) == 1 else "blocks"
+            where = "" if whole else f" in {blocks} {', '.join(map(str, those))}"
+            together.setdefault(where, []).append(meaning)
+        targets = "; ".join(", ".join(names) + where for where, names in together.items())
+        table.add_row(entry, about, f"{count:,}", targets)
+    return table
 
 
 def active_parameters(decoder: Decoder) -> int:

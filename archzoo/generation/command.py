@@ -32,6 +32,8 @@ def generate_command(
     length_power: float = 1.0,
     state: str | None = None,
     save_state: str | None = None,
+    adapter: list[str] | None = None,
+    base: str | None = None,
     device: str | None = None,
     graph: bool | None = None,
 ) -> None:
@@ -42,7 +44,8 @@ def generate_command(
     answers is turned back: type and read ordinary numbers.
 
     Args:
-        checkpoint: A run's directory, a .ckpt file, or a directory of archzoo.save_pretrained.
+        checkpoint: A run's directory, a .ckpt file, or a directory of archzoo.save_pretrained or
+            archzoo.save_adapter.
         prompt: One text or several.
         max_tokens: The most that is written for a prompt.
         temperature: Divides the logits before sampling; 0 takes the most likely token.
@@ -58,6 +61,9 @@ def generate_command(
         state: A file of --save_state or of `archzoo read` to continue from: each prompt is read
             after the text that is in it, and '' reads nothing more.
         save_state: Write the state at the end to this file, to be continued later.
+        adapter: A directory of archzoo.save_adapter, which is put on the checkpoint; given several
+            times, several are, and what they change adds up.
+        base: Where the base of an adapted checkpoint lies. None: where it was.
         device: Such as cpu or cuda. None: a GPU where there is one.
         graph: Replay a step that is captured as a CUDA graph: the same text, sooner. None: on a
             GPU, without --check and in the recurrent form.
@@ -69,9 +75,11 @@ def generate_command(
         OSError: The state cannot be written.
         FormsDisagree: With check: the forms differ by more than rounding explains.
     """
-    from archzoo.checkpoint import load
+    from archzoo.checkpoint import load, load_adapter
 
-    model, tokenizer, _ = load(checkpoint, device or "auto")
+    model, tokenizer, _ = load(checkpoint, device or "auto", base)
+    for directory in adapter or ():
+        load_adapter(directory, model)
     if tokenizer is None:
         raise ValueError(f"{checkpoint} holds no tokenizer, so it takes no text")
     stop_token = None

@@ -1,0 +1,168 @@
+"""`archzoo adapter`, and what `generate` and `show` do with adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import archzoo
+from archzoo.adapters.attach import adapter_modules
+from archzoo.checkpoint import load
+from archzoo.cli import main
+from archzoo.contract.measure import relative_error
+from archzoo.decoder import Decoder
+from archzoo.parts import named_adapters
+from archzoo.tasks import Addition
+
+TOKENS = torch.randint(14, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def scrambled(net: Decoder) -> Decoder:
+    """With adapters that have learned something."""
+    for _, module in adapter_modules(net):
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    return net
+
+
+def logits(net: Decoder) -> torch.Tensor:
+    with torch.no_grad():
+        return net.eval()(TOKENS).logits
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole mixture of experts in `base`, and an adapter of it in `sums`, in float64."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    task = Addition(digits=1)
+    net = archzoo.create_model("skywork_micro", vocab_size=task.vocab_size).double()
+    archzoo.save_pretrained("base", net, task.tokenizer, task.config())
+    lora = archzoo.LoRA(rank=2, targets=["mixer.query", "mixer.value", "experts.down"])
+    archzoo.save_adapter("sums", scrambled(archzoo.adapt(load("base").model, lora)))
+
+
+def fails(capsys: pytest.CaptureFixture[str], arguments: str, *said: str) -> None:
+    capsys.readouterr()
+    assert main(arguments.split()) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert all(text in error for text in said), error
+
+
+@pytest.mark.usefixtures("here")
+def test_merging_gives_a_plain_model_that_computes_the_same(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["adapter", "merge", "sums", "--out", "merged"]) == 0
+    assert "with LoRA of 2,816 parameters in 6 places" in capsys.readouterr().out
+    found, whole = load("merged"), load("sums")
+    assert not named_adapters(found.model.config) and not list(adapter_modules(found.model))
+    assert found.model.state_dict().keys() == load("base").model.state_dict().keys()
+    assert relative_error(logits(found.model), logits(whole.model)) < 1e-12
+    assert relative_error(logits(found.model), logits(load("base").model)) > 1e-3
+    assert found.tokenizer is not None and found.task == whole.task
+    fails(capsys, "adapter merge sums --out merged", "merged exists: name a directory")
+    fails(capsys, "adapter merge sums", "where is the model written?", "--out DIR")
+    fails(capsys, "adapter merge merged --out again", "merged has no adapter: it is merged")
+    fails(capsys, "adapter marge sums", "'marge' of archzoo adapter; nearest: merge")
+    assert main(["adapter"]) == 2
+    assert main(["adapter", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"  {name} " in said for name in ("save", "merge", "export", "import"))
+
+
+@pytest.mark.usefixtures("here")
+def test_what_cannot_be_merged_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    net = archzoo.adapt(load("base").model, {"a": archzoo.LoRA(), "b": archzoo.MoLoRA()})
+    archzoo.save_pretrained("several", net, load("base").tokenizer)
+    fails(capsys, "adapter merge several --out merged", "MoLoRA at blocks.0.", "cannot be merged")
+    assert not Path("merged").exists()
+
+
+@pytest.mark.usefixtures("here")
+def test_a_base_that_moved_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("base").rename("moved")
+    fails(capsys, "adapter merge sums --out merged", "'base' is not there", "--base PLACE")
+    assert main(["adapter", "merge", "sums", "--out", "merged", "--base", "moved"]) == 0
+    assert main(["show", "sums", "--base", "moved"]) == 0
+    assert main(["generate", "sums", "1+2=", "--max_tokens", "1", "--base", "moved"]) == 0
+
+
+@pytest.mark.usefixtures("here")
+def test_the_adapters_of_a_model_are_saved_one_a_directory(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    net = load("base").model
+    archzoo.adapt(net, {"a": archzoo.LoRA(rank=1), "b": archzoo.IA3()})
+    net = scrambled(net)
+    archzoo.save_pretrained("several", net, load("base").tokenizer)
+    assert main(["adapter", "save", "several", "--out", "both"]) == 0
+    assert main(["adapter", "save", "several", "--out", "one", "--name", "b"]) == 0
+    said = capsys.readouterr().out
+    assert "both/a: LoRA of 256 parameters in 4 places" in said and "one: IA3 of" in said
+    again = load("base").model
+    for path in ("both/a", "both/b"):
+        archzoo.load_adapter(path, again, path[-1])
+    assert torch.equal(logits(again), logits(net))
+    fails(capsys, "adapter save several --out c --name c", "there is no adapter 'c'")
+    fails(capsys, "adapter save base --out c", "base has no adapter")
+    # `generate` puts them on one after the other.
+    assert main(["generate", "several", "1+2=", "--max_tokens", "3"]) == 0
+    expected = capsys.readouterr().out.partition("\n")[0]
+    of_both = "generate base 1+2= --max_tokens 3 --adapter both/a --adapter=both/b"
+    assert main(of_both.split()) == 0
+    assert capsys.readouterr().out.partition("\n")[0] == expected
+    fails(capsys, "generate base 1+2= --adapter", "--adapter needs a value")
+    fails(capsys, "generate base 1+2= --adapter base", "base holds no adapter.json")
+
+
+@pytest.mark.usefixtures("here")
+def test_generate_writes_with_an_adapter(capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = [f"{n}+3=" for n in range(10)]
+    net, tokenizer = archzoo.from_pretrained("sums")
+    texts = archzoo.generate(net, prompts, tokenizer=tokenizer, max_tokens=4).texts
+    assert texts is not None
+    expected = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+    for source in (["base", "--adapter", "sums"], ["sums"]):
+        assert main(["generate", source[0], *prompts, *source[1:], "--max_tokens=4"]) == 0
+        assert capsys.readouterr().out.splitlines()[:10] == expected
+    plain, _ = archzoo.from_pretrained("base")
+    assert archzoo.generate(plain, prompts, tokenizer=tokenizer, max_tokens=4).texts != texts
+
+
+@pytest.mark.usefixtures("here")
+def test_show_says_what_is_trained_and_where(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "sums"]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    net = load("sums").model
+    assert f"in all {net.parameter_count():,}" in lines
+    assert f"of which trainable 2,816 {2816 / net.parameter_count():.1%}" in lines
+    targets = "mixer.query, mixer.value, experts.down"
+    assert any(line.startswith("default LoRA (rank: 2") and targets in line for line in lines)
+    lora = archzoo.LoRA(rank=1, targets=["head"])
+    ia3 = archzoo.IA3(layers=[1])
+    archzoo.save_pretrained("two", archzoo.adapt(load("base").model, {"top": lora, "in": ia3}))
+    assert main(["show", "two"]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert any(line.startswith("top LoRA") and line.endswith("head.head") for line in lines)
+    assert any(line.startswith("in IA3") and line.endswith("in block 1") for line in lines)
+
+
+@pytest.mark.usefixtures("here")
+def test_pefts_files_are_written_and_read(capsys: pytest.CaptureFixture[str]) -> None:
+    lora = archzoo.LoRA(rank=2, targets=["query", "value"])
+    net = scrambled(archzoo.adapt(load("base").model, lora))
+    archzoo.save_adapter("own", net)
+    assert main(["adapter", "export", "own", "--to", "peft", "--out", "peft"]) == 0
+    assert main(["adapter", "import", "peft", "--base", "base", "--out", "back"]) == 0
+    assert "back: LoRA of" in capsys.readouterr().out
+    assert relative_error(logits(load("back").model), logits(net)) < 1e-12
+    fails(capsys, "adapter export sums --to peft --out other", "is not exported to peft")
+    fails(capsys, "adapter export own --to spoon --out other", "spoon", "peft")
+    fails(capsys, "adapter export own --to peft --out peft", "peft exists")
+    fails(capsys, "adapter import peft --out other", "which model", "--base CHECKPOINT")
+    assert not Path("other").exists()
