@@ -111,6 +111,9 @@ class Shared(Adapter):
     def delta(self, weight):
         return weight * self.factor()[:, None]
 
+    def bias_delta(self, bias):
+        return bias * self.factor()
+
 
 class Weighed(Adapter):
     """W + m * W0: only the change of the weight is known, and it starts from that weight."""

@@ -24,7 +24,7 @@ LAYERS = """
     documents states auxiliary prefixes low_rank
     norm linear
     block trust
-    adapters convolution
+    adapters convolution decay
     parts
     adapters.targets
     adapters.attach adapters.switch freezing

@@ -163,6 +163,9 @@ class Table(FeedForward):
     def __init__(self, dim, width):
         super().__init__()
         self.rows = nn.Parameter(torch.zeros(width, dim))
+        self.pair = nn.Linear(dim, dim)
+        self.pair.extra = nn.Parameter(torch.zeros(width, dim))
+        self.pair.decays = {"weight": True}
         self.matrix = nn.Linear(dim, dim)
         self.matrix.decays = True
 
@@ -176,6 +179,8 @@ def test_a_part_says_what_decays():
     for block in net.blocks:
         assert id(block.feed_forward.rows) not in decayed
         assert id(block.feed_forward.matrix.weight) in decayed
+        assert id(block.feed_forward.pair.weight) in decayed
+        assert id(block.feed_forward.pair.extra) not in decayed
 
 
 @pytest.mark.parametrize("bias", ["T5Bias", "FIRE"])

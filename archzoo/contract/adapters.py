@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import tempfile
 from collections.abc import Iterator
@@ -14,11 +15,14 @@ from torch import Tensor
 from archzoo.adapters import KINDS, Adapter
 from archzoo.adapters.attach import (
     adapter_modules,
+    collapse_adapters,
     list_targets,
     merge_adapters,
     remove_adapters,
     start_adapters,
 )
+from archzoo.adapters.switch import disable_adapters
+from archzoo.block import FORMS
 from archzoo.checkpoint import from_pretrained, save_pretrained
 from archzoo.contract.measure import (
     Violation,
@@ -30,13 +34,21 @@ from archzoo.contract.measure import (
     reloaded,
 )
 from archzoo.contract.subject import BATCH, Subject
+from archzoo.decay import decaying
 from archzoo.decoder import Decoder
 from archzoo.linear import Linear
 from archzoo.numerics import MODEL_TOLERANCES, TOLERANCES
 
 MIXTURE = {
     "class_path": "MixtureOfExperts",
-    "init_args": {"experts": 8, "router": "AttentionRouter"},
+    "init_args": {
+        "experts": 8,
+        "router": {"class_path": "AttentionRouter", "init_args": {"bias_rate": 0.01}},
+        "balance": "switch",
+        "adaptive": True,
+        "coefficient": 0.1,
+        "capacity_factor": 1.0,
+    },
 }
 
 SIZES: dict[str, Any] = {
@@ -55,7 +67,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 #: What an adapter of each kind is put on where its own targets are not given.
 TARGETS = {
-    "linear": [r"blocks\.\d+\.(mixer|feed_forward)\.\w+\.(query|value|output|up|down|gate)"],
+    "linear": [r"blocks\.\d+\.(mixer|feed_forward)\.\w+\.\w+", "head"],  # some have biases
     "router": [r".*\.router\.projection\.router_\w+"],
     "experts": [r".*\.experts\.\w+\.(gate|up|down)"],
     "input": ["input"],
@@ -92,6 +104,10 @@ def adapted(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(subject.seed)
             decoder = Decoder(**SIZES, **MODELS[model], adapter=adapter).to(dtype).eval()
+            torch.manual_seed(subject.seed)  # an adapter has drawn numbers of its own
+            for module in decoder.blocks.modules():
+                if isinstance(module, Linear) and module.bias is not None:
+                    torch.nn.init.normal_(module.bias, std=0.2)  # at 0 they would hide a mistake
             start_adapters(decoder)  # from the weights in this dtype
             made.append(decoder)
     return made[0], made[1]
@@ -134,6 +150,28 @@ def logits_of(decoder: Decoder, tokens: Tensor, **options: Any) -> Tensor:
     with torch.no_grad():
         logits: Tensor = decoder(tokens, **options).logits
     return logits
+
+
+def in_each_form(decoder: Decoder, tokens: Tensor, documents: Tensor | None) -> dict[str, Tensor]:
+    """Logits in every form, in segments, and as decoding holds weights.
+
+    Args:
+        decoder: Any.
+        tokens: (batch, 20).
+        documents: (batch, 20) or None.
+    """
+    found = {form: logits_of(decoder, tokens, documents=documents, form=form) for form in FORMS}
+    state, segments = decoder.init_state(len(tokens), capacity=20), []
+    for begin, end in ((0, 9), (9, 10), (10, 20)):
+        here = None if documents is None else documents[:, begin:end]
+        with torch.no_grad():
+            output = decoder(tokens[:, begin:end], state, here)
+        state = output.state
+        segments.append(output.logits)
+    found["in segments"] = torch.cat(segments, 1)
+    with decoder.weights_held():
+        found["with weights held"] = logits_of(decoder, tokens, documents=documents)
+    return found
 
 
 # ---------------------------------------------------------------------------- adapters
@@ -208,6 +246,77 @@ def adapter_gradients(subject: Subject) -> str:
     return f"{count} parameters learn, the base stays bit for bit"
 
 
+def adapter_frozen(subject: Subject) -> str:
+    """Steps of an optimizer leave all of the base bit for bit, buffers too, switched off as well.
+
+    Buffers are experts' biases and balancing coefficients, which steps move beside the optimizer.
+    """
+    steps = 3
+    for model in models_of(subject):
+        decoder, base = adapted(subject, model)
+        tokens = subject.tokens(BATCH, 20, decoder.vocab_size)
+        with disable_adapters(decoder):  # a start may not move the base either
+            off = logits_of(decoder, tokens, documents=DOCUMENTS)
+        if not torch.equal(off, logits_of(base, tokens, documents=DOCUMENTS)):
+            raise Violation(f"{model}: switched off, it does not compute what the base computes")
+        moved(subject, decoder).train()
+        learn = [p for p in decoder.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(learn, lr=0.01, weight_decay=0.1)
+        for _ in range(steps):
+            output = decoder(tokens, documents=DOCUMENTS)
+            losses = [value for aux in output.aux for value in aux.losses.values()]
+            (output.logits.square().mean() + sum(losses, torch.zeros(()))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            decoder.after_step([aux.sums for aux in output.aux])
+        after = decoder.state_dict()
+        for name, tensor in base.state_dict().items():
+            if not torch.equal(after[name], tensor):
+                raise Violation(f"{model}: {steps} steps of training change {name!r} of the base")
+        decoder.eval()
+        want = logits_of(base, tokens, documents=DOCUMENTS)
+        with disable_adapters(decoder):
+            off = logits_of(decoder, tokens, documents=DOCUMENTS)
+        if not torch.equal(off, want):
+            raise Violation(f"{model}: switched off after training, it is not the base")
+        if torch.equal(logits_of(decoder, tokens, documents=DOCUMENTS), want):
+            raise Violation(f"{model}: switched on again, it computes what the base computes")
+    return f"{steps} steps, bit for bit; switched off, too"
+
+
+def adapter_decay(subject: Subject) -> str:
+    """What decays is neutral at 0: decay alone does not move an adapter from where it starts.
+
+    Of what precedes a text, prompts and states, nothing decays: no number of theirs is neutral.
+    """
+    names: set[str] = set()
+    for model in models_of(subject):
+        decoder, base = adapted(subject, model)
+        ids = {id(parameter) for parameter in decaying(decoder)}
+        precedes = {"input", "state"}.intersection(subject.part.kinds)
+        shrunk = False
+        for path, adapter in adapter_modules(decoder):
+            for name, parameter in adapter.named_parameters():
+                if id(parameter) not in ids:
+                    continue
+                if precedes:
+                    raise Violation(
+                        f"{model}: {name!r} of {path} decays, and a prompt or a state is not "
+                        "neutral at 0: say decays = False"
+                    )
+                names.add(name)
+                shrunk = True
+                with torch.no_grad():
+                    parameter.mul_(0.5)
+        if not (shrunk and subject.part.identity_at_start):
+            continue
+        tokens = subject.tokens(BATCH, 20, decoder.vocab_size)
+        got, want = (logits_of(net, tokens, documents=DOCUMENTS) for net in (decoder, base))
+        what = f"{model}: weight decay alone of {', '.join(sorted(names))} (or say decays = False)"
+        expect_same(got, want, TOLERANCES[torch.float64], what)
+    return f"decays: {', '.join(sorted(names)) or 'nothing'}"
+
+
 def adapter_forms(subject: Subject) -> str:
     """The adapted model is one function: forms, segments, padding and packing agree."""
     worst: dict[torch.dtype, float] = {}
@@ -216,24 +325,14 @@ def adapter_forms(subject: Subject) -> str:
             decoder, _ = adapted(subject, model, dtype)
             moved(subject, decoder)
             tokens = subject.tokens(BATCH, 20, decoder.vocab_size)
-            for documents in (None, DOCUMENTS):
+            for documents in (None, DOCUMENTS)[dtype is torch.float32 :]:
                 valid = torch.ones_like(DOCUMENTS, dtype=torch.bool)
                 valid = valid if documents is None else documents >= 0
-                want = logits_of(decoder, tokens, documents=documents, form="recurrent")
-                grown = decoder(tokens, documents=documents).logits  # gradients on
-                state, segments = decoder.init_state(BATCH, capacity=20), []
-                for begin, end in ((0, 9), (9, 10), (10, 20)):
-                    here = None if documents is None else documents[:, begin:end]
-                    with torch.no_grad():
-                        output = decoder(tokens[:, begin:end], state, here)
-                    state = output.state
-                    segments.append(output.logits)
-                whole = logits_of(decoder, tokens, documents=documents)
-                for how, got in (
-                    ("whole", whole),
-                    ("in segments", torch.cat(segments, 1)),
-                    ("with gradients", grown),
-                ):
+                found = in_each_form(decoder, tokens, documents)
+                found["whole"] = logits_of(decoder, tokens, documents=documents)
+                found["with gradients"] = decoder(tokens, documents=documents).logits
+                want = found.pop("recurrent")
+                for how, got in found.items():
                     what = f"{model}, logits {how} against recurrent, {dtype}"
                     error = expect_same(got[valid], want[valid], MODEL_TOLERANCES[dtype], what)
                     worst[dtype] = max(worst.get(dtype, 0.0), error)
@@ -244,20 +343,22 @@ def adapter_blocks(subject: Subject) -> str:
     """On a named block of a fused matrix it changes that block's rows, and no other's."""
     if "linear" not in subject.part.kinds:
         return "it changes no Linear"
-    decoder, _ = adapted(subject, "Attention", targets=["key"])
-    moved(subject, decoder)
-    linear: Any = decoder.blocks[0].mixer.query_key_value
-    x = subject.draw(5, 32)
-    with torch.no_grad():
-        change = linear(x) - linear.product(x)
-        own = linear.rows("key")
-        if not change[:, own].abs().max():
-            raise Violation("targets=['key'] changes nothing of the rows of key")
-        change[:, own] = 0
-        if change.abs().max():
-            raise Violation("targets=['key'] changes rows of other blocks")
-        parts = torch.cat([linear.part(x, "query"), linear.part(x, "key", "value")], dim=-1)
-        expect_same(parts, linear(x), TOLERANCES[torch.float64], "blocks one by one against all")
+    for name, path in (("key", "mixer.query_key_value"), ("up", "feed_forward.gate_up")):
+        decoder, _ = adapted(subject, "Attention", targets=[name])
+        moved(subject, decoder)
+        linear: Any = decoder.blocks[0].get_submodule(path)
+        x = subject.draw(5, 32)
+        with torch.no_grad():
+            y, changed = linear.product(x), linear(x)
+            own = linear.rows(name)
+            if torch.equal(changed[:, own], y[:, own]):
+                raise Violation(f"targets=[{name!r}] changes nothing of the rows of {name}")
+            change = changed - y
+            change[:, own] = 0
+            if change.abs().max():
+                raise Violation(f"targets=[{name!r}] changes rows of other blocks")
+            parts = torch.cat([linear.part(x, block) for block in linear.blocks], dim=-1)
+            expect_same(parts, changed, TOLERANCES[torch.float64], "block by block against all")
     only, _ = adapted(subject, "Attention", targets=["key"], layers=[1])
     if {int(path.split(".")[1]) for path, _ in adapter_modules(only)} != {1}:
         raise Violation("layers=[1] adapts other layers")
@@ -265,13 +366,11 @@ def adapter_blocks(subject: Subject) -> str:
 
 
 def adapter_merged(subject: Subject) -> str:
-    """Merged it computes what it computed beside the weights; else merging is refused by name."""
+    """Merged it computes in all forms what it computed beside the weights; else it is refused."""
     cls, worst = subject.part, 0.0
     for model in models_of(subject):
         decoder, base = adapted(subject, model)
         moved(subject, decoder)
-        tokens = subject.tokens(BATCH, 20, decoder.vocab_size)
-        want = logits_of(decoder, tokens, documents=DOCUMENTS)
         if not cls.mergeable:
             try:
                 merge_adapters(decoder)
@@ -280,11 +379,21 @@ def adapter_merged(subject: Subject) -> str:
                     raise Violation(f"merging is refused without its name: {error}") from None
                 continue
             raise Violation("it is not declared mergeable, and still merged")
-        got = logits_of(merge_adapters(decoder), tokens, documents=DOCUMENTS)
-        what = f"{model}: merged against beside the weights"
-        worst = max(worst, expect_same(got, want, TOLERANCES[torch.float64], what))
+        tokens = subject.tokens(BATCH, 20, decoder.vocab_size)
+        beside = in_each_form(decoder, tokens, DOCUMENTS)
+        merged = in_each_form(merge_adapters(decoder), tokens, DOCUMENTS)
+        valid = DOCUMENTS >= 0
+        for how, want in beside.items():
+            what = f"{model}: merged against beside the weights, {how}"
+            found = merged[how][valid]
+            worst = max(worst, expect_same(found, want[valid], TOLERANCES[torch.float64], what))
         if decoder.state_dict().keys() != base.state_dict().keys():
             raise Violation(f"{model}: merged, it still holds parameters of the adapter")
+        try:
+            merge_adapters(decoder)
+        except ValueError:
+            continue
+        raise Violation(f"{model}: it can be merged twice")
     return f"float64 {worst:.0e}" if cls.mergeable else "not declared, and refused by name"
 
 
@@ -309,6 +418,58 @@ def adapter_saved(subject: Subject) -> str:
         if not torch.equal(logits_of(remove_adapters(decoder), tokens), logits_of(base, tokens)):
             raise Violation(f"{model}: after removing it the base has changed")
     return "bit for bit"
+
+
+def adapter_copied(subject: Subject) -> str:
+    """A copy computes the same, and shares nothing with what it was copied from.
+
+    Parameters that modules share are held once in a state, and shared in the copy, too.
+    """
+    for model in models_of(subject):
+        decoder, _ = adapted(subject, model)
+        moved(subject, decoder)
+        tokens = subject.tokens(BATCH, 20, decoder.vocab_size)
+        want = logits_of(decoder, tokens)
+        copied = copy.deepcopy(decoder)
+        if not torch.equal(logits_of(copied, tokens), want):
+            raise Violation(f"{model}: a copy gives other logits")
+        moved(subject, copied)
+        if not torch.equal(logits_of(decoder, tokens), want):
+            raise Violation(f"{model}: training a copy changes what it was copied from")
+        fresh = reloaded(copied, adapted(subject, model)[0])
+        if not torch.equal(logits_of(copied, tokens), logits_of(fresh, tokens)):
+            raise Violation(f"{model}: a copy still reads parameters of what it was copied from")
+        held = [tensor.data_ptr() for tensor in decoder.state_dict().values() if tensor.numel()]
+        if len(set(held)) < len(held):
+            raise Violation(f"{model}: its state holds a tensor twice: share by Adapter.refer")
+        # Wider and back, as float32 checkpoints are read into models of other dtypes.
+        again = logits_of(copied.float().double(), tokens)
+        narrow = logits_of(copy.deepcopy(fresh).float().double(), tokens)
+        if not torch.equal(again, narrow):
+            raise Violation(f"{model}: a cast reaches other parameters of a copy")
+    return "bit for bit, and apart"
+
+
+def adapter_collapsed(subject: Subject) -> str:
+    """Without what only training needs it computes the same; saved and loaded, too."""
+    worst, less = 0.0, 0
+    if not subject.part.says("collapse"):
+        return "nothing to throw away"
+    for model in models_of(subject):
+        decoder, _ = adapted(subject, model)
+        moved(subject, decoder)
+        tokens = subject.tokens(BATCH, 20, decoder.vocab_size)
+        want, count = logits_of(decoder, tokens), decoder.parameter_count()
+        got = logits_of(collapse_adapters(decoder), tokens)
+        what = f"{model}: collapsed against before"
+        worst = max(worst, expect_same(got, want, TOLERANCES[torch.float64], what))
+        less = max(less, count - decoder.parameter_count())
+        with tempfile.TemporaryDirectory() as directory:
+            save_pretrained(Path(directory) / "model", decoder)
+            loaded, _ = from_pretrained(Path(directory) / "model")
+            if not torch.equal(logits_of(loaded.eval(), tokens), got):
+                raise Violation(f"{model}: collapsed, saved and loaded, it gives other logits")
+    return f"{less:,} parameters less, float64 {worst:.0e}" if less else "nothing to throw away"
 
 
 def adapter_casts(subject: Subject) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from archzoo.block import Bias, Embedding, Rotary
+from archzoo.decay import spared_of_decay
 from archzoo.decoder import Decoder
 from archzoo.numerics import at_least_float32
 
@@ -25,7 +25,8 @@ def decay_groups(
     comes, decay would shrink it at every step, and rare tokens would fade. A head that is tied
     to the table counts as the table. What encodes positions is a table, too, even where a
     small network computes it: embeddings, rotaries and biases do not decay, with all they hold.
-    Any module may say otherwise for what it holds, by an attribute ``decays``, True or False.
+    Any module may say otherwise for what it holds, by an attribute ``decays``, True or False, or
+    for single parameters by their names, ``{"magnitude": False}``.
 
     Args:
         decoder: Whose parameters.
@@ -36,21 +37,12 @@ def decay_groups(
     Returns:
         Two groups in the form torch's optimizers take, in a fixed order.
     """
-    matrices, others = _split(decoder, _spared(decoder), joining)
+    matrices, others = _split(decoder, spared_of_decay(decoder), joining)
     groups = [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
-
-
-def _spared(module: nn.Module, decays: bool = True) -> set[int]:
-    """The ids of parameters that some module holding them says do not decay."""
-    decays = getattr(module, "decays", decays and not isinstance(module, Embedding | Rotary | Bias))
-    found = set() if decays else {id(entry) for entry in module.parameters(recurse=False)}
-    for child in module.children():
-        found |= _spared(child, decays)
-    return found
 
 
 def _split(
@@ -93,7 +85,7 @@ def regroup(
     state = state | {"state": laid}
     tables = {id(parameter) for parameter in decoder.embedding.parameters()}
     before = _split(decoder, tables, joining)
-    now = _split(decoder, _spared(decoder), joining)
+    now = _split(decoder, spared_of_decay(decoder), joining)
     sizes = [len(group["params"]) for group in state["param_groups"]]
     if sizes != [len(group) for group in before if group] or not all(map(len, now)):
         return state
