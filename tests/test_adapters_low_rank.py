@@ -14,6 +14,7 @@ from torch import nn
 import archzoo
 from archzoo.adapters import Target
 from archzoo.adapters.attach import adapter_modules
+from archzoo.cli import main
 from archzoo.contract import examine
 from archzoo.contract.measure import relative_error
 from archzoo.linear import Linear
@@ -520,6 +521,30 @@ def test_a_pissas_signs_come_from_its_file(tmp_path, monkeypatch):
     fresh = archzoo.create_model("yuan_micro", vocab_size=20, adapter=part).eval()
     fresh.load_state_dict(net.state_dict())
     assert torch.equal(logits(fresh), want)
+
+
+def test_a_run_of_a_pissa_goes_on_from_the_signs_of_its_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    steps = ["--trainer.max_steps", "2", "--trainer.default_root_dir"]
+    run = ["--data", "Addition", "--data.digits", "1", "--trainer.accelerator", "cpu"]
+    assert main(["fit", "--model.preset", "retnet_micro", *run, *steps, "base"]) == 0
+    (base,) = tmp_path.glob("base/**/last.ckpt")
+    pissa = ["--model.adapter", "PiSSA", "--model.adapter.targets", "[query,up]"]
+    assert main(["fit", "--model.weights", str(base), *pissa, *steps, "run"]) == 0
+    (path,) = tmp_path.glob("run/**/last.ckpt")
+    exact, ended = torch.linalg.svd, []
+
+    def turned(*arguments, **options):
+        left, values, right = exact(*arguments, **options)
+        return -left, values, -right
+
+    for name, decomposition in (("same", exact), ("turned", turned)):
+        monkeypatch.setattr(torch.linalg, "svd", decomposition)
+        where = ["--trainer.max_steps", "3", "--trainer.default_root_dir", name]
+        assert main(["fit", "--ckpt_path", str(path), *where]) == 0
+        (last,) = tmp_path.glob(f"{name}/**/last.ckpt")
+        ended.append(archzoo.from_pretrained(last)[0].state_dict())
+    assert all(torch.equal(tensor, ended[1][name]) for name, tensor in ended[0].items())
 
 
 def test_a_pissa_goes_back_on_its_base():
