@@ -294,24 +294,6 @@ def test_experts_change_each_by_itself(cls):
             assert relative_error(got, want) < 1e-12
 
 
-@pytest.mark.parametrize("cls", FAMILY)
-def test_they_compile_as_one_graph(cls):
-    torch.manual_seed(0)
-    linear = Linear(9, {"a": 4, "b": 6}, bias=True).double()
-    adapter = cls(Target("linear", "b", (6, 9)), rank=2).double()
-    adapter.start(linear.weight[4:])
-    linear.attach("default", "b", adapter)
-    for parameter in adapter.parameters():
-        parameter.data.add_(torch.randn_like(parameter))
-    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
-    x = torch.randn(5, 9, dtype=torch.float64)
-    grads = []
-    for net in (linear, compiled):
-        y = net(x)
-        grads.append((y, *torch.autograd.grad(y.square().sum(), list(adapter.parameters()))))
-    assert all(relative_error(got, want) < 1e-12 for want, got in zip(*grads, strict=True))
-
-
 # ---------------------------------------------------------------------------- LoRA
 
 
