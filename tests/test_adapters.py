@@ -749,12 +749,25 @@ def test_targets_are_named_by_meaning(targets, blocks):
         ("routr", "nearest: router"),
         ("expert", "nearest: experts"),
         ("blocks.0.mixer.query_key_value.quary", "nearest: blocks.0.mixer.query_key_value.query"),
-        ("embedding", "LoRA cannot change embedding, of the kind 'input'"),
+        ("embedding", "cannot change embedding, of the kind 'input'.*; remove it from targets"),
     ],
 )
 def test_an_unknown_target_gets_the_nearest_names(target, says):
     with pytest.raises(ValueError, match=says):
         archzoo.create_model("yuan_micro", vocab_size=20, adapter=archzoo.LoRA(targets=[target]))
+
+
+def test_a_target_of_other_layers_says_where_it_is():
+    adapter = archzoo.LoRA(targets=["gate"], layers=[1])
+    pattern, plain = ["Retention", "Attention"], "PlainFeedForward"
+    with pytest.raises(
+        ValueError, match=r"LoRA: 'gate' is not in the layers \[1\]: it is in \[0\]"
+    ):
+        archzoo.create_model(
+            "retnet_micro", vocab_size=20, pattern=pattern, feed_forward=plain, adapter=adapter
+        )
+    with pytest.raises(ValueError, match="layer 'a' is not one of 0 to 1"):
+        archzoo.create_model("retnet_micro", vocab_size=20, adapter=archzoo.LoRA(layers=["a"]))
 
 
 def test_without_a_target_a_class_gives_a_recipe():

@@ -125,23 +125,25 @@ def matching(decoder: Decoder, spec: Spec, places: list[Place]) -> list[Place]:
         )
     layers = arguments.get("layers")
     for layer in layers or []:
-        if not 0 <= layer < decoder.depth:
+        if not (isinstance(layer, int) and 0 <= layer < decoder.depth):
             raise ValueError(
-                f"{cls.__name__}: layer {layer} is not one of 0 to {decoder.depth - 1}"
+                f"{cls.__name__}: layer {layer!r} is not one of 0 to {decoder.depth - 1}"
             )
     found: dict[str, Place] = {}
     for wanted in dict.fromkeys(targets):
         named = _called(wanted, places, cls)
         hits = [p for p in named if layers is None or p.target.layer in (*layers, None)]
-        if not hits:
-            within = "" if layers is None or not named else f" in the layers {layers}"
-            known = [place.target.path for place in places]
-            if wanted not in (*known, *_meanings(places)) and wanted.count(".") < 2:
-                known = _meanings(places)
+        if named and not hits:
+            there = sorted({place.target.layer for place in named} - {None})  # type: ignore[type-var]
             raise ValueError(
-                f"{cls.__name__}: nothing here is called {wanted!r}{within}; "
-                f"{nearest(wanted, known)}; or give a regular expression for a whole path such as "
-                f"{places[1].target.path}"
+                f"{cls.__name__}: {wanted!r} is not in the layers {layers}: it is in {there}"
+            )
+        if not hits:
+            paths = wanted.count(".") > 1
+            known = [place.target.path for place in places] if paths else _meanings(places)
+            raise ValueError(
+                f"{cls.__name__}: nothing here is called {wanted!r}; {nearest(wanted, known)}; or "
+                f"give a regular expression for a whole path such as {places[1].target.path}"
             )
         found |= {place.target.path: place for place in hits}
     for place in found.values():
@@ -193,7 +195,7 @@ def _check_place(cls: type[Adapter], place: Place, decoder: Decoder) -> None:
     if kind not in cls.kinds:
         raise ValueError(
             f"{cls.__name__} cannot change {path}, of the kind {kind!r}: it declares "
-            f"{', '.join(cls.kinds)}"
+            f"{', '.join(cls.kinds)}; remove it from targets"
         )
     if isinstance(module, Linear):
         if place.target.part == "router" and not cls.takes_routers:
@@ -204,7 +206,7 @@ def _check_place(cls: type[Adapter], place: Place, decoder: Decoder) -> None:
         if module.weight_is_read and not cls.says("delta"):
             raise ValueError(
                 f"{cls.__name__} cannot change {path}: its weight is read directly instead of by "
-                "calling it, and the class has no delta(weight)"
+                "calling it, and the class has no delta(weight); remove it from targets"
             )
         if module is decoder.head and decoder.tie_weights:
             raise ValueError(
