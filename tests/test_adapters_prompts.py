@@ -16,6 +16,7 @@ from archzoo.adapters.attach import adapter_modules
 from archzoo.block import make_context
 from archzoo.contract import CHECKS, run_check
 from archzoo.contract.measure import relative_error
+from archzoo.tasks import Addition
 from archzoo.training.optim import decay_groups
 
 GOLDEN = Path(__file__).parent / "golden" / "adaptation_prompts.safetensors"
@@ -26,6 +27,13 @@ MODELS = {
     "retnet": {"preset": "retnet_micro"},
     "yuan": {"preset": "yuan_micro"},
     "skywork": {"preset": "skywork_micro"},
+    "abacus": {
+        "preset": "abacus_micro",
+        "embedding": {
+            "class_path": "AbacusEmbedding",
+            "init_args": {"digit_tokens": list(range(10, 20))},
+        },
+    },
     "biased": {"preset": "transformer_micro", "bias": "FIRE", "rotary": "none"},
     "grouped": {
         "preset": "transformer_micro",
@@ -374,6 +382,20 @@ def test_prefixes_answer_user_errors_in_a_line(model, arguments, says):
     loops = 2 if model == "looped" else 1
     with pytest.raises(ValueError, match=says):
         make("retnet", spec("PrefixTuning", **arguments), loops=loops)
+
+
+def test_tokens_that_end_within_a_number_are_refused_and_nothing_changes():
+    """Abacus counts the digits of a number, and a prefix does not hold how many have come."""
+    task = Addition(digits=2)
+    net = archzoo.create_model("abacus_micro", vocab_size=task.vocab_size)
+    net.bind(task)
+    number = task.tokenizer.encode("12")
+    for spoilt in (number, [task.vocab_size]):
+        with pytest.raises(ValueError, match=r"end them with another token|is not one of the"):
+            archzoo.adapt(net, archzoo.PTuningV2(tokens=spoilt))
+        assert net.config["adapter"] is None and not list(adapter_modules(net))
+        assert all(parameter.requires_grad for parameter in net.parameters())
+    archzoo.adapt(net, archzoo.PTuningV2(tokens=[*number, *task.tokenizer.encode("=")]))
 
 
 # ---------------------------------------------------------------------------- every document

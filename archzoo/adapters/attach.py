@@ -44,7 +44,11 @@ def adapt(decoder: Decoder, adapter: Any) -> Decoder:
     decoder.config |= attach(decoder, described if several else {"default": described})
     for _, module in adapter_modules(decoder):
         module.to(decoder.device, decoder.dtype).train(decoder.training)
-    start_adapters(decoder)
+    try:
+        start_adapters(decoder)
+    except ValueError:  # a token that is not there, say: nothing has changed
+        remove_adapters(decoder)
+        raise
     return decoder
 
 
