@@ -259,8 +259,11 @@ def test_a_head_is_trained_beside_an_adapter(fit, base):
     before = read_safely(base)["state_dict"]
     after = fit("x", "--model.adapter=LoRA", "--model.unfreeze=head")
     held, head = after["state_dict"], "decoder.head.weight"
-    assert held.keys() & before.keys() == {head} and not torch.equal(held[head], before[head])
-    assert len(after["optimizer_states"][0]["state"]) == len(held)
+    moved = {name for name in held.keys() & before if not torch.equal(held[name], before[name])}
+    assert moved == {head}
+    assert not any("blocks" in n and n.endswith("weight") for n in held.keys() & before)
+    adapters = held.keys() - before
+    assert len(after["optimizer_states"][0]["state"]) == len(adapters) + 1
     read = archzoo.from_pretrained("runs/x/last.ckpt")[0].state_dict()
     assert all(torch.equal(read[name.removeprefix("decoder.")], held[name]) for name in held)
     whole = fit("whole", "--model.adapter=LoRA", "--model.unfreeze=head", *STEADY)
