@@ -444,9 +444,10 @@ class Decoder(nn.Module):
 
     @contextmanager
     def weights_held(self) -> Iterator[None]:
-        """For decoding: within it adapted weights that kernels read are computed once.
+        """For decoding: within it adapted weights are computed once, see `Linear.held`.
 
-        So is what documents start from, behind a prompt or a prefix. No weight may change within.
+        So what can be merged costs what the base does. What documents start from, behind a prompt
+        or a prefix, is computed once, too. No weight may change within.
         """
         with ExitStack() as stack:
             for module in self.modules():

@@ -82,6 +82,8 @@ class Linear(nn.Linear):
         self.residual_projection = residual_projection
         self.adapted = False
         self._held: Tensor | None = None
+        self._held_bias: Tensor | None = None
+        self._held_in_calls = False  # where all adapters can be merged
         if stack is not None:
             self.weight_is_read = True
             self.weight = nn.Parameter(torch.empty(stack, self.out_features, in_features))
@@ -139,12 +141,20 @@ class Linear(nn.Linear):
         """
         if not self.adapted:
             return self.product(x)
+        if self._held_in_calls and self._uses_held():
+            return _of_each(x, self._held, self._held_bias)  # type: ignore[arg-type]
         return self._changed(x, tuple(self.blocks))
 
     def part(self, x: Tensor, *names: str) -> Tensor:
         """The same, but only of blocks that lie side by side: y (..., their rows)."""
         rows = self.rows(*names)
-        return self._changed(x, names, rows) if self.adapted else self.product(x, rows)
+        if not self.adapted:
+            return self.product(x, rows)
+        if self._held_in_calls and self._uses_held():
+            bias = self._held_bias
+            held: Tensor = self._held[..., rows, :]  # type: ignore[index]
+            return _of_each(x, held, bias if bias is None else bias[..., rows])
+        return self._changed(x, names, rows)
 
     def product(self, x: Tensor, rows: slice | None = None) -> Tensor:
         """``x W^T + b`` without adapters, of all rows or of some."""
@@ -278,37 +288,65 @@ class Linear(nn.Linear):
         """
         if not self.adapted:
             return self.base_weight()
-        if self._held is not None and not torch.is_grad_enabled() and not followed():
-            return self._held
+        if self._uses_held():
+            return self._held  # type: ignore[return-value]
         return self._effective()
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Within it the effective weight is computed once, while gradients are off.
-
-        Whoever decodes enters it, and changes no weight within. Nothing else could tell that one
-        has changed: a fused optimizer step, FSDP2 and ``.data`` count no versions.
-        """
-        if not (self.adapted and self.weight_is_read) or self._held is not None:
-            yield
-            return
-        with torch.no_grad():
-            self._held = self._effective()
-        try:
-            yield
-        finally:
-            self._held = None
 
     def effective_bias(self) -> Tensor | None:
         """B with the change of every adapter, or None where there is none."""
         if self.bias is None or not self.adapted:
             return self.bias
+        return self._held_bias if self._uses_held() else self._effective_bias()
+
+    def one_weight(self) -> Tensor | None:
+        """The one matrix that y is x times, for a kernel; None: adapters compute beside it.
+
+        Without adapters it is the weight, and within `held` that with what they add to it.
+        """
+        if not self.adapted:
+            return self.base_weight()
+        return self._held if self._held_in_calls and self._uses_held() else None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within it weight and bias with their adapters' changes are computed once, for no_grad.
+
+        Then a call is the base's one product, where all adapters can be merged. In a dtype of few
+        bits it rounds as merging does. Whoever decodes enters it, and changes no weight within.
+        Nothing else could tell that one has changed: a fused optimizer step, FSDP2 and ``.data``
+        count no versions.
+        """
+        if self._held is not None or not (self.adapted and (self.weight_is_read or self._merges())):
+            yield
+            return
+        with torch.no_grad():
+            self._held = self._effective()
+            self._held_bias = None if self.bias is None else self._effective_bias()
+        self._held_in_calls = self._merges()
+        try:
+            yield
+        finally:
+            self._forget_held()
+
+    def _forget_held(self) -> None:
+        self._held = self._held_bias = None
+        self._held_in_calls = False
+
+    def _merges(self) -> bool:
+        """Whether all adapters that are on say by a change of the weight all that they do."""
+        return all(adapter.mergeable for _, adapter in self.adapters())
+
+    def _uses_held(self) -> bool:
+        return self._held is not None and not torch.is_grad_enabled() and not followed()
+
+    def _effective_bias(self) -> Tensor:
         with without_autocast(self.device):
             return torch.cat(list(self._biases().values()), dim=-1)
 
     def _effective(self) -> Tensor:
         with without_autocast(self.device):  # weights are changed in their own dtype
-            return torch.cat(list(self._weights().values()), dim=-2)
+            parts = list(self._weights().values())
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
 
     def _weights(self, only: str | None = None, before: Any = None) -> dict[str, Tensor]:
         """Each block's weight with its adapters' changes.
@@ -362,7 +400,7 @@ class Linear(nn.Linear):
         """Let these adapters, and no others, change nothing."""
         self.adapters_off = frozenset(names) & self.entries().keys()
         self.adapted = bool(self.entries().keys() - self.adapters_off)
-        self._held = None
+        self._forget_held()
 
     def _by_block(self, names: Sequence[str]) -> dict[str, list[Any]]:
         """The adapters of each of these blocks that has some, in order."""

@@ -133,6 +133,26 @@ class Weighed(Adapter):
         return self.amount.tanh()
 
 
+class Magnitude(Adapter):
+    """DoRA's m: it starts from the weight."""
+
+    def __init__(self, target, *, targets=None, layers=None):
+        super().__init__(target, targets=targets, layers=layers)
+        self.magnitude = nn.Parameter(torch.zeros(target.shape[-2]))
+
+    default_targets = ("query", "down")
+    mergeable = True
+
+    def reset_parameters(self):
+        nn.init.zeros_(self.magnitude)
+
+    def start(self, weight):
+        self.magnitude.copy_(weight.norm(dim=-1))
+
+    def delta(self, weight):
+        return weight * (self.magnitude / weight.norm(dim=-1).detach() - 1)[:, None]
+
+
 class Gated(Adapter):
     """What is added depends on the token, so it cannot be merged."""
 
@@ -594,6 +614,59 @@ def test_the_effective_weight_is_held_while_decoding_and_never_stale():
         assert linear.effective_weight().requires_grad
 
 
+@pytest.mark.parametrize("cls", [archzoo.LoRA, Scale, InputScale, Weighed, Magnitude])
+def test_decoding_multiplies_with_one_held_weight_where_all_can_be_merged(cls, monkeypatch):
+    """The base's products and no others, biases and blocks one by one included."""
+    names = ["filter_first", "query", "value", "up", "down", "router", "fire_inner"]
+    arguments = {"rank": 1} if cls is archzoo.LoRA else {}
+    if cls is Magnitude or cls is Scale or cls is InputScale:  # of no experts
+        names = ["filter_first", "query", "value", "router", "fire_inner"]
+    net = archzoo.create_model("yuan_micro", vocab_size=20, bias="FIRE").double().eval()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    archzoo.adapt(net, cls(targets=names, **arguments))
+    for _, module in adapter_modules(net):
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, mean=1.0, std=0.3)
+    tokens = torch.randint(20, (2, 9))
+    with torch.no_grad():
+        want = net(tokens).logits
+    with net.weights_held():
+        fresh = net(tokens).logits  # with gradients nothing is held
+        fresh.sum().backward()
+        with torch.no_grad(), monkeypatch.context() as patch:
+            patch.setattr(Linear, "_changed", None)
+            patch.setattr(cls, "delta", None)
+            for form in (None, "recurrent"):
+                assert relative_error(net(tokens, form=form).logits, want) < 1e-12
+    assert relative_error(fresh, want) < 1e-12
+    assert all(
+        parameter.grad is not None for _, m in adapter_modules(net) for parameter in m.parameters()
+    )
+    archzoo.generate(net, [[1, 2, 3], [4]], max_tokens=4, check=True)
+
+
+def test_beside_one_that_cannot_be_merged_nothing_is_held_in_calls():
+    adapters = {"a": archzoo.LoRA(targets=["query", "up"]), "b": Gated(targets=["value"])}
+    net = archzoo.create_model("retnet_micro", vocab_size=20, adapters=adapters).double().eval()
+    for _, module in adapter_modules(net):
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    tokens = torch.randint(20, (2, 9))
+    with torch.no_grad():
+        want = net(tokens).logits
+        with net.weights_held():
+            first, second = (
+                net.blocks[0].mixer.query_key_value_gate,
+                net.blocks[0].feed_forward.gate_up,
+            )
+            assert first.one_weight() is None
+            assert second.one_weight() is second.effective_weight()
+            assert relative_error(net(tokens).logits, want) < 1e-12
+            archzoo.disable_adapters(net, "b")
+            assert first.one_weight() is None  # what is held has been forgotten
+
+
 class InPlace(RunningMean):
     """It writes into its state where gradients are off: a call consumes the state."""
 
@@ -609,26 +682,6 @@ def test_decoding_leaves_a_prefix_as_it_is():
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     archzoo.generate(net, [[1, 2, 3], [4, 5]], max_tokens=4, check=True)
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
-
-
-class Magnitude(Adapter):
-    """DoRA's m: it starts from the weight."""
-
-    def __init__(self, target, *, targets=None, layers=None):
-        super().__init__(target, targets=targets, layers=layers)
-        self.magnitude = nn.Parameter(torch.zeros(target.shape[-2]))
-
-    default_targets = ("query", "down")
-    mergeable = True
-
-    def reset_parameters(self):
-        nn.init.zeros_(self.magnitude)
-
-    def start(self, weight):
-        self.magnitude.copy_(weight.norm(dim=-1))
-
-    def delta(self, weight):
-        return weight * (self.magnitude / weight.norm(dim=-1).detach() - 1)[:, None]
 
 
 def test_an_adapter_that_starts_from_the_weight_keeps_the_rules():

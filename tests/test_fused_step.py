@@ -10,6 +10,7 @@ import torch
 from families import micro
 from kernel_device import DEVICE, GPU, define_kernels
 
+import archzoo
 from archzoo.decoder import Decoder
 from archzoo.generation import replay
 from archzoo.generation.fused import Step, fused_step
@@ -138,6 +139,18 @@ NONE = [
 @pytest.mark.parametrize("arguments", HALF)
 def test_the_other_half_is_called(arguments, monkeypatch):
     check(make(**arguments), PROMPTS[:2], monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["retnet_micro", "transformer_micro"])
+def test_adapted_weights_that_are_held_are_fused(name, monkeypatch):
+    """All that can be merged is one matrix while a text is decoded."""
+    blocks = ["query", "value", "output", "up", "down"]
+    model = make(name=name, adapter=archzoo.LoRA(targets=blocks))
+    assert model.blocks[0].feed_forward.down.one_weight() is None
+    with model.weights_held(), torch.no_grad():
+        monkeypatch.setattr("archzoo.generation.fused._call_mixer", None)
+        monkeypatch.setattr("archzoo.generation.fused._call_feed_forward", None)
+        check(model, PROMPTS[:2], monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["skywork_micro", "yuan_micro"])

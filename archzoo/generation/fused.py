@@ -88,7 +88,7 @@ def fused_step(model: Decoder) -> Step | None:
         (mix or partial(_call_mixer, block), feed or partial(_call_feed_forward, block))
         for block, mix, feed in zip(model.blocks, mixes, feeds, strict=True)
     ] * model.loops
-    embedding, norm, head = model.embedding.weight, _norm_of(model.norm), model.head.weight
+    embedding, norm, head = model.embedding.weight, _norm_of(model.norm), _weight(model.head)
     device = embedding.device
     found = [_frequencies(block.mixer) for block in model.blocks]
     rotations = {
@@ -132,13 +132,13 @@ def _retain(
     here: _Here,
 ) -> State:
     width, values = mixer.heads * mixer.head_dim, mixer.heads * mixer.value_dim
-    weight, scale = mixer.query_key_value_gate.weight, mixer.head_dim**-0.5
+    weight, scale = _weight(mixer.query_key_value_gate), mixer.head_dim**-0.5
     turn = Rotation(here.tables[rotation], mixer.head_dim, width, width, scale)
     projected = kernels.linear(x, weight, norm=norm, rotation=turn)
     q, k, v, gate = projected.split_with_sizes((width, width, values, values), 1)
     o = kernels.retain(q, k, v, log_decay, here.positions, held["memory"])
     of_heads = Norm(None, max(mixer.norm_eps, 1e-24), mixer.heads, gate)  # as Retention.finish
-    kernels.linear(o, mixer.output.weight, norm=of_heads, residual=x)
+    kernels.linear(o, _weight(mixer.output), norm=of_heads, residual=x)
     return held
 
 
@@ -147,7 +147,7 @@ def _attend(
 ) -> State:
     heads, kv_heads, size = mixer.heads, mixer.kv_heads, mixer.head_dim
     turn = Rotation(here.tables[rotation], size, heads * size, kv_heads * size)
-    projected = kernels.linear(x, mixer.query_key_value.weight, norm=norm, rotation=turn)
+    projected = kernels.linear(x, _weight(mixer.query_key_value), norm=norm, rotation=turn)
     heads_of_all = projected.unflatten(1, (-1, size))
     q, k, v = heads_of_all.split_with_sizes((heads, kv_heads, kv_heads), 1)
     cache = held["keys"], held["values"], held["length"], held["arrivals"]
@@ -158,13 +158,13 @@ def _attend(
     y = cache_attention.attend_cache(
         q, k, v, *cache, documents=documents, document=here.document, early=early
     )
-    kernels.linear(y.flatten(1), mixer.output.weight, residual=x)
+    kernels.linear(y.flatten(1), _weight(mixer.output), residual=x)
     return held
 
 
 def _feed(fed: GatedFeedForward, norm: Norm, x: Tensor, here: _Here) -> None:
-    hidden = kernels.linear(x, fed.gate_up.weight, norm=norm, paired=True)
-    kernels.linear(hidden, fed.down.weight, residual=x)
+    hidden = kernels.linear(x, _weight(fed.gate_up), norm=norm, paired=True)
+    kernels.linear(hidden, _weight(fed.down), residual=x)
 
 
 def _call_mixer(block: Block, x: Tensor, held: State, here: _Here) -> State:
@@ -196,7 +196,7 @@ def _is_plain_around(model: Decoder) -> bool:
     if hooked or torch.is_autocast_enabled(model.device.type):
         return False
     table = model.embedding.weight
-    same = table.dtype == model.head.weight.dtype and table.is_contiguous()
+    same = table.dtype == model.head.dtype and table.is_contiguous()
     return same and _is_rms(model.norm, table.dtype) and _is_weight(model.head, table.dtype)
 
 
@@ -259,6 +259,13 @@ def _is_rms(norm: nn.Module, dtype: torch.dtype) -> bool:
 
 def _is_weight(linear: nn.Module, dtype: torch.dtype) -> bool:
     """Whether a Linear is its weight and nothing else, which the kernels take."""
-    if type(linear) is not Linear or linear.adapted or linear.bias is not None:
+    if type(linear) is not Linear or linear.one_weight() is None or linear.bias is not None:
         return False
     return linear.stack is None and linear.dtype == dtype and kernels.available(linear.weight)
+
+
+def _weight(linear: Linear) -> Tensor:
+    """What it multiplies with, which `_is_weight` has found to be one matrix."""
+    weight = linear.one_weight()
+    assert weight is not None
+    return weight
