@@ -86,9 +86,20 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
+def variants():
+    """Every arm; of adapters' files the first only where it must be quick.
+
+    The others take 40 seconds of a core. test_compare.py makes the plans of all of them.
+    """
+    for path in CONFIGS:
+        for number, arm in enumerate(arms(path)):
+            quick = path.parent.name != "adaptation" or not number
+            yield pytest.param(path, arm, marks=[] if quick else pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("path", "arm"),
-    [(path, arm) for path in CONFIGS for arm in arms(path)],
+    list(variants()),
     ids=lambda value: value.stem if isinstance(value, Path) else value,
 )
 @pytest.mark.filterwarnings("ignore:a number of .* digits is longer than")  # some mean to show it
