@@ -269,6 +269,37 @@ def test_ranks_resume_where_they_ended(directory, strategy):
             assert torch.allclose(end["state_dict"][name], value, rtol=0, atol=1e-5), name
 
 
+ADAPTED = """
+seed_everything: 0
+model:
+  weights: runs/base/last.ckpt
+  adapter: {class_path: LoRA, init_args: {rank: 2, targets: [query, experts.down]}}
+  learning_rate: 5.0e-3
+  warmup_steps: 1
+  schedule: constant
+data: {class_path: Addition, init_args: {digits: 2, batch_size: 8, validation_examples: 20}}
+trainer: {accelerator: cpu, max_steps: 4, limit_val_batches: 0, gradient_clip_val: 1.0}
+"""
+
+
+@pytest.mark.slow  # some 25 s each
+@pytest.mark.parametrize("strategy", [DDP, FSDP2], ids=["ddp", "fsdp2"])
+def test_ranks_resume_an_adapted_run_beside_its_base(directory, strategy):
+    """Whose checkpoint holds the adapter and its optimizer alone."""
+    assert main(["fit", "--config", "run.yaml", "--name", "base", "--trainer.max_steps=1"]) == 0
+    Path("run.yaml").write_text(ADAPTED)
+    together("half", *strategy, "--trainer.max_steps=2")
+    together("rest", *strategy, "--ckpt_path=runs/half/last.ckpt")
+    assert main(["fit", "--config", "run.yaml", "--name", "whole"]) == 0
+    whole, rest = (read_safely(f"runs/{name}/last.ckpt") for name in ("whole", "rest"))
+    assert whole["base_weights"] == rest["base_weights"]
+    assert whole["state_dict"].keys() == rest["state_dict"].keys()
+    assert len(rest["optimizer_states"][0]["state"]) == len(rest["state_dict"])
+    for name, value in whole["state_dict"].items():
+        assert "adapter_modules" in name
+        assert torch.allclose(rest["state_dict"][name], value, rtol=0, atol=1e-5), name
+
+
 DROP = ["--model.dropout=0.3", "--model.schedule=constant", "--model.warmup_steps=1"]
 
 

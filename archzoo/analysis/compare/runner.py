@@ -237,6 +237,8 @@ class Runner:
             yield ["fit", *imports, "--config", str(path), *given, "--resume", "auto"]
         # Model and data are the checkpoint's; how they are run is as in training.
         given = [*imports, "--trainer", json.dumps(run.settings["trainer"])]
+        beside = self._beside(run)
+        given += beside
         data = run.settings["data"].get("init_args") or {}
         for name in ("path", "cache_dir"):  # which no checkpoint may say by itself
             if isinstance(data.get(name), str):
@@ -254,9 +256,19 @@ class Runner:
             return
         if not (trained and evaluated(directory, "test", step, TABLE_OF_BASE)):
             # What is left of what the base had learnt.
-            given = [*imports, "--trainer", json.dumps(run.settings["trainer"])]
+            given = [*imports, "--trainer", json.dumps(run.settings["trainer"]), *beside]
             given += ["--data", json.dumps(run.base.settings["data"]), "--table", TABLE_OF_BASE]
             yield ["test", "--ckpt_path", checkpoint, *given]
+
+    def _beside(self, run: Run) -> list[str]:
+        """Where the base of an adapted run lies, which its checkpoint leaves out.
+
+        The checkpoint says so, too, and is believed only of what is under the current directory.
+        """
+        adapted = any(run.settings["model"].get(name) for name in ("adapter", "adapters"))
+        if run.base is None or not adapted:
+            return []
+        return ["--model.weights", str(self.directory(run.base) / "last.ckpt")]
 
     def _ends_validated(self, run: Run) -> bool:
         """Whether training itself evaluates the checkpoint that is measured."""
