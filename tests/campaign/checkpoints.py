@@ -144,8 +144,13 @@ def _files(target: Path) -> list[Path]:
     return [target] if target.is_file() else sorted(target.iterdir())
 
 
+def weights_of(target: Path) -> Path:
+    """The file of tensors: the checkpoint itself, or what lies in the directory."""
+    return target if target.is_file() else next(target.glob("*.safetensors"))
+
+
 def flip_bits(draw: random.Random, target: Path) -> None:
-    weights = target if target.is_file() else target / "model.safetensors"
+    weights = weights_of(target)
     content = bytearray(weights.read_bytes())
     for _ in range(draw.choice([1, 1, 1, 8, 100])):
         content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
@@ -155,20 +160,20 @@ def flip_bits(draw: random.Random, target: Path) -> None:
 def truncate(draw: random.Random, target: Path) -> None:
     path = draw.choice(_files(target))
     content = path.read_bytes()
-    if path.name != "model.safetensors" and path.suffix != ".ckpt":
+    if path.suffix not in (".safetensors", ".ckpt"):
         # A configuration may lose its end without loss: the line break.
         content = content.rstrip()
     path.write_bytes(content[: draw.choice([0, 1, 8, draw.randrange(len(content))])])
 
 
 def append(draw: random.Random, target: Path) -> None:
-    weights = target if target.is_file() else target / "model.safetensors"
+    weights = weights_of(target)
     weights.write_bytes(weights.read_bytes() + draw.randbytes(draw.choice([1, 22, 1000])))
 
 
 def splice(draw: random.Random, target: Path) -> None:
     """A segment of the file stands where another was."""
-    weights = target if target.is_file() else target / "model.safetensors"
+    weights = weights_of(target)
     content = bytearray(weights.read_bytes())
     size = draw.choice([1, 4, 64, 1024])
     first, other = (draw.randrange(len(content) - size) for _ in range(2))
@@ -178,7 +183,7 @@ def splice(draw: random.Random, target: Path) -> None:
 
 def edit_header(draw: random.Random, target: Path) -> None:
     """Another header of the safetensors, with a length that fits it."""
-    weights = target / "model.safetensors"
+    weights = weights_of(target)
     content = weights.read_bytes()
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
