@@ -5,18 +5,24 @@ import itertools
 import warnings
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_resume import KillAfter, Killed, addition, stream
 from torch import nn
 
 import archzoo
 from archzoo.adapters import Target
 from archzoo.adapters.attach import adapter_modules
 from archzoo.block import make_context
+from archzoo.cli import main
 from archzoo.contract import CHECKS, run_check
 from archzoo.contract.measure import relative_error
 from archzoo.tasks import Addition
+from archzoo.training.callbacks import Checkpoints
+from archzoo.training.files import CheckpointFiles
+from archzoo.training.module import LanguageModel
 from archzoo.training.optim import decay_groups
 
 GOLDEN = Path(__file__).parent / "golden" / "adaptation_prompts.safetensors"
@@ -554,3 +560,69 @@ def test_a_training_step_is_one_graph(name):
     for documents in (None, DOCUMENTS):
         got = compiled(TOKENS, documents=documents).logits
         assert relative_error(got, net(TOKENS, documents=documents).logits) < 1e-12
+
+
+# ---------------------------------------------------------------------------- as a user runs it
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "preset", "kind"),
+    [
+        ("PrefixTuning", {"hidden": 8}, "transformer_micro", "addition"),
+        ("PTuning", {}, "retnet_micro", "stream"),  # the state is carried from batch to batch
+    ],
+)
+def test_a_resumed_run_is_the_same_run(name, arguments, preset, kind, tmp_path):
+    def fit(directory, adapter, weights=None, kill=None, resume=False):
+        directory.mkdir(exist_ok=True)
+        lightning.seed_everything(0)
+        how = {"warmup_steps": 2, "learning_rate": 1e-2, "adapter": adapter, "weights": weights}
+        model = LanguageModel(None if weights else preset, **how)
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            default_root_dir=directory,
+            max_steps=5 if adapter else 1,
+            limit_val_batches=0,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            logger=False,
+            plugins=[CheckpointFiles()],
+            callbacks=[Checkpoints(every_n_steps=2), *([KillAfter(kill)] if kill else [])],
+        )
+        task = addition() if kind == "addition" else stream(tmp_path)
+        path = str(directory / "last.ckpt")
+        try:
+            trainer.fit(model, task, ckpt_path=path if resume else None)
+        except Killed:
+            assert kill
+        return model.net.state_dict()
+
+    fit(tmp_path / "base", None)
+    begin = str(tmp_path / "base" / "last.ckpt")
+    adapter = spec(name, **arguments)
+    whole = fit(tmp_path / "whole", adapter, begin)
+    fit(tmp_path / "parts", adapter, begin, kill=3)
+    resumed = fit(tmp_path / "parts", adapter, begin, resume=True)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+
+
+def test_a_prompt_is_trained_saved_alone_and_used_from_the_command_line(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    quick = ["--trainer.enable_progress_bar", "false", "--trainer.default_root_dir"]
+    run = ["--data", "Addition", "--data.digits", "1", "--trainer.accelerator", "cpu"]
+    few = ["--trainer.max_steps", "1", *quick]
+    assert main(["fit", "--model.preset", "retnet_micro", *run, *few, "base"]) == 0
+    (base,) = tmp_path.glob("base/**/last.ckpt")
+    adapter = ["--model.adapter", "PTuning", "--model.adapter.length", "4"]
+    assert main(["fit", "--model.weights", str(base), *adapter, *few, "tuned"]) == 0
+    (tuned,) = tmp_path.glob("tuned/**/last.ckpt")
+    capsys.readouterr()
+    assert main(["adapter", "save", str(tuned), "--out", "alone"]) == 0
+    assert "PTuning of 128 parameters in 1 place" in capsys.readouterr().out
+    assert main(["generate", str(base), "1+2=", "--adapter", "alone", "--max_tokens", "2"]) == 0
+    alone = capsys.readouterr().out
+    assert main(["generate", str(tuned), "1+2=", "--max_tokens", "2"]) == 0
+    assert alone.splitlines()[0] == capsys.readouterr().out.splitlines()[0]

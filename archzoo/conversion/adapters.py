@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from archzoo.adapters.attach import attached, merge_adapter
+from archzoo.adapters.attach import attached, collapse_adapters, merge_adapter
 from archzoo.checkpoint import Pretrained, load, save_adapter, save_pretrained
 from archzoo.conversion.peft import export_peft, import_peft
 from archzoo.decoder import Decoder
@@ -126,6 +126,7 @@ def _save(target: Path, model: Decoder, name: str | None) -> None:
     if name is not None and name not in names:
         raise ValueError(f"there is no adapter {name!r}; {nearest(name, names)}")
     alone = name is not None or len(names) == 1
+    collapse_adapters(model)  # what only training needed is not written, and not counted
     for entry in names if name is None else [name]:
         place = target if alone else target / entry
         save_adapter(place, model, entry)
