@@ -251,6 +251,7 @@ def test_files_have_the_permissions_that_the_umask_leaves(tmp_path: Path, mask: 
             tmp_path / "model", micro(vocab_size=Addition().vocab_size), Addition().tokenizer
         )
         write_checkpoint(run_content(micro()), tmp_path / "model" / "run.ckpt")
+        archzoo.save_adapter(tmp_path / "model", archzoo.adapt(micro(), "LoRA"))
     finally:
         os.umask(before)
     for file in (tmp_path / "model").iterdir():
@@ -410,6 +411,25 @@ def task_of_size(place: Path, name: str, amount: float) -> Path:
     return place
 
 
+def adapter(place: Path, **arguments: Any) -> Path:
+    """An adapter's directory, of a LoRA with other arguments than it was written with."""
+    archzoo.save_adapter(place, archzoo.adapt(micro(), "LoRA"))
+    content = json.loads((place / "adapter.json").read_text())
+    content["adapter"]["init_args"] |= arguments
+    (place / "adapter.json").write_text(json.dumps(content))
+    return place
+
+
+def adapter_file(place: Path, text: str) -> Path:
+    (adapter(place) / "adapter.json").write_text(text)
+    return place
+
+
+def adapter_pipe(place: Path) -> Path:
+    fifo(adapter(place) / "adapter.json")
+    return place
+
+
 HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "vocabulary": (lambda p: directory(p, vocab_size=10**8), "configuration says 100000000"),
     "depth": (lambda p: directory(p, depth=10**5), "depth=100000"),
@@ -465,6 +485,12 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a device": (lambda p: Path("/dev/zero"), "is a device and not a regular file"),
     "a pipe for a configuration": (lambda p: fifo_in(p, "config.json"), "is a pipe"),
     "a pipe for weights": (lambda p: fifo_in(p, "model.safetensors"), "is a pipe"),
+    "an adapter's targets": (lambda p: adapter(p, targets=["query"] * 10**5), "100,000 targets"),
+    "an adapter's expression": (lambda p: adapter(p, targets=["(a+)+$"]), "no regular expression"),
+    "an adapter's layers": (lambda p: adapter(p, layers=[0] * 10**5), "100,000 layers"),
+    "an adapter's nested JSON": (lambda p: adapter_file(p, "[" * 10**5), "deeper than 64"),
+    "an adapter's long JSON": (lambda p: adapter_file(p, "[" + "0," * 10**6), "longer than"),
+    "a pipe for an adapter": (adapter_pipe, "is a pipe"),
     "a pipe for a tokenizer": (lambda p: fifo_in(p, "tokenizer.json"), "is a pipe"),
 }
 
@@ -479,6 +505,38 @@ def test_what_would_fill_a_memory_is_refused_at_once(name: str, tmp_path: Path) 
     refused(path, match)
     assert time.perf_counter() - begin < 2, "two readers, a second each"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
+
+
+@pytest.mark.parametrize(
+    ("cls", "arguments", "match"),
+    [
+        ("LoRA", {"rank": 10**9}, "rank=1000000000 must be at least 1 and at most"),
+        ("FourierFT", {"frequencies": 10**12}, "frequencies=1000000000000"),
+        ("PromptTuning", {"length": 10**10}, "has shape|describes no decoder"),
+        ("PTuning", {"length": 4, "encoder": "lstm"}, "they miss embedding.head"),
+        ("MoLoRA", {"experts": 10**9}, "has shape|describes no decoder"),
+    ],
+)
+def test_an_adapter_that_would_fill_a_memory_is_refused_at_once(
+    tmp_path: Path, cls: str, arguments: dict[str, Any], match: str
+) -> None:
+    """And nothing is put on the model, which is its base."""
+    base = micro()
+    net = micro()
+    net.load_state_dict(base.state_dict())
+    archzoo.save_adapter(tmp_path, archzoo.adapt(net, cls))
+    content = json.loads((tmp_path / "adapter.json").read_text())
+    content["adapter"]["init_args"] |= arguments
+    (tmp_path / "adapter.json").write_text(json.dumps(content))
+    before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    with pytest.raises(ValueError, match=match) as error:
+        archzoo.load_adapter(tmp_path, base)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+    assert time.process_time() - begin < 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
+    assert (
+        base.config["adapter"] is None and base.state_dict().keys() == micro().state_dict().keys()
+    )
 
 
 def test_a_deep_key_does_not_end_the_process(tmp_path: Path) -> None:
