@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -166,3 +168,34 @@ def test_pefts_files_are_written_and_read(capsys: pytest.CaptureFixture[str]) ->
     fails(capsys, "adapter export own --to peft --out peft", "peft exists")
     fails(capsys, "adapter import peft --out other", "which model", "--base CHECKPOINT")
     assert not Path("other").exists()
+
+
+def test_the_commands_of_the_documentation_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In order, with two steps of training; and what they print is of the form that is shown."""
+    page = (Path(__file__).parent.parent / "docs" / "adapters.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    short = ["--trainer.max_steps=2", "--trainer.accelerator=cpu", "--data.batch_size=4"]
+    said = ""
+    for language, block in re.findall(r"^```(bash|python)\n(.*?)^```", page, re.M | re.S):
+        if language == "python":
+            exec(compile(block, "adapters.md", "exec"), {})
+            continue
+        for line in block.splitlines():
+            program, *words = shlex.split(line)
+            assert program == "archzoo"
+            assert main([*words, *(short if words[0] == "fit" else ())]) == 0, line
+        said += capsys.readouterr().out
+    shown = [
+        line
+        for block in re.findall(r"^```text\n(.*?)^```", page, re.M | re.S)
+        for line in block.splitlines()
+        if line.strip() not in ("", "...") and "error:" not in line
+    ]
+    said = " ".join(said.split())
+    assert not [line for line in shown if " ".join(line.split()) not in said]
+    assert (
+        Path("runs/adder/last.ckpt").stat().st_size
+        > 10 * Path("runs/minus/last.ckpt").stat().st_size
+    )
