@@ -626,6 +626,9 @@ def test_a_base_is_trained_once_and_what_is_left_of_it_is_measured(place, capsys
             False,
             True,
         ]
+    verdicts = {row["arm"]: row["verdict"] for row in rows("runs/compare/b/table.csv")}
+    both = "exact_match/base against full: undecided; loss@2 against full: undecided"
+    assert verdicts == {"full": "", "lora": both}
     # Another comparison beside it finds the base; and its status tells of it.
     capsys.readouterr()
     words = "compare b.yaml --arms full --trainer.max_steps 2 --output runs/compare/c"

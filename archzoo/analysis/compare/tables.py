@@ -381,7 +381,9 @@ def _write_csv(results: Results, path: Path) -> Path:
     """A row an arm, all numbers plain; rows of other settings stay."""
     plan, metric = results.plan, results.plan.metric
     control = results.arms[0].name
-    verdict_of = {verdict.arm: verdict.verdict for verdict in verdicts(results)}
+    verdicts_of: dict[str, list[Verdict]] = {}
+    for verdict in verdicts(results):
+        verdicts_of.setdefault(verdict.arm, []).append(verdict)
     rows = []
     for arm in results.arms:
         facts = plan.arms[arm.name]
@@ -418,7 +420,14 @@ def _write_csv(results: Results, path: Path) -> Path:
                 for end, value in (("low", against.low), ("high", against.high)):
                     row[f"{name}_difference_{end}"] = "" if value is None else f"{value:.4g}"
         row["against"] = "" if arm.name == control else control
-        row["verdict"] = verdict_of.get(arm.name, "")
+        mine = verdicts_of.get(arm.name, [])
+        # Of several claims each by its metric and control.
+        row["verdict"] = "; ".join(
+            f"{v.claim.metric or metric} against {v.control}: {v.verdict}"
+            if len(mine) > 1
+            else v.verdict
+            for v in mine
+        )
         for name, names in (
             ("tokens_per_second", ("tokens_per_second",)),
             ("peak_memory_mb", ("peak_memory_mb", "process_memory_mb")),
