@@ -198,6 +198,12 @@ def test_its_base_is_found_asked_for_and_known(
         assert all(digest[:12] in error for digest in digests)
     with pytest.raises(ValueError, match="belongs to another base"):
         load(last, base="other.ckpt")
+    with pytest.raises(FileNotFoundError, match=r"is not there.*--model\.weights PLACE"):
+        LanguageModel.load_from_checkpoint("runs/copy/last.ckpt")
+    again = LanguageModel.load_from_checkpoint("runs/copy/last.ckpt", weights=str(moved))
+    assert again.net.base_path == str(moved)
+    with pytest.raises(ValueError, match="leaves no base out: omit base='other"):
+        load(moved, base="other.ckpt")
 
 
 def test_checkpoints_that_hold_the_base_too_are_read_and_resumed(base: Path) -> None:
@@ -236,6 +242,27 @@ def test_training_an_adapter_further_keeps_its_first_base(base: Path) -> None:
     more = ["fit", "--model.weights=whole", "--trainer.max_steps=1", "--name=whole"]
     assert main([*more, "--trainer.accelerator=cpu"]) == 0
     assert "base_weights" not in read_safely("runs/whole/last.ckpt")
+
+
+def test_what_a_run_has_trained_of_the_base_too_is_kept(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = ["fit", f"--model.weights={base}", *ADAPTER, "--model.unfreeze=norms"]
+    assert main([*lora, "--trainer.max_steps=1", "--name=norms", RUN[3]]) == 0
+    content = read_safely("runs/norms/last.ckpt")
+    assert content["base_weights"]["path"] == str(base)
+    held = {name for name in content["state_dict"] if "adapter_modules" not in name}
+    assert "decoder.norm.weight" in held and "decoder.head.weight" not in held
+    net = load("runs/norms").model
+    assert net.base_path is None
+    for name in held:
+        own = net.state_dict()[name.removeprefix("decoder.")]
+        assert torch.equal(own, content["state_dict"][name]), name
+    capsys.readouterr()
+    assert main(["adapter", "save", "runs/norms", "--out", "alone"]) == 1
+    assert "has trained weights of the base, too" in capsys.readouterr().err
+    assert main(["adapter", "merge", "runs/norms", "--out", "merged"]) == 0
+    assert torch.equal(load("merged").model.norm.weight, net.norm.weight)
 
 
 STRANGE: list[tuple[dict[str, Any], str]] = [

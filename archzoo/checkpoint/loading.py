@@ -18,7 +18,7 @@ from archzoo.checkpoint.pretrained import (
     named_tokenizer,
     read_config,
 )
-from archzoo.checkpoint.runs import LAST, check_run, read_whole
+from archzoo.checkpoint.runs import LAST, check_run, names_base, read_whole
 from archzoo.checkpoint.vocabulary import check_vocabulary, run_tokenizer
 from archzoo.decoder import Decoder
 from archzoo.parts import named_adapters
@@ -120,6 +120,8 @@ def load(
 def _load_whole(
     path: Path, changes: dict[str, Any], base: str | os.PathLike[str] | None = None
 ) -> Pretrained:
+    if base is not None and (path.is_dir() or not names_base(path)):
+        raise ValueError(f"{path} leaves no base out: omit base={str(base)!r}")
     found = read_whole(path, changes, None if base is None else locate(base))
     check_vocabulary(found.model, found.tokenizer, str(path))
     found.model.task = found.task

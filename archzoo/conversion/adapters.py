@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from archzoo.adapters.attach import attached, collapse_adapters, merge_adapter
-from archzoo.checkpoint import Pretrained, load, save_adapter, save_pretrained
+from archzoo.checkpoint import Pretrained, load, locate, save_adapter, save_pretrained
+from archzoo.checkpoint.runs import names_base
 from archzoo.conversion.peft import export_peft, import_peft
 from archzoo.decoder import Decoder
 from archzoo.names import nearest
@@ -32,7 +33,9 @@ def save_command(
         ValueError: There is no adapter of that name.
     """
     target = _new(out, "save", "is the adapter")
-    _save(target, _adapted(source, base).model, name)
+    model = _adapted(source, base).model
+    _check_alone(source, model)
+    _save(target, model, name)
 
 
 def merge_command(source: str, /, out: str | None = None, base: str | None = None) -> None:
@@ -81,6 +84,7 @@ def export_command(
     """
     target = _new(out, "export", "is the adapter")
     model = _adapted(source, base).model
+    _check_alone(source, model)
     export_peft(model, target, name)
     about = _about(model, name or next(iter(named_adapters(model.config))))
     print(f"{target}: {about}, in the files of {to}")
@@ -118,6 +122,16 @@ def _adapted(source: str, base: str | None) -> Pretrained:
             f"{source} --model.adapter LoRA trains one"
         )
     return found
+
+
+def _check_alone(source: str, model: Decoder) -> None:
+    """Refuse a run that has trained some of the base beside its adapter: they belong together."""
+    path = locate(source)
+    if path.is_file() and names_base(path) and model.base_path is None:
+        raise ValueError(
+            f"{source} has trained weights of the base, too (unfreeze), which the adapter alone "
+            "would leave out: archzoo adapter merge, or save_pretrained, writes a whole model"
+        )
 
 
 def _save(target: Path, model: Decoder, name: str | None) -> None:

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning
@@ -28,11 +29,13 @@ from archzoo.checkpoint import (
     base_in,
     base_of,
     load,
+    locate,
     read_safely,
     tokenizer_files,
     weights_digest,
 )
-from archzoo.checkpoint.bases import BASE, DTYPES, base_digest, base_weights
+from archzoo.checkpoint.bases import BASE, DTYPES, base_digest, base_weights, find_base
+from archzoo.checkpoint.runs import check_beside
 from archzoo.compiled import own_name
 from archzoo.decoder import Decoder
 from archzoo.freezing import Freezing
@@ -771,6 +774,11 @@ class LanguageModel(lightning.LightningModule):
         checkpoint = read_safely(checkpoint_path)
         if not isinstance(checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY), dict):
             raise ValueError(f"{checkpoint_path} was not written by archzoo's training")
+        if record := base_in(checkpoint, checkpoint_path):
+            path = Path(checkpoint_path)
+            place = find_base(record, arguments.get("weights"), path)
+            check_beside(path, locate(place))
+            arguments |= {"weights": str(place)}
         module = cls(**(module_arguments(checkpoint) | arguments))
         module.on_load_checkpoint(checkpoint)
         strict = strict and checkpoint.get(BASE) is None
