@@ -18,6 +18,7 @@ from archzoo.cli import main
 from archzoo.contract import CHECKS, run_check
 from archzoo.contract.measure import relative_error
 from archzoo.linear import Linear
+from archzoo.training.log import mean_entropies
 from archzoo.training.optim import decay_groups
 
 HERE = Path(__file__).parent / "golden"
@@ -413,3 +414,13 @@ def test_the_log_tells_how_evenly_routers_blend(cls, tmp_path, monkeypatch):
     assert 0.5 < got["gate_entropy"] <= math.log(3) + 1e-6  # R is small at the start
     assert got["gate_entropy"] == pytest.approx((got["gate_entropy/0"] + got["gate_entropy/1"]) / 2)
     assert not any("entropy" in n for n in row if n.startswith("train/"))
+
+
+def test_the_entropies_of_all_ranks_are_one_mean():
+    """Of ranks that saw other numbers of tokens, or none."""
+    path = "blocks.{}.mixer.query_key_value.adapter_modules.default.value.router"
+    ranks = [[3.0, 6.0, 6 * math.log(3)], [0.0, 0.0, 0.0], [2.0, 2.0, 2 * math.log(3)]]
+    summed = torch.tensor(ranks, dtype=torch.float64).sum(0)
+    row = mean_entropies({path.format(0): summed, path.format(1): 2 * summed})
+    assert row["gate_entropy"] == row["gate_entropy/1"] == pytest.approx(5 / 8)
+    assert row["gate_entropy_maximum"] == pytest.approx(math.log(3))

@@ -7,6 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Shard
 
+from archzoo.adapters.attach import adapter_modules
 from archzoo.decoder import Decoder
 
 
@@ -22,8 +23,15 @@ def shard(decoder: Decoder, mesh: DeviceMesh, world_size: int) -> None:
         world_size: Processes in all.
 
     Raises:
-        ValueError: The mesh has tensor parallel ranks, which no part here knows.
+        ValueError: The mesh has tensor parallel ranks, which no part here knows, or an adapter
+            learns a state, which is read before its block is gathered.
     """
+    for path, adapter in adapter_modules(decoder):
+        if "state" in type(adapter).kinds:
+            raise ValueError(
+                f"{type(adapter).__name__} at {path} cannot be sharded: what a document starts "
+                "from is read before its block's weights are gathered; take --trainer.strategy ddp"
+            )
     ranks = mesh["data_parallel"]
     if ranks.size() < world_size:
         raise ValueError(
