@@ -326,7 +326,7 @@ def test_ia3_merges_where_the_feed_forward_has_no_gate():
         ({"class_path": "IA3", "init_args": {"targets": ["router_value"]}}, "IA3 .*router"),
         ({"class_path": "MoV", "init_args": {"targets": ["router_value"]}}, "MoV .*router"),
         ({"class_path": "MoLoRA", "init_args": {"targets": ["router_value"]}}, "MoLoRA .*router"),
-        ("MoV", "MoV cannot change .*experts.down.down, of the kind 'experts'"),
+        ({"class_path": "MoV", "init_args": {"targets": ["down"]}}, "MoV .*down, of the kind 'exp"),
         ({"class_path": "MoLoRA", "init_args": {"targets": ["up"]}}, "MoLoRA .* 'experts'"),
         ({"class_path": "MoV", "init_args": {"experts": 0, "targets": ["key"]}}, "experts=0"),
         (
@@ -342,6 +342,11 @@ def test_what_they_cannot_do_is_refused_in_a_line(adapter, says):
     with pytest.raises(ValueError, match=says) as refused:
         archzoo.create_model("yuan_micro", vocab_size=20, adapter=adapter)
     assert "\n" not in str(refused.value)
+
+
+def test_by_itself_mov_leaves_stacked_experts_out():
+    net = archzoo.create_model("yuan_micro", vocab_size=20, adapter="MoV")
+    assert {path.split(".")[-1] for path, _ in adapter_modules(net)} == {"key", "value"}
 
 
 @pytest.mark.parametrize("cls", MIXED)

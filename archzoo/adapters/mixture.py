@@ -93,7 +93,8 @@ class MoV(KeepsFloat32, Adapter):
 
     Args:
         target: What it changes.
-        targets: As for `archzoo.LoRA`. None: key, value and down, as in the paper.
+        targets: As for `archzoo.LoRA`. None: key, value and down, as in the paper, without that of
+            stacked experts.
         layers: Only in these blocks of the decoder, counted from 0. None: in all.
         experts: Vectors of each block.
         top_k: Experts of a token; the others' gates are 0. None: all, as in the paper.

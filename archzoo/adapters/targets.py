@@ -146,6 +146,8 @@ def matching(decoder: Decoder, spec: Spec, places: list[Place]) -> list[Place]:
                 f"give a regular expression for a whole path such as {places[1].target.path}"
             )
         found |= {place.target.path: place for place in hits}
+    if arguments.get("targets") is None:  # of its own choice what it can change, in any family
+        found = {n: p for n, p in found.items() if p.target.kind in cls.kinds} or found
     for place in found.values():
         _check_place(cls, place, decoder)
     return [place for place in places if place.target.path in found]
