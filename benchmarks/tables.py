@@ -1,4 +1,4 @@
-"""The tables of docs/ from the rows of results/: nothing in them is typed.
+"""The tables of docs/ from the rows of results/ and from classes: nothing in them is typed.
 
     python benchmarks/tables.py              write them anew, between their marks
     python benchmarks/tables.py --check      say which are not what the rows say
@@ -609,6 +609,40 @@ def speed_floors() -> str:
     return markdown(headings, found)
 
 
+# ---------------------------------------------------------------------------- adapters
+
+
+def adaptation_methods() -> str:
+    """Every method of adaptation as its class says it, with its defaults on one preset."""
+    import torch
+
+    import archzoo
+    from archzoo.parts import list_parts
+
+    changed = {"linear": "matrices", "experts": "experts", "input": "input", "state": "state"}
+    sources, found = [], []
+    for name, cls in list_parts("adapter").items():
+        torch.manual_seed(0)
+        net = archzoo.adapt(archzoo.create_model("transformer_tiny", vocab_size=96), name)
+        learn = sum(p.numel() for p in net.parameters() if p.requires_grad)
+        source = re.search(r"arXiv\s+(\d{4}\.\d{5})", (cls.__doc__ or "").partition("Source:")[2])
+        if source is None:
+            raise SystemExit(f"error: the docstring of {name} has no source")
+        sources.append(source[1])
+        found.append([
+            f"`{name}`",
+            ", ".join(changed[kind] for kind in cls.kinds),
+            ", ".join(f"`{target}`" for target in cls.default_targets),
+            "nothing" if cls.identity_at_start else "something",
+            "yes" if cls.mergeable else "no",
+            f"[{source[1]}](https://arxiv.org/abs/{source[1]})",
+            f"{learn:,}",
+        ])  # fmt: skip
+    headings = ["method", "changes", "targets by default", "before training", "merges", "source"]
+    order = sorted(range(len(found)), key=lambda i: (found[i][4] != "yes", sources[i]))
+    return markdown([*headings, "parameters"], [found[i] for i in order], len(headings))
+
+
 NOT_YET = "*No rows yet.*"
 TABLES: dict[str, Callable[[], str]] = {
     "addition_seeds": addition_seeds,
@@ -621,6 +655,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recall": recall,
     "adaptation": adaptation,
     "adaptation_arms": adaptation_arms,
+    "adaptation_methods": adaptation_methods,
     "filtered_attention": lambda: variants("filtered_attention", "plain", {}),
     "normalised_gate": lambda: variants("normalised_gate", "none", GATE),
     "adaptive_balance": lambda: variants(

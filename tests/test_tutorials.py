@@ -17,7 +17,8 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TUTORIALS = [ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "tutorials").glob("*.md"))]
+DOCS = ROOT / "docs"
+TUTORIALS = [DOCS / "index.md", DOCS / "adaptation.md", *sorted((DOCS / "tutorials").glob("*.md"))]
 BIN = Path(sys.executable).parent
 SAMPLED = "<!-- sampled -->\n"
 
@@ -75,7 +76,7 @@ def checkout(place: Path) -> Path:
     return place
 
 
-@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_a_tutorial_runs_and_prints_what_it_shows(path: Path, tmp_path: Path) -> None:
     place, printed = checkout(tmp_path), ""
     for fence in fences(path.read_text(encoding="utf-8")):
@@ -103,7 +104,12 @@ def test_what_is_shown_counts_in_its_form() -> None:
 
 
 def test_no_block_of_a_tutorial_is_overlooked() -> None:
-    assert {path.stem for path in TUTORIALS} >= {"own_text", "own_parts", "retention_or_attention"}
+    assert {path.stem for path in TUTORIALS} >= {
+        "own_text",
+        "own_parts",
+        "retention_or_attention",
+        "adaptation",
+    }
     for path in TUTORIALS:
         page = path.read_text(encoding="utf-8")
         found = fences(page)
