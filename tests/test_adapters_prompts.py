@@ -390,6 +390,19 @@ def test_prefixes_answer_user_errors_in_a_line(model, arguments, says):
         make("retnet", spec("PrefixTuning", **arguments), loops=loops)
 
 
+class Handles(archzoo.Retention):
+    """It handles documents itself, and does not say what they can start from."""
+
+    def prefix_shapes(self):
+        return None
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_mixer_that_says_nothing_of_starts_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"{name} cannot change .*: Handles handles documents"):
+        make("retnet", spec(name), mixer=Handles)
+
+
 def test_tokens_that_end_within_a_number_are_refused_and_nothing_changes():
     """Abacus counts the digits of a number, and a prefix does not hold how many have come."""
     task = Addition(digits=2)
