@@ -429,3 +429,10 @@ def test_the_entropies_of_all_ranks_are_one_mean():
     row = mean_entropies({path.format(0): summed, path.format(1): 2 * summed})
     assert row["gate_entropy"] == row["gate_entropy/1"] == pytest.approx(5 / 8)
     assert row["gate_entropy_maximum"] == pytest.approx(math.log(3))
+    off = torch.zeros(3, dtype=torch.float64)
+    assert mean_entropies({path.format(0): summed, path.format(1): off}).keys() == {
+        "gate_entropy",
+        "gate_entropy_maximum",
+        "gate_entropy/0",
+    }
+    assert mean_entropies({path.format(0): off}) == {}

@@ -220,14 +220,18 @@ def mean_entropies(sums: dict[str, Tensor]) -> dict[str, float]:
         sums: As `archzoo.adapters.mixture.gate_entropies` gives them, of all ranks.
 
     Returns:
-        gate_entropy and gate_entropy_maximum, the means over routers, and gate_entropy/LAYER.
+        gate_entropy and gate_entropy_maximum, the means over routers, and gate_entropy/LAYER. What
+        is switched off sees nothing and is left out: 0 would say that it takes one expert alone.
     """
     layers: dict[str, list[float]] = {}
     most = []
     for path, entry in sums.items():
         total, number, largest = entry.tolist()
-        layers.setdefault(path.split(".")[1], []).append(total / max(number, 1))
-        most.append(largest / max(number, 1))
+        if number:
+            layers.setdefault(path.split(".")[1], []).append(total / number)
+            most.append(largest / number)
+    if not most:
+        return {}
     every = [entropy for entropies in layers.values() for entropy in entropies]
     row = {"gate_entropy": sum(every) / len(every), "gate_entropy_maximum": sum(most) / len(most)}
     return row | {f"gate_entropy/{n}": sum(each) / len(each) for n, each in layers.items()}
