@@ -29,7 +29,7 @@ from campaign.checkpoints import (
 )
 from campaign.strangers import NAMES, ask, at, hostile, places, watched
 
-SLICE, LIMIT = 12, 60
+SLICE, LIMIT = 8, 60
 FIT = "--trainer.max_steps 1 --trainer.limit_val_batches 1 --trainer.accelerator cpu --name"
 BASE = "--model.preset yuan_micro --data Addition --data.digits 1 --data.batch_size 2"
 LORA = "--model.weights base/last.ckpt --model.adapter LoRA --model.adapter.rank 2 "
