@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import archzoo
-from archzoo.adapters.attach import adapter_modules
+from archzoo.adapters.attach import adapter_modules, attached
 from archzoo.checkpoint import load, weights_digest
 from archzoo.decoder import Decoder
+from archzoo.parts import list_parts
 from archzoo.tasks import Addition
 
 TOKENS = torch.randint(14, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -381,3 +382,18 @@ def test_damaged_tensors_are_refused_in_a_line(base: Path) -> None:
     del tensors[first]
     save_file(tensors, file)
     refused(f"they miss {first}")
+
+
+@pytest.mark.parametrize("name", list_parts("adapter"))
+def test_every_method_is_written_alone(base: Path, name: str) -> None:
+    net = load(base).model
+    archzoo.adapt(net, name)
+    for _, module in adapter_modules(net):
+        for parameter in module.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    archzoo.save_adapter("alone", net)
+    torch.testing.assert_close(logits(load("alone").model), logits(net), rtol=1e-5, atol=1e-5)
+    held = sum(tensor.numel() for tensor in load_file("alone/adapter.safetensors").values())
+    archzoo.collapse_adapters(net)
+    left = [adapter.state_dict().values() for _, _, adapter in attached(net)]
+    assert held == sum(tensor.numel() for tensors in left for tensor in tensors)
