@@ -36,8 +36,9 @@ class FourierFT(Adapter):
 
     A step of size s in each coefficient moves W by alpha s sqrt(n / (2 rows columns)), as a
     Frobenius norm. The default alpha of sqrt(rows columns), that of the orthonormal transform,
-    keeps this the same when the matrix grows. The paper's 300 is 0.07 times that at width 4096, and
-    goes with learning rates a hundred times LoRA's.
+    keeps this the same when the matrix grows. The paper's 300 is 0.07 times it at width 4096, with
+    learning rates to match. Take about ten times LoRA's here: an adder of width 64 learned another
+    sign at 0.06 to 0.2, and hardly anything at 0.002.
 
     The authors' code adds dW to W when called, but when merged its transpose and 300 instead of
     alpha, so that merging changes the model; and it takes square matrices alone. peft computes in
