@@ -156,7 +156,8 @@ def main() -> None:
         torch.set_num_threads(1)
     rows, length = given.rows or (16 if on_gpu else 4), given.length or (1024 if on_gpu else 256)
     given.decoded = given.decoded or (128 if on_gpu else 12)
-    written, names = [], given.methods.split(",")
+    names = given.methods.split(",")
+    what = f"{'bfloat16' if on_gpu else 'float32'}-adapters"
     begin, count = time.monotonic(), 0
     for family in given.families.split(","):
         preset = f"{family}_{given.size}"
@@ -171,11 +172,10 @@ def main() -> None:
         for name in names:
             count += 1
             row = {"model": preset} | measure(make, name, methods[name], tokens, given)
-            written.append(row)
             late = ""
-            for what in ("step", "unmerged", "merged"):
-                if row[f"{what}_allowed"] and row[f"{what}_ratio"] > row[f"{what}_allowed"]:
-                    late += f"  {what} MISSED"
+            for part in ("step", "unmerged", "merged"):
+                if row[f"{part}_allowed"] and row[f"{part}_ratio"] > row[f"{part}_allowed"]:
+                    late += f"  {part} MISSED"
             taken = time.monotonic() - begin
             print(
                 f"{count:3d}/{len(names) * len(given.families.split(','))} {taken:5.0f} s  "
@@ -185,13 +185,13 @@ def main() -> None:
                 f"{row['optimizer_bytes'] / 1e6:.2f} MB of optimizer{late}",
                 flush=True,
             )
-    what = f"{'bfloat16' if on_gpu else 'float32'}-adapters"
-    write_rows(
-        what,
-        written,
-        on_gpu=on_gpu,
-        replacing=("model", "method", "rows", "length", "compiled"),
-    )
+            # At once: what is measured stays, whatever ends the run.
+            write_rows(
+                what,
+                [row],
+                on_gpu=on_gpu,
+                replacing=("model", "method", "rows", "length", "compiled"),
+            )
 
 
 if __name__ == "__main__":
