@@ -396,7 +396,7 @@ class Decoder(nn.Module):
         """
         device, dtype = device or self.device, dtype or self.dtype
         options: Any = {"capacity": capacity, "device": device, "dtype": dtype}
-        place = interface.init_cursor(batch_size, device, sum(self._lengths_before()))
+        place = interface.init_cursor(batch_size, device, self.positions_before_text())
         pairs = zip([*self.blocks] * self.loops, self._starts(self.loops), strict=True)
         return {
             "place": place,  # the key is in saved states
@@ -462,6 +462,10 @@ class Decoder(nn.Module):
                 self._held = before
 
     # ------------------------------------------------------------------------ what texts start from
+
+    def positions_before_text(self) -> int:
+        """How many positions an adapter's prefix and prompt take before a document's text."""
+        return sum(self._lengths_before())
 
     def _lengths_before(self) -> tuple[int, int]:
         """How many positions a prefix and a prompt take before a document's text."""

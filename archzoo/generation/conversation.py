@@ -45,11 +45,12 @@ class Conversation(NamedTuple):
         return len(self.read)
 
 
-def start_conversation(state: State, logits: Tensor | None = None) -> Conversation:
+def start_conversation(state: State, model: Decoder, logits: Tensor | None = None) -> Conversation:
     """A conversation of a decoder's state; what was read is taken from its positions.
 
     Args:
         state: From `Decoder.init_state`, or what a call handed back.
+        model: Whose state it is: its prefixes and prompts take positions that no text has.
         logits: (batch, vocab_size) of the last tokens, if they are known.
     """
     if not isinstance(state, dict) or "place" not in state:
@@ -62,7 +63,7 @@ def start_conversation(state: State, logits: Tensor | None = None) -> Conversati
     return Conversation(
         state=state,
         logits=logits,
-        read=positions + 1,
+        read=positions + 1 - model.positions_before_text(),
         drawn=none,
         stopped=none.bool(),
         tail=none[:, None].expand(-1, TAIL) - 1,

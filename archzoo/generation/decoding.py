@@ -264,7 +264,7 @@ def generate(
 
     kept_conversation = None
     if keep_state and isinstance(reader, StateReader):
-        begun = conversation or start_conversation(model.init_state(len(rows)))
+        begun = conversation or start_conversation(model.init_state(len(rows)), model)
         written = [prompt + writer.tokens for prompt, writer in zip(rows, writers, strict=True)]
         kept_conversation = extended(begun, written)._replace(
             state=model.copy_state(reader.state or {}),

@@ -105,7 +105,7 @@ def read_document(
         )
     begin = None if conversation is None else weights_digest(leaves_of(conversation))
     fixed = {"size": size, "segment": segment, "begin": begin}
-    held = conversation or start_conversation(model.init_state(1))
+    held = conversation or start_conversation(model.init_state(1), model)
     held = held._replace(state=model.copy_state(held.state))
     first = int(held.read[0])
     offset, read = 0, hashlib.sha256()

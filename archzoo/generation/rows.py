@@ -170,7 +170,7 @@ def read_tokens(
         rows: The tokens, a list for each row, of any lengths.
         conversation: What was read before; it stays as it is. None: nothing.
     """
-    begun = conversation or start_conversation(model.init_state(len(rows)))
+    begun = conversation or start_conversation(model.init_state(len(rows)), model)
     training = model.training
     model.eval()
     try:

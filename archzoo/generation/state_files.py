@@ -162,7 +162,7 @@ def write_state(
         document: Plain data to keep beside it: how far a document has been read.
     """
     model = layout.model
-    held = state if isinstance(state, Conversation) else start_conversation(state)
+    held = state if isinstance(state, Conversation) else start_conversation(state, model)
     held = held._replace(state=model.copy_state(held.state))
     leaves = dict(_leaves(held._asdict()))
     tensors = {name: _plain(leaf) for name, leaf in leaves.items() if _is_tensor(leaf)}

@@ -320,7 +320,8 @@ class CommandLine(LightningCLI):
         model = {n: value for n, value in model.items() if n != "weights" and value is not None}
         known = inspect.signature(LanguageModel).parameters.keys() - NOT_STORED
         known |= inspect.signature(Decoder).parameters.keys()
-        odd = sorted(map(str, model.keys() - known))
+        stored = {n for n, value in checkpoint["hyper_parameters"].items() if value is not None}
+        odd = sorted(map(str, stored - known))
         if odd:
             raise ValueError(f"{path}: a run's checkpoint does not hold the setting {odd[0]!r}")
         settings.check({"model": model}, path)

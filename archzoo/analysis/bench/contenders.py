@@ -297,7 +297,7 @@ class ZooContender(Contender):
             return {"prompts": tokens.tolist() * batch}
         state = model.init_state(1, capacity=tokens.shape[1])
         output = model(tokens, state, form=self.form, logits_to_keep=1)
-        begun = start_conversation(output.state, output.logits[:, -1])
+        begun = start_conversation(output.state, model, output.logits[:, -1])
         return {"conversation": begun if batch == 1 else self.repeated(begun, batch)}
 
     def decoding_seconds(self, texts: Any, steps: int) -> float:
