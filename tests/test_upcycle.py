@@ -175,6 +175,6 @@ def test_training_resumes_from_what_was_upcycled(tmp_path, monkeypatch, capsys):
 
 def test_a_model_with_adapters_is_not_upcycled():
     net = archzoo.create_model("transformer_micro", vocab_size=20, adapter="LoRA")
-    with pytest.raises(ValueError, match=r"archzoo\.merge_adapters merges them"):
+    with pytest.raises(ValueError, match=r"archzoo\.merge_adapter merges them"):
         upcycle(net, experts=4)
     assert upcycle(archzoo.merge_adapters(net), experts=4).config["adapter"] is None

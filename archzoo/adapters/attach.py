@@ -266,6 +266,7 @@ def merge_adapter(decoder: Decoder) -> Decoder:
 
 
 merge_adapters = merge_adapter
+"""Another name of `merge_adapter`."""
 
 
 def remove_adapters(decoder: Decoder, *names: str) -> Decoder:

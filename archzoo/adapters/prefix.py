@@ -93,8 +93,8 @@ class PTuningV2(LearnedState):
 
     For attention these are keys and values of `length` tokens before the text, which every query
     sees. They enter as the cache holds them: the model does not rotate them, and the text's
-    positions count on from `length`. One row of the paper's embedding is [layer][key, value]
-    [head][channel]; each layer owns its part of it, and all together have
+    positions count on from `length`. One row of the paper's embedding goes by layer, key or
+    value, head and channel, in this order; each layer owns its part of it, and all together have
     ``2 layers length d_kv`` parameters.
 
     For retention it is S_0 (heads, key_dim, value_dim) itself, of a size that no length changes::
@@ -152,10 +152,10 @@ class PrefixTuning(LearnedState):
 
         rows = W2 tanh(W1 E + b1) + b2       E (length, dim), W1 (hidden, dim)
 
-    and one row is [layer][key, value][head][channel]. In training all of it learns: length * dim,
-    hidden (dim + 1), and hidden + 1 times the numbers of a row, 2 layers d_kv. Afterwards
-    `collapse` computes the rows once and throws the network away, as the paper does: what is left
-    is what ``hidden=None`` trains directly, 2 layers length d_kv, as in `PTuningV2`.
+    and one row goes by layer, key or value, head and channel. In training all of it learns:
+    length * dim, hidden (dim + 1), and hidden + 1 times the numbers of a row, 2 layers d_kv.
+    Afterwards `collapse` computes the rows once and throws the network away, as the paper does:
+    what is left is what ``hidden=None`` trains directly, 2 layers length d_kv, as in `PTuningV2`.
 
     Where a state has no axis of tokens the rows are made into it. A memory (heads, key_dim,
     value_dim), such as retention's, has a key and a value of each head in a row, and is::

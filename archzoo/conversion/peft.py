@@ -148,7 +148,7 @@ def _check_exported(path: str, module: Any, adapter: Adapter) -> None:
     if why is not None:
         raise ValueError(
             f"{name} on {path} is not exported to peft: {why}; save_adapter writes it, and "
-            "archzoo.merge_adapters puts it into the weights"
+            "archzoo.merge_adapter puts it into the weights"
         )
 
 

@@ -40,7 +40,7 @@ def upcycle(dense: Decoder, *, seed: int = 0, **mixture: Any) -> Decoder:
     """
     if named_adapters(dense.config):
         raise ValueError(
-            "a model with adapters cannot be upcycled: archzoo.merge_adapters merges them"
+            "a model with adapters cannot be upcycled: archzoo.merge_adapter merges them"
         )
     spec = dense.config["feed_forward"]
     gated = all(type(block.feed_forward) is GatedFeedForward for block in dense.blocks)
