@@ -269,7 +269,7 @@ STRANGE: list[tuple[dict[str, Any], str]] = [
     ({"base_weights": 3}, "its base 3 is not valid"),
     ({"base_weights": {"path": "/dev/zero", "dtype": "float32"}}, "is not valid"),
     ({"path": "/etc/passwd"}, "does not lie under the current directory"),
-    ({"path": "strange/last.ckpt"}, "is no base: it holds adapters alone"),
+    ({"path": "strange/last.ckpt"}, "is not a base: it holds adapters alone"),
     ({"path": None}, "names no base"),
     ({"path": "runs/base/config.yaml"}, "cannot be loaded"),
     ({"digest": "0" * 64}, "belongs to another base"),

@@ -83,13 +83,13 @@ def test_a_copy_shares_nothing_with_the_model(cls):
     net = made(cls).eval()
     with torch.no_grad():
         want = net(TOKENS).logits
-        twin = copy.deepcopy(net)
-        assert torch.equal(twin(TOKENS).logits, want)
-        for tensor in (*twin.parameters(), *twin.buffers()):
+        copied = copy.deepcopy(net)
+        assert torch.equal(copied(TOKENS).logits, want)
+        for tensor in (*copied.parameters(), *copied.buffers()):
             if tensor.is_floating_point():
                 tensor.add_(0.3)
         assert torch.equal(net(TOKENS).logits, want)
-        assert not torch.equal(twin(TOKENS).logits, want)
+        assert not torch.equal(copied(TOKENS).logits, want)
 
 
 @pytest.mark.parametrize("cls", [cls for cls in METHODS.values() if "state" in cls.kinds])

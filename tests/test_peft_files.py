@@ -203,7 +203,7 @@ B = "base_model.model.blocks.0.mixer.output.lora_B.weight"
         ),
         ({"tensors": {A: torch.ones(3, 5)}}, r"has shape \(3, 5\) where \(rank, 64\) is expected"),
         ({"tensors": {A: torch.ones(2, 64)}}, "has A of rank 2 and B of rank 3"),
-        ({"tensors": {A: torch.ones(3, 64).int()}}, "which is no float"),
+        ({"tensors": {A: torch.ones(3, 64).int()}}, "not a floating-point dtype"),
         ({"tensors": {"a.lora_embedding_A": torch.ones(1)}}, "does not belong to a LoRA or DoRA"),
         (
             {"tensors": {A.replace("output", "outptu"): torch.ones(3, 64)}},

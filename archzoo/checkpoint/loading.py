@@ -141,7 +141,7 @@ def _load_beside(
 
 
 def _place_of(record: Base, base: str | os.PathLike[str] | None, path: Path) -> Path:
-    """Where the base of a file's adapters lies, which is no adapter itself."""
+    """Where the base of a file's adapters lies, which holds none itself."""
     place = locate(find_base(record, base, path))
     if holds_adapter(place):
         raise ValueError(f"{path}: its base {place} is an adapter itself: name a whole model")

@@ -125,7 +125,7 @@ def _sizes_of(place: Path) -> dict[str, Stored]:
             _, held = check_run(archive.content, place)
             if base_in(archive.content, place) is not None:
                 raise ValueError(
-                    f"{place} is no base: it holds adapters alone; name the model beside them"
+                    f"{place} is not a base: it holds adapters alone; name the model beside them"
                 )
     return {name: entry for name, entry in held.items() if not OF_ADAPTERS.search(name)}
 

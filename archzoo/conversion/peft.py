@@ -353,7 +353,7 @@ def _check_tensor(name: str, kind: str, linear: Linear, entry: Stored, file: Pat
     if why is not None:
         raise ValueError(f"{file}: {shown(name)} changes nothing in peft: {why}")
     if entry.dtype not in FLOATS:
-        raise ValueError(f"{file}: {shown(name)} is {entry.dtype}, which is no float")
+        raise ValueError(f"{file}: {shown(name)} is {entry.dtype}, not a floating-point dtype")
     rows, columns, shape = linear.out_features, linear.in_features, entry.shape
     wanted, fits = {
         "lora_A.weight": (f"(rank, {columns})", len(shape) == 2 and shape[1] == columns),

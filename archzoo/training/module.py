@@ -749,7 +749,7 @@ class LanguageModel(lightning.LightningModule):
         }
         moved = {n for n, p in parameters.items() if p.requires_grad or id(p) in trained}
         names = base_weights(self.net).keys()
-        # What is no parameter moves with those that it belongs to: experts' biases, say.
+        # Buffers move with the parameters that they belong to: experts' biases, say.
         return names - moved if not names & moved else (names & parameters.keys()) - moved
 
     @classmethod
