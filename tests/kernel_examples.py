@@ -256,7 +256,6 @@ def experts() -> None:
         make_dispatch,
         multiply,
         spread_rows,
-        swiglu,
     )
 
     for tokens, kept in ((64, None), (1025, torch.ones(1025, 2, dtype=torch.bool))):
@@ -271,8 +270,17 @@ def experts() -> None:
     matrices = cast_weight(weight, torch.bfloat16)
     multiply(rows, matrices, weight, torch.arange(8, 72, 8, dtype=torch.int32)).sum().backward()
     cast_weight(weight, torch.bfloat16).backward(torch.ones_like(matrices))
-    x = torch.randn(64, 2 * 1408, dtype=torch.bfloat16, requires_grad=True)
-    swiglu(x).sum().backward()
+
+
+@example
+def swiglu() -> None:
+    from archzoo.kernels.swiglu import swiglu, swiglu_product
+
+    for width in (1024, 1408, 2048):
+        x = torch.randn(64, 2 * width, dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.randn(768, width, dtype=torch.bfloat16, requires_grad=True)
+        swiglu(x).sum().backward()
+        swiglu_product(x, weight).sum().backward()
 
 
 @example

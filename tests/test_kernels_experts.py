@@ -23,6 +23,7 @@ from archzoo.kernels import launching, routers
 
 define_kernels("archzoo.kernels.experts.triton")
 define_kernels("archzoo.kernels.routers.triton")
+define_kernels("archzoo.kernels.swiglu.triton")
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
@@ -89,23 +90,6 @@ def test_rows(dtype, width, k, drops):
         return y
 
     compare(collected, rows, weights, allowed=allowed)
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("width", [1, 24, 1030])
-def test_swiglu(dtype, width):
-    x = (3 * torch.randn(5, 2 * width, device=DEVICE)).to(dtype)
-    compare(lambda _, x: kernels.swiglu(x), x, allowed=TOLERANCE[dtype])
-
-
-def test_a_kept_launch_takes_tensors_that_start_anywhere():
-    """Compiled for tensors that start at 16 bytes, it must not be handed another."""
-    buffer = torch.randn(5 * 32 + 1, device=DEVICE)
-    for start in (0, 0, 1, 1, 0):
-        x = buffer[start : start + 5 * 32].view(5, 32)
-        gate, up = x.chunk(2, dim=1)
-        want = torch.nn.functional.silu(gate) * up
-        assert relative_error(kernels.swiglu(x), want) < 1e-6, start
 
 
 @pytest.mark.parametrize(
@@ -534,9 +518,7 @@ def test_rows_have_all_derivatives(drops):
     expect_all_derivatives(collect, rows, torch.rand(tokens, k, device=DEVICE))
 
 
-def test_swiglu_and_casts_have_all_derivatives():
-    expect_all_derivatives(lambda _, x: (kernels.swiglu(x),), torch.randn(3, 8, device=DEVICE))
-
+def test_casts_have_all_derivatives():
     def cast(way, x):
         return (kernels.cast_weight(x, torch.bfloat16 if way else x.dtype).to(x.dtype).square(),)
 
@@ -603,20 +585,6 @@ def test_load_has_a_second_derivative(kind, adaptive):
         alpha.add_(0.1)
         with pytest.raises(RuntimeError, match="coefficient has moved"):
             torch.autograd.grad(loss, probabilities, create_graph=True)
-
-
-def test_kernels_take_no_batch_of_gradients():
-    """torch.func.vmap over a backward pass gets the plain form's; `is_grads_batched` is refused."""
-    x = torch.randn(3, 8, device=DEVICE, requires_grad=True)
-    y, batch = kernels.swiglu(x), torch.randn(2, 3, 4, device=DEVICE)
-
-    def back(grad):
-        return torch.autograd.grad(y, x, grad, retain_graph=True)[0]
-
-    want = torch.stack([back(grad) for grad in batch])
-    assert relative_error(torch.func.vmap(back)(batch), want) < 1e-5
-    with pytest.raises(RuntimeError, match=r"[Cc]annot access"):
-        torch.autograd.grad(y, x, batch, is_grads_batched=True)
 
 
 @pytest.mark.parametrize("router", ["LinearRouter", "AttentionRouter"])
@@ -720,8 +688,6 @@ def drawn_for_operators():
         "collect_rows_backward": (randn(tokens, dim), rows, weights, inverse, ends),
         "multiply_experts": (rows, matrices, matrices.float(), ends),
         "multiply_experts_backward": (rows[:, :8], rows, matrices, ends, True, [True, True]),
-        "swiglu": (randn(tokens, dim),),
-        "swiglu_backward": (randn(tokens, dim), randn(tokens, dim // 2)),
         "project_router": (randn(tokens, dim), randn(experts, dim)),
         "project_router_back": (randn(tokens, experts), randn(2, dim, 16), None),
         "largest": (logits, k),

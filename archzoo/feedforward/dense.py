@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from archzoo.block import Aux, FeedForward
 from archzoo.documents import Context
+from archzoo.kernels import swiglu
 from archzoo.linear import Linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -48,7 +49,10 @@ class GatedFeedForward(FeedForward):
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Aux]:
         """X (batch, time, dim) to y of the same shape; aux is empty."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        hidden = self.gate_up(x)
+        if self.activation is F.silu and swiglu.available(hidden, self.down):
+            return swiglu.swiglu_product(hidden, self.down.weight), Aux()
+        gate, up = hidden.chunk(2, dim=-1)
         return self.down(self.activation(gate) * up), Aux()
 
 

@@ -26,9 +26,9 @@ from archzoo.kernels.experts import (
     make_dispatch,
     multiply,
     spread_rows,
-    swiglu,
 )
 from archzoo.kernels.launching import fused
+from archzoo.kernels.swiglu import swiglu
 from archzoo.linear import Linear
 from archzoo.parts import Part, build, describe
 

@@ -1,10 +1,10 @@
-"""What lies around the experts' products, fused: moving rows, SwiGLU, weights in a lower dtype.
+"""What lies around the experts' products, fused: moving rows, and weights in a lower dtype.
 
 A mixture of experts is two grouped matrix products and much moving of memory around them. Each
 function here moves every tensor once, forward and backward, in a kernel or two, and falls back to
 its PyTorch reference implementation wherever `fused` says no: on the CPU, and in float64. Under
-`torch.compile` the kernels are operators. What a router needs is in `routers`. Measurements:
-docs/experts.md.
+`torch.compile` the kernels are operators. What a router needs is in `routers`, SwiGLU in `swiglu`.
+Measurements: docs/experts.md.
 
 Importing this module needs neither Triton nor a GPU.
 """
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from archzoo.derivatives import differentiated_again, plain_gradients, transformed
 from archzoo.kernels.launching import fused, launch, on_hopper, power_of_2, warps_for
 from archzoo.kernels.operators import compiling, define
+from archzoo.kernels.swiglu import swiglu_plainly
 
 KEYS = 2048  # assignments that one program counts or places
 MAX_ROWS = 1024  # of an expert on average, for our product to make the gradient of its weights
@@ -540,7 +541,7 @@ def _loop(rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> tuple[Te
     y, hidden = torch.zeros_like(rows), rows.new_zeros(len(rows), gate_up.shape[1])
     for expert, some in enumerate(_slices(ends)):
         torch.mm(rows[some], gate_up[expert].t(), out=hidden[some])
-        torch.mm(_swiglu_plainly(hidden[some]), down[expert].t(), out=y[some])
+        torch.mm(swiglu_plainly(hidden[some]), down[expert].t(), out=y[some])
     return y, hidden
 
 
@@ -590,85 +591,4 @@ _loop_backward_operator = define(
     "Tensor hidden) -> (Tensor, Tensor, Tensor)",
     _loop_backward,
     _loop_backward_shapes,
-)
-
-
-# ---------------------------------------------------------------------------- SwiGLU
-
-
-def swiglu(x: Tensor) -> Tensor:
-    """``silu(gate) * up`` of x (rows, 2 * width), gate first: (rows, width)."""
-    if fused(x):
-        y: Tensor = _swiglu_operator(x) if compiling() else _SwiGLU.apply(x)
-        return y
-    return _swiglu_plainly(x)
-
-
-def _swiglu_plainly(x: Tensor) -> Tensor:
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-class _SwiGLU(torch.autograd.Function):
-    """In one kernel each way, the product in float32."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return _swiglu(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor | None:
-        (x,) = ctx.saved_tensors
-        if differentiated_again():
-            return plain_gradients(_swiglu_plainly, (x,), (grad,))[0]
-        return _swiglu_backward(x, grad)
-
-
-def _swiglu(x: Tensor) -> Tensor:
-    x = x.contiguous()
-    y = _swiglu_shape(x)
-    rows, width = y.shape
-    block = min(power_of_2(width), 1024)
-    _launch(
-        "swiglu_kernel", (rows, -(-width // block)), (x, y), width,
-        BLOCK=block, num_warps=warps_for(block),
-    )  # fmt: skip
-    return y
-
-
-def _swiglu_shape(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], x.shape[1] // 2)
-
-
-def _swiglu_backward(x: Tensor, grad: Tensor) -> Tensor:
-    x = x.contiguous()
-    d_x = torch.empty_like(x)
-    rows, width = x.shape[0], x.shape[1] // 2
-    block = min(power_of_2(width), 1024)
-    _launch(
-        "swiglu_backward_kernel", (rows, -(-width // block)), (x, grad.contiguous(), d_x),
-        width, BLOCK=block, num_warps=warps_for(block),
-    )  # fmt: skip
-    return d_x
-
-
-def _swiglu_backward_shape(x: Tensor, _: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _keep_for_swiglu(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _swiglu_gradients(ctx: Any, grad: Tensor) -> Tensor:
-    found: Tensor = _swiglu_backward_operator(*ctx.saved_tensors, grad)
-    return found
-
-
-_swiglu_operator = define(
-    "swiglu(Tensor x) -> Tensor", _swiglu, _swiglu_shape, _keep_for_swiglu, _swiglu_gradients
-)
-_swiglu_backward_operator = define(
-    "swiglu_backward(Tensor x, Tensor grad) -> Tensor", _swiglu_backward, _swiglu_backward_shape
 )
