@@ -24,6 +24,7 @@ from archzoo.generation import (
     sample,
     state_growth,
 )
+from archzoo.generation.until import Until
 from archzoo.mixers.retention import Retention
 from archzoo.tasks.tokenizers import CharacterTokenizer, Tokenizer, learn_bpe
 from archzoo.tasks.writing import Writing
@@ -505,3 +506,84 @@ def test_command_refuses_characters_that_are_not_known(
         generate_command(str(checkpoint), ["1x1="])
     assert "\n" not in str(error.value)
     assert capsys.readouterr().out == ""
+
+
+# ---------------------------------------------------------------------------- strings that end
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("kind", ["characters", "bytes"])
+def test_a_string_ends_a_row_and_only_that_row(kind: str, graph: bool) -> None:
+    """Whatever subwords it comes in, and each row gets what it would get alone."""
+    text = "to be or not to be, that is the question: 三国 or not. " * 8
+    tokenizer: Tokenizer = (
+        CharacterTokenizer("".join(sorted(set(text))))
+        if kind == "characters"
+        else learn_bpe([text], 280)
+    )
+    model = make("retnet_micro", vocab_size=tokenizer.vocab_size)
+    prompts = ["to be", "or", "that is the question"]
+    free = generate(model, prompts, max_tokens=30, tokenizer=tokenizer)
+    assert free.texts is not None
+    until = [free.texts[0][7:10], free.texts[2][11:13]]
+    found = generate(model, prompts, max_tokens=30, tokenizer=tokenizer, until=until, graph=graph)
+    wanted = [
+        written[: min((p for s in until if (p := written.find(s)) >= 0), default=len(written))]
+        for written in free.texts
+    ]
+    assert found.texts == wanted
+    assert wanted[0] != free.texts[0] and found.stopped[0]
+    for ours, theirs, stopped in zip(found.tokens, free.tokens, found.stopped, strict=True):
+        assert ours == theirs[: len(ours)] and stopped == (len(ours) < 30)
+
+
+def test_no_beginning_of_the_string_that_ends_a_text_is_streamed() -> None:
+    tokenizer = CharacterTokenizer("abc")
+    model = make("retnet_micro", vocab_size=3)
+    free = generate(model, ["ab"], max_tokens=20, tokenizer=tokenizer)
+    assert free.texts is not None
+    until = [free.texts[0][4:9]]
+    calls: list[str] = []
+    found = generate(
+        model,
+        ["ab"],
+        max_tokens=20,
+        tokenizer=tokenizer,
+        until=until,
+        on_token=lambda row, token, text: calls.append(text),
+    )
+    assert found.texts == ["".join(calls)] == [free.texts[0].partition(until[0])[0]]
+    assert found.stopped == [True]
+
+
+@given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
+def test_text_is_cut_before_the_string_that_is_complete_first(
+    text: str, strings: list[str]
+) -> None:
+    wanted = text
+    for end in range(len(text) + 1):
+        if begins := [place for s in strings if (place := text[:end].find(s)) >= 0]:
+            wanted = text[: min(begins)]
+            break
+    until = Until(strings)
+    assert "".join([*map(until.push, text), until.finish()]) == wanted
+    assert until.found == any(string in text for string in strings)
+
+
+@pytest.mark.parametrize(
+    ("until", "arguments", "message"),
+    [
+        ("stop", {}, r"one string: give a list of them, \['stop'\]"),
+        (["a", ""], {}, "holds an empty string"),
+        (["a"], {"tokenizer": None}, "give the tokenizer"),
+        (["a"], {"keep_state": True}, "keep_state continues after it"),
+    ],
+)
+def test_strings_that_end_no_text_are_refused(
+    until: list[str], arguments: dict[str, object], message: str
+) -> None:
+    tokenizer = CharacterTokenizer("abc")
+    model = make("retnet_micro", vocab_size=3)
+    given = {"tokenizer": tokenizer, **arguments}
+    with pytest.raises(ValueError, match=message):
+        generate(model, [1, 2], max_tokens=5, until=until, **given)

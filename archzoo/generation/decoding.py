@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from archzoo.generation.prompts import Prompts, encode, pad_left
 from archzoo.generation.replay import AHEAD, LEAST, RING, Replay, replays, start_replay
 from archzoo.generation.rows import OnToken, RowWriter, StateReader, TextReader
 from archzoo.generation.sampling import Sampler
+from archzoo.generation.until import check_until
 from archzoo.numerics import MODEL_TOLERANCES, for_float64
 from archzoo.states import nbytes, reorder
 from archzoo.tasks.writing import writing_of
@@ -44,7 +46,8 @@ class Generation(NamedTuple):
         tokens: The new tokens of each row, without the stop token.
         texts: The same as text, what follows the prompt, its numbers as people write them; None
             without a tokenizer.
-        stopped: Whether each row ended by the stop token, and not at max_tokens.
+        stopped: Whether each row ended by the stop token or a string of `until`, and not at
+            max_tokens.
         milliseconds_per_token: Wall time of a step, which gives every row a token; the first
             token, which comes with the prompt's pass, is left out. 0 where no other came.
         prompt_milliseconds: Wall time of the prompt's pass.
@@ -78,6 +81,7 @@ def generate(
     top_p: float | None = None,
     seed: int | None = None,
     stop_token: int | None = None,
+    until: Sequence[str] = (),
     form: Literal["parallel", "chunkwise", "recurrent"] | None = None,
     check: bool = False,
     tokenizer: Tokenizer | None = None,
@@ -102,6 +106,8 @@ def generate(
         top_p: Sample from the fewest most likely tokens with this total probability.
         seed: Row r is sampled by seed + r. None: by torch's global generator.
         stop_token: Ends a row. None: the tokenizer's own, where it has one.
+        until: Strings that end a row as well: its text is what comes before the first of them. Its
+            tokens are all that were written. Needs the tokenizer.
         form: "recurrent" [the default] carries a state from step to step; "parallel" and
             "chunkwise" keep none, and recompute the whole text at every step.
         check: Compare the logits of every step with those of the parallel form (of the recurrent
@@ -134,6 +140,7 @@ def generate(
             "a conversation holds a state and not its text: only the recurrent form continues it, "
             "without check"
         )
+    check_until(until, has_tokenizer=tokenizer is not None, keeps_state=keep_state)
     model = uncompiled(model)
     prompts = prompts_of(prompts, conversation)
     writing = writing_of(model.task)
@@ -156,7 +163,7 @@ def generate(
         before, already = tails(conversation), conversation.drawn.tolist()
     sampler = Sampler(len(rows), temperature, top_k, top_p, seed, already)
     writers = [
-        RowWriter(row, before[row] + prompt, tokenizer, on_token, writing, keep_state)
+        RowWriter(row, before[row] + prompt, tokenizer, on_token, writing, keep_state, until)
         for row, prompt in enumerate(rows)
     ]
     if conversation is not None:

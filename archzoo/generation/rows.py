@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from archzoo.decoder import Decoder, Output
 from archzoo.generation.conversation import Conversation, extended, start_conversation
 from archzoo.generation.prompts import pad_left
+from archzoo.generation.until import Until
 from archzoo.states import State, nbytes, reorder
 from archzoo.tasks.writing import Writing
 
@@ -198,6 +199,7 @@ class RowWriter:
         on_token: Told of each token.
         writing: How the model's task writes numbers.
         continues: The text will be continued: bytes of a character are kept for then.
+        until: Strings that end the text, before which it stops.
     """
 
     def __init__(
@@ -208,8 +210,10 @@ class RowWriter:
         on_token: OnToken | None,
         writing: Writing,
         continues: bool,
+        until: Sequence[str] = (),
     ) -> None:
         self.row, self.on_token, self.continues = row, on_token, continues
+        self.until = Until(until)
         self.tokens: list[int] = []
         self.written: list[str] = []
         self.draws = 0
@@ -241,7 +245,10 @@ class RowWriter:
             return
         self.tokens.append(token)
         text = self.reader.push(self.decoder.push(token)) if self.decoder and self.reader else ""
-        self._tell(token, text)
+        self._tell(token, self.until.push(text))
+        if self.until.found:
+            self.stopped = True
+            self.end()
 
     def end(self) -> None:
         """No more tokens come."""
@@ -251,6 +258,8 @@ class RowWriter:
                 # Bytes of a character come with the rest of it, when the text is continued.
                 rest = "" if self.continues and not self.stopped else self.decoder.finish()
                 text = self.reader.push(rest) + self.reader.finish()
+            text = self.until.push(text) + self.until.finish()
+            self.stopped |= self.until.found
             self._tell(None, text)
 
     def _tell(self, token: int | None, text: str) -> None:
