@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archzoo.derivatives import followed
-from archzoo.low_rank import Change, changed_product
+from archzoo.low_rank import Change, Packed, changed_product, pack
 from archzoo.numerics import autocast_dtype, without_autocast
 
 
@@ -84,6 +84,7 @@ class Linear(nn.Linear):
         self._held: Tensor | None = None
         self._held_bias: Tensor | None = None
         self._held_in_calls = False  # where all adapters can be merged
+        self._held_changes: Packed | None = None  # where they cannot, and are of low rank
         if stack is not None:
             self.weight_is_read = True
             self.weight = nn.Parameter(torch.empty(stack, self.out_features, in_features))
@@ -143,6 +144,8 @@ class Linear(nn.Linear):
             return self.product(x)
         if self._held_in_calls and self._uses_held():
             return _of_each(x, self._held, self._held_bias)  # type: ignore[arg-type]
+        if self._held_changes is not None and x.dtype == self.weight.dtype and _is_plain(x):
+            return changed_product(x, self.weight, self.bias, self._held_changes)
         return self._changed(x, tuple(self.blocks))
 
     def part(self, x: Tensor, *names: str) -> Tensor:
@@ -192,10 +195,17 @@ class Linear(nn.Linear):
             change = self._change(names[0], y, adapters[names[0]], seen[names[0]])
             assert change is not None  # there are adapters
             return y + change
+        own = y.split_with_sizes([self.blocks[name] for name in names], -1)
+        new = type(self).product is Linear.product  # y, and nobody else's
+        if new and not (torch.is_grad_enabled() or followed()):
+            for name, part in zip(names, own, strict=True):
+                change = self._change(name, part, adapters.get(name, []), seen.get(name, []))
+                if change is not None:
+                    part.add_(change)
+            return y
         # One sum for all blocks: its gradient goes to each without a copy.
         changes = []
-        sizes = [self.blocks[name] for name in names]
-        for name, part in zip(names, y.split_with_sizes(sizes, -1), strict=True):
+        for name, part in zip(names, own, strict=True):
             change = self._change(name, part, adapters.get(name, []), seen.get(name, []))
             changes.append(y.new_zeros(()).expand(part.shape) if change is None else change)
         return y + torch.cat(changes, dim=-1)
@@ -215,26 +225,43 @@ class Linear(nn.Linear):
             rows: The same.
             adapters: Of each block that has some.
         """
-        if self.stack is not None or type(self).product is not Linear.product:
-            return None
         dtype = autocast_dtype(self.device) or x.dtype
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
+        if x.dtype != weight.dtype and dtype == x.dtype:
+            return None  # torch's own operations say what is wrong
+        changes = self._low_rank_changes(names, adapters, dtype)
+        if changes is None:
+            return None
         if rows is not None:
             weight, bias = weight[rows], bias if bias is None else bias[rows]
+        bias = bias if bias is None else bias.to(dtype)
+        return changed_product(x.to(dtype), weight.to(dtype), bias, changes)
+
+    def _low_rank_changes(
+        self, names: Sequence[str], adapters: dict[str, list[Any]], dtype: torch.dtype
+    ) -> list[Change] | None:
+        """What adapters of low rank and of the weight's dtype add; None: one is of another kind.
+
+        Args:
+            names: Of blocks that lie side by side.
+            adapters: Of each block that has some.
+            dtype: To compute in.
+        """
+        if self.stack is not None or type(self).product is not Linear.product:
+            return None
         begin, changes = 0, []
         for name in names:
             for adapter in adapters.get(name, ()):
                 factors = adapter.low_rank()
-                if factors is None or factors[0].dtype != weight.dtype:
+                if factors is None or factors[0].dtype != self.weight.dtype:
                     return None
-                first, second, scale = factors
-                changes.append(Change(begin, first.to(dtype), second.to(dtype), scale))
+                first, second, scale, *mixed = factors
+                if mixed:
+                    mixed[0] = mixed[0].to(dtype)
+                changes.append(Change(begin, first.to(dtype), second.to(dtype), scale, *mixed))
             begin += self.blocks[name]
-        if x.dtype != weight.dtype and dtype == x.dtype:
-            return None  # torch's own operations say what is wrong
-        bias = bias if bias is None else bias.to(dtype)
-        return changed_product(x.to(dtype), weight.to(dtype), bias, changes)
+        return changes
 
     def _change(
         self, name: str, y: Tensor, adapters: Sequence[Any], seen: Sequence[Tensor]
@@ -311,25 +338,32 @@ class Linear(nn.Linear):
     def held(self) -> Iterator[None]:
         """Within it weight and bias with their adapters' changes are computed once, for no_grad.
 
-        Then a call is the base's one product, where all adapters can be merged. In a dtype of few
-        bits it rounds as merging does. Whoever decodes enters it, and changes no weight within.
+        Then a call is the base's one product, where all adapters can be merged; where they cannot
+        and are of low rank, their matrices are put together once. In a dtype of few bits it rounds
+        as merging does. Whoever decodes enters it, and changes no weight within.
         Nothing else could tell that one has changed: a fused optimizer step, FSDP2 and ``.data``
         count no versions.
         """
-        if self._held is not None or not (self.adapted and (self.weight_is_read or self._merges())):
+        if not self.adapted or self._held is not None or self._held_changes is not None:
             yield
             return
         with torch.no_grad():
-            self._held = self._effective()
-            self._held_bias = None if self.bias is None else self._effective_bias()
-        self._held_in_calls = self._merges()
+            merges = self._merges()
+            if merges or self.weight_is_read:
+                self._held = self._effective()
+                self._held_bias = None if self.bias is None else self._effective_bias()
+            if not merges:
+                names = tuple(self.blocks)
+                changes = self._low_rank_changes(names, self._by_block(names), self.dtype)
+                self._held_changes = pack(changes, kept=True) if changes else None
+        self._held_in_calls = merges
         try:
             yield
         finally:
             self._forget_held()
 
     def _forget_held(self) -> None:
-        self._held = self._held_bias = None
+        self._held = self._held_bias = self._held_changes = None
         self._held_in_calls = False
 
     def _merges(self) -> bool:
@@ -457,6 +491,11 @@ class Linear(nn.Linear):
         if self._modules.get("adapter_modules") is not None and not self.entries():
             del self.adapter_modules
         self.switch_off(self.adapters_off)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether what is held may be used for x: no gradients, no compiler, no autocast."""
+    return not (torch.is_grad_enabled() or followed()) and autocast_dtype(x.device) is None
 
 
 def _seen(x: Tensor, adapters: Sequence[Any]) -> list[Tensor]:

@@ -10,13 +10,16 @@ from archzoo.adapters import Target
 from archzoo.adapters.attach import adapter_modules
 from archzoo.contract.measure import relative_error
 from archzoo.linear import Linear
-from archzoo.low_rank import Change, changed_product
+from archzoo.low_rank import Change, changed_product, pack, softmax_of
 
 ROWS, COLUMNS = {"query": 5, "key": 3, "value": 7}, 6
 
 
-def drawn(dtype=torch.float64, bias=True):
-    """X, W, b and changes: two of one block, of other ranks and scales, and none of another."""
+def drawn(dtype=torch.float64, bias=True, mixed=False):
+    """X, W, b and changes: two of one block, of other ranks and scales, and none of another.
+
+    With mixtures among them: two gated alike, one of other ranks and one by its best expert.
+    """
     torch.manual_seed(0)
 
     def draw(*shape):
@@ -25,26 +28,38 @@ def drawn(dtype=torch.float64, bias=True):
     x, weight = draw(2, 4, COLUMNS), draw(15, COLUMNS)
     places = ((0, 5, 2, 0.5), (8, 7, 3, -2.0), (0, 5, 1, 1.0))
     changes = [Change(b, draw(rank, COLUMNS), draw(n, rank), s) for b, n, rank, s in places]
+    if mixed:
+        kinds = ((0, 5, 4, 2, None), (5, 3, 4, 2, None), (8, 7, 6, 3, None), (8, 7, 6, 3, 2))
+        changes[1:1] = [
+            Change(b, draw(rank, COLUMNS), draw(n, rank), 0.5, draw(experts, COLUMNS), top_k)
+            for b, n, rank, experts, top_k in kinds
+        ]
     return x, weight, draw(15) if bias else None, changes
 
 
 def plainly(x, weight, bias, changes):
     y = F.linear(x, weight, bias)
-    for begin, first, second, scale in changes:
-        change = F.linear(F.linear(x, first), second) * scale
+    for begin, first, second, scale, router, top_k in changes:
+        hidden = F.linear(x, first)
+        if router is not None:
+            gates = softmax_of(F.linear(x, router), top_k)
+            hidden = (hidden.unflatten(-1, (len(router), -1)) * gates[..., None]).flatten(-2)
+        change = F.linear(hidden, second) * scale
         y = y + F.pad(change, (begin, 15 - begin - len(second)))
     return y
 
 
 def leaves_of(x, weight, bias, changes):
     learn = [x, weight, *(t for change in changes for t in (change.first, change.second))]
+    learn += [change.router for change in changes if change.router is not None]
     return learn if bias is None else [*learn, bias]
 
 
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("frozen", [True, False])
-def test_it_computes_what_plain_operations_do(bias, frozen):
-    given = drawn(bias=bias)
+def test_it_computes_what_plain_operations_do(bias, frozen, mixed):
+    given = drawn(bias=bias, mixed=mixed)
     if frozen:
         given[1].requires_grad_(False)
     learn = [leaf for leaf in leaves_of(*given) if leaf.requires_grad]
@@ -56,10 +71,14 @@ def test_it_computes_what_plain_operations_do(bias, frozen):
     ):
         assert relative_error(mine, true) < 1e-13
         assert mine.shape == true.shape
+    with torch.no_grad():
+        kept = pack(given[3], kept=True)
+        assert relative_error(changed_product(*given[:3], kept), want) < 1e-14
 
 
-def test_it_has_all_derivatives_and_transforms():
-    x, weight, bias, changes = drawn()
+@pytest.mark.parametrize("mixed", [False, True])
+def test_it_has_all_derivatives_and_transforms(mixed):
+    x, weight, bias, changes = drawn(mixed=mixed)
 
     def compute(x, *factors):
         made = [
@@ -77,9 +96,11 @@ def test_it_has_all_derivatives_and_transforms():
     assert relative_error(compiled(x, *factors), compute(x, *factors)) < 1e-14
 
 
-@pytest.mark.parametrize("cls", ["LoRA", "MoSLoRA", "PiSSA"])
+@pytest.mark.parametrize("cls", ["LoRA", "MoSLoRA", "PiSSA", "MoLoRA"])
 def test_adapters_give_the_same_with_and_without_it(cls, monkeypatch):
     adapters = {"one": getattr(archzoo, cls)(rank=2, targets=["mixer"]), "two": "LoRA"}
+    if cls == "MoLoRA":
+        adapters["three"] = archzoo.MoLoRA(rank=1, experts=3, top_k=2, targets=["key"])
     net = archzoo.create_model("yuan_micro", vocab_size=20, adapters=adapters).double()
     for _, module in adapter_modules(net):
         for parameter in module.parameters():
@@ -128,3 +149,32 @@ def test_what_overrides_what_is_added_is_not_of_low_rank():
     assert archzoo.LoRA(target, rank=2).low_rank() is not None
     assert archzoo.LoRA(target, rank=2, dropout=0.1).low_rank() is None
     assert archzoo.LoRA(target, rank=2, dropout=0.1).eval().low_rank() is not None
+
+
+def test_a_mixture_is_put_together_once_for_decoding(monkeypatch):
+    """Within `held` alone, without gradients; a router that is watched is called."""
+    adapter = archzoo.MoLoRA(rank=2, experts=3, targets=["mixer", "feed_forward"])
+    net = archzoo.create_model("transformer_micro", vocab_size=20, adapter=adapter).double().eval()
+    for _, module in adapter_modules(net):
+        nn.init.normal_(module.second)
+    tokens = torch.randint(20, (2, 9))
+    calls = []
+    own = archzoo.MoLoRA.low_rank
+    monkeypatch.setattr(archzoo.MoLoRA, "low_rank", lambda self: calls.append(1) or own(self))
+    with torch.no_grad():
+        want = net(tokens).logits
+        assert calls
+        with net.weights_held():
+            calls.clear()
+            assert relative_error(net(tokens).logits, want) < 1e-14
+            assert not calls
+            with torch.enable_grad():
+                assert relative_error(net(tokens).logits, want) < 1e-14
+            assert calls
+            for _, module in adapter_modules(net):
+                nn.init.zeros_(module.second)
+        assert relative_error(net(tokens).logits, want) > 1e-3
+    (adapted, *_), seen = [module for _, module in adapter_modules(net)], []
+    adapted.router.register_forward_hook(lambda *_: seen.append(1))
+    net(tokens)
+    assert seen

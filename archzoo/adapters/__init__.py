@@ -197,8 +197,13 @@ class Adapter(nn.Module, metaclass=_Recipes):
         """
         return self.output(x, y)
 
-    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
+    def low_rank(
+        self,
+    ) -> tuple[Tensor, Tensor, float] | tuple[Tensor, Tensor, float, Tensor, int | None] | None:
         """First (rank, columns), second (rows, rank), scale: ``scale * second @ first`` is all.
+
+        A mixture gives its router (experts, columns) and top_k as well: what the experts' rows of
+        `first`, one after another, give of x is multiplied by softmax(router x).
 
         Where `output` adds ``scale * second (first x)`` and nothing else now, the product of the
         block takes it in at a lower cost. A class that overrides what is added, such as `output`

@@ -23,7 +23,8 @@ from torch.nn import functional as F
 from archzoo.adapters import Adapter, Target
 from archzoo.adapters.ia3 import scales_input
 from archzoo.adapters.lora import check_rank, scale_of
-from archzoo.numerics import KeepsFloat32, at_least_float32, cast, widest
+from archzoo.low_rank import softmax_of
+from archzoo.numerics import KeepsFloat32, cast, widest
 
 if TYPE_CHECKING:
     from archzoo.decoder import Decoder
@@ -66,11 +67,7 @@ class SoftRouter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """X (..., columns) to gates (..., experts) that sum to 1."""
         weight = self.weight
-        logits = F.linear(cast(x, weight.dtype), weight)
-        if self.top_k is not None:
-            best = logits.topk(self.top_k, dim=-1)
-            logits = torch.full_like(logits, -math.inf).scatter(-1, best.indices, best.values)
-        return torch.softmax(logits, -1, dtype=at_least_float32(logits.dtype))
+        return softmax_of(F.linear(cast(x, weight.dtype), weight), self.top_k)
 
 
 class MoV(KeepsFloat32, Adapter):
@@ -214,6 +211,14 @@ class MoLoRA(Adapter):
         hidden: Tensor = F.linear(x, first.flatten(0, 1)).unflatten(-1, first.shape[:2])
         gates = cast(self.router(x) * self.scale, hidden.dtype)
         return F.linear((hidden * gates[..., None]).flatten(-2), self.second.flatten(1))
+
+    def low_rank(self) -> tuple[Tensor, Tensor, float, Tensor, int | None] | None:
+        """A and B of all experts, s, R and top_k; None while its router is watched."""
+        if self.router._forward_hooks or type(self.router) is not SoftRouter:
+            return None  # its call must be seen
+        router = self.router
+        first, second = self.first.flatten(0, 1), self.second.flatten(1)
+        return first, second, self.scale, router.weight, router.top_k
 
 
 # ---------------------------------------------------------------------------- watched
