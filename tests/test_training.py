@@ -197,7 +197,7 @@ def test_a_run_from_before_biases_were_spared_resumes(tmp_path, bias, monkeypatc
 
     before = make()
     with monkeypatch.context() as patch:
-        patch.setattr("archzoo.training.module.decay_groups", groups)
+        patch.setattr("archzoo.training.optimizers.decay_groups", groups)
         trainer = make_trainer(tmp_path, max_steps=2)
         trainer.fit(before, addition())
     (optimizer,) = trainer.optimizers
@@ -231,7 +231,7 @@ def test_learning_rate_warms_up_and_falls():
     assert learning_rate_schedule(10, 50, 0.0, "constant")(49) == 1.0
     # A run cut short still gets to train at the full rate.
     assert max(map(learning_rate_schedule(100, 20, 0.0), range(20))) == 1.0
-    with pytest.raises(ValueError, match="neither cosine nor constant"):
+    with pytest.raises(ValueError, match="not one of cosine, wsd, constant"):
         learning_rate_schedule(10, 50, 0.0, "linear")
 
 

@@ -49,7 +49,9 @@ from archzoo.training.compiling import CompileModel
 from archzoo.training.directory import RunDirectory
 from archzoo.training.ending import SIGNALS, Ended, say
 from archzoo.training.files import CheckpointFiles, MetricsFile
+from archzoo.training.flags import add_flags, move_flags, with_optimizer
 from archzoo.training.module import LanguageModel
+from archzoo.training.optimizers import describe_optimizer, find_optimizer
 from archzoo.training.user_errors import explain
 from archzoo.trust import load_installed, user_imports, with_moved
 
@@ -268,15 +270,17 @@ class CommandLine(LightningCLI):
             help="Whether fit compiles the model: auto does on an NVIDIA GPU from 20 M parameters "
             "on, true wherever it runs, false nowhere.",
         )
+        add_flags(parser)
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
 
     # ------------------------------------------------------------------------ parsing
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         command, *arguments = args
+        self._command = command
         self._given = list(arguments)
         self.run_name = _run_name(arguments)
-        arguments = _with_files_read(arguments)
+        arguments = with_optimizer(_with_files_read(arguments))
         path = _option(arguments, "--ckpt_path")
         logger = _option(arguments, "--trainer.logger")
         if logger == "TensorBoardLogger" and not _option(arguments, "--trainer.logger.save_dir"):
@@ -318,6 +322,8 @@ class CommandLine(LightningCLI):
             weights = find_base(record, _option(given, "--model.weights"), Path(path))
         model = module_arguments(checkpoint)
         model = {n: value for n, value in model.items() if n != "weights" and value is not None}
+        if self._command != "fit":
+            model.pop("optimizer", None)  # whose class need not be there
         known = inspect.signature(LanguageModel).parameters.keys() - NOT_STORED
         known |= inspect.signature(Decoder).parameters.keys()
         stored = {n for n, value in checkpoint["hyper_parameters"].items() if value is not None}
@@ -386,6 +392,8 @@ class CommandLine(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         config.name = self.directory.name
+        move_flags(config)
+        find_optimizer(describe_optimizer(config.model.optimizer))
         logger = config.trainer.get("logger.init_args")
         if logger is not None and logger.get("save_dir") == RUN_DIRECTORY:
             logger.save_dir, logger.name, logger.version = str(self.directory), "", "tensorboard"

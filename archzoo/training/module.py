@@ -65,7 +65,14 @@ from archzoo.training.log import (
     scalars,
 )
 from archzoo.training.losses import check_labels, score, total_loss
-from archzoo.training.optim import clip_by_norm, decay_groups, learning_rate_schedule, regroup
+from archzoo.training.muon import Muon
+from archzoo.training.optim import clip_by_norm, learning_rate_schedule, regroup
+from archzoo.training.optimizers import (
+    build_optimizer,
+    describe_optimizer,
+    find_optimizer,
+    title_of,
+)
 from archzoo.training.progressive import passes
 from archzoo.training.random_state import (
     bring_back_random_state,
@@ -95,10 +102,10 @@ class LanguageModel(lightning.LightningModule):
     (`balance_over`) the micro-batch is its slice. What moves by counts, experts' biases and
     adaptive coefficients, sees the counts of the whole step.
 
-    Weights move by AdamW (Loshchilov and Hutter, arXiv 1711.05101) with decay on matrices only, a
-    linear warm-up and a cosine. A step that float16's loss scaling skips, because a gradient
-    overflowed, moves nothing: no weight, bias, coefficient or learning rate, and the progressive
-    loss draws the same numbers again.
+    Weights move by AdamW (Loshchilov and Hutter, arXiv 1711.05101), or another optimizer, with
+    decay on matrices only, a linear warm-up and a cosine. A step that float16's loss scaling skips,
+    because a gradient overflowed, moves nothing: no weight, bias, coefficient or learning rate, and
+    the progressive loss draws the same numbers again.
 
     The decoder is made when the vocabulary is known: at once where `vocab_size` is given, else in
     `setup`, from the task the trainer runs on.
@@ -121,10 +128,16 @@ class LanguageModel(lightning.LightningModule):
             final norm and the head from the start. See `Freezing`.
         learning_rate: The peak, per optimizer step.
         warmup_steps: Optimizer steps from 0 to the peak.
-        schedule: "cosine", which runs until the trainer's last step, or "constant".
-        final_learning_rate: Where the cosine ends, as a fraction of the peak.
+        schedule: "cosine", which runs until the trainer's last step; "wsd": at the peak, and
+            along a line to the end over the last steps; or "constant".
+        decay_fraction: Of all steps, for wsd: those over which the learning rate falls.
+        final_learning_rate: Where the schedule ends, as a fraction of the peak.
+        optimizer: None: AdamW. Muon: each matrix by Muon, all else by AdamW, with one learning
+            rate. Or any of torch.optim by name, or a class of yours by its import path; with
+            arguments, class_path and init_args. Learning rate, decay and betas are those above
+            and below.
         weight_decay: Of matrices; norms, biases and embeddings do not decay.
-        betas: How fast AdamW forgets the gradient and its square.
+        betas: How fast AdamW, and what takes them too, forgets the gradient and its square.
         progressive_loss: Fraction of the loss that a looped model takes from a random number of
             iterations, the first without gradients: see archzoo/training/progressive.py.
         progressive_seed: Of those numbers, which are a function of (progressive_seed, step).
@@ -144,8 +157,10 @@ class LanguageModel(lightning.LightningModule):
         unfreeze_every: int | None = None,
         learning_rate: float = 2e-3,
         warmup_steps: int = 100,
-        schedule: Literal["cosine", "constant"] = "cosine",
+        schedule: Literal["cosine", "wsd", "constant"] = "cosine",
+        decay_fraction: float = 0.2,
         final_learning_rate: float = 0.0,
+        optimizer: str | dict[str, Any] | None = None,
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
         progressive_loss: float = 0.0,
@@ -166,6 +181,8 @@ class LanguageModel(lightning.LightningModule):
                 raise ValueError(f"{name}={value} must be at least 0")
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas={list(betas)} must be two numbers from 0 to below 1")
+        if not 0 < decay_fraction <= 1:
+            raise ValueError(f"decay_fraction={decay_fraction} must lie in (0, 1]: a fraction")
         if not 0 <= progressive_loss <= 1:
             raise ValueError(f"progressive_loss={progressive_loss} must lie in [0, 1]: a fraction")
         if unfreeze_every is not None and not unfreeze_every >= 1:
@@ -184,7 +201,9 @@ class LanguageModel(lightning.LightningModule):
         self.progressive_loss, self.progressive_seed = progressive_loss, progressive_seed
         self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
         self.schedule, self.final_learning_rate = schedule, final_learning_rate
+        self.decay_fraction = decay_fraction
         self.weight_decay, self.betas = weight_decay, betas
+        self.optimizer = describe_optimizer(optimizer)
         self.architecture = architecture
         self.decoder: Decoder | None = None
         self._evaluated = EvaluationFigures(self.device)
@@ -487,17 +506,26 @@ class LanguageModel(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         half = str(self.trainer.precision).startswith("16")  # whose loss scaling knows no fused one
-        optimizer = torch.optim.AdamW(
-            decay_groups(self.net, self.weight_decay, self._joining),
-            lr=self.learning_rate,
+        if self.sharded and issubclass(find_optimizer(self.optimizer), Muon):
+            raise ValueError(
+                "optimizer Muon takes whole matrices, and FSDP2 cuts them: take "
+                "--trainer.strategy ddp, or AdamW"
+            )
+        optimizer = build_optimizer(
+            self.optimizer,
+            self.net,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
             betas=self.betas,
-            fused=True if self.device.type == "cuda" and not half else None,
+            joining=self._joining,
+            fused=self.device.type == "cuda" and not half,
         )
         factor = learning_rate_schedule(
             self.warmup_steps,
             self.trainer.estimated_stepping_batches,
             self.final_learning_rate,
             self.schedule,
+            self.decay_fraction,
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {
@@ -699,6 +727,8 @@ class LanguageModel(lightning.LightningModule):
             "learning_rate": self.learning_rate,
             "warmup_steps": self.warmup_steps,
             "schedule": self.schedule,
+            "decay_fraction": self.decay_fraction,
+            "optimizer": self.optimizer,
             "final_learning_rate": self.final_learning_rate,
             "weight_decay": self.weight_decay,
             "betas": list(self.betas),
@@ -798,7 +828,8 @@ class LanguageModel(lightning.LightningModule):
             raise ValueError("this checkpoint was not written by archzoo's training")
         check_same_model(self.net.config, theirs)
         if self._trainer is not None and self.trainer.state.fn == "fit":
-            check_same_training(self.frozen, theirs)
+            mine, of_run = map(title_of, (self.optimizer, theirs.get("optimizer")))
+            check_same_training(self.frozen | {"optimizer": mine}, theirs | {"optimizer": of_run})
         record = base_in(checkpoint, "the checkpoint")
         if record is not None:
             self._check_base(record)

@@ -104,35 +104,54 @@ def regroup(
     return state | {"state": moved, "param_groups": groups}
 
 
+SCHEDULES = ("cosine", "wsd", "constant")
+
+
 def learning_rate_schedule(
-    warmup_steps: int, steps: float, final: float, shape: str = "cosine"
+    warmup_steps: int,
+    steps: float,
+    final: float,
+    shape: str = "cosine",
+    decay_fraction: float = 0.2,
 ) -> Callable[[int], float]:
     """The learning rate over its peak, as a function of the optimizer steps done.
 
-    ``(n + 1) / warmup_steps`` first, then ``final + (1 - final) (1 + cos(pi p)) / 2`` where p runs
-    from 0 to 1 over the steps that are left, or 1 throughout for ``constant``.
+    ``(n + 1) / warmup_steps`` first; then, where p runs from 0 to 1 over the steps that are left::
+
+        cosine    final + (1 - final) (1 + cos(pi p)) / 2
+        wsd       1 (stable), and over the last steps final + (1 - final) (1 - p) (decay)
+        constant  1
+
+    WSD is Hu et al.'s (MiniCPM, arXiv 2404.06395, section 4): until the decay begins, a run does
+    not depend on how long it will be, so a checkpoint from there can be trained on. It decays along
+    a line, over 20 % of the steps, as Hagele et al. find enough (arXiv 2405.18392, section 3).
 
     Args:
         warmup_steps: Steps until the peak; half of all steps at most, so that a run cut short
             for a trial still trains.
         steps: Steps in all; infinite: the rate stays at its peak after the warm-up.
-        final: Where the cosine ends, over the peak.
-        shape: "cosine" or "constant".
+        final: Where it ends, over the peak.
+        shape: "cosine", "wsd" or "constant".
+        decay_fraction: Of all steps, for wsd: those over which the rate falls.
 
     Raises:
         ValueError: Another shape.
     """
-    if shape not in ("cosine", "constant"):
-        raise ValueError(f"schedule={shape!r} is neither cosine nor constant")
+    if shape not in SCHEDULES:
+        raise ValueError(f"schedule={shape!r} is not one of {', '.join(SCHEDULES)}")
     warmup = int(min(warmup_steps, steps / 2))
+    begin: float = warmup  # of the decay
+    if shape == "wsd" and not math.isinf(steps):
+        begin = max(warmup, steps - round(decay_fraction * steps))
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
         if shape == "constant" or math.isinf(steps):
             return 1.0
-        progress = min((step - warmup) / max(steps - warmup, 1), 1.0)
-        return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
+        progress = min(max(step - begin, 0) / max(steps - begin, 1), 1.0)
+        left = 1 - progress if shape == "wsd" else (1 + math.cos(math.pi * progress)) / 2
+        return final + (1 - final) * left
 
     return factor
 

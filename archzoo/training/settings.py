@@ -26,6 +26,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins import LayerSync
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
+from torch.optim import Optimizer
 
 from archzoo.names import nearest
 from archzoo.parts import SLOTS
@@ -44,6 +45,7 @@ from archzoo.trust import (
 KINDS: dict[str, tuple[type, ...]] = {
     **{f"model.{slot}": (kind,) for slot, kind in SLOTS.items()},
     "model.pattern": (SLOTS["mixer"],),
+    "model.optimizer": (Optimizer,),
     "data": (Task,),
     "trainer.callbacks": (Callback,),
     "trainer.logger": (Logger,),

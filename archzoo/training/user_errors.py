@@ -57,7 +57,9 @@ def explain(message: str, options: Iterable[str]) -> str:
     if found and classes:
         return f"{key}: there is no {found[1]!r}; {nearest(found[1], list(classes))}"
 
-    found = re.fullmatch(r"(Expected an? <class '\w+'>)\. Got value: (.*)", text)
+    found = re.fullmatch(
+        r"(Expected an? (?:<class '\w+'>|typing\.Literal\[.*?\]))\. Got value: (.*)", text
+    )
     if found and key:
         return f"{key}: {found[2]!r} is not {_plain(found[1])}"
 
