@@ -27,7 +27,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
 # With a GPU torch brings its own; without one it interprets the kernels for their tests.
 TRITON := $(shell grep '^triton==' constraints.txt)
-PYTEST := $(BIN)/pytest -n 2 --dist loadfile
+PYTEST := $(BIN)/pytest -n 2 --dist worksteal
 
 # Where Python may not write bytecode, every import of torch takes seconds longer.
 unexport PYTHONDONTWRITEBYTECODE

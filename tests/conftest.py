@@ -1,6 +1,8 @@
 """What every test runs under: one torch thread, seeded, and random inputs that can be replayed."""
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 # Two threads on two busy cores slow small steps several times. Set before torch is imported, and in
 # the environment, so that the commands which tests start keep to it too.
@@ -10,6 +12,7 @@ import hypothesis
 import kernel_device  # noqa: F401, before anything else imports Triton
 import pytest
 import torch
+import warm
 
 torch.set_num_threads(1)
 
@@ -40,8 +43,23 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("archzoo")
 
+# A worker that runs out of tests takes half of another's rest. A long test cannot be shared, so the
+# longest begin.
+FIRST = ("test_readme", "test_tutorials")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in FIRST)
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     """Every test starts from the same random state, whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def programs() -> Iterator[Path]:
+    """A directory for PATH with `python` and `archzoo`, which start at once (see warm.py)."""
+    with warm.programs() as directory:
+        yield directory

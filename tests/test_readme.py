@@ -40,8 +40,10 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def run(command: list[str], place: Path) -> str:
-    environment = dict(os.environ, PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}")
+def run(command: list[str], place: Path, *first: Path) -> str:
+    """What a command prints; programs are found in these directories before all others."""
+    path = [*map(str, first), str(BIN), os.environ["PATH"]]
+    environment = dict(os.environ, PATH=os.pathsep.join(path))
     environment["PYTHONPATH"] = str(place)
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
@@ -89,14 +91,14 @@ SHORTER = {
 }
 
 
-def test_its_shell_commands_run_in_order(checkout: Path) -> None:
+def test_its_shell_commands_run_in_order(checkout: Path, programs: Path) -> None:
     for code, shown in blocks("bash"):
         printed = ""
         for line in code.splitlines():
             words = shlex.split(line)
             if words[0] == "make":
                 continue
-            words[0] = {"python": sys.executable, "archzoo": str(BIN / "archzoo")}[words[0]]
+            assert words[0] in ("python", "archzoo")
             if "fit" in words:  # the whole of it is `make train`
                 steps = "6" if "--ckpt_path" in words else "3"  # resumed, it has to train further
                 words += ["--trainer.max_steps", steps, "--trainer.val_check_interval", "3"]
@@ -104,7 +106,7 @@ def test_its_shell_commands_run_in_order(checkout: Path) -> None:
             if "test" in words:
                 words += ["--trainer.limit_test_batches", "2"]
             words += SHORTER.get(words[1], [])
-            added = run(words, checkout)
+            added = run(words, checkout, programs)
             assert added.strip()
             printed += added
         if printed:

@@ -57,13 +57,15 @@ def first_missing(shown: str, printed: str, *, sampled: bool = False) -> str | N
     return None
 
 
-def run(fence: Fence, place: Path) -> str:
+def run(fence: Fence, place: Path, programs: Path) -> str:
     """What a block prints, run in a directory."""
-    environment = dict(os.environ, PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}")
+    path = [str(programs), str(BIN), os.environ["PATH"]]
+    environment = dict(os.environ, PATH=os.pathsep.join(path))
     environment |= {"PYTHONPATH": str(place), "XDG_CACHE_HOME": str(place / "cache")}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     shell = ["bash", "-euo", "pipefail", "-c"]
-    command = [*(shell if fence.language == "bash" else [sys.executable, "-c"]), fence.code]
+    python = [str(programs / "python"), "-c"]
+    command = [*(shell if fence.language == "bash" else python), fence.code]
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, fence.code + done.stdout + done.stderr
     return done.stdout
@@ -77,7 +79,9 @@ def checkout(place: Path) -> Path:
 
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_a_tutorial_runs_and_prints_what_it_shows(path: Path, tmp_path: Path) -> None:
+def test_a_tutorial_runs_and_prints_what_it_shows(
+    path: Path, tmp_path: Path, programs: Path
+) -> None:
     place, printed = checkout(tmp_path), ""
     for fence in fences(path.read_text(encoding="utf-8")):
         if fence.title:
@@ -88,7 +92,7 @@ def test_a_tutorial_runs_and_prints_what_it_shows(path: Path, tmp_path: Path) ->
             assert missing is None, f"not printed: {missing}\n{printed}"
         else:
             assert fence.language in ("bash", "python"), fence.language
-            printed = run(fence, place)
+            printed = run(fence, place, programs)
 
 
 def test_what_is_shown_counts_in_its_form() -> None:

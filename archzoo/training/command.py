@@ -155,8 +155,11 @@ def _start(cls: type[CommandLine], command: str, arguments: list[str]) -> Comman
             "num_sanity_val_steps": 0,
             "enable_model_summary": False,
         },
-        parser_kwargs={"prog": "archzoo", "exit_on_error": False}
-        | {name: {"exit_on_error": False} for name in cls.subcommands()},
+        parser_kwargs={
+            "prog": "archzoo",
+            "exit_on_error": False,
+            command: {"exit_on_error": False},
+        },
     )
 
 
@@ -209,6 +212,10 @@ class CommandLine(LightningCLI):
     _run_directory: RunDirectory | None = None  # of a `fit`, on the first process
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
+        # Describing the arguments of the other commands would take a quarter of a second for each.
+        command = settings["args"][0]
+        only = {command: LightningCLI.subcommands()[command]}
+        self.subcommands = lambda: only  # type: ignore[method-assign]
         try:
             super().__init__(*arguments, **settings)  # does all of it
         finally:
@@ -577,11 +584,6 @@ class CommandLine(LightningCLI):
 
 class _ResolvedOnly(CommandLine):
     """Stops when the model and the task are made; random numbers and directories stay."""
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Of `fit` alone, which is a quarter of the work."""
-        return {"fit": CommandLine.subcommands()["fit"]}
 
     def _set_seed(self) -> None:
         pass
