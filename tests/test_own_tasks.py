@@ -100,6 +100,7 @@ def test_configurations_of_the_zoo_say_all_they_did(tmp_path):
     assert list(text) == [
         *("path", "tokenizer", "vocab_size", "context_length", "batch_size", "carry_state"),
         *("validation_fraction", "cache_dir", "seed", "test_fraction", "split"),
+        *("field", "separate_documents"),
     ]
     assert text["path"] == str(tmp_path / "text.txt")
     mixed = Mixed(path=str(tmp_path / "text.txt"), lines=1).config()["init_args"]

@@ -14,7 +14,7 @@ import torch
 
 from archzoo.cli import main
 from archzoo.tasks import Text, cache
-from archzoo.tasks.text import Corpus
+from archzoo.tasks.corpus import Corpus
 
 
 @pytest.fixture
@@ -110,14 +110,14 @@ def test_another_text_s_entry_is_not_taken_for_this_one(text, tmp_path):
 
 def test_a_text_that_changes_while_it_is_read_is_refused(text, tmp_path, monkeypatch):
     task = text(CONTENT)
-    texts = Corpus.texts
+    segments = Corpus.segments
 
     def changing(self, *spans):
-        for segment in texts(self, *spans):
+        for segment in segments(self, *spans):
             self.path.write_text(CONTENT.replace("some", "same"))
             yield segment
 
-    monkeypatch.setattr(Corpus, "texts", changing)
+    monkeypatch.setattr(Corpus, "segments", changing)
     with pytest.raises(ValueError, match="changed while it was read: start again once it rests"):
         task.prepare()
     assert list((tmp_path / "cache").iterdir()) == []

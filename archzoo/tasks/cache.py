@@ -21,6 +21,7 @@ from typing import Any
 
 META = "meta.json"
 PREFIX = "text-"  # of an entry's name
+UNPACKED = "unpacked-"  # the same of what is known of files that had to be unpacked
 _PARTIAL = ".partial"  # ends the name of one that is being made
 _ABANDONED = 86_400.0  # seconds after which such a folder is of a process that was killed
 
@@ -36,9 +37,35 @@ def home(directory: str | None = None) -> Path:
         raise OSError("there is no home directory for encoded texts: set cache_dir") from None
 
 
-def entry(directory: str | None, recipe: list[Any]) -> Path:
-    """The folder of what a recipe, plain data, gives."""
-    return home(directory) / f"{PREFIX}{_digest_of(recipe)[:16]}"
+def entry(directory: str | None, recipe: list[Any], prefix: str = PREFIX) -> Path:
+    """The folder of what a recipe gives.
+
+    Args:
+        directory: As for `home`.
+        recipe: Plain data.
+        prefix: Of the folder's name, the kind of entry.
+    """
+    return home(directory) / f"{prefix}{_digest_of(recipe)[:16]}"
+
+
+def scratch(root: Path) -> Path:
+    """A folder for what is needed while an entry is made, which is swept if it stays.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    _sweep(root)
+    return Path(tempfile.mkdtemp(_PARTIAL, f"{PREFIX}unpacked.", root))
+
+
+def cannot_write(root: Path, error: OSError) -> OSError:
+    """Says that a directory is full, or cannot be written."""
+    return OSError(
+        error.errno,
+        f"cannot write the encoded text to {root} ({error.strerror}): free some disk "
+        "space or set cache_dir to another directory",
+    )
 
 
 def read(folder: Path, recipe: list[Any]) -> dict[str, Any] | None:
@@ -90,11 +117,7 @@ def fill(folder: Path, recipe: list[Any], write: Callable[[Path], dict[str, Any]
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise OSError(
-            error.errno,
-            f"cannot write the encoded text to {folder.parent} ({error.strerror}): free some disk "
-            "space or set cache_dir to another directory",
-        ) from None
+        raise cannot_write(folder.parent, error) from None
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
@@ -102,7 +125,7 @@ def fill(folder: Path, recipe: list[Any], write: Callable[[Path], dict[str, Any]
 
 def _sweep(parent: Path) -> None:
     """Removes what processes that were killed had begun."""
-    for folder in parent.glob(f"{PREFIX}*{_PARTIAL}"):
+    for folder in parent.glob(f"*-*{_PARTIAL}"):
         with contextlib.suppress(OSError):
             newest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
             if time.time() - newest > _ABANDONED:
@@ -199,6 +222,9 @@ def cache_command(clear: bool = False, directory: str | None = None) -> None:
         print(f"{folder.name}  {megabytes(size):>10}  {_source(folder)}")
         if clear:
             shutil.rmtree(folder)
+    if clear:
+        for note in root.glob(f"{UNPACKED}*"):
+            shutil.rmtree(note, ignore_errors=True)
     texts = "1 encoded text" if len(folders) == 1 else f"{len(folders)} encoded texts"
     print(f"{root}: {texts}, {megabytes(total)}" + (" removed" if clear and folders else ""))
 

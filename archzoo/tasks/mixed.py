@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from archzoo.tasks import tokenizers
+from archzoo.tasks.corpus import Corpus
 from archzoo.tasks.counter_random import Integers, random_bits
 from archzoo.tasks.digit_arrays import Flags
 from archzoo.tasks.problems import SyntheticTask
 from archzoo.tasks.stream import IGNORED, Batch, Loader, build_task
-from archzoo.tasks.text import Corpus, Text
+from archzoo.tasks.text import Text
 from archzoo.tasks.tokenizers import Tokenizer
 
 _LINES = 6  # the stream of random bits that chooses lines of text
@@ -56,6 +57,7 @@ class Mixed(Text):
         seed: Of the windows' order, the training problems, and where they are.
         test_fraction: As for Text; at 0 test asks the problems of validation, too.
         split: As for Text.
+        field: As for Text. Documents are not separate: a problem may stand anywhere.
 
     Raises:
         FileNotFoundError: there is no such text or tokenizer.
@@ -80,6 +82,7 @@ class Mixed(Text):
         seed: int = 0,
         test_fraction: float = 0.05,
         split: Literal["auto", "documents", "place"] = "auto",
+        field: str | None = None,
     ) -> None:
         super().__init__(
             path=path,
@@ -92,6 +95,8 @@ class Mixed(Text):
             seed=seed,
             test_fraction=test_fraction,
             split=split,
+            field=field,
+            separate_documents=False,
         )
         name = problems if "." in problems else f"archzoo.tasks.{problems}"
         settings = (problem_arguments or {}) | {"seed": seed}
@@ -126,7 +131,7 @@ class Mixed(Text):
     def _learn(self, corpus: Corpus, train: Any) -> Tokenizer:
         if self.arguments["tokenizer"] != "characters":
             return super()._learn(corpus, train)
-        texts: Iterator[str] = chain([self.characters], corpus.texts((0, corpus.size)))
+        texts: Iterator[str] = chain([self.characters], self._seen(corpus))
         return tokenizers.learn_characters(texts, self.arguments["vocab_size"])
 
     def take_up_split(self, settings: dict[str, Any]) -> None:

@@ -176,7 +176,7 @@ def _pinned(batch: Batch) -> Batch:
 # Arguments that do not decide which examples training sees, or not by their names.
 _NO_EXAMPLES = {
     *("batch_size", "steps_per_epoch", "validation_examples", "test_examples", "separate_test"),
-    *("ood_digits", "ood_examples", "path", "cache_dir", "tokenizer", "vocab_size"),
+    *("ood_digits", "ood_examples", "path", "field", "cache_dir", "tokenizer", "vocab_size"),
     "test_sizes",
 }
 

@@ -1,38 +1,29 @@
-"""Language modelling on any UTF-8 file or folder, read from an encoded copy on disk."""
+"""Language modelling on texts and records of any file or folder, from an encoded copy on disk."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from functools import lru_cache
-from glob import glob
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from archzoo.tasks import cache, tokenizers
+from archzoo.tasks.corpus import CHUNK, Corpus, Spans, Split
 from archzoo.tasks.counter_random import Integers, random_bits
 from archzoo.tasks.stream import IGNORED, Batch, Task
 from archzoo.tasks.tokenizers import Tokenizer
 
-CHUNK = 1 << 16  # bytes encoded at once: enough for speed, little beside a model
+GROUP = 8 * CHUNK  # characters encoded at once
 BYTES = "int32"  # of how many bytes a token stands for
 SAMPLE = 4_000_000  # bytes that a tokenizer learns from: unigram takes 30 times as much memory
-RECORDS = {".jsonl", ".ndjson", ".csv", ".tsv"}  # names of files that are not plain text
-# How gzip, zip, xz, zstd, bzip2, 7z and parquet begin.
-PACKED = (b"\x1f\x8b", b"PK\3\4", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"BZh", b"7z\xbc", b"PAR1")
-_FORMAT = 4  # of the cache; another number makes old caches unused
-
-Span = tuple[int, int]  # bytes of a corpus, from the first to before the second
-Split = Literal["auto", "documents", "place"]
+STARTS = "int64"  # of the documents, in tokens
+_FORMAT = 5  # of the cache; another number makes old caches unused
 
 
 def tokenizer_at(path: str) -> Tokenizer:
@@ -54,11 +45,18 @@ def tokenizer_at(path: str) -> Tokenizer:
 class Text(Task):
     r"""The next token of a text: any UTF-8 file, or all files of a folder in the order of names.
 
-    The text has three parts, to train, to validate and to test on. A single file is cut by place:
-    its end is the test part, what comes before that is the validation part. Of a folder each file
-    is a document, whose content decides by a hash which part has it whole, whatever its name, the
-    other files and the seed are; so copies of a document are never in two parts. Subwords are
-    learned from the train part alone.
+    Files of records are read too, JSON lines, CSV, TSV and Parquet, of which `field` names the one
+    that holds the text; so are files that gzip or zstd compressed, and datasets of Hugging Face's.
+    Each record is a document, as each file of a folder of texts is, and the same documents give
+    the same tokens in the same parts, whatever they are read from.
+
+    The text has three parts, to train, to validate and to test on. A single document is cut by
+    place: its end is the test part, what comes before that is the validation part. Of several,
+    the content of each decides by a hash which part has it whole, whatever its name, the others
+    and the seed are; so copies of a document are never in two parts. Subwords are learned from the
+    train part alone. Documents that are whole in a part are separate: in a window that holds the
+    end of one and the beginning of the next, the model reads nothing across, and the first token of
+    a document is nowhere a label.
 
     A training window has `context_length` tokens. How the first one begins in Shakespeare by
     characters (a blank is drawn as ␣)::
@@ -83,7 +81,8 @@ class Text(Task):
     mapped into memory, never loaded.
 
     Args:
-        path: A file or folder of UTF-8 text, or a pattern such as data/*.txt.
+        path: A file or folder of UTF-8 text or of records, a pattern such as data/*.txt, or
+            hf://OWNER/NAME, a dataset that the library datasets loads.
         tokenizer: characters, bpe, unigram, or the path of a tokenizer.json, of a sentencepiece
             .model, or of a checkpoint; in Python a Tokenizer as well.
         vocab_size: Tokens to learn; null takes all characters of the text, or 4,096 subwords.
@@ -98,15 +97,24 @@ class Text(Task):
         split: documents: each file is whole in one part. place: each file is cut into the parts.
             auto: documents where the text is several files of which validation and test get
             between half and twice their fractions, else place.
+        field: Of a record, the one that holds its text; null: text.
+        separate_documents: Whether the model is told where in a window another document begins;
+            null: where split puts whole documents into the parts.
 
     Raises:
         FileNotFoundError: there is no such text or tokenizer.
         ValueError: the text is empty, not UTF-8 or too short, or an argument does not suit it.
+        ModuleNotFoundError: a package is not installed that reads such a file.
         OSError: the cache cannot be written.
     """
 
     metrics = ("perplexity", "bits_per_byte", "token_accuracy")
-    added: ClassVar[dict[str, Any]] = {"test_fraction": 0.0, "split": "place"}
+    added: ClassVar[dict[str, Any]] = {
+        "test_fraction": 0.0,
+        "split": "place",
+        "field": None,
+        "separate_documents": False,
+    }
     characters = ""  # that a tokenizer of characters learns beside those of the text
 
     def __init__(
@@ -122,9 +130,12 @@ class Text(Task):
         seed: int = 0,
         test_fraction: float = 0.05,
         split: Split = "auto",
+        field: str | None = None,
+        separate_documents: bool | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("path", path), ("cache_dir", cache_dir), ("tokenizer", tokenizer)):
+        given = {"path": path, "cache_dir": cache_dir, "tokenizer": tokenizer, "field": field}
+        for name, value in given.items():
             if value is not None and not str(value).strip():  # Path takes it for this directory
                 raise ValueError(f"{name} is empty: name one, or omit {name} for its default")
         if context_length < 1:
@@ -159,7 +170,11 @@ class Text(Task):
         if self._cache is not None:
             return
         arguments = self.arguments
-        corpus = Corpus(arguments["path"])
+        with Corpus(arguments["path"], arguments["field"], arguments["cache_dir"]) as corpus:
+            self._prepare(corpus)
+
+    def _prepare(self, corpus: Corpus) -> None:
+        arguments = self.arguments
         given: Tokenizer | None = None
         digest = corpus.digest()
         recipe = [_FORMAT, digest, *self.split_settings().values()]
@@ -200,6 +215,7 @@ class Text(Task):
     ) -> None:
         """Encodes the text into the cache, and says what takes long."""
         name = self.arguments["tokenizer"]
+        corpus.unpack()
         if folder.exists():
             cache.say(f"{folder} is damaged: it is rebuilt")
         if corpus.size > SAMPLE:
@@ -253,55 +269,70 @@ class Text(Task):
         }
         progress, done = cache.Progress(f"encoding {corpus.path}", corpus.size), 0
         for part, spans in parts.items():
-            count = size = untold = 0
+            count = size = untold = documents = 0
             with ExitStack() as files:
-                file = files.enter_context(open(folder / f"{part}.bin", "wb"))
+                file, starts = (
+                    files.enter_context(open(folder / f"{part}{name}.bin", "wb"))
+                    for name in ("", "_documents")
+                )
                 lengths = None
                 if part != "train":
                     lengths = files.enter_context(open(folder / f"{part}_bytes.bin", "wb"))
-                for texts in _groups(corpus.texts(*spans), 8):
+                for begins, texts in _groups(corpus.segments(spans), GROUP):
                     encoded = _encode_many(tokenizer, texts, corpus.path)
-                    for content, tokens in zip(texts, encoded, strict=True):
-                        if tokens.max(initial=0) >= tokenizer.vocab_size:
-                            raise ValueError(
-                                f"{corpus.path}: the tokenizer gave token {tokens.max()} and says "
-                                f"that it has {tokenizer.vocab_size}"
-                            )
-                        file.write(tokens.astype(dtype).tobytes())
-                        count += len(tokens)
-                        size += len(content.encode())
-                        if lengths is None:
-                            continue
-                        if not len(tokens):  # nothing but what the tokenizer drops
+                    tokens = np.concatenate(encoded)
+                    if tokens.max(initial=0) >= tokenizer.vocab_size:
+                        raise ValueError(
+                            f"{corpus.path}: the tokenizer gave token {tokens.max()} and says "
+                            f"that it has {tokenizer.vocab_size}"
+                        )
+                    file.write(tokens.astype(dtype).tobytes())
+                    ends = count + np.cumsum([len(some) for some in encoded])
+                    first = np.concatenate([[count], ends[:-1]])[np.array(begins, bool)]
+                    starts.write(first.astype(STARTS).tobytes())
+                    documents += len(first)
+                    count += len(tokens)
+                    sizes = [len(content.encode()) for content in texts]
+                    size += sum(sizes)
+                    done += sum(sizes)
+                    progress(done)
+                    if lengths is None:
+                        continue
+                    for content, some in zip(texts, encoded, strict=True):
+                        if not len(some):  # nothing but what the tokenizer drops
                             untold += len(content.encode())
                             continue
-                        told = tokenizer.bytes_of(content, tokens)
+                        told = tokenizer.bytes_of(content, some)
                         told[0] += untold
                         untold = 0
                         lengths.write(told.astype(BYTES).tobytes())
-                    done += sum(len(text.encode()) for text in texts)
-                    progress(done)
-            meta |= {f"{part}_tokens": count, f"{part}_bytes": size}
+            meta |= {f"{part}_tokens": count, f"{part}_bytes": size, f"{part}_documents": documents}
         progress.end()
-        before = corpus.digested
-        if corpus.digest() != before:
-            raise ValueError(f"{corpus.path} changed while it was read: start again once it rests")
+        if corpus.stamp() != corpus.stamped:
+            raise corpus.changed()
         return meta
 
-    def _learn(self, corpus: Corpus, train: list[Span]) -> Tokenizer:
+    def _learn(self, corpus: Corpus, train: Spans) -> Tokenizer:
         name, vocab_size = self.arguments["tokenizer"], self.arguments["vocab_size"]
         if name == "characters":  # of all the text: a character that is left out cannot be encoded
-            return tokenizers.learn_characters(corpus.texts((0, corpus.size)), vocab_size)
+            return tokenizers.learn_characters(self._seen(corpus), vocab_size)
         learn = tokenizers.learn_bpe if name == "bpe" else tokenizers.learn_unigram
-        size = sum(stop - start for start, stop in train)
+        size = int((train[:, 1] - train[:, 0]).sum())
         stride = -(-size // SAMPLE)  # chunks from all over the training part
         if stride > 1:
             cache.say(
                 f"{name} learns its subwords from {cache.megabytes(size // stride)} of the "
                 f"{cache.megabytes(size)} to train on, sampled from all over them"
             )
-        texts = corpus.texts(*train)
+        texts = corpus.texts(train)
+        if stride > 1:  # line ends that were put between documents would be every second one
+            texts = (text for text in texts if text != "\n")
         return learn((text for n, text in enumerate(texts) if n % stride == 0), vocab_size)
+
+    def _seen(self, corpus: Corpus) -> Iterator[str]:
+        """What a tokenizer of characters learns from: all of the text, in few segments."""
+        for _, texts in _groups(corpus.segments((0, corpus.size)), GROUP):
+            yield "".join(texts)
 
     def _check_length(self, meta: dict[str, Any]) -> None:
         train = meta["train_tokens"]
@@ -401,12 +432,26 @@ class Text(Task):
         if split != "train":
             told = np.memmap(self._cache / f"{part}_bytes.bin", BYTES, "r")
             batch["bytes"] = torch.from_numpy(told[np.minimum(places[:, 1:], last)].astype("int64"))
+        if self._separate(part):
+            begins = np.memmap(self._cache / f"{part}_documents.bin", STARTS, "r")
+            documents = torch.from_numpy(np.searchsorted(begins, places, "right") - 1)
+            batch["documents"] = documents[:, :-1].contiguous()
+            next_begins = documents[:, 1:] != documents[:, :-1]
+            batch["labels"] = batch["labels"].masked_fill(next_begins, IGNORED)
         padding = places[:, :-1] >= (last if stops is None else stops[:, None])
         if padding.any():
             absent = torch.from_numpy(padding)
             batch["labels"] = batch["labels"].masked_fill(absent, IGNORED)
-            batch["documents"] = -absent.long()
+            known = batch.get("documents", torch.zeros_like(batch["tokens"]))
+            batch["documents"] = known.masked_fill(absent, -1)
         return batch
+
+    def _separate(self, part: str) -> bool:
+        """Whether a window is told where in it another document begins."""
+        wanted = self.arguments["separate_documents"]
+        if wanted is None:
+            wanted = self._meta["split"] == "documents"
+        return bool(wanted) and self._meta[f"{part}_documents"] > 1
 
     def _tokens(self, split: str) -> int:
         return int(self._meta[f"{self._part(split)}_tokens"])
@@ -423,247 +468,25 @@ def _order(seed: int, epoch: int, windows: int) -> tuple[Integers, int]:
     return np.argsort(bits[:-1], kind="stable"), int(bits[-1] >> np.uint64(1))
 
 
-# ---------------------------------------------------------------------------- files
+def _groups(
+    segments: Iterable[tuple[bool, str]], size: int
+) -> Iterator[tuple[list[bool], list[str]]]:
+    """Pieces of at least so many characters together, but for the last ones."""
+    marks: list[bool] = []
+    texts: list[str] = []
+    count = 0
+    for begins, text in segments:
+        marks.append(begins)
+        texts.append(text)
+        count += len(text)
+        if count >= size:
+            yield marks, texts
+            marks, texts, count = [], [], 0
+    if texts:
+        yield marks, texts
 
 
-class Corpus:
-    """UTF-8 files read as one text, a chunk at a time.
-
-    Files follow each other in the order of their names, hidden ones are left out; a line end is
-    put between two files where there is none.
-
-    Args:
-        path: A file, a folder, or a pattern of file names.
-
-    Raises:
-        FileNotFoundError: there is nothing.
-        ValueError: there is no text in it.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.files = [self.path]
-        if not self.path.exists():
-            self.files = sorted(file for file in map(Path, glob(str(path))) if file.is_file())
-            if not self.files:
-                raise FileNotFoundError(f"no text at {path}: give a UTF-8 file or a folder of them")
-        elif self.path.is_dir():
-            found = (file.relative_to(self.path) for file in self.path.rglob("*") if file.is_file())
-            visible = [f for f in found if not any(part.startswith(".") for part in f.parts)]
-            self.files = [self.path / file for file in sorted(visible, key=Path.as_posix)]
-        elif not self.path.is_file():
-            raise ValueError(f"{path} is a device or a pipe, not a file: give a UTF-8 file")
-        for file in self.files:
-            if file.suffix.lower() in RECORDS or _is_json_lines(file):
-                raise ValueError(
-                    f"{file} holds records, not text, and would be read character by character: "
-                    "choosing a field of them (data.field) comes later, so write the texts into "
-                    "a .txt file, or give this one such a name to read it as it is"
-                )
-        sizes = [file.stat().st_size for file in self.files]
-        self.starts = [sum(sizes[:n]) for n in range(len(sizes) + 1)]
-        self.size = self.starts[-1]
-        self.digested = ""  # what `digest` gave last
-        self.digests: list[bytes] = []  # of each file's content, where there are several
-        if not self.size:
-            raise ValueError(f"{path} is empty: there is no text to learn from")
-
-    def digest(self) -> str:
-        """A hash of the content and of where the files end."""
-        digest = hashlib.sha256(json.dumps(self.starts).encode())
-        progress, done = cache.Progress(f"reading {self.path}", self.size), 0
-        self.digests.clear()
-        for path in self.files:
-            of_file = hashlib.sha256()
-            with open(path, "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-                    if len(self.files) > 1:
-                        of_file.update(block)
-                    done += len(block)
-                    progress(done)
-            self.digests.append(of_file.digest())
-        progress.end()
-        self.digested = digest.hexdigest()
-        return self.digested
-
-    def split(
-        self, validation_fraction: float, test_fraction: float, split: Split = "auto"
-    ) -> tuple[dict[str, list[Span]], str]:
-        """The parts "train", "validation" and, where it has a fraction, "test"; and how it is done.
-
-        Args:
-            validation_fraction: Of the text.
-            test_fraction: The same; 0: there is no such part.
-            split: As for `Text`.
-
-        Raises:
-            ValueError: no document would be in one of the parts.
-        """
-        fractions = {"validation": validation_fraction, "test": test_fraction}
-        fractions = {part: fraction for part, fraction in fractions.items() if fraction}
-        if split != "place" and (split == "documents" or len(self.files) > 1):
-            parts = self._by_document(fractions)
-            sizes = {n: sum(stop - start for start, stop in spans) for n, spans in parts.items()}
-            if split == "documents":
-                if empty := [part for part, size in sizes.items() if not size]:
-                    raise ValueError(
-                        f"{self.path}: none of its {len(self.files)} documents is in the "
-                        f"{empty[0]} part: take split place, which cuts each of them, or more files"
-                    )
-                return parts, "documents"
-            shares = {part: sizes[part] / self.size / fractions[part] for part in fractions}
-            if sizes["train"] and all(0.5 <= share <= 2 for share in shares.values()):
-                return parts, "documents"
-        return self._by_place(fractions), "place"
-
-    def _by_document(self, fractions: dict[str, float]) -> dict[str, list[Span]]:
-        """Each file whole in a part, which a hash of its content chooses."""
-        if not self.digests:
-            self.digest()
-        spans = list(pairwise(self.starts))
-        # A file of the text as a whole has no digest of its own, and is the text.
-        numbers = [int.from_bytes(digest[:8], "big") / 2**64 for digest in self.digests]
-        parts: dict[str, list[Span]] = {part: [] for part in ("train", *fractions)}
-        for number, span in zip(numbers, spans, strict=True):
-            # Test has the first numbers: what it holds does not depend on validation's fraction.
-            chosen, border = "train", 0.0
-            for part, fraction in reversed(fractions.items()):
-                border += fraction
-                if number < border:
-                    chosen = part
-                    break
-            parts[chosen].append(span)
-        return parts
-
-    def _by_place(self, fractions: dict[str, float]) -> dict[str, list[Span]]:
-        """Every file's beginning to train on, then a part of it to validate and one to test on."""
-        parts: dict[str, list[Span]] = {part: [] for part in ("train", *fractions)}
-        for path, (first, last) in zip(self.files, pairwise(self.starts), strict=True):
-            size = end = last - first
-            kept = 0.0
-            for part in reversed(fractions):  # from the end
-                kept += fractions[part]
-                border = _border(path, size, 1 - kept, end)
-                parts[part].append((first + border, first + end))
-                end = border
-            parts["train"].append((first, first + end))
-        return parts
-
-    def texts(self, *spans: Span) -> Iterator[str]:
-        """The text of each span in turn, in chunks that end with a line if possible.
-
-        Raises:
-            ValueError: the text is not UTF-8.
-        """
-        before = "\n"
-        for start, stop in spans:
-            some = range(max(bisect_right(self.starts, start) - 1, 0), len(self.files))
-            for number in some:
-                path, first, last = self.files[number], self.starts[number], self.starts[number + 1]
-                if first >= stop:
-                    break
-                begin, end = max(start, first) - first, min(stop, last) - first
-                if begin >= end:
-                    continue
-                if not before.endswith("\n"):
-                    yield "\n"
-                with open(path, "rb") as file:
-                    file.seek(begin)
-                    for content, offset in _chunks(file.read, begin, end):
-                        before = _decode(content, path, offset)
-                        yield before
-
-
-def _is_json_lines(path: Path) -> bool:
-    """Whether a .json file has a whole record in its first line, as some data sets have."""
-    if path.suffix.lower() != ".json":
-        return False
-    with open(path, "rb") as file:
-        line = file.readline(CHUNK).strip()
-    if not line.startswith(b"{") or not line.endswith(b"}"):
-        return False
-    try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _border(path: Path, size: int, fraction: float, end: int) -> int:
-    """The byte of a file where the first line begins after a fraction of it, and before `end`.
-
-    Where no line ends soon, it is where a character begins.
-    """
-    border = min(int(size * fraction), end)
-    back = min(border, 3)  # a character has at most three bytes after its first
-    with open(path, "rb") as file:
-        file.seek(border - back)
-        block = file.read(back + CHUNK)
-    line = border + block.find(b"\n", back) + 1 - back
-    if border < line < end:
-        return line
-    while border < size and back and block[back] & 0xC0 == 0x80:
-        border, back = border - 1, back - 1
-    return border
-
-
-def _chunks(read: Any, begin: int, end: int) -> Iterator[tuple[bytes, int]]:
-    """Cuts what `read` gives into chunks, each with its offset."""
-    rest, position = b"", begin
-    while position < end:
-        block = read(min(CHUNK, end - position))
-        if not block:
-            raise ValueError("the text became shorter while it was read")
-        position += len(block)
-        content = rest + block
-        cut = len(content) if position == end else _cut(content)
-        yield content[:cut], position - len(content)
-        rest = content[cut:]
-
-
-def _cut(content: bytes) -> int:
-    """Where to cut: before a line that starts with no blank, else before the last character.
-
-    Byte-level BPE never makes a token across such a line's start, so cutting there changes nothing.
-    """
-    cut = content.rfind(b"\n") + 1
-    while cut and not content[cut : cut + 1].strip():  # a blank, or not read yet
-        cut = content.rfind(b"\n", 0, cut - 1) + 1
-    if 0 < cut < len(content):
-        return cut
-    cut = len(content) - 1
-    while cut > len(content) - 4 and content[cut] & 0xC0 == 0x80:
-        cut -= 1
-    return cut
-
-
-def _decode(content: bytes, path: Path, offset: int) -> str:
-    wrong = content.find(b"\0")
-    if wrong < 0:
-        try:
-            return content.decode()
-        except UnicodeDecodeError as error:
-            wrong = error.start
-    packed = not offset and any(content.startswith(begin) for begin in PACKED)
-    way = "unpack the file" if packed else "convert the file to UTF-8"
-    raise ValueError(
-        f"{path} is not UTF-8 text: byte 0x{content[wrong]:02x} at offset {offset + wrong}; "
-        f"{way} or take it out of the folder"
-    )
-
-
-def _groups(texts: Iterator[str], size: int) -> Iterator[list[str]]:
-    group: list[str] = []
-    for text in texts:
-        group.append(text)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
-def _encode_many(tokenizer: Tokenizer, texts: list[str], path: Path) -> list[NDArray[np.int64]]:
+def _encode_many(tokenizer: Tokenizer, texts: list[str], path: object) -> list[NDArray[np.int64]]:
     try:
         return tokenizer.encode_many(texts)
     except ValueError as error:
