@@ -85,6 +85,9 @@ COMMANDS = {
         "analysis.grid",
         "grid_command",
     ),
+    "eval": Command(
+        "evaluate a checkpoint on the tasks of lm-eval", "evaluation.command", "eval_command"
+    ),
     "compare": Command(
         "train arms with several seeds and learning rates, and say which is better",
         "analysis.compare.command",

@@ -11,8 +11,8 @@ from typing import Any
 
 import archzoo
 
-# Device code, and one file whose import is the program.
-NOT_IMPORTED = re.compile(r"\.(triton|gluon\w*|__main__)$")
+# Device code, what needs an extra, and one file whose import is the program.
+NOT_IMPORTED = re.compile(r"\.(triton|gluon\w*|evaluation\.harness|__main__)$")
 
 # What these take are the fields of Inputs, Problem, Direction and Plan, which are explained there.
 UNSAID = tuple(f"archzoo.kernels.retention.{name}" for name in ("launch.", "plans.", "available"))

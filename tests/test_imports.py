@@ -44,6 +44,7 @@ LAYERS = """
     conversion contract
     training
     analysis.compare analysis.bench
+    evaluation
     demo
     cli
     __main__
