@@ -17,7 +17,9 @@ from __future__ import annotations
 import argparse
 import copy
 import inspect
+import itertools
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -56,7 +58,9 @@ class Training:
         self.learned = sum(parameter.numel() for parameter in learn)
         self.optimizer = torch.optim.AdamW(learn, lr=1e-4, fused=True)
         if compiled:
-            model.compile()
+            from archzoo.training.compiling import options
+
+            model.compile(options=options())
 
     def __call__(self) -> None:
         device = self.tokens.device.type
@@ -127,7 +131,7 @@ def measure(
         model.to(torch.bfloat16 if on_gpu else torch.float32).eval()
     if cls.mergeable:
         models["merged"] = archzoo.merge_adapter(copy.deepcopy(adapted))
-    token = decoded(models, given.decoded, given.rounds)
+    token = decoded(models, given.decoded, given.token_rounds)
     row["base_token_ms"] = round(token["base"], 4)
     for side, allowed in (("unmerged", UNMERGED), ("merged", MERGED)):
         there = side in token
@@ -148,7 +152,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="of a batch; default: 16 on a GPU, else 4")
     parser.add_argument("--length", type=int, help="in tokens; default: 1,024 on a GPU, else 256")
     parser.add_argument("--decoded", type=int, help="tokens; default: 128 on a GPU, else 12")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="of steps, in turn")
+    parser.add_argument("--token_rounds", type=int, help="default: 3 on a GPU, else 5")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no row after these")
     parser.add_argument("--compile", action="store_true", help="the training step, as fit does")
     given = parser.parse_args()
     on_gpu = given.device == "cuda"
@@ -156,10 +162,18 @@ def main() -> None:
         torch.set_num_threads(1)
     rows, length = given.rows or (16 if on_gpu else 4), given.length or (1024 if on_gpu else 256)
     given.decoded = given.decoded or (128 if on_gpu else 12)
-    names = given.methods.split(",")
+    given.token_rounds = given.token_rounds or (3 if on_gpu else 5)
+    names, families = given.methods.split(","), given.families.split(",")
+    if unknown := ", ".join(name for name in names if name not in methods):
+        parser.error(f"there is no method {unknown}; there are {', '.join(methods)}")
     what = f"{'bfloat16' if on_gpu else 'float32'}-adapters"
     begin, count = time.monotonic(), 0
-    for family in given.families.split(","):
+    failed = []
+    for name, family in itertools.product(names, families):
+        count += 1
+        if time.monotonic() - begin > given.seconds:
+            failed.append(f"{name} on {family}: no time was left")
+            continue
         preset = f"{family}_{given.size}"
 
         def make(preset: str = preset) -> Decoder:
@@ -167,31 +181,36 @@ def main() -> None:
             with torch.device(given.device):
                 return archzoo.create_model(preset)
 
-        vocabulary = make().vocab_size
-        tokens = torch.randint(vocabulary, (rows, length + 1), device=given.device)
-        for name in names:
-            count += 1
+        try:
+            vocabulary = make().vocab_size
+            tokens = torch.randint(vocabulary, (rows, length + 1), device=given.device)
             row = {"model": preset} | measure(make, name, methods[name], tokens, given)
-            late = ""
-            for part in ("step", "unmerged", "merged"):
-                if row[f"{part}_allowed"] and row[f"{part}_ratio"] > row[f"{part}_allowed"]:
-                    late += f"  {part} MISSED"
-            taken = time.monotonic() - begin
-            print(
-                f"{count:3d}/{len(names) * len(given.families.split(','))} {taken:5.0f} s  "
-                f"{preset} {name:14s} step {row['step_ratio']:.3f} x {row['frozen_step_ms']:.1f} ms"
-                f"   token {row['unmerged_ratio']} merged {row['merged_ratio'] or '-'} x "
-                f"{row['base_token_ms']:.3f} ms   {row['trained']:,} trained, "
-                f"{row['optimizer_bytes'] / 1e6:.2f} MB of optimizer{late}",
-                flush=True,
-            )
-            # At once: what is measured stays, whatever ends the run.
-            write_rows(
-                what,
-                [row],
-                on_gpu=on_gpu,
-                replacing=("model", "method", "rows", "length", "compiled"),
-            )
+        except Exception as error:  # the other rows are worth having
+            traceback.print_exc()
+            failed.append(f"{name} on {family}: {error}")
+            continue
+        late = ""
+        for part in ("step", "unmerged", "merged"):
+            if row[f"{part}_allowed"] and row[f"{part}_ratio"] > row[f"{part}_allowed"]:
+                late += f"  {part} MISSED"
+        taken = time.monotonic() - begin
+        print(
+            f"{count:3d}/{len(names) * len(families)} {taken:5.0f} s  "
+            f"{preset} {name:14s} step {row['step_ratio']:.3f} x {row['frozen_step_ms']:.1f} ms"
+            f"   token {row['unmerged_ratio']} merged {row['merged_ratio'] or '-'} x "
+            f"{row['base_token_ms']:.3f} ms   {row['trained']:,} trained, "
+            f"{row['optimizer_bytes'] / 1e6:.2f} MB of optimizer{late}",
+            flush=True,
+        )
+        # At once: what is measured stays, whatever ends the run.
+        write_rows(
+            what,
+            [row],
+            on_gpu=on_gpu,
+            replacing=("model", "method", "targets", "rows", "length", "compiled"),
+        )
+    if failed:
+        raise SystemExit("not measured:\n" + "\n".join(failed))
 
 
 if __name__ == "__main__":
