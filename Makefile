@@ -119,13 +119,13 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 # is. pip sees .venv's packages like those of the system in a venv with --system-site-packages, and
 # changes none of them. .pth files in there are not read, so archzoo itself is installed here too.
 $(EXTRAS)/installed: pyproject.toml constraints-extras.txt $(VENV)/installed
-	@echo "Setting up $(EXTRAS), once: what docs, report, demo and peft need beside $(VENV), some 650 MB."
+	@echo "Setting up $(EXTRAS), once: what docs, report, demo, peft and datasets need beside $(VENV), some 800 MB."
 	@rm -rf $(EXTRAS)
 	@$(BIN)/python -m venv $(EXTRAS)
 	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
 	  $(BIN)/python -c "$$site" > "$$($(EXTRAS)/bin/python -c "$$site")/archzoo-venv.pth"
 	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-extras.txt \
-	  -e '.[docs,report,demo,peft]' playwright
+	  -e '.[docs,report,demo,peft,datasets]' playwright tiktoken
 	@touch $@
 
 # The same with one package, found before the Triton of .venv.

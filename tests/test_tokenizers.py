@@ -293,7 +293,7 @@ def test_unknown_names_and_missing_files(tmp_path):
     )
     refused(ValueError, "unknown tokenizer 'byte'", check_name, "byte")
     refused(FileNotFoundError, "no tokenizer at nowhere.json", check_name, "nowhere.json")
-    refused(FileNotFoundError, "holds neither", Tokenizer.load, tmp_path)
+    refused(FileNotFoundError, "holds no tokenizer.json", Tokenizer.load, tmp_path)
     for name in LEARN:
         check_name(name)
     check_name(str(tmp_path))

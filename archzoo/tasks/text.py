@@ -84,7 +84,7 @@ class Text(Task):
         path: A file or folder of UTF-8 text or of records, a pattern such as data/*.txt, or
             hf://OWNER/NAME, a dataset that the library datasets loads.
         tokenizer: characters, bpe, unigram, or the path of a tokenizer.json, of a sentencepiece
-            .model, or of a checkpoint; in Python a Tokenizer as well.
+            .model, of a .tiktoken file, or of a checkpoint; in Python a Tokenizer as well.
         vocab_size: Tokens to learn; null takes all characters of the text, or 4,096 subwords.
         context_length: Tokens of a window.
         batch_size: Windows in a batch, all ranks together.

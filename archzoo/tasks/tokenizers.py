@@ -15,7 +15,7 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from io import BytesIO
 from itertools import chain
@@ -24,6 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from archzoo.tasks import tiktoken_files
+from archzoo.tasks.tiktoken_files import SUFFIX
 
 if TYPE_CHECKING:
     import sentencepiece
@@ -108,7 +111,9 @@ class Tokenizer(ABC):
 
     @staticmethod
     def load(path: str | Path) -> Tokenizer:
-        """Reads a `tokenizer.json` or a sentencepiece `.model`, or the directory that holds one.
+        """Reads a `tokenizer.json`, a sentencepiece `.model` or a `.tiktoken` file.
+
+        Of a directory it is the one that it holds.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -116,15 +121,16 @@ class Tokenizer(ABC):
         """
         path = Path(path)
         if path.is_dir():
-            found = [path / "tokenizer.json", *sorted(path.glob("*.model"))]
+            others = (sorted(path.glob(f"*{suffix}")) for suffix in (".model", SUFFIX))
+            found = [path / "tokenizer.json", *chain(*others)]
             file = next((file for file in found if file.is_file()), None)
             if file is None:
-                raise FileNotFoundError(f"{path} holds neither a tokenizer.json nor a .model file")
+                raise FileNotFoundError(f"{path} holds no tokenizer.json, .model or {SUFFIX} file")
             path = file
         if not path.is_file():
             raise FileNotFoundError(
-                f"no tokenizer at {path}: give a tokenizer.json, a sentencepiece .model, or one of "
-                + ", ".join(NAMES)
+                f"no tokenizer at {path}: give a tokenizer.json, a sentencepiece .model, a "
+                f"{SUFFIX} file, or one of " + ", ".join(NAMES)
             )
         try:
             return from_files({path.name: path.read_bytes()})
@@ -627,6 +633,8 @@ def from_files(files: dict[str, bytes]) -> Tokenizer:
     if len(files) != 1:
         raise ValueError(f"a tokenizer is one file, not {len(files)}: {', '.join(files)}")
     ((name, content),) = files.items()
+    if name.endswith(SUFFIX) or (name.endswith(".model") and tiktoken_files.is_ranks(content)):
+        return LibraryTokenizer(tiktoken_files.library_of_file(content, name))
     if not name.endswith(".json"):
         try:
             return SentencePieceTokenizer(content)
@@ -640,6 +648,22 @@ def from_files(files: dict[str, bytes]) -> Tokenizer:
     except Exception as error:  # the library raises bare Exceptions
         raise ValueError(f"not a tokenizer.json: {error}") from None
     return _own(json.loads(text)) or LibraryTokenizer(library)
+
+
+def from_ranks(
+    ranks: Mapping[bytes, int], pattern: str, special: Mapping[str, int] | None = None
+) -> LibraryTokenizer:
+    """The tokenizer of a `tiktoken.Encoding`, or of a file of ranks with a pattern of its own.
+
+    Args:
+        ranks: Tokens and their ids, the lower of which is merged first; every byte is one.
+        pattern: The regular expression that cuts a text.
+        special: Special tokens and their ids.
+
+    Raises:
+        ValueError: A byte has no token, or two tokens have the same id.
+    """
+    return LibraryTokenizer(tiktoken_files.library_of(ranks, pattern, special))
 
 
 def _own(file: dict[str, Any]) -> Tokenizer | None:
@@ -669,7 +693,7 @@ def check_name(name: str) -> None:
     hint = f"; did you mean {near[0]}?" if near else ""
     raise ValueError(
         f"unknown tokenizer {name!r}: there are {', '.join(NAMES)}, or give the path of a "
-        f"tokenizer.json or .model{hint}"
+        f"tokenizer.json, .model or {SUFFIX} file{hint}"
     )
 
 
