@@ -730,6 +730,78 @@ def test_nan_on_a_device_is_dated_to_its_step(tmp_path):
     model.check_losses()  # what was looked at is done with
 
 
+def deferred(monkeypatch):
+    """Rows of the log as on a GPU: written once the step after has been enqueued."""
+    monkeypatch.setattr(LanguageModel, "defers_rows", property(lambda _: True))
+
+
+def rows_of(path):
+    """A log without what is another in every run."""
+    with open(path / "metrics.csv") as file:
+        return [
+            {n: v for n, v in row.items() if not n.endswith(("seconds", "per_second", "memory_mb"))}
+            for row in csv.DictReader(file)
+        ]
+
+
+def fit_rows(directory, steps=12, **options):
+    """Twelve steps, a row every three and validation every four; the rows of the log."""
+    trainer = make_trainer(
+        directory, max_steps=steps, log_every_n_steps=3, val_check_interval=4, gradient_clip_val=1.0
+    )
+    model = LanguageModel("retnet_micro", schedule="constant", warmup_steps=0)
+    torch.manual_seed(0)
+    trainer.fit(model, addition(), **options)
+    return rows_of(directory)
+
+
+def test_rows_that_come_a_step_later_are_the_same(tmp_path, monkeypatch):
+    at_once = fit_rows(tmp_path / "at_once")
+    assert [int(row["step"]) for row in at_once] == [3, 4, 6, 8, 9, 12, 12]
+    deferred(monkeypatch)
+    assert fit_rows(tmp_path / "later") == at_once
+
+
+@pytest.mark.parametrize("step", [6, 7])  # that of a row, which is underway, and the next
+def test_a_row_that_was_underway_is_in_the_checkpoint(tmp_path, monkeypatch, step):
+    deferred(monkeypatch)
+    whole = fit_rows(tmp_path / "whole")
+    fit_rows(tmp_path / "cut", steps=step)
+    resumed = fit_rows(tmp_path / "cut", ckpt_path=tmp_path / "cut" / "last.ckpt")
+    assert [row for row in resumed if row["train/loss"]] == [
+        row for row in whole if row["train/loss"]
+    ]
+
+
+def test_nan_is_dated_where_rows_come_later(tmp_path, monkeypatch):
+    deferred(monkeypatch)
+    trainer = make_trainer(
+        tmp_path, Spoil(3, "loss"), max_steps=12, log_every_n_steps=4, val_check_interval=12
+    )
+    monkeypatch.setattr(LanguageModel, "_watch", watch_as_a_gpu_does)
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 3"):
+        trainer.fit(LanguageModel("retnet_micro"), addition())
+    assert trainer.global_step == 4  # in the step after that of the row
+
+
+def watch_as_a_gpu_does(self, loss):
+    self._unchecked.append((self.trainer.global_step + 1, loss))
+
+
+def test_an_error_writes_the_row_that_was_underway(tmp_path, monkeypatch):
+    deferred(monkeypatch)
+
+    class Stop(lightning.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 3:
+                raise RuntimeError("stop")
+
+    trainer = make_trainer(tmp_path, Stop(), max_steps=6, log_every_n_steps=3)
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer.fit(LanguageModel("retnet_micro"), addition())
+    assert [int(row["step"]) for row in rows_of(tmp_path)] == [3]
+
+
 def test_predictions_are_text(tmp_path):
     task, model = addition(), LanguageModel("retnet_micro")
     trainer = make_trainer(tmp_path, max_steps=1)

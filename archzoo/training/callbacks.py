@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
@@ -57,9 +58,12 @@ class Checkpoints(Checkpoint):
         self._logs: list[MetricsFile] = []
         self._rows: list[int] | None = None  # of each log, when the checkpoint was written
         self._loop: ResumingFitLoop | None = None
+        self._module: lightning.LightningModule | None = None  # that is trained
         self._before: dict[str, Any] = {}  # what callbacks knew before the validation that runs
 
     def state_dict(self) -> dict[str, Any]:
+        if isinstance(self._module, LanguageModel):
+            self._module.finish_row()  # which is then among those that are counted
         return {
             "best": self.best,
             "reached": self.reached,
@@ -92,6 +96,7 @@ class Checkpoints(Checkpoint):
             )
         self.directory = Path(trainer.default_root_dir)
         self._logs = [logger for logger in trainer.loggers if isinstance(logger, MetricsFile)]
+        self._module = pl_module if stage == "fit" else None
         if stage == "fit":
             self._loop = ResumingFitLoop.take_over(trainer)
 
@@ -177,6 +182,16 @@ class Checkpoints(Checkpoint):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         self.save_last(trainer, pl_module)
+
+    def on_exception(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        exception: BaseException,
+    ) -> None:
+        if isinstance(pl_module, LanguageModel):
+            with contextlib.suppress(Exception):  # such as the same of a GPU
+                pl_module.finish_row()
 
     def save_last(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write last.ckpt, unless it holds this step already."""
@@ -299,6 +314,7 @@ class ShowProgress(ProgressBar):
         self._enabled = True
         self._began = self._said = time.perf_counter()  # the second: when the last line was
         self._said_step = 0  # and of which step it was
+        self._seen_step = 0  # of the latest row that was looked at
 
     def disable(self) -> None:
         self._enabled = False
@@ -347,6 +363,7 @@ class ShowProgress(ProgressBar):
             self.shown.update(self.shown.task_ids[0], completed=trainer.global_step)
         self._began = self._said = time.perf_counter()
         self._said_step = trainer.global_step
+        self._seen_step = pl_module.logged_step
 
     def on_train_batch_end(
         self,
@@ -357,8 +374,9 @@ class ShowProgress(ProgressBar):
         batch_idx: int,
     ) -> None:
         assert isinstance(pl_module, LanguageModel)
-        if trainer.global_step % pl_module.log_every:
+        if pl_module.logged_step == self._seen_step:  # there is no new row
             return
+        self._seen_step = pl_module.logged_step
         if self.shown is not None:
             # The loss alone, and the speed where it fits: the lines above say the rest.
             wide = self.console.width >= 90
@@ -376,12 +394,12 @@ class ShowProgress(ProgressBar):
         fetcher = loop._data_fetcher
         # A validation that is due has its own line of this step.
         due = fetcher is not None and loop.epoch_loop._should_check_val_fx(fetcher)
-        if now - self._said > pause and trainer.global_step != self._said_step and not due:
-            self._say_step(trainer, pl_module, "train")
+        if now - self._said > pause and pl_module.logged_step > self._said_step and not due:
+            self._say_step(pl_module.logged_step, pl_module, "train")
 
-    def _say_step(self, trainer: lightning.Trainer, pl_module: LanguageModel, *splits: str) -> None:
-        self._said, self._said_step = time.perf_counter(), trainer.global_step
-        about = [f"step {trainer.global_step:>6}", f"{self._said - self._began:6.0f} s"]
+    def _say_step(self, step: int, pl_module: LanguageModel, *splits: str) -> None:
+        self._said, self._said_step = time.perf_counter(), step
+        about = [f"step {step:>6}", f"{self._said - self._began:6.0f} s"]
         self.say(*about, *phrases(pl_module.latest, *splits))
 
     def on_validation_end(
@@ -391,14 +409,15 @@ class ShowProgress(ProgressBar):
         if trainer.state.fn != "fit":
             self.say(*phrases(pl_module.latest, "validation"))
         elif not pl_module.cut_short and not trainer.sanity_checking:
-            self._say_step(trainer, pl_module, "train", "validation")
+            self._say_step(trainer.global_step, pl_module, "train", "validation")
 
     def on_train_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         assert isinstance(pl_module, LanguageModel)
+        pl_module.finish_row()
         if trainer.global_step != self._said_step:
-            self._say_step(trainer, pl_module, "train")
+            self._say_step(trainer.global_step, pl_module, "train")
         self._stop()
         for checkpoint in trainer.checkpoint_callbacks:
             # A model may be best out of distribution long before the end: say both.

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import sys
+import time
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,83 @@ def scalars(aux: list[Aux]) -> dict[str, Tensor]:
         for kind, entries in (("loss", layer.losses), ("metric", layer.metrics)):
             found |= {f"{kind}/{name}/{number}": entry.detach() for name, entry in entries.items()}
     return found
+
+
+class Transfer:
+    """Numbers on their way from a device to the host, which waits for them once they are read.
+
+    Args:
+        tensors: By name, all on one device; small ones. They are read as float64 (float32 of a
+            device without).
+    """
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        device = next(iter(tensors.values())).device
+        wide = widest(device)
+        flat = torch.cat([tensor.detach().to(wide).flatten() for tensor in tensors.values()])
+        self.done: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self.flat = torch.empty(flat.shape, dtype=wide, pin_memory=True)
+            self.flat.copy_(flat, non_blocking=True)
+            self.done = torch.cuda.Event()
+            self.done.record()
+        else:
+            self.flat = flat.cpu()
+
+    def read(self) -> dict[str, Tensor]:
+        """The numbers, by name."""
+        if self.done is not None:
+            self.done.synchronize()
+        parts = self.flat.split([shape.numel() for shape in self.shapes.values()])
+        found = zip(self.shapes.items(), parts, strict=True)
+        return {name: part.view(shape) for (name, shape), part in found}
+
+
+class Stopwatch:
+    """Seconds since the last row of the log, pauses left out; on a GPU those of its own work.
+
+    The host runs ahead of a GPU by as much as a step or two, and would count them for too early.
+
+    Args:
+        device: That computes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.of_gpu = device.type == "cuda"
+        self.spans: list[tuple[Any, Any]] = []
+        self.began = self._now()
+
+    def _now(self) -> Any:
+        if not self.of_gpu:
+            return time.perf_counter()
+        mark = torch.cuda.Event(enable_timing=True)
+        mark.record()
+        return mark
+
+    def pause(self) -> None:
+        """What follows is not counted."""
+        self.spans.append((self.began, self._now()))
+
+    def resume(self) -> None:
+        """What follows is."""
+        self.began = self._now()
+
+    def lap(self) -> list[tuple[Any, Any]]:
+        """The spans since the last lap, for `seconds` to read once the GPU is there."""
+        self.pause()
+        found, self.spans = self.spans, []
+        self.began = found[-1][1]
+        return found
+
+    @staticmethod
+    def seconds(spans: list[tuple[Any, Any]]) -> float:
+        """How long they are in all."""
+        total = 0.0
+        for begin, end in spans:
+            on_gpu = isinstance(begin, torch.cuda.Event)
+            total += 1e-3 * begin.elapsed_time(end) if on_gpu else end - begin
+        return total
 
 
 class TrainingFigures:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import lightning
 import torch
@@ -59,7 +58,9 @@ from archzoo.training.ending import say
 from archzoo.training.files import MetricsFile
 from archzoo.training.log import (
     EvaluationFigures,
+    Stopwatch,
     TrainingFigures,
+    Transfer,
     mean_entropies,
     memory,
     scalars,
@@ -219,7 +220,10 @@ class LanguageModel(lightning.LightningModule):
         self._carried: dict[str, State] = {}  # by split, where batches continue
         self._unchecked: list[tuple[int, Tensor]] = []  # losses no one has looked at
         self._gradient_norm: Tensor | None = None
-        self._clock = time.perf_counter()
+        self._stopwatch = Stopwatch(torch.device("cpu"))
+        self._underway: RowUnderway | None = None
+        #: The step of the latest row of training in `latest`.
+        self.logged_step = 0
         self._random: dict[str, Any] | None = None
         self.loaded_step: int | None = None
         self.cut_short = False  # whether the validation that runs is broken off and counts nothing
@@ -281,8 +285,8 @@ class LanguageModel(lightning.LightningModule):
         """Forget what an earlier `fit` of this object has summed, carried and counted."""
         for entries in (self.figures, self._sums, self._carried, self._unchecked):
             entries.clear()
-        self._labelled = self._scale = self._gradient_norm = None
-        self._skipped, self.cut_short = 0, False
+        self._labelled = self._scale = self._gradient_norm = self._underway = None
+        self._skipped, self.cut_short, self.logged_step = 0, False, 0
 
     def setup(self, stage: str) -> None:
         self.set_up_with_task(stage)
@@ -480,14 +484,12 @@ class LanguageModel(lightning.LightningModule):
         Raises:
             FloatingPointError: One is nan or infinite; the step is named.
         """
+        self.finish_row()
         if not self._unchecked:
             return
         steps, losses = zip(*self._unchecked, strict=True)
         self._unchecked.clear()
-        finite = torch.stack(losses).isfinite().tolist()
-        if not all(finite):
-            first = finite.index(False)
-            raise FloatingPointError(f"the loss is {losses[first].item()} at step {steps[first]}")
+        _check_finite(steps, torch.stack(losses))
 
     def check_weights(self) -> None:
         """Look at the weights, which a last step with a good loss may have spoilt.
@@ -571,9 +573,12 @@ class LanguageModel(lightning.LightningModule):
             self.net.after_step(sums)
         else:
             self._skipped += 1
+        self.finish_row()  # that of a step before, which the GPU has done
         step = self.trainer.global_step + 1
         if step % self.log_every == 0:
-            self._log_training(step, optimizer.param_groups[0]["lr"])
+            self._begin_row(step, optimizer.param_groups[0]["lr"])
+            if not self.defers_rows:
+                self.finish_row()
 
     def _has_stepped(self, *_: Any) -> None:
         self._stepped = True
@@ -592,21 +597,59 @@ class LanguageModel(lightning.LightningModule):
         """Optimizer steps from one row of the log to the next."""
         return int(self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
 
-    def _log_training(self, step: int, learning_rate: float) -> None:
-        """One row of the log: means over the steps since the last one."""
-        self.check_losses()
-        now = time.perf_counter()
+    @property
+    def defers_rows(self) -> bool:
+        """Whether a row of the log is written a step later, so that no step waits for a GPU."""
+        return self.device.type == "cuda"
+
+    def _begin_row(self, step: int, learning_rate: float) -> None:
+        """Ask the device for a row of the log: means over the steps since the last one."""
+        steps, losses = zip(*self._unchecked, strict=True) if self._unchecked else ((), ())
+        self._unchecked.clear()
         sums = sum_over_ranks(self.trainer, self.figures.sums())
-        row = self.figures.means(sums, now - self._clock, *self._operations_and_peak())
-        row["learning_rate"] = learning_rate
+        numbers = {f"sum/{name}": value for name, value in sums.items()}
+        if losses:
+            numbers["losses"] = torch.stack(losses)
         if self._gradient_norm is not None:
-            row["gradient_norm"] = self._gradient_norm.item()
-        if self._skipped:
-            row["skipped_steps"] = float(self._skipped)
-        row |= memory(self.device)
+            numbers["gradient_norm"] = self._gradient_norm
+        self._underway = RowUnderway(
+            step,
+            steps,
+            Transfer(numbers),
+            self._stopwatch.lap(),
+            self._operations_and_peak(),
+            learning_rate,
+            float(self._skipped),
+            memory(self.device),
+        )
         self.figures.clear()
-        self._clock = now
-        self._log({f"train/{name}": value for name, value in row.items()}, step)
+
+    def finish_row(self) -> None:
+        """Write the row of the log that is still to come from the device.
+
+        Raises:
+            FloatingPointError: A loss of its steps is nan or infinite; the step is named.
+        """
+        if self._underway is None:
+            return
+        row, self._underway = self._underway, None
+        numbers = row.numbers.read()
+        if "losses" in numbers:
+            _check_finite(row.steps, numbers["losses"])
+        sums = {
+            name.removeprefix("sum/"): value
+            for name, value in numbers.items()
+            if name.startswith("sum/")
+        }
+        found = self.figures.means(sums, Stopwatch.seconds(row.spans), *row.operations_and_peak)
+        found["learning_rate"] = row.learning_rate
+        if "gradient_norm" in numbers:
+            found["gradient_norm"] = numbers["gradient_norm"].item()
+        if row.skipped:
+            found["skipped_steps"] = row.skipped
+        found |= row.memory
+        self.logged_step = row.step
+        self._log({f"train/{name}": value for name, value in found.items()}, row.step)
 
     def _operations_and_peak(self) -> tuple[float, float | None]:
         """A token's operations at the length of the last batch, and a second's of all GPUs."""
@@ -670,11 +713,12 @@ class LanguageModel(lightning.LightningModule):
         self._evaluate(batch, "test", batch_idx, dataloader_idx)
 
     def on_validation_start(self) -> None:
-        self._paused = time.perf_counter()
+        self.finish_row()  # before the row of the validation
+        self._stopwatch.pause()
         self._random_before = random_state()
 
     def on_validation_end(self) -> None:
-        self._clock += time.perf_counter() - self._paused  # training's speed is training's
+        self._stopwatch.resume()  # training's speed is training's
 
     def on_validation_epoch_start(self) -> None:
         self._begin_evaluation("validation")
@@ -900,7 +944,41 @@ class LanguageModel(lightning.LightningModule):
         # Last of all, so that nothing draws random numbers in between.
         bring_back_random_state(self._random, self.global_rank)
         self._random = None
-        self._clock = time.perf_counter()
+        self._stopwatch = Stopwatch(self.device)
+
+    def on_train_end(self) -> None:
+        self.finish_row()
+
+
+class RowUnderway(NamedTuple):
+    """A row of the log that the device is still to make.
+
+    Attributes:
+        step: The row's.
+        steps: Those of the losses that no one has looked at.
+        numbers: Sums, losses and the gradient's norm.
+        spans: Of the stopwatch.
+        operations_and_peak: Of a token and of a second.
+        learning_rate: Of the step.
+        skipped: Steps that changed nothing.
+        memory: What it takes, as the log names it.
+    """
+
+    step: int
+    steps: tuple[int, ...]
+    numbers: Transfer
+    spans: list[tuple[Any, Any]]
+    operations_and_peak: tuple[float, float | None]
+    learning_rate: float
+    skipped: float
+    memory: dict[str, float]
+
+
+def _check_finite(steps: Sequence[int], losses: Tensor) -> None:
+    finite = losses.isfinite().tolist()
+    if not all(finite):
+        first = finite.index(False)
+        raise FloatingPointError(f"the loss is {losses[first].item()} at step {steps[first]}")
 
 
 def _as_names(names: list[str] | str | None) -> list[str] | None:

@@ -70,7 +70,8 @@ def swiglu_product(x: Tensor, weight: Tensor) -> Tensor:
     """
     dtype = autocast_dtype(x.device) or x.dtype
     y: Tensor = _product_operator(x.to(dtype).flatten(0, -2), weight.to(dtype))
-    return y.unflatten(0, x.shape[:-1])
+    whole: Tensor = y.view(*x.shape[:-1], len(weight))
+    return whole
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
