@@ -270,7 +270,7 @@ def call(function: Callable[..., Any], program: str, arguments: list[str]) -> in
             if unknown:
                 options = [o for a in self._actions for o in a.option_strings if o[:2] == "--"]
                 text = f"there is no option --{unknown}; {nearest(f'--{unknown}', options)}"
-            elif "Does not validate against" in text:
+            elif "Does not validate against" in text or ": Expected a" in text:
                 from archzoo.training.user_errors import explain
 
                 text = explain(text, ())

@@ -96,7 +96,9 @@ def _own_parameters(decoder: Decoder) -> dict[str, nn.Parameter]:
 def _at_an_end(decoder: Decoder, end: str, count: int) -> set[str]:
     """The parameters of ``top.N`` or ``bottom.N``."""
     if count > decoder.depth:
-        raise ValueError(f"{end}.{count}: there are {decoder.depth} blocks")
+        raise ValueError(
+            f"{end}.{count}: there are {decoder.depth} blocks: take at most {end}.{decoder.depth}"
+        )
     layers = range(decoder.depth)
     within = layers[decoder.depth - count :] if end == "top" else layers[:count]
     parts = [f"blocks.{layer}." for layer in within]

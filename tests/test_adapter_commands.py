@@ -120,6 +120,14 @@ def test_the_adapters_of_a_model_are_saved_one_a_directory(
     assert capsys.readouterr().out.partition("\n")[0] == expected
     fails(capsys, "generate base 1+2= --adapter", "--adapter needs a value")
     fails(capsys, "generate base 1+2= --adapter base", "base holds no adapter.json")
+    fails(capsys, "generate base 1+2= --adapter both/a --adapter ./both/a", "is given twice")
+    fails(capsys, "generate sums 1+2= --adapter sums", "the adapter sums is given twice")
+    fails(capsys, "generate base 1+2= --adapter none", "there is no directory none: give one of")
+    Path("run").mkdir()
+    torch.save({}, "run/last.ckpt")
+    for path in ("run", "run/last.ckpt"):
+        says = f"{path} is a checkpoint and no adapter alone: archzoo adapter save {path} --out DIR"
+        fails(capsys, f"generate base 1+2= --adapter {path}", says)
 
 
 @pytest.mark.usefixtures("here")
@@ -164,8 +172,11 @@ def test_pefts_files_are_written_and_read(capsys: pytest.CaptureFixture[str]) ->
     assert "back: LoRA of" in capsys.readouterr().out
     assert relative_error(logits(load("back").model), logits(net)) < 1e-12
     fails(capsys, "adapter export sums --to peft --out other", "is not exported to peft")
-    fails(capsys, "adapter export own --to spoon --out other", "spoon", "peft")
+    fails(capsys, "adapter export own --to spoon --out other", "to: 'spoon' is not one of 'peft'")
     fails(capsys, "adapter export own --to peft --out peft", "peft exists")
+    fails(capsys, "generate base 1+2= --adapter peft", "archzoo adapter import peft --base")
+    fails(capsys, "adapter import own --base base --out other", "is an adapter of archzoo")
+    fails(capsys, "adapter import none --base base --out other", "there is no directory none")
     fails(capsys, "adapter import peft --out other", "which model", "--base CHECKPOINT")
     assert not Path("other").exists()
 

@@ -124,6 +124,8 @@ def matching(decoder: Decoder, spec: Spec, places: list[Place]) -> list[Place]:
             f"expressions"
         )
     layers = arguments.get("layers")
+    if layers == []:
+        raise ValueError(f"{cls.__name__}: layers=[] names no block: omit it, to change all")
     for layer in layers or []:
         if not (isinstance(layer, int) and 0 <= layer < decoder.depth):
             raise ValueError(

@@ -137,8 +137,8 @@ def read_adapter(path: Path) -> tuple[Spec, Base, dict[str, Any] | None]:
     """What a directory says of its adapter, held to what an adapter takes: spec, base and task."""
     try:
         content = read_json(path / ADAPTER)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} holds no {ADAPTER}") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(_no_adapter(path)) from None
     file = path / ADAPTER
     spec = content.get("adapter") if isinstance(content, dict) else None
     if not isinstance(spec, dict):
@@ -147,6 +147,23 @@ def read_adapter(path: Path) -> tuple[Spec, Base, dict[str, Any] | None]:
     base = parse_base(content.get("base"), file)
     check_task(content.get("task"), file)
     return spec, base, content.get("task")
+
+
+def _no_adapter(path: Path) -> str:
+    """Why a path is no directory of an adapter, and what is to be done."""
+    if not path.exists():
+        return f"there is no directory {path}: give one of archzoo.save_adapter"
+    if path.is_file() or list(path.glob("*.ckpt")):
+        return (
+            f"{path} is a checkpoint and no adapter alone: archzoo adapter save {path} --out DIR "
+            "writes the adapter that it may have"
+        )
+    if (path / "adapter_config.json").exists():
+        return (
+            f"{path} holds no {ADAPTER}, and is of peft: archzoo adapter import {path} "
+            "--base CHECKPOINT --out DIR reads it"
+        )
+    return f"{path} holds no {ADAPTER}: give a directory of archzoo.save_adapter"
 
 
 def _read_tensors(path: Path, model: Decoder) -> dict[str, Tensor]:
@@ -172,7 +189,10 @@ def _read_tensors(path: Path, model: Decoder) -> dict[str, Tensor]:
                 _check_entry(name, tensor, held[name], misfit)
             tensors = {name: opened.get_tensor(name).clone() for name in expected}
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} holds no {ADAPTER_WEIGHTS}") from None
+        raise FileNotFoundError(
+            f"{path} holds no {ADAPTER_WEIGHTS}: copy the whole directory again, or write it again "
+            "with archzoo adapter save"
+        ) from None
     check_digest(tensors, metadata.get(DIGEST), file)
     return tensors
 

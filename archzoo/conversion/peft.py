@@ -268,8 +268,13 @@ def _read_settings(file: Path) -> dict[str, Any]:
     """Peft's settings, once it is sure that all of them are known here."""
     try:
         settings = read_json(file)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file.parent} holds no {CONFIG}") from None
+    except (FileNotFoundError, NotADirectoryError):
+        path = file.parent
+        if not path.is_dir():
+            raise FileNotFoundError(f"there is no directory {path}") from None
+        own = (path / "adapter.json").exists()
+        hint = "; it is an adapter of archzoo, which needs no import" if own else ""
+        raise FileNotFoundError(f"{path} holds no {CONFIG}{hint}") from None
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         kind = settings.get("peft_type") if isinstance(settings, dict) else None
         raise ValueError(f"{file}: peft_type {shown(kind)} is not read: LORA is, DoRA included")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from typing import Literal
 
 import torch
@@ -78,8 +80,17 @@ def generate_command(
     from archzoo.checkpoint import load, load_adapter
 
     model, tokenizer, _ = load(checkpoint, device or "auto", base)
-    for directory in adapter or ():
-        load_adapter(directory, model)
+    given = Counter(map(os.path.realpath, adapter or ()))
+    if os.path.exists(os.path.join(checkpoint, "adapter.json")):
+        given[os.path.realpath(checkpoint)] += 1
+    for number, directory in enumerate(adapter or ()):
+        if given[os.path.realpath(directory)] > 1:
+            raise ValueError(
+                f"the adapter {directory} is given twice: what it changes would be doubled; give "
+                "it once"
+            )
+        name = f"adapter{number}" if len(given) > 1 else None  # of namesakes, too
+        load_adapter(directory, model, name)
     if tokenizer is None:
         raise ValueError(f"{checkpoint} holds no tokenizer, so it takes no text")
     stop_token = None
