@@ -116,12 +116,12 @@ class Kept(lightning.Callback):
 
 
 def trained(
-    family: str, flags: dict[str, str], given: argparse.Namespace
+    way: str, family: str, flags: dict[str, str], given: argparse.Namespace
 ) -> list[dict[str, Tensor]]:
     """Loss and gradients of each step, of one `archzoo fit` in this process."""
     Kept.seen.clear()
     options = {
-        "--name": family,
+        "--name": f"{way}_{family}",
         "--seed_everything": "0",
         "--model.preset": f"{family}_micro",
         "--model.warmup_steps": "1",
@@ -180,10 +180,10 @@ def equal(given: argparse.Namespace) -> int:
     alone = {}
     if first:  # before there is any other process, for which Lightning would wait
         for family in dict.fromkeys(family for _, family in pairs):
-            alone[family] = trained(family, FAMILIES[family] | FLOAT64 | ONE, given)
+            alone[family] = trained("one", family, FAMILIES[family] | FLOAT64 | ONE, given)
     for strategy, family in pairs:
         flags = FAMILIES[family] | FLOAT64 | STRATEGIES[strategy](given.processes)
-        ours = trained(family, flags, given)
+        ours = trained(strategy, family, flags, given)
         if not first:
             continue
         row: dict[str, Any] = {"way": strategy, "processes": given.processes}

@@ -609,6 +609,53 @@ def speed_floors() -> str:
     return markdown(headings, found)
 
 
+# ---------------------------------------------------------------------------- ranks
+
+APART = ("loss_apart", "gradients_apart")
+WAYS = {"one": "one", "ddp": "two, DDP", "fsdp2": "two, FSDP2"}
+
+
+def measured_on(rows: list[Row]) -> str:
+    """The line below a table that says where its rows are from."""
+    one = rows[0]
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    return (
+        f"\n\n{one['machine']}, torch {one['torch']}, triton {one['triton']}, commit {commits}: "
+        f"`{one['command']}`"
+    )
+
+
+def ranks_speed() -> str:
+    """`fit` on one GPU and on two."""
+    rows = rows_of(f"{H200}-ranks-speed")
+    found = [
+        [
+            WAYS[row["way"]],
+            {"true": "yes", "false": "no"}[row["compile"]],
+            f"{int(row['tokens_per_second']):,}",
+            row["times_one"],
+            f"{int(row['peak_memory_mb']):,}",
+        ]
+        for row in rows
+        if not row.get("failed")
+    ]
+    headings = ["GPUs", "compiled", "tokens a second", "times one GPU", "MB a GPU"]
+    return markdown(headings, found, 2) + measured_on(rows)
+
+
+def ranks_equal() -> str:
+    """The largest distance of several processes to one, by way."""
+    rows = rows_of(f"{H200}-ranks-equal")
+    found = []
+    for way in dict.fromkeys(row["way"] for row in rows):
+        alike = [row for row in rows if row["way"] == way]
+        models = ", ".join(f"`{row['model']}`" for row in alike)
+        far = [f"{max(float(row[name]) for row in alike):.1e}" for name in APART]
+        found.append([WAYS[way], models, *far])
+    headings = ["GPUs", "models", "loss", "gradients"]
+    return markdown(headings, found, 2) + measured_on(rows)
+
+
 # ---------------------------------------------------------------------------- adapters
 
 
@@ -671,6 +718,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed_parts": speed_parts,
     "speed_mixtures": speed_mixtures,
     "speed_floors": speed_floors,
+    "ranks_speed": ranks_speed,
+    "ranks_equal": ranks_equal,
 }
 
 

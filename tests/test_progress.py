@@ -101,6 +101,7 @@ def test_what_lightning_says_is_shown_where_it_is_news():
 
     assert not shown("GPU available: False, used: False")
     assert not shown("`Trainer.fit` stopped: `max_steps=40` reached.")
+    assert not shown("You are using a CUDA device ('NVIDIA H100') that has Tensor Cores. To use")
     assert shown("GPU available: True (cuda), used: False", logging.WARNING)
     assert shown("FIT Profiler Report\n-----\n")
     assert shown("`Trainer.fit` stopped: `max_time` reached.")

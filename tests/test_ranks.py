@@ -15,6 +15,7 @@ import lightning
 import pytest
 import torch
 from families import MICRO
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.connectors import data_connector
 from torch._dynamo.backends.registry import lookup_backend
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
@@ -23,7 +24,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import archzoo
 from archzoo.checkpoint import read_safely
 from archzoo.cli import main
-from archzoo.training import losses
+from archzoo.training import losses, ranks
 
 RUN = """
 seed_everything: 0
@@ -156,6 +157,25 @@ def test_gradients_are_exchanged_once_a_step(one_of_two, strategy):
     assert main([*given, "--trainer.max_steps=3", "--trainer.val_check_interval=5"]) == 0
     exchanged = [after > before for before, after in pairwise([0, *seen])]
     assert exchanged[3:] == [False, True, False, False, True]
+
+
+def test_ddp_accumulates_where_gradients_are_computed(monkeypatch):
+    """Made on another stream, as Lightning makes it, each parameter would wait for that one."""
+    made = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: pytest.fail("a stream of its own"))
+
+    @functools.wraps(ranks.DistributedDataParallel)
+    def wrapper(*given, **options):
+        made.append((given, options))
+
+    monkeypatch.setattr(ranks, "DistributedDataParallel", wrapper)
+    strategy = DDPStrategy(parallel_devices=[torch.device("cuda", 0)], bucket_cap_mb=100)
+    strategy.cluster_environment = types.SimpleNamespace(local_rank=lambda: 0)
+    ranks.configure(strategy)
+    strategy._setup_model("model")
+    (given, options), *_ = made
+    assert given == ("model",) and options["device_ids"] == [0]
+    assert options["bucket_cap_mb"] == 100 and options["gradient_as_bucket_view"]
 
 
 @pytest.mark.parametrize("strategy", [FSDP2], ids=["fsdp2"])

@@ -598,12 +598,13 @@ class _ResolvedOnly(CommandLine):
 # ---------------------------------------------------------------------------- small helpers
 
 # Lightning's notes that say nothing new here: what machine this is, what else it sells, and the
-# limit that ended a run. Its others are shown, and so are the reports of a profiler.
+# limit that ended a run. Its others are shown, and so are the reports of a profiler. What it says
+# of Tensor Cores, bf16-mixed uses by itself; float32 is left whole, for routers and norms need it.
 CHATTER = re.compile(
     r"Seed set to |available: |used: |Tip: |litlogger|litmodels|LOCAL_RANK: |^-+$"
     r"|Automatic Mixed Precision|weights_only|Restor(ing|ed) |Loaded model weights"
     r"|`Trainer.fit` stopped: `max_(steps|epochs)|fast_dev_run|distributed_backend"
-    r"|Starting with \d+ processes|Initializing distributed"
+    r"|Starting with \d+ processes|Initializing distributed|that has Tensor Cores"
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import TypeVar
 
 import lightning
@@ -23,6 +24,9 @@ def configure(strategy: Strategy) -> None:
 
     Gradients lie where they are exchanged, so they are neither copied back nor held twice. Buffers
     are not sent about: they are equal on all ranks, for what moves them is summed over the ranks.
+    Gradients are accumulated on the stream that computes them. Lightning makes the wrapper on a
+    stream of its own, for a capture of CUDA graphs that is not done here, and autograd would wait
+    for that stream at every parameter, and warn of it.
 
     Args:
         strategy: Lightning's; any but DDP stays as it is.
@@ -35,6 +39,14 @@ def configure(strategy: Strategy) -> None:
     names = [name for name in ("forward_sync_buffers", "broadcast_buffers") if name in known]
     if not given.keys() & set(names):
         given[names[0]] = False  # the second is the older name of the first
+    if type(strategy)._setup_model is DDPStrategy._setup_model:
+        strategy._setup_model = partial(_on_this_stream, strategy)  # type: ignore[method-assign]
+
+
+def _on_this_stream(strategy: DDPStrategy, model: nn.Module) -> DistributedDataParallel:
+    """As `DDPStrategy._setup_model`, on the stream that is current."""
+    devices = strategy.determine_ddp_device_ids()
+    return DistributedDataParallel(model, device_ids=devices, **strategy._ddp_kwargs)
 
 
 def sum_over_ranks(trainer: lightning.Trainer, entries: Tensors) -> Tensors:
