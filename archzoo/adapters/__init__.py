@@ -56,6 +56,11 @@ class _Recipes(ABCMeta):
     def __call__(cls, *arguments: Any, **named: Any) -> Any:
         if not arguments and "target" not in named:
             return functools.partial(cls, **named)
+        if arguments and not isinstance(arguments[0], Target):
+            raise TypeError(
+                f"{cls.__name__}({arguments[0]!r}): options go by name, such as "
+                f"{cls.__name__}(targets=[...]); the one argument before them is a Target"
+            )
         return super().__call__(*arguments, **named)
 
     @property

@@ -34,6 +34,9 @@ def adapt(decoder: Decoder, adapter: Any) -> Decoder:
             change what matches.
     """
     decoder = uncompiled(decoder)
+    if not isinstance(decoder, nn.Module):
+        kind = type(decoder).__name__
+        raise TypeError(f"decoder is a {kind} and not a Decoder: call adapt(decoder, adapter)")
     if named_adapters(decoder.config):
         raise ValueError(
             "the model has adapters already: omit adapter to continue training them, or merge "
@@ -278,10 +281,12 @@ def remove_adapters(decoder: Decoder, *names: str) -> Decoder:
             bit, and all of it learns.
 
     Raises:
-        ValueError: There is none of that name.
+        ValueError: There is none, or none of that name.
     """
     decoder = uncompiled(decoder)
     named = named_adapters(decoder.config)
+    if not named:
+        raise ValueError("the model has no adapter to remove: it is merged, or never had one")
     check_names(decoder, names)
     left = {entry: spec for entry, spec in named.items() if names and entry not in names}
     for module in decoder.modules():

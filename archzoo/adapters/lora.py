@@ -20,9 +20,11 @@ def check_rank(adapter: Adapter, target: Target, rank: int) -> None:
         rank: Of the change.
 
     Raises:
-        ValueError: It is below 1, or above the smaller of rows and columns.
+        ValueError: It is no integer, below 1, or above the smaller of rows and columns.
     """
     rows, columns = target.shape[-2:]
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise ValueError(f"{type(adapter).__name__}: rank={rank!r} must be an integer")
     if not 1 <= rank <= min(rows, columns):
         raise ValueError(
             f"{type(adapter).__name__}: rank={rank} must be at least 1 and at most "

@@ -48,8 +48,8 @@ class SoftRouter(nn.Module):
 
     def __init__(self, columns: int, experts: int, top_k: int | None = None) -> None:
         super().__init__()
-        if experts < 1:
-            raise ValueError(f"experts={experts} must be at least 1")
+        if isinstance(experts, bool) or not isinstance(experts, int) or experts < 1:
+            raise ValueError(f"experts={experts!r} must be an integer of at least 1")
         if top_k is not None and not 1 <= top_k <= experts:
             raise ValueError(f"top_k={top_k} must lie between 1 and experts={experts}")
         self.weight = nn.Parameter(torch.empty(experts, columns))  # R

@@ -117,17 +117,21 @@ def matching(decoder: Decoder, spec: Spec, places: list[Place]) -> list[Place]:
     _check_declared(cls)
     targets = arguments.get("targets")
     targets = list(cls.default_targets) if targets is None else targets
-    if isinstance(targets, str) or not targets:
+    listed = isinstance(targets, list | tuple) and all(isinstance(t, str) for t in targets)
+    if not targets or not listed:
         raise ValueError(
             f"{cls.__name__}: targets={targets!r} must be a list of names of blocks, such as "
             f"[query, value], of what they are of (mixer, feed_forward.up), or of regular "
             f"expressions"
         )
     layers = arguments.get("layers")
-    if layers == []:
-        raise ValueError(f"{cls.__name__}: layers=[] names no block: omit it, to change all")
+    if layers is not None and not isinstance(layers, list | tuple | range):
+        raise ValueError(f"{cls.__name__}: layers={layers!r} must be a list, such as [{layers}]")
+    if layers is not None and not layers:
+        raise ValueError(f"{cls.__name__}: layers={layers} names no block: omit it to change all")
     for layer in layers or []:
-        if not (isinstance(layer, int) and 0 <= layer < decoder.depth):
+        number = isinstance(layer, int) and not isinstance(layer, bool)
+        if not (number and 0 <= layer < decoder.depth):
             raise ValueError(
                 f"{cls.__name__}: layer {layer!r} is not one of 0 to {decoder.depth - 1}"
             )

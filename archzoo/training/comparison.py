@@ -95,9 +95,12 @@ def check_same_model(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     """
     for name, value in ours.items():
         if name not in MAY_DIFFER and _in_full(name, value) != _in_full(name, theirs.get(name)):
+            hint = ""
+            if name in ("adapter", "adapters"):
+                hint = "; an adapter is put on a model by --model.weights instead of --ckpt_path"
             raise ValueError(
                 f"the checkpoint holds another model: {name} is {theirs.get(name)} in it and "
-                f"{value} here"
+                f"{value} here{hint}"
             )
 
 

@@ -253,7 +253,8 @@ class LanguageModel(lightning.LightningModule):
     def _start_from(self, weights: str) -> Decoder:
         """The model that a checkpoint or directory holds, to be trained on."""
         given = {n: value for n, value in self.architecture.items() if value is not None}
-        adapter = given.pop("adapters", given.pop("adapter", None))
+        one, several = given.pop("adapter", None), given.pop("adapters", None)
+        adapter = several or one
         refused = [name for name in given if name not in MAY_DIFFER]
         if self.preset is not None or self.match is not None or refused:
             names = [n for n in ("preset", "match") if getattr(self, n) is not None] + refused
@@ -291,7 +292,7 @@ class LanguageModel(lightning.LightningModule):
     def setup(self, stage: str) -> None:
         self.set_up_with_task(stage)
         if stage == "fit":  # before a checkpoint is read
-            configure(self.trainer.strategy)
+            configure(self.trainer.strategy, self.decoder)
             self._begin_run()
 
     def set_up_with_task(self, stage: str) -> None:

@@ -19,7 +19,7 @@ from archzoo.decoder import Decoder
 Tensors = TypeVar("Tensors")  # a tensor, or lists and dicts of them
 
 
-def configure(strategy: Strategy) -> None:
+def configure(strategy: Strategy, decoder: Decoder | None = None) -> None:
     """Give DistributedDataParallel what suits the models here, where no one has chosen otherwise.
 
     Gradients lie where they are exchanged, so they are neither copied back nor held twice. Buffers
@@ -30,10 +30,21 @@ def configure(strategy: Strategy) -> None:
 
     Args:
         strategy: Lightning's; any but DDP stays as it is.
+        decoder: That is trained.
+
+    Raises:
+        ValueError: An adapter is switched off, so that DDP would wait for its gradients for ever.
     """
     if not isinstance(strategy, DDPStrategy):
         return
     given = strategy._ddp_kwargs
+    off = ", ".join(sorted(decoder.adapters_off)) if decoder is not None else ""
+    if off and strategy.world_size > 1 and not given.get("find_unused_parameters"):
+        raise ValueError(
+            f"the adapter {off} is switched off, and DDP would wait for its gradients: take it off "
+            "(archzoo.remove_adapters), switch it on (archzoo.enable_adapters), or take the "
+            "strategy ddp_find_unused_parameters_true"
+        )
     given.setdefault("gradient_as_bucket_view", True)
     known = inspect.signature(DistributedDataParallel).parameters
     names = [name for name in ("forward_sync_buffers", "broadcast_buffers") if name in known]
