@@ -521,7 +521,7 @@ class LanguageModel(lightning.LightningModule):
             weight_decay=self.weight_decay,
             betas=self.betas,
             joining=self._joining,
-            fused=self.device.type == "cuda" and not half,
+            fused=self.device.type in ("cuda", "cpu") and not half,
         )
         factor = learning_rate_schedule(
             self.warmup_steps,
