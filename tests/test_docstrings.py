@@ -14,8 +14,12 @@ import archzoo
 # Device code, what needs an extra, and one file whose import is the program.
 NOT_IMPORTED = re.compile(r"\.(triton|gluon\w*|evaluation\.harness|__main__)$")
 
-# What these take are the fields of Inputs, Problem, Direction and Plan, which are explained there.
-UNSAID = tuple(f"archzoo.kernels.retention.{name}" for name in ("launch.", "plans.", "available"))
+# What these take are the fields of Inputs, Problem, Direction and Plan, which are explained there;
+# and what plain forms take is what the zoo's parts of the same names do, in a file of few lines.
+UNSAID = (
+    *(f"archzoo.kernels.retention.{name}" for name in ("launch.", "plans.", "available")),
+    "archzoo.export.plain.",
+)
 
 
 def functions() -> Iterator[tuple[str, Callable[..., Any]]]:

@@ -41,7 +41,7 @@ LAYERS = """
     tasks.text tasks.mixed
     generation
     analysis
-    conversion contract
+    conversion contract export
     training
     analysis.compare analysis.bench
     evaluation
