@@ -146,16 +146,8 @@ class Checkpoints(Checkpoint):
             return
         if getattr(pl_module, "cut_short", False):
             return
-        monitor, mode = self.monitor, self.mode
-        if monitor is None:
-            has_ood = OUT_OF_DISTRIBUTION in trainer.callback_metrics
-            monitor, mode = (OUT_OF_DISTRIBUTION, "max") if has_ood else ("validation/loss", "min")
-        value = trainer.callback_metrics.get(monitor)
-        if value is None:
-            raise ValueError(
-                f"checkpoint.monitor: there is no metric {monitor}; validation gives "
-                + ", ".join(sorted(trainer.callback_metrics))
-            )
+        monitor, mode = self.monitored(trainer)
+        value = trainer.callback_metrics[monitor]
         # A loss of nan is never the best, nor stays it where a checkpoint says so.
         sign = 1 if mode == "min" else -1
         found = {name: float(entry) for name, entry in trainer.callback_metrics.items()}
@@ -177,6 +169,23 @@ class Checkpoints(Checkpoint):
             trainer.save_checkpoint(self.directory / "best.ckpt")
         self.saved = None  # write last.ckpt again: now it knows the best, and that this was done
         self.save_last(trainer, pl_module)
+
+    def monitored(self, trainer: lightning.Trainer) -> tuple[str, str]:
+        """The metric that says which checkpoint is best, and its mode.
+
+        Raises:
+            ValueError: The validation that has just ended does not give it.
+        """
+        found, mode = self.monitor, self.mode
+        if found is None:
+            has_ood = OUT_OF_DISTRIBUTION in trainer.callback_metrics
+            found, mode = (OUT_OF_DISTRIBUTION, "max") if has_ood else ("validation/loss", "min")
+        if found not in trainer.callback_metrics:
+            raise ValueError(
+                f"checkpoint.monitor: there is no metric {found}; validation gives "
+                + ", ".join(sorted(trainer.callback_metrics))
+            )
+        return found, mode
 
     def on_train_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule

@@ -49,9 +49,10 @@ from archzoo.training.compiling import CompileModel
 from archzoo.training.directory import RunDirectory
 from archzoo.training.ending import SIGNALS, Ended, say
 from archzoo.training.files import CheckpointFiles, MetricsFile
-from archzoo.training.flags import add_flags, move_flags, with_optimizer
+from archzoo.training.flags import add_flags, callbacks_of, move_flags, trackers_of, with_flags
 from archzoo.training.module import LanguageModel
 from archzoo.training.optimizers import describe_optimizer, find_optimizer
+from archzoo.training.rate_finder import find_learning_rate
 from archzoo.training.user_errors import explain
 from archzoo.trust import load_installed, user_imports, with_moved
 
@@ -287,7 +288,7 @@ class CommandLine(LightningCLI):
         self._command = command
         self._given = list(arguments)
         self.run_name = _run_name(arguments)
-        arguments = with_optimizer(_with_files_read(arguments))
+        arguments = with_flags(_with_files_read(arguments))
         path = _option(arguments, "--ckpt_path")
         logger = _option(arguments, "--trainer.logger")
         if logger == "TensorBoardLogger" and not _option(arguments, "--trainer.logger.save_dir"):
@@ -437,16 +438,24 @@ class CommandLine(LightningCLI):
             callbacks = [c for c in callbacks if not isinstance(c, Checkpoints)]
         if config.get("enable_progress_bar") is not False:
             callbacks = [*callbacks, ShowProgress()]
-        if fitting and not config.get("fast_dev_run"):
+        given, finds = self.config[self.subcommand], self._finds_rate
+        trackers: dict[str, Any] = {}
+        if fitting and not finds:
+            if not config.get("fast_dev_run"):
+                trackers = trackers_of(given, self.directory, given.ckpt_path)
+            callbacks = [*callbacks, *callbacks_of(given, trackers)]
+        if finds:
+            callbacks, self.save_config_callback = [], None
+        elif fitting and not config.get("fast_dev_run"):
             config["callbacks"] = [*self._hold_directory(), *_as_list(config.get("callbacks"))]
-        if fitting:
+        if fitting and not finds:
             callbacks = [*callbacks, CompileModel(self.config["fit"].compile)]
             saves = any(isinstance(callback, Checkpoints) for callback in callbacks)
             callbacks = [*callbacks, (SaveAndEndOnSignal if saves else EndOnSignal)(SIGNALS)]
         config["default_root_dir"] = str(self.directory)
         table = "metrics" if fitting else self.config[self.subcommand].table or self.subcommand
         file = MetricsFile(self.directory / f"{table}.csv")
-        config["logger"] = [file, *_as_list(config.get("logger"))]
+        config["logger"] = [file, *_as_list(config.get("logger")), *trackers.values()]
         config["plugins"] = [CheckpointFiles(), *_as_list(config.get("plugins"))]
         if config.get("precision") is None:
             config["precision"] = usual_precision(config)
@@ -533,6 +542,8 @@ class CommandLine(LightningCLI):
         return bool(self.config[self.subcommand].trainer.fast_dev_run)
 
     def after_fit(self) -> None:
+        if self._finds_rate:
+            return
         self._say_finished()
         self._say_where()
 
@@ -540,7 +551,7 @@ class CommandLine(LightningCLI):
     def _say_finished(self) -> None:
         """Where a run was resumed that had nothing left to do."""
         trainer, path = self.trainer, self.config[self.subcommand].ckpt_path
-        if not path or trainer.global_step != self.model.loaded_step:
+        if not path or trainer.global_step != self.model.loaded_step or trainer.should_stop:
             return
         limit = "max_steps" if trainer.global_step >= trainer.max_steps > -1 else "max_epochs"
         print(
@@ -561,6 +572,22 @@ class CommandLine(LightningCLI):
         found = [name for name in names if (self.directory / name).is_file()]
         if found:
             print(f"{self.directory} holds {', '.join(found)}")
+
+    @property
+    def _finds_rate(self) -> bool:
+        return self.subcommand == "fit" and bool(self.config["fit"].find_learning_rate)
+
+    def fit(self, **arguments: Any) -> None:
+        """Train, or with --find_learning_rate look for a learning rate."""
+        if not self._finds_rate:
+            self.trainer.fit(**arguments)
+            return
+        rate = find_learning_rate(self.trainer, self.model, self.datamodule)
+        if rate is None:
+            raise ValueError("the loss fell at no learning rate: look at the data and the model")
+        given = shlex.join(a for a in self._given if not a.startswith("--find_learning_rate"))
+        say(f"the loss fell fastest at a learning rate of {rate:g}; to train with it:")
+        say(f"  {shlex.join(_typed('fit'))} {given} --model.learning_rate {rate:g}")
 
     def predict(self, **arguments: Any) -> None:
         """Write predictions.jsonl, a row a line, and show the first ones."""
@@ -605,6 +632,7 @@ CHATTER = re.compile(
     r"|Automatic Mixed Precision|weights_only|Restor(ing|ed) |Loaded model weights"
     r"|`Trainer.fit` stopped: `max_(steps|epochs)|fast_dev_run|distributed_backend"
     r"|Starting with \d+ processes|Initializing distributed|that has Tensor Cores"
+    r"|Found current_model_state"
 )
 
 

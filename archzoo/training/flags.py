@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning
+from lightning.pytorch.loggers.logger import Logger
 
 from archzoo.training import settings
+from archzoo.training.averaging import AverageWeights
+from archzoo.training.early_stopping import StopEarly
+from archzoo.training.samples import SampleTexts
+from archzoo.training.trackers import Tracked, make_trackers
 
+Tracker = Literal["wandb", "tensorboard", "mlflow", "trackio"]
+SWITCH = "--find_learning_rate"
 OPTIMIZER = ("--optimizer", "--model.optimizer")
 
 
@@ -20,6 +30,88 @@ def add_flags(parser: Any) -> None:
         "yours; --optimizer.NAME VALUE gives its arguments, as --optimizer SGD "
         "--optimizer.momentum 0.9.",
     )
+    parser.add_argument(
+        "--tracker",
+        type=Tracker | list[Tracker] | None,
+        default=None,
+        help="Where else fit logs, beside metrics.csv: wandb, tensorboard, mlflow or trackio, or a "
+        "list of them. WANDB_PROJECT, MLFLOW_TRACKING_URI and their like say more.",
+    )
+    parser.add_argument(
+        "--sample_every",
+        type=int | None,
+        default=None,
+        help="Optimizer steps from one sample of what the model writes to the next: on the screen, "
+        "in samples.jsonl and in the trackers.",
+    )
+    parser.add_argument(
+        "--sample_prompts",
+        type=str | list[str] | None,
+        default=None,
+        help="What samples continue; default: the first of the validation data.",
+    )
+    parser.add_argument(
+        "--ema",
+        type=float | None,
+        default=None,
+        help="Decay of an exponential moving average of the weights, such as 0.999: it is what is "
+        "validated and kept.",
+    )
+    parser.add_argument(
+        "--early_stopping",
+        type=int | None,
+        default=None,
+        help="End the run when so many validations in a row have not improved checkpoint.monitor.",
+    )
+    parser.add_argument(
+        "--find_learning_rate",
+        type=bool,
+        default=False,
+        help="Train for 100 steps with a rising learning rate, suggest one, and write nothing.",
+    )
+
+
+def callbacks_of(config: Any, trackers: dict[str, Logger]) -> list[lightning.Callback]:
+    """The callbacks that the flags ask for.
+
+    Args:
+        config: Of `fit`.
+        trackers: As `make_trackers` gives them.
+    """
+    found: list[lightning.Callback] = []
+    if config.ema is not None:
+        found.append(AverageWeights(config.ema))
+    if config.early_stopping is not None:
+        found.append(StopEarly(config.early_stopping))
+    prompts = config.sample_prompts
+    if config.sample_every is not None:
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        found.append(SampleTexts(config.sample_every, prompts))
+    elif prompts is not None:
+        raise ValueError("--sample_prompts needs --sample_every N: after how many steps each")
+    if trackers:
+        found.append(Tracked(trackers, settings_of(config)))
+    return found
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """What trackers show of a run."""
+    names = ("seed_everything", "model", "data", "trainer", "checkpoint", "ema")
+    kept = {name: config[name] for name in names if config.get(name) is not None}
+    plain = {n: v.as_dict() if hasattr(v, "as_dict") else v for n, v in kept.items()}
+    return dict(json.loads(json.dumps(plain, default=str)))
+
+
+def trackers_of(config: Any, directory: Path, resumed: str | None) -> dict[str, Logger]:
+    """The loggers that --tracker asks for, by name.
+
+    Args:
+        config: Of `fit`.
+        directory: The run's.
+        resumed: The path of the checkpoint that it is resumed from, or None.
+    """
+    names = [config.tracker] if isinstance(config.tracker, str) else config.tracker or []
+    return make_trackers(names, directory, Path(resumed).parent if resumed else None)
 
 
 def move_flags(config: Any) -> None:
@@ -30,8 +122,8 @@ def move_flags(config: Any) -> None:
         config.optimizer = None
 
 
-def with_optimizer(arguments: list[str]) -> list[str]:
-    """The arguments with the optimizer, and what is said of it, as one setting.
+def with_flags(arguments: list[str]) -> list[str]:
+    """The arguments with the optimizer, and what is said of it, as one setting; a switch is true.
 
     Raises:
         ValueError: An argument of an optimizer that is not named.
@@ -42,6 +134,12 @@ def with_optimizer(arguments: list[str]) -> list[str]:
     rest = iter(arguments)
     for argument in rest:
         option, equals, value = argument.partition("=")
+        if argument == SWITCH:  # alone it means true
+            found.append(f"{SWITCH}=true")
+            continue
+        if argument in ("true", "false") and found and found[-1] == f"{SWITCH}=true":
+            found[-1] = f"{SWITCH}={argument}"
+            continue
         flag = next((f for f in OPTIMIZER if option == f or option.startswith(f"{f}.")), None)
         if flag is None:
             found.append(argument)

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
 from archzoo import block as interface
@@ -721,6 +722,10 @@ class LanguageModel(lightning.LightningModule):
     def on_validation_end(self) -> None:
         self._stopwatch.resume()  # training's speed is training's
 
+    def leave_out(self, seconds: float) -> None:
+        """Say that time just passed was not training's, whose tokens a second are logged."""
+        self._clock += seconds
+
     def on_validation_epoch_start(self) -> None:
         self._begin_evaluation("validation")
 
@@ -875,6 +880,7 @@ class LanguageModel(lightning.LightningModule):
         if self._trainer is not None and self.trainer.state.fn == "fit":
             mine, of_run = map(title_of, (self.optimizer, theirs.get("optimizer")))
             check_same_training(self.frozen | {"optimizer": mine}, theirs | {"optimizer": of_run})
+            self._check_averages(checkpoint)
         record = base_in(checkpoint, "the checkpoint")
         if record is not None:
             self._check_base(record)
@@ -902,6 +908,16 @@ class LanguageModel(lightning.LightningModule):
         self.figures.load(training["totals"])
         self._carried = dict(training["carried"])
         self._random, self._skipped = training["random"], training.get("skipped", 0)
+
+    def _check_averages(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to train on from averages of weights, which the optimizer's state is not of."""
+        callbacks: list[lightning.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        averages = any(isinstance(callback, WeightAveraging) for callback in callbacks)
+        if "averaging_state" in checkpoint and not averages:
+            raise ValueError(
+                "the checkpoint's run averages its weights: resume with the same --ema, or start "
+                "a new run from the averages by --model.weights"
+            )
 
     def _check_base(self, wanted: Base) -> None:
         """Refuse a checkpoint of adapters whose base is not the one that they stand beside here."""
