@@ -3,7 +3,7 @@
 # make test-slow    set up, run the slow ones
 # make test-triton  compile every kernel for a GPU, under the pinned Triton and the oldest, without one
 # make lint         set up, check style and types
-# make test-extras  set up an environment with the extras (docs, report, demo, peft, trackers), run their tests
+# make test-extras  set up an environment with the extras (docs, report, demo, peft, eval, trackers), run their tests
 # make browser      install Chromium for them, where it is missing (Debian, as root or by sudo)
 # make docs         build the documentation as a site: open site/index.html
 # make clean        remove the environments and the caches; never runs/
@@ -119,13 +119,13 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 # is. pip sees .venv's packages like those of the system in a venv with --system-site-packages, and
 # changes none of them. .pth files in there are not read, so archzoo itself is installed here too.
 $(EXTRAS)/installed: pyproject.toml constraints-extras.txt $(VENV)/installed
-	@echo "Setting up $(EXTRAS), once: what docs, report, demo, peft, datasets and the trackers need beside $(VENV), some 1.5 GB."
+	@echo "Setting up $(EXTRAS), once: what docs, report, demo, peft, datasets, eval and the trackers need beside $(VENV), some 1.6 GB."
 	@rm -rf $(EXTRAS)
 	@$(BIN)/python -m venv $(EXTRAS)
 	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
 	  $(BIN)/python -c "$$site" > "$$($(EXTRAS)/bin/python -c "$$site")/archzoo-venv.pth"
 	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-extras.txt \
-	  -e '.[docs,report,demo,peft,datasets,wandb,mlflow,trackio]' playwright tiktoken
+	  -e '.[docs,report,demo,peft,datasets,eval,wandb,mlflow,trackio]' playwright tiktoken
 	@touch $@
 
 # The same with one package, found before the Triton of .venv.

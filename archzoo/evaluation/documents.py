@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from archzoo.tasks.arithmetic import Addition
-from archzoo.tasks.text import Corpus, Text
+from archzoo.tasks.corpus import Corpus
+from archzoo.tasks.text import Text
 
 CONTEXT = 200  # characters before what is asked for
 CHOICES = 4
@@ -75,9 +76,10 @@ def held_out(name: str) -> str:
         FileNotFoundError: It is not there.
     """
     arguments = Text(str(corpus(name))).arguments
-    text = Corpus(arguments["path"])
-    parts, _ = text.split(*(arguments[f"{part}_fraction"] for part in ("validation", "test")))
-    return "".join(text.texts(*parts["test"]))
+    fractions = (arguments[f"{part}_fraction"] for part in ("validation", "test"))
+    with Corpus(arguments["path"]) as text:
+        parts, _ = text.split(*fractions)
+        return "".join(text.texts(parts["test"]))
 
 
 def corpus(name: str) -> Path:

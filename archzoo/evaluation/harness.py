@@ -86,7 +86,7 @@ class ArchzooLM(LM):
         self.model, self.tokenizer = found.model, found.tokenizer
         self.writing = writing_of(self.model.task)
         try:
-            self.batch_size = int(batch_size or 16)
+            self.batch_size = int(16 if batch_size is None else batch_size)
         except ValueError:
             raise ValueError(f"batch_size={batch_size!r} is not a number of texts") from None
         self.max_length = max_length or self.model.context_length or UNKNOWN_LENGTH
