@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -722,9 +722,14 @@ class LanguageModel(lightning.LightningModule):
     def on_validation_end(self) -> None:
         self._stopwatch.resume()  # training's speed is training's
 
-    def leave_out(self, seconds: float) -> None:
-        """Say that time just passed was not training's, whose tokens a second are logged."""
-        self._clock += seconds
+    @contextmanager
+    def not_training(self) -> Iterator[None]:
+        """Within it time is not training's, whose tokens a second are logged."""
+        self._stopwatch.pause()
+        try:
+            yield
+        finally:
+            self._stopwatch.resume()
 
     def on_validation_epoch_start(self) -> None:
         self._begin_evaluation("validation")

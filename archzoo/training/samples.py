@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +78,13 @@ class SampleTexts(lightning.Callback):
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         assert isinstance(pl_module, LanguageModel)
-        began, before = time.perf_counter(), random_state()
-        try:
-            rows = self._sample(trainer, pl_module, step)
-        finally:
-            bring_back_random_state(before, 0)
-        self._show(trainer, step, rows)
-        pl_module.leave_out(time.perf_counter() - began)
+        before = random_state()
+        with pl_module.not_training():
+            try:
+                rows = self._sample(trainer, pl_module, step)
+            finally:
+                bring_back_random_state(before, 0)
+            self._show(trainer, step, rows)
 
     def _sample(
         self, trainer: lightning.Trainer, module: LanguageModel, step: int
