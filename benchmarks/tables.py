@@ -475,13 +475,12 @@ def bench_rows(quantity: str) -> list[Row]:
     return list(named.values())  # of two rows the later file's
 
 
-def pictures(*measures: str) -> str:
-    """Links to the rows, and to the figures that there are."""
+def pictures(measured: list[Row], *measures: str) -> str:
+    """Links to the rows, with the commits that these are of, and to the figures that there are."""
     found = [(name, f"{BENCH}-{name}.png") for name in measures]
     there = [f"![{name}](../results/{file})" for name, file in found if (RESULTS / file).exists()]
-    first = rows_of(BENCH)[0]
-    where = [first[fact] for fact in ("machine", "commit") if fact in first]
-    rows = f"[The rows](../results/{BENCH}.csv): {', commit '.join(where)}"
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in measured))
+    rows = f"[The rows](../results/{BENCH}.csv): {measured[0]['machine']}, commit {commits}"
     return "".join(f"\n\n{link}" for link in [rows, *there])
 
 
@@ -508,7 +507,7 @@ def speed_training() -> str:
     headings = ["thousand tokens/s (over nanoGPT's), MFU"]
     for length in LENGTHS_TRAINED:
         headings += [f"T {length:,}", "GiB"]
-    return markdown(headings, found) + pictures("training", "training-memory")
+    return markdown(headings, found) + pictures(rows, "training", "training-memory")
 
 
 def speed_decoding() -> str:
@@ -531,7 +530,7 @@ def speed_decoding() -> str:
                     cells.append(f"{float(here[0]['median']):,.0f}")
         found.append(cells)
     headings = ["", *(f"batch {b}, {n // 1024}k" for b, lengths in CONTEXTS for n in lengths)]
-    return markdown(headings, found) + pictures("decode", "batch")
+    return markdown(headings, found) + pictures(rows, "decode", "batch")
 
 
 def speed_parts() -> str:
