@@ -52,6 +52,7 @@ def test_tables_of_speed_take_peers_from_a_file_of_their_own(tables, monkeypatch
     assert tables.speed_training() == tables.speed_decoding() == tables.speed_parts()
     columns = [
         "machine",
+        "commit",
         "quantity",
         "contender",
         "length",
@@ -73,7 +74,7 @@ def test_tables_of_speed_take_peers_from_a_file_of_their_own(tables, monkeypatch
     files = {"": rows, "-peers": [(decode, "fla", 1024, 1, "bfloat16", 7.25, "", "", "")]}
     files["-peers"].append((decode, "retnet_base", 1024, 1, "bfloat16", 0.3, "", "", ""))
     for name, some in files.items():
-        some = [("a GPU", *row) for row in some]
+        some = [("a GPU", f"c{number}", *row) for number, row in enumerate(some)]
         with (tmp_path / f"{tables.BENCH}{name}.csv").open("w", newline="") as file:
             csv.writer(file).writerows([columns, *some])
     lines = tables.speed_training().splitlines()
@@ -82,7 +83,7 @@ def test_tables_of_speed_take_peers_from_a_file_of_their_own(tables, monkeypatch
     lines = tables.speed_decoding().splitlines()
     assert lines[2] == "| `retnet_base` | 0.300 |  |  |  | 60,000 |"  # the later file's
     assert lines[3] == "| `fla` | 7.25 |  |  |  |  |"
-    assert lines[4:] == ["", f"[The rows](../results/{tables.BENCH}.csv): a GPU"]
+    assert lines[4:] == ["", f"[The rows](../results/{tables.BENCH}.csv): a GPU, commit c1, c0, c4"]
     (tmp_path / f"{tables.BENCH}-decode.png").write_bytes(b"")
     assert tables.speed_decoding().endswith(f"![decode](../results/{tables.BENCH}-decode.png)")
 
