@@ -75,3 +75,41 @@ def test_a_run_that_diverged_is_shown_as_nan(runs, tmp_path, capsys):
     found = cells(capsys.readouterr().out)
     assert found["second"][2] == "nan" and found["mean"][1] == "nan"
     assert found["standard"][2] == "nan" and found["first"][0] == "0.9000"
+
+
+def test_every_column_is_drawn_by_default(runs, tmp_path, capsys, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        "archzoo.analysis.curves.save", lambda figure, path: drawn.update({path: figure})
+    )
+    monkeypatch.chdir(tmp_path)
+    log = tmp_path / "first" / "metrics.csv"
+    rows = ["step,train/loss,validation/loss,train/loss/balance/0,train/loss/balance/1,seconds"]
+    log.write_text("\n".join([*rows, "1,2.0,,0.1,0.2,5", "2,1.0,1.5,0.1,0.3,9"]) + "\n")
+    assert main(["curves", "first"]) == 0
+    assert "drew first/curves.png" in capsys.readouterr().out
+    (figure,) = drawn.values()
+    seen = {
+        panel.get_title(): {line.get_label(): list(line.get_ydata()) for line in panel.lines}
+        for panel in figure.axes
+        if panel.axison
+    }
+    assert seen == {
+        "loss": {"train": [2.0, 1.0], "validation": [1.5]},
+        "loss/balance": {"train 0": [0.1, 0.1], "train 1": [0.2, 0.3]},
+    }
+    drawn.clear()
+    assert main(["curves", *runs]) == 0  # beside the runs, not in one of them
+    assert [path.name for path in drawn] == ["curves.png"]
+    assert tmp_path.joinpath(*drawn).resolve().parent == tmp_path
+
+
+def test_without_matplotlib_the_table_is_shown(runs, capsys, monkeypatch):
+    def missing():
+        raise ValueError("a figure needs matplotlib: pip install 'archzoo[plots]'")
+
+    monkeypatch.setattr("archzoo.analysis.curves.pyplot", missing)
+    assert main(["curves", runs[0]]) == 0
+    said = capsys.readouterr().out
+    assert "first" in said and "pip install 'archzoo[plots]'" in said
+    assert main(["curves", runs[0], "--figure", "x.png"]) == 1

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import math
+import os
+import re
 import statistics
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.table import Table
 
@@ -19,6 +21,10 @@ OUT_OF_DISTRIBUTION = "validation/exact_match/ood"
 # What is compared where no metric is named: the first of these that every run has.
 USUAL = (OUT_OF_DISTRIBUTION, "validation/exact_match", "validation/loss", "train/loss")
 LOWER = ("loss", "perplexity", "bits_per_byte")  # ends of the names of what is better when lower
+
+
+DRAWN = "curves.png"
+STYLES = {"train": ":", "validation": "-", "test": "--"}  # of lines, where colours tell runs apart
 
 
 class Curve(NamedTuple):
@@ -83,28 +89,43 @@ def curves_command(
     lower: bool = False,
     figure: str | None = None,
 ) -> None:
-    """Compare a metric over the steps of several runs, such as seeds of one experiment.
+    """Compare a metric over the steps of several runs, and draw all that was logged.
 
     Args:
         runs: Directories of runs, or their checkpoints.
-        metric: A column of their metrics.csv. None: the out-of-distribution exact match, else
-            that of the trained lengths, else the validation loss, else the training loss.
+        metric: A column of their metrics.csv, which alone is shown. None: all columns are drawn,
+            and the table is of the out-of-distribution exact match, else that of the trained
+            lengths, else the validation loss, else the training loss.
         lower: Lower is better, as it is anyway where a metric ends in loss, perplexity
             or bits_per_byte.
-        figure: The picture that is drawn, such as curves.png: every run, and the mean of all from
-            their least to their largest value. None: a table alone.
+        figure: The picture that is drawn, such as curves.png; of a metric every run, and the mean
+            of all from their least to their largest value. None: a table alone of a metric, and
+            all columns in RUN/curves.png, or, of several runs, above their directories.
 
     Raises:
         FileNotFoundError: A directory holds no run.
         ValueError: A run has no such metric.
     """
     paths = [directory_of(run) for run in runs]
-    metric = metric or usual_metric(paths)
-    curves = [read(path, metric) for path in paths]
-    show(_table(curves, metric, lower or metric.endswith(LOWER)))
-    if figure is not None:
-        _draw(curves, metric, Path(figure))
-        print(f"drew {figure}")
+    shown = metric or usual_metric(paths)
+    curves = [read(path, shown) for path in paths]
+    show(_table(curves, shown, lower or shown.endswith(LOWER)))
+    if metric is not None:
+        if figure is not None:
+            _draw(curves, metric, Path(figure))
+            print(f"drew {figure}")
+        return
+    place = Path(figure or Path(os.path.commonpath([path.absolute() for path in paths]), DRAWN))
+    if not figure and place.is_relative_to(Path.cwd()):
+        place = place.relative_to(Path.cwd())
+    try:
+        _draw_all(paths, place)
+    except ValueError as error:
+        if figure is not None:
+            raise
+        print(error)  # the table is all that was asked for
+        return
+    print(f"drew {place}")
 
 
 def _table(curves: list[Curve], metric: str, lower: bool) -> Table:
@@ -153,4 +174,47 @@ def _draw(curves: list[Curve], metric: str, path: Path) -> None:
         )
     panel.set(xlabel="step", ylabel=metric)
     legend(panel, beside=True)
+    save(figure, path)
+
+
+def _draw_all(runs: list[Path], path: Path) -> None:
+    """Every column of some runs, small: one panel for what differs in its part or number alone."""
+    plt = pyplot()
+    panels: dict[str, list[tuple[str, Curve]]] = {}
+    for run in runs:
+        rows = read_log(run)
+        names = dict.fromkeys(name for row in rows for name, text in row.items() if text)
+        for name in names:
+            split, slash, rest = name.partition("/")
+            if slash:
+                title = re.sub(r"/\d+$", "", rest)
+                line = f"{split}{rest.removeprefix(title).replace('/', ' ')}"
+                panels.setdefault(title, []).append((line, read(run, name)))
+    across = min(len(panels), 3)
+    down = -(-len(panels) // across)
+    size = (4.4 * across, 2.7 * down)
+    figure, grid = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
+    colours = {run.name: f"C{number % 10}" for number, run in enumerate(runs)}
+    for panel, (title, lines) in zip(grid.flat, panels.items(), strict=False):
+        for line, curve in lines:
+            options: dict[str, Any] = {"label": line}
+            if len(runs) > 1:
+                options = {"color": colours[curve.run], "linestyle": STYLES.get(line.split()[0])}
+            marker = "." if len(curve.steps) == 1 else None
+            panel.plot(curve.steps, curve.values, linewidth=1, marker=marker, **options)
+        panel.set_title(title, fontsize=9)
+        panel.tick_params(labelsize=7)
+        if len(runs) == 1:
+            panel.legend(fontsize=6)
+    for panel in grid.flat[len(panels) :]:
+        panel.set_axis_off()
+    if len(runs) > 1:
+        drawn = [plt.Line2D([], [], color=colour, label=run) for run, colour in colours.items()]
+        drawn += [
+            plt.Line2D([], [], color="black", linestyle=style, label=split)
+            for split, style in STYLES.items()
+            if any(line.split()[0] == split for lines in panels.values() for line, _ in lines)
+        ]
+        figure.legend(handles=drawn, loc="outside upper center", ncols=6, fontsize=8)
+    figure.supxlabel("step", fontsize=9)
     save(figure, path)
