@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from archzoo.derivatives import followed
 from archzoo.low_rank import Change, Packed, changed_product, pack
-from archzoo.numerics import autocast_dtype, without_autocast
+from archzoo.numerics import autocast_dtype, cast, without_autocast
 
 
 class Linear(nn.Linear):
@@ -230,13 +230,21 @@ class Linear(nn.Linear):
         bias: Tensor | None = self.bias
         if x.dtype != weight.dtype and dtype == x.dtype:
             return None  # torch's own operations say what is wrong
+        gains: list[Tensor] | None = None
         changes = self._low_rank_changes(names, adapters, dtype)
         if changes is None:
-            return None
+            scaled = self._scaled_changes(names, adapters, dtype)
+            if scaled is None:
+                return None
+            changes, gains = scaled
         if rows is not None:
             weight, bias = weight[rows], bias if bias is None else bias[rows]
         bias = bias if bias is None else bias.to(dtype)
-        return changed_product(x.to(dtype), weight.to(dtype), bias, changes)
+        if gains is None:
+            return changed_product(x.to(dtype), weight.to(dtype), bias, changes)
+        y = changed_product(x.to(dtype), weight.to(dtype), None, changes)
+        y = cast(y * (gains[0] if len(gains) == 1 else torch.cat(gains)), y.dtype)
+        return y if bias is None else y + bias
 
     def _low_rank_changes(
         self, names: Sequence[str], adapters: dict[str, list[Any]], dtype: torch.dtype
@@ -262,6 +270,37 @@ class Linear(nn.Linear):
                 changes.append(Change(begin, first.to(dtype), second.to(dtype), scale, *mixed))
             begin += self.blocks[name]
         return changes
+
+    def _scaled_changes(
+        self, names: Sequence[str], adapters: dict[str, list[Any]], dtype: torch.dtype
+    ) -> tuple[list[Change], list[Tensor]] | None:
+        """Changes of low rank with the gains of all rows; None: one is of another kind.
+
+        Args:
+            names: As `_low_rank_changes`'s.
+            adapters: The same.
+            dtype: The same.
+        """
+        if self.stack is not None or type(self).product is not Linear.product:
+            return None
+        if any(
+            len(those) > 1 or not those[0].says("scaled_low_rank") for those in adapters.values()
+        ):
+            return None
+        begin, changes, gains = 0, [], []
+        for name in names:
+            if name not in adapters:
+                gains.append(self.weight.new_ones(()).expand(self.blocks[name]))
+            else:
+                with without_autocast(self.device):
+                    found = adapters[name][0].scaled_low_rank(self.weight[self.rows(name)])
+                if found is None or found[0].dtype != self.weight.dtype:
+                    return None
+                first, second, scale, gain = found
+                changes.append(Change(begin, first.to(dtype), second.to(dtype), scale))
+                gains.append(gain)
+            begin += self.blocks[name]
+        return changes, gains
 
     def _change(
         self, name: str, y: Tensor, adapters: Sequence[Any], seen: Sequence[Tensor]

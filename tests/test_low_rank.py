@@ -96,9 +96,11 @@ def test_it_has_all_derivatives_and_transforms(mixed):
     assert relative_error(compiled(x, *factors), compute(x, *factors)) < 1e-14
 
 
-@pytest.mark.parametrize("cls", ["LoRA", "MoSLoRA", "PiSSA", "MoLoRA"])
+@pytest.mark.parametrize("cls", ["LoRA", "MoSLoRA", "PiSSA", "MoLoRA", "DoRA"])
 def test_adapters_give_the_same_with_and_without_it(cls, monkeypatch):
     adapters = {"one": getattr(archzoo, cls)(rank=2, targets=["mixer"]), "two": "LoRA"}
+    if cls == "DoRA":  # alone on a block, and beside another one
+        adapters["two"] = archzoo.LoRA(rank=1, targets=["mixer.query", "router"])
     if cls == "MoLoRA":
         adapters["three"] = archzoo.MoLoRA(rank=1, experts=3, top_k=2, targets=["key"])
     net = archzoo.create_model("yuan_micro", vocab_size=20, adapters=adapters).double()
@@ -146,6 +148,15 @@ def test_what_overrides_what_is_added_is_not_of_low_rank():
     target = Target("linear", "value", (7, COLUMNS))
     assert Halved(target, rank=2).low_rank() is None
     assert archzoo.DoRA(target, rank=2).low_rank() is None
+    weight = torch.randn(7, COLUMNS)
+    assert archzoo.DoRA(target, rank=2).scaled_low_rank(weight) is not None
+    assert archzoo.DoRA(target, rank=2, dropout=0.1).scaled_low_rank(weight) is None
+
+    class Longer(archzoo.DoRA):
+        def delta(self, weight):
+            return 2 * super().delta(weight)
+
+    assert Longer(target, rank=2).scaled_low_rank(weight) is None
     assert archzoo.LoRA(target, rank=2).low_rank() is not None
     assert archzoo.LoRA(target, rank=2, dropout=0.1).low_rank() is None
     assert archzoo.LoRA(target, rank=2, dropout=0.1).eval().low_rank() is not None
@@ -178,3 +189,25 @@ def test_a_mixture_is_put_together_once_for_decoding(monkeypatch):
     adapted.router.register_forward_hook(lambda *_: seen.append(1))
     net(tokens)
     assert seen
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_gains_scale_their_rows_alone_and_no_bias(bias):
+    torch.manual_seed(0)
+    linear = Linear(COLUMNS, ROWS, bias=bias).double()
+    dora = archzoo.DoRA(Target("linear", "value", (7, COLUMNS)), rank=2).double()
+    dora.start(linear.weight[linear.rows("value")])
+    linear.attach("default", "value", dora)
+    x = torch.randn(4, COLUMNS, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.equal(linear(x), linear.product(x))  # a gain of 1 changes no bit
+        dora.second.normal_()
+        dora.magnitude.mul_(1.5)
+    want = F.linear(x, linear.effective_weight(), linear.effective_bias())
+    assert relative_error(linear(x), want) < 1e-14
+    assert relative_error(linear.part(x, "key", "value"), want[:, 5:]) < 1e-14
+    assert torch.equal(linear(x)[:, :8], linear.product(x)[:, :8])
+    half = linear.float().bfloat16()
+    assert dora.magnitude.dtype == torch.float32
+    assert half(x.bfloat16()).dtype == torch.bfloat16
+    assert relative_error(half(x.bfloat16()).double(), want) < 0.02

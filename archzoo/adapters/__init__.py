@@ -111,6 +111,8 @@ class Adapter(nn.Module, metaclass=_Recipes):
         added = {"input", "output", "output_beside", "delta", "bias_delta"}
         if added & vars(cls).keys() and "low_rank" not in vars(cls):
             cls.low_rank = Adapter.low_rank  # type: ignore[method-assign]
+        if added & vars(cls).keys() and "scaled_low_rank" not in vars(cls):
+            cls.scaled_low_rank = Adapter.scaled_low_rank  # type: ignore[method-assign]
 
     def __init__(
         self,
@@ -216,6 +218,17 @@ class Adapter(nn.Module, metaclass=_Recipes):
 
         Returns:
             None: it is of another kind, or drops some of x.
+        """
+        return None
+
+    def scaled_low_rank(self, weight: Tensor) -> tuple[Tensor, Tensor, float, Tensor] | None:
+        """First, second and scale as `low_rank`'s, and a gain (rows) of W and of that change.
+
+        Where ``y = gain * (W x + scale * second (first x)) + b`` is all, of the one adapter of a
+        block, its product takes it in. A class that overrides what is added has none, as above.
+
+        Args:
+            weight: W, (rows, columns).
         """
         return None
 

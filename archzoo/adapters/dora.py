@@ -81,10 +81,16 @@ class DoRA(KeepsFloat32, LoRA):
         """|V| (rows), or (experts, rows), in m's dtype: a row of zeros has the smallest number."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
             with without_autocast(weight.device):
-                wide = at_least_float32(weight.dtype)
-                norm = self.norms(weight.to(wide) + self.change().to(wide))
+                norm = self.norms(self.direction(weight.to(at_least_float32(weight.dtype))))
             norm = norm.to(self.magnitude.dtype)
             return norm.clamp_min(torch.finfo(norm.dtype).tiny)
+
+    def direction(self, weight: Tensor) -> Tensor:
+        """``V = W + s B A``, of the weight's shape and dtype."""
+        first, second = (factor.to(weight.dtype) for factor in self.factors())
+        if weight.dim() == 2:  # in one pass
+            return torch.addmm(weight, second, first, alpha=self.scale)
+        return weight + second @ first * self.scale
 
     @staticmethod
     def norms(weight: Tensor) -> Tensor:
@@ -111,6 +117,12 @@ class DoRA(KeepsFloat32, LoRA):
             x = x.to(self.first.dtype)
             base = y if bias is None else y - (bias if bias.dim() == 1 else bias[:, None])
         return (gain - 1).to(base.dtype) * base + times(times(x, self.first) * self.scale, scaled)
+
+    def scaled_low_rank(self, weight: Tensor) -> tuple[Tensor, Tensor, float, Tensor] | None:
+        """A, B, s and ``m / |V|``; None while it drops some of x."""
+        if self.dropout and self.training:
+            return None
+        return *self.factors(), self.scale, self.gain(weight)
 
     def delta(self, weight: Tensor) -> Tensor:
         """``m V / |V| - W``, of the weight's shape."""
