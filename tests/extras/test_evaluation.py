@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import re
+import shlex
 import tomllib
 from pathlib import Path
 
@@ -452,3 +454,42 @@ def test_lm_eval_finds_the_model_by_its_entry_point(checkpoint):
     )
     assert 0 <= results["results"]["addition"]["exact_match,none"] <= 1
     assert results["config"]["max_length"] == 128
+
+
+# ---------------------------------------------------------------------------- docs/evaluation.md
+
+
+def test_every_command_of_the_page_runs_in_order(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hub")
+    for name in ("configs", "data"):
+        Path(name).symlink_to(ROOT / name)
+    blocks = re.findall(r"```(bash|yaml|json|python)\n(.*?)```", page, re.S)
+    Path("mine").mkdir()
+    for kind, name in (("yaml", "verses.yaml"), ("json", "verses.jsonl")):
+        (content,) = (content for found, content in blocks if found == kind)
+        Path("mine", name).write_text(content)
+    ran = 0
+    for line in "".join(content for kind, content in blocks if kind == "bash").splitlines():
+        program, *arguments = shlex.split(line)
+        if program == "pip":
+            continue
+        assert program == "archzoo"
+        # In few steps, of a small model, and of the tasks a few documents.
+        arguments = [re.sub(r"^(300|100)$", "2", argument) for argument in arguments]
+        if arguments[0] == "fit":
+            small = ["--model.preset", "retnet_micro", "--trainer.max_steps", "2"]
+            arguments += [*small, "--trainer.val_check_interval", "2"]
+            arguments += ["--trainer.limit_val_batches", "1"]
+        if arguments[0] == "eval" and "--limit" not in arguments:
+            arguments += ["--limit", "2"]
+        assert main(arguments) == 0, line
+        ran += 1
+    assert ran == 6
+    capsys.readouterr()
+    (code,) = (content for kind, content in blocks if kind == "python")
+    exec(code, {})
+    assert 4 < float(capsys.readouterr().out.splitlines()[-1]) < 8
+    for name in SHIPPED:
+        assert f"| `{name}` |" in page
