@@ -188,11 +188,9 @@ def missing(where: str, field: str, names: Sequence[str]) -> ValueError:
     near = difflib.get_close_matches(field, names, n=1, cutoff=0.5)
     known = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
     has = f"it has {known}" if names else "it has none"
-    hint = f"--data.field {near[0] if near else names[0]}" if names else "another file"
-    question = f"; did you mean {near[0]}?" if near else ""
+    hint = f": --data.field {near[0] if near else names[0]}" if names else ", or take another file"
     return ValueError(
-        f"{where}: there is no field {field!r}: {has}; name the one that holds the text, such as "
-        f"{hint}{question}"
+        f"{where}: there is no field {field!r}: {has}; name the one that holds the text{hint}"
     )
 
 
