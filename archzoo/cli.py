@@ -34,7 +34,8 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "fit": Command("train a model: fit --config configs/addition.yaml", "training.command", ""),
+    "fit": Command("train a model: fit addition, or fit --config FILE", "training.command", ""),
+    "new": Command("make a directory to start from: settings, parts", "starting", "new_command"),
     "validate": Command("evaluate a checkpoint on the validation data", "training.command", ""),
     "test": Command("evaluate a checkpoint on the test data", "training.command", ""),
     "predict": Command(

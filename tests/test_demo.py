@@ -35,6 +35,7 @@ from archzoo.demo.memory import differ_by_layer, heads_by_layer, weights
 from archzoo.demo.terminal import show, sparkline
 from archzoo.demo.web import Answers, Stopping, asked_for, free_port
 from archzoo.generation import generate, state_growth
+from archzoo.shipped import configuration
 from archzoo.tasks.tokenizers import CharacterTokenizer, learn_bpe
 
 ROOT = Path(__file__).parent.parent
@@ -430,8 +431,6 @@ def test_missing_models_name_the_command_that_trains_them(
     monkeypatch.chdir(tmp_path)
     assert main(["demo"]) == 1
     assert "archzoo demo --train" in capsys.readouterr().err
-    assert main(["demo", "--train"]) == 1
-    assert f"there is no {CONFIG}" in capsys.readouterr().err
     assert main(["demo", str(tmp_path / "gone")]) == 1
     assert "there is no checkpoint at" in capsys.readouterr().err
 
@@ -445,9 +444,8 @@ def test_train_makes_the_models_that_are_shown(
     """What `fit` does with the arms, tests/test_configs.py shows."""
     stem, arms = Path(CONFIG).stem, yaml.safe_load((ROOT / CONFIG).read_text())["arms"]
     assert [f"runs/{stem}_{arm}" for arm in arms] == list(RUNS)
-    (tmp_path / "configs").mkdir()
-    (tmp_path / CONFIG).write_text((ROOT / CONFIG).read_text())
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)  # which holds no configuration: the package does
+    assert configuration(CONFIG).samefile(ROOT / CONFIG)
     called = []
 
     def run(command: str, arguments: list[str]) -> int:
@@ -457,7 +455,7 @@ def test_train_makes_the_models_that_are_shown(
     monkeypatch.setattr("archzoo.training.command.run", run)
     monkeypatch.setattr("archzoo.demo.command.trained_models", lambda: checkpoints)
     assert main(["demo", "--train", "--prompt", "to be", "--max_tokens", "3"]) == 0
-    assert called == [["fit", "--config", CONFIG, "--arm", arm, "--resume", "auto"] for arm in arms]
+    assert called == [["fit", CONFIG, "--arm", arm, "--resume", "auto"] for arm in arms]
     assert "retnet_micro: 3 tokens" in capsys.readouterr().out
     assert main(["demo", "--train", "--prompt", "to be"]) == 130, "an interruption ends it"
     assert len(called) == 3

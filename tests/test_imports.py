@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = """
     _version compiled derivatives names public
     numerics
-    documents states auxiliary prefixes low_rank
+    documents states auxiliary prefixes low_rank shipped
     norm linear
     block trust
     adapters convolution decay
@@ -45,7 +45,7 @@ LAYERS = """
     training
     analysis.compare analysis.bench
     evaluation
-    demo
+    demo starting
     cli
     __main__
 """

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from archzoo import shipped
 from archzoo.tasks import cache, records
 
 CHUNK = 1 << 16  # bytes encoded at once: enough for speed, little beside a model
@@ -58,7 +59,7 @@ class Corpus:
         self.cache_dir = cache_dir
         self.field = records.FIELD if field is None else field
         self._dataset = records.Dataset(str(path)) if records.is_address(path) else None
-        self.files = _files(str(path)) if self._dataset is None else []
+        self.files = _files(shipped.text(str(path))) if self._dataset is None else []
         self._kinds = [records.kind_of(file) for file in self.files]
         self._check_kinds(field)
         self.digested = ""  # what `digest` gave last, and `stamp` then

@@ -30,7 +30,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-from archzoo import parts
+from archzoo import parts, shipped
 from archzoo.checkpoint import base_in, locate, read_safely, read_task, tokenizer_files
 from archzoo.checkpoint.bases import WAY_OUT, find_base
 from archzoo.checkpoint.runs import check_beside, names_base
@@ -287,6 +287,8 @@ class CommandLine(LightningCLI):
         command, *arguments = args
         self._command = command
         self._given = list(arguments)
+        if command == "fit" and _names_configuration(arguments):  # `fit addition`
+            arguments = ["--config", str(shipped.configuration(arguments[0])), *arguments[1:]]
         self.run_name = _run_name(arguments)
         arguments = with_flags(_with_files_read(arguments))
         path = _option(arguments, "--ckpt_path")
@@ -730,7 +732,14 @@ def _without(arguments: list[str], name: str) -> list[str]:
 
 def _says_all(arguments: list[str]) -> bool:
     """Whether the arguments name a task, and need no settings of the run that they resume."""
-    return any(_option(arguments, name) for name in ("--config", "--data", "--model.weights"))
+    return _names_configuration(arguments) or any(
+        _option(arguments, name) for name in ("--config", "--data", "--model.weights")
+    )
+
+
+def _names_configuration(arguments: list[str]) -> bool:
+    """Whether a configuration's name comes first, without --config."""
+    return bool(arguments) and not arguments[0].startswith("-")
 
 
 def _typed(command: str) -> list[str]:

@@ -28,6 +28,7 @@ from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 from torch.optim import Optimizer
 
+from archzoo import shipped
 from archzoo.names import nearest
 from archzoo.parts import SLOTS
 from archzoo.tasks.stream import Task, known_tasks
@@ -117,6 +118,8 @@ def read(path: Path) -> dict[str, Any]:
         files = path.parent.glob("*.yaml") if path.parent.is_dir() else ()
         known = [str(file) for file in files]
         hint = f"; {nearest(str(path), known)}" if known else ""
+        if path.stem in shipped.configurations():
+            hint += f"; archzoo fit {path.stem} takes the one that comes with archzoo"
         raise FileNotFoundError(f"there is no configuration {path}{hint}")
     if not path.is_file():
         kind = "a directory" if path.is_dir() else "not a regular file"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from archzoo import shipped
 from archzoo.analysis.compare.places import gpus, slots
 from archzoo.analysis.compare.plan import Plan, make_plan, matched
 from archzoo.analysis.compare.processes import starter
@@ -99,6 +100,8 @@ def compare_command(
         return 0
     if config is None and not settings:
         raise ValueError("compare needs a configuration: archzoo compare configs/text.yaml ...")
+    if config is not None:
+        config = str(shipped.configuration(config))
     if at_once < 1:
         raise ValueError(f"at_once={at_once} must be at least 1")
     if minutes is not None and not minutes > 0:
