@@ -5,8 +5,9 @@
     python benchmarks/ranks.py rounding
 
 `equal` trains a micro model of every family for two steps in float64, alone and in several
-processes by DDP and by FSDP2, on the same batches: loss and gradients must be the same to 1e-12, or
-it fails. Balancing losses are those of all processes' tokens.
+processes by DDP and by FSDP2 (weights gathered together, and block by block), on the same batches:
+loss and gradients must be the same to 1e-12, or it fails. Balancing losses are those of all
+processes' tokens.
 
 `speed` runs `archzoo fit` on one GPU and on several, each GPU with as many tokens, compiled and
 not, and compares the tokens a second of its log.
@@ -40,6 +41,8 @@ from harness import ROOT, write_rows
 from torch import Tensor
 
 from archzoo.cli import main as archzoo
+from archzoo.training import sharding
+from archzoo.training.sharding import AT_ONCE
 
 Log = list[dict[str, str]]
 
@@ -62,6 +65,7 @@ def fsdp2(processes: int) -> dict[str, str]:
 
 ONE = {"--trainer.devices": "1"}
 STRATEGIES = {"ddp": ddp, "fsdp2": fsdp2}
+BLOCKS = "fsdp2_blocks"  # as models are sharded that are larger than those here
 # ModelParallelStrategy refuses the name 64-true, and takes what is behind it.
 FLOAT64 = {"--trainer.plugins": "lightning.pytorch.plugins.DoublePrecision"}
 
@@ -120,6 +124,7 @@ def trained(
 ) -> list[dict[str, Tensor]]:
     """Loss and gradients of each step, of one `archzoo fit` in this process."""
     Kept.seen.clear()
+    sharding.AT_ONCE = 0 if way == BLOCKS else AT_ONCE
     options = {
         "--name": f"{way}_{family}",
         "--seed_everything": "0",
@@ -182,7 +187,9 @@ def equal(given: argparse.Namespace) -> int:
         for family in dict.fromkeys(family for _, family in pairs):
             alone[family] = trained("one", family, FAMILIES[family] | FLOAT64 | ONE, given)
     for strategy, family in pairs:
-        flags = FAMILIES[family] | FLOAT64 | STRATEGIES[strategy](given.processes)
+        flags = (
+            FAMILIES[family] | FLOAT64 | (STRATEGIES | {BLOCKS: fsdp2})[strategy](given.processes)
+        )
         ours = trained(strategy, family, flags, given)
         if not first:
             continue
@@ -386,7 +393,7 @@ def main() -> int:
     common.add_argument("--accelerator", choices=("cuda", "cpu"), default="cuda")
     part = parts.add_parser("equal", parents=[common])
     part.add_argument("--processes", type=int, default=2)
-    runs = [f"{strategy}/{family}" for family in FAMILIES for strategy in STRATEGIES]
+    runs = [f"{way}/{family}" for family in FAMILIES for way in (*STRATEGIES, BLOCKS)]
     part.add_argument("--runs", nargs="+", choices=runs, default=runs, help="[all of them]")
     part.add_argument("--write", action="store_true", help="rows in results/")
     part.set_defaults(run=equal)

@@ -611,7 +611,12 @@ def speed_floors() -> str:
 # ---------------------------------------------------------------------------- ranks
 
 APART = ("loss_apart", "gradients_apart")
-WAYS = {"one": "one", "ddp": "two, DDP", "fsdp2": "two, FSDP2"}
+WAYS = {
+    "one": "one",
+    "ddp": "two, DDP",
+    "fsdp2": "two, FSDP2",
+    "fsdp2_blocks": "two, FSDP2 by blocks",
+}
 
 
 def measured_on(rows: list[Row]) -> str:

@@ -19,12 +19,13 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.connectors import data_connector
 from torch._dynamo.backends.registry import lookup_backend
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import archzoo
 from archzoo.checkpoint import read_safely
 from archzoo.cli import main
-from archzoo.training import losses, ranks
+from archzoo.training import losses, ranks, sharding
 
 RUN = """
 seed_everything: 0
@@ -194,12 +195,20 @@ def test_the_fused_loss_gets_the_whole_head(one_of_two, strategy, monkeypatch):
     assert set(seen) == {(torch.nn.Parameter, True), (torch.nn.Parameter, False)}
 
 
-@pytest.mark.parametrize("strategy", [DDP, FSDP2], ids=["ddp", "fsdp2"])
-def test_each_rank_compiles_its_blocks(one_of_two, strategy, monkeypatch, capfd):
-    graphs = []
+@pytest.mark.parametrize(
+    ("strategy", "at_once"),
+    [(DDP, 0), (FSDP2, 0), (FSDP2, 250_000_000)],
+    ids=["ddp", "fsdp2 by blocks", "fsdp2"],
+)
+def test_each_rank_compiles_what_it_exchanges_at_once(
+    one_of_two, strategy, at_once, monkeypatch, capfd
+):
+    """A block, or all of a sharded model that is not large."""
+    weights = []
+    monkeypatch.setattr(sharding, "AT_ONCE", at_once)
 
-    def backend(graph, inputs):
-        graphs.append(graph)
+    def backend(graph, inputs, **_):
+        weights.append(sum(isinstance(value, torch.nn.Parameter) for value in inputs))
         return lookup_backend("aot_eager")(graph, inputs)
 
     torch._dynamo.reset()
@@ -209,7 +218,27 @@ def test_each_rank_compiles_its_blocks(one_of_two, strategy, monkeypatch, capfd)
     run = ["fit", "--config", "run.yaml", "--name", "x", *strategy, *dense, "--compile=true"]
     assert main(run) == 0
     assert "compiling the model" in capfd.readouterr().err
-    assert len(graphs) == 1  # for all blocks and steps
+    assert weights == [14 if at_once else 6]  # one graph: of the model, or of all blocks and steps
+
+
+@pytest.mark.parametrize("strategy", [FSDP2], ids=["fsdp2"])
+def test_sharded_gradients_are_clipped_by_one_reduction(one_of_two, strategy):
+    """Not by one for each of them."""
+    counts = []
+
+    def count(self, trainer, module):
+        clip = module.configure_gradient_clipping
+
+        def counted(*given, **options):
+            with CommDebugMode() as seen:
+                clip(*given, **options)
+            counts.append(seen.get_total_counts())
+
+        module.configure_gradient_clipping = counted
+
+    watch(on_train_start=count)
+    assert main(["fit", "--config", "run.yaml", "--name", "x", *strategy, *ALONE]) == 0
+    assert counts == [1] * 4
 
 
 def assert_same(one, other, allowed):
@@ -250,18 +279,19 @@ def equal(*arguments):
 
 def test_two_processes_are_one_in_every_family():
     """In loss and gradients, to 1e-12 in float64, balancing losses included."""
-    runs = [f"ddp/{name.removesuffix('_micro')}" for name in MICRO] + ["fsdp2/skywork"]
+    runs = [f"ddp/{name.removesuffix('_micro')}" for name in MICRO]
+    runs += ["fsdp2/skywork", "fsdp2_blocks/skywork"]
     done = equal("--runs", *runs)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("gradients_apart") == len(runs)
 
 
-@pytest.mark.slow  # some 40 s
+@pytest.mark.slow  # some 60 s
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_are_one_in_every_family(processes):
     done = equal(f"--processes={processes}")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("gradients_apart") == 2 * len(MICRO)
+    assert done.stdout.count("gradients_apart") == 3 * len(MICRO)
 
 
 def test_two_ranks_are_one_process_with_the_whole_batch(directory):
@@ -349,13 +379,17 @@ def test_ranks_continue_dropping_out_as_if_they_had_not_ended(directory, strateg
 
 
 @pytest.mark.slow
-def test_sharded_is_whole(directory):
-    """FSDP2, block by block; three experts do not share out evenly over two ranks."""
+@pytest.mark.parametrize("at_once", [0, 250_000_000], ids=["blocks", "together"])
+def test_sharded_is_whole(directory, at_once):
+    """By FSDP2; three experts do not share out evenly over two ranks."""
+    Path("own.py").write_text(
+        f"from archzoo.training import sharding\nsharding.AT_ONCE = {at_once}\n"
+    )
     uneven = ["--model.feed_forward.experts=3"]
     accumulate = ["--trainer.accumulate_grad_batches=3", "--data.steps_per_epoch=5"]
     for name, more in (("even", []), ("uneven", uneven), ("accumulated", accumulate)):
         assert main(["fit", "--config", "run.yaml", "--name", name, FLOAT64, *more]) == 0
-        together(f"sharded_{name}", *FSDP2, FLOAT64, *more)
+        together(f"sharded_{name}", *FSDP2, FLOAT64, *more, "--import=own")
         assert_same(name, f"sharded_{name}", 1e-12)
 
 

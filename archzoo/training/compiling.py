@@ -52,8 +52,8 @@ def options() -> dict[str, Any]:
 class CompileModel(lightning.Callback):
     """Compiles the decoder before the first step, and says how long that took.
 
-    Where several processes train it, or it is unfrozen layer by layer, it is compiled block by
-    block: see `Decoder.compile_blocks`.
+    Where its gradients are exchanged block by block with other processes, or it is unfrozen layer
+    by layer, it is compiled block by block: see `Decoder.compile_blocks`.
 
     Args:
         when: "auto" compiles a model of 20 M parameters or more on an NVIDIA GPU, unless
@@ -81,7 +81,7 @@ class CompileModel(lightning.Callback):
                 return
         if not self.when:
             return
-        if trainer.world_size > 1 or pl_module.unfreezes:
+        if pl_module.exchanges_blocks or pl_module.unfreezes:
             net.compile_blocks(
                 options=options()
             )  # a block that is unfrozen compiles nothing of the others anew

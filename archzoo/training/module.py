@@ -230,6 +230,7 @@ class LanguageModel(lightning.LightningModule):
         self.cut_short = False  # whether the validation that runs is broken off and counts nothing
         self._random_before: dict[str, Any] | None = None  # that validation
         self.sharded = False
+        self._whole = False  # whether a step gathers all that is sharded at once
         self._set_up_for: tuple[str, int] | None = None
         self._multiplied: Multiplied | None = None
         self._length = 1  # of the last batch's rows
@@ -356,8 +357,13 @@ class LanguageModel(lightning.LightningModule):
         if self.device_mesh is not None and not self.sharded:
             from archzoo.training.sharding import shard  # takes a while to import
 
-            shard(self.net, self.device_mesh, self.trainer.world_size)
+            self._whole = shard(self.net, self.device_mesh, self.trainer.world_size)
             self.sharded = True
+
+    @property
+    def exchanges_blocks(self) -> bool:
+        """Whether ranks exchange a block's gradients while those before it are computed."""
+        return self.trainer.world_size > 1 and not self._whole
 
     @property
     def task(self) -> Task | None:
@@ -545,7 +551,13 @@ class LanguageModel(lightning.LightningModule):
     ) -> None:
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             # As Lightning's own, which throws the norm away.
-            self._gradient_norm = clip_by_norm(list(self.parameters()), gradient_clip_val)
+            if self.sharded:
+                from archzoo.training import sharding  # takes a while to import
+
+                clip: Callable[..., Tensor] = sharding.clip_by_norm
+            else:
+                clip = clip_by_norm
+            self._gradient_norm = clip(list(self.parameters()), gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
