@@ -79,7 +79,9 @@ COMMANDS = {
         "make a mixture of experts of a dense checkpoint", "conversion.upcycle", "upcycle_command"
     ),
     "export": Command(
-        "write a model as one file of plain PyTorch", "export.command", "export_command"
+        "write a model as one file of PyTorch, or for transformers",
+        "export.command",
+        "export_command",
     ),
     "router": Command(
         "show what a checkpoint's routers do, layer by layer", "analysis.routing", "router_command"

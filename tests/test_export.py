@@ -1,6 +1,7 @@
 """A model as one file of plain PyTorch: equal to the zoo's, short, and of nothing but torch."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from families import MICRO, micro
 import archzoo
 from archzoo.block import Mixer
 from archzoo.contract.measure import relative_error
+from archzoo.conversion.llama import llama_config, llama_weights
 from archzoo.decoder import Decoder
 from archzoo.export.files import check_source, module_of, weights_of, write_file
+from archzoo.export.hugging_face import figures, is_llama, llama_files
 from archzoo.export.source import source_of
 
 DIGITS = {"digit_tokens": list(range(10)), "operator_tokens": [10, 11]}
@@ -383,6 +386,40 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert relative_error(loaded(tokens).logits, model(tokens).logits) < ROUNDED
     assert main(["export", "retnet_micro", "--out", str(tmp_path / "new.py")]) == 0
     assert not (tmp_path / "new.pt").exists()
+
+
+def test_a_llama_is_written_as_one(tmp_path: Path) -> None:
+    """And comes back by the key map that reads one; what transformers makes of it: tests/extras."""
+    kv = {"class_path": "Attention", "init_args": {"kv_heads": 1}}
+    for given in ({"mixer": kv}, {"tie_weights": True}):
+        torch.manual_seed(0)
+        model = micro("transformer_micro", **given)
+        assert is_llama(model)
+        config, weights = llama_files(model)
+        again = Decoder(**llama_config(config))
+        tied = config["tie_word_embeddings"]
+        again.load_state_dict(llama_weights(weights, 2, config["num_key_value_heads"], tied=tied))
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, again.state_dict()[name]), name
+    for other in ({"bias": "ALiBi"}, {"convolution": 4}, {"norm": "layer"}, {"dropout": 0.1}):
+        assert not is_llama(micro("transformer_micro", **other))
+    assert not is_llama(micro("retnet_micro"))
+
+
+def test_a_directory_for_transformers(tmp_path: Path) -> None:
+    from archzoo.cli import main
+
+    out = tmp_path / "theirs"
+    assert main(["export", "retnet_micro", str(out), "--to", "transformers"]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_archzoo.ArchzooForCausalLM"
+    source = (out / "modeling_archzoo.py").read_text()
+    assert "import archzoo" not in source and "from archzoo" not in source
+    (tmp_path / "metrics.csv").write_text("step,train/loss,val/loss\n1,3,2.5\n2,2,\n")
+    assert figures(str(tmp_path / "last.ckpt")) == {"val/loss": "2.5"}
+    card = (out / "README.md").read_text()
+    assert all(word in card for word in ("licence", "commit", "parameters", "trained on"))
+    assert main(["export", "retnet_micro", str(out), "--to", "transformers"]) != 0  # it exists
 
 
 @pytest.mark.parametrize(

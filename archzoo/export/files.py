@@ -30,15 +30,20 @@ def weights_of(model: Decoder) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
 
 
-def check_source(model: Decoder, source: str) -> None:
+def check_source(model: Decoder, source: str, build: str = "build()") -> None:
     """Refuse a file that does not compute what the model does: a text, and token by token.
+
+    Args:
+        model: The model.
+        source: Of the file.
+        build: The expression there that builds it.
 
     Raises:
         ValueError: It computes something else, or cannot run.
     """
     ours: Any = copy.deepcopy(model).cpu().double().eval()
     try:
-        theirs = module_of(source).build()
+        theirs = eval(build, module_of(source).__dict__)
         theirs.load_state_dict(weights_of(ours), assign=True)
         theirs.eval()
         time = min(24, model.context_length or 24)

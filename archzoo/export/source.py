@@ -58,7 +58,7 @@ EXTRA: dict[str, tuple[str, str | None]] = {
 }
 #: What a file is for: it stays.
 WANTED = ("Decoder", "loss_of", "generate")
-ROOTS = (*WANTED, "build", "load", "main")
+ROOTS = (*WANTED, "reorder", "build", "load", "main")
 
 
 class Definition(NamedTuple):
@@ -471,12 +471,14 @@ def _mixer(
 # ---------------------------------------------------------------------------- the file
 
 
-def source_of(model: Decoder, name: str = "a model") -> str:
+def source_of(model: Decoder, name: str = "a model", *, wrapped: bool = False) -> str:
     """A file that defines `Decoder`, which computes what this model does, and imports torch alone.
 
     Args:
         model: Of the zoo's parts, or of the user's own that import torch, einops and archzoo alone.
         name: For the first line.
+        wrapped: For a wrapper that follows: without what one does with a model alone, and with
+            the arguments of `Decoder` in DECODER.
 
     Raises:
         ValueError: A part that cannot be exported; the message names it.
@@ -484,7 +486,7 @@ def source_of(model: Decoder, name: str = "a model") -> str:
     refuse(model)
     collection = Collection()
     factories = _factories(collection, model)
-    for wanted in WANTED:
+    for wanted in ("Decoder", "reorder") if wrapped else WANTED:
         collection.take(wanted)
     sections: dict[str, list[str]] = {section: [] for section in PLAIN}
     order = {**collection.sections, **collection.own}
@@ -520,7 +522,9 @@ def source_of(model: Decoder, name: str = "a model") -> str:
                 *text,
                 "",
                 "",
-                MAIN.replace("return Decoder(ARGUMENTS)", _wrapped(f"return Decoder({built})")),
+                (BUILD if wrapped else MAIN).replace(
+                    "return Decoder(ARGUMENTS)", _wrapped(f"return Decoder({built})")
+                ),
             ]
         ).rstrip()
         + "\n"
@@ -528,10 +532,21 @@ def source_of(model: Decoder, name: str = "a model") -> str:
     frozen = [taken for taken, entry in collection.taken.items() if entry[0] in collection.own]
     body = re.sub(r"  # type: ignore\[[^\]]*\]", "", body)
     body = simplify(body.replace("make_norm(dim)", _norm(model.config)), ROOTS, frozen)
+    if wrapped:
+        body, _, end = body.rpartition("def build()")
+        call: Any = ast.parse("def build()" + end).body[0]
+        given = {k.arg: ast.literal_eval(k.value) for k in call.body[-1].value.keywords}
+        lines = [f'    "{argument}": {value!r},' for argument, value in given.items()]
+        body += "\n".join(["DECODER: dict[str, Any] = {", *lines, "}", ""])
     body = re.sub(rf"\n+{RULE} [^\n]*\n+(?={RULE})", "\n\n", body)
     used = {node.id for node in nodes_of(ast.parse(body)) if isinstance(node, ast.Name)}
     imports = {name: entry for name, entry in collection.imports.items() if name in used}
-    head = [_docstring(model, name), "from __future__ import annotations", "", _imports(imports)]
+    head = [
+        _docstring(model, name, wrapped),
+        "from __future__ import annotations",
+        "",
+        _imports(imports),
+    ]
     return "\n".join([*head, body])
 
 
@@ -558,17 +573,15 @@ def refuse(model: Decoder) -> None:
             raise ValueError(f"{type(module).__name__} has no plain form that a file could hold")
 
 
-def _docstring(model: Decoder, name: str) -> str:
-    about = _about(model)
-    lines = [
-        f'"""{name[0].upper()}{name[1:]}: one file of plain PyTorch, made by archzoo export.',
-        "",
-    ]
-    lines += [
-        "    python model.py 1 2 3     continue these tokens, with the weights in model.pt beside",
-        "    python model.py           train it on a small task, from the start, and decode",
-    ]
-    if about:
+def _docstring(model: Decoder, name: str, wrapped: bool) -> str:
+    lines = [f'"""{name[0].upper()}{name[1:]}: one file of plain PyTorch, made by archzoo export.']
+    if not wrapped:
+        lines += [
+            "",
+            "    python model.py 1 2 3     continue these tokens, with the weights of model.pt",
+            "    python model.py           train it on a small task, from the start, and decode",
+        ]
+    if about := _about(model):
         lines += ["", *about]
     return "\n".join([*lines, '"""', ""])
 
@@ -615,10 +628,13 @@ def _imports(bound: dict[str, tuple[str, str | None]]) -> str:
     return "\n".join([*first, "", *(line for line in lines if key(line)[0])])
 
 
-MAIN = '''def build() -> Decoder:
+BUILD = '''def build() -> Decoder:
     """The model, its weights drawn anew."""
     return Decoder(ARGUMENTS)
-
+'''
+MAIN = (
+    BUILD
+    + '''
 
 def load(path: str | Path = Path(__file__).with_suffix(".pt")) -> Decoder:
     """The model with the weights of a file, in evaluation mode."""
@@ -650,3 +666,4 @@ def main() -> None:
 if __name__ == "__main__":
     main()
 '''
+)

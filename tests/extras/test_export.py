@@ -1,0 +1,162 @@
+"""A directory for Hugging Face's transformers: it loads, generates and trains without archzoo."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import archzoo
+from archzoo.contract.measure import relative_error
+from archzoo.export.hugging_face import write_transformers
+from archzoo.tasks.tokenizers import CharacterTokenizer
+
+pytestmark = pytest.mark.extras
+transformers = pytest.importorskip("transformers")
+
+TOKENIZER = CharacterTokenizer("0123456789+=abc ", special=True)
+DIGITS = {"digit_tokens": list(range(10)), "operator_tokens": [10, 11]}
+FAMILIES = [name.removesuffix("_micro") for name in archzoo.list_models("*_micro")]
+PROMPTS = ["12+34=", "7+", "a b c 1"]
+
+
+def model_of(family: str, **given: object) -> archzoo.Decoder:
+    torch.manual_seed(0)
+    if family == "abacus":
+        given["embedding"] = {"class_path": "AbacusEmbedding", "init_args": DIGITS}
+    given = {"vocab_size": TOKENIZER.vocab_size} | given
+    model = archzoo.create_model(f"{family}_micro", **given).eval()
+    with torch.no_grad():  # so that what is drawn differs from token to token
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3)
+    return model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def modules_cache(tmp_path_factory):
+    """Where transformers copies a directory's source to."""
+    from transformers import dynamic_module_utils
+
+    with pytest.MonkeyPatch.context() as patch:
+        place = tmp_path_factory.mktemp("modules")
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(place))
+        patch.syspath_prepend(str(place))
+        yield
+
+
+def exported(model: archzoo.Decoder, directory: Path):
+    """The directory as transformers loads it."""
+    if not directory.exists():
+        write_transformers(directory, model, TOKENIZER)
+    auto = transformers.AutoModelForCausalLM
+    loaded = auto.from_pretrained(directory, trust_remote_code=True).eval()
+    return loaded, transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_logits_and_decoding(family: str, tmp_path: Path) -> None:
+    ours = model_of(family)
+    theirs, tokenizer = exported(ours, tmp_path / family)
+    assert type(theirs).__name__ == (
+        "LlamaForCausalLM" if family == "transformer" else "ArchzooForCausalLM"
+    )
+    tokens = [TOKENIZER.encode(prompt) for prompt in PROMPTS]
+    batch = tokenizer(PROMPTS, padding=True, return_tensors="pt")
+    assert [row[m.bool()].tolist() for row, m in zip(*batch.values(), strict=True)] == tokens
+    seen = batch["attention_mask"].bool()
+    wanted = ours(batch["input_ids"], documents=seen.long() - 1).logits[seen]
+    assert relative_error(theirs(**batch).logits[seen], wanted) < 1e-6
+    exact = theirs.double()(**batch).logits[seen]
+    wanted = ours.double()(batch["input_ids"], documents=seen.long() - 1).logits[seen]
+    # Hugging Face's Llama computes its rotation and its norms in float32.
+    assert relative_error(exact, wanted) < (1e-6 if family == "transformer" else 1e-12)
+
+    greedy = theirs.generate(**batch, max_new_tokens=9, do_sample=False)
+    found = archzoo.generate(ours, tokens, max_tokens=9, stop_token=TOKENIZER.stop_token).tokens
+    for row, mine in zip(greedy[:, seen.shape[1] :].tolist(), found, strict=True):
+        assert row[: len(mine)] == mine
+
+
+def test_beams_and_sampling(tmp_path: Path) -> None:
+    for family in ("retnet", "yuan"):
+        theirs, tokenizer = exported(model_of(family), tmp_path / family)
+        batch = tokenizer(PROMPTS, padding=True, return_tensors="pt")
+        how = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False}
+        kept = theirs.generate(**batch, **how)
+        assert torch.equal(kept, theirs.generate(**batch, **how, use_cache=False))
+        drawn = []
+        for use_cache in (True, False):
+            torch.manual_seed(3)
+            drawn.append(
+                theirs.generate(**batch, max_new_tokens=8, do_sample=True, use_cache=use_cache)
+            )
+        assert torch.equal(*drawn)
+        one = tokenizer(PROMPTS[1], return_tensors="pt")
+        alone = theirs.generate(**one, **how)[0, one["input_ids"].shape[1] :].tolist()
+        assert kept[1, batch["input_ids"].shape[1] :].tolist()[: len(alone)] == alone
+
+
+def test_the_state_is_the_cache(tmp_path: Path) -> None:
+    theirs, _ = exported(model_of("retnet"), tmp_path / "retnet")
+    tokens = torch.randint(10, (2, 12))
+    with torch.no_grad():
+        whole = theirs(tokens).logits
+        first = theirs(tokens[:, :5], use_cache=True)
+        cache = first[-1]
+        size = cache.state["blocks"][0]["memory"].numel()
+        steps = [first.logits]
+        steps += [theirs(tokens[:, t : t + 1], cache=cache).logits for t in range(5, 12)]
+        assert relative_error(torch.cat(steps, dim=1), whole) < 1e-5
+    assert cache.get_seq_length() == 12
+    assert cache.state["blocks"][0]["memory"].numel() == size
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"tie_weights": True}, {"mixer": "Attention", "tie_weights": True, "norm": "layer"}],
+)
+def test_saved_and_loaded_again(given: dict, tmp_path: Path) -> None:
+    theirs, tokenizer = exported(model_of("retnet", **given), tmp_path / "first")
+    theirs.save_pretrained(tmp_path / "second")
+    tokenizer.save_pretrained(tmp_path / "second")
+    again, _ = exported(model_of("retnet"), tmp_path / "second")
+    tokens = torch.randint(10, (2, 12))
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, theirs(tokens).logits)
+
+
+def test_trainer_takes_a_step(tmp_path: Path) -> None:
+    theirs, tokenizer = exported(model_of("skywork"), tmp_path / "skywork")
+    rows = [{**tokenizer(text), "labels": tokenizer(text)["input_ids"]} for text in ["1+2=3"] * 4]
+    before = {name: p.detach().clone() for name, p in theirs.named_parameters()}
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path / "out"), max_steps=2, report_to=[], use_cpu=True,
+        per_device_train_batch_size=4, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    trained = transformers.Trainer(theirs, arguments, train_dataset=rows).train()
+    assert trained.training_loss > 0
+    moved = [name for name, p in theirs.named_parameters() if not torch.equal(p, before[name])]
+    assert len(moved) == len(before)
+
+
+def test_without_archzoo(tmp_path: Path) -> None:
+    """In a process that cannot import it."""
+    write_transformers(tmp_path / "model", model_of("retnet"), TOKENIZER)
+    script = """
+import sys
+sys.modules["archzoo"] = None
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("model", trust_remote_code=True)
+out = model.generate(**tokenizer(["1+2="], return_tensors="pt"), max_new_tokens=4)
+print(out.shape[1] > 4, repr(tokenizer.decode(tokenizer("12+3=")["input_ids"])))
+"""
+    environment = {"HF_MODULES_CACHE": str(tmp_path / "cache"), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.strip() == "True '12+3='", done.stderr
