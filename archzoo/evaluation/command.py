@@ -128,7 +128,7 @@ def eval_command(
         print(make_table(results, "groups"))
     info = model.get_model_info()
     common = {
-        "checkpoint": path.name,
+        "checkpoint": " + ".join([path.name, *(Path(entry).name for entry in adapter or ())]),
         "weights": weights_digest(model.model.state_dict())[:16],
         "limit": limit,
         "max_length": info["max_length"],
@@ -183,13 +183,12 @@ def load_tasks(names: list[str], directories: list[Path]) -> tuple[TaskManager, 
             raise ValueError(
                 f"lm-eval has no task {name!r}; {hint}those that ship are {', '.join(shipped)}"
             )
-        loaded += _load(manager, name)
+        loaded += _load(manager, name, offline=name not in shipped and _go_offline())
     return manager, loaded
 
 
-def _load(manager: TaskManager, name: str) -> list[Any]:
+def _load(manager: TaskManager, name: str, *, offline: bool) -> list[Any]:
     """A group, or tasks, with their documents, or one line that says what is missing."""
-    offline = _go_offline()
     try:
         found = manager.load([name])
         group = found["groups"].get(name)
