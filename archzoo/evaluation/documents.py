@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from archzoo import shipped
 from archzoo.tasks.arithmetic import Addition
 from archzoo.tasks.corpus import Corpus
 from archzoo.tasks.text import Text
@@ -75,27 +76,14 @@ def held_out(name: str) -> str:
     Raises:
         FileNotFoundError: It is not there.
     """
-    arguments = Text(str(corpus(name))).arguments
+    path = Path(shipped.text(f"data/{name}"))
+    if not path.is_file():
+        raise FileNotFoundError(f"the corpus {name} is neither in data/ here nor with archzoo")
+    arguments = Text(str(path)).arguments
     fractions = (arguments[f"{part}_fraction"] for part in ("validation", "test"))
     with Corpus(arguments["path"]) as text:
         parts, _ = text.split(*fractions)
         return "".join(text.texts(parts["test"]))
-
-
-def corpus(name: str) -> Path:
-    """Where a corpus lies: in data/ here, or with archzoo.
-
-    Raises:
-        FileNotFoundError: In neither.
-    """
-    places = [Path("data") / name, Path(__file__).parents[2] / "data" / name]
-    for place in places:
-        if place.is_file():
-            return place
-    raise FileNotFoundError(
-        f"the corpus {name} is neither in data/ here nor beside archzoo: run this where "
-        f"data/{name} is, such as a clone of the repository"
-    )
 
 
 def _choices(text: str, found: Sequence[tuple[int, str]]) -> list[dict[str, Any]]:

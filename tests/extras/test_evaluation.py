@@ -407,7 +407,7 @@ def test_what_cannot_be_asked_is_one_line(checkpoint, elsewhere, capsys, monkeyp
     message = error_of(capsys, "sums", "--tasks", "shakespeare")
     assert "task shakespeare: character " in message and "is not one of the 12" in message
     with monkeypatch.context() as hidden:
-        hidden.setattr(documents, "__file__", str(elsewhere / "a" / "b" / "c.py"))
+        hidden.setattr("archzoo.shipped.root", lambda: elsewhere)
         message = error_of(capsys, checkpoint, "--tasks", "shakespeare")
     assert "task shakespeare: the corpus shakespeare.txt is neither in data/ here" in message
 
