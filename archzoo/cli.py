@@ -249,9 +249,10 @@ def call(function: Callable[..., Any], program: str, arguments: list[str]) -> in
     """Call a function with what a command line gives for its parameters.
 
     Parameters without a default are positional, and so are those that Python says are; a list
-    takes all arguments that follow. Booleans are switches: the name alone means true, and true or
-    false may follow. An option that takes several texts is given once for each. A function that
-    takes `**settings` is given those of `archzoo fit` by their full names, as texts.
+    takes all arguments that follow, and none only where it has a default. Booleans are switches:
+    the name alone means true, and true or false may follow. An option that takes several texts is
+    given once for each. A function that takes `**settings` is given those of `archzoo fit` by their
+    full names, as texts.
 
     Args:
         function: Its signature and docstring are the command's arguments and help.
@@ -297,15 +298,18 @@ def call(function: Callable[..., Any], program: str, arguments: list[str]) -> in
         if parameter.kind is parameter.POSITIONAL_ONLY or parameter.default is parameter.empty
         if parameter.kind is not parameter.VAR_KEYWORD
     }
+    optional: list[Any] = []
     help_of = {entry.arg_name: entry.description or "" for entry in docstring.params}
     for name, parameter in positional.items():
-        several = parameter.annotation == list[str]
+        several = parameter.annotation in (list[str], list[str] | None)
         options: dict[str, Any] = {"type": str if several else parameter.annotation}
         if several:
             options["nargs"] = "+"
         elif parameter.default is not parameter.empty:
             options |= {"nargs": "?", "default": parameter.default}
-        parser.add_argument(name, help=help_of.get(name, ""), **options)
+        action = parser.add_argument(name, help=help_of.get(name, ""), **options)
+        if several and parameter.default is not parameter.empty:
+            optional.append(action)
     settings: dict[str, str] = {}
     rest = {name for name, p in parameters.items() if p.kind is p.VAR_KEYWORD}
     if rest:
@@ -314,7 +318,16 @@ def call(function: Callable[..., Any], program: str, arguments: list[str]) -> in
     switches = {f"--{name}" for name, p in parameters.items() if p.annotation is bool}
     lists = {f"--{n}" for n, p in parameters.items() if p.annotation == list[str] | None}
     arguments = _together(lists, _set(switches, arguments))
-    given = parser.instantiate_classes(parser.parse_args(arguments)).as_dict()
+    try:
+        parsed = parser.parse_args(arguments)
+    except ValueError as error:
+        left_out = [a for a in optional if f"are required: {a.dest}" in str(error)]
+        if not left_out:
+            raise
+        for action in left_out:  # "*" from the start would take nothing before an option
+            action.nargs, action.required = "*", False
+        parsed = parser.parse_args(arguments)
+    given = parser.instantiate_classes(parsed).as_dict()
     first = [given.pop(name) for name in positional]
     return int(function(*first, **given, **settings) or 0)
 

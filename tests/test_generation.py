@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import re
 from pathlib import Path
@@ -24,9 +25,10 @@ from archzoo.generation import (
     sample,
     state_growth,
 )
+from archzoo.generation.chat import chat
 from archzoo.generation.until import Until
 from archzoo.mixers.retention import Retention
-from archzoo.tasks.tokenizers import CharacterTokenizer, Tokenizer, learn_bpe
+from archzoo.tasks.tokenizers import CharacterTokenizer, Tokenizer, learn_bpe, learn_characters
 from archzoo.tasks.writing import Writing
 
 MODELS = [*MICRO, "hybrid"]
@@ -587,3 +589,60 @@ def test_strings_that_end_no_text_are_refused(
     given = {"tokenizer": tokenizer, **arguments}
     with pytest.raises(ValueError, match=message):
         generate(model, [1, 2], max_tokens=5, until=until, **given)
+
+
+def test_a_conversation_in_the_terminal(tmp_path, monkeypatch, capsys):
+    """Lines one by one leave the state that the whole text leaves, and problems begin anew."""
+    text = "To be, or not to be?\nThat is the question.\n"
+    tokenizer = learn_characters([text])
+    model = archzoo.create_model("retnet_micro", vocab_size=tokenizer.vocab_size).eval()
+    shown = []
+    options = {"max_tokens": 5, "temperature": 0.0}
+    left = chat(
+        model,
+        tokenizer,
+        lines=iter(["To be", "", "@", "not"]),
+        write=shown.append,
+        **options,
+    )
+    whole, conversation = [], None
+    for prompt in ("To be", "", "\nnot"):
+        found = generate(
+            model,
+            [prompt],
+            tokenizer=tokenizer,
+            conversation=conversation,
+            keep_state=True,
+            **options,
+        )
+        conversation = found.conversation
+        whole.append(found.texts[0] + "\n")
+    assert "".join(shown) == "".join(whole)
+    assert torch.equal(left.logits, conversation.logits) and left.read == conversation.read
+    assert "error: " in capsys.readouterr().err  # of the character that it does not know
+    anew = chat(model, tokenizer, lines=iter(["To be", "/new", "not"]), **options)
+    assert anew.read.item() == 3 + 5
+
+
+def test_chat_is_a_flag(tmp_path, monkeypatch, capsys):
+    from test_training import addition, make_trainer
+
+    from archzoo.training.module import LanguageModel
+
+    make_trainer(tmp_path, max_steps=1).fit(LanguageModel("retnet_micro"), addition())
+    path = str(tmp_path / "last.ckpt")
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdin", io.StringIO("12+3=\n\n1+2=\n"))
+    kept = str(tmp_path / "state")
+    assert main(["generate", path, "--chat", "--max_tokens", "4", "--save_state", kept]) == 0
+    said = capsys.readouterr()
+    assert not said.err and len(said.out.splitlines()) == 4, said  # three answers, and the state
+    for arguments, message in (
+        (["1+1=", "--chat"], "leave the prompt out"),
+        (["--chat", "--beams", "2"], "leave out --beams"),
+        ([], "give a text, or --chat"),
+    ):
+        assert main(["generate", path, *arguments]) == 1
+        assert message in capsys.readouterr().err
+    assert main(["generate", path, "--max_tokens", "4", "1+1=", "2+2="]) == 0  # where they stood
+    assert "2+2=" in capsys.readouterr().out

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from archzoo.decoder import Decoder
 from archzoo.generation.beams import beam_search
+from archzoo.generation.chat import chat as converse
 from archzoo.generation.conversation import Conversation
 from archzoo.generation.decoding import Generation, generate
 from archzoo.generation.prompts import encode, utf8
@@ -21,7 +22,9 @@ from archzoo.tasks.writing import writing_of
 
 def generate_command(
     checkpoint: str,
-    prompt: list[str],
+    prompt: list[str] | None = None,
+    /,
+    chat: bool = False,
     max_tokens: int = 100,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -49,6 +52,8 @@ def generate_command(
         checkpoint: A run's directory, a .ckpt file, or a directory of archzoo.save_pretrained or
             archzoo.save_adapter.
         prompt: One text or several.
+        chat: Read lines instead, from the terminal or a pipe, and continue each: the state is
+            carried from one to the next, and --save_state keeps it at the end.
         max_tokens: The most that is written for a prompt.
         temperature: Divides the logits before sampling; 0 takes the most likely token.
         top_k: Sample from the k most likely tokens.
@@ -79,6 +84,7 @@ def generate_command(
     """
     from archzoo.checkpoint import load, load_adapter
 
+    _check_asked(prompt, chat, beams, form, check)
     model, tokenizer, _ = load(checkpoint, device or "auto", base)
     given = Counter(map(os.path.realpath, adapter or ()))
     if os.path.exists(os.path.join(checkpoint, "adapter.json")):
@@ -101,6 +107,19 @@ def generate_command(
             raise ValueError(f"stop={stop!r} is {count} tokens: it must be exactly one")
     layout = StateLayout(model)
     held = None if state is None else read_state(state, layout)[0]
+    if chat:
+        options: dict[str, Any] = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "seed": seed,
+        }
+        options |= {"max_tokens": max_tokens, "stop_token": stop_token, "graph": graph}
+        left = converse(model, tokenizer, conversation=held, **options)
+        if save_state is not None and left is not None:
+            _save(save_state, left, layout)
+        return
+    prompt = prompt or []
     if beams != 1:
         if temperature or top_k is not None or top_p is not None:
             raise ValueError(
@@ -165,6 +184,16 @@ def generate_command(
     print(f"\n{report(model, written)}")
     if save_state is not None and written.conversation is not None:
         _save(save_state, written.conversation, layout)
+
+
+def _check_asked(prompt: list[str] | None, chat: bool, beams: int, form: str, check: bool) -> None:
+    """Refuse a call that asks nothing, or a conversation that cannot be held."""
+    if chat and prompt:
+        raise ValueError("--chat reads its lines from the terminal: leave the prompt out")
+    if chat and (beams != 1 or check or form != "recurrent"):
+        raise ValueError("--chat carries a state: leave out --beams, --check and --form")
+    if not chat and not prompt:
+        raise ValueError("there is no prompt: give a text, or --chat")
 
 
 def _save(path: str, conversation: Conversation, layout: StateLayout) -> None:
