@@ -9,11 +9,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from archzoo.analysis.extend import windows_of
 from archzoo.cli import main
 from archzoo.tasks import Mixed, Text, cache
 from archzoo.tasks.corpus import Corpus
@@ -226,6 +228,17 @@ def test_who_wants_documents_joined_or_separate_says_so(text, tmp_path):
     separate = text(few, separate_documents=True, context_length=60)
     documents = separate.train_dataloader().batch(0)["documents"]
     assert set(documents.flatten().tolist()) == {0, 1}
+
+
+def test_long_windows_read_over_documents(text, tmp_path, monkeypatch):
+    """Where a model is asked for longer texts than it was trained on, as `archzoo extend` does."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    task = text(write(tmp_path / "a.jsonl"))
+    task.prepare()
+    found = SimpleNamespace(task=task.config(), tokenizer=task.tokenizer)
+    windows = windows_of(found, 300, 3)
+    assert windows.tokens.shape == (3, 300) and (windows.labels != IGNORED).all()
 
 
 # ---------------------------------------------------------------------------- bad input

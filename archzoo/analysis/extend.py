@@ -279,6 +279,7 @@ def windows_of(
     if found.task is None or "context_length" not in found.task["init_args"]:
         raise ValueError("there is no text to read: the checkpoint was not trained on one")
     wanted = {"context_length": length, "batch_size": 1, "carry_state": False}
+    wanted["separate_documents"] = False  # which would leave few tokens that have all before them
     known = found.task["init_args"]
     changes = {name: wanted[name] for name in wanted if name in known}
     task = task_of(found, **(data or {}) | changes)
