@@ -83,6 +83,11 @@ COMMANDS = {
         "export.command",
         "export_command",
     ),
+    "convert": Command(
+        "read another library's weights as a model of the zoo",
+        "conversion.command",
+        "convert_command",
+    ),
     "router": Command(
         "show what a checkpoint's routers do, layer by layer", "analysis.routing", "router_command"
     ),
