@@ -1,5 +1,5 @@
 # make train        set up, train a RetNet on addition, test it, decode some sums
-# make test         set up, run the tests (all but the slow ones)
+# make test         set up, with the tools for it, run the tests (all but the slow ones)
 # make test-slow    set up, run the slow ones
 # make test-triton  compile every kernel for a GPU, under the pinned Triton and the oldest, without one
 # make lint         set up, check style and types
@@ -32,15 +32,19 @@ PYTEST := $(BIN)/pytest -n 2 --dist worksteal
 # Where Python may not write bytecode, every import of torch takes seconds longer.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup train test test-slow test-triton test-extras browser docs lint clean
+.PHONY: setup tools train test test-slow test-triton test-extras browser docs lint clean
 .DEFAULT_GOAL := test
 
+# What training needs; what tests and linters need beside it.
 setup: $(VENV)/installed
+tools: $(VENV)/tools
 
 # ---- make train -------------------------------------------------------------------------------
 RUN := runs/addition
 
 train: setup
+	@echo "Training a small RetNet to add. Python imports torch and Lightning first, some seconds; then" \
+	  "there is a line every few seconds, for some minutes."
 	$(BIN)/python train.py fit --config configs/addition.yaml $(if $(STEPS),--trainer.max_steps $(STEPS))
 	@echo && echo "On sums that it has never seen:"
 	$(BIN)/python train.py test --ckpt_path $(RUN)/last.ckpt
@@ -49,10 +53,10 @@ train: setup
 	@echo && echo "$(RUN) holds the checkpoints, the log (metrics.csv) and the settings (config.yaml)."
 # -----------------------------------------------------------------------------------------------
 
-test: setup
+test: tools
 	$(PYTEST) $(PYTEST_ARGS)
 
-test-slow: setup
+test-slow: tools
 	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 # Triton's names change from one version to the next. Its compiler needs no GPU, so what a GPU would
@@ -79,7 +83,7 @@ browser:
 docs: $(EXTRAS)/installed
 	NO_MKDOCS_2_WARNING=1 $(EXTRAS)/bin/python -m mkdocs build --strict
 
-lint: setup
+lint: tools
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -91,8 +95,8 @@ clean:
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	  "archzoo needs Python 3.11 or newer: make PYTHON=python3.11 names one")'
-	@echo "Setting up $(VENV), once: torch, Lightning and the tools, some hundred MB (with an NVIDIA GPU" \
-	  "some GB), in a few minutes. pip says how far it is."
+	@echo "Setting up $(VENV), once: torch, Lightning and what they need, some hundred MB (with an NVIDIA" \
+	  "GPU some GB), in a few minutes. pip says how far it is."
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # torch first and alone. PyPI's build for Linux brings several GB of CUDA libraries, so a Linux
@@ -107,6 +111,11 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 	  $(PIP) --no-deps "$(TORCH)+cpu" || { echo "pip's package index has no CPU build of torch:" \
 	    "add TORCH_INDEX=https://download.pytorch.org/whl/cpu to the make command" >&2; exit 1; }; \
 	fi
+	$(PIP) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/tools: $(VENV)/installed
+	@echo "Adding what tests and linters need, once."
 	@if [ "$$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1; then \
 	  $(PIP) --no-deps "$(TRITON)" || echo "no $(TRITON) here: the kernels' tests will be skipped"; \
 	fi
@@ -118,7 +127,7 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 # another version (gradio an older pillow) is installed here and found first, and .venv stays as it
 # is. pip sees .venv's packages like those of the system in a venv with --system-site-packages, and
 # changes none of them. .pth files in there are not read, so archzoo itself is installed here too.
-$(EXTRAS)/installed: pyproject.toml constraints-extras.txt $(VENV)/installed
+$(EXTRAS)/installed: pyproject.toml constraints-extras.txt $(VENV)/tools
 	@echo "Setting up $(EXTRAS), once: what docs, report, demo, peft, datasets, eval and the trackers need beside $(VENV), some 1.6 GB."
 	@rm -rf $(EXTRAS)
 	@$(BIN)/python -m venv $(EXTRAS)
@@ -129,7 +138,7 @@ $(EXTRAS)/installed: pyproject.toml constraints-extras.txt $(VENV)/installed
 	@touch $@
 
 # The same with one package, found before the Triton of .venv.
-$(OLDEST)/installed: constraints-triton.txt $(VENV)/installed
+$(OLDEST)/installed: constraints-triton.txt $(VENV)/tools
 	@rm -rf $(OLDEST)
 	@$(BIN)/python -m venv $(OLDEST)
 	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \

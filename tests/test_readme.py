@@ -126,6 +126,7 @@ def train(checkout: Path, *variables: str) -> str:
 def test_make_train_in_few_steps(checkout: Path) -> None:
     output = train(checkout, "STEPS=4")
     assert "runs/addition" in output
+    assert "Training a small RetNet to add" in output  # before the imports, which take seconds
 
 
 @pytest.mark.slow
