@@ -17,7 +17,7 @@ import torch
 
 from archzoo.analysis.extend import windows_of
 from archzoo.cli import main
-from archzoo.tasks import Mixed, Text, cache
+from archzoo.tasks import Mixed, Text, build, cache
 from archzoo.tasks.corpus import Corpus
 from archzoo.tasks.records import kind_of
 from archzoo.tasks.stream import IGNORED
@@ -434,3 +434,10 @@ def test_many_records_take_little_memory(tmp_path):
     command = [sys.executable, "-c", MEASURE, tmp_path / "a.jsonl.gz", tmp_path / "cache"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(done.stdout) < 30
+
+
+def test_a_stranger_s_checkpoint_may_name_no_dataset():
+    config = {"class_path": "Text", "init_args": {"path": "hf://owner/name"}}
+    refused(
+        ValueError, "path='hf://owner/name' is an address, which no file", lambda: build(config)
+    )

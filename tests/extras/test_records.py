@@ -63,16 +63,10 @@ def json_lines(name: str = "text") -> bytes:
 def test_tables(text: Any, batch: Any, tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name)
     assert same(text(path, field="body").train_dataloader().batch(5), batch)
-    for kind in (
-        arrow.large_string(),
-        arrow.string_view(),
-        arrow.dictionary(arrow.int32(), "string"),
-    ):
-        column = (
-            TABLE["body"].cast(kind)
-            if "dict" not in str(kind)
-            else TABLE["body"].dictionary_encode()
-        )
+    columns = [arrow.array(TEXTS, arrow.large_string()), TABLE["body"].dictionary_encode()]
+    if not name.endswith("parquet"):  # which an older pyarrow cannot write
+        columns.append(arrow.array(TEXTS, arrow.string_view()))
+    for column in columns:
         write(path, arrow.table({"body": column}))
         assert same(text(path, field="body").train_dataloader().batch(5), batch)
 
@@ -152,6 +146,8 @@ def test_bad_tables_are_refused_in_one_line(text: Any, tmp_path: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[:-50])
     refused("a.parquet is not a whole Parquet file", text(path, field="body"))
+    write(path, TABLE.select(["body"]))
+    whole = path.read_bytes()
     path.write_bytes(whole[:100] + bytes(200) + whole[300:])
     refused("a.parquet is not a whole Parquet file", text(path, field="body"))
     path.write_bytes(b"")
