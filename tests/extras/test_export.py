@@ -128,6 +128,20 @@ def test_saved_and_loaded_again(given: dict, tmp_path: Path) -> None:
         assert torch.equal(again(tokens).logits, theirs(tokens).logits)
 
 
+@torch.no_grad()
+def test_a_mixer_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
+    own = __import__("write_your_own_mixer")
+    ours = model_of("retnet", mixer=own.FadingMemory)
+    theirs, tokenizer = exported(ours, tmp_path / "own")
+    batch = tokenizer(PROMPTS, padding=True, return_tensors="pt")
+    seen = batch["attention_mask"].bool()
+    wanted = ours.double()(batch["input_ids"], documents=seen.long() - 1).logits[seen]
+    assert relative_error(theirs.double()(**batch).logits[seen], wanted) < 1e-12
+    found = theirs.float().generate(**batch, max_new_tokens=5, num_beams=2, do_sample=False)
+    assert found.shape[1] > seen.shape[1]
+
+
 def test_trainer_takes_a_step(tmp_path: Path) -> None:
     theirs, tokenizer = exported(model_of("skywork"), tmp_path / "skywork")
     rows = [{**tokenizer(text), "labels": tokenizer(text)["input_ids"]} for text in ["1+2=3"] * 4]
