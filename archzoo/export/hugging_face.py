@@ -232,7 +232,8 @@ def card(model: Decoder, name: str, source: str, architecture: str) -> str:
     remote = "" if architecture == "LlamaForCausalLM" else ", trust_remote_code=True"
     task = model.task or {}
     data = task.get("class_path", "not known")
-    about = json.dumps(task.get("init_args", {}), ensure_ascii=False, default=str)
+    given = {n: _shown(v) if n == "path" else v for n, v in task.get("init_args", {}).items()}
+    about = json.dumps(given, ensure_ascii=False, default=str)
     lines = [
         "---",
         "library_name: transformers",
@@ -243,7 +244,7 @@ def card(model: Decoder, name: str, source: str, architecture: str) -> str:
         f"# {name}",
         "",
         f"{model.parameter_count():,} parameters, written by archzoo {__version__}"
-        + (f" from `{source}`." if source else "."),
+        + (f" from `{_shown(source)}`." if source else "."),
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -272,6 +273,11 @@ def card(model: Decoder, name: str, source: str, architecture: str) -> str:
     return "\n".join(lines)
 
 
+def _shown(path: Any) -> Any:
+    """A path as the card names it: of one in full its last part, for the rest is of one machine."""
+    return Path(path).name if isinstance(path, str) and Path(path).is_absolute() else path
+
+
 def figures(source: str) -> dict[str, str]:
     """The last values of a run's validation and test, as its log has them; {} without a log."""
     path = Path(source)
@@ -282,7 +288,7 @@ def figures(source: str) -> dict[str, str]:
         rows = list(csv.DictReader(file))
     kept = [name for name in (rows[0] if rows else []) if name.startswith(("val", "test"))]
     last = {name: [row[name] for row in rows if row[name]] for name in kept}
-    return {name: values[-1] for name, values in last.items() if values}
+    return {name: f"{float(values[-1]):.6g}" for name, values in last.items() if values}
 
 
 def commit() -> str | None:

@@ -651,14 +651,14 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)  # at small sizes they wait for each other
     model = build()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for step in range(101):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(151):
         tokens = torch.randint(8, (16, 2)).repeat(1, 8)
         loss = loss_of(model, tokens)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % 20 == 0:
+        if step % 50 == 0:
             print(f"step {step}: loss {loss.item():.3f}")
     print("after 1 2 1 2 1 2:", *generate(model.eval(), [1, 2, 1, 2, 1, 2], max_tokens=6))
 
