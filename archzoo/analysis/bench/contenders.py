@@ -31,6 +31,7 @@ from archzoo.training.losses import total_loss
 Precision = Literal["float32", "bfloat16", "bf16-mixed"]
 DECODING = ("decode", "batch", "state")  # quantities that need a state
 COMPILED, FIT = "compiled", "fit"
+CLIP = 1.0  # the norm that gradients are clipped to
 NOT_COMPILED = "training alone is compiled here"
 
 
@@ -180,11 +181,13 @@ class Contender:
         return F.cross_entropy(logits.float(), tokens[:, 1:].flatten())
 
     def train_step(self, tokens: Tensor) -> None:
-        """Forward, backward and AdamW on tokens (batch, time + 1)."""
+        """Forward, backward, clipping and AdamW on tokens (batch, time + 1)."""
         assert self.optimizer is not None, "it was built for inference"
         with self.casting():
             loss = self.step(tokens)
         loss.backward()
+        # As `archzoo fit` is made to do here, and as nanoGPT's own script does.
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import yaml
 
-from archzoo.analysis.bench.contenders import DECODING, FIT, Precision, ZooContender
+from archzoo.analysis.bench.contenders import CLIP, DECODING, FIT, Precision, ZooContender
 from archzoo.trust import user_imports
 
 CLOCK = "archzoo.analysis.bench.clock"
@@ -106,7 +106,7 @@ class FitContender(ZooContender):
                 "devices": gpus if self.device.type == "cuda" else 1,
                 "precision": PRECISIONS[self.precision],
                 "max_steps": last,
-                "gradient_clip_val": 1.0,
+                "gradient_clip_val": CLIP,
                 "val_check_interval": last,
                 "limit_val_batches": 2,
                 "enable_checkpointing": False,
