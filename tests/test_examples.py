@@ -186,6 +186,12 @@ def commands(script):
     return [shlex.split(line)[1:] for line in joined.splitlines() if line[4:12] == "archzoo "]
 
 
+@pytest.fixture(autouse=True)
+def unregistered(monkeypatch):
+    """A model that an example registers is known to its test alone."""
+    monkeypatch.setattr(registry, "_presets", {n: get_preset(n) for n in archzoo.list_models()})
+
+
 @pytest.fixture
 def in_examples(tmp_path, monkeypatch):
     """The examples lie beside the user, in a directory that is otherwise empty."""
@@ -193,7 +199,6 @@ def in_examples(tmp_path, monkeypatch):
         shutil.copy(path, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.setattr(registry, "_presets", {n: get_preset(n) for n in archzoo.list_models()})
     yield tmp_path
     for path in EXAMPLES:
         sys.modules.pop(path.stem, None)

@@ -1,6 +1,7 @@
 """A model as one file of plain PyTorch: equal to the zoo's, short, and of nothing but torch."""
 
 import ast
+import importlib
 import json
 import re
 import subprocess
@@ -12,7 +13,6 @@ import torch
 from families import MICRO, micro
 
 import archzoo
-from archzoo.block import Mixer
 from archzoo.contract.measure import relative_error
 from archzoo.conversion.llama import llama_config, llama_weights
 from archzoo.decoder import Decoder
@@ -349,18 +349,30 @@ def test_what_a_file_cannot_hold_is_refused_by_its_name(
         source_of(archzoo.create_model("retnet_micro", mixer=module.Memory))
 
 
+TWICE = '''
+import archzoo
+from archzoo import Mixer
+
+
 class Retention(Mixer):
     """A part of the zoo's name."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim, heads):
         super().__init__()
         self.inner = archzoo.Retention(dim, heads)
+'''
 
 
-def test_two_parts_of_one_name_are_refused() -> None:
-    model = archzoo.create_model("retnet_micro", mixer=Retention)
-    with pytest.raises(ValueError, match="two parts are called Retention"):
-        source_of(model)
+def test_two_parts_of_one_name_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "twice.py").write_text(TWICE)
+    monkeypatch.syspath_prepend(tmp_path)
+    mixer = importlib.import_module("twice").Retention
+    try:
+        model = archzoo.create_model("retnet_micro", mixer=mixer)
+        with pytest.raises(ValueError, match="two parts are called Retention"):
+            source_of(model)
+    finally:  # others ask for Retention by its name
+        mixer.__name__ = mixer.__qualname__ = "Twice"
 
 
 # ---------------------------------------------------------------------------- the command

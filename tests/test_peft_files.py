@@ -235,8 +235,11 @@ def test_another_base_and_missing_files_are_refused(tmp_path):
     (tmp_path / WEIGHTS).unlink()
     with pytest.raises(FileNotFoundError, match=f"holds no {WEIGHTS}"):
         import_peft(other, tmp_path)
-    with pytest.raises(FileNotFoundError, match=f"holds no {CONFIG}"):
+    with pytest.raises(FileNotFoundError, match="there is no directory"):
         import_peft(other, tmp_path / "none")
+    (tmp_path / CONFIG).unlink()
+    with pytest.raises(FileNotFoundError, match=f"holds no {CONFIG}"):
+        import_peft(other, tmp_path)
 
 
 def test_an_adapter_of_a_whole_matrix_goes_to_each_block(tmp_path):

@@ -44,13 +44,16 @@ def form(line: str) -> str:
 
 
 def first_missing(shown: str, printed: str, *, sampled: bool = False) -> str | None:
-    """The first shown line whose form was not printed, in order; None: there is none."""
+    """The first shown line whose form was not printed, in order; None: there is none.
+
+    Of what is sampled the prompt and the lines with numbers: processors round differently, and the
+    model's words are others on another one.
+    """
     lines = iter(printed.splitlines())
-    for line in shown.splitlines():
+    for number, line in enumerate(shown.splitlines()):
         wanted = form(line)
-        if sampled and not re.search(r"\d", line):  # the prompt, and a word of the model's
-            begin = " ".join(line.split()[:2])
-            if begin and begin not in printed:
+        if sampled and not re.search(r"\d", line):
+            if number == 0 and " ".join(line.split()[:2]) not in printed:
                 return line
         elif wanted and not any(form(other) == wanted for other in lines):
             return line

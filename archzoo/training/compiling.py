@@ -81,7 +81,7 @@ class CompileModel(lightning.Callback):
                 return
         if not self.when:
             return
-        if pl_module.exchanges_blocks or pl_module.unfreezes:
+        if (trainer.world_size > 1 and pl_module.exchanges_blocks) or pl_module.unfreezes:
             net.compile_blocks(
                 options=options()
             )  # a block that is unfrozen compiles nothing of the others anew

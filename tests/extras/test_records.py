@@ -5,15 +5,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import datasets
-import pyarrow as arrow
 import pytest
 import torch
-from backports import zstd
-from pyarrow import parquet
 
 from archzoo.cli import main
 from archzoo.tasks import Text
+
+datasets = pytest.importorskip("datasets")
+arrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+zstd = pytest.importorskip("backports.zstd")
 
 pytestmark = pytest.mark.extras
 

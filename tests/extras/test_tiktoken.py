@@ -5,13 +5,14 @@ import inspect
 from pathlib import Path
 
 import pytest
-import tiktoken
-import tiktoken_ext.openai_public as openai_public
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from archzoo.tasks.tiktoken_files import ENCODINGS
 from archzoo.tasks.tokenizers import Tokenizer, from_files, learn_bpe
+
+tiktoken = pytest.importorskip("tiktoken")
+openai_public = pytest.importorskip("tiktoken_ext.openai_public")
 
 pytestmark = pytest.mark.extras
 
