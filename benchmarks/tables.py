@@ -694,6 +694,21 @@ def adaptation_methods() -> str:
     return markdown([*headings, "parameters"], [found[i] for i in order], len(headings))
 
 
+def adaptation_costs() -> str:
+    """A step and a token with each method, over those of the base, by model."""
+    rows = rows_of(f"{H200}-bfloat16-adapters")
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    of = {(row["method"], row["model"]): row for row in rows}
+    ratios = ("step_ratio", "unmerged_ratio", "merged_ratio")
+    found = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = [of[method, model][ratio] for ratio in ratios for model in models]
+        found.append([f"`{method}`", *(f"{float(cell):.2f}" if cell else "" for cell in cells)])
+    titles = ("a step", "a token", "merged")
+    headings = ["", *(f"{title}, `{model}`" for title in titles for model in models)]
+    return markdown(headings, found) + measured_on(rows)
+
+
 NOT_YET = "*No rows yet.*"
 TABLES: dict[str, Callable[[], str]] = {
     "addition_seeds": addition_seeds,
@@ -707,6 +722,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "adaptation": adaptation,
     "adaptation_arms": adaptation_arms,
     "adaptation_methods": adaptation_methods,
+    "adaptation_costs": adaptation_costs,
     "filtered_attention": lambda: variants("filtered_attention", "plain", {}),
     "normalised_gate": lambda: variants("normalised_gate", "none", GATE),
     "adaptive_balance": lambda: variants(
