@@ -147,6 +147,9 @@ def test_whoever_waits_for_a_call_gets_one():
     assert seen == [1] and relative_error(y, want) < 1e-6
     hook.remove()
     assert kernels.available(layer.gate_up(x), layer.down)
+    with_hook = layer.down.register_full_backward_pre_hook(lambda *_: None)
+    assert not kernels.available(layer.gate_up(x), layer.down)
+    with_hook.remove()
 
 
 @pytest.mark.parametrize("width", [4])

@@ -54,7 +54,8 @@ def available(x: Tensor, linear: Any) -> bool:
     # Asked first: on a CPU, where no kernel runs, nothing else is looked at.
     if not fused(x) or type(linear) is not Linear or linear.adapted or linear.bias is not None:
         return False
-    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks:
+    hooks = linear._forward_hooks, linear._forward_pre_hooks
+    if any((*hooks, linear._backward_hooks, linear._backward_pre_hooks)):
         return False  # they wait for a call
     return type(linear.weight) in (Tensor, torch.nn.Parameter)  # not one rank's part of it
 
