@@ -42,7 +42,7 @@ LAYERS = """
     generation
     analysis
     conversion contract export
-    training
+    training preferences
     analysis.compare analysis.bench
     evaluation
     demo starting
