@@ -81,7 +81,13 @@ from archzoo.training.random_state import (
     gather_random_states,
     random_state,
 )
-from archzoo.training.ranks import configure, mean_gradients, pooled_losses, sum_over_ranks
+from archzoo.training.ranks import (
+    ZeroStrategy,
+    configure,
+    mean_gradients,
+    pooled_losses,
+    sum_over_ranks,
+)
 from archzoo.training.unfreezing import LayerByLayer
 
 
@@ -529,6 +535,7 @@ class LanguageModel(lightning.LightningModule):
             betas=self.betas,
             joining=self._joining,
             fused=self.device.type in ("cuda", "cpu") and not half,
+            sharded=isinstance(self.trainer.strategy, ZeroStrategy),
         )
         factor = learning_rate_schedule(
             self.warmup_steps,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,14 +15,18 @@ from archzoo.decoder import Decoder
 from archzoo.names import nearest
 from archzoo.training.muon import Muon, muon_groups
 from archzoo.training.optim import decay_groups
+from archzoo.training.ranks import ZERO
 from archzoo.trust import check_arguments, find_class, load_installed, name_of, parameters_of
 
 USUAL = "AdamW"
 # What the model's settings say of any optimizer, by the names of an optimizer's arguments.
 OF_THE_MODEL = {"lr": "learning_rate", "weight_decay": "weight_decay", "betas": "betas"}
 REFUSED = {
-    "SparseAdam": "takes sparse gradients, and here all are dense",
-    "LBFGS": "computes the loss several times a step, and here a step is one gradient",
+    "SparseAdam": "takes sparse gradients, and here all are dense: take another",
+    "LBFGS": "computes the loss several times a step, and here a step is one gradient: take "
+    "another",
+    "ZeroRedundancyOptimizer": "shares out the state of another: name that one, and take "
+    f"--trainer.strategy {ZERO}",
 }
 
 Spec = dict[str, Any]
@@ -92,7 +97,7 @@ def find_optimizer(spec: Spec | None) -> type[Optimizer]:
     name, arguments = (USUAL, {}) if spec is None else (spec["class_path"], spec["init_args"])
     known = known_optimizers()
     if name in REFUSED:
-        raise ValueError(f"optimizer {name} {REFUSED[name]}: take another")
+        raise ValueError(f"optimizer {name} {REFUSED[name]}")
     cls = known.get(name)
     if cls is None and "." not in name:
         raise ValueError(f"there is no optimizer {name!r}; {nearest(name, list(known))}")
@@ -128,6 +133,7 @@ def build_optimizer(
     betas: tuple[float, float],
     joining: Iterable[nn.Parameter] = (),
     fused: bool = False,
+    sharded: bool = False,
 ) -> Optimizer:
     """The optimizer that plain data describes, of a decoder's parameters.
 
@@ -139,6 +145,7 @@ def build_optimizer(
         betas: Where the optimizer takes them.
         joining: As for `decay_groups`.
         fused: Take one kernel for all parameters, where torch has one.
+        sharded: Share its state out to the ranks, see `ShardedOptimizer`.
 
     Raises:
         ValueError: See `find_optimizer`; or the class refuses its arguments.
@@ -156,6 +163,10 @@ def build_optimizer(
         arguments.setdefault("fused", True)
     try:
         make: Any = cls  # each takes other arguments
+        if sharded:
+            from archzoo.training.zero import ShardedOptimizer  # takes a while to import
+
+            make = partial(ShardedOptimizer, optimizer_class=cls)
         made: Optimizer = make(groups, lr=learning_rate, **arguments)
         return made
     except (TypeError, ValueError) as error:

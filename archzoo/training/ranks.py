@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import lightning
 import torch
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -17,6 +17,20 @@ from archzoo.block import Aux
 from archzoo.decoder import Decoder
 
 Tensors = TypeVar("Tensors")  # a tensor, or lists and dicts of them
+ZERO = "ddp_zero_1"  # the name of `ZeroStrategy` for --trainer.strategy
+
+
+class ZeroStrategy(DDPStrategy):
+    """DDP whose ranks share out the optimizer's state among them: ZeRO-1.
+
+    `LanguageModel` makes the optimizer by it: see `archzoo/training/zero.py`.
+    """
+
+    strategy_name = ZERO
+
+
+if ZERO not in StrategyRegistry:
+    StrategyRegistry.register(ZERO, ZeroStrategy, description="DDP with ZeRO-1, by torch's")
 
 
 def configure(strategy: Strategy, decoder: Decoder | None = None) -> None:
@@ -37,6 +51,9 @@ def configure(strategy: Strategy, decoder: Decoder | None = None) -> None:
     """
     if not isinstance(strategy, DDPStrategy):
         return
+    if isinstance(strategy, ZeroStrategy) and decoder is not None:
+        for parameter in decoder.parameters():  # some lie in long rows, which cannot be sent
+            parameter.data = parameter.data.contiguous()
     given = strategy._ddp_kwargs
     off = ", ".join(sorted(decoder.adapters_off)) if decoder is not None else ""
     if off and strategy.world_size > 1 and not given.get("find_unused_parameters"):
