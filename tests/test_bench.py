@@ -14,7 +14,7 @@ from archzoo.analysis import evidence
 from archzoo.analysis.bench import command, contenders, fitting
 from archzoo.analysis.bench.contenders import ZooContender
 from archzoo.analysis.bench.fitting import FitContender, random_text
-from archzoo.analysis.bench.measuring import Budget, Plan, foreseen, measure
+from archzoo.analysis.bench.measuring import Budget, Plan, foreseen, in_turns, measure
 from archzoo.analysis.bench.memory import begin_peak, grown, resident_peak
 from archzoo.analysis.bench.peers import FlashLinearAttention, Llama, Nano, Shape, Torchscale
 from archzoo.analysis.bench.profile import kernels_of, part_of, profile_rows
@@ -738,7 +738,7 @@ def test_its_settings_are_those_of_a_user_on_a_gpu(tmp_path):
     found = contender.run_settings(tmp_path, 64, 4)
     trainer = found["trainer"]
     assert trainer["accelerator"] == "gpu" and trainer["devices"] == [1]
-    assert trainer["precision"] == "bf16-mixed" and trainer["max_steps"] == 56
+    assert trainer["precision"] == "bf16-mixed" and trainer["max_steps"] == 20 + 100 + 1
     assert trainer["val_check_interval"] == trainer["max_steps"]  # at the end
     assert "compile" not in found  # which fit decides
     assert set(contender.without) == {"prefill", "decode", "batch", "state"}
@@ -811,6 +811,15 @@ def test_a_side_that_makes_all_its_steps_at_once_has_a_process_for_each_size():
     assert [(row["median"], row["mean"], row["rounds"]) for row in rows] == 2 * [(16, 16, 4)]
     assert rows[0]["memory_bytes"] == 9 and rows[0]["mfu"] == 0.08
     assert lines_of(MEASURES[1], rows)[0].y == [8, 8]  # per cent
+
+
+def test_steps_of_a_run_are_put_together_to_turns():
+    assert in_turns([], 1.0) == []
+    assert in_turns([2.0, 3.0], 1.0) == [2.0, 3.0]  # each takes as long by itself
+    assert in_turns([0.5, 1.5, 1.0, 2.0], 2.0) == [1.0, 1.5]
+    assert in_turns([0.25] * 9, 0.75) == [0.25] * 3
+    assert in_turns([0.25] * 8, 0.75) == [0.25] * 2  # two are left over
+    assert in_turns([0.1] * 3, 9.0) == [pytest.approx(0.1)]  # all there are
 
 
 def test_fit_and_compiling_take_turns_over_sides(fake, tmp_path):

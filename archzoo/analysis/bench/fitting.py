@@ -18,7 +18,7 @@ from archzoo.analysis.bench.contenders import CLIP, DECODING, FIT, Precision, Zo
 from archzoo.trust import user_imports
 
 CLOCK = "archzoo.analysis.bench.clock"
-STEPS = {"cuda": (15, 40), "cpu": (2, 5)}  # before the clock runs, and while it does
+STEPS = {"cuda": (20, 100), "cpu": (2, 5)}  # before the clock runs, and while it does
 PROFILED = 4  # steps after them
 PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-true", "bf16-mixed": "bf16-mixed"}
 

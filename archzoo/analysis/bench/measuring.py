@@ -35,6 +35,9 @@ KEY = (
 )
 FEWEST_ROUNDS = 3
 TURN = 0.1  # seconds that a turn of short calls lasts
+# A GPU at the limit of its power slows down and recovers about once a second, by 10 % on an H200,
+# and begins to after the first steps: a turn of training lasts as long as that.
+TRAINING_TURN = 1.0
 PART = 4  # one size takes at most this part of its quantity's time, for those to come take longer
 
 Row = dict[str, Any]
@@ -298,13 +301,16 @@ def _point(
             told = ("state_bytes", "operations", "bytes", "memory_bytes", "kernels")
             facts[index] |= {name: ready[name] for name in told if ready.get(name)}
             turns[index] = ready.get("turns", [])
+            if plan.tracks_peaks:
+                turns[index] = in_turns(turns[index], TRAINING_TURN)
             if turns[index]:  # all of them at once
                 gone.add(index)
                 curve.close()
                 continue
             seconds = ready["seconds"]
             most = MOST_REPEATS["cuda" if plan.tracks_peaks else "cpu"]
-            repeats[index] = min(max(math.ceil(TURN / max(seconds, 1e-9)), 1), most)
+            lasts = TRAINING_TURN if training and plan.tracks_peaks else TURN
+            repeats[index] = min(max(math.ceil(lasts / max(seconds, 1e-9)), 1), most)
         except Stopped as stop:
             stopped[index] = stop
 
@@ -351,6 +357,20 @@ def _point(
         if fresh or curve.ended:
             curve.close()
         yield row
+
+
+def in_turns(steps: list[float], seconds: float) -> list[float]:
+    """The means of as many steps in a row as take so long; the last, incomplete turn is left out.
+
+    Args:
+        steps: Seconds of each.
+        seconds: That a turn lasts.
+    """
+    if not steps:
+        return []
+    count = min(max(math.ceil(seconds / statistics.fmean(steps)), 1), len(steps))
+    whole = range(0, len(steps) - count + 1, count)
+    return [statistics.fmean(steps[begin : begin + count]) for begin in whole]
 
 
 def _is_fresh(plan: Plan, training: bool, curve: Curve) -> bool:
