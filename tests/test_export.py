@@ -22,6 +22,7 @@ from archzoo.export.source import source_of
 
 DIGITS = {"digit_tokens": list(range(10)), "operator_tokens": [10, 11]}
 EXACT, ROUNDED = 1e-12, 1e-6
+OTHERS = [name.removesuffix("_micro") for name in MICRO if name != "retnet_micro"]
 PARTS = {
     "window of patterns": {"pattern": ["Retention", "Attention", "Retention"], "depth": 3},
     "post": {"norm_placement": "post", "norm": "layer", "feed_forward": "PlainFeedForward"},
@@ -167,6 +168,31 @@ def test_long_texts_are_read_in_chunks() -> None:
             assert relative_error(theirs(tokens, documents=given).logits, wanted) < EXACT
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["retnet_small", *(pytest.param(f"{n}_small", marks=pytest.mark.slow) for n in OTHERS)],
+)
+@torch.no_grad()
+def test_float32_is_rounded_as_in_the_zoo(name: str) -> None:
+    """Each form does what the zoo's does in its order: else a deep RetNet differs by 6e-6."""
+    given = {"embedding": {"class_path": "AbacusEmbedding", "init_args": DIGITS}}
+    model = archzoo.create_model(name, **(given if name.startswith("abacus") else {})).eval()
+    theirs = module_of(source_of(model)).build().eval()
+    theirs.load_state_dict(model.state_dict())
+    tokens = torch.randint(model.vocab_size, (1, 200))  # which retention reads in chunks
+    documents = torch.tensor([[-1] * 9 + [0] * 191])
+    for given in ({}, {"documents": documents}):
+        for part in (tokens, tokens[:, :60]):
+            given = {n: v[:, : part.shape[1]] for n, v in given.items()}
+            found, wanted = (m(part, **given).logits[:, 9:] for m in (theirs, model))
+            assert relative_error(found, wanted) < ROUNDED
+    states = [model.init_state(1), theirs.init_state(1)]
+    for t in range(20):
+        out = [m(tokens[:, t : t + 1], s) for m, s in zip((model, theirs), states, strict=True)]
+        states = [each.state for each in out]
+        assert relative_error(out[1].logits, out[0].logits) < ROUNDED
+
+
 def test_gradients_and_the_losses_of_experts_are_the_zoos() -> None:
     model = family("skywork_micro").train()
     theirs = module_of(source_of(model)).build().double().train()
@@ -190,12 +216,14 @@ def test_gradients_and_the_losses_of_experts_are_the_zoos() -> None:
     assert relative_error(alphas, ours) < EXACT
 
 
+@pytest.mark.parametrize("given", [{}, {"dropout": 0.1, "tie_weights": True}])
 @pytest.mark.parametrize("name", [*archzoo.list_models("*_base"), "abacus_tiny"])
-def test_a_page_is_enough(name: str) -> None:
+def test_a_page_is_enough(name: str, given: dict) -> None:
     """500 lines for RetNet and the transformer, 900 for any; of torch alone; all of it is used."""
+    if name.startswith("abacus"):
+        given = given | {"embedding": {"class_path": "AbacusEmbedding", "init_args": DIGITS}}
     with torch.device("meta"):
-        given = {"embedding": {"class_path": "AbacusEmbedding", "init_args": DIGITS}}
-        model = archzoo.create_model(name, **(given if name.startswith("abacus") else {}))
+        model = archzoo.create_model(name, **given)
     source = source_of(model, name)
     short = name.startswith(("retnet", "transformer"))
     assert len(source.splitlines()) <= (500 if short else 900)

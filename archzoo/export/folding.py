@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import itertools
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
@@ -87,6 +88,12 @@ class _Program:
         self.built = {name for name, _, _ in self.calls}
         self.frozen = {c for name in frozen for c in self.line_of(name)}
         self.read, self.written = self._attributes()
+        self.stored = {
+            node.attr if isinstance(node, ast.Attribute) else node.id
+            for node in nodes_of(self.tree)
+            if isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Store)
+        }
+        self.texts = Counter(n.value for n in nodes_of(self.tree) if isinstance(n, ast.Constant))
         self.facts: dict[str, dict[str, Any]] = {}
         for name in self.classes:
             self.facts[name] = self._arguments_of(name)
@@ -212,6 +219,10 @@ class _Program:
             return node.value
         if isinstance(node, ast.Name | ast.Attribute):
             return known.get(ast.unparse(node), UNKNOWN)
+        if isinstance(node, ast.Call) and _called(node) == "getattr" and len(node.args) == 3:
+            name = self.value(node.args[1], known)
+            unset = name is not UNKNOWN and self.texts[name] == 1 and name not in self.stored
+            return self.value(node.args[2], known) if unset else UNKNOWN
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.USub):
             inner = self.value(node.operand, known)
             if inner is UNKNOWN:
@@ -267,10 +278,12 @@ class _Program:
         found += self._unnamed()
         if found:
             return found
-        for name in self.classes:
+        for name, cls in self.classes.items():
             if name not in self.frozen:
                 found += self._arguments(name)
-        return found or self._empty()
+                for function in [n for n in cls.body if isinstance(n, ast.FunctionDef)]:
+                    found += self._aliases(function)
+        return found or self._empty() or self._flat()
 
     def _branches(self, function: ast.FunctionDef, known: dict[str, Any]) -> Iterator[Edit]:
         for node in nodes_of(function):
@@ -283,10 +296,19 @@ class _Program:
             elif isinstance(node, ast.IfExp):
                 test = self.value(node.test, known)
                 if test is not UNKNOWN:
-                    chosen = node.body if test else node.orelse
-                    yield self._replaced(node, self._source(chosen))
+                    yield self._chosen(node, node.body if test else node.orelse)
                 else:
                     yield from self._tests(node.test, known)
+
+    def _chosen(self, node: ast.IfExp, chosen: ast.expr) -> Edit:
+        """One side of a conditional expression, without the brackets that only that needed."""
+        edit = self._replaced(node, self._source(chosen))
+        (line, column), (last, stop), text = edit
+        before, after = self.lines[line][:column], self.lines[last][stop:]
+        atom = isinstance(chosen, ast.Name | ast.Attribute | ast.Call | ast.Constant)
+        if atom and re.search(r"[=+\-*/] \($", before) and after.startswith(")"):
+            return Edit((line, column - 1), (last, stop + 1), text)
+        return edit
 
     def _tests(self, node: ast.expr, known: dict[str, Any]) -> Iterator[Edit]:
         """A test without the parts that decide nothing."""
@@ -357,6 +379,28 @@ class _Program:
             for before, after in itertools.pairwise(body if isinstance(body, list) else []):
                 if isinstance(before, ast.Return):
                     yield self._without(after)
+
+    def _aliases(self, function: ast.FunctionDef) -> Iterator[Edit]:
+        """Names for an attribute that the function does not set: the attribute says it itself."""
+        names = [n for n in nodes_of(function) if isinstance(n, ast.Name)]
+        set_here = Counter(n.id for n in names if isinstance(n.ctx, ast.Store))
+        set_here |= Counter(a.arg for a in nodes_of(function) if isinstance(a, ast.arg))
+        kept = {
+            n.attr
+            for n in nodes_of(function)
+            if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)
+        }
+        for node in function.body:
+            pairs = _pairs(node) if isinstance(node, ast.Assign | ast.AnnAssign) else []
+            for target, value in pairs[:1] if len(pairs) == 1 else []:
+                if not isinstance(value, ast.Attribute) or not isinstance(target, ast.Name):
+                    continue
+                if not _is_self(value.value) or value.attr in kept:
+                    continue
+                read = [n for n in names if n.id == target.id and n is not target]
+                if set_here[target.id] == 1 and read:
+                    yield self._without(node)
+                    yield from (self._replaced(n, f"self.{value.attr}") for n in read)
 
     def _arguments(self, name: str) -> Iterator[Edit]:
         """Arguments with a default that __init__ does not read."""
@@ -436,7 +480,52 @@ class _Program:
                 return [self._replaced(named[0], self._source(cls.bases[0])), self._without(cls)]
         return []
 
+    def _flat(self) -> list[Edit]:
+        """A class that nothing but its one heir names, and its members as the heir's own."""
+        names = Counter(n.id for n in nodes_of(self.tree) if isinstance(n, ast.Name))
+        for name, base in self.classes.items():
+            heirs = [h for h in self.heirs_of(name) if h != name]
+            heir = self.classes[heirs[0]] if len(heirs) == 1 else None
+            if heir is None or names[name] != 1 or {name, heir.name} & self.frozen:
+                continue
+            ours, theirs = ({*map(_member, cls.body)} - {""} for cls in (base, heir))
+            calls_base = any(
+                isinstance(n, ast.Attribute) and ast.unparse(n.value) == "super()"
+                for n in nodes_of(heir)
+                if not (isinstance(n, ast.Attribute) and n.attr == "__init__")
+            )
+            if ours & theirs or "__init__" in ours or calls_base or len(heir.bases) != 1:
+                continue
+            body = base.body[1:] if not _member(base.body[0]) else base.body
+            init = self._init_of(heir.name)
+            set_there = {n.attr for n in nodes_of(init or heir) if isinstance(n, ast.Attribute)}
+            fields = [
+                n
+                for n in body
+                if not isinstance(n, ast.FunctionDef)
+                and not (isinstance(n, ast.AnnAssign) and not n.value and _member(n) in set_there)
+            ]
+            methods = [n for n in body if isinstance(n, ast.FunctionDef)]
+            first = next((n for n in heir.body if isinstance(n, ast.FunctionDef)), None)
+            if not body or first is None or not heir.body[:1] or _member(heir.body[0]):
+                continue
+            edits = [self._replaced(heir.bases[0], self._source(base.bases[0]))]
+            edits.append(self._without(base))
+            if fields:
+                about = _end(heir.body[0])
+                text = "\n".join(["", "", *(self._whole(n) for n in fields)])
+                edits.append(self._between(about, about, text))
+            last = _end(heir.body[-1])
+            text = "".join(f"\n\n{self._whole(n)}" for n in methods)
+            return [*edits, self._between(last, last, text)]
+        return []
+
     # ------------------------------------------------------------------------ text
+
+    def _whole(self, node: Any) -> str:
+        """The lines of a statement, with its comments and decorators."""
+        first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) - 1
+        return "\n".join(self.lines[self._above(first) : node.end_lineno])
 
     def _source(self, node: ast.AST) -> str:
         (first, begin), (last, end), _ = self._between(_begin(node), _end(node))
@@ -495,6 +584,18 @@ def _pairs(node: Any) -> list[tuple[ast.expr, ast.expr | None]]:
         else:
             found += [(part, None) for part in target.elts]
     return found
+
+
+def _member(node: ast.stmt) -> str:
+    """The name that a statement of a class's body binds; "" of its docstring."""
+    if isinstance(node, ast.FunctionDef):
+        return node.name
+    names = (
+        [t.id for t, _ in _pairs(node) if isinstance(t, ast.Name)]
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        else []
+    )
+    return names[0] if names else ""
 
 
 def _begin(node: Any) -> tuple[int, int]:

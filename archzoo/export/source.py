@@ -42,8 +42,8 @@ TITLES = {
     "embeddings": "tokens in",
     "decoder": "the model",
 }
-#: Written by `_factories`, of the model.
-MADE = ("embedding", "mixer", "convolution", "feed_forward")
+#: What a file's decoder builds by a call that the model says, and the sizes that it hands on.
+MADE = {"embedding": "vocab_size, dim", "convolution": "dim, heads", "feed_forward": "dim, width"}
 #: Arguments that change how the zoo trains, and no output: see docs/export.md.
 ONLY_IN_TRAINING = {"seed", "drop", "balance_over", "watch_similarity", "longest_run"}
 IMPORTED = ("torch", "einops")  # what a file may import beside Python's own
@@ -328,13 +328,12 @@ def arguments_of(model: Decoder) -> dict[str, Any]:
         "post": config["norm_placement"] == "post",
         "convolved": config["convolution"] is not None,
         "dropout": model.dropout,
-        "init_std": model.init_std,
         "loops": model.loops,
         "injection": model.injection,
         "reads_positions": kind.prompt_positions is not Embedding.prompt_positions,
         "assigns_positions": kind.assign_positions is not Embedding.assign_positions,
     }
-    usual = {"dropout": 0.0, "init_std": 0.02, "loops": 1, "injection": "none"}
+    usual = {"dropout": 0.0, "loops": 1, "injection": "none"}
     return found | {n: v for n, v in given.items() if v != usual.get(n, False)}
 
 
@@ -364,17 +363,33 @@ def _call(collection: Collection, slot: str, spec: dict[str, Any], sizes: str) -
 
 
 def _wrapped(line: str) -> str:
-    """A line that ends in a call, over several where it is long: an argument each."""
-    if len(line) <= LONGEST_LINE - 4:
+    """A line that ends in a call, over several where it is long: its arguments on one, or each."""
+    if len(line) <= LONGEST_LINE:
         return line
-    spare = " " * (len(line) - len(line.lstrip()) + 4)
-    tree: Any = ast.parse(line.strip()).body[0]
+    indent = " " * (len(line) - len(line.lstrip()))
+    tree: Any = ast.parse(line.strip().removeprefix("return ")).body[0]
     call = tree.value
-    source = line.strip()
+    source = line.strip().removeprefix("return ")
     given = [ast.get_source_segment(source, node) or "" for node in (*call.args, *call.keywords)]
-    head = source[: call.col_offset] + (ast.get_source_segment(source, call.func) or "") + "("
-    inner = [f"    {spare}{argument}," for argument in given]
-    return "\n".join([line[: len(spare) - 4] + head, *inner, f"{spare})"])
+    head = indent + "return " * line.strip().startswith("return ") + source[: call.col_offset]
+    head += (ast.get_source_segment(source, call.func) or "") + "("
+    inner = [f"{indent}    {', '.join(given)}"]
+    if len(inner[0]) > LONGEST_LINE:
+        inner = [f"{indent}    {argument}," for argument in given]
+    return "\n".join([head, *inner, f"{indent})"])
+
+
+def _with_call(body: str, call: str, made: str) -> str:
+    """A file whose line with this call has another one, and the lines that follow that."""
+    lines = []
+    for line in body.split("\n"):
+        if call in line:
+            first, *rest = made.splitlines()
+            indent = " " * (len(line) - len(line.lstrip()))
+            lines += [_wrapped(line.replace(call, first)), *(_wrapped(indent + r) for r in rest)]
+        else:
+            lines.append(line)
+    return "\n".join(lines)
 
 
 class _Code(str):
@@ -393,21 +408,13 @@ def _is_zoos(cls: type) -> bool:
     return cls.__module__.startswith("archzoo.")
 
 
-def _factories(collection: Collection, model: Decoder) -> str:
-    """The functions that build the model's parts."""
+def _factories(collection: Collection, model: Decoder) -> tuple[str, dict[str, str]]:
+    """The function that builds the model's mixers, and the calls that build its other parts."""
     config = model.config
-    made = {
-        "embedding": [
-            f"return {_call(collection, 'embedding', config['embedding'], 'vocab_size, dim')}"
-        ],
-        "feed_forward": [
-            f"return {_call(collection, 'feed_forward', config['feed_forward'], 'dim, width')}"
-        ],
-    }
-    if config["convolution"]:
-        made["convolution"] = [
-            f"return {_call(collection, 'convolution', config['convolution'], 'dim, heads')}"
-        ]
+    calls = {}
+    for name, sizes in MADE.items():
+        if config[name]:
+            calls[f"make_{name}({sizes})"] = _call(collection, name, config[name], sizes)
     mixers = config["pattern"] or [config["mixer"]]
     kinds: dict[str, list[int]] = {}
     for index, spec in enumerate(mixers):
@@ -418,35 +425,24 @@ def _factories(collection: Collection, model: Decoder) -> str:
         )
         if text:
             kinds.setdefault(text, []).append(index)
-    if len(kinds) == 1:
-        made["mixer"] = [*next(iter(kinds)).splitlines(), "return mixer"]
-    else:
-        lines: list[str] = []
-        for text, layers in list(kinds.items())[:-1]:
-            lines.append(f"{'if' if not lines else 'elif'} layer % {len(mixers)} in {layers}:")
-            lines += [f"    {line}" for line in text.splitlines()]
-        lines += ["else:", *(f"    {line}" for line in list(kinds)[-1].splitlines())]
-        made["mixer"] = [*lines, "return mixer"]
-    heads = {
-        "embedding": "make_embedding(vocab_size: int, dim: int) -> Any",
-        "mixer": "make_mixer(layer: int, dim: int, heads: int) -> Any",
-        "convolution": "make_convolution(dim: int, heads: int) -> Any",
-        "feed_forward": "make_feed_forward(dim: int, width: int) -> Any",
-    }
-    whole = []
-    for name in MADE:
-        if name in made:
-            what = f"the {name.replace('_', '-')}"
-            what += " of a block" if name in ("mixer", "feed_forward") else ""
-            body = "\n".join(f"    {line}" for line in map(_wrapped, made[name]))
-            whole.append(f'def {heads[name]}:\n    """{what[0].upper()}{what[1:]}."""\n{body}')
-    return "\n\n\n".join(whole)
+    if len(kinds) == 1:  # of all layers: the block builds it itself
+        text = next(iter(kinds)).replace("mixer.", "self.mixer.").replace("mixer = ", "", 1)
+        return "", calls | {"make_mixer(layer, dim, heads)": text}
+    lines: list[str] = []
+    for text, layers in list(kinds.items())[:-1]:
+        lines.append(f"{'if' if not lines else 'elif'} layer % {len(mixers)} in {layers}:")
+        lines += [f"    {line}" for line in text.splitlines()]
+    lines += ["else:", *(f"    {line}" for line in list(kinds)[-1].splitlines())]
+    body = "\n".join(_wrapped(f"    {line}") for line in [*lines, "return mixer"])
+    head = "def make_mixer(layer: int, dim: int, heads: int) -> Any:"
+    return f'\n\n{head}\n    """The mixer of a block."""\n{body}', calls
 
 
-def _norm(config: dict[str, Any]) -> str:
+def _norm(collection: Collection, config: dict[str, Any]) -> str:
     if config["norm"] == "layer":
         return f"nn.LayerNorm(dim, eps={config['norm_eps']!r})"
-    return f"nn.RMSNorm(dim, eps={config['norm_eps']!r})"
+    collection.take("RMSNorm")
+    return f"RMSNorm(dim, eps={config['norm_eps']!r})"
 
 
 def _mixer(
@@ -485,7 +481,8 @@ def source_of(model: Decoder, name: str = "a model", *, wrapped: bool = False) -
     """
     refuse(model)
     collection = Collection()
-    factories = _factories(collection, model)
+    factories, calls = _factories(collection, model)
+    calls["make_norm(dim)"] = _norm(collection, model.config)
     for wanted in ("Decoder", "reorder") if wrapped else WANTED:
         collection.take(wanted)
     sections: dict[str, list[str]] = {section: [] for section in PLAIN}
@@ -509,9 +506,9 @@ def source_of(model: Decoder, name: str = "a model", *, wrapped: bool = False) -
         text += ["", ""]
         if section != "core":
             text.append(f"{RULE} {TITLES.get(section, f'from {section}')}")
-        if section == "decoder":
+        if section == "decoder" and factories:
             text += [factories]
-        before = "long" if section == "decoder" else ""
+        before = "long" if section == "decoder" and factories else ""
         for part in sections[section]:
             short = not part.startswith(("def ", "class ", "@"))
             text += [part] if short or not before else ["", "", part]
@@ -523,7 +520,7 @@ def source_of(model: Decoder, name: str = "a model", *, wrapped: bool = False) -
                 "",
                 "",
                 (BUILD if wrapped else MAIN).replace(
-                    "return Decoder(ARGUMENTS)", _wrapped(f"return Decoder({built})")
+                    "    return Decoder(ARGUMENTS)", _wrapped(f"    return Decoder({built})")
                 ),
             ]
         ).rstrip()
@@ -531,7 +528,15 @@ def source_of(model: Decoder, name: str = "a model", *, wrapped: bool = False) -
     )
     frozen = [taken for taken, entry in collection.taken.items() if entry[0] in collection.own]
     body = re.sub(r"  # type: ignore\[[^\]]*\]", "", body)
-    body = simplify(body.replace("make_norm(dim)", _norm(model.config)), ROOTS, frozen)
+    body = body.replace("INIT_STD = 0.02", f"INIT_STD = {model.init_std!r}")
+    for made, text_of in calls.items():
+        body = _with_call(body, made, text_of)
+    if not factories:  # which alone ask for the layer
+        body = body.replace("Block(layer, dim", "Block(dim").replace(
+            "for layer in range", "for _ in range"
+        )
+        body = body.replace("        layer: int,\n", "")
+    body = simplify(body, ROOTS, frozen)
     if wrapped:
         body, _, end = body.rpartition("def build()")
         call: Any = ast.parse("def build()" + end).body[0]

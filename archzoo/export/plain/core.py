@@ -169,10 +169,18 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMS norm: ``w * x / sqrt(mean(x^2) + eps)`` (Zhang and Sennrich, arXiv 1910.07467)."""
+    """``w * x / sqrt(mean(x^2) + eps)`` over the last axis (Zhang and Sennrich, 1910.07467)."""
 
-    def __init__(self, dim: int, eps: float = 1e-6) -> None:
-        super().__init__(dim, eps=eps)
+    def __init__(self, dim: int, eps: float = 1e-6, scales: bool = True) -> None:
+        super().__init__(dim, eps, scales)  # by w, which is learned
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (..., channels) to y of the same shape."""
+        if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+            return super().forward(x)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # torch's own is slower on a CPU
+        y = x * torch.addcmul(norm.new_tensor(self.eps), norm, norm, value=1 / x.shape[-1]).rsqrt()
+        return y if self.weight is None else y * self.weight
 
 
 class KeepsFloat32(nn.Module):

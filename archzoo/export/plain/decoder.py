@@ -14,6 +14,8 @@ from archzoo.export.plain.embeddings import TokenEmbedding
 
 # A generated file says here what its model is made of.
 
+INIT_STD = 0.02  # of matrices at the start
+
 
 def make_embedding(vocab_size: int, dim: int) -> Any:
     """The embedding."""
@@ -85,15 +87,11 @@ class Block(nn.Module):
             mixed, state = self.mix(h, state, context)
         else:
             mixed, state = self.mixer(h, state, context)
-        if self.dropout:
-            mixed = F.dropout(mixed, self.dropout, self.training)
-        x = x + mixed
+        x = x + (F.dropout(mixed, self.dropout, self.training) if self.dropout else mixed)
         if self.post:
             x = self.mixer_norm(x)
         fed, aux = self.feed_forward(x if self.post else self.feed_forward_norm(x), context)
-        if self.dropout:
-            fed = F.dropout(fed, self.dropout, self.training)
-        x = x + fed
+        x = x + (F.dropout(fed, self.dropout, self.training) if self.dropout else fed)
         if self.post:
             x = self.feed_forward_norm(x)
         return x, state, aux
@@ -122,7 +120,6 @@ class Decoder(nn.Module):
         post: bool = False,
         convolved: bool = False,
         dropout: float = 0.0,
-        init_std: float = 0.02,
         loops: int = 1,  # times that the stack of blocks is applied, with the same weights
         injection: str = "none",  # add the embedding again: before every layer, or every loop
         reads_positions: bool = False,  # the embedding reads them off the text
@@ -139,8 +136,8 @@ class Decoder(nn.Module):
         self.norm: nn.Module = nn.Identity() if post else make_norm(dim)
         self.head = nn.Linear(dim, vocab_size, bias=False)
         self.dropout = dropout
-        closing = 2 * depth * loops if loops > 1 else 2 * depth  # the residual branches
-        self.draw_weights(init_std, init_std / math.sqrt(closing))
+        branches = 2 * depth * loops if loops > 1 else 2 * depth
+        self.draw_weights(INIT_STD, INIT_STD / math.sqrt(branches))
         if tie_weights:
             self.head.weight = self.embedding.weight
 
@@ -186,7 +183,7 @@ class Decoder(nn.Module):
             x = F.dropout(x, self.dropout, self.training)
         embedded = x
         after, aux = [], []
-        blocks = [*self.blocks] * self.loops if self.loops > 1 else self.blocks
+        blocks: Any = [*self.blocks] * self.loops if self.loops > 1 else self.blocks
         for run, block in enumerate(blocks):
             if run and (
                 self.injection == "layer"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archzoo.embeddings.digits import count_digits
-from archzoo.export.plain.core import Context, Mixed, State, make_context
+from archzoo.export.plain.core import Context, Mixed, RMSNorm, State, make_context
 
 
 class TokenEmbedding(nn.Module):
@@ -43,7 +43,7 @@ class RowEmbedding(TokenEmbedding):
     ) -> None:
         super().__init__(vocab_size, dim)
         self.table = TokenEmbedding(rows, dim)
-        self.norm = nn.RMSNorm(dim, eps=1e-6) if normalise else nn.Identity()
+        self.norm = RMSNorm(dim, eps=1e-6) if normalise else nn.Identity()
         self.rows = rows
         if std is not None:
             self.weight.data.mul_(std)

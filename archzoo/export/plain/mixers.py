@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from archzoo.export.plain.core import (
     Context,
     Mixed,
+    RMSNorm,
     State,
 )
 
@@ -48,14 +49,19 @@ class Retention(nn.Module):
         self.heads, self.head_dim = heads, dim // heads
         value_width = round(dim * value_factor)
         self.value_dim = value_width // heads
-        self.gate, self.head_norm = gate, head_norm
-        self.norm_eps, self.chunk_size = norm_eps, chunk_size
+        self.gate, self.chunk_size = gate, chunk_size
         # One matrix for queries, keys, values and the gate, in this order.
         self.widths = [dim, dim, value_width] + [value_width] * gate
         self.query_key_value_gate = nn.Linear(dim, sum(self.widths), bias=False)
         self.output = nn.Linear(value_width, dim, bias=False)
         self.output.residual_projection = True  # type: ignore[assignment]
         self.rotary: Any = None  # a position method, such as RetentionRotation
+        if head_norm == "rms":
+            self.norm: nn.Module = RMSNorm(self.value_dim, max(norm_eps, 1e-24), scales=False)
+        elif head_norm == "group":
+            self.norm = nn.LayerNorm(self.value_dim, max(norm_eps, 1e-24), elementwise_affine=False)
+        else:
+            self.norm = nn.Identity()
         self.learnable, self.fades = decay == "learnable", decay != 1
         if decay == "paper_lm":  # 1 - gamma from 1/32 to 1/512, evenly in the logarithm
             rates = [2.0 ** (-5 - 4 * head / max(heads - 1, 1)) for head in range(heads)]
@@ -71,11 +77,8 @@ class Retention(nn.Module):
     def init_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> State:
         """S = 0, (batch, heads, key_dim, value_dim), in float32 at least."""
         shape = (batch_size, self.heads, self.head_dim, self.value_dim)
-        return {
-            "memory": torch.zeros(
-                shape, device=device, dtype=torch.promote_types(dtype, torch.float32)
-            )
-        }
+        dtype = torch.promote_types(dtype, torch.float32)
+        return {"memory": torch.zeros(shape, device=device, dtype=dtype)}
 
     def forward(self, x: Tensor, state: State | None, context: Context) -> Mixed:
         """X (batch, time, dim) to y of the same shape, and the state after it."""
@@ -88,23 +91,17 @@ class Retention(nn.Module):
             if context.packed:
                 valid = context.valid[:, :, None, None]
                 k, v = k * valid, v * valid
-            q, k, v = (part.transpose(1, 2) for part in (q, k * self.head_dim**-0.5, v))
+            q, k, v = (part.transpose(1, 2).contiguous() for part in (q, k, v))
             if self.learnable:
                 log_gamma = -self.decay_rate.to(dtype).exp()
             else:
                 log_gamma = torch.tensor(self.log_gamma, device=q.device, dtype=dtype)
-            q = q * self.normaliser(log_gamma, context.positions)
             memory = (state or self.init_state(len(x), device=x.device, dtype=dtype))["memory"]
             form = self.parallel if x.shape[1] <= 2 * self.chunk_size else self.chunkwise
             if x.shape[1] == 1:
                 form = self.recurrent
             o, memory = form(q, k, v, log_gamma, memory, context)
-        o = o.transpose(1, 2)
-        if self.head_norm == "rms":
-            o = F.rms_norm(o, (self.value_dim,), eps=max(self.norm_eps, 1e-24))
-        elif self.head_norm == "group":
-            o = F.layer_norm(o, (self.value_dim,), eps=max(self.norm_eps, 1e-24))
-        y = o.flatten(2).to(x.dtype)
+        y = self.norm(o).transpose(1, 2).flatten(2).to(x.dtype)
         if self.gate:
             y = F.silu(gate[0]) * y
         return self.output(y), None if state is None else {"memory": memory}
@@ -119,34 +116,54 @@ class Retention(nn.Module):
             total = count.expand(-1, self.heads, -1)
         return total.rsqrt()[..., None]
 
+    def decay(self, log_gamma: Tensor, points: Tensor, documents: Tensor) -> Tensor:
+        """D_ij = gamma^(n_i - n_j) for j <= i of one document, else 0; (batch, heads, ..., i, j).
+
+        Of points in time (batch, ..., i), n: how many tokens have come, and how many documents.
+        """
+        seen = (documents[..., :, None] == documents[..., None, :]).tril()[:, None]
+        elapsed = (points[..., :, None] - points[..., None, :])[:, None]
+        exponent = elapsed * log_gamma.view(-1, *(1,) * (elapsed.dim() - 2))
+        return exponent.masked_fill(~seen, -math.inf).exp()
+
+    def points(self, context: Context) -> tuple[Tensor, ...]:
+        """Before the first token and after each, (batch, time + 1); padding lets no time pass."""
+        rows = None if context.packed else 1  # without padding and documents all rows are alike
+        both = (context.valid[:rows], context.starts[:rows])
+        return tuple(F.pad(marks.cumsum(dim=1), (1, 0)) for marks in both)
+
     def parallel(
         self, q: Tensor, k: Tensor, v: Tensor, log_gamma: Tensor, memory: Tensor, context: Context
     ) -> tuple[Tensor, Tensor]:
-        """``o = ((Q K^T) * D) V``, D_ij = gamma^(i - j) for j <= i of one document, else 0.
-
-        Beside it the memory that was there before is read, decayed until each token.
-        """
-        # Points in time: before the first token, and after each; padding lets no time pass.
-        count = context.valid.cumsum(dim=1)
-        point = F.pad(count, (1, 0))
-        document = F.pad(context.starts.cumsum(dim=1) * context.packed, (1, 0))
-        seen = (document[:, :, None] == document[:, None, :]).tril()
-        elapsed = (point[:, :, None] - point[:, None, :])[:, None] * log_gamma[:, None, None]
-        decay = elapsed.masked_fill(~seen[:, None], -math.inf).exp()
-        o = ((q @ k.mT) * decay[..., 1:, 1:]) @ v + (q * decay[..., 1:, :1]) @ memory
-        memory = decay[..., -1:, :1] * memory + (k * decay[..., -1, 1:, None]).mT @ v
+        """``o = ((Q K^T) * D) V``, and what was in the memory before, decayed until each token."""
+        decay, scale = self.decay(log_gamma, *self.points(context)), self.head_dim**-0.5
+        normaliser = self.normaliser(log_gamma, context.positions)
+        o = ((q @ k.mT) * (scale * decay[..., 1:, 1:] * normaliser)) @ v
+        o = o + (q * (decay[..., 1:, :1] * normaliser)) @ memory
+        memory = memory * decay[..., -1:, :1] + (k * (scale * decay[..., -1, 1:, None])).mT @ v
         return o, memory
 
     def chunkwise(
         self, q: Tensor, k: Tensor, v: Tensor, log_gamma: Tensor, memory: Tensor, context: Context
     ) -> tuple[Tensor, Tensor]:
-        """`parallel` within chunks, the memory handed from one to the next: linear in time."""
-        outputs = []
-        for begin in range(0, q.shape[2], self.chunk_size):
-            end = begin + self.chunk_size
-            parts = [part[:, :, begin:end] for part in (q, k, v)]
-            o, memory = self.parallel(*parts, log_gamma, memory, context.segment(begin, end))  # type: ignore[arg-type, call-arg]
-            outputs.append(o)
+        """`parallel` within chunks, each from what those before have left: linear in time."""
+        q, points = q * self.normaliser(log_gamma, context.positions), self.points(context)
+        outputs, begin, time, scale = [], 0, q.shape[2], self.head_dim**-0.5
+        while begin < time:  # the last chunk may be shorter
+            size = min(self.chunk_size, time - begin)
+            end = begin + min((time - begin) // size, 64) * size
+            here = [point[:, begin : end + 1] for point in points]
+            decay = self.decay(log_gamma, *(point.unfold(1, size + 1, size) for point in here))
+            q_, k_, v_ = (part[:, :, begin:end].unflatten(2, (-1, size)) for part in (q, k, v))
+            # What each chunk adds, and from it the memory before the first one and after each.
+            added = (k_ * (scale * decay[..., -1, 1:, None])).mT @ v_
+            added = torch.cat([memory[:, :, None], added], dim=2)
+            across = self.decay(log_gamma, *(point[:, ::size] for point in here))
+            states = (across @ added.flatten(3)).unflatten(3, added.shape[3:])
+            o = ((q_ @ k_.mT) * (scale * decay[..., 1:, 1:])) @ v_
+            o = o + (q_ * decay[..., 1:, :1]) @ states[:, :, :-1]
+            outputs.append(o.flatten(2, 3))
+            begin, memory = end, states[:, :, -1]
         return torch.cat(outputs, dim=2), memory
 
     def recurrent(
@@ -157,8 +174,8 @@ class Retention(nn.Module):
         if context.packed:  # a new document forgets the past; padding lets nothing decay
             valid, starts = (mark[:, :, None, None] for mark in (context.valid, context.starts))
             gamma = torch.where(valid, gamma * ~starts, 1.0)
-        memory = gamma * memory + k.mT @ v
-        return q @ memory, memory
+        memory = torch.addcmul(memory * gamma, k.mT, v, value=self.head_dim**-0.5)
+        return (q * self.normaliser(log_gamma, context.positions)) @ memory, memory
 
 
 class Attention(nn.Module):
@@ -246,7 +263,7 @@ class FilteredAttention(Attention):
         super().__init__(dim, heads, kv_heads=kv_heads)
         # A causal convolution of two taps is one matrix on [token before; token].
         self.first, self.second = nn.Linear(2 * dim, dim // 2), nn.Linear(dim, dim)
-        self.filter_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.filter_norm = RMSNorm(dim, eps=1e-6)
 
     def init_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> State:
         """Attention's cache, filter_input (batch, dim) and filter_hidden (batch, dim / 2)."""
