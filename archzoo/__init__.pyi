@@ -54,6 +54,8 @@ from archzoo.generation.reading import read_document as read_document
 from archzoo.generation.state_files import load_state as load_state
 from archzoo.generation.state_files import save_state as save_state
 from archzoo.linear import Linear as Linear
+from archzoo.linears.binary_mos import BinaryMoSLinear as BinaryMoSLinear
+from archzoo.linears.onebit import OneBitLinear as OneBitLinear
 from archzoo.mixers.attention import Attention as Attention
 from archzoo.mixers.filtered import FilteredAttention as FilteredAttention
 from archzoo.mixers.retention import Retention as Retention

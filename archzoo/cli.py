@@ -78,6 +78,11 @@ COMMANDS = {
     "upcycle": Command(
         "make a mixture of experts of a dense checkpoint", "conversion.upcycle", "upcycle_command"
     ),
+    "binarise": Command(
+        "make a model of 1 bit a weight of a checkpoint",
+        "conversion.binarise",
+        "binarise_command",
+    ),
     "export": Command(
         "write a model as one file of PyTorch, or for transformers",
         "export.command",

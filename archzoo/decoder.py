@@ -310,6 +310,8 @@ class Decoder(nn.Module):
                 module.weight.data.copy_(nn.init.normal_(drawn, std=std))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+                if isinstance(module, Linear):
+                    module.weight_drawn()
             elif isinstance(module, Embedding):
                 nn.init.normal_(module.weight, std=self.init_std)
 
@@ -748,8 +750,9 @@ class Decoder(nn.Module):
         return zip(parts, entries, strict=True)
 
     def parameter_count(self) -> int:
-        """Parameters, shared ones once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        """Parameters, shared ones once, and the weights of 1 bit that are kept packed."""
+        packed = sum(m.packed_weights for m in self.modules() if isinstance(m, Linear))
+        return packed + sum(parameter.numel() for parameter in self.parameters())
 
 
 def _whole(size: Any) -> bool:
@@ -813,6 +816,7 @@ def _replace_linears(part: nn.Module, spec: Spec) -> None:
             if child.keeps_init:  # its own values, which are drawn already
                 made.load_state_dict(child.state_dict(), strict=False)
                 made.keeps_init = True
+                made.weight_drawn()
             made.heads, made.called_in_parts = child.heads, child.called_in_parts
             setattr(part, name, made)
         elif not isinstance(child, Router):  # which choose in full precision

@@ -53,6 +53,11 @@ class Linear(nn.Linear):
     called_in_parts = False
     #: Whether it has initialised itself, so that the decoder does not.
     keeps_init = False
+    #: Whether all that it computes is x times `base_weight`, and the bias: then whoever reads that
+    #: needs no call. A property, where it depends on the arguments.
+    is_one_matrix = True
+    #: Weights that lie packed in a buffer, and so are no parameters.
+    packed_weights = 0
     #: Into how many heads the rows of a block divide, by its name; a mixer says so.
     heads: Mapping[str, int] = {}
     #: By the adapter's name and the block's; there once one is attached.
@@ -101,6 +106,9 @@ class Linear(nn.Linear):
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
+
+    def weight_drawn(self) -> None:
+        """Start what else there is by the weight, which has been drawn."""
 
     def extra_repr(self) -> str:
         rows = ", ".join(f"{name}={size}" for name, size in self.blocks.items())
@@ -167,6 +175,26 @@ class Linear(nn.Linear):
             weight = weight[..., rows, :]
             bias = bias if bias is None else bias[..., rows]
         return _of_each(x, weight, bias)
+
+    def member(self, x: Tensor, index: int, change: Tensor | None = None) -> Tensor:
+        """Y of one matrix of a stack: x (rows, in_features) to (rows, out_features).
+
+        Args:
+            x: (rows, in_features).
+            index: Which.
+            change: What `weight_change` gives, for all of several calls; None: there is none.
+        """
+        y = self.product_of(x, index)
+        return y if change is None else y + F.linear(x, change[index])
+
+    def product_of(self, x: Tensor, index: int) -> Tensor:
+        """`product` of one matrix of a stack."""
+        bias: Tensor | None = self.bias
+        return F.linear(x, self.weight[index], bias if bias is None else bias[index])
+
+    def weight_change(self) -> Tensor | None:
+        """What adapters add to the weight, of its shape; None: there are none."""
+        return self.effective_weight() - self.base_weight() if self.adapted else None
 
     def _changed(self, x: Tensor, names: Sequence[str], rows: slice | None = None) -> Tensor:
         """Y of some blocks, with what the adapters add.
@@ -365,10 +393,12 @@ class Linear(nn.Linear):
         return self._held_bias if self._uses_held() else self._effective_bias()
 
     def one_weight(self) -> Tensor | None:
-        """The one matrix that y is x times, for a kernel; None: adapters compute beside it.
+        """The one matrix that y is x times, for a kernel; None: something computes beside it.
 
         Without adapters it is the weight, and within `held` that with what they add to it.
         """
+        if not self.is_one_matrix:
+            return None
         if not self.adapted:
             return self.base_weight()
         return self._held if self._held_in_calls and self._uses_held() else None

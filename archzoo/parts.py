@@ -36,7 +36,10 @@ SLOTS: dict[str, type[nn.Module]] = {
 }
 
 # Where the zoo's own parts are defined: the modules of these packages that have a public name.
-HOMES = ("mixers", "feedforward", "embeddings", "positions", "adapters", "convolution", "linear")
+HOMES = (
+    *("mixers", "feedforward", "embeddings", "positions", "adapters", "convolution"),
+    *("linear", "linears"),
+)
 MODULES = tuple(dict.fromkeys(m for m in names_of("archzoo").values() if m.split(".")[1] in HOMES))
 
 #: The part that stands for "none" in a slot; without a bias there is no part, which the decoder

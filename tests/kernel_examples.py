@@ -237,6 +237,19 @@ def rotation() -> None:
 
 
 @example
+def one_bit() -> None:
+    """A token's product with packed signs, of one size and of one that fills no program."""
+    from archzoo.kernels.one_bit import pack, product
+
+    for width, outputs in ((4096, 4096), (1024, 1000), (96, 40)):
+        packed = pack(torch.rand(outputs, width) < 0.5)
+        for dtype in (torch.bfloat16, torch.float32):
+            scales = torch.ones(width, dtype=dtype), torch.ones(outputs, dtype=dtype)
+            with torch.no_grad():
+                product(torch.randn(1, width, dtype=dtype), packed, *scales)
+
+
+@example
 def cross_entropy() -> None:
     from archzoo.kernels.cross_entropy import score, total_loss
 

@@ -29,6 +29,7 @@ LAYERS = """
     adapters.targets
     adapters.attach adapters.switch freezing
     kernels
+    linears
     positions
     embeddings mixers feedforward
     inputs

@@ -28,7 +28,7 @@ from archzoo.kernels.experts import (
     spread_rows,
 )
 from archzoo.kernels.launching import fused
-from archzoo.kernels.swiglu import swiglu
+from archzoo.kernels.swiglu import swiglu, swiglu_plainly
 from archzoo.linear import Linear
 from archzoo.parts import Part, build, describe
 
@@ -61,7 +61,8 @@ class Matrices(NamedTuple):
 class Experts(nn.Module):
     """SwiGLU experts side by side: ``E_e(x) = (silu(x Wg_e) * (x Wu_e)) Wd_e``.
 
-    Four ways to compute the same thing:
+    Where a Linear of theirs is more than a matrix (`Linear.is_one_matrix`), each expert is called
+    with its tokens. Else four ways compute the same thing:
 
     * loop: one expert after the other. The reference implementation: any dtype, any size.
     * grouped: `torch.nn.functional.grouped_mm`, all experts in one product.
@@ -130,6 +131,8 @@ class Experts(nn.Module):
             (tokens, dim) in x's dtype.
         """
         matrices = matrices or self.matrices(x)
+        if matrices is None:
+            return self.called(x, weights, indices, kept)
         gate_up, down, _ = matrices
         dtype, k = gate_up.dtype, indices.shape[1]
         backend = backend or self.choose_backend(indices.numel(), dtype, x.device)
@@ -150,16 +153,54 @@ class Experts(nn.Module):
             rows = self.loop(rows, gate_up, down, dispatch.ends)
         return collect_rows(rows, weights, dispatch).to(x.dtype)
 
-    def matrices(self, x: Tensor) -> Matrices:
-        """All experts' weights in the dtype that x is computed in.
+    def matrices(self, x: Tensor) -> Matrices | None:
+        """All experts' weights in the dtype that x is computed in; None: they say not all.
 
         Autocast does not know grouped products, so all is cast here, once for every backend.
         """
+        if not (self.gate_up.is_one_matrix and self.down.is_one_matrix):
+            return None
         kind, dtype = x.device.type, x.dtype
         if kind != "meta" and torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
         stored = (self.gate_up.effective_weight(), self.down.effective_weight())
         return Matrices(cast_weight(stored[0], dtype), cast_weight(stored[1], dtype), stored)
+
+    def called(
+        self, x: Tensor, weights: Tensor, indices: Tensor, kept: Tensor | None = None
+    ) -> Tensor:
+        """`forward` by a call of each expert, with its tokens alone.
+
+        Args:
+            x: (tokens, dim).
+            weights: (tokens, k).
+            indices: (tokens, k) int64.
+            kept: (tokens, k) bool, or None.
+        """
+        changes = (self.gate_up.weight_change(), self.down.weight_change())
+
+        def expert(rows: Tensor, index: int) -> Tensor:
+            hidden = swiglu_plainly(self.gate_up.member(rows, index, changes[0]))
+            return self.down.member(hidden, index, changes[1])
+
+        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        if transformed() or exporting() or capturing:  # nothing may ask for an expert's tokens
+            if kept is not None:
+                weights = weights * kept
+            chosen = indices[:, :, None] == torch.arange(self.experts, device=x.device)
+            gates = (weights[:, :, None] * chosen).sum(dim=1).to(x.dtype)  # (tokens, experts)
+            each = torch.stack([expert(x, index) for index in range(self.experts)], dim=1)
+            return (each * gates[:, :, None]).sum(dim=1).to(x.dtype)
+        dispatch = make_dispatch(indices, self.experts, kept, kernels=fused(x, self.dim))
+        rows = spread_rows(x, dispatch, indices.shape[1], x.dtype)
+        sizes = dispatch.ends.diff(prepend=dispatch.ends.new_zeros(1)).tolist()
+        rest = len(rows) - sum(sizes)
+        parts = rows.split([*sizes, rest])[:-1]
+        # In training one without tokens is called too, for its gradient of zeros.
+        all_of_them = torch.is_grad_enabled()
+        found = [expert(p, e) for e, p in enumerate(parts) if len(p) or all_of_them]
+        spare = found[0].new_zeros(rest, self.dim) if found else rows.new_zeros(rest, self.dim)
+        return collect_rows(torch.cat([*found, spare]), weights, dispatch).to(x.dtype)
 
     @staticmethod
     def gather(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor) -> Tensor:

@@ -1,0 +1,177 @@
+"""Matrices of signs, 1 bit a weight: how they are packed, and the product with one.
+
+Bit i % 8, counted from the lowest, of byte i // 8 of a row is 1 where the weight of input i is
+negative; bits past the last input are 0. So a row of n inputs takes ceil(n / 8) bytes. It is the
+order that OneBit's own code packs in.
+
+Three forms compute ``y = ((x * before) S^T) * after`` and agree to rounding: the plain one, which
+unpacks S for the call; C++ on a CPU, which is built at the first use and reads the bits alone; a
+Triton kernel. The two fast ones are for few rows of x and have no gradients. Importing this module
+needs neither a compiler nor Triton.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from archzoo.derivatives import followed
+from archzoo.kernels.launching import SWITCHED_OFF, launch, power_of_2, run_beside
+from archzoo.kernels.one_bit.native import library
+from archzoo.numerics import autocast_dtype, cast
+
+BITS = 32  # of a word, as the Triton kernel reads them
+ROWS = 8  # of x, up to which the fast forms run: they read all bits for each row
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+WORDS = 256  # of a row of signs that a program of the Triton kernel holds at once
+
+_launch = functools.partial(launch, "archzoo.kernels.one_bit.triton")
+
+
+# ---------------------------------------------------------------------------- packing
+
+
+def pack(negative: Tensor) -> Tensor:
+    """Bits as bytes.
+
+    Args:
+        negative: (..., n) bool: where a weight is below 0.
+
+    Returns:
+        (..., ceil(n / 8)) uint8.
+    """
+    width = negative.shape[-1]
+    bits = F.pad(negative.to(torch.uint8), (0, -width % 8)).unflatten(-1, (-1, 8))
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    packed: Tensor = (bits << places).sum(dim=-1, dtype=torch.uint8)
+    return packed
+
+
+def unpack(packed: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Bytes as signs: (..., width) of 1 and -1.
+
+    Args:
+        packed: (..., ceil(width / 8)) uint8, as `pack` gives it.
+        width: n.
+        dtype: Of the signs.
+    """
+    byte = torch.arange(256, device=packed.device)[:, None]
+    places = torch.arange(8, device=packed.device)
+    table = (1 - 2 * (byte >> places & 1)).to(dtype)
+    return table[packed.int()].flatten(-2)[..., :width]
+
+
+# ---------------------------------------------------------------------------- the product
+
+
+def available(like: Tensor) -> bool:
+    """Whether a fast form runs where a tensor lies, in its dtype; what it needs is built now."""
+    if like.dtype not in FLOATS or SWITCHED_OFF or followed():
+        return False
+    if like.device.type == "cpu":
+        return run_beside(like) or library() is not None
+    return run_beside(like)
+
+
+def product(x: Tensor, packed: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """``y = ((x * before) S^T) * after`` in x's dtype, by the fastest form that takes them.
+
+    Args:
+        x: (..., n).
+        packed: S, (outputs, ceil(n / 8)) uint8.
+        before: Scales of the inputs: (n,), or of each row of x: x's shape.
+        after: Scales of the outputs: (outputs,), or of each row of x: (..., outputs).
+    """
+    rows = x.numel() // max(x.shape[-1], 1)
+    given = (x, before, after)
+    gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+    if gradients or not 0 < rows <= ROWS or autocast_dtype(x.device) is not None:
+        return product_plainly(x, packed, before, after)
+    if not available(x):
+        return product_plainly(x, packed, before, after)
+    flat = x.reshape(rows, x.shape[-1])
+    scales = [scale if scale.dim() == 1 else scale.flatten(0, -2) for scale in (before, after)]
+    if not run_beside(x):
+        y = _by_library(flat, packed, *scales)
+    elif x.shape[-1] % BITS == 0:
+        y = _by_kernel(flat, packed, *scales)
+    else:
+        return product_plainly(x, packed, before, after)
+    return y.view(*x.shape[:-1], len(packed))
+
+
+def product_plainly(x: Tensor, packed: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """The same of torch's own operations; S is unpacked for this call.
+
+    Args:
+        x: As for `product`, and so are the others.
+        packed: The same.
+        before: The same.
+        after: The same.
+    """
+    signs = unpack(packed, x.shape[-1], x.dtype)
+    y = F.linear(x * cast(before, x.dtype), signs)
+    return y * cast(after, y.dtype)
+
+
+def _by_library(x: Tensor, packed: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """On a CPU; x (rows, n)."""
+    dtype, (rows, width), outputs = x.dtype, x.shape, packed.shape[0]
+    x, before, after = (cast(t, torch.float32).contiguous() for t in (x, before, after))
+    packed = packed.contiguous()
+    y = torch.empty((rows, outputs), dtype=torch.float32)
+    compute = library()
+    assert compute is not None  # `available` has asked
+    compute(
+        x.data_ptr(), packed.data_ptr(), before.data_ptr(), after.data_ptr(), y.data_ptr(),
+        rows, outputs, width, width if before.dim() == 2 else 0,
+        outputs if after.dim() == 2 else 0, torch.get_num_threads(),
+    )  # fmt: skip
+    return cast(y, dtype)
+
+
+# ---------------------------------------------------------------------------- on a GPU
+
+
+def _by_kernel(x: Tensor, packed: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """By Triton; x (rows, n), n a multiple of 32."""
+    (rows, width), outputs = x.shape, len(packed)
+    x, before, after = x.contiguous(), before.contiguous(), after.contiguous()
+    y = x.new_empty(rows, outputs)
+    words = width // BITS
+    held = min(power_of_2(words), WORDS)
+    each = 8 if outputs >= 1024 else 4
+    _launch(
+        "one_bit_kernel", (-(-outputs // each), rows), (x, planes(packed), before, after, y),
+        outputs, words, width if before.dim() == 2 else 0, outputs if after.dim() == 2 else 0,
+        OUTPUTS=each, WORDS=held, num_warps=max(held // 32, 1),
+    )  # fmt: skip
+    return y
+
+
+def planes(packed: Tensor) -> Tensor:
+    """The same bits as the kernel reads them, kept beside the bytes while they stay.
+
+    Bit k of word j is the sign of input ``k * words + j``, so that neighbouring threads, which
+    hold neighbouring words, read neighbouring inputs.
+
+    Args:
+        packed: (outputs, n / 8) uint8, n a multiple of 32.
+
+    Returns:
+        (outputs, words) int32, words = n / 32.
+    """
+    version = 0 if packed.is_inference() else packed._version
+    kept = packed.__dict__.get("planes")
+    if kept is not None and kept[0] == version:
+        found: Tensor = kept[1]
+        return found
+    outputs, width = len(packed), 8 * packed.shape[1]
+    negative = (unpack(packed, width, torch.int8) < 0).view(outputs, BITS, width // BITS)
+    spread = pack(negative.transpose(1, 2)).contiguous()  # 4 bytes a word, the lowest first
+    words = spread.view(torch.int32).view(outputs, width // BITS)
+    packed.__dict__["planes"] = (version, words)
+    return words
