@@ -64,6 +64,8 @@ class Linear(nn.Linear):
     adapter_modules: nn.ModuleDict
     #: The names of adapters that are switched off.
     adapters_off: frozenset[str] = frozenset()
+    #: Whether it is within `held`.
+    is_held = False
 
     def __init__(
         self,
@@ -403,6 +405,11 @@ class Linear(nn.Linear):
             return self.base_weight()
         return self._held if self._held_in_calls and self._uses_held() else None
 
+    @property
+    def held_changes(self) -> Packed | None:
+        """Within `held`: what all adapters add beside the weight, if it is of low rank."""
+        return self._held_changes
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Within it weight and bias with their adapters' changes are computed once, for no_grad.
@@ -413,7 +420,7 @@ class Linear(nn.Linear):
         Nothing else could tell that one has changed: a fused optimizer step, FSDP2 and ``.data``
         count no versions.
         """
-        if not self.adapted or self._held is not None or self._held_changes is not None:
+        if not self.adapted or self.is_held:
             yield
             return
         with torch.no_grad():
@@ -425,7 +432,7 @@ class Linear(nn.Linear):
                 names = tuple(self.blocks)
                 changes = self._low_rank_changes(names, self._by_block(names), self.dtype)
                 self._held_changes = pack(changes, kept=True) if changes else None
-        self._held_in_calls = merges
+        self._held_in_calls, self.is_held = merges, True
         try:
             yield
         finally:
@@ -433,7 +440,7 @@ class Linear(nn.Linear):
 
     def _forget_held(self) -> None:
         self._held = self._held_bias = self._held_changes = None
-        self._held_in_calls = False
+        self._held_in_calls = self.is_held = False
 
     def _merges(self) -> bool:
         """Whether all adapters that are on say by a change of the weight all that they do."""

@@ -360,6 +360,30 @@ def decoding() -> None:
             x = kernels.linear(o, out, norm=gated, residual=x)
             kernels.linear(x, weight, norm=norm, paired=True)
             kernels.linear(x, embedding, norm=norm)
+        experts, rank = 10, 8  # the mixtures of adapters, where they begin and where they end
+        first = torch.randn(2 * experts * (rank + 1), dim, dtype=torch.bfloat16)
+        seconds = [torch.randn(2 * q, experts * rank, dtype=torch.bfloat16) for _ in range(2)]
+        places = [(0, seconds[0]), (2 * q, seconds[1])]
+        mixture = kernels.make_mixture(first, places, 4 * q, experts, 2, 0.5, paired=True)
+        router = torch.randn(experts, 2 * q, dtype=torch.bfloat16)
+        vectors = kernels.make_scaling(router, torch.zeros(experts, 2 * q), None)
+        down = torch.randn(dim, 2 * q, dtype=torch.bfloat16)
+        head = torch.randn(experts, width, dtype=torch.bfloat16)
+        of_heads = kernels.make_blend([(q, head, torch.zeros(heads, experts, width), True)], None)
+        for batch in (1, 64):
+            x = torch.randn(batch, dim, dtype=torch.bfloat16)
+            table = torch.zeros(batch, width // 2, 2)
+            z = kernels.linear(x, weight)
+            kernels.blend(z, of_heads, z, kernels.Rotation(table, width, q, q, 0.125))
+            following = kernels.make_next(mixture, norm.weight), kernels.make_next(vectors, None)
+            left = None
+            for _ in range(2):
+                y, of_y = kernels.linear_and_next(
+                    x, weight, following[1], norm=norm, paired=True, mixture=mixture, left=left
+                )
+                _, left = kernels.linear_and_next(
+                    y, down, following[0], residual=x, mixture=vectors, left=of_y
+                )
 
 
 @example

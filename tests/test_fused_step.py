@@ -5,12 +5,15 @@ Without a GPU the kernels run through Triton's interpreter.
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from families import micro
 from kernel_device import DEVICE, GPU, define_kernels
 
 import archzoo
+from archzoo.adapters.mixture import SoftRouter
 from archzoo.decoder import Decoder
 from archzoo.generation import replay
 from archzoo.generation.fused import Step, fused_step
@@ -151,6 +154,90 @@ def test_adapted_weights_that_are_held_are_fused(name, monkeypatch):
         monkeypatch.setattr("archzoo.generation.fused._call_mixer", None)
         monkeypatch.setattr("archzoo.generation.fused._call_feed_forward", None)
         check(model, PROMPTS[:2], monkeypatch)
+
+
+EVERYWHERE = ["mixer", "feed_forward"]
+MIXED = [
+    # A layer leaves something for the next.
+    ("MoLoRA", {"targets": EVERYWHERE, "rank": 3, "experts": 3}, {"depth": 2}, 1, torch.float32),
+    ("MoLoRA", {"targets": ["value", "up", "output"], "rank": 2}, {}, 3, LOW),
+    ("MoV", {"experts": 5}, {"depth": 2}, 1, LOW),
+    ("MoV", {"experts": 4, "top_k": 3, "targets": ["value", "down"]}, {}, 3, torch.float32),
+]
+
+
+def adapt(cls: str, **given: object) -> Decoder:
+    """What the mixture changes is as large as what it changes it of."""
+    options = given.pop("options", {})
+    model = make(adapter={"class_path": cls, "init_args": options}, **given)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, archzoo.MoLoRA):
+                module.second.mul_(4)
+            elif isinstance(module, archzoo.MoV):
+                module.vectors.normal_()
+            elif isinstance(module, SoftRouter):
+                module.weight.normal_()
+    return model
+
+
+def call_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("archzoo.generation.fused._call_mixer", None)
+    monkeypatch.setattr("archzoo.generation.fused._call_feed_forward", None)
+
+
+@pytest.mark.parametrize("name", ["retnet_micro", "transformer_micro"])
+@pytest.mark.parametrize(("cls", "options", "arguments", "rows", "dtype"), MIXED)
+def test_mixtures_of_adapters_are_fused(name, cls, options, arguments, rows, dtype, monkeypatch):
+    """What depends on the token is part of the kernels."""
+    model = adapt(cls, options=options, name=name, **arguments).to(dtype)
+    call_nothing(monkeypatch)
+    with model.weights_held(), torch.no_grad():
+        check(model, PROMPTS[:rows], monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("name", "cls"),
+    [
+        ("retnet_micro", "MoLoRA"),
+        ("transformer_micro", "MoV"),
+        pytest.param("retnet_micro", "MoV", marks=pytest.mark.slow),
+        pytest.param("transformer_micro", "MoLoRA", marks=pytest.mark.slow),
+    ],
+)
+def test_mixtures_of_adapters_write_the_same(name, cls, monkeypatch):
+    """By `generate`, on a GPU by a captured graph."""
+    model = adapt(cls, name=name)
+    settings = {"max_tokens": 40 if GPU else 3}
+    for prompts in (PROMPTS[:1], PROMPTS) if GPU else (PROMPTS[:2],):
+        called = archzoo.generate(model, prompts, graph=False, **settings)
+        monkeypatch.setattr("archzoo.generation.decoding.LEAST", 1)
+        if not GPU:
+            monkeypatch.setenv("TRITON_INTERPRET", "1")
+            monkeypatch.setattr(kernels, "PROGRAMS", 1)
+        with warnings.catch_warnings(), monkeypatch.context() as patch:
+            warnings.simplefilter("error")
+            call_nothing(patch)
+            assert archzoo.generate(model, prompts, graph=True, **settings).tokens == called.tokens
+
+
+def test_mixtures_that_nothing_holds_are_called(monkeypatch):
+    """Their weights may change between two steps."""
+    model = adapt("MoLoRA", options={"targets": ["query", "down"]})
+    assert find(model, monkeypatch) is None
+    with model.weights_held():
+        assert fused_step(model) is not None
+
+
+def test_other_mixtures_are_called(monkeypatch):
+    """Of different sizes on the blocks of one Linear, or beside a change of another kind."""
+    sizes = {"one": archzoo.MoLoRA(targets=["query"]), "two": archzoo.MoLoRA(experts=2, rank=2)}
+    kinds = {"one": archzoo.MoV(targets=["down"]), "two": archzoo.LoRA(targets=["down"])}
+    for adapter, fused in ((sizes, "_call_feed_forward"), (kinds, "_call_mixer")):
+        model = archzoo.adapt(make(), adapter)
+        with model.weights_held(), monkeypatch.context() as patch:
+            patch.setattr(f"archzoo.generation.fused.{fused}", None)
+            check(model, PROMPTS[:1], patch)
 
 
 @pytest.mark.parametrize("name", ["skywork_micro", "yuan_micro"])

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from archzoo.block import make_context
 from archzoo.kernels import decoding as kernels
 from archzoo.kernels.decoding import Norm, Rotation
+from archzoo.low_rank import Change, changed_product, softmax_of
 from archzoo.mixers.retention import Retention
 from archzoo.norm import rms_norm
 from archzoo.numerics import TOLERANCES
@@ -54,6 +55,104 @@ def test_linear_after_a_norm(batch, dtype, width, out, paired):
         y = F.silu(gate) * up
     assert found.dtype == dtype
     assert distance(found, y) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize(("batch", "dtype"), BATCHES)
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize(("experts", "rank", "top_k"), [(3, 5, 2), (4, 1, None)])
+def test_mixture_beside_a_product(batch, dtype, paired, experts, rank, top_k, monkeypatch):
+    """After another product that leaves something for it, and by itself."""
+    torch.manual_seed(batch)
+    monkeypatch.setattr(kernels, "LEAVING", 5)
+    if top_k is not None:  # which of two is chosen is for no rounding to say
+        dtype = torch.float32
+    dtype = LOW if dtype == torch.bfloat16 else dtype
+    width, dim, places = 40, 24, [(0, 30), (30, 30)] if paired else [(16, 32), (64, 11)]
+    out, scale = 60 if paired else 75, 0.7
+    x, residual = draw(batch, width, dtype=dtype), draw(batch, dim, dtype=dtype)
+    before, norm = draw(dim, width, dtype=dtype, scale=0.2), draw(dim, dtype=dtype)
+    weight = draw(out, dim, dtype=dtype, scale=0.2)
+    changes = []
+    for begin, rows in places:
+        first, router = draw(experts * rank, dim, scale=0.2), draw(experts, dim, scale=0.3)
+        second = draw(rows, experts * rank, scale=0.5)
+        parts = (part.to(dtype) for part in (first, second, router))
+        first, second, router = parts
+        changes.append(Change(begin, first, second, scale, router, top_k))
+    firsts = [change.first for change in changes] + [change.router for change in changes]
+    seconds = [(change.begin, change.second) for change in changes]
+    mixture = kernels.make_mixture(
+        torch.cat(firsts), seconds, out, experts, top_k, scale, paired=paired
+    )
+    following = kernels.make_next(mixture, norm)
+    h, left = kernels.linear_and_next(x, before, following, residual=residual.clone())
+    assert (left is None) == (batch > 2)
+    assert left is None or len(left.parts) > 1
+    wide = [
+        change._replace(
+            first=change.first.double(),
+            second=change.second.double(),
+            router=change.router.double(),
+        )
+        for change in changes
+    ]
+    normed = rms_norm(h.double(), norm.double(), 1e-6)
+    wanted = changed_product(normed, weight.double(), None, wide)
+    if paired:
+        gate, up = wanted.chunk(2, dim=-1)
+        wanted = F.silu(gate) * up
+    for given in {left, None}:
+        found = kernels.linear(
+            h, weight, norm=Norm(norm, 1e-6), paired=paired, mixture=mixture, left=given
+        )
+        assert distance(found, wanted) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize(("batch", "dtype"), BATCHES)
+def test_vectors_scale_the_input_of_a_product(batch, dtype, monkeypatch):
+    torch.manual_seed(batch)
+    monkeypatch.setattr(kernels, "LEAVING", 5)
+    monkeypatch.setattr(kernels, "_BLEND_TILE", 16)
+    width, out, experts = 40, 18, 3
+    dtype = LOW if dtype == torch.bfloat16 else dtype
+    x, before = draw(batch, 24, dtype=dtype), draw(2 * width, 24, dtype=dtype, scale=0.4)
+    weight = draw(out, width, dtype=dtype, scale=0.2)
+    router, vectors = draw(experts, width, dtype=dtype, scale=0.3), draw(experts, width)
+    mixture = kernels.make_scaling(router, vectors - 1, None)
+    following = kernels.make_next(mixture, None)
+    z, left = kernels.linear_and_next(x, before, following, paired=True)
+    gates = torch.softmax(z.double() @ router.double().T, dim=-1)
+    wanted = (z.double() * (gates @ vectors.double())) @ weight.double().T
+    for given in {left, None}:
+        found = kernels.linear(z, weight, mixture=mixture, left=given)
+        assert distance(found, wanted) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_vectors_scale_heads_before_they_are_turned(top_k):
+    torch.manual_seed(0)
+    batch, experts, scale = 3, 5, 0.25
+    z = draw(batch, 12 + 2 * 12 + 3 * 8)  # what is left alone, keys and values
+    positions = torch.randint(0, 1000, (batch, 1), device=DEVICE)
+    frequencies = rotary_frequencies(8)
+    theta = torch.tensor(frequencies, dtype=torch.float64, device=DEVICE)
+    table = kernels.rotation_table(positions[:, 0], theta, 1.0)
+    key = draw(experts, 12), draw(2, experts, 12)
+    value = draw(experts, 8), draw(3, experts, 8)
+    blocks = [(12, key[0], key[1] - 1, True), (36, value[0], value[1] - 1, False)]
+    wanted = z.double().clone()
+    for begin, size, (router, vectors) in ((12, 12, key), (36, 8, value)):
+        here = slice(begin, begin + len(vectors) * size)
+        heads = wanted[:, here].unflatten(1, (-1, size))
+        gates = softmax_of(heads @ router.double().T, top_k)
+        wanted[:, here] = (heads * torch.einsum("bhe,hec->bhc", gates, vectors.double())).flatten(1)
+    turn = rotation_table(positions, frequencies, torch.float64, 1.0)
+    keys = rotate(wanted[:, 12:36].view(batch, 1, 2, 12), turn)
+    wanted[:, 12:36] = scale * keys.flatten(1)
+    rotation = Rotation(table, 12, 12, 24, scale)
+    found = kernels.blend(z, kernels.make_blend(blocks, top_k), z, rotation)
+    assert found is z
+    assert distance(found, wanted) < TOLERANCES[torch.float32]
 
 
 @pytest.mark.parametrize(("batch", "dtype"), BATCHES)

@@ -5,6 +5,10 @@ cache; output (after head norm and gate) and residual; norm, gate and up, SwiGLU
 residual. The decoder's own step computes the same of any parts; this one knows Retention, Attention
 and GatedFeedForward as the plain RetNet and transformer have them. A block's other half, such as a
 mixture of experts, is called between.
+
+Adapters that can be merged are in the weights that it is given. MoLoRA and MoV, which change with
+the token, are part of the kernels: what a mixture's A and router make of x is left by the kernel
+that makes x, part by part, wherever it can.
 """
 
 from __future__ import annotations
@@ -17,13 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from archzoo.adapters.mixture import MoV, SoftRouter
 from archzoo.block import Block, Context, make_context
 from archzoo.decoder import Decoder
 from archzoo.embeddings.token import TokenEmbedding
 from archzoo.feedforward.dense import GatedFeedForward
 from archzoo.kernels import cache_attention
 from archzoo.kernels import decoding as kernels
-from archzoo.kernels.decoding import Norm, Rotation
+from archzoo.kernels.decoding import Blend, Left, Mixture, Next, Norm, Rotation, Scaling
 from archzoo.linear import Linear
 from archzoo.mixers.attention import Attention, prefix_of
 from archzoo.mixers.retention import Retention
@@ -54,17 +59,52 @@ class _Here(NamedTuple):
         document: (batch, 1) int64, as the contexts of calls number them; None: one a row.
         tables: Of each rotation.
         context: For the parts that are called; None where there are none.
+        left: What the last half has left for the next, or nothing.
     """
 
     positions: Tensor
     document: Tensor | None
     tables: dict[Frequencies, Tensor]
     context: Context | None
+    left: list[Left | None]
 
 
-#: Half a block: adds to x (batch, dim) in place.
-Mix = Callable[[Tensor, State, _Here], State]
-Feed = Callable[[Tensor, _Here], None]
+class Matrix(NamedTuple):
+    """A Linear as the kernels take it.
+
+    Attributes:
+        weight: With all that adapters add to it for every token alike.
+        mixture: What they do beside it, to a product or its input, or None.
+        blend: What they do to heads behind it, or None.
+        key_blended: Whether keys are among those, which are turned only then.
+    """
+
+    weight: Tensor
+    mixture: Mixture | Scaling | None = None
+    blend: Blend | None = None
+    key_blended: bool = False
+
+    def following(self, norm: Norm | None = None) -> Next | None:
+        """What the product before it leaves something for; None: there is no mixture.
+
+        Args:
+            norm: Between the two.
+        """
+        return kernels.make_next(self.mixture, None if norm is None else norm.weight)
+
+
+class Half(NamedTuple):
+    """Half a block.
+
+    Attributes:
+        run: Adds to x (batch, dim) in place: of x, what the mixer holds (None for a feed-forward),
+            what all share, and what is to be left for the next half's first product. It gives what
+            the mixer holds then.
+        following: What its own first product wants to be left.
+    """
+
+    run: Callable[[Tensor, Any, _Here, Next | None], Any]
+    following: Next | None = None
 
 
 def fused_step(model: Decoder) -> Step | None:
@@ -84,10 +124,16 @@ def fused_step(model: Decoder) -> Step | None:
     if not any([*mixes, *feeds]):
         return None
     calls = None in mixes or None in feeds
-    layers: list[tuple[Mix, Feed]] = [
-        (mix or partial(_call_mixer, block), feed or partial(_call_feed_forward, block))
+    halves = [
+        half
         for block, mix, feed in zip(model.blocks, mixes, feeds, strict=True)
+        for half in (
+            mix or Half(partial(_call_mixer, block)),
+            feed or Half(partial(_call_feed_forward, block)),
+        )
     ] * model.loops
+    after_halves = [half.following for half in halves[1:]] + [None]
+    plan = list(zip(halves[::2], after_halves[::2], halves[1::2], after_halves[1::2], strict=True))
     embedding, norm, head = model.embedding.weight, _norm_of(model.norm), _weight(model.head)
     device = embedding.device
     found = [_frequencies(block.mixer) for block in model.blocks]
@@ -108,11 +154,11 @@ def fused_step(model: Decoder) -> Step | None:
                 table = kernels.rotation_table(positions, theta, each.amplitude)
             tables[each] = table
         assert x is not None  # there is a rotation, if only of no pairs
-        here = _Here(positions, document, tables, context)
+        here = _Here(positions, document, tables, context, [])
         blocks = []
-        for (mix, feed), held in zip(layers, state["blocks"], strict=True):
-            blocks.append(mix(x, held, here))
-            feed(x, here)
+        for (mix, for_feed, feed, for_mix), held in zip(plan, state["blocks"], strict=True):
+            blocks.append(mix.run(x, held, here, for_feed))
+            feed.run(x, None, here, for_mix)
         after = state | {"place": place | {"positions": positions}, "blocks": blocks}
         return kernels.linear(x, head, norm=norm), after
 
@@ -122,32 +168,58 @@ def fused_step(model: Decoder) -> Step | None:
 # ------------------------------------------------------------------------ halves of blocks
 
 
+def _project(matrix: Matrix, norm: Norm, turn: Rotation, x: Tensor, here: _Here) -> Tensor:
+    """Queries, keys, values and what else a mixer projects, q and k turned."""
+    only_queries = turn._replace(key_width=0) if matrix.key_blended else turn
+    projected = kernels.linear(
+        x, matrix.weight, norm=norm, rotation=only_queries, mixture=matrix.mixture, left=_left(here)
+    )
+    if matrix.blend is not None:
+        kernels.blend(projected, matrix.blend, projected, turn)
+    return projected
+
+
+def _left(here: _Here) -> Left | None:
+    return here.left.pop() if here.left else None
+
+
 def _retain(
     mixer: Retention,
+    projection: Matrix,
+    output: Matrix,
     norm: Norm,
     log_decay: Tensor,
     rotation: Frequencies,
     x: Tensor,
     held: State,
     here: _Here,
+    following: Next | None,
 ) -> State:
     width, values = mixer.heads * mixer.head_dim, mixer.heads * mixer.value_dim
-    weight, scale = _weight(mixer.query_key_value_gate), mixer.head_dim**-0.5
+    scale = mixer.head_dim**-0.5
     turn = Rotation(here.tables[rotation], mixer.head_dim, width, width, scale)
-    projected = kernels.linear(x, weight, norm=norm, rotation=turn)
+    projected = _project(projection, norm, turn, x, here)
     q, k, v, gate = projected.split_with_sizes((width, width, values, values), 1)
     o = kernels.retain(q, k, v, log_decay, here.positions, held["memory"])
     of_heads = Norm(None, max(mixer.norm_eps, 1e-24), mixer.heads, gate)  # as Retention.finish
-    kernels.linear(o, _weight(mixer.output), norm=of_heads, residual=x)
+    _close(output, o, of_heads, x, None, here, following)
     return held
 
 
 def _attend(
-    mixer: Attention, norm: Norm, rotation: Frequencies, x: Tensor, held: State, here: _Here
+    mixer: Attention,
+    projection: Matrix,
+    output: Matrix,
+    norm: Norm,
+    rotation: Frequencies,
+    x: Tensor,
+    held: State,
+    here: _Here,
+    following: Next | None,
 ) -> State:
     heads, kv_heads, size = mixer.heads, mixer.kv_heads, mixer.head_dim
     turn = Rotation(here.tables[rotation], size, heads * size, kv_heads * size)
-    projected = kernels.linear(x, _weight(mixer.query_key_value), norm=norm, rotation=turn)
+    projected = _project(projection, norm, turn, x, here)
     heads_of_all = projected.unflatten(1, (-1, size))
     q, k, v = heads_of_all.split_with_sizes((heads, kv_heads, kv_heads), 1)
     cache = held["keys"], held["values"], held["length"], held["arrivals"]
@@ -158,16 +230,45 @@ def _attend(
     y = cache_attention.attend_cache(
         q, k, v, *cache, documents=documents, document=here.document, early=early
     )
-    kernels.linear(y.flatten(1), _weight(mixer.output), residual=x)
+    _close(output, y.flatten(1), None, x, None, here, following)
     return held
 
 
-def _feed(fed: GatedFeedForward, norm: Norm, x: Tensor, here: _Here) -> None:
-    hidden = kernels.linear(x, _weight(fed.gate_up), norm=norm, paired=True)
-    kernels.linear(hidden, _weight(fed.down), residual=x)
+def _feed(
+    gate_up: Matrix,
+    down: Matrix,
+    for_down: Next | None,
+    norm: Norm,
+    x: Tensor,
+    _: None,
+    here: _Here,
+    following: Next | None,
+) -> None:
+    hidden, left = kernels.linear_and_next(
+        x, gate_up.weight, for_down, norm=norm, paired=True,
+        mixture=gate_up.mixture, left=_left(here),
+    )  # fmt: skip
+    _close(down, hidden, None, x, left, here, following)
 
 
-def _call_mixer(block: Block, x: Tensor, held: State, here: _Here) -> State:
+def _close(
+    matrix: Matrix,
+    y: Tensor,
+    norm: Norm | None,
+    x: Tensor,
+    left: Left | None,
+    here: _Here,
+    following: Next | None,
+) -> None:
+    """The last product of a half, into x."""
+    _, after = kernels.linear_and_next(
+        y, matrix.weight, following, norm=norm, residual=x, mixture=matrix.mixture, left=left
+    )
+    if after is not None:
+        here.left.append(after)
+
+
+def _call_mixer(block: Block, x: Tensor, held: State, here: _Here, _: Next | None) -> State:
     assert here.context is not None
     y, after = block.mix(block.mixer_norm(x[:, None]), held, here.context, "recurrent")
     assert after is not None  # one was given
@@ -175,7 +276,7 @@ def _call_mixer(block: Block, x: Tensor, held: State, here: _Here) -> State:
     return after
 
 
-def _call_feed_forward(block: Block, x: Tensor, here: _Here) -> None:
+def _call_feed_forward(block: Block, x: Tensor, _: None, here: _Here, __: Next | None) -> None:
     assert here.context is not None
     y, _ = block.feed_forward(block.feed_forward_norm(x[:, None]), here.context)
     x.add_(y[:, 0])
@@ -200,32 +301,40 @@ def _is_plain_around(model: Decoder) -> bool:
     return same and _is_rms(model.norm, table.dtype) and _is_weight(model.head, table.dtype)
 
 
-def _find_mix(block: Block) -> Mix | None:
+def _find_mix(block: Block) -> Half | None:
     """The fused form of a block's first half."""
     mixer: Any = block.mixer
     rotation = _frequencies(mixer)
     if type(mixer) not in (Retention, Attention) or block.convolution is not None:
         return None
     dtype = mixer.output.dtype
-    if rotation is None or mixer.head_dim % 2:
+    if rotation is None or mixer.head_dim % 2 or not _is_rms(block.mixer_norm, dtype):
         return None
-    if not (_is_rms(block.mixer_norm, dtype) and _is_weight(mixer.output, dtype)):
+    output, norm = _find_matrix(mixer.output, dtype), _norm_of(block.mixer_norm)
+    if output is None:
         return None
-    norm = _norm_of(block.mixer_norm)
     if type(mixer) is Attention:
         if mixer.bias is not None or mixer.head_dim > cache_attention.MAX_SIZE:
             return None
-        fits = _is_weight(mixer.query_key_value, dtype)
-        return partial(_attend, mixer, norm, rotation) if fits else None
+        projection = _find_matrix(mixer.query_key_value, dtype)
+        if projection is None:
+            return None
+        run = partial(_attend, mixer, projection, output, norm, rotation)
+        return Half(run, projection.following(norm))
     gated = mixer.head_norm == "rms" and len(mixer.widths) == 3
     if not gated or mixer.learnable or mixer.head_dim > MAX_KEY_DIM:
         return None
+    projection = _find_matrix(mixer.query_key_value_gate, dtype)
+    if projection is None:
+        return None
     log_decay = mixer.log_decay(mixer.output.weight)
-    fits = _is_weight(mixer.query_key_value_gate, dtype)
-    return partial(_retain, mixer, norm, log_decay, rotation) if fits else None
+    return Half(
+        partial(_retain, mixer, projection, output, norm, log_decay, rotation),
+        projection.following(norm),
+    )
 
 
-def _find_feed(block: Block) -> Feed | None:
+def _find_feed(block: Block) -> Half | None:
     """The fused form of a block's second half."""
     fed = block.feed_forward
     if type(fed) is not GatedFeedForward or fed.activation is not F.silu:
@@ -233,8 +342,11 @@ def _find_feed(block: Block) -> Feed | None:
     dtype = fed.down.dtype
     if not _is_rms(block.feed_forward_norm, dtype):
         return None
-    fits = _is_weight(fed.gate_up, dtype) and _is_weight(fed.down, dtype)
-    return partial(_feed, fed, _norm_of(block.feed_forward_norm)) if fits else None
+    gate_up, down = _find_matrix(fed.gate_up, dtype, paired=True), _find_matrix(fed.down, dtype)
+    if gate_up is None or down is None:
+        return None
+    norm = _norm_of(block.feed_forward_norm)
+    return Half(partial(_feed, gate_up, down, down.following(), norm), gate_up.following(norm))
 
 
 def _frequencies(mixer: Any) -> Frequencies | None:
@@ -259,9 +371,14 @@ def _is_rms(norm: nn.Module, dtype: torch.dtype) -> bool:
 
 def _is_weight(linear: nn.Module, dtype: torch.dtype) -> bool:
     """Whether a Linear is its weight and nothing else, which the kernels take."""
-    if type(linear) is not Linear or linear.one_weight() is None or linear.bias is not None:
+    return _fits(linear, dtype) and linear.one_weight() is not None  # type: ignore[operator]
+
+
+def _fits(linear: Any, dtype: torch.dtype) -> bool:
+    """Whether a Linear without its adapters is a matrix that the kernels take."""
+    if type(linear) is not Linear or linear.bias is not None or linear.stack is not None:
         return False
-    return linear.stack is None and linear.dtype == dtype and kernels.available(linear.weight)
+    return linear.dtype == dtype and kernels.available(linear.weight)
 
 
 def _weight(linear: Linear) -> Tensor:
@@ -269,3 +386,69 @@ def _weight(linear: Linear) -> Tensor:
     weight = linear.one_weight()
     assert weight is not None
     return weight
+
+
+def _find_matrix(linear: Any, dtype: torch.dtype, paired: bool = False) -> Matrix | None:
+    """A Linear as the kernels take it, with whatever its adapters do; None: they do not.
+
+    Args:
+        linear: A module.
+        dtype: That it shall have.
+        paired: It is the gate and the up of a feed-forward.
+    """
+    if not _fits(linear, dtype):
+        return None
+    weight = linear.one_weight()
+    if weight is not None:
+        return Matrix(weight)
+    if not linear.is_held:  # what adapters say would have to be read at each call
+        return None
+    mixture: Mixture | Scaling | None = _find_mixture(linear, paired)
+    if mixture is not None:
+        return Matrix(linear.weight, mixture)
+    return _find_vectors(linear)
+
+
+def _find_mixture(linear: Linear, paired: bool) -> Mixture | None:
+    """What MoLoRA adds, if it is all that there is and alike on all blocks."""
+    changes = linear.held_changes
+    if changes is None or len(changes.groups) != 1:
+        return None
+    (group,) = changes.groups
+    begins, scales = zip(*changes.places, strict=True)
+    if not group.experts or len({*begins}) < len(begins) or len({*scales}) > 1:
+        return None
+    seconds = list(zip(begins, changes.seconds, strict=True))
+    return kernels.make_mixture(
+        changes.first, seconds, linear.out_features, group.experts, group.top_k, scales[0], paired
+    )
+
+
+def _find_vectors(linear: Linear) -> Matrix | None:
+    """What MoV does, if it is all that there is: to keys, values and gates, or to an input."""
+    adapters = dict(linear.adapters())
+    if len(adapters) < sum(1 for _ in linear.adapters()):  # one scales what another has made
+        return None
+    if not all(type(each) is MoV and type(each.router) is SoftRouter for each in adapters.values()):
+        return None
+    shapes = {(each.router.top_k, len(each.router.weight)) for each in adapters.values()}
+    if len(shapes) > 1:
+        return None
+    ((top_k, _),) = shapes
+    given = {name: (each.router.weight, each.vectors - 1) for name, each in adapters.items()}
+    if any(
+        router.dtype != linear.dtype or vectors.dtype != torch.float32
+        for router, vectors in given.values()
+    ):
+        return None
+    if adapters.keys() == linear.blocks.keys() == {"down"}:
+        mixture = kernels.make_scaling(*given["down"], top_k)
+        return None if mixture is None else Matrix(linear.weight, mixture)
+    if not adapters.keys() <= {"key", "value", "gate"} or any(
+        each.heads is None for each in adapters.values()
+    ):
+        return None
+    blend = kernels.make_blend(
+        [(linear.rows(name).start, *each, name == "key") for name, each in given.items()], top_k
+    )
+    return None if blend is None else Matrix(linear.weight, None, blend, "key" in adapters)

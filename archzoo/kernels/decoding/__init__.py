@@ -34,6 +34,16 @@ PROGRAMS = 128  # at least, where the sizes allow it: one for each multiprocesso
 EVICTION = (
     "evict_first"  # of weights, so that the state of a step stays in the cache until the next
 )
+# Programs, about, of a product that leaves something for the next one's mixture: each of the next's
+# programs reads what all of them left.
+LEAVING = 32
+_PARTS = 32  # of these at once
+_MOST_LEFT = 1024  # columns that a product leaves; more take a launch of their own
+_MOST_RANKS = 512  # of a block's mixture, which one program holds
+_MOST_ROUTED = 2**16  # channels times experts of a router, likewise
+_MOST_SCALED = 64  # experts of which each scales a product's input
+_BLEND_TILE = 128  # channels of a whole vector that one program blends
+_MOST_ALIGNED = 128  # outputs of one block in a row, that a program may take
 # (rows, outputs) of a program's product, the most at once first.
 _TILES = ((64, 128), (64, 64), (64, 32), (32, 32), (32, 16), (16, 16))
 
@@ -70,6 +80,104 @@ class Rotation(NamedTuple):
     query_width: int
     key_width: int
     scale: float = 1.0
+
+
+class Mixture(NamedTuple):
+    """LoRAs beside a product: ``scale * B (g * A x)``, g = softmax(R x), for each block of outputs.
+
+    Attributes:
+        first: The A of all blocks, each of all its experts, and below them the R of all:
+            (blocks * (experts * rank + experts), width).
+        second: B of all outputs, (out, experts * rank).
+        which: Of every `aligned` outputs in a row the number of their block, int32; -1: of none.
+        blocks: That have a mixture.
+        experts: Of each.
+        rank: Of an expert.
+        top_k: Experts of a token; the others' gates are 0.
+        aligned: Outputs in a row that are of one block, a power of two; where they are paired, all
+            of one of the two.
+        scale: Of what is added.
+    """
+
+    first: Tensor
+    second: Tensor
+    which: Tensor
+    blocks: int
+    experts: int
+    rank: int
+    top_k: int
+    aligned: int
+    scale: float
+
+
+class Blend(NamedTuple):
+    """Vectors that scale heads, or a whole vector: ``z * sum_e g_e l_e``, g = softmax(R z).
+
+    Attributes:
+        routers: R of all that have one, (routers, experts, most channels of a z).
+        vectors: l - 1 of each tile, (tiles, experts, most channels of a tile) float32.
+        places: Of each tile (tiles, 5) int32: where in a row its z begins, how many channels z has,
+            the number of its router, where in z the tile begins, 1 where it is turned after.
+        top_k: Experts of a token; the others' gates are 0.
+    """
+
+    routers: Tensor
+    vectors: Tensor
+    places: Tensor
+    top_k: int
+
+
+class Scaling(NamedTuple):
+    """Vectors that scale the input of a product.
+
+    Attributes:
+        first: R, (experts, width).
+        vectors: l - 1, (experts, width) float32.
+        top_k: Experts of a token; the others' gates are 0.
+        blend: The same in tiles.
+    """
+
+    first: Tensor
+    vectors: Tensor
+    top_k: int
+    blend: Blend
+
+
+class Next(NamedTuple):
+    """What a product leaves something for: the mixture of the next one, of which it makes x.
+
+    Attributes:
+        first: The mixture's `first`, transposed, (out, columns).
+        scales: The weight of the norm before the next product, or None.
+    """
+
+    first: Tensor
+    scales: Tensor | None
+
+
+def make_next(mixture: Mixture | Scaling | None, scales: Tensor | None) -> Next | None:
+    """What the product before a mixture's leaves something for; None: it has nothing to leave.
+
+    Args:
+        mixture: Or None.
+        scales: The weight of the norm between the two, or None.
+    """
+    if mixture is None or len(mixture.first) > _MOST_LEFT:
+        return None
+    return Next(mixture.first.t().contiguous(), scales)
+
+
+class Left(NamedTuple):
+    """``first x`` of a mixture, in parts that are to be summed.
+
+    Attributes:
+        parts: (parts, batch, columns).
+        rooted: Whether they lack the norm's root: the first of its groups' equal parts that of the
+            first group.
+    """
+
+    parts: Tensor
+    rooted: bool
 
 
 def available(weight: Tensor) -> bool:
@@ -162,6 +270,8 @@ def linear(
     rotation: Rotation | None = None,
     paired: bool = False,
     residual: Tensor | None = None,
+    mixture: Mixture | Scaling | None = None,
+    left: Left | None = None,
 ) -> Tensor:
     """``y = f(norm(x)) W^T``, with what stands around it in a layer.
 
@@ -172,9 +282,46 @@ def linear(
         rotation: Of y's first channels. None: none.
         paired: W is two matrices of as many rows, gate and up, and y is ``silu(gate) * up``.
         residual: (batch, out): y is added to it, in place, and it is returned.
+        mixture: What is added to the product, or scales f(norm(x)), which then has no norm.
+        left: What the product before has left for it. None: a kernel of its own computes it.
 
     Returns:
         y, (batch, out) of W's dtype; out / 2 where paired.
+    """
+    return linear_and_next(
+        x, weight, None, norm=norm, rotation=rotation, paired=paired, residual=residual,
+        mixture=mixture, left=left,
+    )[0]  # fmt: skip
+
+
+def linear_and_next(
+    x: Tensor,
+    weight: Tensor,
+    following: Next | None,
+    *,
+    norm: Norm | None = None,
+    rotation: Rotation | None = None,
+    paired: bool = False,
+    residual: Tensor | None = None,
+    mixture: Mixture | Scaling | None = None,
+    left: Left | None = None,
+) -> tuple[Tensor, Left | None]:
+    """`linear`, and what it leaves for the mixture of the next product, if one or two rows.
+
+    A mixture's ``first x`` is a small product of all of x, which is there only once the kernel that
+    makes it has ended: a launch of its own, for each of a layer's products. Here every program of
+    that kernel multiplies what it has made, and the next one's programs sum.
+
+    Args:
+        x: As `linear`'s, and so are all others but the next.
+        weight: The same.
+        following: For whom to leave something. None: for nobody.
+        norm: The same.
+        rotation: The same.
+        paired: The same.
+        residual: The same.
+        mixture: The same.
+        left: The same.
     """
     batch, width = x.shape
     out = weight.shape[0] // 2 if paired else weight.shape[0]
@@ -186,44 +333,256 @@ def linear(
         table, scaled_from, scale = rotation.table, rotation.query_width, rotation.scale
         options["ROTATED"] = rotation.query_width + rotation.key_width
         options |= {"HEAD": rotation.head_dim, "PAIRS": table.shape[1]}
-    if batch > _VECTOR_ROWS:
-        if norm is not None and norm.gate is not None:
-            x, norm = _gated(x, norm, weight.dtype), None
+    many = batch > _VECTOR_ROWS
+    if many and norm is not None and norm.gate is not None:
+        x, norm = _gated(x, norm, weight.dtype), None
+    if many and isinstance(mixture, Scaling):
+        x, mixture = blend(x, mixture.blend, x.new_empty(x.shape)), None
+    if mixture is not None and (many or left is None):
+        left = Left(linear(x, mixture.first, norm=norm)[None], False)
+    aligned = _MOST_ALIGNED
+    if isinstance(mixture, Mixture) and not paired:
+        aligned = mixture.aligned
+    if many:
         scales, eps = weight, 0.0
         if norm is not None:
             assert norm.groups == 1 and norm.weight is not None
             scales, eps = norm.weight, norm.eps
-        grid, tiles = _plan_matrix(batch, out, width, weight.dtype.itemsize, 1 + paired)
+        gated, second, which, mixture_scale = x, weight, weight, 1.0
+        ranks = {"RANKS": 0, "BLOCKS": 0, "ALIGNED": 1, "BLOCK_RANKS": 16}
+        if isinstance(mixture, Mixture):
+            assert left is not None
+            gated = _gate_experts(left.parts[0], mixture)
+            second, which, mixture_scale = mixture.second, mixture.which, mixture.scale
+            rank = mixture.experts * mixture.rank
+            block = min(max(power_of_2(rank), 16), 64)
+            ranks = {"RANKS": rank, "BLOCKS": mixture.blocks, "ALIGNED": mixture.aligned}
+            ranks["BLOCK_RANKS"] = block
+        grid, tiles = _plan_matrix(batch, out, width, weight.dtype.itemsize, 1 + paired, aligned)
         _launch(
-            "matrix_kernel", grid, batch, (x, scales, weight, table, y),
-            batch, x.stride(0), y.stride(0), eps, scaled_from, scale,
-            WIDTH=width, NORM=norm is not None, UPCAST=interpreting(), **options, **tiles,
+            "matrix_kernel", grid, batch, (x, scales, weight, table, y, gated, second, which),
+            batch, x.stride(0), y.stride(0), eps, scaled_from, scale, mixture_scale,
+            WIDTH=width, NORM=norm is not None, UPCAST=interpreting(), **options, **ranks, **tiles,
         )  # fmt: skip
-        return y
+        return y, None
     groups, gate, scales, eps = 1, x, weight, 0.0
     if norm is not None:
         groups, eps = norm.groups, norm.eps
         gate = x if norm.gate is None else norm.gate
         scales = weight if norm.weight is None else norm.weight
-    grid, tiles = _plan_vector(batch, out, width, groups, weight.dtype.itemsize, 1 + paired)
+    # A program reads all vectors that scale x, too.
+    few = following is not None or isinstance(mixture, Scaling)
+    grid, tiles = _plan_vector(
+        batch, out, width, groups, weight.dtype.itemsize, 1 + paired, LEAVING if few else PROGRAMS
+    )
+    of_mixture, second, which, mixture_scale = _of_mixture(mixture, left, weight)
+    leaves, of_next = None, (weight, weight, y)
+    leaving = {"LEFT": 0, "BLOCK_LEFT": 1, "LEFT_WEIGHTED": False}
+    if following is not None:
+        columns, scaled = following.first.shape[1], following.scales is not None
+        made = weight.new_empty((grid[0], batch, columns), dtype=torch.float32)
+        of_next = following.first, weight if following.scales is None else following.scales, made
+        leaves = Left(made, scaled)
+        leaving = {"LEFT": columns, "BLOCK_LEFT": power_of_2(columns), "LEFT_WEIGHTED": scaled}
     _launch(
-        "vector_kernel", grid, batch, (x, gate, scales, weight, table, y),
-        batch, x.stride(0), gate.stride(0), y.stride(0), eps, scaled_from, scale,
+        "vector_kernel", grid, batch,
+        (
+            x, gate, scales, weight, table, y,
+            weight if left is None else left.parts, second, which, *of_next,
+        ),
+        batch, x.stride(0), gate.stride(0), y.stride(0), eps, scaled_from, scale, mixture_scale,
         NORM=norm is not None, WEIGHTED=scales is not weight, GATED=gate is not x,
-        **options, **tiles,
+        **options, **of_mixture, **leaving, **tiles,
+    )  # fmt: skip
+    return y, leaves
+
+
+def _of_mixture(
+    mixture: Mixture | Scaling | None, left: Left | None, absent: Tensor
+) -> tuple[dict[str, Any], Tensor, Tensor, float]:
+    """Of a mixture `vector_kernel`'s constants, `second` or vectors, `which`, and scale.
+
+    Args:
+        mixture: Or None.
+        left: For it.
+        absent: Stands for what is not read.
+    """
+    names = "EXPERTS", "RANK", "TOP_K", "BLOCKS", "ALIGNED", "BLOCK_EXPERTS", "BLOCK_RANK"
+    parts, rooted = 1, False
+    if mixture is None:
+        sizes, second, which, scale = (0, 0, 0, 0, 1, 1, 1), absent, absent, 1.0
+    else:
+        assert left is not None
+        parts, rooted = len(left.parts), left.rooted
+        if isinstance(mixture, Mixture):
+            second, which, scale = mixture.second, mixture.which, mixture.scale
+            sizes = (
+                mixture.experts, mixture.rank, mixture.top_k, mixture.blocks, mixture.aligned,
+                power_of_2(mixture.experts), power_of_2(mixture.rank),
+            )  # fmt: skip
+        else:
+            second, which, scale = mixture.vectors, absent, 1.0
+            experts = len(mixture.first)
+            sizes = experts, 0, mixture.top_k, 0, 1, power_of_2(experts), 1
+    constants: dict[str, Any] = dict(zip(names, sizes, strict=True))
+    constants |= {"PARTS": parts, "BLOCK_PARTS": min(power_of_2(parts), _PARTS), "ROOTED": rooted}
+    return constants, second, which, scale
+
+
+def _gate_experts(hidden: Tensor, mixture: Mixture) -> Tensor:
+    """``g * (A x)`` of all blocks, (batch, blocks * experts * rank), of `first` x."""
+    batch, blocks = len(hidden), mixture.blocks
+    gated = hidden.new_empty((batch, blocks * mixture.experts * mixture.rank))
+    _launch(
+        "gate_experts_kernel", (blocks, batch), batch, (hidden, gated), batch,
+        BLOCKS=blocks, EXPERTS=mixture.experts, RANK=mixture.rank, TOP_K=mixture.top_k,
+        BLOCK_EXPERTS=power_of_2(mixture.experts), BLOCK_RANK=power_of_2(mixture.rank), num_warps=4,
+    )  # fmt: skip
+    return gated
+
+
+def blend(z: Tensor, how: Blend, y: Tensor, rotation: Rotation | None = None) -> Tensor:
+    """``z * sum_e g_e l_e`` of heads or whole vectors of each row.
+
+    Args:
+        z: (batch, width), unit last stride.
+        how: By what.
+        y: To be written, of z's shape; z itself where every tile is all of its z.
+        rotation: Of the heads that are turned after; their scale is its own.
+
+    Returns:
+        y.
+    """
+    batch = len(z)
+    table, pairs, scale = z, 0, 1.0
+    if rotation is not None:
+        table, pairs, scale = rotation.table, rotation.table.shape[1], rotation.scale
+    tiles, experts, tile = how.vectors.shape
+    size = how.routers.shape[2]
+    block, block_experts = power_of_2(size), power_of_2(experts)
+    _launch(
+        "blend_kernel", (tiles, batch), batch,
+        (z, how.routers, how.vectors, how.places, table, y), z.stride(0), y.stride(0), scale,
+        EXPERTS=experts, TOP_K=how.top_k, BLOCK_EXPERTS=block_experts,
+        SIZE=size, BLOCK=block, TILE=tile, BLOCK_TILE=max(power_of_2(tile), 2), PAIRS=pairs,
+        num_warps=min(max(block * block_experts // 2048, 4), 16),
     )  # fmt: skip
     return y
 
 
+def make_scaling(router: Tensor, vectors: Tensor, top_k: int | None) -> Scaling | None:
+    """Vectors that scale a product's input; None: they are too many.
+
+    Args:
+        router: R, (experts, width).
+        vectors: l - 1, (experts, width) float32.
+        top_k: Experts of a token. None: all.
+    """
+    experts, width = vectors.shape
+    if not _holds_router(experts, width) or experts > _MOST_SCALED:
+        return None
+    starts = range(0, width, _BLEND_TILE)
+    padded = torch.nn.functional.pad(vectors, (0, len(starts) * _BLEND_TILE - width))
+    tiles = padded.view(experts, len(starts), _BLEND_TILE).transpose(0, 1).contiguous()
+    places = [(0, width, 0, start, 0) for start in starts]
+    top_k = top_k or experts
+    how = Blend(router[None].contiguous(), tiles, _integers(places, router.device), top_k)
+    return Scaling(router.contiguous(), vectors.contiguous(), top_k, how)
+
+
+def make_blend(blocks: list[tuple[int, Tensor, Tensor, bool]], top_k: int | None) -> Blend | None:
+    """Vectors that scale the heads of some blocks of a product's outputs; None: too many.
+
+    Args:
+        blocks: Of each where it begins, R (experts, size), l - 1 (heads, experts, size) float32,
+            and whether it is turned after.
+        top_k: Experts of a token. None: all.
+    """
+    size = max(router.shape[1] for _, router, _, _ in blocks)
+    if not _holds_router(len(blocks[0][1]), size):
+        return None
+    routers, vectors, places = [], [], []
+    for number, (begin, router, of_heads, turned) in enumerate(blocks):
+        heads, experts, own = of_heads.shape
+        routers.append(torch.nn.functional.pad(router, (0, size - own)))
+        vectors.append(torch.nn.functional.pad(of_heads, (0, size - own)))
+        places += [(begin + head * own, own, number, 0, int(turned)) for head in range(heads)]
+    device = blocks[0][1].device
+    stacked = torch.stack(routers), torch.cat(vectors)
+    return Blend(*stacked, _integers(places, device), top_k or experts)
+
+
+def _holds_router(experts: int, size: int) -> bool:
+    return power_of_2(experts) * power_of_2(size) <= _MOST_ROUTED
+
+
+def _integers(rows: Any, device: torch.device) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int32, device=device)
+
+
+def make_mixture(
+    first: Tensor,
+    seconds: list[tuple[int, Tensor]],
+    out: int,
+    experts: int,
+    top_k: int | None,
+    scale: float,
+    paired: bool = False,
+) -> Mixture | None:
+    """LoRAs beside a product of `out` outputs; None: the kernels do not take them.
+
+    They take blocks that begin and end at multiples of 16 outputs, and so many ranks.
+
+    Args:
+        first: As `Mixture`'s.
+        seconds: Of each block its first output, and B (outputs, experts * rank).
+        out: Outputs of all, those without a mixture too.
+        experts: Of each.
+        top_k: Experts of a token. None: all.
+        scale: Of what is added.
+        paired: The outputs are gate and up, and each of them is one block or has no mixture.
+    """
+    ranks = seconds[0][1].shape[1]
+    if power_of_2(experts) * power_of_2(ranks // experts) > _MOST_RANKS:
+        return None
+    ends = [begin + len(second) for begin, second in seconds]
+    if paired:
+        aligned = out // 2
+        if any(begin % aligned or len(second) != aligned for begin, second in seconds):
+            return None
+    else:
+        aligned = _MOST_ALIGNED
+        for border in [begin for begin, _ in seconds] + [end for end in ends if end != out]:
+            aligned = min(aligned, border & -border or aligned)
+        if aligned < _TILES[-1][1]:
+            return None
+    which = [-1] * -(-out // aligned)
+    whole = first.new_zeros((out, ranks))
+    for number, ((begin, second), end) in enumerate(zip(seconds, ends, strict=True)):
+        whole[begin:end] = second
+        for place in range(begin // aligned, -(-end // aligned)):
+            which[place] = number
+    return Mixture(
+        first.contiguous(), whole, _integers(which, first.device), len(seconds), experts,
+        ranks // experts, top_k or experts, aligned, scale,
+    )  # fmt: skip
+
+
 def _plan_vector(
-    batch: int, out: int, width: int, groups: int, itemsize: int, tiles: int
+    batch: int,
+    out: int,
+    width: int,
+    groups: int,
+    itemsize: int,
+    tiles: int,
+    programs: int,
 ) -> tuple[tuple[int, int], dict[str, Any]]:
     """The programs of `vector_kernel`, and its blocks."""
     group = width // groups
     block_group, block_groups = power_of_2(group), power_of_2(groups)
     row = block_group * block_groups * itemsize * tiles  # bytes that one output takes
-    block = 16
-    while block > 2 and (block * row > _TILE_BYTES or -(-out // block) * batch < PROGRAMS):
+    block = 16  # at the most, which divides what a mixture has aligned
+    while block > 2 and (block * row > _TILE_BYTES or -(-out // block) * batch < programs):
         block //= 2
     warps = 4 if block * row <= _TILE_BYTES else 8
     sizes: dict[str, Any] = {"GROUP": group, "GROUPS": groups, "BLOCK_GROUP": block_group}
@@ -232,13 +591,13 @@ def _plan_vector(
 
 
 def _plan_matrix(
-    batch: int, out: int, width: int, itemsize: int, tiles: int
+    batch: int, out: int, width: int, itemsize: int, tiles: int, aligned: int
 ) -> tuple[tuple[int, int], dict[str, int]]:
-    """The programs of `matrix_kernel`, and its blocks."""
+    """The programs of `matrix_kernel`, and its blocks: outputs that are no more than `aligned`."""
     fitting = [
         (rows, block)
         for rows, block in _TILES
-        if rows < 2 * batch and block * tiles <= _TILES[0][1]
+        if rows < 2 * batch and block * tiles <= _TILES[0][1] and block <= aligned
     ] or [_TILES[-1]]
     for rows, block in fitting:
         grid = -(-out // block), -(-batch // rows)

@@ -109,26 +109,121 @@ def _finish(
         y = tl.reshape(y, (row.shape[0], BLOCK_OUT))
     if ADD:
         y = _rounded(y, y_ptr) + held
+    y = _rounded(y, y_ptr)
     out = first + tl.arange(0, BLOCK_OUT)
     at = y_ptr + row.to(tl.int64)[:, None] * y_row + out[None, :]
     inside = (row < rows)[:, None] & (out < OUT)[None, :]
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=inside)
+    return y
+
+
+@triton.jit
+def _gates(logits, expert, EXPERTS: tl.constexpr, TOP_K: tl.constexpr):
+    """Softmax of a router's logits (BLOCK_EXPERTS,) float32; of the TOP_K largest alone."""
+    logits = tl.where(expert < EXPERTS, logits, float("-inf"))
+    if TOP_K < EXPERTS:
+        others, own = logits[None, :], logits[:, None]
+        before = (others > own) | ((others == own) & (expert[None, :] < expert[:, None]))
+        logits = tl.where(tl.sum(before.to(tl.int32), 1) < TOP_K, logits, float("-inf"))
+    weights = tl.exp(logits - tl.max(logits, 0))
+    return weights / tl.sum(weights, 0)
+
+
+@triton.jit
+def _sum_of_parts(
+    parts_ptr, column, inside, roots, rows, row,
+    COLUMNS: tl.constexpr, PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr,
+    ROOTED: tl.constexpr, GROUPS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Some columns of what the PARTS programs of an earlier kernel left of one row, summed.
+
+    ROOTED: they knew nothing of the norm. The first of GROUPS equal parts of them are of the first
+    group of channels, whose factor is the first of `roots` (BLOCK_GROUPS,), and so on.
+    """
+    held = tl.zeros((BLOCK_PARTS, column.shape[0]), tl.float32)
+    for begin in tl.static_range(0, PARTS, BLOCK_PARTS):
+        part = begin + tl.arange(0, BLOCK_PARTS)
+        at = parts_ptr + ((part * rows + row) * COLUMNS)[:, None] + column[None, :]
+        both = (part < PARTS)[:, None] & inside[None, :]
+        found = tl.load(at, mask=both, other=0.0).to(tl.float32)
+        if ROOTED:
+            group = tl.arange(0, BLOCK_GROUPS)[None, :]
+            own = (part // (PARTS // GROUPS))[:, None] == group
+            found *= tl.sum(tl.where(own, roots[None, :], 0.0), 1)[:, None]
+        held += found
+    return tl.sum(held, 0)
+
+
+@triton.jit
+def _gated_hidden(
+    parts_ptr, block, roots, rows, row, like,
+    BLOCKS: tl.constexpr, EXPERTS: tl.constexpr, RANK: tl.constexpr, TOP_K: tl.constexpr,
+    BLOCK_EXPERTS: tl.constexpr, BLOCK_RANK: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr,
+    ROOTED: tl.constexpr, GROUPS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+):  # fmt: skip
+    """``g * (A x)`` of a block's mixture, (BLOCK_EXPERTS * BLOCK_RANK,), rounded as `like` is.
+
+    What was left are A x of all BLOCKS, and after them the logits of all.
+    """
+    RANKS: tl.constexpr = EXPERTS * RANK
+    COLUMNS: tl.constexpr = BLOCKS * (RANKS + EXPERTS)
+    index = tl.arange(0, BLOCK_EXPERTS * BLOCK_RANK)
+    inside = (index // BLOCK_RANK < EXPERTS) & (index % BLOCK_RANK < RANK) & (block >= 0)
+    column = block * RANKS + (index // BLOCK_RANK) * RANK + index % BLOCK_RANK
+    hidden = _sum_of_parts(
+        parts_ptr, column, inside, roots, rows, row,
+        COLUMNS, PARTS, BLOCK_PARTS, ROOTED, GROUPS, BLOCK_GROUPS,
+    )  # fmt: skip
+    expert = tl.arange(0, BLOCK_EXPERTS)
+    logits = _sum_of_parts(
+        parts_ptr, BLOCKS * RANKS + block * EXPERTS + expert, (expert < EXPERTS) & (block >= 0),
+        roots, rows, row, COLUMNS, PARTS, BLOCK_PARTS, ROOTED, GROUPS, BLOCK_GROUPS,
+    )  # fmt: skip
+    gates = _rounded(_gates(_rounded(logits, like), expert, EXPERTS, TOP_K), like)
+    hidden = tl.reshape(_rounded(hidden, like), (BLOCK_EXPERTS, BLOCK_RANK)) * gates[:, None]
+    return _rounded(tl.reshape(hidden, (BLOCK_EXPERTS * BLOCK_RANK,)), like)
+
+
+@triton.jit
+def _seconds(
+    second_ptr, out, outs, block, RANKS: tl.constexpr, EXPERTS: tl.constexpr, RANK: tl.constexpr,
+    BLOCK_EXPERTS: tl.constexpr, BLOCK_RANK: tl.constexpr, EVICTION: tl.constexpr,
+):  # fmt: skip
+    """B of outputs `out` (BLOCK_OUT,), in the order of `_gated_hidden`."""
+    index = tl.arange(0, BLOCK_EXPERTS * BLOCK_RANK)
+    inside = (index // BLOCK_RANK < EXPERTS) & (index % BLOCK_RANK < RANK) & (block >= 0)
+    column = (index // BLOCK_RANK) * RANK + index % BLOCK_RANK
+    at = second_ptr + out.to(tl.int64)[:, None] * RANKS + column[None, :]
+    both = (out < outs)[:, None] & inside[None, :]
+    return tl.load(at, mask=both, other=0.0, eviction_policy=EVICTION)
 
 
 @triton.jit(do_not_specialize=["rows"])  # one form for all batches of a plan
 def vector_kernel(
     x_ptr, gate_ptr, scale_ptr, weight_ptr, table_ptr, y_ptr,
-    rows, x_row, gate_row, y_row, eps, scaled_from, scale,
+    parts_ptr, second_ptr, which_ptr, first_ptr, next_scale_ptr, left_ptr,
+    rows, x_row, gate_row, y_row, eps, scaled_from, scale, mixture_scale,
     OUT: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
     NORM: tl.constexpr, WEIGHTED: tl.constexpr, GATED: tl.constexpr, PAIRED: tl.constexpr,
     ADD: tl.constexpr, ROTATED: tl.constexpr, HEAD: tl.constexpr, PAIRS: tl.constexpr,
+    EXPERTS: tl.constexpr, RANK: tl.constexpr, TOP_K: tl.constexpr, BLOCKS: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, BLOCK_RANK: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, ROOTED: tl.constexpr,
+    LEFT: tl.constexpr, BLOCK_LEFT: tl.constexpr, LEFT_WEIGHTED: tl.constexpr,
     EVICTION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_OUT outputs of one row: norm, gate, product, `_finish`.
 
     The whole tile of the weight is under way before anything else happens. The channels are GROUPS
     groups of GROUP, each normalised by itself.
+
+    EXPERTS > 0: there is a mixture. RANK > 0: of LoRAs, whose ``B (g * A x)`` is added to the
+    product; ALIGNED outputs in a row are of one block, and `which` says of which. RANK = 0: of
+    vectors, whose blend scales x. Both take what PARTS earlier programs have left. LEFT > 0: leave
+    a part of as many columns, this program's outputs times their rows of the next product's
+    `first`, transposed.
     """
     WIDTH: tl.constexpr = GROUP * GROUPS
     BLOCK: tl.constexpr = BLOCK_GROUP * BLOCK_GROUPS
@@ -150,6 +245,25 @@ def vector_kernel(
         weight_up = tl.load(at, mask=both, other=0.0, eviction_policy=EVICTION)
     if WEIGHTED:
         scales = tl.load(scale_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    if RANK > 0:
+        RANKS: tl.constexpr = EXPERTS * RANK
+        block = tl.load(which_ptr + first // ALIGNED)
+        second = _seconds(
+            second_ptr, out, OUT, block, RANKS, EXPERTS, RANK, BLOCK_EXPERTS, BLOCK_RANK, EVICTION
+        )
+        if PAIRED:
+            block_up = tl.load(which_ptr + (OUT + first) // ALIGNED)
+            second_up = _seconds(
+                second_ptr + OUT * RANKS, out, OUT, block_up,
+                RANKS, EXPERTS, RANK, BLOCK_EXPERTS, BLOCK_RANK, EVICTION,
+            )  # fmt: skip
+    if LEFT > 0:
+        column = tl.arange(0, BLOCK_LEFT)
+        at = first_ptr + out.to(tl.int64)[:, None] * LEFT + column[None, :]
+        both = (out < OUT)[:, None] & (column < LEFT)[None, :]
+        next_first = tl.load(at, mask=both, other=0.0, eviction_policy=EVICTION)
+        if LEFT_WEIGHTED:
+            next_scale = tl.load(next_scale_ptr + out, mask=out < OUT, other=0.0).to(tl.float32)
     _wait(EARLY)
     row_wide = row.to(tl.int64)
     x = tl.load(x_ptr + row_wide * x_row + channel, mask=inside, other=0.0).to(tl.float32)
@@ -159,26 +273,133 @@ def vector_kernel(
     beside = _load_beside(
         table_ptr, y_ptr, rows_of_y, first, rows, y_row, OUT, BLOCK_OUT, ADD, ROTATED, HEAD, PAIRS
     )
+    roots = tl.full((BLOCK_GROUPS,), 1.0, tl.float32)
     if NORM:
         if BLOCK_GROUPS == 1:
-            x = x * tl.rsqrt(tl.sum(x * x, 0) / GROUP + eps)
+            root = tl.rsqrt(tl.sum(x * x, 0) / GROUP + eps)
+            roots = root + tl.zeros((1,), tl.float32)
+            x = x * root
         else:
             grouped = tl.reshape(x, (BLOCK_GROUPS, BLOCK_GROUP))
-            root = tl.rsqrt(tl.sum(grouped * grouped, 1) / GROUP + eps)
-            x = tl.reshape(grouped * root[:, None], (BLOCK,))
+            roots = tl.rsqrt(tl.sum(grouped * grouped, 1) / GROUP + eps)
+            x = tl.reshape(grouped * roots[:, None], (BLOCK,))
         if WEIGHTED:
             x = x * scales
     x = _rounded(x, weight_ptr)
     if GATED:
         x = _rounded(x * _rounded(gate * tl.sigmoid(gate), weight_ptr), weight_ptr)
+    if EXPERTS > 0 and RANK == 0:
+        expert = tl.arange(0, BLOCK_EXPERTS)
+        logits = _sum_of_parts(
+            parts_ptr, expert, expert < EXPERTS, roots, rows, row,
+            EXPERTS, PARTS, BLOCK_PARTS, ROOTED, GROUPS, BLOCK_GROUPS,
+        )  # fmt: skip
+        gates = _gates(_rounded(logits, weight_ptr), expert, EXPERTS, TOP_K)
+        blend = tl.zeros((BLOCK,), tl.float32)
+        for number in tl.static_range(EXPERTS):
+            vector = tl.load(second_ptr + number * WIDTH + channel, mask=inside, other=0.0)
+            blend += tl.sum(tl.where(expert == number, gates, 0.0), 0) * vector
+        x = _rounded(x + _rounded(x * blend, weight_ptr), weight_ptr)
     y = tl.sum(weight.to(tl.float32) * x[None, :], 1)[None, :]
     up = y
     if PAIRED:
         up = tl.sum(weight_up.to(tl.float32) * x[None, :], 1)[None, :]
-    _finish(
+    if RANK > 0:
+        hidden = _gated_hidden(
+            parts_ptr, block, roots, rows, row, weight_ptr,
+            BLOCKS, EXPERTS, RANK, TOP_K, BLOCK_EXPERTS, BLOCK_RANK, PARTS, BLOCK_PARTS,
+            ROOTED, GROUPS, BLOCK_GROUPS,
+        )  # fmt: skip
+        y += mixture_scale * tl.sum(second.to(tl.float32) * hidden[None, :], 1)[None, :]
+        if PAIRED:
+            hidden = _gated_hidden(
+                parts_ptr, block_up, roots, rows, row, weight_ptr,
+                BLOCKS, EXPERTS, RANK, TOP_K, BLOCK_EXPERTS, BLOCK_RANK, PARTS, BLOCK_PARTS,
+                ROOTED, GROUPS, BLOCK_GROUPS,
+            )  # fmt: skip
+            up += mixture_scale * tl.sum(second_up.to(tl.float32) * hidden[None, :], 1)[None, :]
+    y = _finish(
         y, up, beside, y_ptr, rows_of_y, first, rows, y_row, scaled_from, scale,
         OUT, BLOCK_OUT, PAIRED, ADD, ROTATED,
     )  # fmt: skip
+    if LEFT > 0:
+        y = tl.reshape(y, (BLOCK_OUT,))
+        if LEFT_WEIGHTED:
+            y = y * next_scale
+        left = tl.sum(next_first.to(tl.float32) * y[:, None], 0)
+        at = left_ptr + (tl.program_id(0) * rows + row) * LEFT + column
+        tl.store(at, left, mask=column < LEFT)
+
+
+@triton.jit
+def gate_experts_kernel(
+    hidden_ptr, gated_ptr, rows,
+    BLOCKS: tl.constexpr, EXPERTS: tl.constexpr, RANK: tl.constexpr, TOP_K: tl.constexpr,
+    BLOCK_EXPERTS: tl.constexpr, BLOCK_RANK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """``g * (A x)`` of one block's mixture and one row, for `matrix_kernel`."""
+    block = tl.program_id(0)
+    row = tl.program_id(1)
+    _wait(EARLY)
+    roots = tl.full((1,), 1.0, tl.float32)
+    hidden = _gated_hidden(
+        hidden_ptr, block, roots, rows, row, gated_ptr,
+        BLOCKS, EXPERTS, RANK, TOP_K, BLOCK_EXPERTS, BLOCK_RANK, 1, 1, False, 1, 1,
+    )  # fmt: skip
+    index = tl.arange(0, BLOCK_EXPERTS * BLOCK_RANK)
+    inside = (index // BLOCK_RANK < EXPERTS) & (index % BLOCK_RANK < RANK)
+    column = (index // BLOCK_RANK) * RANK + index % BLOCK_RANK
+    at = gated_ptr + (row.to(tl.int64) * BLOCKS + block) * (EXPERTS * RANK) + column
+    tl.store(at, hidden.to(gated_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def blend_kernel(
+    z_ptr, router_ptr, vectors_ptr, places_ptr, table_ptr, y_ptr, z_row, y_row, scale,
+    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_EXPERTS: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, BLOCK_TILE: tl.constexpr,
+    PAIRS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """A tile of ``z * sum_e g_e l_e``, of one row: z is one head, or a whole vector.
+
+    A place says where z begins in a row of z_ptr and how long it is, at most SIZE; which router it
+    has; where in it the tile begins; and whether its pairs are turned and scaled after. A tile that
+    is all of z may be written over it.
+    """
+    program = tl.program_id(0)
+    row = tl.program_id(1)
+    at = places_ptr + program * 5
+    begin, size, router = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+    start, turned = tl.load(at + 3), tl.load(at + 4)
+    expert = tl.arange(0, BLOCK_EXPERTS)
+    some = (expert < EXPERTS)[:, None]
+    channel = tl.arange(0, BLOCK)
+    at = router_ptr + (router * EXPERTS + expert)[:, None] * SIZE + channel[None, :]
+    weight = tl.load(at, mask=some & (channel < size)[None, :], other=0.0)
+    index = tl.arange(0, BLOCK_TILE)
+    inside = (index < TILE) & (start + index < size)
+    at = vectors_ptr + (program * EXPERTS + expert)[:, None] * TILE + index[None, :]
+    vectors = tl.load(at, mask=some & inside[None, :], other=0.0)
+    _wait(EARLY)
+    from_row = z_ptr + row.to(tl.int64) * z_row + begin
+    z = tl.load(from_row + channel, mask=channel < size, other=0.0).to(tl.float32)
+    tile = tl.load(from_row + start + index, mask=inside, other=0.0).to(tl.float32)
+    pair = (start + tl.arange(0, BLOCK_TILE // 2) * 2) // 2
+    turns = (pair < PAIRS) & (turned > 0)
+    at = table_ptr + (row * PAIRS + pair) * 2
+    cos = tl.load(at, mask=turns, other=1.0)
+    sin = tl.load(at + 1, mask=turns, other=0.0)
+    logits = _rounded(tl.sum(weight.to(tl.float32) * z[None, :], 1), z_ptr)
+    gates = _gates(logits, expert, EXPERTS, TOP_K)
+    blend = tl.sum(gates[:, None] * vectors, 0)
+    y = _rounded(tile + _rounded(tile * blend, z_ptr), z_ptr)
+    a, b = tl.split(tl.reshape(y, (BLOCK_TILE // 2, 2)))
+    factor = tl.where(turned > 0, scale, 1.0)
+    y = tl.join((a * cos - b * sin) * factor, (a * sin + b * cos) * factor)
+    y = tl.reshape(y, (BLOCK_TILE,))
+    tl.debug_barrier()  # every thread has read z
+    at = y_ptr + row.to(tl.int64) * y_row + begin + start + index
+    tl.store(at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -190,19 +411,41 @@ def _product(x, weight, total, UPCAST: tl.constexpr):
     return tl.dot(x, tl.trans(weight), total, input_precision="ieee")
 
 
+@triton.jit
+def _second_product(
+    from_gated, second_ptr, some, out, block,
+    OUT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    RANKS: tl.constexpr, BLOCK_RANKS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """``(g * A x) B^T`` of the outputs of one block, (BLOCK_ROWS, BLOCK_OUT)."""
+    total = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
+    from_second = second_ptr + out.to(tl.int64)[:, None] * RANKS
+    for begin in range(0, RANKS, BLOCK_RANKS):
+        column = begin + tl.arange(0, BLOCK_RANKS)
+        inside = ((column < RANKS) & (block >= 0))[None, :]
+        at = from_gated[:, None] + block * RANKS + column[None, :]
+        gated = tl.load(at, mask=some[:, None] & inside, other=0.0)
+        both = (out < OUT)[:, None] & inside
+        second = tl.load(from_second + column[None, :], mask=both, other=0.0)
+        total = _product(gated, second, total, UPCAST)
+    return total
+
+
 @triton.jit(do_not_specialize=["rows"])  # one form for all batches of a plan
 def matrix_kernel(
-    x_ptr, scale_ptr, weight_ptr, table_ptr, y_ptr,
-    rows, x_row, y_row, eps, scaled_from, scale,
+    x_ptr, scale_ptr, weight_ptr, table_ptr, y_ptr, gated_ptr, second_ptr, which_ptr,
+    rows, x_row, y_row, eps, scaled_from, scale, mixture_scale,
     OUT: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK: tl.constexpr,
     NORM: tl.constexpr, PAIRED: tl.constexpr,
     ADD: tl.constexpr, ROTATED: tl.constexpr, HEAD: tl.constexpr, PAIRS: tl.constexpr,
+    RANKS: tl.constexpr, BLOCKS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_RANKS: tl.constexpr,
     UPCAST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_OUT outputs of some rows: norm with a weight, product, `_finish`.
 
     The mean square is one number a row, so it can follow the product, and x is read once for both.
+    RANKS > 0: a mixture's ``B (g * A x)`` is added, of g * A x (rows, BLOCKS * RANKS).
     """
     first = tl.program_id(0) * BLOCK_OUT
     row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -236,6 +479,22 @@ def matrix_kernel(
         root = tl.rsqrt(squares / WIDTH + eps)[:, None]
         y *= root
         up *= root
+    if RANKS > 0:
+        some = row < rows
+        from_gated = gated_ptr + row * (BLOCKS * RANKS)
+        block = tl.load(which_ptr + first // ALIGNED)
+        added = _second_product(
+            from_gated, second_ptr, some, out, block, OUT, BLOCK_ROWS, BLOCK_OUT,
+            RANKS, BLOCK_RANKS, UPCAST,
+        )  # fmt: skip
+        y += mixture_scale * added
+        if PAIRED:
+            block = tl.load(which_ptr + (OUT + first) // ALIGNED)
+            added = _second_product(
+                from_gated, second_ptr + OUT * RANKS, some, out, block, OUT, BLOCK_ROWS, BLOCK_OUT,
+                RANKS, BLOCK_RANKS, UPCAST,
+            )  # fmt: skip
+            up += mixture_scale * added
     _finish(
         y, up, beside, y_ptr, row, first, rows, y_row, scaled_from, scale,
         OUT, BLOCK_OUT, PAIRED, ADD, ROTATED,
