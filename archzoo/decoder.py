@@ -325,7 +325,9 @@ class Decoder(nn.Module):
             *arguments: Of `torch.compile`.
             **options: The same.
         """
-        self.compiled_hidden = torch.compile(self._hidden, *arguments, **options)
+        compiled = torch.compile(self._hidden, *arguments, **options)
+        # DDP's compiler would cut the graph where its buckets end.
+        self.compiled_hidden = torch._dynamo.config.patch({"optimize_ddp": False})(compiled)
 
     def compile_blocks(self, *arguments: Any, **options: Any) -> None:
         """Compile each block by itself: blocks that are alike are compiled once, for all of them.

@@ -25,7 +25,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import archzoo
 from archzoo.checkpoint import read_safely
 from archzoo.cli import main
-from archzoo.training import losses, ranks, sharding
+from archzoo.training import compiling, losses, ranks, sharding
 
 RUN = """
 seed_everything: 0
@@ -196,16 +196,17 @@ def test_the_fused_loss_gets_the_whole_head(one_of_two, strategy, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "at_once"),
-    [(DDP, 0), (FSDP2, 0), (FSDP2, 250_000_000)],
-    ids=["ddp", "fsdp2 by blocks", "fsdp2"],
+    ("strategy", "at_once", "quick"),
+    [(DDP, 0, False), (DDP, 0, True), (FSDP2, 0, True), (FSDP2, 250_000_000, False)],
+    ids=["ddp", "ddp, quickly", "fsdp2 by blocks", "fsdp2"],
 )
 def test_each_rank_compiles_what_it_exchanges_at_once(
-    one_of_two, strategy, at_once, monkeypatch, capfd
+    one_of_two, strategy, at_once, quick, monkeypatch, capfd
 ):
-    """A block, or all of a sharded model that is not large."""
+    """A block, or all of a sharded model that is not large, or of any where sums are quick."""
     weights = []
     monkeypatch.setattr(sharding, "AT_ONCE", at_once)
+    monkeypatch.setattr(compiling, "sums_quickly", lambda trainer: quick)
 
     def backend(graph, inputs, **_):
         weights.append(sum(isinstance(value, torch.nn.Parameter) for value in inputs))
@@ -218,7 +219,8 @@ def test_each_rank_compiles_what_it_exchanges_at_once(
     run = ["fit", "--config", "run.yaml", "--name", "x", *strategy, *dense, "--compile=true"]
     assert main(run) == 0
     assert "compiling the model" in capfd.readouterr().err
-    assert weights == [14 if at_once else 6]  # one graph: of the model, or of all blocks and steps
+    whole = at_once or (quick and strategy is DDP)
+    assert weights == [14 if whole else 6]  # one graph: of the model, or of all blocks and steps
 
 
 @pytest.mark.parametrize("strategy", [FSDP2], ids=["fsdp2"])

@@ -14,6 +14,7 @@ from torch._dynamo.exc import TorchDynamoException
 from archzoo.kernels.launching import TRITON_FOUND
 from archzoo.training.ending import say
 from archzoo.training.module import LanguageModel
+from archzoo.training.ranks import sums_quickly
 
 #: Compiling takes some 30 s, which the short runs of smaller models do not give back.
 LEAST = 20_000_000  # parameters
@@ -52,8 +53,8 @@ def options() -> dict[str, Any]:
 class CompileModel(lightning.Callback):
     """Compiles the decoder before the first step, and says how long that took.
 
-    Where its gradients are exchanged block by block with other processes, or it is unfrozen layer
-    by layer, it is compiled block by block: see `Decoder.compile_blocks`.
+    Where its gradients are exchanged block by block with other processes and that takes a while,
+    or it is unfrozen layer by layer, it is compiled block by block: see `Decoder.compile_blocks`.
 
     Args:
         when: "auto" compiles a model of 20 M parameters or more on an NVIDIA GPU, unless
@@ -81,10 +82,12 @@ class CompileModel(lightning.Callback):
                 return
         if not self.when:
             return
-        if (trainer.world_size > 1 and pl_module.exchanges_blocks) or pl_module.unfreezes:
-            net.compile_blocks(
-                options=options()
-            )  # a block that is unfrozen compiles nothing of the others anew
+        # FSDP2's hooks around a block, or its gradients while those before it are computed.
+        by_blocks = trainer.world_size > 1 and pl_module.exchanges_blocks
+        if by_blocks and not pl_module.sharded:
+            by_blocks = not sums_quickly(trainer)
+        if by_blocks or pl_module.unfreezes:  # which compiles nothing of the other blocks anew
+            net.compile_blocks(options=options())
         else:
             net.compile(options=options())
         compiled, plain = net.compiled_hidden, net._hidden
