@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import io
 import json
 import re
 import subprocess
@@ -19,6 +20,9 @@ from archzoo.decoder import Decoder
 from archzoo.export.files import check_source, module_of, weights_of, write_file
 from archzoo.export.hugging_face import figures, is_llama, llama_files
 from archzoo.export.source import source_of
+from archzoo.export.tokenizer import tokenizer_files
+from archzoo.export.unigram import HARD, unigram_file
+from archzoo.tasks.tokenizers import SentencePieceTokenizer, learn_unigram
 
 DIGITS = {"digit_tokens": list(range(10)), "operator_tokens": [10, 11]}
 EXACT, ROUNDED = 1e-12, 1e-6
@@ -456,6 +460,33 @@ def test_a_directory_for_transformers(tmp_path: Path) -> None:
     card = (out / "README.md").read_text()
     assert all(word in card for word in ("licence", "commit", "parameters", "trained on"))
     assert main(["export", "retnet_micro", str(out), "--to", "transformers"]) != 0  # it exists
+
+
+@pytest.mark.parametrize("path", ["shakespeare.txt", "three_kingdoms.txt"])
+def test_a_unigram_model_as_a_tokenizer_json(path: str) -> None:
+    """Of the same tokens on a text, and on what sentencepiece has in store for names of pieces."""
+    import tokenizers
+
+    text = (Path(__file__).parents[1] / "data" / path).read_text()[:100_000]
+    ours = learn_unigram([text], 4000)
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(unigram_file(ours)))
+    # In a text of a megabyte sentencepiece's own sums, of float32, round.
+    for given in (*text.splitlines(keepends=True), *HARD, "</s><unk> x<0x0A>y", "\ue000"):
+        assert theirs.encode(given, add_special_tokens=False).ids == ours.encode(given)
+    assert theirs.decode(ours.encode(text)) == text
+
+
+def test_a_sentencepiece_model_that_differs_is_refused(tmp_path: Path) -> None:
+    import sentencepiece
+
+    for kind, words in (("unigram", "cuts .* otherwise"), ("bpe", "another kind than unigram")):
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["the cat sat on the mat", "a dog sat"] * 50),
+            model_writer=model, model_type=kind, vocab_size=17, minloglevel=2,
+        )  # fmt: skip
+        with pytest.raises(ValueError, match=f"{words}.*: export with --without_tokenizer"):
+            tokenizer_files(SentencePieceTokenizer(model.getvalue()), None)
 
 
 @pytest.mark.parametrize(

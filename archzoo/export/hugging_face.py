@@ -16,6 +16,7 @@ from archzoo.checkpoint.pretrained import WEIGHTS, write_directory
 from archzoo.decoder import Decoder
 from archzoo.export.files import check_source, module_of
 from archzoo.export.source import source_of
+from archzoo.export.tokenizer import tokenizer_files
 from archzoo.export.wrapper import IMPORTS, WRAPPER
 from archzoo.mixers.attention import Attention
 from archzoo.positions.rotary import RotaryEmbedding
@@ -172,8 +173,12 @@ def write_transformers(
     config["dtype"] = str(model.dtype).removeprefix("torch.")
     special: dict[str, Any] = {"eos_token_id": None, "pad_token_id": None}
     if tokenizer is not None:
-        special = {"eos_token_id": tokenizer.stop_token, "pad_token_id": tokenizer.pad_token}
-        files |= tokenizer_files(tokenizer, model.context_length)
+        free = None if architecture == "LlamaForCausalLM" else tokenizer.vocab_size
+        if tokenizer.vocab_size < model.vocab_size:
+            free = tokenizer.vocab_size
+        written, pad = tokenizer_files(tokenizer, model.context_length, free)
+        special = {"eos_token_id": tokenizer.stop_token, "pad_token_id": pad}
+        files |= written
     config |= {"bos_token_id": None} | special
     files["generation_config.json"] = _json({"bos_token_id": None} | special)
     files["README.md"] = card(model, name, source, architecture).encode()
@@ -185,39 +190,6 @@ def write_transformers(
 
 def _json(content: Any) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def tokenizer_files(tokenizer: Tokenizer, longest: int | None) -> dict[str, bytes]:
-    """What `AutoTokenizer` reads.
-
-    Raises:
-        ValueError: A tokenizer that is not a tokenizer.json.
-    """
-    files = tokenizer.files()
-    if "tokenizer.json" not in files:
-        raise ValueError(
-            f"the tokenizer is a {next(iter(files))} of sentencepiece, which AutoTokenizer does "
-            "not read by itself: export with --without_tokenizer, and encode with sentencepiece"
-        )
-    content = json.loads(files["tokenizer.json"])
-    names = (
-        {token: text for text, token in content["model"].get("vocab", {}).items()}
-        if isinstance(content["model"].get("vocab"), dict)
-        else {}
-    )
-    names |= {entry["id"]: entry["content"] for entry in content.get("added_tokens") or []}
-    config: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_input_names": ["input_ids", "attention_mask"],
-        "padding_side": "left",
-        "clean_up_tokenization_spaces": False,
-    }
-    if longest:
-        config["model_max_length"] = longest
-    for key, token in (("eos_token", tokenizer.stop_token), ("pad_token", tokenizer.pad_token)):
-        if token is not None and token in names:
-            config[key] = names[token]
-    return files | {"tokenizer_config.json": _json(config)}
 
 
 def card(model: Decoder, name: str, source: str, architecture: str) -> str:

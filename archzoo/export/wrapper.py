@@ -114,11 +114,12 @@ class ArchzooForCausalLM(PreTrainedModel, GenerationMixin):
         keep = use_cache if use_cache is not None else cache is not None
         if cache is None and keep:
             cache = StateCache(self.model.init_state(len(input_ids)))
-        documents = None
+        seen = input_ids < self.config.vocab_size  # a token for padding may lie behind it
         if attention_mask is not None:
-            seen = attention_mask[:, -input_ids.shape[1] :].bool()
-            # Once rows are padded the state knows: only masks that say something are handed on.
-            documents = None if seen.all() else torch.where(seen, 0, -1)
+            seen = seen & attention_mask[:, -input_ids.shape[1] :].bool()
+        documents = None
+        if not seen.all():  # once rows are padded the state knows
+            documents, input_ids = torch.where(seen, 0, -1), input_ids.masked_fill(~seen, 0)
         state = None if cache is None else cache.state
         logits, state, aux = self.model(input_ids, state, documents)
         if cache is not None:

@@ -10,7 +10,13 @@ import torch
 import archzoo
 from archzoo.contract.measure import relative_error
 from archzoo.export.hugging_face import write_transformers
-from archzoo.tasks.tokenizers import CharacterTokenizer
+from archzoo.tasks.tokenizers import (
+    CharacterTokenizer,
+    Tokenizer,
+    learn_bpe,
+    learn_characters,
+    learn_unigram,
+)
 
 pytestmark = pytest.mark.extras
 transformers = pytest.importorskip("transformers")
@@ -78,6 +84,41 @@ def test_logits_and_decoding(family: str, tmp_path: Path) -> None:
     found = archzoo.generate(ours, tokens, max_tokens=9, stop_token=TOKENIZER.stop_token).tokens
     for row, mine in zip(greedy[:, seen.shape[1] :].tolist(), found, strict=True):
         assert row[: len(mine)] == mine
+
+
+TEXT = (Path(__file__).parents[2] / "data" / "shakespeare.txt").read_text()[:200_000]
+TEXTS = ["ROMEO:\nO", "To be, or not to be:", "a"]
+TEXT_TOKENIZERS = {
+    "characters": lambda: learn_characters([TEXT]),
+    "bpe": lambda: learn_bpe([TEXT], 400),
+    "unigram": lambda: learn_unigram([TEXT], 500),
+}
+
+
+@pytest.mark.parametrize("family", ["retnet", "transformer"])
+@pytest.mark.parametrize("kind", TEXT_TOKENIZERS)
+@torch.no_grad()
+def test_a_text_tokenizer_pads(kind: str, family: str, tmp_path: Path) -> None:
+    """It has no token for padding of its own, and gets one that changes no text."""
+    tokenizer: Tokenizer = TEXT_TOKENIZERS[kind]()
+    ours = model_of(family, vocab_size=tokenizer.vocab_size)
+    write_transformers(tmp_path / "model", ours, tokenizer)
+    theirs, auto = exported(ours, tmp_path / "model")
+    assert auto.padding_side == "left"
+    tokens = [tokenizer.encode(text) for text in TEXTS]
+    batch = auto(TEXTS, padding=True, return_tensors="pt")
+    assert [row[m.bool()].tolist() for row, m in zip(*batch.values(), strict=True)] == tokens
+    assert auto.decode(batch["input_ids"][2], skip_special_tokens=True).lstrip("\n") == "a"
+    length = batch["input_ids"].shape[1]
+    found = theirs.generate(**batch, max_new_tokens=9, do_sample=False)[:, length:].tolist()
+    wanted = archzoo.generate(ours, tokens, max_tokens=9).tokens
+    assert found == wanted
+    alone = theirs.generate(torch.tensor(tokens[:1]), max_new_tokens=9, do_sample=False)
+    assert alone[0, len(tokens[0]) :].tolist() == wanted[0]  # its line end is no padding
+    ended = theirs.generate(**batch, max_new_tokens=9, do_sample=False, eos_token_id=wanted[0][2])
+    for row, mine in zip(ended[:, length:].tolist(), wanted, strict=True):
+        stop = [*mine, wanted[0][2]].index(wanted[0][2])
+        assert row[:stop] == mine[:stop]  # others go on where a row has ended
 
 
 def test_beams_and_sampling(tmp_path: Path) -> None:
