@@ -17,6 +17,7 @@ import archzoo
 from archzoo.generation import generate
 from archzoo.tasks import (
     Addition,
+    Arithmetic,
     BitwiseOr,
     Mixed,
     Multiplication,
@@ -30,6 +31,7 @@ from archzoo.tasks import (
     stream,
 )
 from archzoo.tasks.stream import IGNORED
+from archzoo.training.losses import total_loss
 
 OPERATIONS = {"+": Addition, "-": Subtraction, "x": Multiplication, "|": BitwiseOr}
 ANSWERS = {
@@ -221,6 +223,58 @@ def test_a_row_holds_a_line_and_asks_for_the_answer(name):
     runs = [len(run) for line in task.text(task.problems("train", np.arange(5000)))
             for run in re.findall("[0-9]+", line)]  # fmt: skip
     assert max(runs) == task.longest_run
+
+
+@pytest.mark.parametrize("problems", [2, 3, 40])
+def test_packed_rows_hold_the_same_problems_and_train_the_same(problems):
+    """The loss and its gradient are those of a problem a row; so is all that parts are given."""
+    arguments = {"batch_size": 32, "coupled": True, "seed": random.randrange(2**32)}
+    plain = Addition(**arguments).training_batch(3, np.arange(32))
+    packed = Addition(**arguments, pack=problems).training_batch(3, np.arange(32))
+    assert plain.keys() == packed.keys()
+    assert len(packed["tokens"]) == -(-32 // problems)
+
+    def of_example(batch, number):
+        """What the tokens of one example hold, up to the last with a label."""
+        mine = (batch["examples"] == number) & (batch["documents"] >= 0)
+        assert len(batch["documents"][mine].unique()) == 1
+        entries = {name: batch[name][mine] for name in ("tokens", "labels", "positions")}
+        end = (entries["labels"] != IGNORED).nonzero().max() + 1
+        return {name: entry[:end].tolist() for name, entry in entries.items()}
+
+    for number in range(3 * 32, 4 * 32):
+        assert of_example(plain, number) == of_example(packed, number)
+    kept = (packed["documents"] >= 0).sum()
+    assert kept == sum(len(of_example(plain, n)["tokens"]) for n in range(3 * 32, 4 * 32))
+    assert (packed["labels"] != IGNORED).sum() == (plain["labels"] != IGNORED).sum()
+    padding = packed["documents"] < 0
+    assert (packed["tokens"][padding] == Addition().pad).all() and padding.float().mean() < 0.15
+    for preset in ("retnet_micro", "transformer_micro"):
+        model = archzoo.create_model(preset, vocab_size=Addition().vocab_size).double()
+        gradients = []
+        for batch in (plain, packed):
+            x, _, _ = model.hidden(batch["tokens"], documents=batch["documents"])
+            loss = total_loss(x, model.head, batch["labels"])
+            gradients.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("problems", [2, 4])
+def test_several_tasks_pack_as_one_does(problems):
+    arguments = {"tasks": {"Addition": {}, "Subtraction": {}}, "batch_size": 24}
+    plain = Arithmetic(**arguments).training_batch(0, np.arange(24))
+    packed = Arithmetic(**arguments, pack=problems).training_batch(0, np.arange(24))
+    assert len(packed["tokens"]) == 24 // problems
+
+    def labels(batch):
+        seen = batch["labels"] != IGNORED
+        return sorted(torch.stack([batch["examples"][seen], batch["labels"][seen]], 1).tolist())
+
+    assert labels(plain) == labels(packed)
+    validation = Arithmetic(**arguments, pack=problems).val_dataloader()
+    validation = validation[0] if isinstance(validation, list) else validation
+    assert len(next(iter(validation))["tokens"]) == 24  # a row each, which exact match counts
 
 
 @pytest.mark.parametrize(
@@ -532,3 +586,5 @@ def test_what_cannot_be_made_is_said():
         Sorting(numbers=52)
     with pytest.raises(ValueError, match="numbers 0 is not positive"):
         Sorting(numbers=0)
+    with pytest.raises(ValueError, match="pack 0 is not positive: 1 gives each problem a row"):
+        Addition(pack=0)

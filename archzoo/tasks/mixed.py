@@ -41,10 +41,10 @@ class Mixed(Text):
 
     Args:
         problems: The task that they come from, such as Addition.
-        problem_arguments: Of that task; its batch_size, steps_per_epoch, seed and separate_test
-            mean nothing here, and what is not named is as it was before there were `vocabulary`
-            (own) and `zero` (false). With vocabulary shared, a tokenizer of characters knows the
-            signs of all tasks.
+        problem_arguments: Of that task; its batch_size, steps_per_epoch, seed, separate_test and
+            pack mean nothing here, and what is not named is as it was before there were
+            `vocabulary` (own) and `zero` (false). With vocabulary shared, a tokenizer of
+            characters knows the signs of all tasks.
         lines: Problems in a window.
         path: As for Text, and so are all that follow.
         tokenizer: The same; digits and signs must be tokens of their own, as in all that are

@@ -107,6 +107,41 @@ def batch_of(lines: Lines, numbers: Integers) -> Batch:
     return batch
 
 
+def pack_rows(batch: Batch, problems: int, pad: int) -> Batch:
+    """The same problems with several in a row, as documents of their own: fewer pad tokens.
+
+    Each keeps its tokens up to the last that has a label. The longest come first, from the first
+    row to the last and back again, so that all rows are about equally long.
+
+    Args:
+        batch: A problem a row, as `batch_of` makes it.
+        problems: Of a row, at most.
+        pad: The token that fills rows up.
+    """
+    labels = batch["labels"].numpy()
+    lengths = np.where(labels != IGNORED, np.arange(1, labels.shape[1] + 1), 0).max(axis=1)
+    count = -(-len(lengths) // problems)
+    order, totals = np.argsort(-lengths, kind="stable"), np.zeros(count, np.int64)
+    rows, begins, turns = (np.empty_like(lengths) for _ in range(3))
+    for turn in range(problems):
+        some = order[turn * count : (turn + 1) * count]
+        row = np.arange(len(some)) if turn % 2 == 0 else count - 1 - np.arange(len(some))
+        rows[some], begins[some], turns[some] = row, totals[row], turn
+        totals[row] += lengths[some]
+    columns = np.arange(labels.shape[1])
+    kept = columns < lengths[:, None]
+    target = (rows[:, None] * totals.max() + begins[:, None] + columns)[kept]
+    documents = np.broadcast_to(turns[:, None], labels.shape)
+    entries = {name: entry.numpy() for name, entry in batch.items()} | {"documents": documents}
+    fill = {"tokens": pad, "labels": IGNORED, "documents": -1}
+    packed = {}
+    for name, entry in entries.items():
+        whole = np.full(count * totals.max(), fill.get(name, 0), np.int64)
+        whole[target] = entry[kept]
+        packed[name] = torch.from_numpy(whole.reshape(count, -1))
+    return packed
+
+
 class Blocks:
     """Training lines by batch, several small batches made at once.
 
@@ -192,6 +227,10 @@ class SyntheticTask(Task):
         for name in ("steps_per_epoch", "validation_examples", "test_examples", "ood_examples"):
             if arguments[name] < 1:
                 raise ValueError(f"{name} {arguments[name]} is not positive")
+        if arguments.get("pack", 1) < 1:
+            raise ValueError(
+                f"pack {arguments['pack']} is not positive: 1 gives each problem a row"
+            )
         if min(ood_digits, default=1) < 1:
             raise ValueError(f"ood_digits {ood_digits} holds a length that is not positive")
         self.synthetic_tasks = {type(self).__name__: self}
@@ -205,6 +244,7 @@ class SyntheticTask(Task):
         self.seed: int = arguments["seed"]
         self.zero: bool = arguments["zero"]
         self.separate_test: bool = arguments.get("separate_test", True)  # came after own tasks
+        self.pack: int = arguments.get("pack", 1)  # so did this
         letters = LETTERS if self.hints or self.has_keys else ""
         self.written = "0123456789" + self.operators + letters
         self.tokenizer = CharacterTokenizer(self._vocabulary(), special=True)
@@ -317,7 +357,8 @@ class SyntheticTask(Task):
         return self._held_out_problems(split).examples
 
     def training_batch(self, number: int, rows: Integers) -> Batch:
-        return batch_of(self._blocks(number, rows), number * self.batch_size + rows)
+        batch = batch_of(self._blocks(number, rows), number * self.batch_size + rows)
+        return batch if self.pack == 1 else pack_rows(batch, self.pack, self.pad)
 
     def _training_lines(self, numbers: Integers) -> Lines:
         problems = self.problems("train", numbers)

@@ -9,7 +9,7 @@ import numpy as np
 
 from archzoo.tasks.counter_random import Integers, random_bits
 from archzoo.tasks.digit_arrays import below
-from archzoo.tasks.problems import Blocks, Lines, SyntheticTask, batch_of
+from archzoo.tasks.problems import Blocks, Lines, SyntheticTask, batch_of, pack_rows
 from archzoo.tasks.stream import Batch, Loader, Task, build_task
 
 _PARTS = 7  # the stream of random bits that chooses a task for each example
@@ -18,7 +18,7 @@ _PARTS = 7  # the stream of random bits that chooses a task for each example
 _COMMON = {
     *("reverse", "reverse_answer", "zero_padded", "hints", "coupled", "vocabulary"),
     *("batch_size", "steps_per_epoch", "validation_examples", "test_examples", "seed"),
-    *("ood_digits", "ood_examples", "separate_test"),
+    *("ood_digits", "ood_examples", "separate_test", "pack"),
 }
 
 
@@ -53,6 +53,7 @@ class Arithmetic(Task):
         seed: Chooses the training examples.
         zero: Whether a number of one digit may be 0.
         separate_test: As for Addition.
+        pack: As for Addition.
 
     Raises:
         ValueError: an argument is out of range, or a task cannot be one of several.
@@ -79,6 +80,7 @@ class Arithmetic(Task):
         seed: int = 0,
         zero: bool = True,
         separate_test: bool = True,
+        pack: int = 1,
     ) -> None:
         super().__init__()
         if not tasks:
@@ -157,7 +159,9 @@ class Arithmetic(Task):
         return len(self._in_turn(split)[0])
 
     def training_batch(self, number: int, rows: Integers) -> Batch:
-        return batch_of(self._blocks(number, rows), number * self.batch_size + rows)
+        batch = batch_of(self._blocks(number, rows), number * self.batch_size + rows)
+        problems = self.arguments["pack"]
+        return batch if problems == 1 else pack_rows(batch, problems, self.parts[0].pad)
 
     def evaluation_batch(self, split: str, number: int, rows: Integers) -> Batch:
         numbers = number * self.batch_size + rows
