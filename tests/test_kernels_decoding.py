@@ -233,3 +233,36 @@ def test_retain_is_the_plain_step(decay):
     found = kernels.retain(q, k, v, log_decay, positions, memory)
     assert distance(found, wanted) < TOLERANCES[torch.float32]
     assert distance(memory, new) < TOLERANCES[torch.float32]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_retain_leaves_for_the_mixture_of_the_output(batch):
+    """Each head's part lacks the root of its norm, which the output's kernel knows."""
+    torch.manual_seed(batch)
+    heads, dk, dv, out, experts, rank = 3, 4, 40, 18, 3, 2
+    width, eps = heads * dv, 1e-6
+    log_decay = -torch.rand(heads).to(DEVICE)
+    memory, positions = draw(batch, heads, dk, dv), torch.full((batch,), 7, device=DEVICE)
+    projected = draw(batch, 2 * heads * dk + 2 * width)
+    q, k, v, gate = projected.split((heads * dk, heads * dk, width, width), dim=1)
+    first, router = draw(experts * rank, width, scale=0.2), draw(experts, width, scale=0.2)
+    change = Change(0, first, draw(out, experts * rank), 0.7, router)
+    mixture = kernels.make_mixture(
+        torch.cat([first, router]), [(0, change.second)], out, experts, None, 0.7
+    )
+    following = kernels.make_next(mixture, None)
+    o, left = kernels.retain_and_next(q, k, v, gate, log_decay, positions, memory, following)
+    assert len(left.parts) > heads
+    weight, residual = draw(out, width, scale=0.2), draw(batch, out)
+    normed = rms_norm(o.double().unflatten(1, (heads, dv)), eps=eps).flatten(1)
+    x = F.silu(gate.double()) * normed
+    wide = change._replace(
+        first=first.double(), second=change.second.double(), router=router.double()
+    )
+    wanted = residual.double() + changed_product(x, weight.double(), None, [wide])
+    norm = Norm(None, eps, heads, gate)
+    for given in (left, None):
+        found = kernels.linear(
+            o, weight, norm=norm, residual=residual.clone(), mixture=mixture, left=given
+        )
+        assert distance(found, wanted) < TOLERANCES[torch.float32]

@@ -187,6 +187,7 @@ def _retain(
     mixer: Retention,
     projection: Matrix,
     output: Matrix,
+    for_output: Next | None,
     norm: Norm,
     log_decay: Tensor,
     rotation: Frequencies,
@@ -200,9 +201,11 @@ def _retain(
     turn = Rotation(here.tables[rotation], mixer.head_dim, width, width, scale)
     projected = _project(projection, norm, turn, x, here)
     q, k, v, gate = projected.split_with_sizes((width, width, values, values), 1)
-    o = kernels.retain(q, k, v, log_decay, here.positions, held["memory"])
+    o, left = kernels.retain_and_next(
+        q, k, v, gate, log_decay, here.positions, held["memory"], for_output
+    )
     of_heads = Norm(None, max(mixer.norm_eps, 1e-24), mixer.heads, gate)  # as Retention.finish
-    _close(output, o, of_heads, x, None, here, following)
+    _close(output, o, of_heads, x, left, here, following)
     return held
 
 
@@ -210,6 +213,7 @@ def _attend(
     mixer: Attention,
     projection: Matrix,
     output: Matrix,
+    for_output: Next | None,
     norm: Norm,
     rotation: Frequencies,
     x: Tensor,
@@ -227,10 +231,16 @@ def _attend(
     if here.document is not None and (prefix := prefix_of(held)):  # which every document sees
         held["documents"][:, :prefix] = here.document
     early = kernels.begins_early(len(x), x.device)
-    y = cache_attention.attend_cache(
-        q, k, v, *cache, documents=documents, document=here.document, early=early
-    )
-    _close(output, y.flatten(1), None, x, None, here, following)
+    packed: dict[str, Any] = {"documents": documents, "document": here.document, "early": early}
+    left = None
+    if for_output is None or len(x) > kernels.VECTOR_ROWS:
+        y = cache_attention.attend_cache(q, k, v, *cache, **packed)
+    else:
+        y, parts = cache_attention.attend_cache_and_next(
+            q, k, v, *cache, for_output.first, **packed
+        )
+        left = Left(parts, False)
+    _close(output, y.flatten(1), None, x, left, here, following)
     return held
 
 
@@ -319,7 +329,7 @@ def _find_mix(block: Block) -> Half | None:
         projection = _find_matrix(mixer.query_key_value, dtype)
         if projection is None:
             return None
-        run = partial(_attend, mixer, projection, output, norm, rotation)
+        run = partial(_attend, mixer, projection, output, output.following(), norm, rotation)
         return Half(run, projection.following(norm))
     gated = mixer.head_norm == "rms" and len(mixer.widths) == 3
     if not gated or mixer.learnable or mixer.head_dim > MAX_KEY_DIM:
@@ -329,7 +339,7 @@ def _find_mix(block: Block) -> Half | None:
         return None
     log_decay = mixer.log_decay(mixer.output.weight)
     return Half(
-        partial(_retain, mixer, projection, output, norm, log_decay, rotation),
+        partial(_retain, mixer, projection, output, output.following(), norm, log_decay, rotation),
         projection.following(norm),
     )
 

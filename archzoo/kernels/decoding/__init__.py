@@ -24,7 +24,7 @@ from archzoo.kernels import launching
 from archzoo.kernels.launching import interpreting, launch, power_of_2
 
 _MODULE = "archzoo.kernels.decoding.triton"
-_VECTOR_ROWS = 2  # up to which a row is a program's, and the weight is read once for each
+VECTOR_ROWS = 2  # up to which a row is a program's, and the weight is read once for each
 _TILE_BYTES = 2**15  # of a weight, which 128 threads hold in registers
 # Up to which a kernel begins while the one before still runs. At batch 64 weights that come early
 # are in the state's way: retnet_base took 1,562 us a step on an H100, and 1,416 without.
@@ -333,7 +333,7 @@ def linear_and_next(
         table, scaled_from, scale = rotation.table, rotation.query_width, rotation.scale
         options["ROTATED"] = rotation.query_width + rotation.key_width
         options |= {"HEAD": rotation.head_dim, "PAIRS": table.shape[1]}
-    many = batch > _VECTOR_ROWS
+    many = batch > VECTOR_ROWS
     if many and norm is not None and norm.gate is not None:
         x, norm = _gated(x, norm, weight.dtype), None
     if many and isinstance(mixture, Scaling):
@@ -646,15 +646,49 @@ def retain(
     Returns:
         o, (batch, heads * value_dim) float32.
     """
+    return retain_and_next(q, k, v, v, log_decay, positions, memory, None)[0]
+
+
+def retain_and_next(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    log_decay: Tensor,
+    positions: Tensor,
+    memory: Tensor,
+    following: Next | None,
+) -> tuple[Tensor, Left | None]:
+    """`retain`, and what it leaves for the mixture of the output projection, if one or two rows.
+
+    Args:
+        q: As `retain`'s, and so are all others but these two.
+        k: The same.
+        v: The same.
+        gate: What o is gated by after its norm, a part of the same row as v.
+        log_decay: The same.
+        positions: The same.
+        memory: The same.
+        following: For whom to leave something. None: for nobody.
+    """
     batch, heads, dk, dv = memory.shape
     o = memory.new_empty((batch, heads * dv))
     block = power_of_2(dk)
     tile = min(16 if batch == 1 else 32, power_of_2(dv))
     while block * tile > 2**14:
         tile //= 2
+    tiles, leaves, first = -(-dv // tile), None, v
+    leaving = {"LEFT": 0, "BLOCK_LEFT": 1}
+    if following is not None and batch <= VECTOR_ROWS:
+        first, columns = following.first, following.first.shape[1]
+        leaves = Left(o.new_empty((heads * tiles, batch, columns)), True)
+        leaving = {"LEFT": columns, "BLOCK_LEFT": power_of_2(columns)}
     _launch(
-        "retention_kernel", (-(-dv // tile), batch * heads), batch,
-        (q, k, v, log_decay, positions, memory, o), q.stride(0), heads,
-        DK=dk, DV=dv, BLOCK_K=block, TILE=tile, num_warps=4,
+        "retention_kernel", (tiles, batch * heads), batch,
+        (
+            q, k, v, log_decay, positions, memory, o, gate, first,
+            o if leaves is None else leaves.parts,
+        ),
+        q.stride(0), heads, DK=dk, DV=dv, BLOCK_K=block, TILE=tile, **leaving, num_warps=4,
     )  # fmt: skip
-    return o
+    return o, leaves

@@ -503,14 +503,16 @@ def matrix_kernel(
 
 @triton.jit
 def retention_kernel(
-    q_ptr, k_ptr, v_ptr, log_decay_ptr, positions_ptr, memory_ptr, o_ptr, row_stride, heads,
+    q_ptr, k_ptr, v_ptr, log_decay_ptr, positions_ptr, memory_ptr, o_ptr,
+    gate_ptr, first_ptr, left_ptr, row_stride, heads,
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr,
-    EARLY: tl.constexpr,
+    LEFT: tl.constexpr, BLOCK_LEFT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """S <- gamma S + k^T v in place, o = q S / sqrt(s_n), of TILE columns of one head's S.
 
     S was last written a whole step ago, and positions kernels ago, so both come before the wait.
-    s_n is computed in float64, where 1 - gamma^n keeps its digits.
+    s_n is computed in float64, where 1 - gamma^n keeps its digits. LEFT > 0: leave of ``o * silu``
+    of the gate what `vector_kernel` leaves, of a head's tiles one after another.
     """
     row = tl.program_id(1)
     batch = (row // heads).to(tl.int64)
@@ -527,6 +529,13 @@ def retention_kernel(
         total = (1.0 - tl.exp(count * log_decay)) / (1.0 - tl.exp(log_decay))
     normaliser = tl.rsqrt(total.to(tl.float32))
     decay = tl.exp(log_decay).to(tl.float32)
+    if LEFT > 0:
+        channel = head * DV + column
+        across = tl.arange(0, BLOCK_LEFT)
+        both = (column < DV)[:, None] & (across < LEFT)[None, :]
+        next_first = tl.load(
+            first_ptr + channel.to(tl.int64)[:, None] * LEFT + across[None, :], mask=both, other=0.0
+        )
     _wait(EARLY)
     q = tl.load(q_ptr + batch * row_stride + head * DK + key, mask=key < DK, other=0.0)
     k = tl.load(k_ptr + batch * row_stride + head * DK + key, mask=key < DK, other=0.0)
@@ -535,3 +544,12 @@ def retention_kernel(
     o = tl.sum(q.to(tl.float32)[:, None] * memory, 0) * normaliser
     tl.store(at, memory, mask=inside)
     tl.store(o_ptr + row.to(tl.int64) * DV + column, o, mask=column < DV)
+    if LEFT > 0:
+        gate = tl.load(gate_ptr + batch * row_stride + channel, mask=column < DV, other=0.0)
+        gate = gate.to(tl.float32)
+        y = o * _rounded(gate * tl.sigmoid(gate), gate_ptr)
+        left = tl.sum(next_first.to(tl.float32) * y[:, None], 0)
+        part = head * tl.num_programs(0) + tl.program_id(0)
+        rows = tl.num_programs(1) // heads
+        at = left_ptr + (part * rows + batch) * LEFT + across
+        tl.store(at, left, mask=across < LEFT)
