@@ -18,8 +18,8 @@ define_kernels("archzoo.kernels.cross_entropy.triton")
 def interpreted(monkeypatch):
     if not GPU:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(kernels, "PIECE", 1)
-    monkeypatch.setattr(kernels, "LEAST_ROWS", 16)  # several pieces, the last of them shorter
+    monkeypatch.setattr(kernels, "SLICE", 1)
+    monkeypatch.setattr(kernels, "LEAST_ROWS", 16)  # several slices, the last of them shorter
 
 
 def case(tokens, vocab_size, dim, dtype, labelled=0.8):

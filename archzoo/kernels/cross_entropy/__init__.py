@@ -22,10 +22,10 @@ from archzoo.derivatives import differentiated_again, followed, plain_gradients
 from archzoo.kernels.launching import launch, power_of_2, run_beside
 from archzoo.linear import Linear
 
-# Logits at once. Each piece adds to the gradient of the whole head, which is a matter of bandwidth:
+# Logits at once. Each slice adds to the gradient of the whole head, which is a matter of bandwidth:
 # with 4,096 tokens at once, a vocabulary of 32,000 took 9.05 ms of a step on an H200; with 8,192
 # it takes 8.78.
-PIECE = 2**28
+SLICE = 2**28
 LEAST_ROWS = 1024  # at once: products of few are slow
 MULTIPLE = 64  # rows of the head: products of other sizes take several times as long
 MAX_BLOCK = 8192  # logits that one program reads at once
@@ -77,7 +77,7 @@ def score(x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         padded = _padded(weight, dtype)
         losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
         predicted = torch.empty(len(x), dtype=torch.int64, device=x.device)
-        for rows, logits in _pieces(x, padded):
+        for rows, logits in _slices(x, padded):
             torch.mm(x[rows].to(dtype), padded.t(), out=logits)
             _cross_entropy(logits, labels[rows], losses[rows], predicted[rows], len(weight))
     return losses, predicted
@@ -95,10 +95,10 @@ def _padded(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return padded
 
 
-def _pieces(x: Tensor, padded: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Which rows' logits are made at once, and the memory for them, the same for all pieces."""
+def _slices(x: Tensor, padded: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Which rows' logits are made at once, and the memory for them, the same for all slices."""
     tokens, columns = len(x), len(padded)
-    most = max(power_of_2(PIECE // columns + 1) // 2, LEAST_ROWS)
+    most = max(power_of_2(SLICE // columns + 1) // 2, LEAST_ROWS)
     memory = padded.new_empty((min(most, tokens), columns))
     for begin in range(0, tokens, most):
         yield slice(begin, begin + most), memory[: tokens - begin]
@@ -137,7 +137,7 @@ class _TotalLoss(torch.autograd.Function):
             losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
             d_x = torch.empty(x.shape, dtype=dtype, device=x.device) if of_x else None
             d_weight = None
-            for rows, logits in _pieces(x, padded):
+            for rows, logits in _slices(x, padded):
                 some = x[rows].to(dtype)
                 torch.mm(some, padded.t(), out=logits)
                 _cross_entropy(logits, labels[rows], losses[rows], None, len(weight))
