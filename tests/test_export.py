@@ -441,7 +441,11 @@ def test_a_llama_is_written_as_one(tmp_path: Path) -> None:
         again.load_state_dict(llama_weights(weights, 2, config["num_key_value_heads"], tied=tied))
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, again.state_dict()[name]), name
-    for other in ({"bias": "ALiBi"}, {"convolution": 4}, {"norm": "layer"}, {"dropout": 0.1}):
+    scaled = {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 16}
+    dynamic = {"rotary": {"class_path": "RotaryEmbedding", "init_args": scaled}}
+    for other in (
+        dynamic, {"bias": "ALiBi"}, {"convolution": 4}, {"norm": "layer"}, {"dropout": 0.1}
+    ):  # fmt: skip
         assert not is_llama(micro("transformer_micro", **other))
     assert not is_llama(micro("retnet_micro"))
 

@@ -42,6 +42,8 @@ def is_llama(model: Decoder) -> bool:
         and all(type(mixer) is Attention for mixer in mixers)
         and all(type(rotary) is RotaryEmbedding for rotary in rotaries)
         and all(2 * len(rotary.frequencies) == rotary.head_dim for rotary in rotaries if rotary)
+        # Which Llama turns all of a text by the length of the whole, where it reads it at once.
+        and all(rotary.rope_parameters()["rope_type"] != "dynamic" for rotary in rotaries if rotary)
         and spec["class_path"] == "GatedFeedForward"
         and spec["init_args"].get("activation", "silu") == "silu"
         and config["embedding"]["class_path"] == "TokenEmbedding"

@@ -82,6 +82,7 @@ class ArchzooForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     _is_stateful = True  # what was read cannot be taken back
+    _no_split_modules = ["Block"]  # noqa: RUF012  # where device_map shares layers out
     _tied_weights_keys = TIED
 
     def __init__(self, config: ArchzooConfig) -> None:
@@ -110,10 +111,12 @@ class ArchzooForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
     ) -> ArchzooOutput:
         """Logits of the token after each token, and with labels the loss of predicting them."""
+        if any(weight.is_meta for weight in self.parameters()):
+            raise ValueError("weights are offloaded: take a device_map that keeps all in memory")
         cache = past_key_values if cache is None else cache
         keep = use_cache if use_cache is not None else cache is not None
         if cache is None and keep:
-            cache = StateCache(self.model.init_state(len(input_ids)))
+            cache = StateCache(self.model.init_state(len(input_ids), input_ids.device))
         seen = input_ids < self.config.vocab_size  # a token for padding may lie behind it
         if attention_mask is not None:
             seen = seen & attention_mask[:, -input_ids.shape[1] :].bool()

@@ -140,6 +140,23 @@ def test_beams_and_sampling(tmp_path: Path) -> None:
         assert kept[1, batch["input_ids"].shape[1] :].tolist()[: len(alone)] == alone
 
 
+def test_spread_over_devices_and_offloaded(tmp_path: Path) -> None:
+    """A part that reads another's weights would read nothing where they are offloaded."""
+    pytest.importorskip("accelerate")
+    ours = model_of("yuan")
+    theirs, tokenizer = exported(ours, tmp_path / "yuan")
+    batch = tokenizer(PROMPTS, padding=True, return_tensors="pt")
+    names = ("model.embedding", "model.blocks.0", "model.blocks.1", "model.norm", "model.head")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    given = {"trust_remote_code": True, "offload_folder": tmp_path / "offload"}
+    spread = load(tmp_path / "yuan", device_map=dict.fromkeys(names, "cpu"), **given)
+    assert torch.equal(spread(**batch).logits, theirs(**batch).logits)
+    kept = dict.fromkeys(names, "cpu") | {"model.blocks.1": "disk"}
+    offloaded = load(tmp_path / "yuan", device_map=kept, **given)
+    with pytest.raises(ValueError, match="take a device_map that keeps all in memory"):
+        offloaded(**batch)
+
+
 def test_the_state_is_the_cache(tmp_path: Path) -> None:
     theirs, _ = exported(model_of("retnet"), tmp_path / "retnet")
     tokens = torch.randint(10, (2, 12))

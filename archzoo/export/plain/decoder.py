@@ -153,14 +153,14 @@ class Decoder(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
 
-    def init_state(self, batch_size: int) -> State:
+    def init_state(self, batch_size: int, device: Any = None) -> State:
         """The state before the first token, for a call to take and hand back."""
-        options: Any = {"device": self.head.weight.device, "dtype": self.head.weight.dtype}
+        given: Any = {"device": device or self.head.weight.device, "dtype": self.head.weight.dtype}
         blocks: Any = [*self.blocks] * self.loops if self.loops > 1 else self.blocks
         return {
             "cursor": None,
-            "embedding": self.embedding.init_state(batch_size, **options),
-            "blocks": [block.init_state(batch_size, **options) for block in blocks],
+            "embedding": self.embedding.init_state(batch_size, **given),
+            "blocks": [block.init_state(batch_size, **given) for block in blocks],
         }
 
     def forward(
