@@ -21,7 +21,8 @@ def root() -> Path:
 def configurations() -> dict[str, Path]:
     """Those that come with the package, by the names that `archzoo fit NAME` takes."""
     found = sorted((root() / "configs").glob("*.yaml"))
-    found += sorted((root() / "configs" / "claims").rglob("*.yaml"))
+    for room in ("claims", "preferences"):
+        found += sorted((root() / "configs" / room).rglob("*.yaml"))
     place = root() / "configs"
     return {path.relative_to(place).with_suffix("").as_posix(): path for path in found}
 

@@ -8,6 +8,7 @@ from archzoo.tasks.copying import Induction as Induction
 from archzoo.tasks.copying import SelectiveCopying as SelectiveCopying
 from archzoo.tasks.key_values import KeyValues as KeyValues
 from archzoo.tasks.mixed import Mixed as Mixed
+from archzoo.tasks.ranked import RankedAddition as RankedAddition
 from archzoo.tasks.recall import FuzzyRecall as FuzzyRecall
 from archzoo.tasks.recall import Memorisation as Memorisation
 from archzoo.tasks.recall import NoisyRecall as NoisyRecall

@@ -198,7 +198,7 @@ class SyntheticTask(Task):
         **arguments: Of those, what its constructor does not take.
     """
 
-    metrics = ("token_accuracy", "exact_match")
+    metrics: tuple[str, ...] = ("token_accuracy", "exact_match")
     tokenizer: CharacterTokenizer
     operators: str
     coupling: Literal["reversed", "plain"] | None = None

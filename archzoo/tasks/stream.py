@@ -12,7 +12,7 @@ import functools
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import import_module
 from inspect import Parameter, signature
@@ -336,6 +336,15 @@ class Task(lightning.LightningDataModule):
     def test_part(self) -> str:
         """What "test" reads: "test", or "validation" where it has no part of its own."""
         return "test"
+
+    def is_right(self, wanted: Sequence[int], written: Sequence[int]) -> bool:
+        """Whether an answer is right; here: the very tokens that are wanted.
+
+        Args:
+            wanted: The right answer's tokens, without the stop token.
+            written: Those of the answer.
+        """
+        return list(written) == list(wanted)
 
     def split_settings(self) -> dict[str, Any]:
         """The arguments that say which data each part holds; a run keeps those it began with."""

@@ -467,6 +467,10 @@ UNITS = {
     "bits_per_byte": ("bits/byte", "{:.4f}", 1.0),
     "token_accuracy": ("tokens", "{:.2f} %", 100.0),
     "exact_match": ("exact match", "{:.2f} %", 100.0),
+    "accuracy": ("pairs", "{:.2f} %", 100.0),  # of answers, and from here on of preferences
+    "reward": ("reward", "{:.3f}", 1.0),
+    "kl": ("KL", "{:.3f}", 1.0),
+    "length": ("length", "{:.2f}", 1.0),
     "tokens_per_second": ("", "{:,.0f} tokens/s", 1.0),
     "mfu": ("MFU", "{:.1f} %", 100.0),
 }

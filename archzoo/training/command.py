@@ -51,6 +51,7 @@ from archzoo.training.ending import SIGNALS, Ended, say
 from archzoo.training.files import CheckpointFiles, MetricsFile
 from archzoo.training.flags import add_flags, callbacks_of, move_flags, trackers_of, with_flags
 from archzoo.training.module import LanguageModel
+from archzoo.training.objectives import OBJECTIVES, find_objective
 from archzoo.training.optimizers import describe_optimizer, find_optimizer
 from archzoo.training.rate_finder import find_learning_rate
 from archzoo.training.user_errors import explain
@@ -140,7 +141,7 @@ def _user_errors() -> Iterator[None]:
 
 def _start(cls: type[CommandLine], command: str, arguments: list[str]) -> CommandLine:
     return cls(
-        LanguageModel,
+        find_objective(_objective(command, arguments)),
         Task,
         subclass_mode_data=True,
         args=[command, *arguments],
@@ -272,6 +273,13 @@ class CommandLine(LightningCLI):
             help="What archzoo compare tests with this file; fit does not read it.",
         )
         parser.add_argument(
+            "--objective",
+            type=str | None,
+            default=None,
+            help=f"What is trained for instead of cross-entropy: {', '.join(OBJECTIVES)}, or the "
+            "path of a class of yours; its settings stand beside the others under model.",
+        )
+        parser.add_argument(
             "--compile",
             type=Literal["auto"] | bool,
             default="auto",
@@ -314,11 +322,17 @@ class CommandLine(LightningCLI):
             beside = Path(path).parent / "config.yaml"
             if command == "fit" and not _option(arguments, "--config") and beside.is_file():
                 arguments = ["--config", _settings_beside(beside, arguments), *arguments]
-            elif command != "fit" or not _option(arguments, "--config"):
+            elif not self._says_model(arguments):
                 # Before the other arguments, so that they have the last word.
                 stored = self._stored_settings(checkpoint, path, arguments)
                 arguments = ["--config", settings.written(stored), *arguments]
         self.config = parser.parse_args([command, *map(with_moved, arguments)])
+
+    def _says_model(self, arguments: list[str]) -> bool:
+        """Whether files say all of the model: to train it, or to evaluate by its objective."""
+        if not _option(arguments, "--config"):
+            return False
+        return self._command == "fit" or _objective(self._command, arguments) is not None
 
     def _stored_settings(
         self, checkpoint: dict[str, Any], path: str, given: list[str]
@@ -715,6 +729,33 @@ def _of_named_run(command: str, path: str | None, arguments: list[str]) -> str |
         raise ValueError(f"--ckpt_path {path} needs --name, --config or a path: of which run?")
     found = run / f"{path}.ckpt"
     return _file_of(str(found))
+
+
+def _objective(command: str, arguments: list[str]) -> str | None:
+    """The objective that settings name, which says what they may be: the last word on it.
+
+    That of the files, of the config.yaml beside the run that is resumed, or of the command line.
+    """
+    shipped_one = command == "fit" and _names_configuration(arguments)
+    files = [str(shipped.configuration(arguments[0]))] if shipped_one else []
+    rest = iter(arguments)
+    for argument in rest:
+        option, equals, value = argument.partition("=")
+        if option in ("--config", "-c"):
+            files.append(value if equals else next(rest, ""))
+    path = _option(arguments, "--ckpt_path")
+    if command == "fit" and not files:
+        path = _of_named_run(command, path, arguments)
+        if path and path not in ("last", "best"):
+            beside = (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.yaml"
+            files = [str(beside)] if beside.is_file() else []
+    found = None
+    for file in files:
+        found = _content(file, "--config").get("objective", found)
+    found = _option(arguments, "--objective") or found
+    if found is not None and not isinstance(found, str):
+        raise ValueError(f"objective is {found!r}, and not a name, such as Policy")
+    return None if found in ("null", "None") else found
 
 
 def _without(arguments: list[str], name: str) -> list[str]:

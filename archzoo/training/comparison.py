@@ -13,6 +13,7 @@ from archzoo.compiled import own_name
 from archzoo.decoder import Decoder
 from archzoo.parts import find
 from archzoo.registry import count_parameters, get_preset
+from archzoo.training.optimizers import title_of
 
 # A swap is fair where the parameters agree to this; `match: parameters` keeps to it.
 MATCHED = 0.01
@@ -81,6 +82,14 @@ def check_same_training(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
                 f"the checkpoint's run has {name}={theirs.get(name)}, and here it is {value}: "
                 "resume with the same, or start a new run from it by --model.weights"
             )
+
+
+def trained_by(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What a run's checkpoint says of how it was trained, for `check_same_training`."""
+    settings: dict[str, Any] = checkpoint["hyper_parameters"]
+    held = checkpoint.get("objective")
+    objective = held.get("name") if isinstance(held, dict) else None
+    return settings | {"optimizer": title_of(settings.get("optimizer")), "objective": objective}
 
 
 def check_same_model(ours: dict[str, Any], theirs: dict[str, Any]) -> None:

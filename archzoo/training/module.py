@@ -54,6 +54,7 @@ from archzoo.training.comparison import (
     check_weights_fit,
     describe_model,
     module_arguments,
+    trained_by,
 )
 from archzoo.training.ending import say
 from archzoo.training.files import MetricsFile
@@ -154,6 +155,8 @@ class LanguageModel(lightning.LightningModule):
     Raises:
         ValueError: An unknown preset, part or argument, or sizes that do not fit.
     """
+
+    objective: str | None = None  # its name in `archzoo.training.objectives`; None: cross-entropy
 
     def __init__(
         self,
@@ -902,8 +905,8 @@ class LanguageModel(lightning.LightningModule):
             raise ValueError("this checkpoint was not written by archzoo's training")
         check_same_model(self.net.config, theirs)
         if self._trainer is not None and self.trainer.state.fn == "fit":
-            mine, of_run = map(title_of, (self.optimizer, theirs.get("optimizer")))
-            check_same_training(self.frozen | {"optimizer": mine}, theirs | {"optimizer": of_run})
+            mine = {"optimizer": title_of(self.optimizer), "objective": self.objective}
+            check_same_training(self.frozen | mine, trained_by(checkpoint))
             self._check_averages(checkpoint)
         record = base_in(checkpoint, "the checkpoint")
         if record is not None:
