@@ -180,7 +180,10 @@ class Retention(KeepsFloat32, Mixer):
         return once_per_call(context.positions, key, compute)
 
     def decays(self, log_decay: Tensor, context: Context) -> Decays:
-        """The decay mask of a whole segment and its borders, normalised: `Decays` of one chunk."""
+        """The decay mask of a whole segment and its borders, normalised: `Decays` of one chunk.
+
+        They are 0 from padding and to it.
+        """
         time = context.positions.shape[1]
         normaliser = self.normaliser(log_decay, context)
         return decays(log_decay, context, 0, time, 1, self.head_dim**-0.5, normaliser)
@@ -228,21 +231,22 @@ class Retention(KeepsFloat32, Mixer):
         return self.rotary.both(qk, self.heads, context.positions)
 
     def widen(
-        self, qk: Tensor, v: Tensor, context: Context, dtype: torch.dtype
+        self, qk: Tensor, v: Tensor, context: Context, dtype: torch.dtype, *, masked: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Q, k, v (batch, time, heads, size) in the dtype of sums over time.
 
-        q and k come rotated, not scaled; k and v are 0 at padding.
+        q and k come rotated, not scaled.
 
         Args:
             qk: (batch, time, 2 heads, key_dim), q and k side by side.
             v: (batch, time, heads, value_dim).
             context: Of the same tokens.
             dtype: Of sums over time.
+            masked: Whether k and v are to be 0 at padding; the decays of `decays` are.
         """
         q, k = self.rotated(cast(qk, dtype), context)
         v = cast(v, dtype)
-        if context.packed:
+        if context.packed and masked:
             valid = context.valid[:, :, None, None]
             k, v = k * valid, v * valid
         return q, k, v
@@ -317,7 +321,7 @@ class Retention(KeepsFloat32, Mixer):
         qk, v, gate, memory = self.unpack(x, state)
         log_decay = self.log_decay(x)
         with without_autocast(x.device):
-            q, k, v = self.widen(qk, v, context, log_decay.dtype)
+            q, k, v = self.widen(qk, v, context, log_decay.dtype, masked=False)
             q, k, v = (y.transpose(1, 2).contiguous() for y in (q, k, v))
             D = self.decays(log_decay, context)
             o = ((q @ k.mT) * D.intra) @ v

@@ -99,7 +99,8 @@ def decays(
         chunks: How many.
         scale: Of k.
         normaliser: Of a single chunk's tokens, (batch or 1, chunk, heads, 1); a decay that ends at
-            a token then holds it, and the chunk dimension is left out.
+            a token then holds it, the chunk dimension is left out, and what begins or ends at
+            padding is 0, so that k and v need not be.
     """
 
     def compute() -> Decays:
@@ -134,8 +135,11 @@ def decays(
         final = scale * mask[..., -1, 1:-1, None]
         if normaliser is None:
             return Decays(intra, initial, final, ends)
-        rows = normaliser.transpose(1, 2)
-        intra, initial, final = intra[:, :, 0] * rows, initial[:, :, 0] * rows, final[:, :, 0]
+        rows, final = normaliser.transpose(1, 2), final[:, :, 0]
+        if context.packed:
+            valid = context.segment(begin, begin + chunk).valid[:, None, :, None]
+            intra, rows, final = intra * valid[:, :, None].mT, rows * valid, final * valid
+        intra, initial = intra[:, :, 0] * rows, initial[:, :, 0] * rows
         return Decays(intra, initial, final, ends[..., -1:, :1])
 
     if log_decay.requires_grad:
