@@ -383,3 +383,59 @@ def test_a_task_without_questions_is_refused(runs: Path) -> None:
     batch["labels"] = batch["tokens"]
     with pytest.raises(ValueError, match="RankedAddition asks no questions"):
         write_answers(model, data, batch, max_tokens=2, temperature=1.0, seed=0)
+
+
+@pytest.mark.parametrize("more", [{"adapter": "LoRA"}, {"freeze": "bottom.1"}], ids=str)
+def test_an_adapter_or_a_part_alone_is_trained(more: Any, runs: Path) -> None:
+    torch.manual_seed(3)
+    whole = fit(made(runs, "PPO", **more), "whole", 6)
+    torch.manual_seed(3)
+    with pytest.raises(Killed):
+        fit(made(runs, "PPO", **more), "parts", 6, KillAt(5))
+    resumed = fit(made(runs, "PPO", **more), "parts", 6, ckpt_path="parts/last.ckpt")
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(weight, resumed.state_dict()[name]), name
+    sft = archzoo.from_pretrained(runs / "sft")[0].state_dict()
+    key = "embedding.weight"
+    assert torch.equal(whole.net.state_dict()[key], sft[key])
+    assert whole.heads["value"].weight.any()
+
+
+# ---------------------------------------------------------------------------- the chain, for long
+
+
+def measured(path: Path, file: str = "metrics.csv") -> dict[str, float]:
+    """The last validation of a run."""
+    with open(path / file) as handle:
+        found = [row for row in csv.DictReader(handle) if row["validation/loss"]][-1]
+    return {n.removeprefix("validation/"): float(v) for n, v in found.items() if v}
+
+
+@pytest.mark.slow
+def test_the_chain_learns_what_is_preferred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """All of it as the files say, from the base on: five minutes on two cores."""
+    monkeypatch.chdir(tmp_path)
+    base = str(ROOT / "configs/claims/adaptation/adder_retention.yaml")
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+
+    def run(command: str, name: str, *more: str) -> None:
+        path = base if name == "base" else str(CONFIGS / f"{name}.yaml")
+        assert main([command, "--config", path, *quiet, *more]) == 0
+
+    for name in ("base", "sft", "reward", "policy", "dpo"):
+        run("fit", name)
+    run("validate", "policy", "--trainer.default_root_dir=before")
+    before = measured(Path("before/policy"), "validate.csv")
+    policy, dpo = measured(Path("runs/policy")), measured(Path("runs/dpo"))
+    assert before["kl"] == 0
+    for after in (policy, dpo):
+        assert after["reward"] > before["reward"] + 0.5
+        assert after["length"] < before["length"] - 0.5
+        assert after["kl"] < 4, "it stays near its reference"
+    assert dpo["exact_match"] > before["exact_match"] + 0.05
+    # A reward model that knows of lengths alone is exploited where nothing holds the policy.
+    run("fit", "reward", "--arm=shorter", "--trainer.max_steps=150")
+    run("fit", "policy", "--arm=exploit")
+    exploit = measured(Path("runs/policy_exploit"))
+    assert exploit["exact_match"] < before["exact_match"] / 2 < policy["exact_match"]
+    assert exploit["length"] < policy["length"] and exploit["kl"] > policy["kl"]
