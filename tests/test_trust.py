@@ -400,6 +400,25 @@ def test_paths_of_a_config_beside_a_checkpoint(here, corpus, capsys, stored, nam
     assert "--config runs/stranger/config.yaml" in line
 
 
+@pytest.mark.parametrize(
+    "logger",
+    [
+        "WandbLogger",
+        ["CSVLogger", "lightning.pytorch.loggers.MLFlowLogger"],
+        {"class_path": "CometLogger", "init_args": {"api_key": "a stranger's"}},
+    ],
+)
+def test_a_logger_of_a_config_beside_a_checkpoint(here, capfd, stored, logger):
+    """It would send the run's settings and losses to an account that the stranger names."""
+    beside({"trainer.logger": logger})
+    line = refused(capfd, ["fit", "--ckpt_path", write(stored)], "may send", "trainer.logger")
+    assert "--trainer.logger false" in line
+    beside({"tracker": ["tensorboard"], "trainer.logger": False})
+    path = str(write(stored))
+    assert main(["fit", "--ckpt_path", path, "--trainer.max_steps", "2"]) == 0
+    assert "logs to ['tensorboard'] as well: --tracker null" in capfd.readouterr().err
+
+
 def test_what_the_command_line_gives_is_not_asked_about(here, corpus, stored):
     beside({"trainer.default_root_dir": "linked"})
     path = write(stored)

@@ -886,6 +886,9 @@ def _settings_beside(path: Path, given: list[str]) -> str:
     options = [argument.partition("=")[0].lstrip("-") for argument in given]
     otherwise = f"or --config {path} if you trust all of that file"
     settings.check_paths(content, str(path), options, otherwise)
+    settings.check_loggers(content, str(path), options, otherwise)
+    if content.get("tracker") and "tracker" not in options:
+        say(f"{path} logs to {content['tracker']} as well: --tracker null leaves that out")
     return settings.written(content)
 
 

@@ -391,3 +391,40 @@ def check_paths(
             check_path(text, always=key_path[-1] == "path")
         except ValueError as error:
             raise ValueError(f"{whose}: {key}={error}: give --{key} {text}, {otherwise}") from None
+
+
+#: Lightning's loggers that write under the run's directory; others may send what they are given.
+LOCAL_LOGGERS = {"CSVLogger", "TensorBoardLogger"}
+
+
+def check_loggers(
+    settings: Mapping[str, Any], whose: str, given: Iterable[str], otherwise: str
+) -> None:
+    """Refuse loggers of a stranger's file that may send a run to an account of the stranger's.
+
+    `tracker` is not one of them: where it logs is said by the user's own login and environment.
+
+    Args:
+        settings: As `read` gives them.
+        whose: For messages: the file's name.
+        given: Settings that the command line gives instead, by their full names.
+        otherwise: How the whole file is trusted, for messages.
+
+    Raises:
+        ValueError: The message names the logger, and what allows it.
+    """
+    trainer = settings.get("trainer")
+    loggers = trainer.get("logger") if isinstance(trainer, Mapping) else None
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        name = logger.get("class_path") if isinstance(logger, Mapping) else logger
+        kind = str(name).rpartition(".")[2]
+        if (
+            name
+            and name is not True
+            and kind not in LOCAL_LOGGERS
+            and "trainer.logger" not in given
+        ):
+            raise ValueError(
+                f"{whose}: trainer.logger={kind} may send the run to another machine: give "
+                f"--trainer.logger false, {otherwise}"
+            )
