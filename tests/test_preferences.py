@@ -383,6 +383,10 @@ def test_a_task_without_questions_is_refused(runs: Path) -> None:
     batch["labels"] = batch["tokens"]
     with pytest.raises(ValueError, match="RankedAddition asks no questions"):
         write_answers(model, data, batch, max_tokens=2, temperature=1.0, seed=0)
+    packed = Addition(digits=1, batch_size=2, pack=2)
+    several = packed.train_dataloader().batch(0)
+    with pytest.raises(ValueError, match="asks several questions"):
+        write_answers(model, packed, several, max_tokens=2, temperature=1.0, seed=0)
 
 
 @pytest.mark.parametrize("more", [{"adapter": "LoRA"}, {"freeze": "bottom.1"}], ids=str)

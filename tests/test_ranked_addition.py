@@ -126,6 +126,7 @@ def test_the_stream_is_a_function_of_the_numbers_and_the_split_is_additions():
         ({"prefer": ["longer"]}, "must hold right, shorter or both"),
         ({"prefer": []}, "must hold right, shorter or both"),
         ({"hints": True}, "omit it"),
+        ({"pack": 2}, "pack 2: a row asks one question"),
     ],
 )
 def test_bad_arguments_are_answered(options, said):

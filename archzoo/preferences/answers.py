@@ -82,6 +82,8 @@ def write_answers(
         [token for token in row if token not in (IGNORED, stop)]
         for row in batch.get("wanted", labels).tolist()
     ]
+    if "documents" in batch and (batch["documents"] > 0).any():
+        raise ValueError("a row of the batch asks several questions: give --data.pack 1")
     questions = []
     for row, here in zip(tokens.tolist(), labelled, strict=True):
         if not any(here[1:]) or here[0]:

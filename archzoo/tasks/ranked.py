@@ -47,7 +47,7 @@ class RankedAddition(Addition):
             are.
         prefer: What makes an answer better, the most important first: right, shorter, or both.
             What is not named does not count, and answers that are equal by it are ties.
-        **arguments: As for `Addition`; not zero_padded, hints or coupled.
+        **arguments: As for `Addition`; not zero_padded, hints, coupled or pack.
 
     Raises:
         ValueError: An argument is out of range.
@@ -77,6 +77,8 @@ class RankedAddition(Addition):
                 raise ValueError(
                     f"{name} says where each digit is, and answers here have zeros: omit it"
                 )
+        if arguments.get("pack", 1) != 1:
+            raise ValueError(f"pack {arguments['pack']}: a row asks one question here: omit it")
         self.answers, self.zeros, self.mistakes = answers, zeros, mistakes
         super().__init__(**arguments)
         self.longest_run += zeros
