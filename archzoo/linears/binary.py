@@ -99,6 +99,7 @@ class BinaryLinear(Linear):
         )
         self.straight_through, self.packed = straight_through, packed
         self._held_signs: Tensor | None = None
+        self._parts: tuple[Tensor, list[list[Tensor]]] | None = None  # what `_parts_of` has made
         leading = () if stack is None else (stack,)
         self._add_scales(leading)
         if packed:
@@ -250,10 +251,12 @@ class BinaryLinear(Linear):
 
     def _one(self, x: Tensor, index: int | None, rows: slice | None) -> Tensor:
         quick = self._quick_signs(x)
-        signs = self._signs() if quick is None else quick
+        packed = None if quick is None else self._parts_of(quick)[index or 0]
         bias: Tensor | None = self.bias
+        if packed is None:
+            signs = self._signs() if index is None else self._signs()[index]
         if index is not None:
-            signs, bias = signs[index], bias if bias is None else bias[index]
+            bias = bias if bias is None else bias[index]
         parts = []
         begin = 0
         for block, size in enumerate(self.blocks.values()):
@@ -262,14 +265,25 @@ class BinaryLinear(Linear):
             if rows is not None and not (rows.start <= own.start and own.stop <= rows.stop):
                 continue
             before, after = self._scales(x, index, block, own)
-            if quick is None:
+            if packed is None:
                 y = F.linear(x * cast(before, x.dtype), signs[own])
                 y = y * cast(after, y.dtype)
             else:
-                y = one_bit.product(x, signs[own], before, after)
+                y = one_bit.product(x, packed[block], before, after)
             y = cast(self._finish(y), y.dtype)
             parts.append(y if bias is None else y + cast(bias[own], y.dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def _parts_of(self, packed: Tensor) -> list[list[Tensor]]:
+        """Packed signs by the matrices of a stack and their blocks: the same views each time.
+
+        Beside a view a kernel keeps the words that it reads.
+        """
+        if self._parts is None or self._parts[0] is not packed:
+            matrices = [packed] if self.stack is None else list(packed.unbind())
+            sizes = list(self.blocks.values())
+            self._parts = packed, [list(matrix.split(sizes)) for matrix in matrices]
+        return self._parts[1]
 
     def _quick_signs(self, x: Tensor) -> Tensor | None:
         """The packed signs, where a product with them is to be had."""
@@ -290,4 +304,4 @@ class BinaryLinear(Linear):
             try:
                 yield
             finally:
-                self._held_signs = None
+                self._held_signs = self._parts = None

@@ -27,6 +27,8 @@ BITS = 32  # of a word, as the Triton kernel reads them
 ROWS = 8  # of x, up to which the fast forms run: they read all bits for each row
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 WORDS = 256  # of a row of signs that a program of the Triton kernel holds at once
+SIDE = 4  # rows of signs whose words lie side by side for it
+TWO_FROM = 2048  # outputs, from which a program computes two such sides
 
 _launch = functools.partial(launch, "archzoo.kernels.one_bit.triton")
 
@@ -138,40 +140,43 @@ def _by_library(x: Tensor, packed: Tensor, before: Tensor, after: Tensor) -> Ten
 
 def _by_kernel(x: Tensor, packed: Tensor, before: Tensor, after: Tensor) -> Tensor:
     """By Triton; x (rows, n), n a multiple of 32."""
-    (rows, width), outputs = x.shape, len(packed)
+    (rows, width), outputs = x.shape, packed.shape[0]
     x, before, after = x.contiguous(), before.contiguous(), after.contiguous()
     y = x.new_empty(rows, outputs)
-    words = width // BITS
-    held = min(power_of_2(words), WORDS)
-    each = 8 if outputs >= 1024 else 4
+    count = width // BITS
+    held = min(power_of_2(count), WORDS)
+    two = outputs >= TWO_FROM
+    tile = 2 * SIDE if two else SIDE
     _launch(
-        "one_bit_kernel", (-(-outputs // each), rows), (x, planes(packed), before, after, y),
-        outputs, words, width if before.dim() == 2 else 0, outputs if after.dim() == 2 else 0,
-        OUTPUTS=each, WORDS=held, num_warps=max(held // 32, 1),
+        "one_bit_kernel", (-(-outputs // tile), rows), (x, words_of(packed), before, after, y),
+        outputs, width if before.dim() == 2 else 0, outputs if after.dim() == 2 else 0,
+        COUNT=count, WORDS=held, TWO=two, num_warps=max(held // 32, 1),
     )  # fmt: skip
     return y
 
 
-def planes(packed: Tensor) -> Tensor:
+def words_of(packed: Tensor) -> Tensor:
     """The same bits as the kernel reads them, kept beside the bytes while they stay.
 
-    Bit k of word j is the sign of input ``k * words + j``, so that neighbouring threads, which
-    hold neighbouring words, read neighbouring inputs.
+    Bit k of word j of an output is the sign of input ``k * count + j``, so that neighbouring
+    threads, which hold neighbouring words, read neighbouring inputs; the words of 4 outputs lie
+    side by side.
 
     Args:
         packed: (outputs, n / 8) uint8, n a multiple of 32.
 
     Returns:
-        (outputs, words) int32, words = n / 32.
+        (tiles, count, 4) int32, count = n / 32; tiles hold 8 outputs by twos, filled up with 0.
     """
     version = 0 if packed.is_inference() else packed._version
-    kept = packed.__dict__.get("planes")
+    kept = packed.__dict__.get("words")
     if kept is not None and kept[0] == version:
         found: Tensor = kept[1]
         return found
-    outputs, width = len(packed), 8 * packed.shape[1]
-    negative = (unpack(packed, width, torch.int8) < 0).view(outputs, BITS, width // BITS)
+    outputs, count = packed.shape[0], packed.shape[1] * 8 // BITS
+    negative = (unpack(packed, BITS * count, torch.int8) < 0).view(outputs, BITS, count)
     spread = pack(negative.transpose(1, 2)).contiguous()  # 4 bytes a word, the lowest first
-    words = spread.view(torch.int32).view(outputs, width // BITS)
-    packed.__dict__["planes"] = (version, words)
+    words = F.pad(spread.view(torch.int32).view(outputs, count), (0, 0, 0, -outputs % (2 * SIDE)))
+    words = words.view(-1, SIDE, count).transpose(1, 2).contiguous()
+    packed.__dict__["words"] = (version, words)
     return words

@@ -11,34 +11,49 @@ import triton.language as tl
 
 @triton.jit
 def one_bit_kernel(
-    x, words, before, after, y, outputs, count, before_stride, after_stride,
-    OUTPUTS: tl.constexpr, WORDS: tl.constexpr,
+    x, words, before, after, y, outputs, before_stride, after_stride,
+    COUNT: tl.constexpr, WORDS: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
-    """One bit a weight: y = ((x * before) S^T) * after, of one row of x and OUTPUTS rows of S.
+    """One bit a weight: y = ((x * before) S^T) * after, of one row of x and 4 or 8 rows of S.
 
-    Bit k of word j of a row of S is the sign of input k * count + j. A sign flips the highest bit
-    of a float32, so a weight costs a shift, an exclusive or and a sum, and no product.
+    Bit k of word j of a row of S is the sign of input k * COUNT + j, j < COUNT; the words of 4 rows
+    lie side by side, so that a thread reads them at once and all have its inputs in common. What a
+    thread sums are the inputs whose bit is 1: twice that is taken from the sum of all its inputs.
+    So a weight costs a test of a bit and a product and sum under that condition, and no shift.
     """
-    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    tile = tl.program_id(0).to(tl.int64) * (2 if TWO else 1)
     row = tl.program_id(1).to(tl.int64)
-    there = output < outputs
-    x += row * count * 32
+    beside = tl.arange(0, 4)
+    x += row * COUNT * 32
     before += row * before_stride
-    total = tl.zeros([OUTPUTS, WORDS], dtype=tl.float32)
-    for start in range(0, count, WORDS):
-        word = start + tl.arange(0, WORDS)
-        inside = word < count
-        bits = tl.load(
-            words + output.to(tl.int64)[:, None] * count + word[None, :],
-            mask=there[:, None] & inside[None, :],
-            other=0,
-        )
+    whole = tl.zeros([WORDS, 1], dtype=tl.float32)
+    first = tl.zeros([WORDS, 4], dtype=tl.float32)
+    second = tl.zeros([WORDS, 4], dtype=tl.float32)
+    for start in range(0, COUNT, WORDS):
+        word = start + tl.arange(0, WORDS)[:, None]
+        inside = word < COUNT
+        at = words + (tile * COUNT + word) * 4 + beside[None, :]
+        one = tl.load(at, mask=inside, other=0)
+        if TWO:
+            two = tl.load(at + COUNT * 4, mask=inside, other=0)
         for k in tl.static_range(32):
-            scale = tl.load(before + k * count + word, mask=inside, other=0.0).to(tl.float32)
-            value = tl.load(x + k * count + word, mask=inside, other=0.0).to(tl.float32) * scale
-            flip = (bits << (31 - k)) & -2147483648
-            flipped = value.to(tl.int32, bitcast=True)[None, :] ^ flip
-            total += flipped.to(tl.float32, bitcast=True)
-    scale = tl.load(after + row * after_stride + output, mask=there, other=0.0).to(tl.float32)
-    result = tl.sum(total, axis=1) * scale
-    tl.store(y + row * outputs + output, result.to(y.dtype.element_ty), mask=there)
+            bit = 1 << k if k < 31 else -2147483648
+            scale = tl.load(before + k * COUNT + word, mask=inside, other=0.0).to(tl.float32)
+            value = tl.load(x + k * COUNT + word, mask=inside, other=0.0).to(tl.float32) * scale
+            whole += value
+            first = tl.where((one & bit) != 0, first + value, first)
+            if TWO:
+                second = tl.where((two & bit) != 0, second + value, second)
+    output = tile * 4 + beside
+    after += row * after_stride
+    y += row * outputs
+    there = output < outputs
+    scale = tl.load(after + output, mask=there, other=0.0).to(tl.float32)
+    result = tl.sum(whole - 2.0 * first, axis=0) * scale
+    tl.store(y + output, result.to(y.dtype.element_ty), mask=there)
+    if TWO:
+        output += 4
+        there = output < outputs
+        scale = tl.load(after + output, mask=there, other=0.0).to(tl.float32)
+        result = tl.sum(whole - 2.0 * second, axis=0) * scale
+        tl.store(y + output, result.to(y.dtype.element_ty), mask=there)
