@@ -46,6 +46,9 @@ MODULES = tuple(dict.fromkeys(m for m in names_of("archzoo").values() if m.split
 #: knows, and the other slots cannot be empty.
 NONE = {"rotary": "NoRotation"}
 
+#: Arguments of a Linear that the part says which has it.
+OF_A_PARTS_LINEAR = ("stack", "bias", "residual_projection")
+
 Spec = dict[str, Any]
 Part = str | int | type | functools.partial[Any] | Spec | Callable[..., nn.Module]
 
@@ -127,7 +130,13 @@ def describe(slot: str, part: Part) -> Spec:
                 f"{cls.__name__} has no argument {name!r}; "
                 f"{nearest(name, [n for n in accepted if n not in ('dim', 'heads')])}"
             )
+    if slot == "linear":  # what a part says of each of its own; a parser gives the defaults
+        for name in OF_A_PARTS_LINEAR:
+            if name in arguments and not arguments[name]:
+                del arguments[name]
     for name in SLOTS:  # an argument that goes by a slot's name holds a part: a mixture's router
+        if slot == "linear":
+            continue  # whose bias is a vector
         if arguments.get(name) is not None:
             arguments[name] = describe(name, arguments[name])
     own = list_parts(slot).get(cls.__name__) is cls

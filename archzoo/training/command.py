@@ -348,6 +348,7 @@ class CommandLine(LightningCLI):
         model = {n: value for n, value in model.items() if n != "weights" and value is not None}
         if self._command != "fit":
             model.pop("optimizer", None)  # whose class need not be there
+            model.pop("distil", None)  # whose teacher need not be there
         known = inspect.signature(LanguageModel).parameters.keys() - NOT_STORED
         known |= inspect.signature(Decoder).parameters.keys()
         stored = {n for n, value in checkpoint["hyper_parameters"].items() if value is not None}

@@ -86,7 +86,8 @@ class CompileModel(lightning.Callback):
         by_blocks = trainer.world_size > 1 and pl_module.exchanges_blocks
         if by_blocks and not pl_module.sharded:
             by_blocks = not sums_quickly(trainer)
-        if by_blocks or pl_module.unfreezes:  # which compiles nothing of the other blocks anew
+        # Unfreezing compiles nothing of other blocks anew; a teacher is compared block by block.
+        if by_blocks or pl_module.unfreezes or pl_module.teacher is not None:
             net.compile_blocks(options=options())
         else:
             net.compile(options=options())

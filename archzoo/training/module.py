@@ -56,6 +56,13 @@ from archzoo.training.comparison import (
     module_arguments,
     trained_by,
 )
+from archzoo.training.distillation import (
+    Distil,
+    Teacher,
+    as_distil,
+    plain,
+    vectors_before_blocks,
+)
 from archzoo.training.ending import say
 from archzoo.training.files import MetricsFile
 from archzoo.training.log import (
@@ -150,6 +157,7 @@ class LanguageModel(lightning.LightningModule):
         progressive_loss: Fraction of the loss that a looped model takes from a random number of
             iterations, the first without gradients: see archzoo/training/progressive.py.
         progressive_seed: Of those numbers, which are a function of (progressive_seed, step).
+        distil: Learn from a teacher instead of the labels, or beside them: see `Distil`.
         **architecture: Arguments of `Decoder`; None means the preset's value.
 
     Raises:
@@ -176,6 +184,7 @@ class LanguageModel(lightning.LightningModule):
         betas: tuple[float, float] = (0.9, 0.95),
         progressive_loss: float = 0.0,
         progressive_seed: int = 0,
+        distil: Distil | None = None,
         **architecture: Any,
     ) -> None:
         super().__init__()
@@ -210,6 +219,12 @@ class LanguageModel(lightning.LightningModule):
         self._joining: list[torch.nn.Parameter] = []  # which DDP takes for frozen for ever
         self._weights = weights
         self.progressive_loss, self.progressive_seed = progressive_loss, progressive_seed
+        self.distil = as_distil(distil)
+        self.teacher: Teacher | None = None  # there in `fit`, and no part of what is saved
+        if self.distil is not None and progressive_loss:
+            raise ValueError(
+                "distillation pairs all iterations of a loop: set progressive_loss to 0"
+            )
         self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
         self.schedule, self.final_learning_rate = schedule, final_learning_rate
         self.decay_fraction = decay_fraction
@@ -332,6 +347,8 @@ class LanguageModel(lightning.LightningModule):
             )
         if stage == "fit":
             self._freeze()
+            if self.distil is not None:
+                self.teacher = Teacher(self.distil, self.decoder, task)
         self._multiplied = multiplied_parameters(self.decoder)  # before they are sharded
         if task is not None:
             task.prepare()
@@ -442,9 +459,9 @@ class LanguageModel(lightning.LightningModule):
         for weight, loops, free in passes(
             self.net.loops, self.progressive_loss, self.progressive_seed, self.steps_taken
         ):
-            x, aux = self._hidden(batch, "train", loops, free)
+            aux, total = self._pass(batch, labels, labelled, loops, free)
+            total = weight * total
             pooled = pooled_losses(self.trainer, self.net, aux)
-            total = weight * total_loss(x, self.net.head, labels)
             loss = loss + total * ranks / self._scale
             self.figures.add("loss", total, labelled, weight)
             for found, tokens in ((aux, ranks * labelled), (pooled, everywhere)):
@@ -463,6 +480,25 @@ class LanguageModel(lightning.LightningModule):
         self._watch(loss.detach())
         summed: Tensor = loss
         return summed
+
+    def _pass(
+        self, batch: Batch, labels: Tensor, labelled: Tensor, loops: int | None, free: int
+    ) -> tuple[list[Aux], Tensor]:
+        """Aux, and the loss times the labelled tokens: of the labels, or beside a teacher."""
+        if self.teacher is None:
+            x, aux = self._hidden(batch, "train", loops, free)
+            return aux, total_loss(x, self.net.head, labels)
+        with vectors_before_blocks(self.net) as before:
+            x, aux = self._hidden(batch, "train", loops, free)
+        terms = self.teacher.terms(x, before, self.net.head, batch)
+        of_labels: Any = 0
+        if self.teacher.takes_labels:
+            of_labels = total_loss(x, self.net.head, labels)
+            self.figures.add("label_loss", of_labels, labelled)
+        rows = len(labels)
+        self.figures.add("divergence", terms.divergence / rows, labelled.new_tensor(1))
+        self.figures.add("hidden_distance", terms.hidden, labelled.new_tensor(1))
+        return aux, self.teacher.total(terms, labelled, rows, of_labels)
 
     def _divide_gradients(self) -> None:
         """Make the gradients of an accumulation those of its labelled tokens' mean.
@@ -811,6 +847,7 @@ class LanguageModel(lightning.LightningModule):
             "betas": list(self.betas),
             "progressive_loss": self.progressive_loss,
             "progressive_seed": self.progressive_seed,
+            "distil": plain(self.distil),
             **self.frozen,
             **self.net.config,
         }
@@ -836,6 +873,8 @@ class LanguageModel(lightning.LightningModule):
             "carried": dict(self._carried),
             "random": gather_random_states(random, self.trainer.world_size),
         }
+        if self.teacher is not None:
+            checkpoint["teacher"] = self.teacher.digest
         if self.base is not None and "averaging_state" not in checkpoint:  # Lightning's, of all
             checkpoint[BASE] = self.base._asdict()
             left_out = self._left_out()
@@ -908,6 +947,7 @@ class LanguageModel(lightning.LightningModule):
             mine = {"optimizer": title_of(self.optimizer), "objective": self.objective}
             check_same_training(self.frozen | mine, trained_by(checkpoint))
             self._check_averages(checkpoint)
+            self._check_teacher(checkpoint)
         record = base_in(checkpoint, "the checkpoint")
         if record is not None:
             self._check_base(record)
@@ -945,6 +985,20 @@ class LanguageModel(lightning.LightningModule):
                 "the checkpoint's run averages its weights: resume with the same --ema, or start "
                 "a new run from the averages by --model.weights"
             )
+
+    def _check_teacher(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to train on a run beside another teacher, or with another loss."""
+        theirs = checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY].get("distil") or {}
+        mine: dict[str, Any] = plain(self.distil) or {}
+        other = "resume with the same, or start a new run from it by --model.weights"
+        for name in sorted((mine.keys() | theirs.keys()) - {"teacher"}):
+            if mine.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"the checkpoint's run has distil.{name}={theirs.get(name)}, and here it is "
+                    f"{mine.get(name)}: {other}"
+                )
+        if self.teacher is not None and checkpoint.get("teacher") != self.teacher.digest:
+            raise ValueError(f"the checkpoint's run learnt from another teacher: {other}")
 
     def _check_base(self, wanted: Base) -> None:
         """Refuse a checkpoint of adapters whose base is not the one that they stand beside here."""

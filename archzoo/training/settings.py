@@ -32,6 +32,7 @@ from archzoo import shipped
 from archzoo.names import nearest
 from archzoo.parts import SLOTS
 from archzoo.tasks.stream import Task, known_tasks
+from archzoo.training.distillation import Distil
 from archzoo.trust import (
     check_arguments,
     check_path,
@@ -69,6 +70,7 @@ def imported_only() -> Iterator[None]:
     before = dict(jsonargparse_settings.parsing_settings)
     kinds = (kind for entry in KINDS.values() for kind in entry)
     allowed = {path for kind in kinds for cls in subclasses(kind) for path in _paths(cls)}
+    allowed |= set(_paths(Distil))  # which jsonargparse names itself, for settings by name
     jsonargparse.set_parsing_settings(
         import_path_denylist=["*"],
         import_path_allowlist=sorted(allowed),
