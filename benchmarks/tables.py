@@ -660,6 +660,59 @@ def ranks_equal() -> str:
     return markdown(headings, found, 2) + measured_on(rows)
 
 
+# ---------------------------------------------------------------------------- one bit
+
+
+def measured(kind: str) -> list[Row]:
+    """The rows of every machine that a benchmark has run on."""
+    files = sorted(path.stem for path in RESULTS.glob(f"*-{kind}.csv"))
+    return [row for name in files for row in rows_of(name)]
+
+
+def onebit_product() -> str:
+    """A token's Linear of 1 bit, over the dense one, by machine and width."""
+    rows = measured("onebit")
+    if not rows:
+        return "Not measured yet: `python benchmarks/onebit.py product`."
+    found = [
+        [
+            row["machine"],
+            f"`{row['kind']}`",
+            row["dtype"],
+            f"{int(row['width']):,}",
+            row["dense_us"],
+            row["packed_us"],
+            row["ratio"],
+            row.get("cached_ratio") or "",
+            row["bytes_ratio"],
+        ]
+        for row in rows
+    ]
+    headings = ["machine", "kind", "dtype", "width", "dense, us", "1 bit, us", "time", "in caches"]
+    return markdown([*headings, "bytes"], found, 3)
+
+
+def onebit_quality() -> str:
+    """Bits, bytes and what is right, of dense and binary models."""
+    rows = measured("onebit-quality")
+    if not rows:
+        return "Not measured yet: `python benchmarks/onebit.py quality`."
+    found = [
+        [
+            row["model"],
+            row["latent"],
+            row["seed"],
+            row["bits_a_weight"],
+            f"{int(row['file_bytes']):,}",
+            row["perplexity"],
+            per_cent(float(row["exact_match"])),
+        ]
+        for row in rows
+    ]
+    headings = ["model", "latent weights begin as", "seed", "bits a weight", "bytes of the file"]
+    return markdown([*headings, "perplexity", "exact match"], found, 2) + measured_on(rows)
+
+
 # ---------------------------------------------------------------------------- adapters
 
 
@@ -740,6 +793,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed_floors": speed_floors,
     "ranks_speed": ranks_speed,
     "ranks_equal": ranks_equal,
+    "onebit_product": onebit_product,
+    "onebit_quality": onebit_quality,
 }
 
 

@@ -10,8 +10,9 @@ from archzoo.cli import main
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-# Those whose weights are another one's of them, all trained in a row by test_preferences.py.
-IN_A_ROW = [path for path in CONFIGS if path.parent.name == "preferences"]
+# Those whose weights are another one's, trained after it by test_preferences.py and
+# test_distillation.py.
+IN_A_ROW = [p for p in CONFIGS if p.parent.name == "preferences" or p.stem == "onebit"]
 CONFIGS = [path for path in CONFIGS if path not in IN_A_ROW]
 TINY = {
     "model": "--model.dim 16 --model.depth 2 --model.heads 2 --model.width 32",

@@ -147,6 +147,20 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped():
     assert all(torch.equal(states[1][name], value) for name, value in states[0].items())
 
 
+@pytest.mark.usefixtures("here")
+def test_the_configuration_trains():
+    """`configs/onebit.yaml`, after what its comment says, small."""
+    config = Path(__file__).parents[1] / "configs" / "onebit.yaml"
+    base = config.with_name("addition.yaml")
+    dense = "--model.preset retnet_micro --data.batch_size 4 --trainer.max_steps 1"
+    small = "--trainer.limit_val_batches 1 --trainer.accelerator cpu"
+    assert main(f"fit --config {base} {dense} {small}".split()) == 0
+    binary = "--out runs/addition_onebit --method OneBit"
+    assert main(f"binarise runs/addition {binary}".split()) == 0
+    assert main(f"fit --config {config} --trainer.max_steps 2 {small}".split()) == 0
+    assert load("runs/onebit").model.config["linear"]["class_path"] == "OneBitLinear"
+
+
 def refused(capsys, options, *said):
     capsys.readouterr()
     assert fit(options) == 1

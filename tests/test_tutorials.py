@@ -18,7 +18,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-TUTORIALS = [DOCS / "index.md", DOCS / "adaptation.md", *sorted((DOCS / "tutorials").glob("*.md"))]
+PAGES = [DOCS / "index.md", DOCS / "adaptation.md", DOCS / "one_bit.md"]
+TUTORIALS = [*PAGES, *sorted((DOCS / "tutorials").glob("*.md"))]
 BIN = Path(sys.executable).parent
 SAMPLED = "<!-- sampled -->\n"
 
