@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 import sys
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -75,8 +76,15 @@ COMMANDS = {
             ),
         },
     ),
+    "merge": Command(
+        "make one model of several that were trained from one checkpoint",
+        "conversion.merge",
+        "merge_command",
+    ),
     "upcycle": Command(
-        "make a mixture of experts of a dense checkpoint", "conversion.upcycle", "upcycle_command"
+        "make a mixture of experts of a dense checkpoint, or of several",
+        "conversion.upcycle",
+        "upcycle_command",
     ),
     "binarise": Command(
         "make a model of 1 bit a weight of a checkpoint",
@@ -103,6 +111,11 @@ COMMANDS = {
     ),
     "eval": Command(
         "evaluate a checkpoint on the tasks of lm-eval", "evaluation.command", "eval_command"
+    ),
+    "barrier": Command(
+        "draw the loss between two checkpoints, or in the plane of three",
+        "analysis.barrier",
+        "barrier_command",
     ),
     "compare": Command(
         "train arms with several seeds and learning rates, and say which is better",
@@ -261,8 +274,9 @@ def call(function: Callable[..., Any], program: str, arguments: list[str]) -> in
     Parameters without a default are positional, and so are those that Python says are; a list
     takes all arguments that follow, and none only where it has a default. Booleans are switches:
     the name alone means true, and true or false may follow. An option that takes several texts is
-    given once for each. A function that takes `**settings` is given those of `archzoo fit` by their
-    full names, as texts.
+    given once for each, or, after all positional ones where those are a list, with all of them; one
+    that takes several numbers is given with all of them. A function that takes `**settings` is
+    given those of `archzoo fit` by their full names, as texts.
 
     Args:
         function: Its signature and docstring are the command's arguments and help.
@@ -327,7 +341,12 @@ def call(function: Callable[..., Any], program: str, arguments: list[str]) -> in
     parser.add_function_arguments(function, skip={*positional, *rest})
     switches = {f"--{name}" for name, p in parameters.items() if p.annotation is bool}
     lists = {f"--{n}" for n, p in parameters.items() if p.annotation == list[str] | None}
-    arguments = _together(lists, _set(switches, arguments))
+    numbers = {f"--{n}" for n, p in parameters.items() if p.annotation == list[float] | None}
+    leading = next((i for i, a in enumerate(arguments) if a.startswith("--")), len(arguments))
+    a_list = any(p.annotation in (list[str], list[str] | None) for p in positional.values())
+    ended = a_list and leading >= len(positional)  # what follows cannot be positional
+    arguments = _set(switches, arguments)
+    arguments = _together(lists, numbers, arguments, ended)
     try:
         parsed = parser.parse_args(arguments)
     except ValueError as error:
@@ -374,23 +393,52 @@ def _set(switches: set[str], arguments: list[str]) -> list[str]:
     return [f"{a}=true" if a in switches else a for a in found]
 
 
-def _together(lists: set[str], arguments: list[str]) -> list[str]:
-    """The arguments with the values of an option that is given several times as one list."""
+def _together(lists: set[str], numbers: set[str], arguments: list[str], ended: bool) -> list[str]:
+    """The arguments with the values of an option that takes several as one list.
+
+    Args:
+        lists: Options that take texts, and are given once for each.
+        numbers: Options that take numbers.
+        arguments: Of the command line.
+        ended: All positional ones have come, so that a text after an option's is another of its.
+    """
     values: dict[str, list[str]] = {}
     others: list[str] = []
-    rest = iter(arguments)
-    for argument in rest:
+    rest = deque(arguments)
+    while rest:
+        argument = rest.popleft()
         option, equals, value = argument.partition("=")
         if argument == "--":
             others += [argument, *rest]
-        elif option not in lists:
+            break
+        if option not in lists | numbers:
             others.append(argument)
-        else:
-            value = value if equals else next(rest, "")
-            if not value:
-                raise ValueError(f"{option} needs a value")
-            values.setdefault(option, []).append(value)
-    return [*(f"{option}={json.dumps(found)}" for option, found in values.items()), *others]
+            continue
+        found = [value] if equals else []
+        if not equals and rest and not rest[0].startswith("--"):
+            found.append(rest.popleft())
+        if not any(found):
+            raise ValueError(f"{option} needs a value")
+        while rest and (_is_number(rest[0]) if option in numbers else ended):
+            if rest[0].startswith("--"):
+                break
+            found.append(rest.popleft())
+        if option in numbers:
+            found = [part for text in found for part in text.strip("[]").replace(",", " ").split()]
+        values.setdefault(option, []).extend(found)
+    written = []
+    for option, texts in values.items():
+        inner = f"[{', '.join(texts)}]" if option in numbers else json.dumps(texts)
+        written.append(f"{option}={inner}")
+    return [*written, *others]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def usage_of(name: str) -> str:

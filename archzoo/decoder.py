@@ -118,11 +118,14 @@ class Decoder(nn.Module):
         base: The digest of the weights that its training started from
             (`archzoo.checkpoint.weights_digest`), or None: they were drawn.
         base_path: Where its weights, but for adapters, were read from, or None.
+        merged: What `archzoo merge` or `archzoo upcycle` made it of, plain data, or None. It is
+            saved with the model.
     """
 
     task: dict[str, Any] | None = None
     base: str | None = None
     base_path: str | None = None
+    merged: dict[str, Any] | None = None
     #: What `hidden` calls in training instead of `_hidden`, once `compile` has compiled that.
     compiled_hidden: Callable[..., Any] | None = None
     #: The parameters that learned before adapters were put on, by name.

@@ -474,6 +474,10 @@ class Archive:
         empty = torch.empty(0, dtype=stored.dtype)
         return empty.set_(self._loaded[stored.key], stored.offset, stored.shape, stored.stride)
 
+    def release(self) -> None:
+        """Let go of what was read: a tensor that is asked for again is read again."""
+        self._loaded.clear()
+
     def everything(self) -> Any:
         """The content with its tensors."""
         return self._filled(self.content, {})

@@ -71,10 +71,10 @@ def build_with(
     weights = {name: loaded[sources[name]] for name in expected}
     signed = weights.keys() if signed is None else signed
     check_digest({n: w for n, w in weights.items() if n in signed}, digest, path)
-    for names in _names_of_each(expected):
+    for names in names_of_each(expected):
         first = names[0]
         for name in names[1:]:
-            if sources[name] != sources[first] and not _same(weights[name], weights[first]):
+            if sources[name] != sources[first] and not same_bits(weights[name], weights[first]):
                 raise ValueError(f"{misfit}: {first} and {name} differ, which are one tensor in it")
     if made is not None:
         del expected
@@ -107,7 +107,7 @@ def expected_of(
     expected = model.state_dict(keep_vars=True)
     misfit = f"{path}: {MISFIT}"
     # A tensor of several names may be stored under one, or under each: other tools write both.
-    for names in _names_of_each(expected):
+    for names in names_of_each(expected):
         first = next((sources[name] for name in names if name in sources), None)
         sources |= {name: first for name in names if first is not None and name not in sources}
     for verb, odd in (("miss", expected.keys() - sources), ("have", sources.keys() - expected)):
@@ -126,7 +126,7 @@ def expected_of(
     return model, made
 
 
-def _names_of_each(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+def names_of_each(tensors: Mapping[str, Tensor]) -> list[list[str]]:
     """The names of each tensor: tied ones have several."""
     groups: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
@@ -254,7 +254,7 @@ def _check_dtypes(model: Decoder, dtypes: Mapping[str, torch.dtype], misfit: str
             raise ValueError(f"{misfit}: {name} is {given} where head.weight is {others}")
 
 
-def _same(first: Tensor, second: Tensor) -> bool:
+def same_bits(first: Tensor, second: Tensor) -> bool:
     """Bit for bit, nan included."""
     if first.dtype != second.dtype or first.shape != second.shape:
         return False

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +93,8 @@ def save_pretrained(
         "task": task,
         "base": model.base,
     }
+    if model.merged is not None:
+        config["merged"] = model.merged
     files[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     tensors, shared = _tensors(model)
     metadata = {DIGEST: weights_digest(own_weights(model)), **shared}
@@ -232,6 +234,23 @@ def read_directory(path: Path, changes: dict[str, Any]) -> Pretrained:
     """The content of a directory that `save_pretrained` wrote; `changes` are of its decoder."""
     config = read_config(path)
     tokenizer = named_tokenizer(config.get("tokenizer"), path)
+    with own_tensors(path) as (held, read, sources, digest):
+        model = build_with(config["decoder"] | changes, held, read, sources, path, digest)
+    model.base = text_or_none(config.get("base"))
+    merged = config.get("merged")
+    model.merged = merged if isinstance(merged, dict) else None
+    return Pretrained(model, tokenizer, config.get("task"))
+
+
+@contextmanager
+def own_tensors(
+    path: Path,
+) -> Iterator[tuple[dict[str, Stored], Callable[[str], Tensor], dict[str, str], str | None]]:
+    """The weights of a directory by their own names: what `build_with` takes of them.
+
+    They are what the file holds, how one of them is read, under which name each weight is stored,
+    and their digest.
+    """
     with weights_file(path / WEIGHTS) as (file, metadata, stored):
         # Another program may have written what torch.compile(model) calls them.
         called = {own_name(name): name for name in stored}
@@ -243,10 +262,7 @@ def read_directory(path: Path, changes: dict[str, Any]) -> Pretrained:
 
         sources = {name: name for name in held}
         sources |= {n: first for n, first in metadata.items() if first in held and n not in held}
-        decoder = config["decoder"] | changes
-        model = build_with(decoder, held, read, sources, path, metadata.get(DIGEST))
-    model.base = text_or_none(config.get("base"))
-    return Pretrained(model, tokenizer, config.get("task"))
+        yield held, read, sources, metadata.get(DIGEST)
 
 
 def named_tokenizer(name: Any, path: Path) -> Tokenizer | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from inspect import signature
 from typing import Any, ClassVar, cast
 
@@ -20,6 +21,42 @@ _COMMON = {
     *("batch_size", "steps_per_epoch", "validation_examples", "test_examples", "seed"),
     *("ood_digits", "ood_examples", "separate_test", "pack"),
 }
+
+
+# How problems are written, which no joint task can have both ways.
+_WRITING = ("reverse", "reverse_answer", "zero_padded", "hints")
+
+
+def joint_task(tasks: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """One task of the problems of several, or the one that all are; None where there is none.
+
+    Args:
+        tasks: As `Task.config` gives them.
+    """
+    if all(task == tasks[0] for task in tasks):
+        return tasks[0]
+    try:
+        built = [build_task(task) for task in tasks]
+        parts = [p for t in built for p in (t.parts if isinstance(t, Arithmetic) else [t])]
+        first = parts[0].config()["init_args"]
+        found: dict[str, dict[str, Any] | None] = {}
+        for part in parts:
+            if not isinstance(part, SyntheticTask):
+                return None
+            config = part.config()
+            given = dict(config["init_args"])
+            usual = given.get("vocabulary") == "shared" and not given.get("coupled")
+            if not usual or any(given.get(n) != first.get(n) for n in _WRITING):
+                return None
+            own = {n: value for n, value in given.items() if n not in _COMMON}
+            name = config["class_path"].removeprefix("archzoo.tasks.")
+            if found.setdefault(name, own) != own:
+                return None  # of two sizes, say
+        stream = built[0].arguments
+        known = _COMMON - {"coupled", "vocabulary"}
+        return Arithmetic(tasks=found, **{n: stream[n] for n in known if n in stream}).config()
+    except (TypeError, ValueError):
+        return None
 
 
 class Arithmetic(Task):

@@ -31,7 +31,7 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from archzoo import parts, shipped
-from archzoo.checkpoint import base_in, locate, read_safely, read_task, tokenizer_files
+from archzoo.checkpoint import CONFIG, base_in, locate, read_safely, read_task, tokenizer_files
 from archzoo.checkpoint.bases import WAY_OUT, find_base
 from archzoo.checkpoint.runs import check_beside, names_base
 from archzoo.decoder import Decoder
@@ -925,6 +925,8 @@ def _file_of(path: str) -> str:
     if Path(path).is_dir():
         inside = sorted(map(str, Path(path).glob("*.ckpt")), reverse=True)  # last before best
         hint = f": give {' or '.join(inside[:2])}" if inside else " and holds no .ckpt file"
+        if (Path(path) / CONFIG).exists():  # of save_pretrained
+            hint += f": give --model.weights {path} instead of --ckpt_path"
         raise FileNotFoundError(f"{path} is a directory{hint}")
     known = sorted(map(str, Path().glob("runs/*/*.ckpt")))
     hint = f"; {nearest(path, known)}" if known else ""
