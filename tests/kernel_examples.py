@@ -250,6 +250,18 @@ def one_bit() -> None:
 
 
 @example
+def one_bit_scales() -> None:
+    """BinaryMoS's scales of a token."""
+    from archzoo.kernels.one_bit import mixed_scales
+
+    for width, outputs, scales in ((4096, 4096, 4), (96, 40, 3)):
+        for dtype in (torch.bfloat16, torch.float32):
+            shapes = (1, width), (scales, width), (scales, width), (scales, outputs)
+            with torch.no_grad():
+                mixed_scales(*(torch.randn(shape, dtype=dtype) for shape in shapes))
+
+
+@example
 def cross_entropy() -> None:
     from archzoo.kernels.cross_entropy import score, total_loss
 

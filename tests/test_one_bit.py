@@ -227,6 +227,25 @@ def test_the_kernel_gives_the_plain_forms_numbers(width, dtype, monkeypatch):
             check_product(2, width, outputs, shared, dtype, allowed, "cuda" if gpu else "cpu")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scales", [1, 3, 4])
+def test_the_kernel_mixes_scales_as_the_plain_form_does(scales, dtype, monkeypatch):
+    gpu = torch.cuda.is_available()
+    if not (gpu or launching.TRITON_FOUND):
+        pytest.skip("no Triton")
+    if not gpu:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(one_bit, "MIXED", 16)
+    shapes = (2, 1, 40), (scales, 40), (scales, 40), (scales, 23)
+    given = [torch.randn(shape, device="cuda" if gpu else "cpu").to(dtype) for shape in shapes]
+    with torch.no_grad():
+        found = one_bit.mixed_scales(*given)
+    want = one_bit.mixed_scales_plainly(*(tensor.double() for tensor in given))
+    for got, exact in zip(found, want, strict=True):
+        assert got.dtype == torch.float32 and got.shape == exact.shape
+        assert relative_error(got.double(), exact) < 1e-6
+
+
 def test_the_kernels_words_follow_a_change_of_the_bytes():
     packed = one_bit.pack(torch.rand(3, 64) < 0.5)
     first = one_bit.words_of(packed)

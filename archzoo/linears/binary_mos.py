@@ -6,10 +6,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from archzoo.kernels import one_bit
 from archzoo.linears.binary import BinaryLinear, StraightThrough
-from archzoo.numerics import at_least_float32, cast
 
 
 class BinaryMoSLinear(BinaryLinear):
@@ -80,10 +79,7 @@ class BinaryMoSLinear(BinaryLinear):
         router: Tensor = self.router
         if index is not None:
             before, after, router = before[index], after[index], router[index]
-        logits = F.linear(x, router[block])
-        gates = cast(logits, at_least_float32(logits.dtype)).softmax(dim=-1)
-        gates = cast(gates, before.dtype)
-        return gates @ before[block], gates @ after[:, rows]
+        return one_bit.mixed_scales(x, router[block], before[block], after[:, rows])
 
     def _mean_scales(self) -> tuple[Tensor, Tensor]:
         return self.output_scales.mean(dim=-2), self.input_scales.mean(dim=-2)

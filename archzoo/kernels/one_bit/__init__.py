@@ -21,12 +21,13 @@ from torch.nn import functional as F
 from archzoo.derivatives import followed
 from archzoo.kernels.launching import SWITCHED_OFF, launch, power_of_2, run_beside
 from archzoo.kernels.one_bit.native import library
-from archzoo.numerics import autocast_dtype, cast
+from archzoo.numerics import at_least_float32, autocast_dtype, cast
 
 BITS = 32  # of a word, as the Triton kernel reads them
 ROWS = 8  # of x, up to which the fast forms run: they read all bits for each row
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 WORDS = 256  # of a row of signs that a program of the Triton kernel holds at once
+MIXED = 1024  # scales that a program mixes
 SIDE = 4  # rows of signs whose words lie side by side for it
 TWO_FROM = 2048  # outputs, from which a program computes two such sides
 
@@ -153,6 +154,57 @@ def _by_kernel(x: Tensor, packed: Tensor, before: Tensor, after: Tensor) -> Tens
         COUNT=count, WORDS=held, TWO=two, num_warps=max(held // 32, 1),
     )  # fmt: skip
     return y
+
+
+def mixed_scales(
+    x: Tensor, router: Tensor, inputs: Tensor, outputs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """BinaryMoS's scales of each row of x: ``G S_in`` and ``G S_out``, ``G = softmax(x R^T)``.
+
+    By a kernel where one runs, which makes float32; else in the scales' dtype. G is float32 at
+    least.
+
+    Args:
+        x: (..., n).
+        router: R, (scales, n).
+        inputs: S_in, the same.
+        outputs: S_out, (scales, outputs).
+    """
+    rows = x.numel() // max(x.shape[-1], 1)
+    given = (x, router, inputs, outputs)
+    gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+    if gradients or followed() or autocast_dtype(x.device) is not None or x.dtype not in FLOATS:
+        return mixed_scales_plainly(*given)
+    if not 0 < rows <= ROWS or not run_beside(x):
+        return mixed_scales_plainly(*given)
+    (scales, width), height = router.shape, outputs.shape[1]
+    before = x.new_empty((rows, width), dtype=torch.float32)
+    after = x.new_empty((rows, height), dtype=torch.float32)
+    tensors = (x.reshape(rows, width), router, inputs, outputs)
+    blocks = -(-width // MIXED) - (-height // MIXED)
+    _launch(
+        "mixed_scales_kernel", (blocks, rows),
+        (*(tensor.contiguous() for tensor in tensors), before, after), width, height,
+        SCALES=scales, HELD=power_of_2(scales), BLOCK=MIXED, num_warps=4,
+    )  # fmt: skip
+    return before.view(x.shape), after.view(*x.shape[:-1], height)
+
+
+def mixed_scales_plainly(
+    x: Tensor, router: Tensor, inputs: Tensor, outputs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same of torch's own operations.
+
+    Args:
+        x: As for `mixed_scales`, and so are the others.
+        router: The same.
+        inputs: The same.
+        outputs: The same.
+    """
+    logits = F.linear(x, router)
+    gates = cast(logits, at_least_float32(logits.dtype)).softmax(dim=-1)
+    gates = cast(gates, inputs.dtype)
+    return gates @ inputs, gates @ outputs
 
 
 def words_of(packed: Tensor) -> Tensor:

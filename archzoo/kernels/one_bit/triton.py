@@ -57,3 +57,48 @@ def one_bit_kernel(
         scale = tl.load(after + output, mask=there, other=0.0).to(tl.float32)
         result = tl.sum(whole - 2.0 * second, axis=0) * scale
         tl.store(y + output, result.to(y.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def mixed_scales_kernel(
+    x, router, inputs, outputs, before, after, width, height, SCALES: tl.constexpr,
+    HELD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BinaryMoS's scales of one row: G = softmax(x R^T); before = G S_in and after = G S_out.
+
+    Every program makes G anew, of x and R that all read, and BLOCK of the scales: first of those
+    before, then of those after. HELD is a power of two that holds SCALES.
+    """
+    row = tl.program_id(1).to(tl.int64)
+    one = tl.arange(0, HELD)
+    there = (one < SCALES)[:, None]
+    logits = tl.zeros([HELD], dtype=tl.float32)
+    for start in range(0, width, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < width
+        value = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
+        weight = tl.load(
+            router + one[:, None] * width + at[None, :], mask=there & inside[None, :], other=0.0
+        )
+        logits += tl.sum(weight.to(tl.float32) * value[None, :], axis=1)
+    logits = tl.where(one < SCALES, logits, float("-inf"))
+    gates = tl.exp(logits - tl.max(logits, axis=0))
+    gates = gates / tl.sum(gates, axis=0)
+    block = tl.program_id(0)
+    of_inputs = tl.cdiv(width, BLOCK)
+    if block < of_inputs:
+        at = block * BLOCK + tl.arange(0, BLOCK)
+        inside = at < width
+        scale = tl.load(
+            inputs + one[:, None] * width + at[None, :], mask=there & inside[None, :], other=0.0
+        )
+        mixed = tl.sum(scale.to(tl.float32) * gates[:, None], axis=0)
+        tl.store(before + row * width + at, mixed, mask=inside)
+    else:
+        at = (block - of_inputs) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < height
+        scale = tl.load(
+            outputs + one[:, None] * height + at[None, :], mask=there & inside[None, :], other=0.0
+        )
+        mixed = tl.sum(scale.to(tl.float32) * gates[:, None], axis=0)
+        tl.store(after + row * height + at, mixed, mask=inside)
