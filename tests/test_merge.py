@@ -478,6 +478,7 @@ trainer: {accelerator: cpu, max_steps: 2, logger: false}
 """
 
 
+@pytest.mark.slow  # docs/merging.md goes most of this way every day
 def test_runs_merge_and_the_merge_is_tested_and_trained_on(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("base.yaml").write_text(RUN)

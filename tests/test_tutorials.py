@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-PAGES = [DOCS / "index.md", DOCS / "adaptation.md", DOCS / "one_bit.md"]
+PAGES = [DOCS / f"{name}.md" for name in ("index", "adaptation", "one_bit", "merging")]
 TUTORIALS = [*PAGES, *sorted((DOCS / "tutorials").glob("*.md"))]
 BIN = Path(sys.executable).parent
 SAMPLED = "<!-- sampled -->\n"
