@@ -563,8 +563,8 @@ def refuse(model: Decoder) -> None:
     """
     if named_adapters(model.config):
         raise ValueError(
-            "a model with adapters is not exported: archzoo adapter merge puts them into its "
-            "weights first"
+            "a model with adapters is not exported: archzoo adapter merge CHECKPOINT --out merged "
+            "puts them into its weights, then export merged"
         )
     if model.config["linear"] and model.config["linear"]["class_path"] != "Linear":
         raise ValueError(
