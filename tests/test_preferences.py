@@ -438,7 +438,7 @@ def test_the_chain_learns_what_is_preferred(tmp_path: Path, monkeypatch: pytest.
         assert after["kl"] < 4, "it stays near its reference"
     assert dpo["exact_match"] > before["exact_match"] + 0.05
     # A reward model that knows of lengths alone is exploited where nothing holds the policy.
-    run("fit", "reward", "--arm=shorter", "--trainer.max_steps=150")
+    run("fit", "reward", "--arm=shorter")
     run("fit", "policy", "--arm=exploit")
     exploit = measured(Path("runs/policy_exploit"))
     assert exploit["exact_match"] < before["exact_match"] / 2 < policy["exact_match"]
