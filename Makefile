@@ -128,13 +128,13 @@ $(VENV)/tools: $(VENV)/installed
 # is. pip sees .venv's packages like those of the system in a venv with --system-site-packages, and
 # changes none of them. .pth files in there are not read, so archzoo itself is installed here too.
 $(EXTRAS)/installed: pyproject.toml constraints-extras.txt $(VENV)/tools
-	@echo "Setting up $(EXTRAS), once: what docs, report, demo, peft, datasets, eval and the trackers need beside $(VENV), some 1.6 GB."
+	@echo "Setting up $(EXTRAS), once: what docs, report, demo, peft, datasets, eval, deepspeed and the trackers need beside $(VENV), some 1.6 GB."
 	@rm -rf $(EXTRAS)
 	@$(BIN)/python -m venv $(EXTRAS)
 	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
 	  $(BIN)/python -c "$$site" > "$$($(EXTRAS)/bin/python -c "$$site")/archzoo-venv.pth"
 	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-extras.txt \
-	  -e '.[docs,report,demo,peft,datasets,eval,wandb,mlflow,trackio]' playwright tiktoken
+	  -e '.[docs,report,demo,peft,datasets,eval,wandb,mlflow,trackio,deepspeed]' playwright tiktoken
 	@touch $@
 
 # The same with one package, found before the Triton of .venv.

@@ -3,9 +3,11 @@
     python benchmarks/ranks.py equal --accelerator cpu                       # two processes, gloo
     python benchmarks/ranks.py speed --text TEXT                             # on two GPUs, NCCL
     python benchmarks/ranks.py rounding
+    python benchmarks/ranks.py bytes --accelerator cpu                       # two processes, gloo
 
 `equal` trains a micro model of every family for two steps in float64, alone and in several
-processes by DDP and by FSDP2 (weights gathered together, and block by block), on the same batches:
+processes by DDP, with the optimizer's state shared out (ZeRO-1), and by FSDP2 (weights gathered
+together, and block by block), on the same batches:
 loss and gradients must be the same to 1e-12, or it fails. Balancing losses are those of all
 processes' tokens.
 
@@ -18,6 +20,11 @@ rounding grows: a token whose second and third expert are nearly tied goes to th
 first steps follow a gradient's sign, however small it is. The row "rounding" shows how far that
 leads one process whose weights start one digit of float32 off.
 
+`bytes` trains two steps and says how many bytes of a parameter each process holds when a step is
+done, gradients included, beside the formula of ZeRO's paper. What a step holds meanwhile, such as
+weights that are gathered, is not among them. DeepSpeed's parts lie in buffers of its own: of it,
+only what is allocated on the GPU is known.
+
 Each run is `archzoo fit` with Lightning's flags.
 """
 
@@ -25,6 +32,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import os
 import socket
 import statistics
@@ -32,6 +40,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -42,6 +51,7 @@ from torch import Tensor
 
 from archzoo.cli import main as archzoo
 from archzoo.training import sharding
+from archzoo.training.deepspeed import inner, uses_deepspeed
 from archzoo.training.sharding import AT_ONCE
 
 Log = list[dict[str, str]]
@@ -63,8 +73,13 @@ def fsdp2(processes: int) -> dict[str, str]:
     }
 
 
+def zero(processes: int) -> dict[str, str]:
+    """Lightning's flags for DDP with the optimizer's state shared out."""
+    return {"--trainer.devices": str(processes), "--trainer.strategy": "ddp_zero_1"}
+
+
 ONE = {"--trainer.devices": "1"}
-STRATEGIES = {"ddp": ddp, "fsdp2": fsdp2}
+STRATEGIES = {"ddp": ddp, "ddp_zero_1": zero, "fsdp2": fsdp2}
 BLOCKS = "fsdp2_blocks"  # as models are sharded that are larger than those here
 # ModelParallelStrategy refuses the name 64-true, and takes what is behind it.
 FLOAT64 = {"--trainer.plugins": "lightning.pytorch.plugins.DoublePrecision"}
@@ -161,24 +176,27 @@ def distance(ours: list[dict[str, Tensor]], alone: list[dict[str, Tensor]], loss
     return max(far)
 
 
+def in_processes(count: int) -> int:
+    """This command in so many processes; the largest of their statuses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen([sys.executable, *sys.argv], env=os.environ | common | {"LOCAL_RANK": n})
+        for n in map(str, range(count))
+    ]
+    while not any(rank.poll() for rank in ranks) and any(rank.poll() is None for rank in ranks):
+        time.sleep(0.1)
+    for rank in ranks:
+        rank.terminate()  # which waits for one that failed
+    return max(abs(rank.wait()) for rank in ranks)
+
+
 def equal(given: argparse.Namespace) -> int:
     """One row a family and strategy."""
     if "LOCAL_RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, *sys.argv], env=os.environ | common | {"LOCAL_RANK": n}
-            )
-            for n in map(str, range(given.processes))
-        ]
-        while not any(rank.poll() for rank in ranks) and any(rank.poll() is None for rank in ranks):
-            time.sleep(0.1)
-        for rank in ranks:
-            rank.terminate()  # which waits for one that failed
-        return max(abs(rank.wait()) for rank in ranks)
+        return in_processes(given.processes)
     given.root = str(Path(given.root, os.environ["LOCAL_RANK"]))
     first, rows, wrong = os.environ["LOCAL_RANK"] == "0", [], []
     pairs = [pair.split("/") for pair in given.runs]
@@ -383,6 +401,115 @@ def rounding(given: argparse.Namespace) -> int:
     return len(wrong)
 
 
+# ---------------------------------------------------------------------------- bytes
+
+MIXED = {"--trainer.precision": "bf16-mixed"}  # of DeepSpeed: weights and gradients in bf16
+#: Bytes a parameter, by the number of processes: float32 weights, gradients and AdamW's two means,
+#: or DeepSpeed's, whose weights and gradients are bf16 beside weights and means in float32.
+FORMULAS: dict[str, Callable[[int], float]] = {
+    "one": lambda n: 16,
+    "ddp": lambda n: 16,
+    "ddp_zero_1": lambda n: 8 + 8 / n,
+    "fsdp2": lambda n: 16 / n,
+    "deepspeed_stage_1": lambda n: 4 + 12 / n,
+    "deepspeed_stage_2": lambda n: 2 + 14 / n,
+    "deepspeed_stage_3": lambda n: 16 / n,
+}
+
+
+def storages(tensors: Iterable[Any]) -> int:
+    """The bytes of the memory in which tensors lie on this process, each piece of it once."""
+    local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors if t is not None]
+    memory = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in local}
+    return sum(memory.values())
+
+
+class Held(lightning.Callback):
+    """Measures what this process holds after the last step."""
+
+    seen: ClassVar[dict[str, float]] = {}
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        count = sum(
+            part.ds_numel if hasattr(part, "ds_numel") else part.numel()
+            for part in pl_module.parameters()
+        )
+        self.seen["parameters"] = count
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step < trainer.max_steps:
+            return
+        found: dict[str, float] = {}
+        if not uses_deepspeed(trainer.strategy):
+            parameters = list(pl_module.parameters())
+            found["weights"] = storages(parameters)
+            found["gradients"] = storages(parameter.grad for parameter in parameters)
+            optimizer = inner(trainer.optimizers[0])
+            states = getattr(optimizer, "optim", optimizer).state.values()
+            found["state"] = storages(v for state in states for v in state.values() if v.dim())
+            found["held"] = sum(found.values())
+        if pl_module.device.type == "cuda":
+            found["allocated"] = torch.cuda.memory_allocated()
+        count = self.seen["parameters"]
+        most = torch.tensor([value / count for value in found.values()], device=pl_module.device)
+        if trainer.world_size > 1:  # of the process that holds most
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        self.seen |= dict(zip(found, most.tolist(), strict=True))
+
+
+def bytes_held(given: argparse.Namespace) -> int:
+    """One row a way."""
+    if "LOCAL_RANK" not in os.environ:
+        return in_processes(given.processes)
+    first = os.environ["LOCAL_RANK"] == "0"
+    given.root = str(Path(given.root, os.environ["LOCAL_RANK"]))
+    rows = []
+    for way in given.ways:
+        by_deepspeed = way.startswith("deepspeed")
+        if way == "one":
+            if not first:
+                continue
+            flags = ONE
+        elif by_deepspeed:
+            flags = {"--trainer.devices": str(given.processes), "--trainer.strategy": way} | MIXED
+        else:
+            flags = STRATEGIES[way](given.processes)
+        count = 1 if way == "one" else given.processes
+        options = {
+            "--name": way,
+            "--model.preset": given.preset,
+            "--data": "Addition",
+            "--data.digits": "2",
+            "--data.batch_size": "8",
+            "--compile": "false",
+            "--trainer.precision": "32-true",
+            "--trainer.default_root_dir": given.root,
+            "--trainer.accelerator": given.accelerator,
+            "--trainer.max_steps": "2",
+            "--trainer.limit_val_batches": "0",
+            "--trainer.enable_progress_bar": "false",
+            "--trainer.enable_checkpointing": "false",
+            "--trainer.callbacks": "__main__.Held",
+        }
+        Held.seen.clear()
+        parts = [part for option in (options | flags).items() for part in option]
+        if archzoo(["fit", *parts]):
+            sys.exit(f"{way} failed: {' '.join(parts)}")
+        row: dict[str, Any] = {"way": way, "processes": count, "model": given.preset}
+        row["precision"] = "bf16-mixed" if by_deepspeed else "float32"
+        row |= {name: round(value, 3) for name, value in Held.seen.items()}
+        row["formula"] = round(FORMULAS[way](count), 3)
+        if first:
+            print(row, flush=True)
+            rows.append(row)
+        gc.collect()  # the model of this way, before the next is measured
+    if first and given.write:
+        write_rows("ranks-bytes", rows, on_gpu=given.accelerator == "cuda")
+    return 0
+
+
 # ---------------------------------------------------------------------------- the command line
 
 
@@ -419,6 +546,14 @@ def main() -> int:
         "--precisions", nargs="+", choices=PRECISIONS, help="default: all; no bf16-mixed on a CPU"
     )
     part.set_defaults(run=rounding)
+
+    part = parts.add_parser("bytes", parents=[common])
+    part.add_argument("--processes", type=int, default=2)
+    part.add_argument("--preset", default="retnet_small")
+    ways = [way for way in FORMULAS if not way.startswith("deepspeed")]
+    part.add_argument("--ways", nargs="+", choices=FORMULAS, default=ways)
+    part.add_argument("--write", action="store_true", help="rows in results/")
+    part.set_defaults(run=bytes_held)
 
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="archzoo-ranks-") as given.root:

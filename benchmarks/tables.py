@@ -24,6 +24,7 @@ RESULTS = ROOT / "results"
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 H100, H200 = "nvidia-h100-80gb-hbm3-torch2.11.0", "nvidia-h200-torch2.11.0"
 CPU = "amd-epyc-torch2.13.0"
+INTEL = "intel-r-xeon-r-processor-torch2.13.0"
 LENGTHS = (  # exact match by length
     f"{H100}-bfloat16-claims-abacus_coverage-lengths",
     f"{H200}-bfloat16-claims-abacus-lengths-best",
@@ -614,8 +615,12 @@ APART = ("loss_apart", "gradients_apart")
 WAYS = {
     "one": "one",
     "ddp": "two, DDP",
+    "ddp_zero_1": "two, DDP with ZeRO-1",
     "fsdp2": "two, FSDP2",
     "fsdp2_blocks": "two, FSDP2 by blocks",
+    "deepspeed_stage_1": "two, DeepSpeed stage 1",
+    "deepspeed_stage_2": "two, DeepSpeed stage 2",
+    "deepspeed_stage_3": "two, DeepSpeed stage 3",
 }
 
 
@@ -658,6 +663,23 @@ def ranks_equal() -> str:
         found.append([WAYS[way], models, *far])
     headings = ["GPUs", "models", "loss", "gradients"]
     return markdown(headings, found, 2) + measured_on(rows)
+
+
+def ranks_bytes() -> str:
+    """Bytes of a parameter that a process holds after a step, of every machine measured on."""
+    names = ("weights", "gradients", "state", "held", "formula", "allocated")
+    tables = []
+    for machine in (INTEL, H200):
+        if not (RESULTS / f"{machine}-ranks-bytes.csv").exists():
+            continue
+        rows = rows_of(f"{machine}-ranks-bytes")
+        given = [name for name in names if any(row.get(name) for row in rows)]
+        found = [
+            [WAYS[row["way"]], f"`{row['model']}`", *(row.get(name) or "" for name in given)]
+            for row in rows
+        ]
+        tables.append(markdown(["processes", "model", *given], found, 2) + measured_on(rows))
+    return "\n\n".join(tables)
 
 
 # ---------------------------------------------------------------------------- one bit
@@ -793,6 +815,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed_floors": speed_floors,
     "ranks_speed": ranks_speed,
     "ranks_equal": ranks_equal,
+    "ranks_bytes": ranks_bytes,
     "onebit_product": onebit_product,
     "onebit_quality": onebit_quality,
 }

@@ -91,7 +91,7 @@ def test_blocks_of_several_kinds_are_compiled_each():
 
 
 def callback_says(when, module, capfd):
-    CompileModel(when).on_train_start(SimpleNamespace(world_size=1), module)
+    CompileModel(when).on_train_start(SimpleNamespace(world_size=1, strategy=None), module)
     return capfd.readouterr().err
 
 

@@ -293,7 +293,7 @@ def test_two_processes_are_one_in_every_family():
 def test_processes_are_one_in_every_family(processes):
     done = equal(f"--processes={processes}")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("gradients_apart") == 3 * len(MICRO)
+    assert done.stdout.count("gradients_apart") == 4 * len(MICRO)
 
 
 def test_two_ranks_are_one_process_with_the_whole_batch(directory):

@@ -1,14 +1,18 @@
 """ZeRO-1: ranks that share the optimizer's state are one process, and hold a part each."""
 
+import types
+from pathlib import Path
+
 import pytest
 import torch
 from test_ranks import DDP, assert_same, directory, together
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import archzoo
-from archzoo.checkpoint import read_safely
+from archzoo.checkpoint import directory_of, locate, read_safely
 from archzoo.cli import main
-from archzoo.training import ranks
+from archzoo.training import deepspeed, ranks
+from archzoo.training.module import LanguageModel
 from archzoo.training.optimizers import build_optimizer, describe_optimizer
 
 __all__ = ["directory"]  # a fixture
@@ -142,3 +146,69 @@ def test_the_class_of_torch_is_refused_by_name(directory, capsys):
     assert main(["fit", "--config", "run.yaml", "--optimizer=ZeroRedundancyOptimizer"]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "--trainer.strategy ddp_zero_1" in error
+
+
+# ---------------------------------------------------------------------------- DeepSpeed
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    ["deepspeed_stage_2", "DeepSpeedStrategy --trainer.strategy.stage 3"],
+    ids=["name", "class"],
+)
+def test_deepspeed_says_where_it_trains_and_what_brings_it(
+    directory, capsys, monkeypatch, strategy
+):
+    """tests/extras/test_deepspeed.py trains by it."""
+    fit = ["fit", "--config", "run.yaml", "--trainer.strategy", *strategy.split()]
+    assert main(fit) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "CUDA GPUs alone" in error and "ddp_zero_1" in error
+    monkeypatch.setattr(deepspeed, "on_cuda", lambda accelerator: True)
+    monkeypatch.setattr(deepspeed.importlib.util, "find_spec", lambda name: None)
+    assert main(fit) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "pip install 'archzoo[deepspeed]'" in error
+    assert not Path("runs").exists()
+
+
+def test_its_engine_clips_and_nothing_else_does(monkeypatch):
+    """Whose configuration Lightning gives trainer.gradient_clip_val."""
+    module = LanguageModel("retnet_micro", vocab_size=20)
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    module._trainer = types.SimpleNamespace(strategy=None, precision="32-true")
+    module.trainer.strategy = types.SimpleNamespace(config={})
+    by_engine = [True, False]
+    monkeypatch.setattr(deepspeed, "uses_deepspeed", lambda strategy: by_engine[0])
+    module.configure_gradient_clipping(None, 1.0, "norm")
+    assert all(parameter.grad.eq(1).all() for parameter in module.parameters())
+    by_engine.pop(0)
+    module.configure_gradient_clipping(None, 1.0, "norm")
+    assert all(parameter.grad.lt(1).all() for parameter in module.parameters())
+
+
+def test_its_optimizer_is_found_under_what_wraps_it():
+    """Its hooks say whether a step was done; a user's own that wraps another counts itself."""
+    adamw = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    zero = types.SimpleNamespace(optimizer=adamw)
+    assert deepspeed.inner(types.SimpleNamespace(optimizer=zero)) is adamw
+    assert deepspeed.inner(types.SimpleNamespace(optimizer=adamw)) is adamw
+    assert deepspeed.inner(adamw) is adamw
+
+
+def test_a_directory_of_its_is_read_as_the_whole_checkpoint_in_it(directory):
+    """By the run's path, by its own, and by fit's options."""
+    fit = ["fit", "--config", "run.yaml", "--name", "x"]
+    assert main([*fit, "--trainer.max_steps=2"]) == 0
+    last = Path("runs/x/last.ckpt")
+    last.rename("kept")
+    last.mkdir()
+    Path("kept").rename(last / "whole.ckpt")
+    assert locate("runs/x") == locate(last) == last / "whole.ckpt"
+    assert directory_of(last) == directory_of(locate(last)) == Path("runs/x")
+    archzoo.from_pretrained("runs/x")
+    assert main(["test", "--ckpt_path", str(last), "--trainer.limit_test_batches=1"]) == 0
+    assert Path("runs/x/test.csv").is_file()
+    assert main([*fit, "--resume=auto"]) == 0  # last.ckpt becomes a file again
+    assert last.is_file() and read_safely(last)["global_step"] == 4

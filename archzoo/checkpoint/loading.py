@@ -18,7 +18,7 @@ from archzoo.checkpoint.pretrained import (
     named_tokenizer,
     read_config,
 )
-from archzoo.checkpoint.runs import LAST, check_run, names_base, read_whole
+from archzoo.checkpoint.runs import LAST, WHOLE, check_run, names_base, read_whole
 from archzoo.checkpoint.vocabulary import check_vocabulary, run_tokenizer
 from archzoo.decoder import Decoder
 from archzoo.parts import named_adapters
@@ -55,6 +55,8 @@ def from_pretrained(
 def locate(path: str | os.PathLike[str]) -> Path:
     """The checkpoint that a path means: of a run's directory its last.ckpt, else the path itself.
 
+    Of a directory that DeepSpeed wrote it is the file in it that holds all of it.
+
     Raises:
         TypeError: It is not a path.
         FileNotFoundError: There is nothing.
@@ -68,7 +70,9 @@ def locate(path: str | os.PathLike[str]) -> Path:
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     last = path / LAST
     ours = any((path / name).exists() for name in (CONFIG, ADAPTER))
-    return last if path.is_dir() and not ours and last.exists() else path
+    found = last if path.is_dir() and not ours and last.exists() else path
+    whole = found / WHOLE
+    return whole if found.is_dir() and whole.is_file() else found
 
 
 def holds_adapter(path: Path) -> bool:

@@ -30,6 +30,9 @@ from archzoo.decoder import Decoder
 
 Path_ = str | os.PathLike[str]
 LAST = "last.ckpt"  # of a run's directory
+WHOLE = (
+    "whole.ckpt"  # in a checkpoint that is a directory of DeepSpeed's: all of it, for the others
+)
 # Arguments of `Decoder` that older checkpoints do not hold.
 ADDED = {"loops", "injection", "linear", "adapter", "adapters", "convolution"}
 OF_ADAPTERS = re.compile(r"^prompt\.|\.mixer\.prefix\.|\.adapter_modules\.")  # in a weight's name
@@ -80,6 +83,12 @@ def read_whole(path: Path, changes: dict[str, Any], base: Path_ | None = None) -
         base: As for `read_run`.
     """
     return read_directory(path, changes) if path.is_dir() else read_run(path, changes, base)
+
+
+def directory_of(path: Path_) -> Path:
+    """The run's directory, in which a run's checkpoint lies."""
+    path = Path(path)
+    return path.parent.parent if path.name == WHOLE else path.parent
 
 
 def base_in(content: dict[str, Any], path: Path_) -> Base | None:

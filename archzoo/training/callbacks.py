@@ -87,7 +87,6 @@ class Checkpoints(Checkpoint):
         if (
             getattr(strategy, "_save_distributed_checkpoint", False)
             or getattr(strategy, "_state_dict_type", None) == "sharded"
-            or type(strategy).__name__ == "DeepSpeedStrategy"
         ):
             raise ValueError(
                 f"{type(strategy).__name__} writes checkpoints as directories of shards, which "

@@ -31,7 +31,15 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from archzoo import parts, shipped
-from archzoo.checkpoint import CONFIG, base_in, locate, read_safely, read_task, tokenizer_files
+from archzoo.checkpoint import (
+    CONFIG,
+    base_in,
+    directory_of,
+    locate,
+    read_safely,
+    read_task,
+    tokenizer_files,
+)
 from archzoo.checkpoint.bases import WAY_OUT, find_base
 from archzoo.checkpoint.runs import check_beside, names_base
 from archzoo.decoder import Decoder
@@ -46,6 +54,7 @@ from archzoo.training.callbacks import (
 )
 from archzoo.training.comparison import module_arguments
 from archzoo.training.compiling import CompileModel
+from archzoo.training.deepspeed import check_usable
 from archzoo.training.directory import RunDirectory
 from archzoo.training.ending import SIGNALS, Ended, say
 from archzoo.training.files import CheckpointFiles, MetricsFile
@@ -90,6 +99,10 @@ def run(command: str, arguments: list[str]) -> int:
     # Batches are computed in place, within a fraction of a step: a worker would only cost.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")  # Lightning's own affair
+    # Its engine clips by the same setting, and `LanguageModel` leaves that to it.
+    warnings.filterwarnings("ignore", ".*DeepSpeed handles gradient clipping internally.*")
+    warnings.filterwarnings("ignore", ".*When saving the DeepSpeed Stage 3 checkpoint.*")
+    warnings.filterwarnings("ignore", ".*`torch.distributed.[a-z_]*` is deprecated.*")  # by it
     # FSDP2 fears writes into what a block returns; nothing here writes there.
     warnings.filterwarnings("ignore", ".*returned a view tensor.*")
     try:
@@ -319,7 +332,7 @@ class CommandLine(LightningCLI):
             if path != given:
                 arguments = [*_without(arguments, "--ckpt_path"), "--ckpt_path", path]
             checkpoint = read_safely(path)
-            beside = Path(path).parent / "config.yaml"
+            beside = directory_of(path) / "config.yaml"
             if command == "fit" and not _option(arguments, "--config") and beside.is_file():
                 arguments = ["--config", _settings_beside(beside, arguments), *arguments]
             elif not self._says_model(arguments):
@@ -403,7 +416,7 @@ class CommandLine(LightningCLI):
         root = Path(config.trainer.default_root_dir or "runs")
         path = config.ckpt_path
         if self.subcommand != "fit" and path and path not in ("last", "best"):
-            return Path(path).parent
+            return directory_of(path)
         weights = config.model.weights
         otherwise = config.model.preset or (f"{Path(weights).stem}_fit" if weights else "model")
         name = config.name or self.run_name or otherwise
@@ -426,7 +439,7 @@ class CommandLine(LightningCLI):
         if config.resume is not None and self.subcommand != "fit":
             raise ValueError(f"--resume is for fit; {self.subcommand} takes --ckpt_path CHECKPOINT")
         self._check_table(config.table)
-        if config.resume == "auto" and last.is_file():
+        if config.resume == "auto" and last.exists():
             config.ckpt_path = str(last)
         if config.ckpt_path in ("last", "best"):
             config.ckpt_path = str(self.directory / f"{config.ckpt_path}.ckpt")
@@ -435,6 +448,7 @@ class CommandLine(LightningCLI):
             _mean_what_it_meant(config)
             _check_beside(config)
         _check_trainer(config.trainer)
+        check_usable(config.trainer.strategy, config.trainer.accelerator)
         settings.check_amounts(config.data)
 
     def _check_table(self, table: str | None) -> None:
@@ -495,7 +509,7 @@ class CommandLine(LightningCLI):
     def _take_directory(self) -> None:
         config = self.config[self.subcommand]
         path = config.ckpt_path
-        resumes = path and Path(path).resolve().parent == self.directory.resolve()
+        resumes = path and directory_of(Path(path).resolve()) == self.directory.resolve()
         if config.resume == "auto":  # it was ended before anything could be saved
             names = ("last.ckpt", "best.ckpt")
             resumes = resumes or not any((self.directory / name).exists() for name in names)
@@ -524,7 +538,7 @@ class CommandLine(LightningCLI):
             raise
         except FloatingPointError as error:
             last = self.directory / "last.ckpt"
-            good = f"{last} is the last good checkpoint" if last.is_file() else "nothing was saved"
+            good = f"{last} is the last good checkpoint" if last.exists() else "nothing was saved"
             raise FloatingPointError(
                 f"{error}; {good}. A lower --model.learning_rate or --trainer.gradient_clip_val 1 "
                 "may help"
@@ -586,7 +600,7 @@ class CommandLine(LightningCLI):
             return
         table = f"{self.config[self.subcommand].table or 'test'}.csv"
         names = ("last.ckpt", "best.ckpt", "metrics.csv", table, "config.yaml")
-        found = [name for name in names if (self.directory / name).is_file()]
+        found = [name for name in names if (self.directory / name).exists()]
         if found:
             print(f"{self.directory} holds {', '.join(found)}")
 
@@ -649,7 +663,7 @@ CHATTER = re.compile(
     r"|Automatic Mixed Precision|weights_only|Restor(ing|ed) |Loaded model weights"
     r"|`Trainer.fit` stopped: `max_(steps|epochs)|fast_dev_run|distributed_backend"
     r"|Starting with \d+ processes|Initializing distributed|that has Tensor Cores"
-    r"|Found current_model_state"
+    r"|Found current_model_state|initializing deepspeed distributed"
 )
 
 
@@ -723,7 +737,7 @@ def _of_named_run(command: str, path: str | None, arguments: list[str]) -> str |
     run = Path(_option(arguments, "--trainer.default_root_dir") or "runs", name or "")
     if command == "fit" and _option(arguments, "--resume") == "auto":
         found = run / "last.ckpt"
-        return str(found) if name and found.is_file() and not _says_all(arguments) else path
+        return str(found) if name and found.exists() and not _says_all(arguments) else path
     if path not in ("last", "best"):
         return path
     if not name:

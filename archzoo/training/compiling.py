@@ -12,6 +12,7 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 
 from archzoo.kernels.launching import TRITON_FOUND
+from archzoo.training.deepspeed import stage_of
 from archzoo.training.ending import say
 from archzoo.training.module import LanguageModel
 from archzoo.training.ranks import sums_quickly
@@ -21,6 +22,8 @@ LEAST = 20_000_000  # parameters
 
 #: What a step without compilation costs: retnet_base, 110 M parameters, on one H200.
 COST = "a step of retnet_base takes 1.18 times as long so"
+
+HOOKS = "DeepSpeed's stage 3 gathers weights by hooks, which torch.compile does not see"
 
 
 def reason_against(module: LanguageModel) -> str | None:
@@ -73,6 +76,9 @@ class CompileModel(lightning.Callback):
         net.forget_compiled()
         if self.when == "auto":
             if pl_module.device.type != "cuda" or torch.version.hip is not None:
+                return
+            if stage_of(trainer.strategy) == 3:
+                say(f"the model is not compiled: {HOOKS}; {COST}")
                 return
             if net.parameter_count() < LEAST:
                 return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())  # or after a power cut the new name may have no content
+        if path.is_dir():  # of DeepSpeed's, which this run was resumed from
+            shutil.rmtree(path)
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
         # torch reports its writer's errors as RuntimeError.

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import lightning
 from lightning.pytorch.loggers.logger import Logger
 
+from archzoo.checkpoint import directory_of
 from archzoo.training import settings
 from archzoo.training.averaging import AverageWeights
 from archzoo.training.early_stopping import StopEarly
@@ -111,7 +112,7 @@ def trackers_of(config: Any, directory: Path, resumed: str | None) -> dict[str, 
         resumed: The path of the checkpoint that it is resumed from, or None.
     """
     names = [config.tracker] if isinstance(config.tracker, str) else config.tracker or []
-    return make_trackers(names, directory, Path(resumed).parent if resumed else None)
+    return make_trackers(names, directory, directory_of(resumed) if resumed else None)
 
 
 def move_flags(config: Any) -> None:

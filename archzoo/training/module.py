@@ -47,6 +47,7 @@ from archzoo.states import State
 from archzoo.tasks.stream import Batch, Task
 from archzoo.tasks.tokenizers import from_files
 from archzoo.tasks.writing import writing_of
+from archzoo.training import deepspeed
 from archzoo.training.comparison import (
     MAY_DIFFER,
     check_same_model,
@@ -90,6 +91,7 @@ from archzoo.training.random_state import (
     random_state,
 )
 from archzoo.training.ranks import (
+    ZERO,
     ZeroStrategy,
     configure,
     mean_gradients,
@@ -254,6 +256,9 @@ class LanguageModel(lightning.LightningModule):
         self.cut_short = False  # whether the validation that runs is broken off and counts nothing
         self._random_before: dict[str, Any] | None = None  # that validation
         self.sharded = False
+        #: The parameters that the optimizer moves, by its groups: DeepSpeed replaces them in there.
+        self.optimized: list[list[torch.nn.Parameter]] = []
+        self._about: str | None = None  # where DeepSpeed takes the weights away
         self._whole = False  # whether a step gathers all that is sharded at once
         self._set_up_for: tuple[str, int] | None = None
         self._multiplied: Multiplied | None = None
@@ -317,8 +322,10 @@ class LanguageModel(lightning.LightningModule):
 
     def setup(self, stage: str) -> None:
         self.set_up_with_task(stage)
+        deepspeed.configure(self.trainer.strategy, self)
         if stage == "fit":  # before a checkpoint is read
             configure(self.trainer.strategy, self.decoder)
+            self._about = self.about() if deepspeed.uses_deepspeed(self.trainer.strategy) else None
             self._begin_run()
 
     def set_up_with_task(self, stage: str) -> None:
@@ -376,7 +383,10 @@ class LanguageModel(lightning.LightningModule):
         return self.frozen["unfreeze_every"] is not None
 
     def configure_callbacks(self) -> list[lightning.Callback]:
-        return [LayerByLayer()] if self.unfreezes else []
+        if not self.unfreezes:
+            return []
+        deepspeed.check_unfreezing(self.trainer.strategy)
+        return [LayerByLayer()]
 
     def configure_model(self) -> None:
         """Under Lightning's ModelParallelStrategy: cut the weights among the ranks."""
@@ -399,6 +409,8 @@ class LanguageModel(lightning.LightningModule):
 
     def about(self) -> str:
         """One line: which model, how many parameters, and whether a swap is a fair one."""
+        if self._about is not None:
+            return self._about
         return describe_model(self.net, self.preset, self.architecture, self._joining)
 
     # ------------------------------------------------------------------------ loss
@@ -551,7 +563,10 @@ class LanguageModel(lightning.LightningModule):
             FloatingPointError: Some are nan or infinite.
         """
         # A sum is infinite or nan where an entry is; two infinities of other sign make nan.
-        total = torch.stack([weight.detach().float().sum() for weight in self.parameters()])
+        parts = map(deepspeed.local_part, self.parameters())
+        total = torch.stack([weight.float().sum() for weight in parts])
+        if deepspeed.stage_of(self.trainer.strategy) == 3:  # the ranks hold other parts
+            total = sum_over_ranks(self.trainer, total)
         if not total.isfinite().all():
             raise FloatingPointError(
                 f"step {self.trainer.global_step} made weights that are not finite"
@@ -561,10 +576,13 @@ class LanguageModel(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         half = str(self.trainer.precision).startswith("16")  # whose loss scaling knows no fused one
-        if self.sharded and issubclass(find_optimizer(self.optimizer), Muon):
+        strategy = self.trainer.strategy
+        cuts = self.sharded or deepspeed.uses_deepspeed(strategy)
+        if cuts and issubclass(find_optimizer(self.optimizer), Muon):
+            who = "FSDP2" if self.sharded else "DeepSpeed"
             raise ValueError(
-                "optimizer Muon takes whole matrices, and FSDP2 cuts them: take "
-                "--trainer.strategy ddp, or AdamW"
+                f"optimizer Muon takes whole matrices, and {who} cuts them: take "
+                f"--trainer.strategy ddp or {ZERO}, or AdamW"
             )
         optimizer = build_optimizer(
             self.optimizer,
@@ -574,8 +592,9 @@ class LanguageModel(lightning.LightningModule):
             betas=self.betas,
             joining=self._joining,
             fused=self.device.type in ("cuda", "cpu") and not half,
-            sharded=isinstance(self.trainer.strategy, ZeroStrategy),
+            sharded=isinstance(strategy, ZeroStrategy),
         )
+        self.optimized = [list(group["params"]) for group in optimizer.param_groups]
         factor = learning_rate_schedule(
             self.warmup_steps,
             self.trainer.estimated_stepping_batches,
@@ -595,6 +614,8 @@ class LanguageModel(lightning.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
+        if deepspeed.uses_deepspeed(self.trainer.strategy):
+            return  # the engine's step clips: Lightning has told it the norm
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             # As Lightning's own, which throws the norm away.
             if self.sharded:
@@ -623,11 +644,14 @@ class LanguageModel(lightning.LightningModule):
             return result
 
         self._stepped = False
-        hook = getattr(optimizer, "optimizer", optimizer).register_step_post_hook(self._has_stepped)
+        hook = deepspeed.inner(optimizer).register_step_post_hook(self._has_stepped)
         try:
             super().optimizer_step(epoch, batch_idx, optimizer, closure)
         finally:
             hook.remove()
+        engine = deepspeed.engine_of(self.trainer.strategy)
+        if engine is not None and self.trainer.gradient_clip_val:
+            self._gradient_norm = torch.as_tensor(engine.get_global_grad_norm())
         sums, self._sums = sum_over_ranks(self.trainer, self._sums), []
         if self._stepped:
             self.net.after_step(sums)
@@ -875,7 +899,9 @@ class LanguageModel(lightning.LightningModule):
         }
         if self.teacher is not None:
             checkpoint["teacher"] = self.teacher.digest
-        if self.base is not None and "averaging_state" not in checkpoint:  # Lightning's, of all
+        whole = "averaging_state" in checkpoint  # Lightning's, of all
+        whole = whole or deepspeed.uses_deepspeed(self.trainer.strategy)
+        if self.base is not None and not whole:
             checkpoint[BASE] = self.base._asdict()
             left_out = self._left_out()
             checkpoint["state_dict"] = {
@@ -951,7 +977,7 @@ class LanguageModel(lightning.LightningModule):
         record = base_in(checkpoint, "the checkpoint")
         if record is not None:
             self._check_base(record)
-        if not self.sharded:  # under FSDP2 Lightning has loaded the weights by itself
+        if not (self.sharded or self._by_engine):  # which have loaded the weights by themselves
             beside = set() if record is None else base_weights(self.net).keys()
             check_weights_fit(self.net, checkpoint.get("state_dict"), beside)
         files = checkpoint.get("tokenizer")
@@ -975,6 +1001,11 @@ class LanguageModel(lightning.LightningModule):
         self.figures.load(training["totals"])
         self._carried = dict(training["carried"])
         self._random, self._skipped = training["random"], training.get("skipped", 0)
+
+    @property
+    def _by_engine(self) -> bool:
+        """Whether DeepSpeed reads the checkpoint."""
+        return self._trainer is not None and deepspeed.uses_deepspeed(self.trainer.strategy)
 
     def _check_averages(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to train on from averages of weights, which the optimizer's state is not of."""

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import lightning
 import torch
-from lightning.pytorch.strategies import DDPStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -52,8 +52,8 @@ def configure(strategy: Strategy, decoder: Decoder | None = None) -> None:
     Raises:
         ValueError: An adapter is switched off, so that DDP would wait for its gradients for ever.
     """
-    if not isinstance(strategy, DDPStrategy):
-        return
+    if not isinstance(strategy, DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
+        return  # Lightning's class of DeepSpeed derives from that of DDP
     if isinstance(strategy, ZeroStrategy) and decoder is not None:
         for parameter in decoder.parameters():  # some lie in long rows, which cannot be sent
             parameter.data = parameter.data.contiguous()
