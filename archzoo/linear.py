@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archzoo.derivatives import followed
-from archzoo.low_rank import Change, Packed, changed_product, pack
+from archzoo.low_rank import Change, Packed, changed_product, kept_product, pack
 from archzoo.numerics import autocast_dtype, cast, without_autocast
 
 
@@ -154,8 +154,10 @@ class Linear(nn.Linear):
             return self.product(x)
         if self._held_in_calls and self._uses_held():
             return _of_each(x, self._held, self._held_bias)  # type: ignore[arg-type]
-        if self._held_changes is not None and x.dtype == self.weight.dtype and _is_plain(x):
-            return changed_product(x, self.weight, self.bias, self._held_changes)
+        if self._held_changes is not None and _is_plain(x):
+            weight: Tensor = self.weight
+            if x.dtype == weight.dtype:
+                return kept_product(x, weight, self.bias, self._held_changes)
         return self._changed(x, tuple(self.blocks))
 
     def part(self, x: Tensor, *names: str) -> Tensor:
@@ -431,7 +433,7 @@ class Linear(nn.Linear):
             if not merges:
                 names = tuple(self.blocks)
                 changes = self._low_rank_changes(names, self._by_block(names), self.dtype)
-                self._held_changes = pack(changes, kept=True) if changes else None
+                self._held_changes = pack(changes, rows=self.out_features) if changes else None
         self._held_in_calls, self.is_held = merges, True
         try:
             yield

@@ -1,5 +1,7 @@
 """Products with changes of low rank beside them: in place against torch's own operations."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ from archzoo.adapters import Target
 from archzoo.adapters.attach import adapter_modules
 from archzoo.contract.measure import relative_error
 from archzoo.linear import Linear
-from archzoo.low_rank import Change, changed_product, pack, softmax_of
+from archzoo.low_rank import Change, changed_product, kept_product, pack, softmax_of
 
 ROWS, COLUMNS = {"query": 5, "key": 3, "value": 7}, 6
 
@@ -45,7 +47,7 @@ def plainly(x, weight, bias, changes):
             gates = softmax_of(F.linear(x, router), top_k)
             hidden = (hidden.unflatten(-1, (len(router), -1)) * gates[..., None]).flatten(-2)
         change = F.linear(hidden, second) * scale
-        y = y + F.pad(change, (begin, 15 - begin - len(second)))
+        y = y + F.pad(change, (begin, len(weight) - begin - len(second)))
     return y
 
 
@@ -72,8 +74,34 @@ def test_it_computes_what_plain_operations_do(bias, frozen, mixed):
         assert relative_error(mine, true) < 1e-13
         assert mine.shape == true.shape
     with torch.no_grad():
-        kept = pack(given[3], kept=True)
-        assert relative_error(changed_product(*given[:3], kept), want) < 1e-14
+        kept = pack(given[3], rows=len(given[1]))
+        assert relative_error(kept_product(*given[:3], kept), want) < 1e-14
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_mixtures_alike_are_kept_for_few_tokens(bias, tokens):
+    """Between rows that none changes, before them and behind."""
+    torch.manual_seed(tokens)
+    draw = partial(torch.randn, dtype=torch.float64)
+    changes = [
+        Change(begin, draw(6, 11), draw(rows, 6), 0.7, draw(3, 11), 2)
+        for begin, rows in ((4, 5), (9, 2), (13, 7))
+    ]
+    given = draw(tokens, 11), draw(22, 11), draw(22) if bias else None
+    kept = pack(changes, rows=22)
+    with torch.no_grad():
+        assert kept.kept is not None
+        assert relative_error(kept_product(*given, kept), plainly(*given, changes)) < 1e-14
+    for others in (
+        changes[::-1],
+        [*changes, changes[0]],
+        [changes[0], changes[1]._replace(scale=1.0)],
+    ):
+        kept = pack(others, rows=22)
+        assert kept.kept is None
+        with torch.no_grad():
+            assert relative_error(kept_product(*given, kept), plainly(*given, others)) < 1e-14
 
 
 @pytest.mark.parametrize("mixed", [False, True])
