@@ -6,6 +6,7 @@ from pathlib import Path
 import archzoo
 
 CHANGELOG = (Path(__file__).parent.parent / "CHANGELOG.md").read_text(encoding="utf-8")
+CITATION = (Path(__file__).parent.parent / "CITATION.cff").read_text(encoding="utf-8")
 VERSIONS = re.findall(r"^## (.*)$", CHANGELOG, re.MULTILINE)
 KINDS = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"]
 
@@ -24,6 +25,12 @@ def test_the_version_is_after_the_last_one_cut():
     last = tuple(int(part) for part in cut.split("."))
     ours = tuple(int(part) for part in archzoo.__version__.split(".")[:3])
     assert ours > last and archzoo.__version__.endswith(".dev0")
+
+
+def test_the_citation_is_of_the_last_version_cut():
+    """With its date: it is what people cite who install the package."""
+    found = dict(re.findall(r"^(version|date-released): (.*)$", CITATION, re.MULTILINE))
+    assert f"[{found['version']}] - {found['date-released']}" == VERSIONS[1]
 
 
 def test_each_version_names_a_kind_of_change_once():
