@@ -5,13 +5,11 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-import socket
 import sys
 import time
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from archzoo._version import __version__
 from archzoo.analysis.tables import show
@@ -25,13 +23,13 @@ from archzoo.evaluation.results import (
     write_results,
     write_samples,
 )
+from archzoo.tasks.hub import go_offline
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 SHIPPED = Path(__file__).parent / "tasks"
 BOOTSTRAPS = 1000  # of the standard error of a perplexity
-SECONDS = 3.0  # that the hub has to answer, where one is asked
 
 
 def eval_command(
@@ -183,7 +181,7 @@ def load_tasks(names: list[str], directories: list[Path]) -> tuple[TaskManager, 
             raise ValueError(
                 f"lm-eval has no task {name!r}; {hint}those that ship are {', '.join(shipped)}"
             )
-        loaded += _load(manager, name, offline=name not in shipped and _go_offline())
+        loaded += _load(manager, name, offline=name not in shipped and go_offline())
     return manager, loaded
 
 
@@ -212,30 +210,6 @@ def _load(manager: TaskManager, name: str, *, offline: bool) -> list[Any]:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _go_offline() -> bool:
-    """Where the hub does not answer, use what is in its cache alone; whether that is so.
-
-    Its library tries for half a minute otherwise.
-    """
-    if os.environ.get("HF_HUB_OFFLINE"):
-        return True
-    address = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
-        return False  # which is asked instead
-    try:
-        port = address.port or (80 if address.scheme == "http" else 443)
-        socket.create_connection((address.hostname or "", port), SECONDS).close()
-        return False
-    except OSError:
-        import datasets.config
-        import huggingface_hub.constants
-
-        # Both read the environment when they are imported, which is long ago.
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-        return True
 
 
 def _quieten() -> None:

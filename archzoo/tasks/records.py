@@ -20,6 +20,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from archzoo.tasks.hub import go_offline
+
 FIELD = "text"  # that holds a record's text, unless another one is named
 LONGEST = 64 << 20  # bytes of a record in a file of lines: what is longer is no such file
 BLOCK = 1 << 20  # bytes of a text that are unpacked at once
@@ -527,6 +529,7 @@ class Dataset:
                 "pip install 'archzoo[datasets]'"
             ) from None
         configuration = parts[2] if len(parts) > 2 else None
+        go_offline()
         try:
             self.data = datasets.load_dataset(
                 "/".join(parts[:2]), configuration, split=split or "train"

@@ -109,7 +109,14 @@ def test_datasets_that_were_saved(text: Any, batch: Any, tmp_path: Path) -> None
 def test_a_dataset_by_its_name(text: Any, batch: Any, tmp_path: Path, monkeypatch: Any) -> None:
     """`datasets` takes a folder of that name for the dataset, so the network is not needed."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "huggingface")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    import huggingface_hub.constants
+
+    for module in (datasets.config, huggingface_hub.constants):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where no one answers
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "owner" / "name"
     folder.mkdir(parents=True)
@@ -117,6 +124,7 @@ def test_a_dataset_by_its_name(text: Any, batch: Any, tmp_path: Path, monkeypatc
     (folder / "test.jsonl").write_bytes(json_lines("text"))
     task = text("hf://owner/name")
     assert same(task.train_dataloader().batch(5), batch)
+    assert datasets.config.HF_HUB_OFFLINE  # or the library would try for half a minute
     for address in ("hf://datasets/owner/name", "hf://owner/name/default#test"):
         assert same(text(address).train_dataloader().batch(5), batch)
     assert task.fingerprint() == text("hf://owner/name").fingerprint()
