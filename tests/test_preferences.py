@@ -21,6 +21,7 @@ from archzoo.preferences.losses import log_probabilities
 from archzoo.preferences.policy import Policy
 from archzoo.preferences.reward_model import RewardModel
 from archzoo.tasks import Addition, RankedAddition
+from archzoo.tasks.tokenizers import CharacterTokenizer
 from archzoo.training.callbacks import Checkpoints
 from archzoo.training.files import CheckpointFiles, MetricsFile, write_checkpoint
 
@@ -135,7 +136,7 @@ def test_what_was_trained_is_a_language_model_to_all_else(runs: Path) -> None:
     assert archzoo.generate(model, "1+2=", tokenizer=tokenizer, max_tokens=2).texts
     quick = TINY[-2:]
     assert main(["test", "--ckpt_path", "runs/policy", *quick, "--data.test_examples=8"]) == 0
-    assert main(["generate", "runs/reward/last.ckpt", "1+2="]) == 0
+    assert archzoo.from_pretrained(runs / "reward")[0].vocab_size == model.vocab_size
     # By its own objective a file's settings evaluate it, before training and after.
     given = ["--config", str(CONFIGS / "policy.yaml"), *TINY]
     assert main(["validate", *given, "--trainer.default_root_dir", "before"]) == 0
@@ -147,12 +148,11 @@ def test_what_was_trained_is_a_language_model_to_all_else(runs: Path) -> None:
         assert after[f"validation/{name}"] == last[f"validation/{name}"], name
 
 
-@pytest.mark.parametrize("name", ["policy", "dpo", "reward"])
-def test_fit_resumes_by_the_checkpoint_alone(name: str, runs: Path) -> None:
-    steps = STEPS[name] + 2
+def test_fit_resumes_by_the_checkpoint_alone(runs: Path) -> None:
+    steps = STEPS["policy"] + 2
     again = ["--trainer.max_steps", str(steps), "--trainer.enable_progress_bar=false"]
-    assert main(["fit", "--ckpt_path", f"runs/{name}", *again]) == 0
-    assert read_safely(runs / name / "last.ckpt")["global_step"] == steps
+    assert main(["fit", "--ckpt_path", "runs/policy", *again]) == 0
+    assert read_safely(runs / "policy" / "last.ckpt")["global_step"] == steps
 
 
 # ---------------------------------------------------------------------------- rollouts
@@ -320,15 +320,8 @@ def test_models_beside_it_have_the_policy_s_vocabulary(runs: Path) -> None:
     archzoo.save_pretrained("other", other)
     with pytest.raises(ValueError, match="reference policy other has another vocabulary: it knows"):
         fit(made(runs, "PPO", reference="other"))
-    plain = Addition(digits=1, vocabulary="own")
-    plain.prepare()
     size = archzoo.from_pretrained(runs / "sft")[0].vocab_size
     same_size = archzoo.create_model("retnet_micro", vocab_size=size, **sizes)
-
-    class Shifted:
-        vocab_size = size
-
-    from archzoo.tasks.tokenizers import CharacterTokenizer
 
     shifted = CharacterTokenizer("".join(chr(ord("!") + n) for n in range(size - 2)), special=True)
     assert shifted.vocab_size == size
@@ -364,6 +357,7 @@ def test_settings_are_answered_in_one_line(given: list[str], said: str, runs: Pa
         ("PPO", {"kl_coef": -1.0}, {}, "kl_coef=-1.0 must be at least 0"),
         ("REINFORCE", {"estimator": "k3"}, {}, "REINFORCE takes k1"),
         ("DPO", {"beta": 0.0}, {}, "beta=0.0 must be above 0"),
+        ("DPO", {"distil": {"teacher": "x"}}, {}, "DPO has a loss of its own: omit distil"),
         ("PPO", {}, {"accumulate_grad_batches": 2}, "accumulate_grad_batches"),
         ("DPO", {}, {"data": Addition(digits=1)}, "holds no ranked answers"),
     ],
@@ -389,8 +383,8 @@ def test_a_task_without_questions_is_refused(runs: Path) -> None:
         write_answers(model, packed, several, max_tokens=2, temperature=1.0, seed=0)
 
 
-@pytest.mark.parametrize("more", [{"adapter": "LoRA"}, {"freeze": "bottom.1"}], ids=str)
-def test_an_adapter_or_a_part_alone_is_trained(more: Any, runs: Path) -> None:
+def test_an_adapter_alone_is_trained(runs: Path) -> None:
+    more = {"adapter": "LoRA"}
     torch.manual_seed(3)
     whole = fit(made(runs, "PPO", **more), "whole", 6)
     torch.manual_seed(3)

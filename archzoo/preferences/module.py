@@ -37,6 +37,9 @@ class PreferenceModel(LanguageModel):
                 f"objective {self.objective} begins from trained weights: give --model.weights "
                 "CHECKPOINT"
             )
+        for name in ("distil", "progressive_loss"):
+            if getattr(self, name):
+                raise ValueError(f"objective {self.objective} has a loss of its own: omit {name}")
         #: What is trained beside the decoder, by name.
         self.heads = nn.ModuleDict()
 
