@@ -11,7 +11,7 @@
     dare_ties         b + s (elect, merge)(drop(d))
 
 ``dare_linear`` is another name of ``dare``. Weights are read, merged in float64 and let go of one
-at a time, so that a merge takes the memory of its result.
+at a time, so that a merge holds its result and not its parts.
 
 mergekit and MergeLM depart from the papers here and there; ``docs/merging.md`` says where.
 """
