@@ -406,7 +406,8 @@ def measured(path: Path, file: str = "metrics.csv") -> dict[str, float]:
     """The last validation of a run."""
     with open(path / file) as handle:
         found = [row for row in csv.DictReader(handle) if row["validation/loss"]][-1]
-    return {n.removeprefix("validation/"): float(v) for n, v in found.items() if v}
+    split = "validation/"
+    return {n.removeprefix(split): float(v) for n, v in found.items() if v and split in n}
 
 
 @pytest.mark.slow
