@@ -427,6 +427,8 @@ def test_the_command_makes_and_packs_and_refuses(capsys):
     fails(capsys, "binarise dense --out new", "is dense", "--method OneBit")
     fails(capsys, "binarise dense --out new --method OneBit --init_args.scales 2", "no argument")
     assert not Path("new").exists() and Path("packed/model.safetensors").read_bytes() == before
+    for place in ("binary", "packed"):
+        fails(capsys, f"upcycle {place} --out new", "BinaryMoSLinear cannot be upcycled")
     adapted = archzoo.adapt(load("dense").model, archzoo.LoRA(rank=2))
     with pytest.raises(ValueError, match="adapters cannot be made binary"):
         binarise(adapted)

@@ -32,6 +32,7 @@ from archzoo.feedforward.dense import GatedFeedForward
 from archzoo.feedforward.moe import MixtureOfExperts
 from archzoo.feedforward.routers import LinearRouter
 from archzoo.generation.prompts import encode
+from archzoo.linears.binary import BinaryLinear
 from archzoo.parts import named_adapters
 from archzoo.registry import build_decoder
 from archzoo.tasks.writing import Writing, writing_of
@@ -88,6 +89,11 @@ def _upcycle(
     if named_adapters(dense.config):
         raise ValueError(
             "a model with adapters cannot be upcycled: archzoo.merge_adapter merges them"
+        )
+    if any(isinstance(module, BinaryLinear) for module in dense.modules()):
+        raise ValueError(
+            f"a model of {dense.config['linear']['class_path']} cannot be upcycled: upcycle the "
+            "dense one, and archzoo binarise the mixture"
         )
     spec = dense.config["feed_forward"]
     gated = all(type(block.feed_forward) is GatedFeedForward for block in dense.blocks)

@@ -29,7 +29,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 WORDS = 256  # of a row of signs that a program of the Triton kernel holds at once
 MIXED = 1024  # scales that a program mixes
 SIDE = 4  # rows of signs whose words lie side by side for it
-TWO_FROM = 2048  # outputs, from which a program computes two such sides
+TWO_FROM = 4096  # outputs, from which two such sides a program leave enough programs for a GPU
 
 _launch = functools.partial(launch, "archzoo.kernels.one_bit.triton")
 
