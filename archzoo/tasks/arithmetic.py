@@ -93,7 +93,7 @@ class TwoNumbers(SyntheticTask):
         separate_test: Whether validation and test each have half of the held-out problems; false:
             both ask all of them, as runs did before there was a choice.
         pack: Training problems in a row, each a document of its own: with 2 a batch of the same
-            problems has some 25 % fewer tokens, most of them padding. What is learnt from it is
+            problems has some 23 % fewer tokens, most of them padding. What is learnt from it is
             the same. 1: each problem has a row.
 
     Raises:
