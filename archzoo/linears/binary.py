@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from archzoo.derivatives import followed
 from archzoo.kernels import one_bit
 from archzoo.linear import Linear
-from archzoo.numerics import autocast_dtype, cast
+from archzoo.numerics import autocast_dtype, cast, for_float64
 
 StraightThrough = Literal["tanh", "clip"]
 OTHERS = ("weight", "bias")  # parameters that are no scales
@@ -36,7 +36,7 @@ def svid(weight: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         h (..., o) and g (..., i), of W's dtype.
     """
-    wide = weight.detach().double().abs()
+    wide = for_float64(weight.detach()).double().abs()
     g = torch.ones_like(wide[..., 0, :])
     h = wide.sum(dim=-1)
     for _ in range(1000):
@@ -49,7 +49,7 @@ def svid(weight: Tensor) -> tuple[Tensor, Tensor]:
     value = g.norm(dim=-1, keepdim=True)  # the singular value
     root = value.sqrt()
     g = torch.where(value > 0, g / root, 0.0)
-    return (h * root).to(weight.dtype), g.to(weight.dtype)
+    return (h * root).to(weight), g.to(weight)
 
 
 class BinaryLinear(Linear):
