@@ -362,6 +362,8 @@ def test_the_command_writes_the_merge_and_its_record(capsys):
     assert record["base"] == {"path": "base", "digest": a.base}
     archzoo.save_pretrained("again", found.model)
     assert load("again").model.merged == record
+    assert main(["show", "again"]) == 0
+    assert f"made of other models: {json.dumps(record)}" in capsys.readouterr().out
     assert main(["generate", "merged", "5-3=", "--max_tokens", "2"]) == 0
     # A merge began where its models did, so it can be merged again, and with its base too.
     works("merge merged a base --out more")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -166,6 +167,8 @@ def show_command(name: str, /, window: bool = False, base: str | None = None) ->
     console.print(
         f"state of one text: {_bytes(row.state_1k)} at 1k tokens, {_bytes(row.state_16k)} at 16k"
     )
+    if saved is not None and saved.merged is not None:
+        print(f"made of other models: {json.dumps(saved.merged, ensure_ascii=False)}")
 
 
 def parameters_by_part(decoder: Decoder) -> Iterator[tuple[str, str, int]]:
