@@ -107,8 +107,8 @@ def test_configurations_of_the_zoo_say_all_they_did(tmp_path):
     assert "carry_state" not in mixed
     assert mixed.keys() - text == {"problems", "problem_arguments", "lines"}
     several = Arithmetic(tasks={"Addition": {"digits": 2}}).config()["init_args"]
-    assert several["tasks"] == {"Addition": {"digits": 2}} and len(several) == 16
-    assert len(Addition().config()["init_args"]) == 18
+    assert several["tasks"] == {"Addition": {"digits": 2}} and len(several) == 17
+    assert len(Addition().config()["init_args"]) == 19
 
 
 def test_a_task_needs_a_batch_size():

@@ -160,7 +160,13 @@ def test_every_configuration_says_which_vocabulary_it_has():
         data = yaml.safe_load(path.read_text())["data"]
         given = json.dumps(data)
         # Those have no digits, or the shared vocabulary alone.
-        if data["class_path"] not in ("Text", "Recall", "Arithmetic", "KeyValues"):
+        if data["class_path"] not in (
+            "Text",
+            "Recall",
+            "Arithmetic",
+            "KeyValues",
+            "RankedAddition",
+        ):
             found[path.relative_to(root / "configs").as_posix()] = (
                 "own" if '"vocabulary": "own"' in given else '"vocabulary": "shared"' in given
             )
@@ -169,6 +175,11 @@ def test_every_configuration_says_which_vocabulary_it_has():
         "addition.yaml": True,
         "arithmetic.yaml": True,
         "mixed.yaml": True,
+        "onebit.yaml": True,
+        "preferences/dpo.yaml": True,
+        "preferences/policy.yaml": True,
+        "preferences/reward.yaml": True,
+        "preferences/sft.yaml": True,
         "claims/addition_learning_rates.yaml": True,
         "claims/adaptation/adder.yaml": True,
         "claims/adaptation/adder_retention.yaml": True,

@@ -28,7 +28,7 @@ SMALL = {
     "Mixed": {"batch_size": 2, "context_length": 128, "path": "corpus.txt", "cache_dir": "cache"},
     "KeyValues": {"batch_size": 2, "pairs": 8},
 }
-SMALL |= dict.fromkeys(["Subtraction", "Arithmetic"], SMALL["Addition"])
+SMALL |= dict.fromkeys(["Subtraction", "Arithmetic", "RankedAddition"], SMALL["Addition"])
 FREE = ("arms", "compare", "claim")  # looked at when an arm is run, or all are compared
 
 
@@ -70,6 +70,8 @@ def small(settings: dict[str, Any]) -> dict[str, Any]:
     if "base" in settings.get("compare", {}):  # what its arms start from is trained by `compare`
         model["preset"] = "transformer_micro"
     model |= {"dim": 16, "depth": 2, "heads": 2, "width": 32}
+    if "objective" not in settings:  # which needs weights that are not there
+        model.pop("weights", None)
     data.setdefault("init_args", {})
     data["init_args"] |= SMALL[data["class_path"]]
     return settings
