@@ -135,6 +135,16 @@ def test_auto_says_why_it_does_not_compile(monkeypatch, capfd):
     assert module.net.compiled_hidden is None
 
 
+def test_what_deepspeed_gathers_by_hooks_is_not_compiled(monkeypatch, capfd):
+    monkeypatch.setattr(compiling, "stage_of", lambda strategy: 3)
+    module = module_of("cuda")
+    assert "gathers weights by hooks" in callback_says("auto", module, capfd)
+    assert module.net.compiled_hidden is None
+    with pytest.raises(ValueError, match="gathers weights by hooks.*--compile false"):
+        callback_says(True, module, capfd)
+    assert callback_says(False, module, capfd) == ""
+
+
 def fails(*_, **__):
     def compute(*_):
         raise torch._dynamo.exc.Unsupported("no such thing\nand more")

@@ -88,6 +88,8 @@ class CompileModel(lightning.Callback):
                 return
         if not self.when:
             return
+        if stage_of(trainer.strategy) == 3:
+            raise ValueError(f"--compile true: {HOOKS}: --compile false trains without")
         # FSDP2's hooks around a block, or its gradients while those before it are computed.
         by_blocks = trainer.world_size > 1 and pl_module.exchanges_blocks
         if by_blocks and not pl_module.sharded:
