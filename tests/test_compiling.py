@@ -140,7 +140,7 @@ def test_what_deepspeed_gathers_by_hooks_is_not_compiled(monkeypatch, capfd):
     module = module_of("cuda")
     assert "gathers weights by hooks" in callback_says("auto", module, capfd)
     assert module.net.compiled_hidden is None
-    with pytest.raises(ValueError, match="gathers weights by hooks.*--compile false"):
+    with pytest.raises(ValueError, match=r"gathers weights by hooks.*--compile false"):
         callback_says(True, module, capfd)
     assert callback_says(False, module, capfd) == ""
 
