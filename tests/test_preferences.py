@@ -328,7 +328,7 @@ def test_models_beside_it_have_the_policy_s_vocabulary(runs: Path) -> None:
     archzoo.save_pretrained("shifted", same_size, shifted)
     with pytest.raises(ValueError, match="shifted has another vocabulary: its tokens stand for"):
         fit(made(runs, "PPO", reference="shifted"))
-    with pytest.raises(ValueError, match="is no reward model: give --model"):
+    with pytest.raises(ValueError, match="is not a reward model: give --model"):
         fit(made(runs, "PPO", reward_model=str(runs / "sft")))
     with pytest.raises(ValueError, match="reward model other has another vocabulary"):
         fit(made(runs, "DPO", reward_model="other"))

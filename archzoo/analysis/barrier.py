@@ -232,7 +232,7 @@ def barrier_command(
         data: Arguments of that task that are replaced: --data.path TEXT.
 
     Raises:
-        FileNotFoundError: There is no such checkpoint.
+        FileNotFoundError: The checkpoint does not exist.
         ValueError: The models do not belong together, or there is no task to take data from.
     """
     if len(checkpoints) not in (2, 3):

@@ -216,7 +216,7 @@ def extend_command(
         data: Arguments of the task that replace the checkpoint's: --data.path TEXT.
 
     Raises:
-        FileNotFoundError: There is no such checkpoint.
+        FileNotFoundError: The checkpoint does not exist.
         ValueError: It does not rotate by RotaryEmbedding, has no text to read, or a number does
             not fit.
     """

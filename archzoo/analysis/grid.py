@@ -306,7 +306,7 @@ def grid_command(
         second: The same of the second ones, such as lengths.
 
     Raises:
-        FileNotFoundError: There is no such checkpoint.
+        FileNotFoundError: The checkpoint does not exist.
         ValueError: It was not trained on problems, or a number is out of its range.
     """
     from archzoo.checkpoint import load, locate, weights_digest

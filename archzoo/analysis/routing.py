@@ -143,7 +143,7 @@ def router_command(
         data: Arguments of the task that replace the checkpoint's: --data.path TEXT.
 
     Raises:
-        FileNotFoundError: There is no such checkpoint.
+        FileNotFoundError: The checkpoint does not exist.
         ValueError: It has no router, or no task to take data from.
     """
     from archzoo.checkpoint import load, locate

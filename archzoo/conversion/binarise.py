@@ -149,7 +149,7 @@ def binarise_command(
         dtype: Of all else; the checkpoint's own by default.
 
     Raises:
-        FileNotFoundError: There is no such checkpoint.
+        FileNotFoundError: The checkpoint does not exist.
         FileExistsError: There is something where the model is to be written.
         ValueError: The checkpoint is binary already, or cannot be made binary.
     """

@@ -542,7 +542,7 @@ def merge_command(
         seed: Of the entries that dare drops.
 
     Raises:
-        FileNotFoundError: There is no such checkpoint.
+        FileNotFoundError: The checkpoint does not exist.
         FileExistsError: There is something where the model is to be written.
         ValueError: The models do not belong together, one is damaged or has weights that are not
             finite, or a setting is out of its range.

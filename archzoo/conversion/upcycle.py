@@ -207,7 +207,7 @@ def upcycle_command(
         seed: Of the routers' weights.
 
     Raises:
-        FileNotFoundError: There is no such checkpoint.
+        FileNotFoundError: The checkpoint does not exist.
         FileExistsError: There is something where the model is to be written.
         ValueError: The checkpoints cannot be upcycled so.
     """

@@ -51,7 +51,7 @@ def demo_command(
         device: Such as cpu or cuda. None: a GPU where there is one.
 
     Raises:
-        FileNotFoundError: There is no such checkpoint, or none was trained yet.
+        FileNotFoundError: The checkpoint does not exist, or none was trained yet.
         ValueError: A checkpoint cannot decode text step by step, the prompt is empty, too long or
             holds what is not in a vocabulary, or a number is out of its range.
     """

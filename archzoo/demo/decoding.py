@@ -136,7 +136,7 @@ def load_sides(checkpoints: Sequence[str], device: str | None = None) -> list[Si
         device: Such as cpu or cuda; "auto": a GPU where there is one. None: the CPU.
 
     Raises:
-        FileNotFoundError: There is no such checkpoint.
+        FileNotFoundError: The checkpoint does not exist.
         ValueError: One cannot be used, takes no text, or has no recurrent form.
     """
     sides = []

@@ -80,7 +80,7 @@ def eval_command(
         device: Such as cpu or cuda. None: a GPU where there is one.
 
     Raises:
-        FileNotFoundError: There is no such checkpoint or directory.
+        FileNotFoundError: The checkpoint does not exist or directory.
         ValueError: lm-eval is not installed, a task is unknown or needs the network, or the model
             cannot be asked what it asks.
     """

@@ -59,7 +59,7 @@ class ArchzooLM(LM):
         max_batch_size: For lm-eval's sake; unused.
 
     Raises:
-        FileNotFoundError: There is no such checkpoint.
+        FileNotFoundError: The checkpoint does not exist.
         ValueError: It holds no tokenizer, or a number is out of its range.
     """
 

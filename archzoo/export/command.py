@@ -40,7 +40,7 @@ def export_command(
         without_tokenizer: To transformers: leave the tokenizer out.
 
     Raises:
-        FileNotFoundError: There is no such checkpoint.
+        FileNotFoundError: The checkpoint does not exist.
         FileExistsError: There is something where the model is to be written.
         ValueError: A part that cannot be exported; the message names it.
     """

@@ -68,7 +68,7 @@ def unigram_file(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     """The content of a `tokenizer.json` that gives the same tokens.
 
     Raises:
-        ValueError: It is no unigram model, or the two differ on some text.
+        ValueError: It is not a unigram model, or the two differ on some text.
     """
     from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Library

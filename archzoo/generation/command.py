@@ -76,7 +76,7 @@ def generate_command(
             GPU, without --check and in the recurrent form.
 
     Raises:
-        FileNotFoundError: There is no such checkpoint.
+        FileNotFoundError: The checkpoint does not exist.
         ValueError: The checkpoint or the state cannot be used, a prompt holds what is not in the
             vocabulary, or a number is out of its range.
         OSError: The state cannot be written.

@@ -136,7 +136,7 @@ def load_reward_model(module: LanguageModel, path: str) -> Judge:
         path: A checkpoint of a run of `RewardModel`, or the run's directory.
 
     Raises:
-        ValueError: It is no reward model's, or one of another vocabulary.
+        ValueError: It is not a reward model's, or has another vocabulary.
     """
     decoder = load_beside(module, path, "reward model", "reward_model")
     file = locate(path)
@@ -151,7 +151,7 @@ def load_reward_model(module: LanguageModel, path: str) -> Judge:
     mean = state.get("mean") if isinstance(state, dict) else None
     if held.get("name") != RewardModel.objective or not fits or not isinstance(mean, float):
         raise ValueError(
-            f"{path} is no reward model: give --model.reward_model a checkpoint of a run with "
+            f"{path} is not a reward model: give --model.reward_model a checkpoint of a run with "
             "objective: RewardModel"
         )
     head = nn.Linear(decoder.dim, 1).to(decoder.dtype)
