@@ -30,9 +30,7 @@ from archzoo.decoder import Decoder
 
 Path_ = str | os.PathLike[str]
 LAST = "last.ckpt"  # of a run's directory
-WHOLE = (
-    "whole.ckpt"  # in a checkpoint that is a directory of DeepSpeed's: all of it, for the others
-)
+WHOLE = "whole.ckpt"  # all of a checkpoint that is a directory of DeepSpeed's, in that directory
 # Arguments of `Decoder` that older checkpoints do not hold.
 ADDED = {"loops", "injection", "linear", "adapter", "adapters", "convolution"}
 OF_ADAPTERS = re.compile(r"^prompt\.|\.mixer\.prefix\.|\.adapter_modules\.")  # in a weight's name

@@ -203,8 +203,13 @@ class SyntheticTask(Task):
     operators: str
     coupling: Literal["reversed", "plain"] | None = None
     # Before there was a common vocabulary every task had its own, and no number was 0.
-    # So had validation and test.
-    added: ClassVar[dict[str, Any]] = {"vocabulary": "own", "zero": False, "separate_test": False}
+    # Validation and test read the same problems, and each problem had a row to itself.
+    added: ClassVar[dict[str, Any]] = {
+        "vocabulary": "own",
+        "zero": False,
+        "separate_test": False,
+        "pack": 1,
+    }
     axes: ClassVar[tuple[str, str]]  # what the two parts of a size are
     answer_parts: ClassVar[tuple[str, str]] = ("digit", "the units")  # and which of them is 0
     has_keys: ClassVar[bool] = False  # whether lines hold letters without hints

@@ -97,7 +97,7 @@ class Arithmetic(Task):
     """
 
     metrics = ("token_accuracy", "exact_match")
-    added: ClassVar[dict[str, Any]] = {"separate_test": False}
+    added: ClassVar[dict[str, Any]] = {"separate_test": False, "pack": 1}
 
     def __init__(
         self,

@@ -917,8 +917,9 @@ def _mean_what_it_meant(config: Any) -> None:
     if not isinstance(stored, dict) or str(stored.get("class_path")).rpartition(".")[2] != kind:
         return  # another task's arguments mean nothing here
     given = stored.get("init_args")
+    takes = inspect.signature(task).parameters  # a class may do without what its base was given
     for name, value in task.added.items():
-        if isinstance(given, dict) and name not in given:
+        if isinstance(given, dict) and name in takes and name not in given:
             config.data.init_args[name] = value
 
 

@@ -59,9 +59,8 @@ class ShardedOptimizer(ZeroRedundancyOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """The whole state, on the rank that `consolidate_state_dict` has just sent it to."""
         whole = super().state_dict()
-        self._all_state_dicts: list[
-            dict[str, Any]
-        ] = []  # which would stay in the first rank's memory
+        # All ranks' would stay in the first one's memory.
+        self._all_state_dicts: list[dict[str, Any]] = []
         return whole
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
