@@ -660,6 +660,25 @@ def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_takes_the_place_of_a_directory_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Of a checkpoint that DeepSpeed wrote, which the run was resumed from."""
+    path = tmp_path / "last.ckpt"
+    path.mkdir()
+    (path / "whole.ckpt").write_text("weights")
+
+    def fails(*arguments):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("archzoo.training.files.os.replace", fails)
+        with pytest.raises(OSError, match=r"last\.ckpt could not be written: Input/output"):
+            write_checkpoint({"step": 2}, path)
+    assert (path / "whole.ckpt").read_text() == "weights"
+    write_checkpoint({"step": 2}, path)
+    assert torch.load(path) == {"step": 2}
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_best_is_kept_by_its_metric(tmp_path):
     """Validation losses are made up; the checkpoint of the best one stays."""
     scripted = iter([3.0, 1.0, 2.0])

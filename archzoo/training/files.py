@@ -50,8 +50,9 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
             file.flush()
             os.fsync(file.fileno())  # or after a power cut the new name may have no content
         if path.is_dir():  # of DeepSpeed's, which this run was resumed from
-            shutil.rmtree(path)
-        os.replace(partial, path)
+            _replace_directory(partial, path)
+        else:
+            os.replace(partial, path)
     except (OSError, RuntimeError) as error:
         # torch reports its writer's errors as RuntimeError.
         cause = error if isinstance(error, OSError) else error.__context__ or error
@@ -59,6 +60,18 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
         raise OSError(f"{path} could not be written: {reason}") from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _replace_directory(file: Path, directory: Path) -> None:
+    """Move a file to where a directory is, which goes once the file is there."""
+    aside = directory.with_name(f"{directory.name}.{os.getpid()}.old")
+    directory.rename(aside)
+    try:
+        os.replace(file, directory)
+    except OSError:
+        aside.rename(directory)
+        raise
+    shutil.rmtree(aside)
 
 
 class CheckpointFiles(TorchCheckpointIO):
