@@ -122,9 +122,14 @@ def _gates(logits, expert, EXPERTS: tl.constexpr, TOP_K: tl.constexpr):
     """Softmax of a router's logits (BLOCK_EXPERTS,) float32; of the TOP_K largest alone."""
     logits = tl.where(expert < EXPERTS, logits, float("-inf"))
     if TOP_K < EXPERTS:
-        others, own = logits[None, :], logits[:, None]
-        before = (others > own) | ((others == own) & (expert[None, :] < expert[:, None]))
-        logits = tl.where(tl.sum(before.to(tl.int32), 1) < TOP_K, logits, float("-inf"))
+        # One by one: the compiler may sum a logit twice, in two orders, and an expert that is
+        # compared with itself then differs in the last bit.
+        left, chosen = logits, expert < 0
+        for _ in tl.static_range(TOP_K):
+            largest = expert == tl.argmax(left, 0)
+            chosen = chosen | largest
+            left = tl.where(largest, float("-inf"), left)
+        logits = tl.where(chosen, logits, float("-inf"))
     weights = tl.exp(logits - tl.max(logits, 0))
     return weights / tl.sum(weights, 0)
 
