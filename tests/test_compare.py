@@ -21,6 +21,7 @@ from archzoo.analysis.compare.arms import file_name, make_arms, split
 from archzoo.analysis.compare.places import gpus, slots
 from archzoo.analysis.compare.plan import digest, make_plan, matched, numbers
 from archzoo.analysis.compare.runner import choose
+from archzoo.analysis.compare.statistics import seeds_needed
 from archzoo.cli import main
 from archzoo.training import settings
 from archzoo.training.command import resolve
@@ -339,6 +340,114 @@ def test_what_is_wrong_with_a_base_is_one_line(place, capsys, old, new, words):
     assert not Path("runs").exists(), "all is said before anything is trained"
 
 
+# What is preferred, learnt from what its base's base was taught: each file names its own base.
+RANKED = """
+compare: {base: BASE}
+model: {learning_rate: 1.0e-2, warmup_steps: 0}
+data:
+  class_path: RankedAddition
+  init_args: {digits: 1, held_out: 5, batch_size: 8, validation_examples: 8, test_examples: 8}
+trainer: {accelerator: cpu, max_steps: 4, log_every_n_steps: 1, val_check_interval: 4}
+"""
+CHAIN = {
+    "sft.yaml": RANKED.replace("BASE", "a.yaml"),
+    "reward.yaml": f"objective: RewardModel{RANKED.replace('BASE', 'sft.yaml')}",
+    "b.yaml": f"""
+arms:
+  ppo: {{objective: Policy, model.kl_coef: 0.1}}
+  scored: {{objective: Policy, model.reward_model: null}}
+  dpo: {{objective: DPO, model.beta: 0.3}}
+claim:
+- {{arm: dpo, metric: kl, rule: non_inferiority, sign: -1, margin: 50}}
+- {{arm: dpo, metric: cost/written, sign: -1}}
+{RANKED.replace("BASE", "sft.yaml, reads: {model.reward_model: reward.yaml}, metric: score")}
+""",
+}
+
+
+@pytest.fixture
+def chain(place):
+    Path("a.yaml").write_text(CONFIG.replace("digits: 1", "digits: 1, held_out: 5"))
+    for name, text in CHAIN.items():
+        Path(name).write_text(text)
+    return place
+
+
+def test_a_base_may_have_a_base_and_an_arm_read_another(chain):
+    plan = plan_of(config="b.yaml", seeds="0,1")
+    assert [(run.arm, run.seed) for run in plan.bases] == [
+        (name, seed) for seed in (0, 1) for name in ("a", "sft", "reward")
+    ]
+    for run in (*plan.bases, *plan.runs.values()):
+        assert all(other.seed == run.seed for other in run.reads.values())
+    first = {run.arm: run for run in plan.bases[:3]}
+    assert first["a"].reads == {} and first["sft"].base is first["a"]
+    assert first["reward"].base is first["sft"]
+    ppo, scored, dpo = (plan.runs[arm, 1e-2, 0].reads for arm in plan.arms)
+    assert ppo == dpo == {"model.weights": first["sft"], "model.reward_model": first["reward"]}
+    assert scored == {"model.weights": first["sft"]}, "which says itself that it reads none"
+    # What is first in the chain changes all that comes after it, and no name but by that.
+    again = plan_of(config="b.yaml", seeds="0,1")
+    assert {run.key for run in plan.runs.values()} == {run.key for run in again.runs.values()}
+    Path("a.yaml").write_text(Path("a.yaml").read_text().replace("max_steps: 4", "max_steps: 6"))
+    other = plan_of(config="b.yaml", seeds="0,1")
+    for mine, theirs in zip(plan.runs.values(), other.runs.values(), strict=True):
+        assert mine.key != theirs.key and mine.name != theirs.name
+    # An option says itself what is read.
+    plan = plan_of({"model.reward_model": "null"}, "b.yaml")
+    assert [run.arm for run in plan.bases] == ["a", "sft"]
+
+
+def test_objectives_are_compared_by_what_they_measure_on_the_test_part(chain):
+    assert main(["compare", "b.yaml", "--at_once", "3"]) == 0
+    found = {row["arm"]: row for row in rows("runs/compare/b/runs.csv")}
+    assert list(found) == ["base a", "base sft", "base reward", "ppo", "scored", "dpo"]
+    assert found["ppo"]["base"].split() == [found[f"base {n}"]["key"] for n in ("sft", "reward")]
+    for arm in ("ppo", "scored", "dpo"):
+        row = found[arm]
+        assert float(row["test/kl"]) != 0, "it is measured after training, and not before"
+        (directory,) = Path("runs/compare/b/runs").glob(f"{arm}_*")
+        given = ["--config", str(directory / "config.yaml"), "--table", "again"]
+        assert main(["test", "--ckpt_path", str(directory), *given]) == 0
+        (again,) = rows(directory / "again.csv")
+        for name in ("reward", "score", "kl", "length", "cost/passes", "cost/all_seconds"):
+            assert row[f"test/{name}"] == f"{float(again[f'test/{name}']):.6g}", name
+    names = ("passes", "written", "seconds", "all_passes")
+    cost = {
+        arm: {name: float(found[arm][f"test/cost/{name}"]) for name in names}
+        for arm in ("ppo", "scored", "dpo")
+    }
+    assert cost["dpo"]["all_passes"] == cost["dpo"]["passes"] > 0
+    assert cost["dpo"]["written"] == 0 < cost["ppo"]["written"]
+    assert cost["ppo"]["all_passes"] > cost["ppo"]["passes"] > 0 < cost["ppo"]["seconds"]
+    assert cost["scored"]["all_passes"] == cost["scored"]["passes"], "it learns from no model"
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "words"),
+    [
+        ("sft.yaml", "base: a.yaml", "base: b.yaml", "base sft.yaml: it begins from itself"),
+        ("sft.yaml", "base: a.yaml", "base: no.yaml", "there is no configuration"),
+        ("reward.yaml", "sft.yaml", "sub/sft.yaml", "have one name, and need two: rename one"),
+        ("b.yaml", "model.reward_model: re", "data.path: re", "'data.path' is no setting of the"),
+        ("b.yaml", "{model.reward_model: reward.yaml}", "[reward.yaml]", "configuration files by"),
+        ("b.yaml", "metric: score", "metric: scores", "does not measure it; nearest: score"),
+        ("b.yaml", "cost/written", "cost/writing", "no run measures cost/writing; nearest: cost"),
+        ("b.yaml", "objective: DPO", "objective: DPP", "there is no objective 'DPP'; nearest: DPO"),
+    ],
+)
+def test_what_is_wrong_with_a_chain_is_one_line(chain, capsys, name, old, new, words):
+    Path("sub").mkdir()
+    Path("sub/sft.yaml").write_text(CHAIN["sft.yaml"].replace("a.yaml", "../a.yaml"))
+    text = Path(name).read_text()
+    assert old in text
+    Path(name).write_text(text.replace(old, new))
+    assert main(["compare", "b.yaml"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and words in line, line
+    assert not Path("runs").exists(), "all is said before anything is trained"
+
+
 # ---------------------------------------------------------------------------- placing
 
 
@@ -456,6 +565,14 @@ def test_verdicts_follow_the_rule_that_was_written_before():
     assert of(0.999, 1.0, 1.001, rule="equivalence", margin=0.003) == "holds"
     assert of(1.009, 1.01, 1.011, rule="equivalence", margin=0.003) == "refuted"
     assert of(0.99, 1.0, 1.01, rule="equivalence", margin=0.003) == "undecided"
+    worse = {"rule": "non_inferiority", "sign": 1, "margin": 0.003}
+    assert of(0.999, 1.0, 1.001, **worse) == "holds" == of(1.9, 2.0, 2.1, **worse)
+    assert of(0.989, 0.99, 0.991, **worse) == "refuted"
+    assert of(0.99, 1.0, 1.01, **worse) == "undecided"
+    low = worse | {"sign": -1}
+    assert of(0.4, 0.5, 0.6, **low) == "holds" and of(1.009, 1.01, 1.011, **low) == "refuted"
+    text = verdict({"a": a, "b": [0.99, 1.0, 1.01]}, **worse).text
+    assert re.search(r"; (\d+) seeds would decide", text)[1] == str(seeds_needed(0.01, 0.003))
     text = verdict({"a": a, "b": [0.90, 1.0, 1.02]}, paper=-0.035).text
     assert "undecided at 3 seeds" in text and "seeds would decide" in text
     assert "the paper -3.5 %" in text
@@ -467,9 +584,11 @@ def test_verdicts_follow_the_rule_that_was_written_before():
     [
         ({"control": "c"}, "control 'c': the arms are a, b"),
         ({"paper": "much"}, "paper='much' is not a number"),
-        ({"rule": "hope", "sign": 1}, "rule='hope' is neither difference nor equivalence"),
+        ({"rule": "hope", "sign": 1}, "rule='hope' is none of difference, equivalence, non_inf"),
         ({}, "sign=0 must be -1"),
         ({"rule": "equivalence"}, "needs a margin"),
+        ({"rule": "non_inferiority", "sign": 1}, "non_inferiority needs a margin"),
+        ({"rule": "non_inferiority", "margin": 1}, "sign=0 must be -1"),
         ("lower", "claim is 'lower'"),
     ],
 )

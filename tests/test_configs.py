@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 # Those whose weights are another one's, trained after it by test_preferences.py and
 # test_distillation.py.
-IN_A_ROW = [p for p in CONFIGS if p.parent.name == "preferences" or p.stem == "onebit"]
+IN_A_ROW = [p for p in CONFIGS if "preferences" in (p.parent.name, p.stem) or p.stem == "onebit"]
 CONFIGS = [path for path in CONFIGS if path not in IN_A_ROW]
 TINY = {
     "model": "--model.dim 16 --model.depth 2 --model.heads 2 --model.width 32",

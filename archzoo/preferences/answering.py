@@ -10,10 +10,15 @@ from torch import Tensor
 
 from archzoo.preferences.answers import Answers, evaluating, read, write_answers
 from archzoo.preferences.losses import divergence
-from archzoo.preferences.module import Beside, Figures, PreferenceModel, load_beside
+from archzoo.preferences.module import COSTS, Beside, Figures, PreferenceModel, load_beside
 from archzoo.preferences.reward_model import load_reward_model
-from archzoo.tasks.stream import Batch
+from archzoo.tasks.stream import Batch, Task
 
+# What every evaluation gives, beside a loss.
+MEASURED = (
+    *("reward", "score", "kl", "exact_match", "length"),
+    *(f"cost/{name}" for name in (*COSTS, "all_passes", "all_seconds")),
+)
 EVALUATION = 2**40  # seeds of the answers of an evaluation, from there on
 
 
@@ -22,13 +27,18 @@ class AnsweringModel(PreferenceModel):
 
     The reference is the policy as training starts, or another checkpoint of the same vocabulary. It
     stays frozen and in evaluation mode. Every evaluation draws an answer to each question, with the
-    same seeds, and logs four means over them: `reward`; `kl`, the sum over an answer's tokens of
-    log p - log q in nats; `exact_match`, right and ended by the stop token; and `length` in tokens.
+    same seeds, and logs means over them: `reward`; `score`, the task's own reward, whichever is
+    learnt from; `kl`, the sum over an answer's tokens of log p - log q in nats; `exact_match`,
+    right and ended by the stop token; and `length` in tokens. Beside them it says what training has
+    cost so far: `cost/passes`, tokens through the policy, the reference or the reward model, each
+    of which counts 1 and 3 with its gradient; `cost/written`, tokens that the policy wrote;
+    `cost/seconds`, without evaluations; and `cost/all_passes` and `cost/all_seconds`, which hold
+    those of training the reward model, too, where it is learnt from.
 
     Args:
         reward_model: A checkpoint of objective RewardModel, which rewards answers. None: the task
             does, 1 for a right one and -`length_cost` for each token.
-        length_cost: Of a token, where the task rewards.
+        length_cost: Of a token, where the task rewards, and in `score`.
         missing_stop: What is taken off the reward of an answer that does not end by itself.
         reference: A checkpoint that stays. None: the weights that training starts from.
         temperature: That answers are drawn at.
@@ -36,6 +46,8 @@ class AnsweringModel(PreferenceModel):
         rollout_seed: Of the answers in training, which are a function of it, of the step and row.
         **settings: As for `LanguageModel`.
     """
+
+    learns_from_rewards = False  # what the reward model has cost is its cost, too
 
     def __init__(
         self,
@@ -92,17 +104,25 @@ class AnsweringModel(PreferenceModel):
         Raises:
             FloatingPointError: A reward that is not finite; the step is named.
         """
+        found = self._score(answers)
         if "reward_model" in self._beside:
-            found: Tensor = self._beside["reward_model"](answers.tokens, answers.documents)
-        else:
-            found = answers.right.float() - self.length_cost * answers.lengths
-        found = found - self.missing_stop * (~answers.stopped).float()
+            found = self._beside["reward_model"](answers.tokens, answers.documents)
+            found = found - self._missing(answers)
         if not found.isfinite().all():
             wrong = found[~found.isfinite()][0].item()
             raise FloatingPointError(
                 f"the reward of an answer is {wrong} at step {self.trainer.global_step + 1}"
             )
         return found
+
+    def _score(self, answers: Answers) -> Tensor:
+        """The task's own reward of each answer, (batch,)."""
+        found = answers.right.float() - self.length_cost * answers.lengths
+        return found - self._missing(answers)
+
+    def _missing(self, answers: Answers) -> Tensor:
+        """What is taken off for an answer without an end, (batch,)."""
+        return self.missing_stop * (~answers.stopped).float()
 
     @torch.no_grad()
     def reference_log_probabilities(self, tokens: Tensor, documents: Tensor) -> Tensor:
@@ -120,6 +140,7 @@ class AnsweringModel(PreferenceModel):
         count = len(rewards)
         return {
             "reward": (rewards.sum(), count),
+            "score": (self._score(answers).sum(), count),
             "kl": (kl.sum(), count),
             "exact_match": (answers.right.sum(), count),
             "length": (answers.lengths.sum(), count),
@@ -132,7 +153,20 @@ class AnsweringModel(PreferenceModel):
             mine, _, _ = read(self.net, answers.tokens, answers.documents, self.temperature)
         theirs = self.reference_log_probabilities(answers.tokens, answers.documents)
         kl = torch.where(answers.mask, divergence(mine, theirs), 0).sum(dim=1)
-        return self.figures_of(answers, rewards, kl)
+        return self.figures_of(answers, rewards, kl) | self._costs()
+
+    def _costs(self) -> Figures:
+        """What training has cost so far, as `measure` gives it."""
+        found = {name: float(amount) for name, amount in self.cost.items()}
+        before: dict[str, float] = {}
+        if self.learns_from_rewards and "reward_model" in self._beside:
+            before = self._beside["reward_model"].cost
+        found |= {f"all_{n}": found[n] + before.get(n, 0.0) for n in ("passes", "seconds")}
+        wide = torch.float64
+        return {f"cost/{n}": (torch.tensor(amount, dtype=wide), 1) for n, amount in found.items()}
+
+    def measures(self, task: Task) -> tuple[str, ...]:
+        return ("loss", *MEASURED)
 
     @property
     def trainer_batch_size(self) -> int:

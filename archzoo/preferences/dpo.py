@@ -11,9 +11,9 @@ from archzoo.block import Aux
 from archzoo.preferences.answering import AnsweringModel
 from archzoo.preferences.answers import evaluating, read
 from archzoo.preferences.losses import dpo_loss, masked_mean
-from archzoo.preferences.module import Figures
+from archzoo.preferences.module import LEARNT, Figures
 from archzoo.preferences.reward_model import ranked
-from archzoo.tasks.stream import Batch
+from archzoo.tasks.stream import Batch, Task
 
 
 class DPO(AnsweringModel):
@@ -70,9 +70,13 @@ class DPO(AnsweringModel):
     def step(self, batch: Batch, number: int) -> tuple[Tensor, int, list[Aux]]:
         loss, figures, aux, tokens = self._pairs(batch)
         self.note(figures)
+        self.spend(passes=(LEARNT + 1) * tokens)  # the reference's is one
         return loss, tokens, aux
 
     def measure(self, batch: Batch, number: int) -> Figures:
         loss, figures, _, _ = self._pairs(batch)
         rows = len(batch["tokens"])
         return {"loss": (loss * rows, rows), **super().measure(batch, number), **figures}
+
+    def measures(self, task: Task) -> tuple[str, ...]:
+        return (*super().measures(task), "accuracy", "chosen", "rejected")

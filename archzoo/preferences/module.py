@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +22,8 @@ from archzoo.training.module import LanguageModel
 from archzoo.training.ranks import pooled_losses
 
 Figures = dict[str, tuple[Tensor, Tensor | int]]  # by name: a sum, and the number of its terms
+COSTS = ("passes", "written", "seconds")  # of training
+LEARNT = 3  # passes of a token that is learnt from: forwards, and twice as much work backwards
 
 
 class PreferenceModel(LanguageModel):
@@ -42,6 +47,10 @@ class PreferenceModel(LanguageModel):
                 raise ValueError(f"objective {self.objective} has a loss of its own: omit {name}")
         #: What is trained beside the decoder, by name.
         self.heads = nn.ModuleDict()
+        #: What training has cost so far, by `COSTS`: tokens through a model, of which each counts 1
+        #: and 3 with its gradient, whichever model it is; tokens that were written; and seconds
+        #: without evaluations.
+        self.cost: dict[str, Any] = dict.fromkeys(COSTS, 0)
 
     def add_head(self, name: str) -> nn.Linear:
         """A number read off each vector before the decoder's head; it starts as 0 everywhere."""
@@ -79,6 +88,8 @@ class PreferenceModel(LanguageModel):
                 f"objective {self.objective} trains on one device: take --trainer.devices 1"
             )
         super().setup(stage)
+        if stage == "fit":  # before a checkpoint is read
+            self.cost = dict.fromkeys(COSTS, 0)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
@@ -97,6 +108,22 @@ class PreferenceModel(LanguageModel):
         self.figures.add("tokens", torch.full((), tokens, device=self.device))
         self._watch(loss.detach())
         return loss
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        began = time.perf_counter()
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.spend(seconds=time.perf_counter() - began)
+
+    def spend(self, **what: Any) -> None:
+        """Add to what training has cost, by the names of `COSTS`; numbers may lie on the device."""
+        for name, amount in what.items():
+            self.cost[name] = self.cost[name] + amount
 
     def note(self, figures: Figures) -> None:
         """Log means over the steps since the last row."""
@@ -140,7 +167,12 @@ class PreferenceModel(LanguageModel):
         # Apart from the decoder's, so that the checkpoint is a language model's to all else.
         mine = [name for name in checkpoint["state_dict"] if name.startswith("heads.")]
         heads = {name: checkpoint["state_dict"].pop(name) for name in mine}
-        checkpoint["objective"] = {"name": self.objective, "heads": heads, "state": self.state()}
+        checkpoint["objective"] = {
+            "name": self.objective,
+            "heads": heads,
+            "state": self.state(),
+            "cost": {name: float(amount) for name, amount in self.cost.items()},
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
@@ -151,8 +183,24 @@ class PreferenceModel(LanguageModel):
         if not isinstance(heads, dict) or not isinstance(state, dict):
             raise ValueError("the checkpoint's objective is damaged: it holds no heads or no state")
         checkpoint["state_dict"] |= heads
+        self.cost = cost_in(held)
         if self._trainer is not None and self.trainer.state.fn == "fit":
             self.take_up(state)
+
+
+def cost_in(held: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says that its training has cost; 0 where it does not.
+
+    Args:
+        held: Its `objective`.
+    """
+    found = held.get("cost")
+    found = found if isinstance(found, dict) else {}
+    known = {name: found.get(name) for name in COSTS}
+    return {
+        name: amount if isinstance(amount, float) and math.isfinite(amount) else 0.0
+        for name, amount in known.items()
+    }
 
 
 class Sums:

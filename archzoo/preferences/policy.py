@@ -20,7 +20,7 @@ from archzoo.preferences.losses import (
     token_rewards,
     whiten,
 )
-from archzoo.preferences.module import Figures
+from archzoo.preferences.module import LEARNT, Figures
 from archzoo.tasks.stream import Batch
 
 
@@ -54,6 +54,7 @@ class Policy(AnsweringModel):
     """
 
     objective = "Policy"
+    learns_from_rewards = True
 
     def __init__(
         self,
@@ -132,6 +133,7 @@ class Policy(AnsweringModel):
         here = {name: tensor.to(self.device)[rows] for name, tensor in self._rollout.items()}
         with evaluating(self.net):
             new, x, aux = read(self.net, here["tokens"], here["documents"], self.temperature)
+        self.spend(passes=LEARNT * (here["documents"] >= 0).sum())
         if self.method == "REINFORCE":
             return reinforce_loss(new, here["mask"], here["rewards"]), tokens, aux
         values = self._values(x)
@@ -174,6 +176,10 @@ class Policy(AnsweringModel):
         reference = self.reference_log_probabilities(answers.tokens, answers.documents)
         ratio = torch.where(mask, divergence(old, reference), 0).sum(dim=1)
         self.note(self.figures_of(answers, scores, ratio))
+        tokens = (answers.documents >= 0).sum()
+        # Written by the policy; read by it, the reference, and the reward model if there is one.
+        times = 3 + ("reward_model" in self._beside)
+        self.spend(passes=times * tokens, written=mask.sum())
         found = {**answers._asdict(), "old": old}
         if self.method == "REINFORCE":
             return found | {"rewards": scores - self.kl_coef * ratio}

@@ -13,8 +13,14 @@ from archzoo.checkpoint.loading import locate
 from archzoo.decoder import Decoder
 from archzoo.preferences.answers import last_places
 from archzoo.preferences.losses import ranking_accuracy, ranking_loss
-from archzoo.preferences.module import Figures, PreferenceModel, load_beside
-from archzoo.tasks.stream import Batch
+from archzoo.preferences.module import (
+    LEARNT,
+    Figures,
+    PreferenceModel,
+    cost_in,
+    load_beside,
+)
+from archzoo.tasks.stream import Batch, Task
 from archzoo.training.module import LanguageModel
 
 
@@ -72,7 +78,9 @@ class RewardModel(PreferenceModel):
         rewards, aux = self.rewards(batch)
         self.note({"accuracy": ranking_accuracy(rewards.detach(), batch["ranks"])})
         loss = ranking_loss(rewards, batch["ranks"], self.margin, self.centre)
-        return loss, int((batch["ranked_documents"] >= 0).sum()), aux
+        tokens = int((batch["ranked_documents"] >= 0).sum())
+        self.spend(passes=LEARNT * tokens)
+        return loss, tokens, aux
 
     def measure(self, batch: Batch, number: int) -> Figures:
         rewards, _ = self.rewards(batch)
@@ -82,6 +90,9 @@ class RewardModel(PreferenceModel):
             "accuracy": ranking_accuracy(rewards, batch["ranks"]),
             "reward": (rewards.sum(), rewards.numel()),
         }
+
+    def measures(self, task: Task) -> tuple[str, ...]:
+        return ("loss", "accuracy", "reward")
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
@@ -117,11 +128,14 @@ class Judge(nn.Module):
         decoder: Of the reward model.
         head: To one number.
         mean: What is taken off its rewards.
+        cost: What its training has cost, as `PreferenceModel` counts it.
     """
 
-    def __init__(self, decoder: Decoder, head: nn.Linear, mean: float) -> None:
+    def __init__(
+        self, decoder: Decoder, head: nn.Linear, mean: float, cost: dict[str, Any]
+    ) -> None:
         super().__init__()
-        self.decoder, self.head, self.mean = decoder, head, mean
+        self.decoder, self.head, self.mean, self.cost = decoder, head, mean, cost
 
     def forward(self, tokens: Tensor, documents: Tensor) -> Tensor:
         """Rewards (batch,) of whole texts, tokens and documents (batch, time)."""
@@ -156,7 +170,7 @@ def load_reward_model(module: LanguageModel, path: str) -> Judge:
         )
     head = nn.Linear(decoder.dim, 1).to(decoder.dtype)
     head.load_state_dict({"weight": weight, "bias": bias})
-    return Judge(decoder, head, mean)
+    return Judge(decoder, head, mean, cost_in(held))
 
 
 def _shape(tensor: Any) -> tuple[int, ...] | None:

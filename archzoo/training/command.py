@@ -70,7 +70,12 @@ RUN_DIRECTORY = "the run's directory"  # a sentinel until its name is known
 COMMANDS = ("fit", "validate", "test", "predict")
 FILES = ("--model", "--trainer", "--checkpoint", "--data")  # a section may be a file of its own
 NOT_STORED = {"preset", "match", "weights"}  # a run's checkpoint holds what they led to
-IN_VARIANTS = ("model", "data", "trainer", "checkpoint", "seed_everything")  # what one may set
+WHOLE = (
+    "data",
+    "objective",
+    "seed_everything",
+)  # what one may set that has no parts, or as a whole
+IN_VARIANTS = ("model", "data", "trainer", "checkpoint", "objective", "seed_everything")
 HARDWARE = ("accelerator", "devices")  # of the trainer's settings
 # What settings say of other runs than the one that they make.
 NOT_OF_A_RUN = ("ckpt_path", "resume", "table", "arms", "arm", "compare", "claim")
@@ -328,9 +333,9 @@ class CommandLine(LightningCLI):
             if path:
                 arguments = [*_without(arguments, "--ckpt_path"), "--ckpt_path", path]
         if path and path not in ("last", "best"):
-            path, given = _file_of(path), path
-            if path != given:
-                arguments = [*_without(arguments, "--ckpt_path"), "--ckpt_path", path]
+            path = _file_of(path)
+            # Last, so that no file's `ckpt_path: null` takes it back.
+            arguments = [*_without(arguments, "--ckpt_path"), "--ckpt_path", path]
             checkpoint = read_safely(path)
             beside = directory_of(path) / "config.yaml"
             if command == "fit" and not _option(arguments, "--config") and beside.is_file():
@@ -749,7 +754,8 @@ def _of_named_run(command: str, path: str | None, arguments: list[str]) -> str |
 def _objective(command: str, arguments: list[str]) -> str | None:
     """The objective that settings name, which says what they may be: the last word on it.
 
-    That of the files, of the config.yaml beside the run that is resumed, or of the command line.
+    That of the files, of a variant of the first, of the config.yaml beside the run that is resumed,
+    or of the command line.
     """
     shipped_one = command == "fit" and _names_configuration(arguments)
     files = [str(shipped.configuration(arguments[0]))] if shipped_one else []
@@ -764,9 +770,13 @@ def _objective(command: str, arguments: list[str]) -> str | None:
         if path and path not in ("last", "best"):
             beside = (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.yaml"
             files = [str(beside)] if beside.is_file() else []
-    found = None
-    for file in files:
-        found = _content(file, "--config").get("objective", found)
+    found, variant = None, _option(arguments, "--arm")
+    for number, file in enumerate(files):
+        content = _content(file, "--config")
+        found = content.get("objective", found)
+        variants = content.get("arms")
+        if not number and isinstance(variants, dict) and isinstance(variants.get(variant), dict):
+            found = variants[variant].get("objective", found)
     found = _option(arguments, "--objective") or found
     if found is not None and not isinstance(found, str):
         raise ValueError(f"objective is {found!r}, and not a name, such as Policy")
@@ -879,7 +889,7 @@ def _settings_of(variant: str | None, content: dict[str, Any], whose: str) -> li
     found = []
     for name, value in variants[variant].items():
         section, _, rest = str(name).partition(".")
-        if (not rest and section not in ("data", "seed_everything")) or section not in IN_VARIANTS:
+        if (not rest and section not in WHOLE) or section not in IN_VARIANTS:
             allowed = ", ".join(IN_VARIANTS)
             raise ValueError(f"{whose}: the variant {variant} sets {name!r}: it takes {allowed}")
         settings.check({name: value}, f"{whose}: the variant {variant}")

@@ -750,6 +750,14 @@ class LanguageModel(lightning.LightningModule):
 
     # ------------------------------------------------------------------------ evaluation
 
+    def measures(self, task: Task) -> tuple[str, ...]:
+        """The names of what an evaluation gives of a task's own problems.
+
+        Args:
+            task: Which.
+        """
+        return ("loss", *task.metrics)
+
     def _evaluate(self, batch: Batch, split: str, number: int, loader: int = 0) -> None:
         labels = check_labels(batch)
         first = number == loader == 0  # which tells enough of the adapters' routers

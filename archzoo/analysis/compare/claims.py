@@ -8,16 +8,24 @@ from typing import Any, Literal, NamedTuple
 from archzoo.analysis.compare.statistics import paired, seeds_needed
 from archzoo.names import nearest
 
-RULES = ("difference", "equivalence")
+RULES = ("difference", "equivalence", "non_inferiority")
 KEYS = ("arm", "control", "metric", "paper", "sign", "margin", "rule")
 SHARE = 1 / 3  # of the paper's effect: an interval within it refutes the paper's
+# Within the names of metrics whose differences are in their own unit, and no fractions of the
+# control's: it may be 0 or below.
+OWN_UNIT = ("exact_match", "accuracy", "reward", "score", "kl")
+
+
+def is_relative(metric: str) -> bool:
+    """Whether differences of a metric are fractions of the control's."""
+    return not any(word in metric for word in OWN_UNIT)
 
 
 class Claim(NamedTuple):
     """One claim: an arm against its control in one metric.
 
-    Effects are relative to the control where lower is better (-0.035: 3.5 % less), and in the
-    metric's own unit where higher is better (0.02: two points of exact match).
+    Effects are relative to the control (-0.035: 3.5 % less), and in the metric's own unit where
+    higher is better (0.02: two points of exact match) and of a divergence, in nats.
 
     Attributes:
         arm: Which arm it is about. None: every arm but the control.
@@ -27,7 +35,7 @@ class Claim(NamedTuple):
         paper: The effect that the paper reports. None: it names no size.
         sign: -1: the arm's metric is lower than the control's; 1: it is higher.
         margin: Within it an effect counts as none. None: a third of the paper's.
-        rule: "difference" or "equivalence".
+        rule: "difference", "equivalence" or "non_inferiority".
     """
 
     arm: str | None
@@ -90,16 +98,16 @@ def _claim(entry: Any, arms: list[str], whose: str) -> Claim:
             raise ValueError(f"{whose}: {name}={value!r} is not a number")
     rule = entry.get("rule", "difference")
     if rule not in RULES:
-        raise ValueError(f"{whose}: rule={rule!r} is neither {' nor '.join(RULES)}")
+        raise ValueError(f"{whose}: rule={rule!r} is none of {', '.join(RULES)}")
     paper, margin, sign = numbers["paper"], numbers["margin"], numbers["sign"]
     if sign is None:
         sign = 0 if not paper else 1 if paper > 0 else -1
-    if sign not in (-1, 0, 1) or (not sign and rule == "difference"):
+    if sign not in (-1, 0, 1) or (not sign and rule != "equivalence"):
         raise ValueError(f"{whose}: sign={sign} must be -1 (lower) or 1 (higher than the control)")
     if margin is None and paper is not None:
         margin = abs(paper) * SHARE
-    if rule == "equivalence" and not margin:
-        raise ValueError(f"{whose}: equivalence needs a margin, within which an effect is none")
+    if rule != "difference" and not margin:
+        raise ValueError(f"{whose}: {rule} needs a margin, within which an effect is none")
     return Claim(
         entry.get("arm"), entry.get("control"), entry.get("metric"), paper, sign, margin, rule
     )
@@ -119,7 +127,9 @@ def judge(
     * ``undecided``: anything else, with the seeds that it would take.
 
     By the rule "equivalence" a claim holds where the interval lies wholly within the margin, and is
-    refuted where it lies wholly outside.
+    refuted where it lies wholly outside. By "non_inferiority" it holds where the interval is
+    nowhere worse than by the margin (lower than -margin for a sign of 1, higher than it for -1),
+    and is refuted where it is everywhere.
 
     Args:
         claim: Which one.
@@ -160,7 +170,11 @@ def _judge(
         word = f"undecided at {difference.seeds} seeds"
     text = f"{about}{word}: {show(difference.mean)} {interval}{size}"
     if verdict == "undecided" and difference.spread is not None:
-        effect = claim.margin if claim.rule == "equivalence" else claim.paper or difference.mean
+        effect = claim.paper or difference.mean
+        if claim.rule == "equivalence":
+            effect = claim.margin or 0.0
+        elif claim.rule == "non_inferiority":  # how far it is from the margin
+            effect = difference.mean + claim.sign * (claim.margin or 0.0)
         needed = seeds_needed(difference.spread, effect or 0.0)
         text += f"; {needed:,} seeds would decide" if needed else "; no number of seeds would"
     return Verdict(claim, arm, control, verdict, text)
@@ -174,6 +188,9 @@ def _verdict(
     if claim.rule == "equivalence":
         outside = low > margin or high < -margin
         return "holds" if within else "refuted" if outside else "undecided"
+    if claim.rule == "non_inferiority":
+        worst, best = (-low, -high) if claim.sign > 0 else (high, low)
+        return "holds" if worst <= margin else "refuted" if best > margin else "undecided"
     ours, theirs = (low > 0, high < 0) if claim.sign > 0 else (high < 0, low > 0)
     if theirs or within:
         return "refuted"

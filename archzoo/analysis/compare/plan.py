@@ -12,8 +12,8 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from archzoo.freezing import Freezing
 from archzoo.names import nearest
 from archzoo.registry import check_size
 from archzoo.tasks.stream import Task
+from archzoo.training import settings as files
 from archzoo.training.command import Resolved, resolve, usual_precision
 from archzoo.training.comparison import MATCHED, learned_count
 
@@ -37,13 +38,18 @@ MAY_DIFFER = ("data", "tokens")
 BATCHES = (0, 1, 2)  # of training, whose digests say that arms see the same
 COPIES = 4  # of the weights in training: themselves, gradients, and AdamW's two means
 # Options that a file's `compare` may give.
-IN_FILE = ("seeds", "learning_rates", "tune_seeds", "metric", "may_differ", "measure", "base")
+IN_FILE = (
+    *("seeds", "learning_rates", "tune_seeds", "metric", "may_differ", "measure", "base"),
+    "reads",  # which no option gives
+)
+STARTS = "model.weights"  # the setting by which an arm begins from its base
 # What the command line says of how an arm is run, its base is run by, too.
 OF_BASE = "base"  # behind the name of a metric: of the task that the base was trained on
 OF_BASES = ("trainer.accelerator", "trainer.precision", "trainer.enable_progress_bar")
 # The task's own metric: the first of these that it has.
 USUAL = ("bits_per_byte", "exact_match", "loss")
-HIGHER = ("exact_match", "accuracy")  # within the names of what is better when higher
+# Within the names of what is better when higher.
+HIGHER = ("exact_match", "accuracy", "reward", "score")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +63,8 @@ class Run:
         key: A digest of all that the run depends on.
         name: Of its directory.
         settings: As a configuration file would hold them.
-        base: The run whose weights this one starts from, of the same seed; None: it begins anew.
-        is_base: Whether others start from it.
+        reads: By setting, the run whose last checkpoint it is given, of the same seed.
+        is_base: Whether others read it.
     """
 
     arm: str
@@ -67,8 +73,13 @@ class Run:
     key: str
     name: str
     settings: dict[str, Any]
-    base: Run | None = None
+    reads: dict[str, Run] = field(default_factory=dict)
     is_base: bool = False
+
+    @property
+    def base(self) -> Run | None:
+        """The run whose weights this one starts from; None: it begins anew."""
+        return self.reads.get(STARTS)
 
     def directory(self, output: Path) -> Path:
         """Where its files are: in the comparison's directory, or beside it, of a base.
@@ -114,9 +125,9 @@ class Plan(NamedTuple):
         precision: Of training, such as 32-true.
         claims: Written before.
         runs: By (arm, rate, seed).
-        bases: The runs that are trained first, whose weights others start from.
+        bases: The runs that are trained first, whose checkpoints others read.
         of_bases: What is known of each of them, by its name.
-        metric_of_base: The usual one of their task.
+        metric_of_base: The usual one of the task of what arms begin from.
     """
 
     name: str
@@ -141,7 +152,7 @@ class Plan(NamedTuple):
     def beside(self) -> list[str]:
         """What is shown beside the metric: what claims are about, and what is left of the base."""
         found = [claim.metric for claim in self.claims if claim.metric]
-        if self.bases:
+        if self.metric_of_base:
             found.append(f"{self.metric_of_base}/{OF_BASE}")
         return [name for name in dict.fromkeys(found) if name not in (self.metric, "loss")]
 
@@ -249,23 +260,32 @@ def make_plan(
         for name in ("seeds", "tune_seeds")
     )
     rates_of = _rates(chosen["learning_rates"], [arm.name for arm in arms], names, whose)
-    files = _files_of_bases(chosen["base"], options.get("base") is None, config, names, whose)
-    if "model.weights" in settings:  # which say themselves what is started from
-        files = {}
-    bases: dict[str, Resolved] = {}
+    by_file = options.get("base") is None
+    read = _files_of_bases(chosen["base"], chosen["reads"], by_file, config, names, whose)
+    for setting in settings:  # which say themselves what is read
+        read.pop(setting, None)
+    bases: dict[str, Base] = {}
     with tempfile.TemporaryDirectory() as place:
-        for path in dict.fromkeys(files.values()):
-            bases[path.stem] = resolve_base(path, settings, Path(place) / path.stem)
-        starts = {arm.name: files.get(of_file_arm(arm.name), files.get("")) for arm in arms}
-        found = {
-            arm.name: _resolve(arm, config, start and Path(place) / start.stem)
-            for arm, start in zip(arms, starts.values(), strict=True)
-        }
+        for path in dict.fromkeys(path for by_arm in read.values() for path in by_arm.values()):
+            _resolve_bases(path, settings, Path(place), bases)
+        found: dict[str, Resolved] = {}
+        reads: dict[str, dict[str, str]] = {}
+        for arm in arms:
+            of_file = of_file_arm(arm.name)
+            says = (given_arms or {}).get(of_file) or {}  # itself, what it reads
+            reads[arm.name] = {
+                setting: by_arm[key].stem
+                for setting, by_arm in read.items()
+                for key in ([of_file] if of_file in by_arm else [""])
+                if key in by_arm and setting not in says
+            }
+            found[arm.name] = _resolve(arm, config, reads[arm.name], Path(place))
     facts = dict(_facts(found, _allowed(chosen["may_differ"])))
-    of_bases = {name: _facts_of(name, entry) for name, entry in bases.items()}
-    for name, start in starts.items():
-        if start is not None:
-            _check_vocabulary(name, found[name].task, start.stem, bases[start.stem].task)
+    of_bases = {name: _facts_of(name, base.resolved) for name, base in bases.items()}
+    for name, entry in found.items():
+        _check_vocabulary(f"arm {name}", entry.task, reads[name], bases)
+    for name, base in bases.items():
+        _check_vocabulary(f"base {name}", base.resolved.task, base.reads, bases)
     first = next(iter(found.values()))
     seeds = seeds or [int(first.settings["seed_everything"] or 0)]
     for seed in seeds:
@@ -277,35 +297,30 @@ def make_plan(
     measured = chosen["measure"] or "last"
     if measured not in ("last", "best"):
         raise ValueError(f"--measure {measured} is neither last nor best")
-    metric = _metric(chosen["metric"], first.task, whose)
+    metric = _metric(chosen["metric"], first, whose)
     interval = first.settings["trainer"]["val_check_interval"]
     for claim in claims:
-        _check_metric(claim.metric, first.task, bases, next(iter(facts.values())), interval, whose)
+        _check_metric(claim.metric, first, bases, next(iter(facts.values())), interval, whose)
     rates_of = {
         name: rates_of.get(name) or [float(entry.settings["model"]["learning_rate"])]
         for name, entry in found.items()
     }
     precision = _precision(first.settings)
     _check_hardware(found, facts, at_once)
-    runs_of_bases = {
-        (name, seed): _run(
-            name,
-            entry.settings,
-            _named(entry),
-            float(entry.settings["model"]["learning_rate"]),
-            seed,
-            is_base=True,
-        )
-        for seed in seeds
-        for name, entry in bases.items()
-    }
+    runs_of_bases: dict[tuple[str, int], Run] = {}
+    for seed in seeds:
+        for name, base in bases.items():  # each after those that it reads
+            of_base = {setting: runs_of_bases[read, seed] for setting, read in base.reads.items()}
+            own, named = base.resolved.settings, _named(base.resolved)
+            rate = float(own["model"]["learning_rate"])
+            runs_of_bases[name, seed] = _run(name, own, named, rate, seed, of_base, is_base=True)
     runs = {}
-    for arm, entry in found.items():
-        start, named = starts[arm], _named(entry)
-        for rate in rates_of[arm]:
+    for name, entry in found.items():
+        named = _named(entry)
+        for rate in rates_of[name]:
             for seed in seeds:
-                base = None if start is None else runs_of_bases[start.stem, seed]
-                runs[arm, rate, seed] = _run(arm, entry.settings, named, rate, seed, base)
+                of_arm = {s: runs_of_bases[base_name, seed] for s, base_name in reads[name].items()}
+                runs[name, rate, seed] = _run(name, entry.settings, named, rate, seed, of_arm)
     return Plan(
         name=Path(config).stem if config else "compare",
         arms=facts,
@@ -319,7 +334,14 @@ def make_plan(
         runs=runs,
         bases=list(runs_of_bases.values()),
         of_bases=of_bases,
-        metric_of_base=next((_metric(None, base.task, "") for base in bases.values()), ""),
+        metric_of_base=next(
+            (
+                _metric(None, bases[read[STARTS]].resolved, "")
+                for read in reads.values()
+                if STARTS in read
+            ),
+            "",
+        ),
     )
 
 
@@ -374,33 +396,97 @@ def _near(name: Any, names: list[str]) -> str:
 # ---------------------------------------------------------------------------- bases
 
 
+class Base(NamedTuple):
+    """What is trained before arms are.
+
+    Attributes:
+        path: Of its configuration file.
+        resolved: Its settings, model and task.
+        reads: By setting, the name of the base whose last checkpoint it is given.
+    """
+
+    path: Path
+    resolved: Resolved
+    reads: dict[str, str]
+
+
 def _files_of_bases(
-    given: Any, by_file: bool, config: str | None, names: list[str], whose: str
-) -> dict[str, Path]:
-    """The files of what is trained first, by the arm that starts from it; "": by every arm.
+    base: Any, reads: Any, by_file: bool, config: str | None, names: list[str], whose: str
+) -> dict[str, dict[str, Path]]:
+    """By setting, the files of what is trained first, by the arm that reads it; "": every arm.
 
     Args:
-        given: A file's name, or a file's name for each of some arms.
-        by_file: Whether the configuration file says so: its names are relative to itself.
+        base: A file's name, or a file's name for each of some arms: what they begin from.
+        reads: By setting, the same: what else they are given.
+        by_file: Whether the configuration file says `base`: its names are relative to itself.
         config: That file.
         names: Of its arms.
         whose: For messages: its name.
     """
-    if given is None:
-        return {}
-    above = Path(config).parent if config and by_file else Path()
-    entries = given if isinstance(given, dict) else {"": given}
-    for name, file in entries.items():
-        if name and name not in names:
-            raise ValueError(f"{whose}: base: no arm is called {name!r}; {_near(name, names)}")
-        if not isinstance(file, str):
+    if reads is not None and not isinstance(reads, dict):
+        raise ValueError(
+            f"{whose}: reads is {reads!r}: it takes configuration files by setting, such as "
+            "model.reward_model: reward.yaml"
+        )
+    beside = Path(config).parent if config else Path()
+    found: dict[str, dict[str, Path]] = {}
+    starts = {} if base is None else {STARTS: base}
+    for setting, given in (starts | (reads or {})).items():
+        if not str(setting).startswith("model."):
+            raise ValueError(f"{whose}: reads: {setting!r} is no setting of the model's")
+        what = "base" if setting == STARTS else f"reads: {setting}"
+        above = Path() if setting == STARTS and not by_file else beside
+        entries = given if isinstance(given, dict) else {"": given}
+        for name, file in entries.items():
+            if name and name not in names:
+                raise ValueError(
+                    f"{whose}: {what}: no arm is called {name!r}; {_near(name, names)}"
+                )
+            if not isinstance(file, str):
+                raise ValueError(
+                    f"{whose}: {what} is {file!r}: it takes the name of a configuration file"
+                )
+        found[setting] = {str(name): above / file for name, file in entries.items()}
+    return found
+
+
+def _resolve_bases(
+    path: Path,
+    settings: dict[str, str],
+    place: Path,
+    found: dict[str, Base],
+    above: tuple[Path, ...] = (),
+) -> None:
+    """Add a base to those that are found, after those that its own `compare` names.
+
+    Args:
+        path: Of its configuration file.
+        settings: The command line's, by their full names.
+        place: The directory under which models are written.
+        found: The bases so far, by name, each after those that it reads.
+        above: The files that have led here.
+    """
+    name, whole = path.stem, path.resolve()
+    if whole in above:
+        raise ValueError(f"base {path}: it begins from itself, by `compare` of {above[-1].name}")
+    if name in found:
+        if found[name].path.resolve() != whole:
             raise ValueError(
-                f"{whose}: base is {file!r}: it takes the name of a configuration file"
+                f"the bases {found[name].path} and {path} have one name, and need two: rename one"
             )
-    return {str(name): above / file for name, file in entries.items()}
+        return
+    of_file = files.read(path).get("compare") or {}
+    own = _files_of_bases(of_file.get("base"), of_file.get("reads"), True, str(path), [], str(path))
+    wanted = {setting: by_arm[""] for setting, by_arm in own.items()}
+    for below in wanted.values():
+        _resolve_bases(below, settings, place, found, (*above, whole))
+    reads = {setting: below.stem for setting, below in wanted.items()}
+    found[name] = Base(path, resolve_base(path, settings, place / name, reads), reads)
 
 
-def resolve_base(path: Path, settings: dict[str, str], place: Path) -> Resolved:
+def resolve_base(
+    path: Path, settings: dict[str, str], place: Path, reads: Mapping[str, str] | None = None
+) -> Resolved:
     """The settings of a base, and its model as it begins, written where arms can be read from it.
 
     So what is wrong with an arm is said before its base is trained.
@@ -409,11 +495,13 @@ def resolve_base(path: Path, settings: dict[str, str], place: Path) -> Resolved:
         path: Of its configuration file.
         settings: The command line's, by their full names: those that say how runs are run.
         place: The directory that its model is written to, as of `archzoo.save_pretrained`.
+        reads: By setting, the name of the base that it is given; its model lies beside `place`.
 
     Raises:
         ValueError: Something is wrong with a setting; the message names the file.
     """
     given = [word for n in OF_BASES if n in settings for word in (f"--{n}", settings[n])]
+    given += _given(reads or {}, place.parent)
     try:
         found = resolve(["--config", str(path), *given])
         _check_trainer("base", found)
@@ -421,27 +509,45 @@ def resolve_base(path: Path, settings: dict[str, str], place: Path) -> Resolved:
         decoder = found.model.decoder or _built(found)
     except ValueError as error:
         raise ValueError(f"base {path}: {error}") from None
+    _name_bases(found.settings, reads or {})
     save_pretrained(place, decoder, found.task.tokenizer, found.task.config())
     return found
 
 
-def _check_vocabulary(arm: str, task: Task, base: str, of_base: Task) -> None:
-    if task.tokenizer.files() != of_base.tokenizer.files():
-        raise ValueError(
-            f"arm {arm}: its base {base} is trained with another vocabulary than its task's: "
-            + task.other_vocabulary
-        )
+def _given(reads: Mapping[str, str], place: Path) -> list[str]:
+    """What is read, as options: the models as they begin."""
+    return [word for s, name in reads.items() for word in (f"--{s}", str(place / name))]
 
 
-def _resolve(arm: Arm, config: str | None, base: Path | None) -> Resolved:
+def _name_bases(settings: dict[str, Any], reads: Mapping[str, str]) -> None:
+    """Say in settings which bases are read, whose place is known when they are trained."""
+    for setting, name in reads.items():
+        *sections, last = setting.split(".")
+        within = settings
+        for section in sections:
+            within = within[section]
+        within[last] = f"those of the base {name}" if setting == STARTS else f"the base {name}"
+
+
+def _check_vocabulary(
+    whose: str, task: Task, reads: Mapping[str, str], bases: Mapping[str, Base]
+) -> None:
+    for base in reads.values():
+        if task.tokenizer.files() != bases[base].resolved.task.tokenizer.files():
+            raise ValueError(
+                f"{whose}: its base {base} is trained with another vocabulary than its task's: "
+                + task.other_vocabulary
+            )
+
+
+def _resolve(arm: Arm, config: str | None, reads: Mapping[str, str], place: Path) -> Resolved:
+    """An arm, which reads bases by the names that `reads` has by setting."""
     start = ["--config", config] if config else []
-    start += ["--model.weights", str(base)] if base else []
     try:
-        found = resolve([*start, *arm.arguments])
+        found = resolve([*start, *_given(reads, place), *arm.arguments])
     except ValueError as error:
         raise ValueError(f"arm {arm.name}: {error}") from None
-    if base is not None:  # its place is known when it is trained
-        found.settings["model"]["weights"] = f"those of the base {base.name}"
+    _name_bases(found.settings, reads)
     _check_trainer(f"arm {arm.name}", found)
     return found
 
@@ -616,10 +722,10 @@ def matched(arm: ArmFacts, control: ArmFacts) -> str:
     return f"{ours:,} {what} against {theirs:,}, {difference:+.1%}: {verdict}"
 
 
-def _metric(given: str | None, task: Task, whose: str) -> str:
+def _metric(given: str | None, arm: Resolved, whose: str) -> str:
     """What arms are compared by."""
-    known = ["loss", *task.metrics]
-    known += [f"exact_match/{name}" for name in task.extra_evaluations("test")]
+    known = list(arm.model.measures(arm.task))
+    known += [f"exact_match/{name}" for name in arm.task.extra_evaluations("test")]
     if given is None:
         return next(name for name in USUAL if name in known)
     name = given.rpartition("test/")[2].removeprefix("validation/")
@@ -630,8 +736,8 @@ def _metric(given: str | None, task: Task, whose: str) -> str:
 
 def _check_metric(
     given: str | None,
-    task: Task,
-    bases: dict[str, Resolved],
+    first: Resolved,
+    bases: Mapping[str, Base],
     arm: ArmFacts,
     interval: Any,
     whose: str,
@@ -650,10 +756,11 @@ def _check_metric(
         raise ValueError(
             f"{whose}: claim: {given}: validation runs every {interval} steps; give a multiple"
         )
-    known = ["loss", *task.metrics]
-    known += [f"exact_match/{entry}" for entry in task.extra_evaluations("test")]
+    known = list(first.model.measures(first.task))
+    known += [f"exact_match/{entry}" for entry in first.task.extra_evaluations("test")]
     if not at:
-        known += [f"{m}/{OF_BASE}" for base in bases.values() for m in ("loss", *base.task.metrics)]
+        tasks = [base.resolved.task for base in bases.values()]
+        known += [f"{name}/{OF_BASE}" for task in tasks for name in ("loss", *task.metrics)]
     if name not in known and not (name.startswith("exact_match/") and not name.endswith(OF_BASE)):
         raise ValueError(f"{whose}: claim: no run measures {given}; {nearest(name, known)}")
 
@@ -672,20 +779,26 @@ def _run(
     named: dict[str, Any],
     rate: float,
     seed: int,
-    base: Run | None = None,
+    reads: dict[str, Run],
     is_base: bool = False,
 ) -> Run:
     settings = copy.deepcopy(of_arm)
     settings["model"]["learning_rate"] = rate
-    common = _digest(settings, named | ({"base": base.name.rpartition("_")[0]} if base else {}))
+
+    def depends(what: Callable[[Run], str]) -> dict[str, Any]:
+        others = {setting: what(run) for setting, run in reads.items()}
+        base = others.pop(STARTS, None)
+        return named | ({"base": base} if base else {}) | ({"reads": others} if others else {})
+
+    common = _digest(settings, depends(lambda run: run.name.rpartition("_")[0]))
     settings["seed_everything"] = seed
     data = settings["data"]
     if "seed" in (data.get("init_args") or {}):
         data["init_args"]["seed"] = seed
     # It ends in the seed: what comes before is the same for all seeds of an arm.
     name = f"{file_name(arm)}_lr{rate:g}_{common[:6]}_{seed}"
-    key = _digest(settings, named | ({"base": base.key} if base else {}))
-    return Run(arm, rate, seed, key, name, settings | {"name": name}, base, is_base)
+    key = _digest(settings, depends(lambda run: run.key))
+    return Run(arm, rate, seed, key, name, settings | {"name": name}, reads, is_base)
 
 
 def _digest(settings: dict[str, Any], named: dict[str, Any]) -> str:

@@ -107,8 +107,8 @@ class Runner:
             return
         self._seen.add((run.key, tests))
         if not self.is_done(run, tests):
-            if run.base is not None:
-                self._add(run.base, tests=True)
+            for read in run.reads.values():
+                self._add(read, tests=True)
             self.waiting.append(Job(run, tests))
 
     def is_done(self, run: Run, tests: bool) -> bool:
@@ -121,9 +121,14 @@ class Runner:
             return False
         step = read_outcome(directory).get(f"{self.plan.measured}_step")
         parts = ("validation", "test") if tests else ("validation",)
-        return all(evaluated(directory, part, step) for part in parts) and not (
-            tests and run.base and not evaluated(directory, "test", step, TABLE_OF_BASE)
-        )
+        done = all(evaluated(directory, part, step) for part in parts)
+        of_base = tests and self._forgets(run)
+        return done and (not of_base or bool(evaluated(directory, "test", step, TABLE_OF_BASE)))
+
+    @staticmethod
+    def _forgets(run: Run) -> bool:
+        """Whether a run is asked what is left of what its base had learnt."""
+        return run.base is not None and not run.is_base
 
     def metrics(self, run: Run, part: str) -> dict[str, float]:
         """The metrics of a run that is whole; {}: it is not, or not measured.
@@ -188,23 +193,25 @@ class Runner:
                 return
             job = self.waiting.popleft()
             # A process of an earlier call, which was killed, may still be saving its step.
-            if in_use(self.directory(job.run)) or self._waits_for_base(job.run):
+            if in_use(self.directory(job.run)) or self._waits(job.run):
                 self.waiting.append(job)
                 continue
             if job.run in self.failed:
                 continue
             self._start(job, self._free.pop(0))
 
-    def _waits_for_base(self, run: Run) -> bool:
-        """Whether what a run starts from is not trained yet; a run whose base failed fails, too."""
-        base = run.base
-        if base is None or state_of(self.directory(base)) == "trained":
-            return False
-        if base in self.failed or self.is_done(base, tests=True):  # it was cut
-            self.failed[run] = f"its base {base.name} is not trained"
-            self.tell(Event("failed", run, self.failed[run]))
-            return False
-        return True
+    def _waits(self, run: Run) -> bool:
+        """Whether what a run reads is not trained yet; where that failed, the run fails, too."""
+        waits = False
+        for read in run.reads.values():
+            if state_of(self.directory(read)) == "trained":
+                continue
+            if read in self.failed or self.is_done(read, tests=True):  # it was cut
+                self.failed[run] = f"its base {read.name} is not trained"
+                self.tell(Event("failed", run, self.failed[run]))
+                return False
+            waits = True
+        return waits
 
     def _start(self, job: Job, number: int) -> None:
         run, slot = job.run, self.places[number]
@@ -227,18 +234,23 @@ class Runner:
         run, directory = job.run, self.directory(job.run)
         imports = [word for module in user_imports for word in ("--import", module)]
         trained = state_of(directory) == "trained"
+        path = self.output / "settings" / f"{run.name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(settings.written(run.settings) + "\n", encoding="utf-8")
+        read = [
+            word
+            for setting, other in run.reads.items()
+            for word in (f"--{setting}", str(self.directory(other) / "last.ckpt"))
+        ]
         if not trained:
-            path = self.output / "settings" / f"{run.name}.yaml"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(settings.written(run.settings) + "\n", encoding="utf-8")
-            given = ["--trainer.default_root_dir", str(directory.parent)]
-            if run.base is not None:
-                given += ["--model.weights", str(self.directory(run.base) / "last.ckpt")]
+            given = ["--trainer.default_root_dir", str(directory.parent), *read]
             yield ["fit", *imports, "--config", str(path), *given, "--resume", "auto"]
         # Model and data are the checkpoint's; how they are run is as in training.
-        given = [*imports, "--trainer", json.dumps(run.settings["trainer"])]
+        trainer = [*imports, "--trainer", json.dumps(run.settings["trainer"])]
         beside = self._beside(run)
-        given += beside
+        given = [*trainer, *beside]
+        if run.settings.get("objective"):  # it measures by settings that no checkpoint holds
+            given = ["--config", str(path), *trainer, *read]
         data = run.settings["data"].get("init_args") or {}
         for name in ("path", "cache_dir"):  # which no checkpoint may say by itself
             if isinstance(data.get(name), str):
@@ -252,13 +264,12 @@ class Runner:
                 wanted = part == "test" or not self._ends_validated(run)
             if wanted and (part == "validation" or job.tests):
                 yield [command, "--ckpt_path", checkpoint, *given]
-        if run.base is None or not job.tests:
+        if run.base is None or not self._forgets(run) or not job.tests:
             return
         if not (trained and evaluated(directory, "test", step, TABLE_OF_BASE)):
             # What is left of what the base had learnt.
-            given = [*imports, "--trainer", json.dumps(run.settings["trainer"]), *beside]
-            given += ["--data", json.dumps(run.base.settings["data"]), "--table", TABLE_OF_BASE]
-            yield ["test", "--ckpt_path", checkpoint, *given]
+            given = [*trainer, *beside, "--data", json.dumps(run.base.settings["data"])]
+            yield ["test", "--ckpt_path", checkpoint, *given, "--table", TABLE_OF_BASE]
 
     def _beside(self, run: Run) -> list[str]:
         """Where the base of an adapted run lies, which its checkpoint leaves out.

@@ -156,8 +156,9 @@ def row_of_run(run: Run, plan: Plan, directory: Path) -> dict[str, Any]:
     for part in ("validation", "test"):
         found = evaluated(directory, part, step)
         row |= {name: f"{value:.6g}" for name, value in sorted(found.items())}
-    if run.base is not None:
-        row["base"] = run.base.key
+    if run.reads:
+        row["base"] = " ".join(read.key for read in run.reads.values())
+    if run.base is not None and not run.is_base:
         found = evaluated(directory, "test", step, TABLE_OF_BASE)
         row |= {f"{name}/{OF_BASE}": f"{value:.6g}" for name, value in sorted(found.items())}
     for metric in plan.early:
