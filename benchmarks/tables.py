@@ -237,9 +237,9 @@ def recall() -> str:
 NOT_RUN = "not run yet"
 
 
-def adaptation_rows(name: str) -> list[Row]:
-    """The runs of an experiment that count, at each arm's chosen rate; none where it is not run."""
-    files = sorted(RESULTS.glob(f"*-claims-adaptation-{name}.csv"))
+def claimed_rows(name: str) -> list[Row]:
+    """The runs of a claims file that count, at each arm's chosen rate; none where it is not run."""
+    files = sorted(RESULTS.glob(f"*-claims-{name}.csv"))
     return [row for row in rows_of(files[0].stem) if row["chosen"]] if files else []
 
 
@@ -258,50 +258,76 @@ def is_share(metric: str) -> bool:
     return "exact_match" in metric or "accuracy" in metric
 
 
-def adaptation() -> str:
-    """Every claim about adapters: the paper's figure, ours with its interval, and the verdict."""
+def unit_of(metric: str) -> tuple[str, float, int]:
+    """What differences of a metric are given in, by what they are multiplied, and their places."""
+    from archzoo.analysis.compare.claims import is_relative
+
+    if is_relative(metric):
+        return "%", 100, 1
+    return ("points", 100, 1) if is_share(metric) else ("nats" if metric == "kl" else "", 1, 3)
+
+
+def claims_of(name: str, measured: str = "exact_match") -> list[list[str]]:
+    """Every claim of a file: what is said, what was found with its interval, and the verdict.
+
+    Args:
+        name: Of the file in configs/claims, without its end.
+        measured: The metric of a claim that names none.
+    """
     import yaml
 
-    from archzoo.analysis.compare.claims import judge, read_claims
+    from archzoo.analysis.compare.claims import is_relative, judge, read_claims
     from archzoo.analysis.compare.statistics import paired
 
-    found = []
-    for path in sorted((ROOT / "configs/claims/adaptation").glob("*.yaml")):
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        rows, arms = adaptation_rows(path.stem), list(content.get("arms", ()))
-        for claim in read_claims(content.get("claim"), arms, path.name):
-            metric, control = claim.metric or "exact_match", claim.control or arms[0]
-            share = is_share(metric)
-            unit = "points" if share else "%"
-            if claim.rule == "equivalence":
-                says = f"equal, within {100 * (claim.margin or 0):g} {unit}"
-            else:
-                says = "higher" if claim.sign > 0 else "lower"
-                says += "" if claim.paper is None else f", by {abs(100 * claim.paper):.1f} {unit}"
-            name = metric.replace("_", " ").replace("@", " after ").replace("/base", " of addition")
-            cells = [path.stem, f"`{claim.arm}` against `{control}`", name, says]
-            values = by_seed(rows, metric)
-            difference = paired(values.get(claim.arm or "", {}), values.get(control, {}))
-            if difference is None:
-                found.append([*cells, "", "", NOT_RUN])
-                continue
-            shown = difference if share else difference.relative()
-            interval = ""
-            if shown.low is not None and shown.high is not None:
-                interval = f"{100 * shown.low:+.1f} to {100 * shown.high:+.1f} (n = {shown.seeds})"
-            (verdict,) = judge(claim, values, relative=not share)
-            more = re.search(r"[\d,]+ seeds would decide|no number of seeds would", verdict.text)
-            said = f"**{verdict.verdict}**" + (f": {more[0]}" if more else "")
-            found.append([*cells, f"{100 * shown.mean:+.1f} {unit}", interval, said])
-    headings = ["experiment", "arm", "measured", "the papers", "here", "95 %", "verdict"]
-    return markdown(headings, found, 4)
+    path = ROOT / f"configs/claims/{name}.yaml"
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    rows, arms, found = claimed_rows(name.replace("/", "-")), list(content.get("arms", ())), []
+    for claim in read_claims(content.get("claim"), arms, path.name):
+        metric, control = claim.metric or measured, claim.control or arms[0]
+        unit, scale, places = unit_of(metric)
+        margin = f"{scale * (claim.margin or 0):g} {unit}".strip()
+        if claim.rule == "equivalence":
+            says = f"equal, within {margin}"
+        elif claim.rule == "non_inferiority":
+            says = f"not {'lower' if claim.sign > 0 else 'higher'} by {margin}"
+        else:
+            says = "higher" if claim.sign > 0 else "lower"
+            says += "" if claim.paper is None else f", by {abs(scale * claim.paper):.1f} {unit}"
+        said_of = metric.replace("_", " ").replace("@", " after ").replace("/base", " of addition")
+        cells = [f"`{claim.arm}` against `{control}`", said_of.replace("/", ": "), says]
+        values = by_seed(rows, metric)
+        difference = paired(values.get(claim.arm or "", {}), values.get(control, {}))
+        if difference is None:
+            found.append([*cells, "", "", NOT_RUN])
+            continue
+        shown = difference.relative() if is_relative(metric) else difference
+        interval = ""
+        if shown.low is not None and shown.high is not None:
+            low, high = (f"{scale * bound:+.{places}f}" for bound in (shown.low, shown.high))
+            interval = f"{low} to {high} (n = {shown.seeds})"
+        (verdict,) = judge(claim, values, relative=is_relative(metric))
+        more = re.search(r"[\d,]+ seeds would decide|no number of seeds would", verdict.text)
+        said = f"**{verdict.verdict}**" + (f": {more[0]}" if more else "")
+        mean = f"{scale * shown.mean:+.{places}f} {unit}".strip()
+        found.append([*cells, mean, interval, said])
+    return found
+
+
+CLAIM_HEADINGS = ["arm", "measured", "the papers", "here", "95 %", "verdict"]
+
+
+def adaptation() -> str:
+    """Every claim about adapters: the paper's figure, ours with its interval, and the verdict."""
+    files = sorted(path.stem for path in (ROOT / "configs/claims/adaptation").glob("*.yaml"))
+    found = [[name, *cells] for name in files for cells in claims_of(f"adaptation/{name}")]
+    return markdown(["experiment", *CLAIM_HEADINGS], found, 4)
 
 
 def adaptation_arms() -> str:
     """Every arm: what it trains, how well it does, and what is left of addition."""
     found = []
     for path in sorted((ROOT / "configs/claims/adaptation").glob("*.yaml")):
-        rows = adaptation_rows(path.stem)
+        rows = claimed_rows(f"adaptation-{path.stem}")
         for arm in dict.fromkeys(row["arm"] for row in rows):
             mine = [row for row in rows if row["arm"] == arm and row.get("test/loss")]
             if not mine:
@@ -321,6 +347,47 @@ def adaptation_arms() -> str:
     headings = ["experiment", "arm", "runs", "trained", "rate", "exact match, %"]
     headings += ["characters, %", "loss", "addition, exact match, %"]
     return markdown(headings, found, 2) if found else NOT_YET
+
+
+# ---------------------------------------------------------------------------- preferences
+
+# What is shown of each arm: the column of the rows, its scale and places.
+OF_ANSWERS = {
+    "reward": (1, 3),
+    "score": (1, 3),
+    "kl": (1, 2),
+    "exact_match": (100, 1),
+    "length": (1, 2),
+    "cost/seconds": (1, 1),
+    "cost/all_seconds": (1, 1),
+    "cost/written": (1e-3, 0),
+    "cost/passes": (1e-6, 2),
+    "cost/all_passes": (1e-6, 2),
+}
+
+
+def preferences() -> str:
+    """Every claim about preferences."""
+    return markdown(CLAIM_HEADINGS, claims_of("preferences", "score"), 3)
+
+
+def preferences_arms() -> str:
+    """Every arm: what became of its answers, and what its training has taken."""
+    rows, found = claimed_rows("preferences"), []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        mine = [row for row in rows if row["arm"] == arm and row.get("test/score")]
+        cells = [f"`{arm}`", str(len(mine)), f"{int(mine[0]['steps']):,}"] if mine else []
+        for column, (scale, places) in OF_ANSWERS.items() if mine else ():
+            values = [scale * float(row[f"test/{column}"]) for row in mine]
+            spread = f" ± {statistics.stdev(values):,.{places}f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.fmean(values):,.{places}f}{spread}")
+        found += [cells] if cells else []
+    if not found:
+        return NOT_YET
+    headings = ["arm", "runs", "steps", "reward", "score", "KL, nats", "exact match, %", "length"]
+    headings += ["seconds", "with the reward model's", "written, thousand"]
+    headings += ["passes, million", "with the reward model's"]
+    return markdown(headings, found) + measured_on(rows)
 
 
 # ---------------------------------------------------------------------------- mixtures
@@ -796,6 +863,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "recall": recall,
     "adaptation": adaptation,
     "adaptation_arms": adaptation_arms,
+    "preferences": preferences,
+    "preferences_arms": preferences_arms,
     "adaptation_methods": adaptation_methods,
     "adaptation_costs": adaptation_costs,
     "filtered_attention": lambda: variants("filtered_attention", "plain", {}),
