@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -108,12 +109,13 @@ def fit(model: Any, directory: str = "run", steps: int = 2, *callbacks: Any, **o
 
 
 def test_each_file_begins_from_the_one_before_and_logs_what_it_must(chain: Path) -> None:
-    four = {"reward", "kl", "exact_match", "length"}
+    five = {"reward", "score", "kl", "exact_match", "length"}
+    costs = {f"cost/{name}" for name in ("passes", "written", "seconds", "all_passes")}
     for name, split, wanted in (
-        ("policy", "train", {*four, "clipped", "value_loss"}),
-        ("policy", "validation", {*four, "loss"}),
+        ("policy", "train", {*five, "clipped", "value_loss"}),
+        ("policy", "validation", {*five, *costs, "loss"}),
         ("dpo", "train", {"chosen", "rejected", "accuracy"}),
-        ("dpo", "validation", {*four, "loss"}),
+        ("dpo", "validation", {*five, *costs, "loss"}),
         ("reward", "validation", {"accuracy", "loss"}),
     ):
         held = {
@@ -140,12 +142,18 @@ def test_what_was_trained_is_a_language_model_to_all_else(runs: Path) -> None:
     # By its own objective a file's settings evaluate it, before training and after.
     given = ["--config", str(CONFIGS / "policy.yaml"), *TINY]
     assert main(["validate", *given, "--trainer.default_root_dir", "before"]) == 0
-    assert main(["validate", *given, "--ckpt_path", "runs/policy/last.ckpt"]) == 0
+    assert main(["validate", "--ckpt_path", "runs/policy/last.ckpt", *given]) == 0
     with open(runs / "policy" / "validate.csv") as file:
         after = list(csv.DictReader(file))[-1]
     last = [row for row in rows(runs / "policy") if row["validation/reward"]][-1]
-    for name in ("reward", "kl", "exact_match", "length"):
+    for name in ("reward", "score", "kl", "exact_match", "length", "cost/passes"):
         assert after[f"validation/{name}"] == last[f"validation/{name}"], name
+    # A run's own file says `ckpt_path: null`, and does not take back what the command says.
+    given = ["--config", "runs/policy/config.yaml", "--table", "again"]
+    assert main(["validate", "--ckpt_path", "runs/policy", *given]) == 0
+    with open(runs / "policy" / "again.csv") as file:
+        (again,) = csv.DictReader(file)
+    assert again["validation/kl"] == after["validation/kl"] != "0.0"
 
 
 def test_fit_resumes_by_the_checkpoint_alone(runs: Path) -> None:
@@ -397,6 +405,36 @@ def test_an_adapter_alone_is_trained(runs: Path) -> None:
     key = "embedding.weight"
     assert torch.equal(whole.net.state_dict()[key], sft[key])
     assert whole.heads["value"].weight.any()
+
+
+def test_the_reference_of_an_adapter_is_what_it_adapts(runs: Path) -> None:
+    """A prompt begins as something, and is drawn: the reference has none, whatever was drawn."""
+    model = fit(made(runs, "PPO", adapter="PromptTuning"), "whole", 2)
+    sft = archzoo.from_pretrained(runs / "sft")[0].state_dict()
+    held = model._beside["reference"].state_dict()
+    assert held.keys() == sft.keys()
+    assert all(torch.equal(held[name], weight) for name, weight in sft.items())
+    assert model.latest["train/kl"] != 0, "the prompt has changed what is written"
+
+
+@pytest.mark.parametrize("objective", ["PPO", "DPO"])
+def test_in_mixed_precision_training_starts_at_the_reference(objective: str, runs: Path) -> None:
+    """Policy and reference are read alike, and an answer as when it was written: ratios of 1."""
+    seen: list[dict[str, float]] = []
+
+    class Watch(lightning.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            seen.append(dict(pl_module.latest))
+
+    options = {"clip": 0.0, "minibatches": 1} if objective == "PPO" else {}
+    model = made(runs, objective, adapter="LoRA", **options)
+    fit(model, "run", 2, Watch(), precision="bf16-mixed")
+    if objective == "PPO":
+        assert seen[0]["train/kl"] == seen[0]["train/clipped"] == 0 < seen[1]["train/clipped"]
+    else:
+        assert seen[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert seen[1]["train/loss"] < seen[0]["train/loss"]
+    assert all(value.dtype == torch.float32 for value in model.state_dict().values())
 
 
 # ---------------------------------------------------------------------------- the chain, for long

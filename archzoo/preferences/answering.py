@@ -25,15 +25,16 @@ EVALUATION = 2**40  # seeds of the answers of an evaluation, from there on
 class AnsweringModel(PreferenceModel):
     """A policy beside its reference, whose answers an evaluation reads.
 
-    The reference is the policy as training starts, or another checkpoint of the same vocabulary. It
-    stays frozen and in evaluation mode. Every evaluation draws an answer to each question, with the
-    same seeds, and logs means over them: `reward`; `score`, the task's own reward, whichever is
-    learnt from; `kl`, the sum over an answer's tokens of log p - log q in nats; `exact_match`,
-    right and ended by the stop token; and `length` in tokens. Beside them it says what training has
-    cost so far: `cost/passes`, tokens through the policy, the reference or the reward model, each
-    of which counts 1 and 3 with its gradient; `cost/written`, tokens that the policy wrote;
-    `cost/seconds`, without evaluations; and `cost/all_passes` and `cost/all_seconds`, which hold
-    those of training the reward model, too, where it is learnt from.
+    The reference is the policy as training starts, without an adapter that is put on it then, or
+    another checkpoint of the same vocabulary. It stays frozen and in evaluation mode. Every
+    evaluation draws an answer to each question, with the same seeds, and logs means over them:
+    `reward`; `score`, the task's own reward, whichever is learnt from; `kl`, the sum over an
+    answer's tokens of log p - log q in nats; `exact_match`, right and ended by the stop token; and
+    `length` in tokens. Beside them it says what training has cost so far: `cost/passes`, tokens
+    through the policy, the reference or the reward model, each of which counts 1 and 3 with its
+    gradient; `cost/written`, tokens that the policy wrote; `cost/seconds`, without evaluations; and
+    `cost/all_passes` and `cost/all_seconds`, which hold those of training the reward model, too,
+    where it is learnt from.
 
     Args:
         reward_model: A checkpoint of objective RewardModel, which rewards answers. None: the task
@@ -77,13 +78,22 @@ class AnsweringModel(PreferenceModel):
     def setup(self, stage: str) -> None:
         super().setup(stage)  # before a checkpoint is read: these are the weights at the start
         if "reference" not in self._beside:
-            if self.reference is None:
-                reference = copy.deepcopy(self.net)
-            else:
+            if self.reference is not None:
                 reference = load_beside(self, self.reference, "reference policy", "reference")
+            elif self._adapts:  # what it adapts: an adapter may begin as something, and is drawn
+                assert self._weights is not None
+                reference = load_beside(self, self._weights, "reference policy", "weights")
+                reference = reference.to(self.net.dtype)
+            else:
+                reference = copy.deepcopy(self.net)
             self._beside.add("reference", reference)
             if self.reward_model is not None:
                 self._beside.add("reward_model", load_reward_model(self, self.reward_model))
+
+    @property
+    def _adapts(self) -> bool:
+        """Whether an adapter is put on the weights that training starts from."""
+        return any(self.architecture.get(name) for name in ("adapter", "adapters"))
 
     def write(self, batch: Batch, seed: int) -> Answers:
         """Answers to a batch's questions by the policy, row r by seed + r."""

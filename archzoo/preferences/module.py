@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from archzoo.block import Aux
 from archzoo.checkpoint import load
-from archzoo.checkpoint.bases import base_weights
 from archzoo.checkpoint.digest import weights_digest
 from archzoo.decoder import Decoder
 from archzoo.numerics import widest
@@ -256,13 +255,7 @@ class Beside:
 
     def digests(self) -> dict[str, str]:
         """By which a resumed run knows them again."""
-        return {
-            # An adapter starts as nothing, however it is drawn.
-            name: weights_digest(
-                base_weights(part) if isinstance(part, Decoder) else part.state_dict()
-            )
-            for name, part in self._held.items()
-        }
+        return {name: weights_digest(part.state_dict()) for name, part in self._held.items()}
 
 
 def load_beside(module: LanguageModel, path: str, what: str, setting: str) -> Decoder:
