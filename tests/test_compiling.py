@@ -5,11 +5,14 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import lightning
 import pytest
 import torch
+from kernel_device import GPU
 from torch._dynamo.backends.registry import lookup_backend
 
 import archzoo
+from archzoo.tasks.text import Text
 from archzoo.training import compiling
 from archzoo.training.compiling import CompileModel
 from archzoo.training.module import LanguageModel
@@ -119,6 +122,50 @@ def test_auto_compiles_large_models_on_a_gpu_alone(monkeypatch, capfd):
     assert module.net.compiled_hidden is not None
     assert callback_says(False, module, capfd) == ""
     assert module.net.compiled_hidden is None
+
+
+def test_mixtures_are_replayed_where_nothing_of_a_step_is_kept(tmp_path):
+    (tmp_path / "text.txt").write_text("to be or not to be " * 20)
+    carried = Text(path=str(tmp_path / "text.txt"), tokenizer="characters", carry_state=True)
+
+    def answer(device, task=None, feed_forward="MixtureOfExperts", **changed):
+        trainer = SimpleNamespace(**{"world_size": 1, "accumulate_grad_batches": 1} | changed)
+        module = module_of(device, feed_forward=feed_forward)
+        module._trainer = SimpleNamespace(datamodule=task)
+        return compiling.replays(trainer, module)
+
+    assert answer("cuda")
+    assert not answer("cpu")
+    assert not answer("cuda", feed_forward="GatedFeedForward")
+    assert not answer("cuda", world_size=2)
+    assert not answer("cuda", accumulate_grad_batches=2)
+    assert not answer("cuda", task=carried)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_a_replayed_run_is_the_run(tmp_path, monkeypatch):
+    """Of a mixture with dropout, whose last batch of each epoch is short."""
+    weights = {}
+    monkeypatch.setattr(compiling, "LEAST", 0)
+    for replayed in (True, False):
+        torch._dynamo.reset()
+        monkeypatch.setattr(compiling, "replays", lambda *_, replayed=replayed: replayed)
+        lightning.seed_everything(0)
+        module = LanguageModel("skywork_micro", dropout=0.1, warmup_steps=2)
+        trainer = lightning.Trainer(
+            accelerator="gpu", precision="bf16-mixed", max_steps=24, gradient_clip_val=1.0,
+            val_check_interval=8, check_val_every_n_epoch=None, logger=False,
+            enable_checkpointing=False, default_root_dir=tmp_path, callbacks=[CompileModel("auto")],
+        )  # fmt: skip
+        (tmp_path / "text.txt").write_text("to be or not to be, that is the question " * 40)
+        task = Text(
+            path=str(tmp_path / "text.txt"), tokenizer="characters", context_length=32, batch_size=8
+        )
+        trainer.fit(module, task)
+        assert module.net.compiled_hidden is not None
+        weights[replayed] = {n: w.detach().cpu() for n, w in module.net.state_dict().items()}
+    for name, weight in weights[False].items():
+        assert torch.equal(weights[True][name], weight), name
 
 
 def test_auto_says_why_it_does_not_compile(monkeypatch, capfd):

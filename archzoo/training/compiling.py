@@ -11,6 +11,7 @@ import lightning
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
+from archzoo.feedforward.moe import Experts
 from archzoo.kernels.launching import TRITON_FOUND
 from archzoo.training.deepspeed import stage_of
 from archzoo.training.ending import say
@@ -43,14 +44,43 @@ def missing() -> str | None:
     return None
 
 
-def options() -> dict[str, Any]:
-    """What is asked of torch's compiler, beside its own choices."""
+def options(replayed: bool = False) -> dict[str, Any]:
+    """What is asked of torch's compiler, beside its own choices.
+
+    Args:
+        replayed: As `replays` says.
+    """
     from torch._inductor import config  # takes a while to import
 
     # Loops are put in order before they are fused, and not after: else the cast of the residual
     # stream's gradient, 23 kernels and 0.8 of 60 ms of a step, stays apart from what makes it.
-    given = {"loop_ordering_after_fusion": False}
-    return {name: value for name, value in given.items() if hasattr(config, name)}
+    name = "loop_ordering_after_fusion"
+    given: dict[str, Any] = {name: False} if hasattr(config, name) else {}
+    if replayed:
+        # A graph is of one shape: batches of many lengths are launched kernel by kernel.
+        given |= {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}
+    return given
+
+
+def replays(trainer: lightning.Trainer, module: LanguageModel) -> bool:
+    """Whether the compiled step is captured in CUDA graphs, and replayed.
+
+    A mixture of experts runs a hundred kernels a layer, which a host launches more slowly than a
+    GPU computes them: a step of skywork_base took 50 to 69 ms, and 43 replayed. Dense models wait
+    for the GPU, and gain nothing.
+
+    A graph writes each time to the same memory. So nothing that it gave may be kept until its next
+    run: neither gradients that are summed over micro-batches nor carried states, and an objective
+    of its own may run the model several times in a step.
+    """
+    return (
+        module.device.type == "cuda"
+        and any(isinstance(part, Experts) for part in module.net.modules())
+        and trainer.world_size == 1
+        and trainer.accumulate_grad_batches == 1
+        and type(module).training_step is LanguageModel.training_step
+        and not getattr(module.task, "carry_state", False)
+    )
 
 
 class CompileModel(lightning.Callback):
@@ -98,7 +128,7 @@ class CompileModel(lightning.Callback):
         if by_blocks or pl_module.unfreezes or pl_module.teacher is not None:
             net.compile_blocks(options=options())
         else:
-            net.compile(options=options())
+            net.compile(options=options(replays(trainer, pl_module)))
         compiled, plain = net.compiled_hidden, net._hidden
 
         def compute(*given: Any) -> Any:
