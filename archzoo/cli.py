@@ -5,6 +5,7 @@ So `archzoo --help` answers at once, without torch.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import inspect
 import json
@@ -13,6 +14,7 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from archzoo.training.ending import Ended
@@ -249,11 +251,28 @@ def dispatch(name: str, arguments: list[str]) -> int:
         from archzoo.training.ending import SIGNALS
 
         with SIGNALS:
-            from archzoo.training.command import run
-
-            return run(name, arguments)
-    module = importlib.import_module(f"archzoo.{command.module}")
+            status: int = _import("archzoo.training.command").run(name, arguments)
+            return status
+    module = _import(f"archzoo.{command.module}")
     return call(getattr(module, command.function), f"archzoo {name}", arguments)
+
+
+def _import(name: str) -> ModuleType:
+    """A command's module, by its whole name.
+
+    What importing makes is there to stay: looking for garbage in it, again and again, took a third
+    of a command's start.
+    """
+    if name in sys.modules:
+        return sys.modules[name]
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return importlib.import_module(name)
+    finally:
+        gc.freeze()
+        if collects:
+            gc.enable()
 
 
 def _named(name: str, commands: dict[str, Command], program: str) -> Command:

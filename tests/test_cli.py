@@ -1,6 +1,7 @@
 """The command line: what it does, what it costs, and what it says to a mistake."""
 
 import csv
+import gc
 import json
 import os
 import re
@@ -19,7 +20,7 @@ import yaml
 import archzoo
 from archzoo.checkpoint import load, task_of, tokenizer_files
 from archzoo.checkpoint.archives import Archive
-from archzoo.cli import COMMANDS, main, usage
+from archzoo.cli import COMMANDS, _import, main, usage
 from archzoo.decoder import Decoder
 from archzoo.tasks import Text
 
@@ -309,6 +310,18 @@ def test_help_needs_no_torch_and_half_a_second():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+def test_what_importing_makes_is_not_searched_for_garbage(tmp_path, monkeypatch):
+    (tmp_path / "makes_much.py").write_text(
+        "import gc\nmade = [[] for _ in range(100_000)]\ncollects = gc.isenabled()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    frozen = gc.get_freeze_count()
+    assert not _import("makes_much").collects
+    assert gc.isenabled() and gc.get_freeze_count() - frozen > 100_000
+    gc.unfreeze()
+    assert _import("makes_much") is sys.modules["makes_much"] and gc.get_freeze_count() == 0
 
 
 def test_models_need_no_lightning():
