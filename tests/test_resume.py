@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from archzoo.tasks import Addition, Text
+from archzoo.training.averaging import AverageWeights
 from archzoo.training.callbacks import Checkpoints, SaveAndEndOnSignal
 from archzoo.training.ending import Ended, Signals
 from archzoo.training.files import CheckpointFiles, MetricsFile
@@ -140,6 +141,7 @@ def fit(directory, task, *callbacks, accumulate=1, every=4, kill=None, resume=Fa
         accumulate_grad_batches=accumulate,
         gradient_clip_val=1.0,
         log_every_n_steps=2,
+        precision=options.get("precision", "32-true"),
         val_check_interval=7,  # in the middle of accumulations, too
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
@@ -201,6 +203,42 @@ def test_resumed_is_the_same_run(tmp_path, kind, accumulate, every, kills):
     assert len(losses(whole)) >= 7
     for name, weight in expected.net.state_dict().items():
         assert torch.equal(weight, resumed.net.state_dict()[name]), name
+
+
+def test_resumed_is_the_same_run_in_float64(tmp_path):
+    """Whose weights no file's reader rounds to float32; to validate them, too."""
+    options = {"precision": "64-true", "every": 3}
+    expected = fit(tmp_path / "whole", addition(), **options)
+    fit(tmp_path / "segments", addition(), **options, kill=6)
+    resumed = fit(tmp_path / "segments", addition(), **options, resume=True)
+    assert_same(tmp_path / "whole", tmp_path / "segments", expected, resumed)
+    trainer = lightning.Trainer(
+        accelerator="cpu", precision="64-true", logger=False, plugins=[CheckpointFiles()]
+    )
+    read = LanguageModel("retnet_micro", dropout=0.2)
+    trainer.validate(read, addition(), ckpt_path=tmp_path / "whole" / "last.ckpt")
+    for name, weight in expected.net.state_dict().items():
+        assert torch.equal(weight, read.net.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_averages_are_resumed_in_float32_at_least(tmp_path, precision):
+    """In bfloat16 an average of many steps would stand still."""
+    for directory, kills in (("whole", [None]), ("segments", [6, None])):
+        for number, kill in enumerate(kills):
+            averages = AverageWeights(0.99)
+            fit(
+                tmp_path / directory, addition(), averages,
+                precision=precision, every=3, kill=kill, resume=number > 0,
+            )  # fmt: skip
+    whole, segments = (
+        torch.load(tmp_path / directory / "last.ckpt", weights_only=True)
+        for directory in ("whole", "segments")
+    )
+    for held in ("state_dict", "current_model_state"):
+        for name, weight in whole[held].items():
+            assert torch.equal(weight, segments[held][name]), name
+    assert all(weight.dtype.itemsize >= 4 for weight in whole["state_dict"].values())
 
 
 # The validations of 14 steps are at 7 and 14, the last one after all that is to be trained.

@@ -988,6 +988,9 @@ class LanguageModel(lightning.LightningModule):
         if not (self.sharded or self._by_engine):  # which have loaded the weights by themselves
             beside = set() if record is None else base_weights(self.net).keys()
             check_weights_fit(self.net, checkpoint.get("state_dict"), beside)
+            if self._trainer is not None:
+                # Else float64 would be read through float32: Lightning converts after it reads.
+                self.trainer.precision_plugin.convert_module(self)
         files = checkpoint.get("tokenizer")
         if self.task is not None and files is not None:
             # Rebuilt first: a file may say of truncating and the like what is switched off now.
