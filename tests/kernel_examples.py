@@ -387,28 +387,16 @@ def decoding() -> None:
             table = torch.zeros(batch, width // 2, 2)
             z = kernels.linear(x, weight)
             kernels.blend(z, of_heads, z, kernels.Rotation(table, width, q, q, 0.125))
-            following = kernels.make_next(mixture, norm.weight), kernels.make_next(vectors, None)
-            left = None
-            for _ in range(2):
-                y, of_y = kernels.linear_and_next(
-                    x, weight, following[1], norm=norm, paired=True, mixture=mixture, left=left
-                )
-                _, left = kernels.linear_and_next(
-                    y, down, following[0], residual=x, mixture=vectors, left=of_y
-                )
-            memory, positions = torch.zeros(batch, heads, width, width), torch.zeros(batch).long()
-            four = z.split(q, 1)
-            kernels.retain_and_next(*four, torch.zeros(heads), positions, memory, following[0])
+            y, left = kernels.linear_and_next(
+                x, weight, vectors, norm=norm, paired=True, mixture=mixture
+            )
+            kernels.linear(y, down, residual=x, mixture=vectors, left=left)
 
 
 @example
 def cache_attention() -> None:
     """One row of grouped queries that are rotated here, and many of packed documents."""
-    from archzoo.kernels.cache_attention import (
-        attend_cache,
-        attend_cache_and_next,
-        make_arrivals,
-    )
+    from archzoo.kernels.cache_attention import attend_cache, make_arrivals
 
     for batch, capacity, packed in ((1, 16_384, False), (8, 1024, True)):
         heads, kv_heads, size = 12, 4, 64
@@ -422,10 +410,6 @@ def cache_attention() -> None:
             documents=torch.zeros(batch, capacity, dtype=torch.int64) if packed else None,
             document=torch.zeros(batch, 1, dtype=torch.int64) if packed else None,
         )  # fmt: skip
-        if not packed:
-            arrivals = make_arrivals(batch, heads, 5, "cpu")
-            first = torch.randn(heads * size, 90, dtype=torch.bfloat16)
-            attend_cache_and_next(q, k, v, keys, values, torch.tensor(5), arrivals, first)
 
 
 # ---------------------------------------------------------------------------- as a script

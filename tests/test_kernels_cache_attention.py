@@ -93,25 +93,6 @@ def test_grouped_queries_and_sizes(heads, kv_heads, size):
     compare(draw(2, heads, kv_heads, size, 150, 130), 130)
 
 
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "size", "length"), [(2, 2, 16, 9), (3, 1, 40, 130), (12, 1, 32, 130)]
-)
-def test_each_head_leaves_its_product_with_the_next_matrix(heads, kv_heads, size, length):
-    """By one program, and by the last of several that share the keys."""
-    torch.manual_seed(size)
-    tensors = draw(2, heads, kv_heads, size, 150, length)
-    first = torch.randn(heads * size, 11, device=DEVICE)
-    wide = [x.double().nan_to_num() for x in tensors]
-    count = torch.tensor(length, device=DEVICE)
-    with torch.no_grad():
-        wanted = kernels.attend_plainly(*wide, count.clone())
-        arrivals = kernels.make_arrivals(2, heads, length, DEVICE)
-        y, left = kernels.attend_cache_and_next(*tensors, count, arrivals, first)
-    assert distance(y, wanted) < 1e-6
-    product = torch.einsum("bhd,hdc->hbc", wanted, first.double().view(heads, size, -1))
-    assert distance(left, product) < 1e-6
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rounds_the_result_alone(dtype):
     torch.manual_seed(0)

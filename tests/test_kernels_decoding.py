@@ -60,17 +60,14 @@ def test_linear_after_a_norm(batch, dtype, width, out, paired):
 @pytest.mark.parametrize(("batch", "dtype"), BATCHES)
 @pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize(("experts", "rank", "top_k"), [(3, 5, 2), (4, 1, None)])
-def test_mixture_beside_a_product(batch, dtype, paired, experts, rank, top_k, monkeypatch):
-    """After another product that leaves something for it, and by itself."""
+def test_mixture_beside_a_product(batch, dtype, paired, experts, rank, top_k):
     torch.manual_seed(batch)
-    monkeypatch.setattr(kernels, "LEAVING", 5)
     if top_k is not None:  # which of two is chosen is for no rounding to say
         dtype = torch.float32
     dtype = LOW if dtype == torch.bfloat16 else dtype
-    width, dim, places = 40, 24, [(0, 30), (30, 30)] if paired else [(16, 32), (64, 11)]
+    dim, places = 24, [(0, 30), (30, 30)] if paired else [(16, 32), (64, 11)]
     out, scale = 60 if paired else 75, 0.7
-    x, residual = draw(batch, width, dtype=dtype), draw(batch, dim, dtype=dtype)
-    before, norm = draw(dim, width, dtype=dtype, scale=0.2), draw(dim, dtype=dtype)
+    x, norm = draw(batch, dim, dtype=dtype), draw(dim, dtype=dtype)
     weight = draw(out, dim, dtype=dtype, scale=0.2)
     changes = []
     for begin, rows in places:
@@ -84,10 +81,6 @@ def test_mixture_beside_a_product(batch, dtype, paired, experts, rank, top_k, mo
     mixture = kernels.make_mixture(
         torch.cat(firsts), seconds, out, experts, top_k, scale, paired=paired
     )
-    following = kernels.make_next(mixture, norm)
-    h, left = kernels.linear_and_next(x, before, following, residual=residual.clone())
-    assert (left is None) == (batch > 2)
-    assert left is None or len(left.parts) > 1
     wide = [
         change._replace(
             first=change.first.double(),
@@ -96,16 +89,13 @@ def test_mixture_beside_a_product(batch, dtype, paired, experts, rank, top_k, mo
         )
         for change in changes
     ]
-    normed = rms_norm(h.double(), norm.double(), 1e-6)
+    normed = rms_norm(x.double(), norm.double(), 1e-6)
     wanted = changed_product(normed, weight.double(), None, wide)
     if paired:
         gate, up = wanted.chunk(2, dim=-1)
         wanted = F.silu(gate) * up
-    for given in {left, None}:
-        found = kernels.linear(
-            h, weight, norm=Norm(norm, 1e-6), paired=paired, mixture=mixture, left=given
-        )
-        assert distance(found, wanted) < TOLERANCES[dtype]
+    found = kernels.linear(x, weight, norm=Norm(norm, 1e-6), paired=paired, mixture=mixture)
+    assert distance(found, wanted) < TOLERANCES[dtype]
 
 
 @pytest.mark.parametrize(("batch", "dtype"), BATCHES)
@@ -119,11 +109,12 @@ def test_vectors_scale_the_input_of_a_product(batch, dtype, monkeypatch):
     weight = draw(out, width, dtype=dtype, scale=0.2)
     router, vectors = draw(experts, width, dtype=dtype, scale=0.3), draw(experts, width)
     mixture = kernels.make_scaling(router, vectors - 1, None)
-    following = kernels.make_next(mixture, None)
-    z, left = kernels.linear_and_next(x, before, following, paired=True)
+    z, left = kernels.linear_and_next(x, before, mixture, paired=True)
+    assert (left is None) == (batch > 2)
+    assert left is None or len(left) > 1
     gates = torch.softmax(z.double() @ router.double().T, dim=-1)
     wanted = (z.double() * (gates @ vectors.double())) @ weight.double().T
-    for given in {left, None}:
+    for given in (left, None):
         found = kernels.linear(z, weight, mixture=mixture, left=given)
         assert distance(found, wanted) < TOLERANCES[dtype]
 
@@ -233,36 +224,3 @@ def test_retain_is_the_plain_step(decay):
     found = kernels.retain(q, k, v, log_decay, positions, memory)
     assert distance(found, wanted) < TOLERANCES[torch.float32]
     assert distance(memory, new) < TOLERANCES[torch.float32]
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-def test_retain_leaves_for_the_mixture_of_the_output(batch):
-    """Each head's part lacks the root of its norm, which the output's kernel knows."""
-    torch.manual_seed(batch)
-    heads, dk, dv, out, experts, rank = 3, 4, 40, 18, 3, 2
-    width, eps = heads * dv, 1e-6
-    log_decay = -torch.rand(heads).to(DEVICE)
-    memory, positions = draw(batch, heads, dk, dv), torch.full((batch,), 7, device=DEVICE)
-    projected = draw(batch, 2 * heads * dk + 2 * width)
-    q, k, v, gate = projected.split((heads * dk, heads * dk, width, width), dim=1)
-    first, router = draw(experts * rank, width, scale=0.2), draw(experts, width, scale=0.2)
-    change = Change(0, first, draw(out, experts * rank), 0.7, router)
-    mixture = kernels.make_mixture(
-        torch.cat([first, router]), [(0, change.second)], out, experts, None, 0.7
-    )
-    following = kernels.make_next(mixture, None)
-    o, left = kernels.retain_and_next(q, k, v, gate, log_decay, positions, memory, following)
-    assert len(left.parts) > heads
-    weight, residual = draw(out, width, scale=0.2), draw(batch, out)
-    normed = rms_norm(o.double().unflatten(1, (heads, dv)), eps=eps).flatten(1)
-    x = F.silu(gate.double()) * normed
-    wide = change._replace(
-        first=first.double(), second=change.second.double(), router=router.double()
-    )
-    wanted = residual.double() + changed_product(x, weight.double(), None, [wide])
-    norm = Norm(None, eps, heads, gate)
-    for given in (left, None):
-        found = kernels.linear(
-            o, weight, norm=norm, residual=residual.clone(), mixture=mixture, left=given
-        )
-        assert distance(found, wanted) < TOLERANCES[torch.float32]

@@ -7,8 +7,7 @@ and GatedFeedForward as the plain RetNet and transformer have them. A block's ot
 mixture of experts, is called between.
 
 Adapters that can be merged are in the weights that it is given. MoLoRA and MoV, which change with
-the token, are part of the kernels: what a mixture's A and router make of x is left by the kernel
-that makes x, part by part, wherever it can.
+the token, are part of the kernels; what A and router make of x is a launch before.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from archzoo.embeddings.token import TokenEmbedding
 from archzoo.feedforward.dense import GatedFeedForward
 from archzoo.kernels import cache_attention
 from archzoo.kernels import decoding as kernels
-from archzoo.kernels.decoding import Blend, Left, Mixture, Next, Norm, Rotation, Scaling
+from archzoo.kernels.decoding import Blend, Mixture, Norm, Rotation, Scaling
 from archzoo.linear import Linear
 from archzoo.mixers.attention import Attention, prefix_of
 from archzoo.mixers.retention import Retention
@@ -59,14 +58,12 @@ class _Here(NamedTuple):
         document: (batch, 1) int64, as the contexts of calls number them; None: one a row.
         tables: Of each rotation.
         context: For the parts that are called; None where there are none.
-        left: What the last half has left for the next, or nothing.
     """
 
     positions: Tensor
     document: Tensor | None
     tables: dict[Frequencies, Tensor]
     context: Context | None
-    left: list[Left | None]
 
 
 class Matrix(NamedTuple):
@@ -84,27 +81,10 @@ class Matrix(NamedTuple):
     blend: Blend | None = None
     key_blended: bool = False
 
-    def following(self, norm: Norm | None = None) -> Next | None:
-        """What the product before it leaves something for; None: there is no mixture.
 
-        Args:
-            norm: Between the two.
-        """
-        return kernels.make_next(self.mixture, None if norm is None else norm.weight)
-
-
-class Half(NamedTuple):
-    """Half a block.
-
-    Attributes:
-        run: Adds to x (batch, dim) in place: of x, what the mixer holds (None for a feed-forward),
-            what all share, and what is to be left for the next half's first product. It gives what
-            the mixer holds then.
-        following: What its own first product wants to be left.
-    """
-
-    run: Callable[[Tensor, Any, _Here, Next | None], Any]
-    following: Next | None = None
+#: Half a block: adds to x (batch, dim) in place.
+Mix = Callable[[Tensor, State, _Here], State]
+Feed = Callable[[Tensor, _Here], None]
 
 
 def fused_step(model: Decoder) -> Step | None:
@@ -124,16 +104,10 @@ def fused_step(model: Decoder) -> Step | None:
     if not any([*mixes, *feeds]):
         return None
     calls = None in mixes or None in feeds
-    halves = [
-        half
+    layers: list[tuple[Mix, Feed]] = [
+        (mix or partial(_call_mixer, block), feed or partial(_call_feed_forward, block))
         for block, mix, feed in zip(model.blocks, mixes, feeds, strict=True)
-        for half in (
-            mix or Half(partial(_call_mixer, block)),
-            feed or Half(partial(_call_feed_forward, block)),
-        )
     ] * model.loops
-    after_halves = [half.following for half in halves[1:]] + [None]
-    plan = list(zip(halves[::2], after_halves[::2], halves[1::2], after_halves[1::2], strict=True))
     embedding, norm, head = model.embedding.weight, _norm_of(model.norm), _weight(model.head)
     device = embedding.device
     found = [_frequencies(block.mixer) for block in model.blocks]
@@ -154,11 +128,11 @@ def fused_step(model: Decoder) -> Step | None:
                 table = kernels.rotation_table(positions, theta, each.amplitude)
             tables[each] = table
         assert x is not None  # there is a rotation, if only of no pairs
-        here = _Here(positions, document, tables, context, [])
+        here = _Here(positions, document, tables, context)
         blocks = []
-        for (mix, for_feed, feed, for_mix), held in zip(plan, state["blocks"], strict=True):
-            blocks.append(mix.run(x, held, here, for_feed))
-            feed.run(x, None, here, for_mix)
+        for (mix, feed), held in zip(layers, state["blocks"], strict=True):
+            blocks.append(mix(x, held, here))
+            feed(x, here)
         after = state | {"place": place | {"positions": positions}, "blocks": blocks}
         return kernels.linear(x, head, norm=norm), after
 
@@ -168,44 +142,36 @@ def fused_step(model: Decoder) -> Step | None:
 # ------------------------------------------------------------------------ halves of blocks
 
 
-def _project(matrix: Matrix, norm: Norm, turn: Rotation, x: Tensor, here: _Here) -> Tensor:
+def _project(matrix: Matrix, norm: Norm, turn: Rotation, x: Tensor) -> Tensor:
     """Queries, keys, values and what else a mixer projects, q and k turned."""
     only_queries = turn._replace(key_width=0) if matrix.key_blended else turn
     projected = kernels.linear(
-        x, matrix.weight, norm=norm, rotation=only_queries, mixture=matrix.mixture, left=_left(here)
+        x, matrix.weight, norm=norm, rotation=only_queries, mixture=matrix.mixture
     )
     if matrix.blend is not None:
         kernels.blend(projected, matrix.blend, projected, turn)
     return projected
 
 
-def _left(here: _Here) -> Left | None:
-    return here.left.pop() if here.left else None
-
-
 def _retain(
     mixer: Retention,
     projection: Matrix,
     output: Matrix,
-    for_output: Next | None,
     norm: Norm,
     log_decay: Tensor,
     rotation: Frequencies,
     x: Tensor,
     held: State,
     here: _Here,
-    following: Next | None,
 ) -> State:
     width, values = mixer.heads * mixer.head_dim, mixer.heads * mixer.value_dim
     scale = mixer.head_dim**-0.5
     turn = Rotation(here.tables[rotation], mixer.head_dim, width, width, scale)
-    projected = _project(projection, norm, turn, x, here)
+    projected = _project(projection, norm, turn, x)
     q, k, v, gate = projected.split_with_sizes((width, width, values, values), 1)
-    o, left = kernels.retain_and_next(
-        q, k, v, gate, log_decay, here.positions, held["memory"], for_output
-    )
+    o = kernels.retain(q, k, v, log_decay, here.positions, held["memory"])
     of_heads = Norm(None, max(mixer.norm_eps, 1e-24), mixer.heads, gate)  # as Retention.finish
-    _close(output, o, of_heads, x, left, here, following)
+    kernels.linear(o, output.weight, norm=of_heads, residual=x, mixture=output.mixture)
     return held
 
 
@@ -213,17 +179,15 @@ def _attend(
     mixer: Attention,
     projection: Matrix,
     output: Matrix,
-    for_output: Next | None,
     norm: Norm,
     rotation: Frequencies,
     x: Tensor,
     held: State,
     here: _Here,
-    following: Next | None,
 ) -> State:
     heads, kv_heads, size = mixer.heads, mixer.kv_heads, mixer.head_dim
     turn = Rotation(here.tables[rotation], size, heads * size, kv_heads * size)
-    projected = _project(projection, norm, turn, x, here)
+    projected = _project(projection, norm, turn, x)
     heads_of_all = projected.unflatten(1, (-1, size))
     q, k, v = heads_of_all.split_with_sizes((heads, kv_heads, kv_heads), 1)
     cache = held["keys"], held["values"], held["length"], held["arrivals"]
@@ -231,54 +195,21 @@ def _attend(
     if here.document is not None and (prefix := prefix_of(held)):  # which every document sees
         held["documents"][:, :prefix] = here.document
     early = kernels.begins_early(len(x), x.device)
-    packed: dict[str, Any] = {"documents": documents, "document": here.document, "early": early}
-    left = None
-    if for_output is None or len(x) > kernels.VECTOR_ROWS:
-        y = cache_attention.attend_cache(q, k, v, *cache, **packed)
-    else:
-        y, parts = cache_attention.attend_cache_and_next(
-            q, k, v, *cache, for_output.first, **packed
-        )
-        left = Left(parts, False)
-    _close(output, y.flatten(1), None, x, left, here, following)
+    y = cache_attention.attend_cache(
+        q, k, v, *cache, documents=documents, document=here.document, early=early
+    )
+    kernels.linear(y.flatten(1), output.weight, residual=x, mixture=output.mixture)
     return held
 
 
-def _feed(
-    gate_up: Matrix,
-    down: Matrix,
-    for_down: Next | None,
-    norm: Norm,
-    x: Tensor,
-    _: None,
-    here: _Here,
-    following: Next | None,
-) -> None:
+def _feed(gate_up: Matrix, down: Matrix, norm: Norm, x: Tensor, here: _Here) -> None:
     hidden, left = kernels.linear_and_next(
-        x, gate_up.weight, for_down, norm=norm, paired=True,
-        mixture=gate_up.mixture, left=_left(here),
-    )  # fmt: skip
-    _close(down, hidden, None, x, left, here, following)
-
-
-def _close(
-    matrix: Matrix,
-    y: Tensor,
-    norm: Norm | None,
-    x: Tensor,
-    left: Left | None,
-    here: _Here,
-    following: Next | None,
-) -> None:
-    """The last product of a half, into x."""
-    _, after = kernels.linear_and_next(
-        y, matrix.weight, following, norm=norm, residual=x, mixture=matrix.mixture, left=left
+        x, gate_up.weight, down.mixture, norm=norm, paired=True, mixture=gate_up.mixture
     )
-    if after is not None:
-        here.left.append(after)
+    kernels.linear(hidden, down.weight, residual=x, mixture=down.mixture, left=left)
 
 
-def _call_mixer(block: Block, x: Tensor, held: State, here: _Here, _: Next | None) -> State:
+def _call_mixer(block: Block, x: Tensor, held: State, here: _Here) -> State:
     assert here.context is not None
     y, after = block.mix(block.mixer_norm(x[:, None]), held, here.context, "recurrent")
     assert after is not None  # one was given
@@ -286,7 +217,7 @@ def _call_mixer(block: Block, x: Tensor, held: State, here: _Here, _: Next | Non
     return after
 
 
-def _call_feed_forward(block: Block, x: Tensor, _: None, here: _Here, __: Next | None) -> None:
+def _call_feed_forward(block: Block, x: Tensor, here: _Here) -> None:
     assert here.context is not None
     y, _ = block.feed_forward(block.feed_forward_norm(x[:, None]), here.context)
     x.add_(y[:, 0])
@@ -311,7 +242,7 @@ def _is_plain_around(model: Decoder) -> bool:
     return same and _is_rms(model.norm, table.dtype) and _is_weight(model.head, table.dtype)
 
 
-def _find_mix(block: Block) -> Half | None:
+def _find_mix(block: Block) -> Mix | None:
     """The fused form of a block's first half."""
     mixer: Any = block.mixer
     rotation = _frequencies(mixer)
@@ -329,8 +260,7 @@ def _find_mix(block: Block) -> Half | None:
         projection = _find_matrix(mixer.query_key_value, dtype)
         if projection is None:
             return None
-        run = partial(_attend, mixer, projection, output, output.following(), norm, rotation)
-        return Half(run, projection.following(norm))
+        return partial(_attend, mixer, projection, output, norm, rotation)
     gated = mixer.head_norm == "rms" and len(mixer.widths) == 3
     if not gated or mixer.learnable or mixer.head_dim > MAX_KEY_DIM:
         return None
@@ -338,13 +268,10 @@ def _find_mix(block: Block) -> Half | None:
     if projection is None:
         return None
     log_decay = mixer.log_decay(mixer.output.weight)
-    return Half(
-        partial(_retain, mixer, projection, output, output.following(), norm, log_decay, rotation),
-        projection.following(norm),
-    )
+    return partial(_retain, mixer, projection, output, norm, log_decay, rotation)
 
 
-def _find_feed(block: Block) -> Half | None:
+def _find_feed(block: Block) -> Feed | None:
     """The fused form of a block's second half."""
     fed = block.feed_forward
     if type(fed) is not GatedFeedForward or fed.activation is not F.silu:
@@ -356,7 +283,7 @@ def _find_feed(block: Block) -> Half | None:
     if gate_up is None or down is None:
         return None
     norm = _norm_of(block.feed_forward_norm)
-    return Half(partial(_feed, gate_up, down, down.following(), norm), gate_up.following(norm))
+    return partial(_feed, gate_up, down, norm)
 
 
 def _frequencies(mixer: Any) -> Frequencies | None:

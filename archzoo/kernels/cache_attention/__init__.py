@@ -153,44 +153,6 @@ def attend_cache(
     return found
 
 
-def attend_cache_and_next(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    length: Tensor,
-    arrivals: Tensor,
-    first: Tensor,
-    *,
-    documents: Tensor | None = None,
-    document: Tensor | None = None,
-    early: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """`attend_cache` of q and k that are rotated already, and each head's product with a matrix.
-
-    Args:
-        q: As `attend_cache`'s, and so are all others but one.
-        k: The same.
-        v: The same.
-        keys: The same.
-        values: The same.
-        length: The same.
-        arrivals: The same.
-        first: (heads * head_dim, columns).
-        documents: The same.
-        document: The same.
-        early: The same.
-
-    Returns:
-        y, and ``y_h first_h`` of each head's own rows of `first`, (heads, batch, columns) float32.
-    """
-    batch, heads, _ = q.shape
-    left = q.new_empty((heads, batch, first.shape[1]), dtype=torch.float32)
-    given = q, k, v, keys, values, length, arrivals, documents, document
-    return _attend(*given, None, early, (first, left)), left
-
-
 def attend_plainly(
     q: Tensor,
     k: Tensor,
@@ -276,24 +238,8 @@ def _attend(
     document: Tensor | None,
     table: Tensor | None,
     early: bool,
-    following: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The operator.
-
-    Args:
-        q: As for `attend_cache`, and so are all others but the last.
-        k: The same.
-        v: The same.
-        keys: The same.
-        values: The same.
-        length: The same.
-        arrivals: The same.
-        documents: The same.
-        document: The same.
-        table: The same.
-        early: The same.
-        following: A matrix, and where each head's product with it goes.
-    """
+    """The operator."""
     batch, heads, size = q.shape
     kv_heads, capacity = keys.shape[1:3]
     group = heads // kv_heads
@@ -317,21 +263,18 @@ def _attend(
     early = early and _begins_early(q.device)
     how = {"launch_pdl": True} if early else {}
     absent = arrivals  # stands for what the kernel does not read
-    first, left = following or (absent, absent)
-    columns = 0 if following is None else first.shape[1]
     launch(
         _MODULE, "attend_kernel", (places, splits),
         (
             q, k, v, keys, values, length, arrivals,
             absent if documents is None else documents, absent if document is None else document,
-            absent if table is None else table, partial, y, first, left,
+            absent if table is None else table, partial, y,
         ),
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         table_row, 0 if document is None else document.stride(0),
         kv_heads, group, capacity, splits, least, size**-0.5 * math.log2(math.e),
         SIZE=size, PAIRS=pairs, PACKED=documents is not None, EARLY=early,
-        GROUP=queries, LANES=lanes, RUN=run, JOIN=join, BLOCK_D=block_d,
-        LEFT=columns, BLOCK_LEFT=power_of_2(max(columns, 1)), num_warps=WARPS, **how,
+        GROUP=queries, LANES=lanes, RUN=run, JOIN=join, BLOCK_D=block_d, num_warps=WARPS, **how,
     )  # fmt: skip
     return y
 

@@ -56,38 +56,13 @@ def read_keys(
 
 
 @triton.jit
-def leave(
-    y, like, first, left, head, group, part, row, rows,
-    SIZE: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr,
-    LEFT: tl.constexpr, BLOCK_LEFT: tl.constexpr,
-):  # fmt: skip
-    """Of y (GROUP, BLOCK_D) the product with its rows of `first`, for the next product's mixture.
-
-    What is left of a row are LEFT sums for each head.
-    """
-    depth = tl.arange(0, BLOCK_D)
-    column = tl.arange(0, BLOCK_LEFT)
-    query = tl.arange(0, GROUP)
-    rounded = y.to(like.dtype.element_ty).to(tl.float32)
-    for number in tl.static_range(GROUP):
-        of_group = part * GROUP + number
-        here = head * group + of_group
-        own = tl.sum(tl.where((query == number)[:, None], rounded, 0.0), 0)
-        at = first + (here * SIZE + depth)[:, None] * LEFT + column[None, :]
-        there = (of_group < group) & (column < LEFT)
-        rows_of_first = tl.load(at, mask=(depth < SIZE)[:, None] & there[None, :], other=0.0)
-        found = tl.sum(rows_of_first.to(tl.float32) * own[:, None], 0)
-        tl.store(left + (here * rows + row) * LEFT + column, found, mask=there)
-
-
-@triton.jit
 def attend_kernel(
-    q, k, v, keys, values, length, arrivals, documents, document, table, partial, y, first_of_next,
-    left, q_row, q_head, k_row, k_head, v_row, v_head, table_row, document_row,
+    q, k, v, keys, values, length, arrivals, documents, document, table, partial, y,
+    q_row, q_head, k_row, k_head, v_row, v_head, table_row, document_row,
     kv_heads, group, capacity, splits, least, scale,
     SIZE: tl.constexpr, PAIRS: tl.constexpr, PACKED: tl.constexpr, EARLY: tl.constexpr,
     GROUP: tl.constexpr, LANES: tl.constexpr, RUN: tl.constexpr, JOIN: tl.constexpr,
-    BLOCK_D: tl.constexpr, LEFT: tl.constexpr, BLOCK_LEFT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One token of a row against some of the keys of one key head, for GROUP of its queries.
 
@@ -104,7 +79,6 @@ def attend_kernel(
 
     With EARLY it begins while the kernel before it still runs, which makes q, k and v and has
     nothing to do with the cache: the first keys are loaded at once, all else once that has ended.
-    LEFT > 0: whoever has y leaves its product with `first_of_next`, (heads * SIZE, LEFT).
     """
     place = tl.program_id(0)
     split = tl.program_id(1)
@@ -187,14 +161,7 @@ def attend_kernel(
         whole = tl.sum(total * here, 1)
         found = tl.sum(weighted * here[:, :, None], 1)  # (GROUP, BLOCK_D)
         if used == 1:
-            found = found / whole[:, None]
-            tl.store(out, found.to(y.dtype.element_ty), mask=answered)
-            if LEFT > 0:
-                rows = tl.num_programs(0) // (kv_heads * parts)
-                leave(
-                    found, y, first_of_next, left, head, group, part, row, rows,
-                    SIZE, GROUP, BLOCK_D, LEFT, BLOCK_LEFT,
-                )  # fmt: skip
+            tl.store(out, (found / whole[:, None]).to(y.dtype.element_ty), mask=answered)
         else:
             slot = first + split * GROUP + tl.arange(0, GROUP)
             tl.store(partial + slot[:, None] * BLOCK_D + depth, found)
@@ -236,9 +203,3 @@ def attend_kernel(
         last = tl.exp2(tops - tl.max(tops, 1)[:, None])
         joined = tl.sum(sums * last[:, :, None], 1) / tl.sum(totals * last, 1)[:, None]
         tl.store(out, joined.to(y.dtype.element_ty), mask=answered)
-        if LEFT > 0:
-            rows = tl.num_programs(0) // (kv_heads * parts)
-            leave(
-                joined, y, first_of_next, left, head, group, part, row, rows,
-                SIZE, GROUP, BLOCK_D, LEFT, BLOCK_LEFT,
-            )  # fmt: skip

@@ -24,7 +24,7 @@ from archzoo.kernels import launching
 from archzoo.kernels.launching import interpreting, launch, power_of_2
 
 _MODULE = "archzoo.kernels.decoding.triton"
-VECTOR_ROWS = 2  # up to which a row is a program's, and the weight is read once for each
+_VECTOR_ROWS = 2  # up to which a row is a program's, and the weight is read once for each
 _TILE_BYTES = 2**15  # of a weight, which 128 threads hold in registers
 # Up to which a kernel begins while the one before still runs. At batch 64 weights that come early
 # are in the state's way: retnet_base took 1,562 us a step on an H100, and 1,416 without.
@@ -34,11 +34,10 @@ PROGRAMS = 128  # at least, where the sizes allow it: one for each multiprocesso
 EVICTION = (
     "evict_first"  # of weights, so that the state of a step stays in the cache until the next
 )
-# Programs, about, of a product that leaves something for the next one's mixture: each of the next's
+# Programs, about, of a product that leaves logits for the next one's vectors: each of the next's
 # programs reads what all of them left.
 LEAVING = 32
 _PARTS = 32  # of these at once
-_MOST_LEFT = 1024  # columns that a product leaves; more take a launch of their own
 _MOST_RANKS = 512  # of a block's mixture, which one program holds
 _MOST_ROUTED = 2**16  # channels times experts of a router, likewise
 _MOST_SCALED = 64  # experts of which each scales a product's input
@@ -132,52 +131,17 @@ class Scaling(NamedTuple):
 
     Attributes:
         first: R, (experts, width).
+        columns: The same transposed, contiguous, for the product that makes the input.
         vectors: l - 1, (experts, width) float32.
         top_k: Experts of a token; the others' gates are 0.
         blend: The same in tiles.
     """
 
     first: Tensor
+    columns: Tensor
     vectors: Tensor
     top_k: int
     blend: Blend
-
-
-class Next(NamedTuple):
-    """What a product leaves something for: the mixture of the next one, of which it makes x.
-
-    Attributes:
-        first: The mixture's `first`, transposed, (out, columns).
-        scales: The weight of the norm before the next product, or None.
-    """
-
-    first: Tensor
-    scales: Tensor | None
-
-
-def make_next(mixture: Mixture | Scaling | None, scales: Tensor | None) -> Next | None:
-    """What the product before a mixture's leaves something for; None: it has nothing to leave.
-
-    Args:
-        mixture: Or None.
-        scales: The weight of the norm between the two, or None.
-    """
-    if mixture is None or len(mixture.first) > _MOST_LEFT:
-        return None
-    return Next(mixture.first.t().contiguous(), scales)
-
-
-class Left(NamedTuple):
-    """``first x`` of a mixture, in parts that are to be summed.
-
-    Attributes:
-        parts: (parts, batch, columns).
-        rooted: Whether they lack the norm's root: the first of its groups' equal parts that of the
-            first group.
-    """
-
-    parts: Tensor
-    rooted: bool
 
 
 def available(weight: Tensor) -> bool:
@@ -271,7 +235,7 @@ def linear(
     paired: bool = False,
     residual: Tensor | None = None,
     mixture: Mixture | Scaling | None = None,
-    left: Left | None = None,
+    left: Tensor | None = None,
 ) -> Tensor:
     """``y = f(norm(x)) W^T``, with what stands around it in a layer.
 
@@ -283,7 +247,8 @@ def linear(
         paired: W is two matrices of as many rows, gate and up, and y is ``silu(gate) * up``.
         residual: (batch, out): y is added to it, in place, and it is returned.
         mixture: What is added to the product, or scales f(norm(x)), which then has no norm.
-        left: What the product before has left for it. None: a kernel of its own computes it.
+        left: What the product before has left for a `Scaling`, (parts, batch, experts). None:
+            a kernel of its own computes it.
 
     Returns:
         y, (batch, out) of W's dtype; out / 2 where paired.
@@ -297,25 +262,26 @@ def linear(
 def linear_and_next(
     x: Tensor,
     weight: Tensor,
-    following: Next | None,
+    following: Mixture | Scaling | None,
     *,
     norm: Norm | None = None,
     rotation: Rotation | None = None,
     paired: bool = False,
     residual: Tensor | None = None,
     mixture: Mixture | Scaling | None = None,
-    left: Left | None = None,
-) -> tuple[Tensor, Left | None]:
-    """`linear`, and what it leaves for the mixture of the next product, if one or two rows.
+    left: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`linear`, and the next product's logits in parts, if vectors scale what it reads.
 
-    A mixture's ``first x`` is a small product of all of x, which is there only once the kernel that
-    makes it has ended: a launch of its own, for each of a layer's products. Here every program of
-    that kernel multiplies what it has made, and the next one's programs sum.
+    Logits are a small product of all of x, which is there only once the kernel that makes it has
+    ended: a launch of its own. With one or two rows every program of that kernel multiplies what it
+    has made instead, and the next one's programs sum. A mixture of LoRAs has so many columns that
+    the launch takes less.
 
     Args:
         x: As `linear`'s, and so are all others but the next.
         weight: The same.
-        following: For whom to leave something. None: for nobody.
+        following: The next product's mixture, or None.
         norm: The same.
         rotation: The same.
         paired: The same.
@@ -333,13 +299,13 @@ def linear_and_next(
         table, scaled_from, scale = rotation.table, rotation.query_width, rotation.scale
         options["ROTATED"] = rotation.query_width + rotation.key_width
         options |= {"HEAD": rotation.head_dim, "PAIRS": table.shape[1]}
-    many = batch > VECTOR_ROWS
+    many = batch > _VECTOR_ROWS
     if many and norm is not None and norm.gate is not None:
         x, norm = _gated(x, norm, weight.dtype), None
     if many and isinstance(mixture, Scaling):
         x, mixture = blend(x, mixture.blend, x.new_empty(x.shape)), None
     if mixture is not None and (many or left is None):
-        left = Left(linear(x, mixture.first, norm=norm)[None], False)
+        left = linear(x, mixture.first, norm=norm)[None]
     aligned = _MOST_ALIGNED
     if isinstance(mixture, Mixture) and not paired:
         aligned = mixture.aligned
@@ -352,7 +318,7 @@ def linear_and_next(
         ranks = {"RANKS": 0, "BLOCKS": 0, "ALIGNED": 1, "BLOCK_RANKS": 16}
         if isinstance(mixture, Mixture):
             assert left is not None
-            gated = _gate_experts(left.parts[0], mixture)
+            gated = _gate_experts(left[0], mixture)
             second, which, mixture_scale = mixture.second, mixture.which, mixture.scale
             rank = mixture.experts * mixture.rank
             block = min(max(power_of_2(rank), 16), 64)
@@ -371,34 +337,33 @@ def linear_and_next(
         gate = x if norm.gate is None else norm.gate
         scales = weight if norm.weight is None else norm.weight
     # A program reads all vectors that scale x, too.
-    few = following is not None or isinstance(mixture, Scaling)
+    few = isinstance(following, Scaling) or isinstance(mixture, Scaling)
     grid, tiles = _plan_vector(
         batch, out, width, groups, weight.dtype.itemsize, 1 + paired, LEAVING if few else PROGRAMS
     )
     of_mixture, second, which, mixture_scale = _of_mixture(mixture, left, weight)
-    leaves, of_next = None, (weight, weight, y)
-    leaving = {"LEFT": 0, "BLOCK_LEFT": 1, "LEFT_WEIGHTED": False}
-    if following is not None:
-        columns, scaled = following.first.shape[1], following.scales is not None
-        made = weight.new_empty((grid[0], batch, columns), dtype=torch.float32)
-        of_next = following.first, weight if following.scales is None else following.scales, made
-        leaves = Left(made, scaled)
-        leaving = {"LEFT": columns, "BLOCK_LEFT": power_of_2(columns), "LEFT_WEIGHTED": scaled}
+    columns, parts = weight, None
+    leaving = {"LEFT": 0, "BLOCK_LEFT": 1}
+    if isinstance(following, Scaling):
+        columns, experts = following.columns, len(following.first)
+        parts = weight.new_empty((grid[0], batch, experts), dtype=torch.float32)
+        leaving = {"LEFT": experts, "BLOCK_LEFT": power_of_2(experts)}
     _launch(
         "vector_kernel", grid, batch,
         (
             x, gate, scales, weight, table, y,
-            weight if left is None else left.parts, second, which, *of_next,
+            weight if left is None else left, second, which,
+            columns, y if parts is None else parts,
         ),
         batch, x.stride(0), gate.stride(0), y.stride(0), eps, scaled_from, scale, mixture_scale,
         NORM=norm is not None, WEIGHTED=scales is not weight, GATED=gate is not x,
         **options, **of_mixture, **leaving, **tiles,
     )  # fmt: skip
-    return y, leaves
+    return y, parts
 
 
 def _of_mixture(
-    mixture: Mixture | Scaling | None, left: Left | None, absent: Tensor
+    mixture: Mixture | Scaling | None, left: Tensor | None, absent: Tensor
 ) -> tuple[dict[str, Any], Tensor, Tensor, float]:
     """Of a mixture `vector_kernel`'s constants, `second` or vectors, `which`, and scale.
 
@@ -408,12 +373,12 @@ def _of_mixture(
         absent: Stands for what is not read.
     """
     names = "EXPERTS", "RANK", "TOP_K", "BLOCKS", "ALIGNED", "BLOCK_EXPERTS", "BLOCK_RANK"
-    parts, rooted = 1, False
+    parts = 1
     if mixture is None:
         sizes, second, which, scale = (0, 0, 0, 0, 1, 1, 1), absent, absent, 1.0
     else:
         assert left is not None
-        parts, rooted = len(left.parts), left.rooted
+        parts = len(left)
         if isinstance(mixture, Mixture):
             second, which, scale = mixture.second, mixture.which, mixture.scale
             sizes = (
@@ -425,7 +390,7 @@ def _of_mixture(
             experts = len(mixture.first)
             sizes = experts, 0, mixture.top_k, 0, 1, power_of_2(experts), 1
     constants: dict[str, Any] = dict(zip(names, sizes, strict=True))
-    constants |= {"PARTS": parts, "BLOCK_PARTS": min(power_of_2(parts), _PARTS), "ROOTED": rooted}
+    constants |= {"PARTS": parts, "BLOCK_PARTS": min(power_of_2(parts), _PARTS)}
     return constants, second, which, scale
 
 
@@ -487,7 +452,8 @@ def make_scaling(router: Tensor, vectors: Tensor, top_k: int | None) -> Scaling 
     places = [(0, width, 0, start, 0) for start in starts]
     top_k = top_k or experts
     how = Blend(router[None].contiguous(), tiles, _integers(places, router.device), top_k)
-    return Scaling(router.contiguous(), vectors.contiguous(), top_k, how)
+    columns = router.t().contiguous()
+    return Scaling(router.contiguous(), columns, vectors.contiguous(), top_k, how)
 
 
 def make_blend(blocks: list[tuple[int, Tensor, Tensor, bool]], top_k: int | None) -> Blend | None:
@@ -646,49 +612,15 @@ def retain(
     Returns:
         o, (batch, heads * value_dim) float32.
     """
-    return retain_and_next(q, k, v, v, log_decay, positions, memory, None)[0]
-
-
-def retain_and_next(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    log_decay: Tensor,
-    positions: Tensor,
-    memory: Tensor,
-    following: Next | None,
-) -> tuple[Tensor, Left | None]:
-    """`retain`, and what it leaves for the mixture of the output projection, if one or two rows.
-
-    Args:
-        q: As `retain`'s, and so are all others but these two.
-        k: The same.
-        v: The same.
-        gate: What o is gated by after its norm, a part of the same row as v.
-        log_decay: The same.
-        positions: The same.
-        memory: The same.
-        following: For whom to leave something. None: for nobody.
-    """
     batch, heads, dk, dv = memory.shape
     o = memory.new_empty((batch, heads * dv))
     block = power_of_2(dk)
     tile = min(16 if batch == 1 else 32, power_of_2(dv))
     while block * tile > 2**14:
         tile //= 2
-    tiles, leaves, first = -(-dv // tile), None, v
-    leaving = {"LEFT": 0, "BLOCK_LEFT": 1}
-    if following is not None and batch <= VECTOR_ROWS:
-        first, columns = following.first, following.first.shape[1]
-        leaves = Left(o.new_empty((heads * tiles, batch, columns)), True)
-        leaving = {"LEFT": columns, "BLOCK_LEFT": power_of_2(columns)}
     _launch(
-        "retention_kernel", (tiles, batch * heads), batch,
-        (
-            q, k, v, log_decay, positions, memory, o, gate, first,
-            o if leaves is None else leaves.parts,
-        ),
-        q.stride(0), heads, DK=dk, DV=dv, BLOCK_K=block, TILE=tile, **leaving, num_warps=4,
+        "retention_kernel", (-(-dv // tile), batch * heads), batch,
+        (q, k, v, log_decay, positions, memory, o), q.stride(0), heads,
+        DK=dk, DV=dv, BLOCK_K=block, TILE=tile, num_warps=4,
     )  # fmt: skip
-    return o, leaves
+    return o

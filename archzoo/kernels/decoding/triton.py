@@ -135,58 +135,26 @@ def _gates(logits, expert, EXPERTS: tl.constexpr, TOP_K: tl.constexpr):
 
 
 @triton.jit
-def _sum_of_parts(
-    parts_ptr, column, inside, roots, rows, row,
-    COLUMNS: tl.constexpr, PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr,
-    ROOTED: tl.constexpr, GROUPS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
-):  # fmt: skip
-    """Some columns of what the PARTS programs of an earlier kernel left of one row, summed.
-
-    ROOTED: they knew nothing of the norm. The first of GROUPS equal parts of them are of the first
-    group of channels, whose factor is the first of `roots` (BLOCK_GROUPS,), and so on.
-    """
-    held = tl.zeros((BLOCK_PARTS, column.shape[0]), tl.float32)
-    for begin in tl.static_range(0, PARTS, BLOCK_PARTS):
-        part = begin + tl.arange(0, BLOCK_PARTS)
-        at = parts_ptr + ((part * rows + row) * COLUMNS)[:, None] + column[None, :]
-        both = (part < PARTS)[:, None] & inside[None, :]
-        found = tl.load(at, mask=both, other=0.0).to(tl.float32)
-        if ROOTED:
-            group = tl.arange(0, BLOCK_GROUPS)[None, :]
-            own = (part // (PARTS // GROUPS))[:, None] == group
-            found *= tl.sum(tl.where(own, roots[None, :], 0.0), 1)[:, None]
-        held += found
-    return tl.sum(held, 0)
-
-
-@triton.jit
 def _gated_hidden(
-    parts_ptr, block, roots, rows, row, like,
+    hidden_ptr, block, row, like,
     BLOCKS: tl.constexpr, EXPERTS: tl.constexpr, RANK: tl.constexpr, TOP_K: tl.constexpr,
     BLOCK_EXPERTS: tl.constexpr, BLOCK_RANK: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr,
-    ROOTED: tl.constexpr, GROUPS: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
 ):  # fmt: skip
     """``g * (A x)`` of a block's mixture, (BLOCK_EXPERTS * BLOCK_RANK,), rounded as `like` is.
 
-    What was left are A x of all BLOCKS, and after them the logits of all.
+    Of a row's A x of all BLOCKS, and after them the logits of all.
     """
     RANKS: tl.constexpr = EXPERTS * RANK
-    COLUMNS: tl.constexpr = BLOCKS * (RANKS + EXPERTS)
+    from_row = hidden_ptr + row * BLOCKS * (RANKS + EXPERTS)
     index = tl.arange(0, BLOCK_EXPERTS * BLOCK_RANK)
     inside = (index // BLOCK_RANK < EXPERTS) & (index % BLOCK_RANK < RANK) & (block >= 0)
     column = block * RANKS + (index // BLOCK_RANK) * RANK + index % BLOCK_RANK
-    hidden = _sum_of_parts(
-        parts_ptr, column, inside, roots, rows, row,
-        COLUMNS, PARTS, BLOCK_PARTS, ROOTED, GROUPS, BLOCK_GROUPS,
-    )  # fmt: skip
+    hidden = tl.load(from_row + column, mask=inside, other=0.0).to(tl.float32)
     expert = tl.arange(0, BLOCK_EXPERTS)
-    logits = _sum_of_parts(
-        parts_ptr, BLOCKS * RANKS + block * EXPERTS + expert, (expert < EXPERTS) & (block >= 0),
-        roots, rows, row, COLUMNS, PARTS, BLOCK_PARTS, ROOTED, GROUPS, BLOCK_GROUPS,
-    )  # fmt: skip
-    gates = _rounded(_gates(_rounded(logits, like), expert, EXPERTS, TOP_K), like)
-    hidden = tl.reshape(_rounded(hidden, like), (BLOCK_EXPERTS, BLOCK_RANK)) * gates[:, None]
+    at = from_row + BLOCKS * RANKS + block * EXPERTS + expert
+    logits = tl.load(at, mask=(expert < EXPERTS) & (block >= 0), other=0.0).to(tl.float32)
+    gates = _rounded(_gates(logits, expert, EXPERTS, TOP_K), like)
+    hidden = tl.reshape(hidden, (BLOCK_EXPERTS, BLOCK_RANK)) * gates[:, None]
     return _rounded(tl.reshape(hidden, (BLOCK_EXPERTS * BLOCK_RANK,)), like)
 
 
@@ -207,7 +175,7 @@ def _seconds(
 @triton.jit(do_not_specialize=["rows"])  # one form for all batches of a plan
 def vector_kernel(
     x_ptr, gate_ptr, scale_ptr, weight_ptr, table_ptr, y_ptr,
-    parts_ptr, second_ptr, which_ptr, first_ptr, next_scale_ptr, left_ptr,
+    hidden_ptr, second_ptr, which_ptr, router_ptr, left_ptr,
     rows, x_row, gate_row, y_row, eps, scaled_from, scale, mixture_scale,
     OUT: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
@@ -215,8 +183,7 @@ def vector_kernel(
     ADD: tl.constexpr, ROTATED: tl.constexpr, HEAD: tl.constexpr, PAIRS: tl.constexpr,
     EXPERTS: tl.constexpr, RANK: tl.constexpr, TOP_K: tl.constexpr, BLOCKS: tl.constexpr,
     ALIGNED: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, BLOCK_RANK: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, ROOTED: tl.constexpr,
-    LEFT: tl.constexpr, BLOCK_LEFT: tl.constexpr, LEFT_WEIGHTED: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, LEFT: tl.constexpr, BLOCK_LEFT: tl.constexpr,
     EVICTION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_OUT outputs of one row: norm, gate, product, `_finish`.
@@ -225,10 +192,10 @@ def vector_kernel(
     groups of GROUP, each normalised by itself.
 
     EXPERTS > 0: there is a mixture. RANK > 0: of LoRAs, whose ``B (g * A x)`` is added to the
-    product; ALIGNED outputs in a row are of one block, and `which` says of which. RANK = 0: of
-    vectors, whose blend scales x. Both take what PARTS earlier programs have left. LEFT > 0: leave
-    a part of as many columns, this program's outputs times their rows of the next product's
-    `first`, transposed.
+    product, of A x and logits that an earlier kernel made; ALIGNED outputs in a row are of one
+    block, and `which` says of which. RANK = 0: of vectors, whose blend scales x, of logits that
+    PARTS earlier programs have left in parts. LEFT > 0: leave a part of that many logits, this
+    program's outputs times their columns of the next product's router.
     """
     WIDTH: tl.constexpr = GROUP * GROUPS
     BLOCK: tl.constexpr = BLOCK_GROUP * BLOCK_GROUPS
@@ -264,11 +231,9 @@ def vector_kernel(
             )  # fmt: skip
     if LEFT > 0:
         column = tl.arange(0, BLOCK_LEFT)
-        at = first_ptr + out.to(tl.int64)[:, None] * LEFT + column[None, :]
+        at = router_ptr + out.to(tl.int64)[:, None] * LEFT + column[None, :]
         both = (out < OUT)[:, None] & (column < LEFT)[None, :]
-        next_first = tl.load(at, mask=both, other=0.0, eviction_policy=EVICTION)
-        if LEFT_WEIGHTED:
-            next_scale = tl.load(next_scale_ptr + out, mask=out < OUT, other=0.0).to(tl.float32)
+        router = tl.load(at, mask=both, other=0.0, eviction_policy=EVICTION)
     _wait(EARLY)
     row_wide = row.to(tl.int64)
     x = tl.load(x_ptr + row_wide * x_row + channel, mask=inside, other=0.0).to(tl.float32)
@@ -278,12 +243,9 @@ def vector_kernel(
     beside = _load_beside(
         table_ptr, y_ptr, rows_of_y, first, rows, y_row, OUT, BLOCK_OUT, ADD, ROTATED, HEAD, PAIRS
     )
-    roots = tl.full((BLOCK_GROUPS,), 1.0, tl.float32)
     if NORM:
         if BLOCK_GROUPS == 1:
-            root = tl.rsqrt(tl.sum(x * x, 0) / GROUP + eps)
-            roots = root + tl.zeros((1,), tl.float32)
-            x = x * root
+            x = x * tl.rsqrt(tl.sum(x * x, 0) / GROUP + eps)
         else:
             grouped = tl.reshape(x, (BLOCK_GROUPS, BLOCK_GROUP))
             roots = tl.rsqrt(tl.sum(grouped * grouped, 1) / GROUP + eps)
@@ -295,11 +257,14 @@ def vector_kernel(
         x = _rounded(x * _rounded(gate * tl.sigmoid(gate), weight_ptr), weight_ptr)
     if EXPERTS > 0 and RANK == 0:
         expert = tl.arange(0, BLOCK_EXPERTS)
-        logits = _sum_of_parts(
-            parts_ptr, expert, expert < EXPERTS, roots, rows, row,
-            EXPERTS, PARTS, BLOCK_PARTS, ROOTED, GROUPS, BLOCK_GROUPS,
-        )  # fmt: skip
-        gates = _gates(_rounded(logits, weight_ptr), expert, EXPERTS, TOP_K)
+        parts = tl.zeros((BLOCK_PARTS, BLOCK_EXPERTS), tl.float32)
+        for begin in tl.static_range(0, PARTS, BLOCK_PARTS):
+            part = begin + tl.arange(0, BLOCK_PARTS)
+            at = hidden_ptr + ((part * rows + row) * EXPERTS)[:, None] + expert[None, :]
+            both = (part < PARTS)[:, None] & (expert < EXPERTS)[None, :]
+            parts += tl.load(at, mask=both, other=0.0).to(tl.float32)
+        logits = _rounded(tl.sum(parts, 0), weight_ptr)
+        gates = _gates(logits, expert, EXPERTS, TOP_K)
         blend = tl.zeros((BLOCK,), tl.float32)
         for number in tl.static_range(EXPERTS):
             vector = tl.load(second_ptr + number * WIDTH + channel, mask=inside, other=0.0)
@@ -311,16 +276,14 @@ def vector_kernel(
         up = tl.sum(weight_up.to(tl.float32) * x[None, :], 1)[None, :]
     if RANK > 0:
         hidden = _gated_hidden(
-            parts_ptr, block, roots, rows, row, weight_ptr,
-            BLOCKS, EXPERTS, RANK, TOP_K, BLOCK_EXPERTS, BLOCK_RANK, PARTS, BLOCK_PARTS,
-            ROOTED, GROUPS, BLOCK_GROUPS,
+            hidden_ptr, block, row, weight_ptr,
+            BLOCKS, EXPERTS, RANK, TOP_K, BLOCK_EXPERTS, BLOCK_RANK,
         )  # fmt: skip
         y += mixture_scale * tl.sum(second.to(tl.float32) * hidden[None, :], 1)[None, :]
         if PAIRED:
             hidden = _gated_hidden(
-                parts_ptr, block_up, roots, rows, row, weight_ptr,
-                BLOCKS, EXPERTS, RANK, TOP_K, BLOCK_EXPERTS, BLOCK_RANK, PARTS, BLOCK_PARTS,
-                ROOTED, GROUPS, BLOCK_GROUPS,
+                hidden_ptr, block_up, row, weight_ptr,
+                BLOCKS, EXPERTS, RANK, TOP_K, BLOCK_EXPERTS, BLOCK_RANK,
             )  # fmt: skip
             up += mixture_scale * tl.sum(second_up.to(tl.float32) * hidden[None, :], 1)[None, :]
     y = _finish(
@@ -328,10 +291,7 @@ def vector_kernel(
         OUT, BLOCK_OUT, PAIRED, ADD, ROTATED,
     )  # fmt: skip
     if LEFT > 0:
-        y = tl.reshape(y, (BLOCK_OUT,))
-        if LEFT_WEIGHTED:
-            y = y * next_scale
-        left = tl.sum(next_first.to(tl.float32) * y[:, None], 0)
+        left = tl.sum(router.to(tl.float32) * tl.reshape(y, (BLOCK_OUT,))[:, None], 0)
         at = left_ptr + (tl.program_id(0) * rows + row) * LEFT + column
         tl.store(at, left, mask=column < LEFT)
 
@@ -346,10 +306,9 @@ def gate_experts_kernel(
     block = tl.program_id(0)
     row = tl.program_id(1)
     _wait(EARLY)
-    roots = tl.full((1,), 1.0, tl.float32)
     hidden = _gated_hidden(
-        hidden_ptr, block, roots, rows, row, gated_ptr,
-        BLOCKS, EXPERTS, RANK, TOP_K, BLOCK_EXPERTS, BLOCK_RANK, 1, 1, False, 1, 1,
+        hidden_ptr, block, row, gated_ptr,
+        BLOCKS, EXPERTS, RANK, TOP_K, BLOCK_EXPERTS, BLOCK_RANK,
     )  # fmt: skip
     index = tl.arange(0, BLOCK_EXPERTS * BLOCK_RANK)
     inside = (index // BLOCK_RANK < EXPERTS) & (index % BLOCK_RANK < RANK)
@@ -508,16 +467,14 @@ def matrix_kernel(
 
 @triton.jit
 def retention_kernel(
-    q_ptr, k_ptr, v_ptr, log_decay_ptr, positions_ptr, memory_ptr, o_ptr,
-    gate_ptr, first_ptr, left_ptr, row_stride, heads,
+    q_ptr, k_ptr, v_ptr, log_decay_ptr, positions_ptr, memory_ptr, o_ptr, row_stride, heads,
     DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr,
-    LEFT: tl.constexpr, BLOCK_LEFT: tl.constexpr, EARLY: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """S <- gamma S + k^T v in place, o = q S / sqrt(s_n), of TILE columns of one head's S.
 
     S was last written a whole step ago, and positions kernels ago, so both come before the wait.
-    s_n is computed in float64, where 1 - gamma^n keeps its digits. LEFT > 0: leave of ``o * silu``
-    of the gate what `vector_kernel` leaves, of a head's tiles one after another.
+    s_n is computed in float64, where 1 - gamma^n keeps its digits.
     """
     row = tl.program_id(1)
     batch = (row // heads).to(tl.int64)
@@ -534,13 +491,6 @@ def retention_kernel(
         total = (1.0 - tl.exp(count * log_decay)) / (1.0 - tl.exp(log_decay))
     normaliser = tl.rsqrt(total.to(tl.float32))
     decay = tl.exp(log_decay).to(tl.float32)
-    if LEFT > 0:
-        channel = head * DV + column
-        across = tl.arange(0, BLOCK_LEFT)
-        both = (column < DV)[:, None] & (across < LEFT)[None, :]
-        next_first = tl.load(
-            first_ptr + channel.to(tl.int64)[:, None] * LEFT + across[None, :], mask=both, other=0.0
-        )
     _wait(EARLY)
     q = tl.load(q_ptr + batch * row_stride + head * DK + key, mask=key < DK, other=0.0)
     k = tl.load(k_ptr + batch * row_stride + head * DK + key, mask=key < DK, other=0.0)
@@ -549,12 +499,3 @@ def retention_kernel(
     o = tl.sum(q.to(tl.float32)[:, None] * memory, 0) * normaliser
     tl.store(at, memory, mask=inside)
     tl.store(o_ptr + row.to(tl.int64) * DV + column, o, mask=column < DV)
-    if LEFT > 0:
-        gate = tl.load(gate_ptr + batch * row_stride + channel, mask=column < DV, other=0.0)
-        gate = gate.to(tl.float32)
-        y = o * _rounded(gate * tl.sigmoid(gate), gate_ptr)
-        left = tl.sum(next_first.to(tl.float32) * y[:, None], 0)
-        part = head * tl.num_programs(0) + tl.program_id(0)
-        rows = tl.num_programs(1) // heads
-        at = left_ptr + (part * rows + batch) * LEFT + across
-        tl.store(at, left, mask=across < LEFT)
