@@ -366,14 +366,14 @@ OF_ANSWERS = {
 }
 
 
-def preferences() -> str:
-    """Every claim about preferences."""
-    return markdown(CLAIM_HEADINGS, claims_of("preferences", "score"), 3)
+def preferences(name: str) -> str:
+    """Every claim of a file about preferences."""
+    return markdown(CLAIM_HEADINGS, claims_of(name, "score"), 3)
 
 
-def preferences_arms() -> str:
+def preferences_arms(name: str) -> str:
     """Every arm: what became of its answers, and what its training has taken."""
-    rows, found = claimed_rows("preferences"), []
+    rows, found = claimed_rows(name), []
     for arm in dict.fromkeys(row["arm"] for row in rows):
         mine = [row for row in rows if row["arm"] == arm and row.get("test/score")]
         cells = [f"`{arm}`", str(len(mine)), f"{int(mine[0]['steps']):,}"] if mine else []
@@ -863,8 +863,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "recall": recall,
     "adaptation": adaptation,
     "adaptation_arms": adaptation_arms,
-    "preferences": preferences,
-    "preferences_arms": preferences_arms,
+    "preferences": lambda: preferences("preferences"),
+    "preferences_arms": lambda: preferences_arms("preferences"),
+    "preferences_score": lambda: preferences("preferences_score"),
+    "preferences_score_arms": lambda: preferences_arms("preferences_score"),
     "adaptation_methods": adaptation_methods,
     "adaptation_costs": adaptation_costs,
     "filtered_attention": lambda: variants("filtered_attention", "plain", {}),
