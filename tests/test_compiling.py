@@ -128,15 +128,21 @@ def test_mixtures_are_replayed_where_nothing_of_a_step_is_kept(tmp_path):
     (tmp_path / "text.txt").write_text("to be or not to be " * 20)
     carried = Text(path=str(tmp_path / "text.txt"), tokenizer="characters", carry_state=True)
 
-    def answer(device, task=None, feed_forward="MixtureOfExperts", **changed):
-        trainer = SimpleNamespace(**{"world_size": 1, "accumulate_grad_batches": 1} | changed)
-        module = module_of(device, feed_forward=feed_forward)
+    def answer(
+        device, task=None, feed_forward="MixtureOfExperts", linear="Linear", world_size=1,
+        accumulate_grad_batches=1,
+    ):  # fmt: skip
+        trainer = SimpleNamespace(
+            world_size=world_size, accumulate_grad_batches=accumulate_grad_batches
+        )
+        module = module_of(device, feed_forward=feed_forward, linear=linear)
         module._trainer = SimpleNamespace(datamodule=task)
         return compiling.replays(trainer, module)
 
     assert answer("cuda")
     assert not answer("cpu")
     assert not answer("cuda", feed_forward="GatedFeedForward")
+    assert not answer("cuda", linear="BinaryMoSLinear")
     assert not answer("cuda", world_size=2)
     assert not answer("cuda", accumulate_grad_batches=2)
     assert not answer("cuda", task=carried)

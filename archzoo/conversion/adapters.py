@@ -28,7 +28,7 @@ def save_command(
         base: Where the adapter's base lies. None: where it was.
 
     Raises:
-        FileNotFoundError: The checkpoint does not exist, or its base is not where it was.
+        FileNotFoundError: The checkpoint does not exist, or its base has moved.
         FileExistsError: There is something where the adapter is to be written.
         ValueError: There is no adapter of that name.
     """
@@ -48,7 +48,7 @@ def merge_command(source: str, /, out: str | None = None, base: str | None = Non
         base: Where the adapter's base lies. None: where it was.
 
     Raises:
-        FileNotFoundError: The checkpoint does not exist, or its base is not where it was.
+        FileNotFoundError: The checkpoint does not exist, or its base has moved.
         FileExistsError: There is something where the model is to be written.
         ValueError: There is no adapter, or one that cannot be merged; the message names it.
     """
@@ -78,7 +78,7 @@ def export_command(
         base: Where the adapter's base lies. None: where it was.
 
     Raises:
-        FileNotFoundError: The checkpoint does not exist, or its base is not where it was.
+        FileNotFoundError: The checkpoint does not exist, or its base has moved.
         FileExistsError: There is something where the adapter is to be written.
         ValueError: The library cannot say what the adapter does; the message says what.
     """

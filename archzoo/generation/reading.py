@@ -360,7 +360,7 @@ def read_command(
         device: Such as cpu or cuda. None: a GPU where there is one.
 
     Raises:
-        FileNotFoundError: The checkpoint does not exist, text or state.
+        FileNotFoundError: The checkpoint, the text or the state does not exist.
         ValueError: The checkpoint or the state cannot be used, or the text cannot be read.
         OSError: The state cannot be written.
     """

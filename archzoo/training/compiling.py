@@ -71,11 +71,14 @@ def replays(trainer: lightning.Trainer, module: LanguageModel) -> bool:
 
     A graph writes each time to the same memory. So nothing that it gave may be kept until its next
     run: neither gradients that are summed over micro-batches nor carried states, and an objective
-    of its own may run the model several times in a step.
+    of its own may run the model several times in a step. Experts that are called one by one, such
+    as BinaryMoS's, wait for the numbers of their tokens, which no graph can.
     """
+    mixtures = [part for part in module.net.modules() if isinstance(part, Experts)]
     return (
         module.device.type == "cuda"
-        and any(isinstance(part, Experts) for part in module.net.modules())
+        and len(mixtures) > 0
+        and all(part.gate_up.is_one_matrix and part.down.is_one_matrix for part in mixtures)
         and trainer.world_size == 1
         and trainer.accumulate_grad_batches == 1
         and type(module).training_step is LanguageModel.training_step
