@@ -257,6 +257,8 @@ class Linear(nn.Linear):
             rows: The same.
             adapters: Of each block that has some.
         """
+        if not self._product_is_plain:
+            return None
         dtype = autocast_dtype(self.device) or x.dtype
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
@@ -278,6 +280,11 @@ class Linear(nn.Linear):
         y = cast(y * (gains[0] if len(gains) == 1 else torch.cat(gains)), y.dtype)
         return y if bias is None else y + bias
 
+    @property
+    def _product_is_plain(self) -> bool:
+        """Whether y is the product of x with one stored matrix, and no class computes it anew."""
+        return self.stack is None and type(self).product is Linear.product
+
     def _low_rank_changes(
         self, names: Sequence[str], adapters: dict[str, list[Any]], dtype: torch.dtype
     ) -> list[Change] | None:
@@ -288,8 +295,6 @@ class Linear(nn.Linear):
             adapters: Of each block that has some.
             dtype: To compute in.
         """
-        if self.stack is not None or type(self).product is not Linear.product:
-            return None
         begin, changes = 0, []
         for name in names:
             for adapter in adapters.get(name, ()):
@@ -313,8 +318,6 @@ class Linear(nn.Linear):
             adapters: The same.
             dtype: The same.
         """
-        if self.stack is not None or type(self).product is not Linear.product:
-            return None
         if any(
             len(those) > 1 or not those[0].says("scaled_low_rank") for those in adapters.values()
         ):
@@ -430,7 +433,7 @@ class Linear(nn.Linear):
             if merges or self.weight_is_read:
                 self._held = self._effective()
                 self._held_bias = None if self.bias is None else self._effective_bias()
-            if not merges:
+            if not merges and self._product_is_plain:
                 names = tuple(self.blocks)
                 changes = self._low_rank_changes(names, self._by_block(names), self.dtype)
                 self._held_changes = pack(changes, rows=self.out_features) if changes else None
@@ -445,8 +448,8 @@ class Linear(nn.Linear):
         self._held_in_calls = self.is_held = False
 
     def _merges(self) -> bool:
-        """Whether all adapters that are on say by a change of the weight all that they do."""
-        return all(adapter.mergeable for _, adapter in self.adapters())
+        """Whether adapters that are on, and y itself, are one matrix with what is added to it."""
+        return self.is_one_matrix and all(adapter.mergeable for _, adapter in self.adapters())
 
     def _uses_held(self) -> bool:
         return self._held is not None and not torch.is_grad_enabled() and not followed()

@@ -343,10 +343,15 @@ def test_nothing_of_them_decays(cls):
     assert decayed and not any(id(p) in decayed for m in binary for p in m.parameters())
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("how", METHODS, ids=str)
-def test_an_adapter_beside_them_changes_what_it_says(how):
+def test_an_adapter_beside_them_changes_what_it_says(how, packed):
     """Of experts, too, which are called where they are more than a matrix."""
-    net = binarise(micro("skywork_micro").double(), **how)
+    net = binarise(micro("skywork_micro").double().eval(), **how)
+    for name, parameter in net.named_parameters():  # apart, so that tokens mix them
+        if "_scale" in name:
+            parameter.data.mul_(torch.rand_like(parameter) + 0.5)
+    net = pack(net) if packed else net
     tokens = torch.randint(64, (2, 9))
     before = net(tokens).logits
     adapted = archzoo.adapt(net, archzoo.LoRA(rank=2, targets=["mixer.value", "experts.down"]))
@@ -354,7 +359,10 @@ def test_an_adapter_beside_them_changes_what_it_says(how):
     lora = adapted.blocks[0].feed_forward.experts.down.adapter_modules["default"]["down"]
     for parameter in lora.parameters():
         torch.nn.init.normal_(parameter)
-    assert relative_error(adapted(tokens).logits, before) > 1e-3
+    changed = adapted(tokens).logits
+    assert relative_error(changed, before) > 1e-3
+    with adapted.weights_held(), torch.no_grad():  # as whoever decodes has it
+        assert relative_error(adapted(tokens).logits, changed) < 1e-12
     with pytest.raises(ValueError, match="cannot be merged"):
         archzoo.merge_adapter(adapted)
 
