@@ -54,6 +54,26 @@ DTYPES = {
 }
 
 
+def new_directory(out: str | None, command: str, what: str = "the model") -> Path:
+    """Where a command writes, where there is nothing yet.
+
+    Args:
+        out: As it is given.
+        command: That writes, for messages.
+        what: Is written, for messages.
+
+    Raises:
+        FileExistsError: There is something.
+        ValueError: No place is given.
+    """
+    if out is None:
+        raise ValueError(f"where is {what} written? {command} --out DIR")
+    target = Path(out)
+    if target.exists():
+        raise FileExistsError(f"{target} exists: name a directory that does not, or move it away")
+    return target
+
+
 def save_pretrained(
     directory: str | os.PathLike[str],
     model: Decoder,

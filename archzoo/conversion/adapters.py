@@ -7,6 +7,7 @@ from typing import Literal
 
 from archzoo.adapters.attach import attached, collapse_adapters, merge_adapter
 from archzoo.checkpoint import Pretrained, load, locate, save_adapter, save_pretrained
+from archzoo.checkpoint.pretrained import new_directory
 from archzoo.checkpoint.runs import names_base
 from archzoo.conversion.peft import export_peft, import_peft
 from archzoo.decoder import Decoder
@@ -32,7 +33,7 @@ def save_command(
         FileExistsError: There is something where the adapter is to be written.
         ValueError: There is no adapter of that name.
     """
-    target = _new(out, "save", "is the adapter")
+    target = new_directory(out, "archzoo adapter save ...", "the adapter")
     model = _adapted(source, base).model
     _check_alone(source, model)
     _save(target, model, name)
@@ -52,7 +53,7 @@ def merge_command(source: str, /, out: str | None = None, base: str | None = Non
         FileExistsError: There is something where the model is to be written.
         ValueError: There is no adapter, or one that cannot be merged; the message names it.
     """
-    target = _new(out, "merge", "is the model")
+    target = new_directory(out, "archzoo adapter merge ...", "the model")
     found = _adapted(source, base)
     merged = ", ".join(_about(found.model, name) for name in named_adapters(found.model.config))
     save_pretrained(target, merge_adapter(found.model), found.tokenizer, found.task)
@@ -82,7 +83,7 @@ def export_command(
         FileExistsError: There is something where the adapter is to be written.
         ValueError: The library cannot say what the adapter does; the message says what.
     """
-    target = _new(out, "export", "is the adapter")
+    target = new_directory(out, "archzoo adapter export ...", "the adapter")
     model = _adapted(source, base).model
     _check_alone(source, model)
     export_peft(model, target, name)
@@ -107,7 +108,7 @@ def import_command(source: str, /, base: str | None = None, out: str | None = No
         FileExistsError: There is something where the adapter is to be written.
         ValueError: The files are damaged, say what has no equal here, or belong to another base.
     """
-    target = _new(out, "import", "is the adapter")
+    target = new_directory(out, "archzoo adapter import ...", "the adapter")
     if base is None:
         raise ValueError("which model does it change? archzoo adapter import DIR --base CHECKPOINT")
     _save(target, import_peft(load(base).model, source), None)
@@ -153,13 +154,3 @@ def _about(model: Decoder, name: str) -> str:
     count = sum(parameter.numel() for module in modules for parameter in module.parameters())
     places = "1 place" if len(modules) == 1 else f"{len(modules)} places"
     return f"{type(modules[0]).__name__} of {count:,} parameters in {places}"
-
-
-def _new(out: str | None, command: str, what: str) -> Path:
-    """The directory that is to be written, where there is none yet."""
-    if out is None:
-        raise ValueError(f"where {what} written? archzoo adapter {command} ... --out DIR")
-    target = Path(out)
-    if target.exists():
-        raise FileExistsError(f"{target} exists: name a directory that does not, or move it away")
-    return target

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from archzoo.checkpoint.bases import DTYPES
+from archzoo.checkpoint.pretrained import new_directory
 from archzoo.decoder import Decoder
 from archzoo.linear import Linear
 from archzoo.linears.binary import BinaryLinear
@@ -153,11 +153,7 @@ def binarise_command(
         FileExistsError: There is something where the model is to be written.
         ValueError: The checkpoint is binary already, or cannot be made binary.
     """
-    if out is None:
-        raise ValueError("where is the model written? archzoo binarise CHECKPOINT --out DIR")
-    target = Path(out)
-    if target.exists():
-        raise FileExistsError(f"{target} exists: name a directory that does not, or move it away")
+    target = new_directory(out, "archzoo binarise CHECKPOINT")
     from archzoo.checkpoint import load, save_pretrained
 
     found = load(checkpoint)

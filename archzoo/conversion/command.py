@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from archzoo.checkpoint import save_pretrained
+from archzoo.checkpoint.pretrained import new_directory
 from archzoo.conversion.llama import llama_config, llama_weights
 from archzoo.conversion.mixtral import mixtral_config, mixtral_weights
 from archzoo.conversion.retnet import (
@@ -113,11 +114,8 @@ def convert_command(source: str, output: str | None = None, /, out: str | None =
         FileExistsError: There is something where the model is to be written.
         ValueError: Something that cannot be converted; the message names it.
     """
-    if (output is None) == (out is None):
-        raise ValueError("where is the model written? archzoo convert DIR --out DIR")
-    target = Path(output or out or "")
-    if target.exists():
-        raise FileExistsError(f"{target} exists: name a directory that does not, or move it away")
+    given = [place for place in (output, out) if place is not None]
+    target = new_directory(given[0] if len(given) == 1 else None, "archzoo convert DIR")
     if not Path(source).is_dir():
         raise FileNotFoundError(f"there is no directory {source}")
     model = convert(Path(source))

@@ -35,6 +35,7 @@ from archzoo.checkpoint.archives import Stored
 from archzoo.checkpoint.building import build_with, names_of_each
 from archzoo.checkpoint.digest import own_weights
 from archzoo.checkpoint.opened import Opened, check_alike, common_ancestor, open_model
+from archzoo.checkpoint.pretrained import new_directory
 from archzoo.decoder import Decoder
 from archzoo.linear import Linear
 from archzoo.tasks.several import joint_task
@@ -495,16 +496,6 @@ def task_of_all(models: Sequence[Opened]) -> tuple[dict[str, Any] | None, str]:
         f"the models were trained on several tasks: its task is that of {owner}; test --data "
         "TASK names another"
     )
-
-
-def new_directory(out: str | None, command: str) -> Path:
-    """Where a model is to be written, where there is nothing yet."""
-    if out is None:
-        raise ValueError(f"where is the model written? {command} --out DIR")
-    target = Path(out)
-    if target.exists():
-        raise FileExistsError(f"{target} exists: name a directory that does not, or move it away")
-    return target
 
 
 def merge_command(

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from archzoo.checkpoint.digest import own_weights
 from archzoo.checkpoint.opened import check_alike, common_ancestor, open_model
+from archzoo.checkpoint.pretrained import new_directory
 from archzoo.conversion.gates import Gate, router_rows
-from archzoo.conversion.merge import new_directory, record, task_of_all
+from archzoo.conversion.merge import record, task_of_all
 from archzoo.decoder import Decoder
 from archzoo.documents import make_context
 from archzoo.feedforward.dense import GatedFeedForward
