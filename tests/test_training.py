@@ -20,7 +20,8 @@ from archzoo.tasks import Addition, Text
 from archzoo.tasks.stream import IGNORED
 from archzoo.training import optim
 from archzoo.training.callbacks import Checkpoints
-from archzoo.training.files import CheckpointFiles, MetricsFile, write_checkpoint
+from archzoo.training.directory import RunDirectory
+from archzoo.training.files import CheckpointFiles, MetricsFile, replace, write_checkpoint
 from archzoo.training.losses import score, total_loss
 from archzoo.training.module import LanguageModel
 from archzoo.training.optim import decay_groups, learning_rate_schedule, regroup
@@ -676,6 +677,30 @@ def test_a_file_takes_the_place_of_a_directory_whole_or_not_at_all(tmp_path, mon
     assert (path / "whole.ckpt").read_text() == "weights"
     write_checkpoint({"step": 2}, path)
     assert torch.load(path) == {"step": 2}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_checkpoint_that_was_half_replaced_is_not_trained_over(tmp_path, monkeypatch):
+    """A kill leaves a directory aside, with nothing in its place; the next run brings it back."""
+    path, new = tmp_path / "last.ckpt", tmp_path / "last.ckpt.new"
+    for place, content in ((path, "old"), (new, "new")):
+        place.mkdir()
+        (place / "whole.ckpt").write_text(content)
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr("archzoo.training.files.os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            replace(new, path)
+    assert not path.exists()
+    with pytest.raises(ValueError, match=r"killed while it replaced last\.ckpt.*repeat"):
+        RunDirectory(tmp_path, resumes=False)
+    assert (path / "whole.ckpt").read_text() == "old"
+    RunDirectory(tmp_path, resumes=True).lock.release()
+    replace(new, path)
+    assert (path / "whole.ckpt").read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
 
 

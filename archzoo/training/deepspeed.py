@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from archzoo.block import Block
 from archzoo.checkpoint.runs import WHOLE
-from archzoo.training.files import write_checkpoint
+from archzoo.training.files import remove, replace, write_checkpoint
 from archzoo.training.ranks import ZERO
 
 STAGES = (1, 2, 3)
@@ -168,7 +167,7 @@ def _save(
         storage_options: For Lightning's sake.
     """
     path = Path(strategy.broadcast(str(filepath)))
-    new, old = (path.with_name(f"{path.name}.{name}") for name in ("new", "old"))
+    new = path.with_name(f"{path.name}.new")
     if strategy.is_global_zero:
         remove(new)
     strategy.barrier()
@@ -176,20 +175,8 @@ def _save(
     whole = whole_state(strategy)
     if strategy.is_global_zero:
         write_checkpoint(checkpoint | whole, new / WHOLE)
-        remove(old)
-        if path.exists():
-            path.rename(old)
-        new.rename(path)
-        remove(old)
+        replace(new, path)
     strategy.barrier()
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a directory, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def whole_state(strategy: DeepSpeedStrategy) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from typing import IO, Any
 import lightning
 from lightning.fabric.utilities import rank_zero_only
 
+from archzoo.training.files import bring_back
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -116,6 +118,13 @@ class RunDirectory(lightning.Callback):
     def __init__(self, path: Path, resumes: bool) -> None:
         self.path = path
         self.lock = Lock(path)
+        back = [name for name in OF_A_RUN if bring_back(path / name)]
+        if back:  # too late for this run, which has looked for its checkpoint
+            self.lock.release()
+            raise ValueError(
+                f"{path}: the run in it was killed while it replaced {back[0]}; what was there is "
+                "back in its place: repeat the command"
+            )
         found = [] if resumes else _files(path)
         #: What another run left here.
         self.others = found if {path / name for name in OF_A_RUN} & set(found) else []

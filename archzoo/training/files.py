@@ -49,10 +49,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())  # or after a power cut the new name may have no content
-        if path.is_dir():  # of DeepSpeed's, which this run was resumed from
-            _replace_directory(partial, path)
-        else:
-            os.replace(partial, path)
+        replace(partial, path)  # maybe a directory of DeepSpeed's, which was resumed from
     except (OSError, RuntimeError) as error:
         # torch reports its writer's errors as RuntimeError.
         cause = error if isinstance(error, OSError) else error.__context__ or error
@@ -62,16 +59,50 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _replace_directory(file: Path, directory: Path) -> None:
-    """Move a file to where a directory is, which goes once the file is there."""
-    aside = directory.with_name(f"{directory.name}.{os.getpid()}.old")
-    directory.rename(aside)
+def replace(new: Path, path: Path) -> None:
+    """Move a file or directory to where another may be, which goes once the new one is there.
+
+    Where one of them is a directory that takes two steps. Killed between them, a run leaves the
+    other one aside, see `bring_back`.
+
+    Args:
+        new: It is written whole.
+        path: Where it goes.
+    """
+    if not new.is_dir() and not path.is_dir():
+        os.replace(new, path)
+        return
+    aside = _aside(path)
+    bring_back(path)
+    remove(aside)
+    if path.exists():
+        path.rename(aside)
     try:
-        os.replace(file, directory)
+        os.replace(new, path)
     except OSError:
-        aside.rename(directory)
+        bring_back(path)
         raise
-    shutil.rmtree(aside)
+    remove(aside)
+
+
+def bring_back(path: Path) -> bool:
+    """Undo what `replace` had only half done; whether it had."""
+    half = _aside(path).exists() and not path.exists()
+    if half:
+        _aside(path).rename(path)
+    return half
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.old")
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a directory, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 class CheckpointFiles(TorchCheckpointIO):
