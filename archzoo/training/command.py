@@ -299,10 +299,11 @@ class CommandLine(LightningCLI):
         )
         parser.add_argument(
             "--compile",
-            type=Literal["auto"] | bool,
+            type=Literal["auto", "graphs"] | bool,
             default="auto",
             help="Whether fit compiles the model: auto does on an NVIDIA GPU from 20 M parameters "
-            "on, true wherever it runs, false nowhere.",
+            "on, true wherever it runs, false nowhere. graphs: and replays the step as CUDA "
+            "graphs, which a mixture of experts gains by (experimental, see docs/speed.md).",
         )
         add_flags(parser)
         parser.add_lightning_class_args(Checkpoints, "checkpoint")

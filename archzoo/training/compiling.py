@@ -44,11 +44,11 @@ def missing() -> str | None:
     return None
 
 
-def options(replayed: bool = False) -> dict[str, Any]:
+def options(graphs: bool = False) -> dict[str, Any]:
     """What is asked of torch's compiler, beside its own choices.
 
     Args:
-        replayed: As `replays` says.
+        graphs: Whether what is compiled is captured in CUDA graphs, and replayed.
     """
     from torch._inductor import config  # takes a while to import
 
@@ -56,34 +56,34 @@ def options(replayed: bool = False) -> dict[str, Any]:
     # stream's gradient, 23 kernels and 0.8 of 60 ms of a step, stays apart from what makes it.
     name = "loop_ordering_after_fusion"
     given: dict[str, Any] = {name: False} if hasattr(config, name) else {}
-    if replayed:
+    if graphs:
         # A graph is of one shape: batches of many lengths are launched kernel by kernel.
         given |= {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}
     return given
 
 
-def replays(trainer: lightning.Trainer, module: LanguageModel) -> bool:
-    """Whether the compiled step is captured in CUDA graphs, and replayed.
-
-    A mixture of experts runs a hundred kernels a layer, which a host launches more slowly than a
-    GPU computes them: a step of skywork_base took 50 to 69 ms, and 43 replayed. Dense models wait
-    for the GPU, and gain nothing.
+def reason_against_graphs(trainer: lightning.Trainer, module: LanguageModel) -> str | None:
+    """Why a step cannot be replayed as CUDA graphs; None: nothing speaks against it.
 
     A graph writes each time to the same memory. So nothing that it gave may be kept until its next
-    run: neither gradients that are summed over micro-batches nor carried states, and an objective
-    of its own may run the model several times in a step. Experts that are called one by one, such
-    as BinaryMoS's, wait for the numbers of their tokens, which no graph can.
+    run, and nothing in it may wait for what the device computes.
     """
     mixtures = [part for part in module.net.modules() if isinstance(part, Experts)]
-    return (
-        module.device.type == "cuda"
-        and len(mixtures) > 0
-        and all(part.gate_up.is_one_matrix and part.down.is_one_matrix for part in mixtures)
-        and trainer.world_size == 1
-        and trainer.accumulate_grad_batches == 1
-        and type(module).training_step is LanguageModel.training_step
-        and not getattr(module.task, "carry_state", False)
-    )
+    if module.device.type != "cuda":
+        return "it runs on an NVIDIA GPU alone"
+    if trainer.world_size > 1:
+        return "gradients are exchanged with other processes"
+    if trainer.accumulate_grad_batches > 1:
+        return "gradients are kept from one micro-batch to the next"
+    if getattr(module.task, "carry_state", False):
+        return "a state is kept from one batch to the next"
+    if type(module).training_step is not LanguageModel.training_step:
+        return "the objective may run the model several times in a step"
+    if module.unfreezes or module.teacher is not None:
+        return "blocks are compiled one by one"
+    if not all(part.gate_up.is_one_matrix and part.down.is_one_matrix for part in mixtures):
+        return "experts are called one by one, each with as many tokens as it has"
+    return None
 
 
 class CompileModel(lightning.Callback):
@@ -94,10 +94,11 @@ class CompileModel(lightning.Callback):
 
     Args:
         when: "auto" compiles a model of 20 M parameters or more on an NVIDIA GPU, unless
-            something speaks against it, and says what.
+            something speaks against it, and says what. "graphs" compiles, and replays what is
+            compiled as CUDA graphs.
     """
 
-    def __init__(self, when: Literal["auto"] | bool) -> None:
+    def __init__(self, when: Literal["auto", "graphs"] | bool) -> None:
         self.when = when
         self._began: float | None = None
 
@@ -123,6 +124,9 @@ class CompileModel(lightning.Callback):
             return
         if stage_of(trainer.strategy) == 3:
             raise ValueError(f"--compile true: {HOOKS}: --compile false trains without")
+        graphs = self.when == "graphs"
+        if graphs and (reason := reason_against_graphs(trainer, pl_module)):
+            raise ValueError(f"--compile graphs: {reason}: take --compile true")
         # FSDP2's hooks around a block, or its gradients while those before it are computed.
         by_blocks = trainer.world_size > 1 and pl_module.exchanges_blocks
         if by_blocks and not pl_module.sharded:
@@ -131,7 +135,7 @@ class CompileModel(lightning.Callback):
         if by_blocks or pl_module.unfreezes or pl_module.teacher is not None:
             net.compile_blocks(options=options())
         else:
-            net.compile(options=options(replays(trainer, pl_module)))
+            net.compile(options=options(graphs))
         compiled, plain = net.compiled_hidden, net._hidden
 
         def compute(*given: Any) -> Any:
