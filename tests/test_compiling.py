@@ -138,9 +138,9 @@ def test_graphs_are_refused_where_something_of_a_step_is_kept(tmp_path, capfd):
         assert module.net.compiled_hidden is not None
 
     def refused(**given):
-        with pytest.raises(ValueError, match=r"--compile graphs: .*: take --compile true$") as error:
+        with pytest.raises(ValueError, match=r"^--compile graphs: .*: take --compile true$") as got:
             start(**given)
-        return str(error.value)
+        return str(got.value)
 
     start()
     start(feed_forward="MixtureOfExperts")
