@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+import archzoo
 from archzoo.analysis.compare import claims, progress, statistics, tables
 from archzoo.analysis.compare.arms import file_name, make_arms, split
 from archzoo.analysis.compare.places import gpus, slots
@@ -810,3 +811,121 @@ def test_failed_and_cut_runs_do_not_cost_the_others(place, capsys, monkeypatch):
     (row,) = rows("cut/runs.csv")
     assert row["state"] == "cut" and not Path("cut/table.csv").exists()
     assert "cut at step" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------- prepared
+
+# Arms that begin from what a command makes of bases, of which one is an arm of a file.
+STILL = CONFIG.replace("{preset: retnet_micro, warmup_steps: 2}", "{learning_rate: 1.0e-30}")
+PREPARED = f"""
+arms: {{merged: {{}}, binary: {{}}, plain: {{}}}}
+compare:
+  base: {{plain: a.yaml}}
+  seeds: [3]
+  prepare:
+    merged: merge {{x.yaml:fast}} {{x.yaml}} --base {{a.yaml}} --method dare --density 0.5 --seed {{seed}}
+    binary: binarise {{a.yaml}} --method OneBit
+claim: {{arm: binary, control: plain, metric: exact_match, rule: non_inferiority, sign: 1,
+  margin: 0.2, relative: true}}
+{STILL.replace("max_steps: 4", "max_steps: 2")}
+"""
+EXPERTS = f"""
+compare: {{base: a.yaml, may_differ: data}}
+arms: {{fast: {{model.learning_rate: 1.0e-2}}}}
+{CONFIG.replace("{preset: retnet_micro, warmup_steps: 2}", "{warmup_steps: 2}")}
+"""
+
+
+@pytest.fixture
+def prepared(place):
+    Path("x.yaml").write_text(EXPERTS)
+    Path("b.yaml").write_text(PREPARED)
+    return place
+
+
+def test_an_arm_begins_from_what_a_command_makes_of_bases(prepared):
+    plan = plan_of(config="b.yaml", seeds="0,1")
+    assert [run.arm for run in plan.bases] == ["a", "x_fast", "x"] * 2
+    merged, binary, plain = (plan.runs[arm, 1e-30, 1] for arm in plan.arms)
+    assert {name: (run.arm, run.seed) for name, run in merged.reads.items()} == {
+        "{x.yaml:fast}": ("x_fast", 1),
+        "{x.yaml}": ("x", 1),
+        "{a.yaml}": ("a", 1),
+    }
+    assert merged.base is None and plain.base is not None and not plain.prepare
+    words = merged.preparing(Path("o"))
+    assert words[:2] == ["merge", f"bases/{merged.reads['{x.yaml:fast}'].name}/last.ckpt"]
+    assert words[-4:] == ["--seed", "1", "--out", f"o/prepared/{merged.name}"]
+    assert plan.arms["binary"].sizes.parameters > plan.arms["plain"].sizes.parameters
+    # The command and what it reads are a part of the run's key.
+    Path("b.yaml").write_text(PREPARED.replace("density 0.5", "density 0.4"))
+    other = plan_of(config="b.yaml", seeds="0,1")
+    differ = {
+        arm
+        for (arm, _, _), run in plan.runs.items()
+        if other.runs[arm, 1e-30, 1].key != run.key and run.seed == 1
+    }
+    assert differ == {"merged"}
+    Path("x.yaml").write_text(EXPERTS.replace("1.0e-2", "1.0e-3"))
+    third = plan_of(config="b.yaml", seeds="0,1")
+    assert third.runs["merged", 1e-30, 1].key != other.runs["merged", 1e-30, 1].key
+    assert third.runs["binary", 1e-30, 1].key == other.runs["binary", 1e-30, 1].key
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("binary: bin", "binry: bin", "prepare: no arm is called 'binry'; nearest: binary"),
+        ("binarise {", "generate {", "it takes a command of binarise, merge, upcycle"),
+        ("OneBit", "OneBit --out x", "omit --out: each run has a directory of its own"),
+        ("binarise {a.yaml}", "binarise {a}", "{a} is neither {seed} nor a configuration file"),
+        ("binarise {a.yaml}", "binarise {no.yaml}", "there is no configuration no.yaml"),
+        ("{x.yaml:fast}", "{x.yaml:fats}", "base x.yaml: "),
+        ("method OneBit", "method TwoBit", "arm binary: prepare: "),
+        ("density 0.5", "density 5", "arm merged: prepare: merge: density=5.0 is the share"),
+        ("method OneBit", "'method OneBit", "No closing quotation"),
+        ("relative: true", "relative: much", "relative='much' is neither true nor false"),
+    ],
+)
+def test_what_is_wrong_with_a_command_is_one_line(prepared, capsys, old, new, words):
+    assert old in PREPARED
+    Path("b.yaml").write_text(PREPARED.replace(old, new))
+    assert main(["compare", "b.yaml"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and words in line, line
+    assert not Path("runs").exists(), "all is said before anything is trained"
+
+
+def test_what_is_prepared_is_measured_and_made_again_after_an_interruption(prepared, capsys):
+    assert main(["compare", "b.yaml", "--at_once", "2"]) == 0
+    assert "binary against plain, exact_match: undecided at 1 seed" in capsys.readouterr().out
+    output = Path("runs/compare/b")
+    (run,) = output.glob("runs/merged_*")
+    before = torch.load(run / "last.ckpt")["state_dict"]
+    # At a learning rate that changes nothing it is what the command makes.
+    bases = {p.name.partition("_lr")[0]: str(p) for p in Path("runs/compare/bases").iterdir()}
+    words = f"merge {bases['x_fast']} {bases['x']} --base {bases['a']} --out by_hand"
+    assert main([*words.split(), *["--method", "dare", "--density", "0.5", "--seed", "3"]]) == 0
+    by_hand = archzoo.checkpoint.load("by_hand").model.state_dict()
+    assert all(torch.equal(before[f"decoder.{name}"], t) for name, t in by_hand.items())
+    found = {row["arm"]: row for row in rows(output / "runs.csv")}
+    merged, keys = found["merged"], [found[f"base {name}"]["key"] for name in ("x_fast", "x", "a")]
+    assert merged["base"].split() == keys and merged["test/loss"] != found["plain"]["test/loss"]
+    # A run that was ended as its model was being written begins again.
+    for path in (*run.iterdir(), output / "prepared" / run.name / "config.json"):
+        path.unlink()
+    capsys.readouterr()
+    assert main(["compare", "b.yaml", "--at_once", "2"]) == 0
+    said = capsys.readouterr().out
+    assert re.findall(r"(\w+), rate .*started", said) == ["merged"]
+    after = torch.load(run / "last.ckpt")["state_dict"]
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+
+
+def test_a_claim_may_be_of_a_fraction_of_the_controls():
+    values = {"a": dict(enumerate([0.5, 0.5, 0.5])), "b": dict(enumerate([0.43, 0.44, 0.42]))}
+    told = {"arm": "b", "rule": "non_inferiority", "sign": 1, "margin": 0.1}
+    for relative, verdict in ((None, "holds"), (True, "refuted"), (False, "holds")):
+        claim = claims.read_claims(told | {"relative": relative}, ["a", "b"], "x.yaml")[0]
+        (found,) = claims.judge(claim, values, relative=claim.is_relative("exact_match"))
+        assert found.verdict == verdict

@@ -44,11 +44,11 @@ def main(given: list[str]) -> int:
 
 def run(what: dict[str, Any]) -> int:
     """Run the commands in turn, up to the first that fails; the exit status."""
-    for number, command in enumerate(what["commands"]):
+    for command in what["commands"]:
         status = _run(command)
         if status:
             return status
-        if not number and command[0] == "fit":
+        if command[0] == "fit":
             if not os.path.isdir(os.path.dirname(what["facts"])):
                 return 0  # its time was over before a step was
             _write_facts(what["facts"])

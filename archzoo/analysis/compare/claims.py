@@ -9,7 +9,7 @@ from archzoo.analysis.compare.statistics import paired, seeds_needed
 from archzoo.names import nearest
 
 RULES = ("difference", "equivalence", "non_inferiority")
-KEYS = ("arm", "control", "metric", "paper", "sign", "margin", "rule")
+KEYS = ("arm", "control", "metric", "paper", "sign", "margin", "rule", "relative")
 SHARE = 1 / 3  # of the paper's effect: an interval within it refutes the paper's
 # Within the names of metrics whose differences are in their own unit, and no fractions of the
 # control's: it may be 0 or below.
@@ -25,7 +25,8 @@ class Claim(NamedTuple):
     """One claim: an arm against its control in one metric.
 
     Effects are relative to the control (-0.035: 3.5 % less), and in the metric's own unit where
-    higher is better (0.02: two points of exact match) and of a divergence, in nats.
+    higher is better (0.02: two points of exact match) and of a divergence, in nats; unless
+    `relative` says otherwise.
 
     Attributes:
         arm: Which arm it is about. None: every arm but the control.
@@ -36,6 +37,7 @@ class Claim(NamedTuple):
         sign: -1: the arm's metric is lower than the control's; 1: it is higher.
         margin: Within it an effect counts as none. None: a third of the paper's.
         rule: "difference", "equivalence" or "non_inferiority".
+        relative: Whether effects are fractions of the control's. None: as above.
     """
 
     arm: str | None
@@ -45,6 +47,11 @@ class Claim(NamedTuple):
     sign: int
     margin: float | None
     rule: str
+    relative: bool | None = None
+
+    def is_relative(self, metric: str) -> bool:
+        """Whether its effects on a metric are fractions of the control's."""
+        return is_relative(metric) if self.relative is None else self.relative
 
 
 class Verdict(NamedTuple):
@@ -96,6 +103,9 @@ def _claim(entry: Any, arms: list[str], whose: str) -> Claim:
         value = numbers[name] = entry.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ValueError(f"{whose}: {name}={value!r} is not a number")
+    relative = entry.get("relative")
+    if relative not in (None, True, False):
+        raise ValueError(f"{whose}: relative={relative!r} is neither true nor false")
     rule = entry.get("rule", "difference")
     if rule not in RULES:
         raise ValueError(f"{whose}: rule={rule!r} is none of {', '.join(RULES)}")
@@ -108,9 +118,8 @@ def _claim(entry: Any, arms: list[str], whose: str) -> Claim:
         margin = abs(paper) * SHARE
     if rule != "difference" and not margin:
         raise ValueError(f"{whose}: {rule} needs a margin, within which an effect is none")
-    return Claim(
-        entry.get("arm"), entry.get("control"), entry.get("metric"), paper, sign, margin, rule
-    )
+    arm, control, metric = (entry.get(name) for name in ("arm", "control", "metric"))
+    return Claim(arm, control, metric, paper, sign, margin, rule, relative)
 
 
 def judge(

@@ -23,6 +23,7 @@ from torch import Tensor
 from archzoo.analysis.compare.arms import Arm, file_name, make_arms
 from archzoo.analysis.compare.claims import Claim, read_claims
 from archzoo.analysis.compare.places import memory_of
+from archzoo.analysis.compare.prepared import PLACES, filled, prepare, read_prepared
 from archzoo.analysis.listing import Row, row_of
 from archzoo.checkpoint import save_pretrained
 from archzoo.decoder import Decoder
@@ -40,7 +41,7 @@ COPIES = 4  # of the weights in training: themselves, gradients, and AdamW's two
 # Options that a file's `compare` may give.
 IN_FILE = (
     *("seeds", "learning_rates", "tune_seeds", "metric", "may_differ", "measure", "base"),
-    "reads",  # which no option gives
+    *("reads", "prepare"),  # which no option gives
 )
 STARTS = "model.weights"  # the setting by which an arm begins from its base
 # What the command line says of how an arm is run, its base is run by, too.
@@ -63,8 +64,10 @@ class Run:
         key: A digest of all that the run depends on.
         name: Of its directory.
         settings: As a configuration file would hold them.
-        reads: By setting, the run whose last checkpoint it is given, of the same seed.
+        reads: By setting, the run whose last checkpoint it is given, of the same seed; or by the
+            part in braces of its `prepare`.
         is_base: Whether others read it.
+        prepare: The command that makes what it starts from, as words.
     """
 
     arm: str
@@ -75,6 +78,7 @@ class Run:
     settings: dict[str, Any]
     reads: dict[str, Run] = field(default_factory=dict)
     is_base: bool = False
+    prepare: tuple[str, ...] = ()
 
     @property
     def base(self) -> Run | None:
@@ -87,6 +91,16 @@ class Run:
         So comparisons that start from the same one, side by side in one directory, train it once.
         """
         return (output.parent / "bases" if self.is_base else output / "runs") / self.name
+
+    def prepared(self, output: Path) -> Path:
+        """Where what its command makes is written, for it to start from."""
+        return output / "prepared" / self.name
+
+    def preparing(self, output: Path) -> list[str]:
+        """The command that makes it, of the checkpoints of what it reads."""
+        given = {name: str(run.directory(output) / "last.ckpt") for name, run in self.reads.items()}
+        words = filled(self.prepare, given, self.seed)
+        return [*words, "--out", str(self.prepared(output))]
 
 
 class ArmFacts(NamedTuple):
@@ -264,11 +278,18 @@ def make_plan(
     read = _files_of_bases(chosen["base"], chosen["reads"], by_file, config, names, whose)
     for setting in settings:  # which say themselves what is read
         read.pop(setting, None)
+    made = read_prepared(chosen["prepare"], names, whose)
+    if STARTS in settings:  # and what is started from
+        made = {}
+    files_of_made = _files_of_prepared(made, config, whose)
     bases: dict[str, Base] = {}
     with tempfile.TemporaryDirectory() as place:
         for path in dict.fromkeys(path for by_arm in read.values() for path in by_arm.values()):
             _resolve_bases(path, settings, Path(place), bases)
+        for path, base_arm in dict.fromkeys(files_of_made.values()):
+            _resolve_bases(path, settings, Path(place), bases, arm=base_arm)
         found: dict[str, Resolved] = {}
+        prepared: dict[str, tuple[str, ...]] = {}
         reads: dict[str, dict[str, str]] = {}
         for arm in arms:
             of_file = of_file_arm(arm.name)
@@ -279,7 +300,11 @@ def make_plan(
                 for key in ([of_file] if of_file in by_arm else [""])
                 if key in by_arm and setting not in says
             }
-            found[arm.name] = _resolve(arm, config, reads[arm.name], Path(place))
+            prepared[arm.name] = words = () if STARTS in says else made.get(of_file, ())
+            for part in PLACES.findall(" ".join(words)):
+                if part in files_of_made:
+                    reads[arm.name][part] = name_of_base(*files_of_made[part])
+            found[arm.name] = _resolve(arm, config, reads[arm.name], Path(place), words)
     facts = dict(_facts(found, _allowed(chosen["may_differ"])))
     of_bases = {name: _facts_of(name, base.resolved) for name, base in bases.items()}
     for name, entry in found.items():
@@ -320,7 +345,9 @@ def make_plan(
         for rate in rates_of[name]:
             for seed in seeds:
                 of_arm = {s: runs_of_bases[base_name, seed] for s, base_name in reads[name].items()}
-                runs[name, rate, seed] = _run(name, entry.settings, named, rate, seed, of_arm)
+                runs[name, rate, seed] = _run(
+                    name, entry.settings, named, rate, seed, of_arm, prepared=prepared[name]
+                )
     return Plan(
         name=Path(config).stem if config else "compare",
         arms=facts,
@@ -450,12 +477,38 @@ def _files_of_bases(
     return found
 
 
+def _files_of_prepared(
+    made: Mapping[str, tuple[str, ...]], config: str | None, whose: str
+) -> dict[str, tuple[Path, str]]:
+    """By what stands in braces, the file of what is trained first, and which of its arms."""
+    beside = Path(config).parent if config else Path()
+    found = {}
+    for words in made.values():
+        for part in PLACES.findall(" ".join(words)):
+            if part == "{seed}":
+                continue
+            file, _, arm = part[1:-1].partition(":")
+            if not file.endswith((".yaml", ".yml")):
+                raise ValueError(
+                    f"{whose}: prepare: {part} is neither {{seed}} nor a configuration file, such "
+                    "as {base.yaml}, or {base.yaml:arm} for one of its arms"
+                )
+            found[part] = beside / file, arm
+    return found
+
+
+def name_of_base(path: Path, arm: str) -> str:
+    """What is trained by a file, or by one of its arms, is called this."""
+    return f"{path.stem}_{arm}" if arm else path.stem
+
+
 def _resolve_bases(
     path: Path,
     settings: dict[str, str],
     place: Path,
     found: dict[str, Base],
     above: tuple[Path, ...] = (),
+    arm: str = "",
 ) -> None:
     """Add a base to those that are found, after those that its own `compare` names.
 
@@ -465,8 +518,9 @@ def _resolve_bases(
         place: The directory under which models are written.
         found: The bases so far, by name, each after those that it reads.
         above: The files that have led here.
+        arm: Which of the file's arms it is; "": the file as it is.
     """
-    name, whole = path.stem, path.resolve()
+    name, whole = name_of_base(path, arm), path.resolve()
     if whole in above:
         raise ValueError(f"base {path}: it begins from itself, by `compare` of {above[-1].name}")
     if name in found:
@@ -477,15 +531,21 @@ def _resolve_bases(
         return
     of_file = files.read(path).get("compare") or {}
     own = _files_of_bases(of_file.get("base"), of_file.get("reads"), True, str(path), [], str(path))
+    if of_file.get("prepare") is not None:
+        raise ValueError(f"base {path}: a base prepares nothing: let it begin from a base itself")
     wanted = {setting: by_arm[""] for setting, by_arm in own.items()}
     for below in wanted.values():
         _resolve_bases(below, settings, place, found, (*above, whole))
     reads = {setting: below.stem for setting, below in wanted.items()}
-    found[name] = Base(path, resolve_base(path, settings, place / name, reads), reads)
+    found[name] = Base(path, resolve_base(path, settings, place / name, reads, arm), reads)
 
 
 def resolve_base(
-    path: Path, settings: dict[str, str], place: Path, reads: Mapping[str, str] | None = None
+    path: Path,
+    settings: dict[str, str],
+    place: Path,
+    reads: Mapping[str, str] | None = None,
+    arm: str = "",
 ) -> Resolved:
     """The settings of a base, and its model as it begins, written where arms can be read from it.
 
@@ -496,6 +556,7 @@ def resolve_base(
         settings: The command line's, by their full names: those that say how runs are run.
         place: The directory that its model is written to, as of `archzoo.save_pretrained`.
         reads: By setting, the name of the base that it is given; its model lies beside `place`.
+        arm: Which of the file's arms it is; "": the file as it is.
 
     Raises:
         ValueError: Something is wrong with a setting; the message names the file.
@@ -503,7 +564,8 @@ def resolve_base(
     given = [word for n in OF_BASES if n in settings for word in (f"--{n}", settings[n])]
     given += _given(reads or {}, place.parent)
     try:
-        found = resolve(["--config", str(path), *given])
+        chosen = ["--arm", arm] if arm else []
+        found = resolve(["--config", str(path), *chosen, *given])
         _check_trainer("base", found)
         found.task.prepare()
         decoder = found.model.decoder or _built(found)
@@ -516,12 +578,19 @@ def resolve_base(
 
 def _given(reads: Mapping[str, str], place: Path) -> list[str]:
     """What is read, as options: the models as they begin."""
-    return [word for s, name in reads.items() for word in (f"--{s}", str(place / name))]
+    return [
+        word
+        for setting, name in reads.items()
+        if not PLACES.match(setting)
+        for word in (f"--{setting}", str(place / name))
+    ]
 
 
 def _name_bases(settings: dict[str, Any], reads: Mapping[str, str]) -> None:
     """Say in settings which bases are read, whose place is known when they are trained."""
     for setting, name in reads.items():
+        if PLACES.match(setting):  # `prepare` reads it, and no setting
+            continue
         *sections, last = setting.split(".")
         within = settings
         for section in sections:
@@ -540,14 +609,32 @@ def _check_vocabulary(
             )
 
 
-def _resolve(arm: Arm, config: str | None, reads: Mapping[str, str], place: Path) -> Resolved:
-    """An arm, which reads bases by the names that `reads` has by setting."""
+def _resolve(
+    arm: Arm,
+    config: str | None,
+    reads: Mapping[str, str],
+    place: Path,
+    words: tuple[str, ...] = (),
+) -> Resolved:
+    """An arm, which reads bases by the names that `reads` has by setting.
+
+    What a command prepares for it is made here of the models as they begin, so that what is wrong
+    with the command is said before anything is trained.
+    """
     start = ["--config", config] if config else []
+    given = _given(reads, place)
     try:
-        found = resolve([*start, *_given(reads, place), *arm.arguments])
+        if words:
+            made = place / "prepared" / file_name(arm.name)
+            models = {name: str(place / base) for name, base in reads.items()}
+            prepare([*filled(words, models, 0), "--out", str(made)])
+            given += [f"--{STARTS}", str(made)]
+        found = resolve([*start, *given, *arm.arguments])
     except ValueError as error:
         raise ValueError(f"arm {arm.name}: {error}") from None
     _name_bases(found.settings, reads)
+    if words:
+        found.settings["model"]["weights"] = f"made by archzoo {' '.join(words)}"
     _check_trainer(f"arm {arm.name}", found)
     return found
 
@@ -781,6 +868,7 @@ def _run(
     seed: int,
     reads: dict[str, Run],
     is_base: bool = False,
+    prepared: tuple[str, ...] = (),
 ) -> Run:
     settings = copy.deepcopy(of_arm)
     settings["model"]["learning_rate"] = rate
@@ -798,7 +886,7 @@ def _run(
     # It ends in the seed: what comes before is the same for all seeds of an arm.
     name = f"{file_name(arm)}_lr{rate:g}_{common[:6]}_{seed}"
     key = _digest(settings, depends(lambda run: run.key))
-    return Run(arm, rate, seed, key, name, settings | {"name": name}, reads, is_base)
+    return Run(arm, rate, seed, key, name, settings | {"name": name}, reads, is_base, prepared)
 
 
 def _digest(settings: dict[str, Any], named: dict[str, Any]) -> str:

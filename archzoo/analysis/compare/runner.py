@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import statistics
 import time
@@ -18,7 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from archzoo.analysis.compare.places import Slot
-from archzoo.analysis.compare.plan import Plan, Run
+from archzoo.analysis.compare.plan import STARTS, Plan, Run
+from archzoo.analysis.compare.prepared import PLACES
 from archzoo.analysis.compare.processes import Process, Starter, wait
 from archzoo.analysis.compare.runs import (
     TABLE_OF_BASE,
@@ -240,8 +242,15 @@ class Runner:
         read = [
             word
             for setting, other in run.reads.items()
+            if not PLACES.match(setting)
             for word in (f"--{setting}", str(self.directory(other) / "last.ckpt"))
         ]
+        if run.prepare and not trained:
+            made = run.prepared(self.output)
+            if not (made.exists() and (directory / "last.ckpt").exists()):
+                shutil.rmtree(made, ignore_errors=True)  # of a run that has not begun
+                yield [*run.preparing(self.output), *imports]
+            read += [f"--{STARTS}", str(made)]
         if not trained:
             given = ["--trainer.default_root_dir", str(directory.parent), *read]
             yield ["fit", *imports, "--config", str(path), *given, "--resume", "auto"]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from archzoo.analysis import report
-from archzoo.analysis.compare.claims import Verdict, is_relative, judge
+from archzoo.analysis.compare.claims import Verdict, judge
 from archzoo.analysis.compare.plan import Plan, Run, matched
 from archzoo.analysis.compare.runner import rate_means
 from archzoo.analysis.compare.runs import read_outcome, row_of_run, state_of
@@ -295,7 +295,7 @@ def verdicts(results: Results) -> list[Verdict]:
     found = []
     for claim in results.plan.claims:
         metric = claim.metric or results.plan.metric
-        found += judge(claim, results.values(metric), relative=is_relative(metric))
+        found += judge(claim, results.values(metric), relative=claim.is_relative(metric))
     return found
 
 
