@@ -359,8 +359,9 @@ def call(function: Callable[..., Any], program: str, arguments: list[str]) -> in
         settings, arguments = split_settings(arguments)
     parser.add_function_arguments(function, skip={*positional, *rest})
     switches = {f"--{name}" for name, p in parameters.items() if p.annotation is bool}
-    lists = {f"--{n}" for n, p in parameters.items() if p.annotation == list[str] | None}
-    numbers = {f"--{n}" for n, p in parameters.items() if p.annotation == list[float] | None}
+    others = {n: p for n, p in parameters.items() if n not in positional}
+    lists = {f"--{n}" for n, p in others.items() if p.annotation == list[str] | None}
+    numbers = {f"--{n}" for n, p in others.items() if p.annotation == list[float] | None}
     leading = next((i for i, a in enumerate(arguments) if a.startswith("--")), len(arguments))
     a_list = any(p.annotation in (list[str], list[str] | None) for p in positional.values())
     ended = a_list and leading >= len(positional)  # what follows cannot be positional

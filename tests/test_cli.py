@@ -388,6 +388,7 @@ def test_help_of_commands_comes_from_the_code(capsys):
         (["list", "retnat*"], ["'retnat*'", "nearest: retnet_"]),
         (["check", "no_module.Mixer"], ["no_module"]),
         (["generate", "none.ckpt", "1+1="], ["none.ckpt"]),
+        (["generate", "none.ckpt", "--prompt", "1+1="], ["no option --prompt;"]),
         (["validate", "micro.yaml"], ["'micro.yaml' stands alone", "--config micro.yaml"]),
         (["extend", "none", "--lengths", "64"], ["lengths: '64' is not list", "[64]"]),
     ],
