@@ -823,7 +823,9 @@ compare:
   base: {{plain: a.yaml}}
   seeds: [3]
   prepare:
-    merged: merge {{x.yaml:fast}} {{x.yaml}} --base {{a.yaml}} --method dare --density 0.5 --seed {{seed}}
+    merged: >-
+      merge {{x.yaml:fast}} {{x.yaml}} --base {{a.yaml}}
+      --method dare --density 0.5 --seed {{seed}}
     binary: binarise {{a.yaml}} --method OneBit
 claim: {{arm: binary, control: plain, metric: exact_match, rule: non_inferiority, sign: 1,
   margin: 0.2, relative: true}}
@@ -846,7 +848,7 @@ def prepared(place):
 def test_an_arm_begins_from_what_a_command_makes_of_bases(prepared):
     plan = plan_of(config="b.yaml", seeds="0,1")
     assert [run.arm for run in plan.bases] == ["a", "x_fast", "x"] * 2
-    merged, binary, plain = (plan.runs[arm, 1e-30, 1] for arm in plan.arms)
+    merged, _, plain = (plan.runs[arm, 1e-30, 1] for arm in plan.arms)
     assert {name: (run.arm, run.seed) for name, run in merged.reads.items()} == {
         "{x.yaml:fast}": ("x_fast", 1),
         "{x.yaml}": ("x", 1),
@@ -860,11 +862,7 @@ def test_an_arm_begins_from_what_a_command_makes_of_bases(prepared):
     # The command and what it reads are a part of the run's key.
     Path("b.yaml").write_text(PREPARED.replace("density 0.5", "density 0.4"))
     other = plan_of(config="b.yaml", seeds="0,1")
-    differ = {
-        arm
-        for (arm, _, _), run in plan.runs.items()
-        if other.runs[arm, 1e-30, 1].key != run.key and run.seed == 1
-    }
+    differ = {at[0] for at, run in plan.runs.items() if other.runs[at].key != run.key}
     assert differ == {"merged"}
     Path("x.yaml").write_text(EXPERTS.replace("1.0e-2", "1.0e-3"))
     third = plan_of(config="b.yaml", seeds="0,1")
@@ -923,7 +921,7 @@ def test_what_is_prepared_is_measured_and_made_again_after_an_interruption(prepa
 
 
 def test_a_claim_may_be_of_a_fraction_of_the_controls():
-    values = {"a": dict(enumerate([0.5, 0.5, 0.5])), "b": dict(enumerate([0.43, 0.44, 0.42]))}
+    values = {"a": dict(enumerate([0.5, 0.5, 0.5])), "b": dict(enumerate([0.43, 0.431, 0.429]))}
     told = {"arm": "b", "rule": "non_inferiority", "sign": 1, "margin": 0.1}
     for relative, verdict in ((None, "holds"), (True, "refuted"), (False, "holds")):
         claim = claims.read_claims(told | {"relative": relative}, ["a", "b"], "x.yaml")[0]

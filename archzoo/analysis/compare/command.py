@@ -63,11 +63,14 @@ def compare_command(
     row a run), table.csv and table.md (a row an arm), curves.png, and the runs.
 
     A file may hold what the options say under `compare:`, by their names, and under `claim:` what
-    is claimed: arm, control, metric, paper (the effect that it reports), sign, margin and rule
-    (difference or equivalence). The verdict is printed. There `learning_rates` may be lists by the
+    is claimed: arm, control, metric, paper (the effect that it reports), sign, margin, relative
+    (effects are fractions of the control's) and rule (difference, equivalence or non_inferiority).
+    The verdict is printed. There `learning_rates` may be lists by the
     arms' names, and `base` files by the arms' names, relative to the file. A claim's metric may be
     one of validation after some steps (loss@100), or of the task that the base was trained on
-    (exact_match/base): what is left of it.
+    (exact_match/base): what is left of it. `prepare` says by the arms' names how what an arm begins
+    from is made, by archzoo binarise, merge or upcycle: `merge {x.yaml:plus} {x.yaml:minus} --base
+    {base.yaml}`, whose files, or one of a file's arms, are trained first, and {seed} is the run's.
 
     Args:
         config: A configuration file, as of archzoo fit.
