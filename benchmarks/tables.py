@@ -258,11 +258,9 @@ def is_share(metric: str) -> bool:
     return "exact_match" in metric or "accuracy" in metric
 
 
-def unit_of(metric: str) -> tuple[str, float, int]:
+def unit_of(metric: str, relative: bool) -> tuple[str, float, int]:
     """What differences of a metric are given in, by what they are multiplied, and their places."""
-    from archzoo.analysis.compare.claims import is_relative
-
-    if is_relative(metric):
+    if relative:
         return "%", 100, 1
     return ("points", 100, 1) if is_share(metric) else ("nats" if metric == "kl" else "", 1, 3)
 
@@ -276,7 +274,7 @@ def claims_of(name: str, measured: str = "exact_match") -> list[list[str]]:
     """
     import yaml
 
-    from archzoo.analysis.compare.claims import is_relative, judge, read_claims
+    from archzoo.analysis.compare.claims import judge, read_claims
     from archzoo.analysis.compare.statistics import paired
 
     path = ROOT / f"configs/claims/{name}.yaml"
@@ -284,7 +282,8 @@ def claims_of(name: str, measured: str = "exact_match") -> list[list[str]]:
     rows, arms, found = claimed_rows(name.replace("/", "-")), list(content.get("arms", ())), []
     for claim in read_claims(content.get("claim"), arms, path.name):
         metric, control = claim.metric or measured, claim.control or arms[0]
-        unit, scale, places = unit_of(metric)
+        relative = claim.is_relative(metric)
+        unit, scale, places = unit_of(metric, relative)
         margin = f"{scale * (claim.margin or 0):g} {unit}".strip()
         if claim.rule == "equivalence":
             says = f"equal, within {margin}"
@@ -300,12 +299,12 @@ def claims_of(name: str, measured: str = "exact_match") -> list[list[str]]:
         if difference is None:
             found.append([*cells, "", "", NOT_RUN])
             continue
-        shown = difference.relative() if is_relative(metric) else difference
+        shown = difference.relative() if relative else difference
         interval = ""
         if shown.low is not None and shown.high is not None:
             low, high = (f"{scale * bound:+.{places}f}" for bound in (shown.low, shown.high))
             interval = f"{low} to {high} (n = {shown.seeds})"
-        (verdict,) = judge(claim, values, relative=is_relative(metric))
+        (verdict,) = judge(claim, values, relative=relative)
         more = re.search(r"[\d,]+ seeds would decide|no number of seeds would", verdict.text)
         said = f"**{verdict.verdict}**" + (f": {more[0]}" if more else "")
         mean = f"{scale * shown.mean:+.{places}f} {unit}".strip()
@@ -387,6 +386,68 @@ def preferences_arms(name: str) -> str:
     headings = ["arm", "runs", "steps", "reward", "score", "KL, nats", "exact match, %", "length"]
     headings += ["seconds", "with the reward model's", "written, thousand"]
     headings += ["passes, million", "with the reward model's"]
+    return markdown(headings, found) + measured_on(rows)
+
+
+# ---------------------------------------------------------------------------- 1 bit, merging
+
+EXACT = ("exact match, %", 100, 1)
+OF_BOTH = {
+    "exact_match": EXACT,
+    "exact_match/Addition": ("sums", 100, 1),
+    "exact_match/Subtraction": ("differences", 100, 1),
+    "loss": ("loss", 1, 3),
+}
+
+
+def arms_of(name: str, columns: dict[str, tuple[str, float, int]], *facts: str) -> str:
+    """Every arm of a claims file: means and standard deviations over its runs.
+
+    Args:
+        name: Of the file in configs/claims, without its end.
+        columns: Of the rows' test part: what is written above, the scale and the places.
+        *facts: Columns of whole numbers, which all runs of an arm have in common.
+    """
+    rows, found = claimed_rows(name.replace("/", "-")), []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        mine = [row for row in rows if row["arm"] == arm and row.get("test/loss")]
+        if not mine:
+            continue
+        cells = [f"`{arm}`", str(len(mine)), *(f"{int(mine[0][fact]):,}" for fact in facts)]
+        for column, (_, scale, places) in columns.items():
+            cells.append(mean_and_spread(mine, column, scale, places))
+        found.append(cells)
+    if not found:
+        return NOT_YET
+    headings = ["arm", "runs", *facts, *(title for title, _, _ in columns.values())]
+    return markdown(headings, found) + measured_on(rows)
+
+
+def mean_and_spread(rows: list[Row], column: str, scale: float, places: int) -> str:
+    """The mean of a column of the test part over runs, and its standard deviation."""
+    values = [scale * float(row[f"test/{column}"]) for row in rows]
+    spread = f" ± {statistics.stdev(values):.{places}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{places}f}{spread}"
+
+
+def dropped() -> str:
+    """Exact match by the size of changes and the share of them that is dropped."""
+    rows = [row for row in claimed_rows("merging-drop") if row.get("test/loss")]
+    if not rows:
+        return NOT_YET
+    of: dict[str, list[Row]] = {}
+    for row in rows:
+        of.setdefault(row["arm"], []).append(row)
+    columns = {"": "0 %", "_50": "50 %", "_90": "90 %", "_99": "99 %", "_90_as_is": "90 %, as is"}
+    found = []
+    for size in ("small", "middle", "large"):
+        mine = [of.get(f"{size}{end}") for end in columns]
+        cells = [mean_and_spread(arm, "exact_match", 100, 1) if arm else "" for arm in mine]
+        found.append([f"`{size}`", *cells])
+    if base := of.get("base"):
+        found.append(["`base`, without any", mean_and_spread(base, "exact_match", 100, 1)])
+        found[-1] += [""] * (len(columns) - 1)
+    headings = ["changes", *(f"dropped: {title}" for title in columns.values())]
     return markdown(headings, found) + measured_on(rows)
 
 
@@ -867,6 +928,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "preferences_arms": lambda: preferences_arms("preferences"),
     "preferences_score": lambda: preferences("preferences_score"),
     "preferences_score_arms": lambda: preferences_arms("preferences_score"),
+    "onebit_claims": lambda: markdown(CLAIM_HEADINGS, claims_of("onebit"), 3),
+    "onebit_arms": lambda: arms_of(
+        "onebit", {"exact_match": EXACT, "loss": ("loss", 1, 4)}, "steps", "parameters"
+    ),
+    "drop_claims": lambda: markdown(CLAIM_HEADINGS, claims_of("merging/drop"), 3),
+    "drop_grid": dropped,
+    "merged_claims": lambda: markdown(CLAIM_HEADINGS, claims_of("merging/experts_merged"), 3),
+    "merged_arms": lambda: arms_of("merging/experts_merged", OF_BOTH),
     "adaptation_methods": adaptation_methods,
     "adaptation_costs": adaptation_costs,
     "filtered_attention": lambda: variants("filtered_attention", "plain", {}),
