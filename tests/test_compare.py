@@ -818,15 +818,20 @@ def test_failed_and_cut_runs_do_not_cost_the_others(place, capsys, monkeypatch):
 # Arms that begin from what a command makes of bases, of which one is an arm of a file.
 STILL = CONFIG.replace("{preset: retnet_micro, warmup_steps: 2}", "{learning_rate: 1.0e-30}")
 PREPARED = f"""
-arms: {{merged: {{}}, binary: {{}}, plain: {{}}}}
+arms:
+  merged: {{}}
+  binary: {{}}
+  plain: {{}}
+  adapted: {{model.adapter: {{class_path: LoRA, init_args: {{rank: 2}}}}}}
 compare:
-  base: {{plain: a.yaml}}
+  base: a.yaml # of plain alone: for the others a command makes what they begin from
   seeds: [3]
   prepare:
     merged: >-
       merge {{x.yaml:fast}} {{x.yaml}} --base {{a.yaml}}
       --method dare --density 0.5 --seed {{seed}}
     binary: binarise {{a.yaml}} --method OneBit
+    adapted: merge {{x.yaml}} --base {{a.yaml}} --method task_arithmetic --scale 0.5
 claim: {{arm: binary, control: plain, metric: exact_match, rule: non_inferiority, sign: 1,
   margin: 0.2, relative: true}}
 {STILL.replace("max_steps: 4", "max_steps: 2")}
@@ -848,7 +853,7 @@ def prepared(place):
 def test_an_arm_begins_from_what_a_command_makes_of_bases(prepared):
     plan = plan_of(config="b.yaml", seeds="0,1")
     assert [run.arm for run in plan.bases] == ["a", "x_fast", "x"] * 2
-    merged, _, plain = (plan.runs[arm, 1e-30, 1] for arm in plan.arms)
+    merged, plain = (plan.runs[arm, 1e-30, 1] for arm in ("merged", "plain"))
     assert {name: (run.arm, run.seed) for name, run in merged.reads.items()} == {
         "{x.yaml:fast}": ("x_fast", 1),
         "{x.yaml}": ("x", 1),

@@ -294,13 +294,13 @@ def make_plan(
         for arm in arms:
             of_file = of_file_arm(arm.name)
             says = (given_arms or {}).get(of_file) or {}  # itself, what it reads
+            prepared[arm.name] = words = () if STARTS in says else made.get(of_file, ())
             reads[arm.name] = {
                 setting: by_arm[key].stem
                 for setting, by_arm in read.items()
                 for key in ([of_file] if of_file in by_arm else [""])
-                if key in by_arm and setting not in says
+                if key in by_arm and setting not in says and not (words and setting == STARTS)
             }
-            prepared[arm.name] = words = () if STARTS in says else made.get(of_file, ())
             for part in PLACES.findall(" ".join(words)):
                 if part in files_of_made:
                     reads[arm.name][part] = name_of_base(*files_of_made[part])

@@ -243,7 +243,7 @@ class Runner:
             word
             for setting, other in run.reads.items()
             if not PLACES.match(setting)
-            for word in (f"--{setting}", str(self.directory(other) / "last.ckpt"))
+            for word in (f"--{setting}", str(self._checkpoint(other)))
         ]
         if run.prepare and not trained:
             made = run.prepared(self.output)
@@ -286,9 +286,15 @@ class Runner:
         The checkpoint says so, too, and is believed only of what is under the current directory.
         """
         adapted = any(run.settings["model"].get(name) for name in ("adapter", "adapters"))
+        if adapted and run.prepare:
+            return [f"--{STARTS}", str(run.prepared(self.output))]
         if run.base is None or not adapted:
             return []
-        return ["--model.weights", str(self.directory(run.base) / "last.ckpt")]
+        return [f"--{STARTS}", str(self._checkpoint(run.base))]
+
+    def _checkpoint(self, run: Run) -> Path:
+        """What others read of a run."""
+        return self.directory(run) / "last.ckpt"
 
     def _ends_validated(self, run: Run) -> bool:
         """Whether training itself evaluates the checkpoint that is measured."""
