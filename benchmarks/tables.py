@@ -816,7 +816,7 @@ def ranks_bytes() -> str:
 def measured(kind: str) -> list[Row]:
     """The rows of every machine that a benchmark has run on."""
     files = sorted(path.stem for path in RESULTS.glob(f"*-{kind}.csv"))
-    return [row for name in files for row in rows_of(name)]
+    return [row for name in files if "-claims-" not in name for row in rows_of(name)]
 
 
 def onebit_product() -> str:
