@@ -13,7 +13,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib
-import itertools
 import os
 import sys
 import time
@@ -118,8 +117,6 @@ def compile_for_hopper(launch: launching.Launch, tensors: tuple[Any, ...]) -> An
     constants = dict(launch.constants)
     if "UPCAST" in constants:
         constants["UPCAST"] = False  # for the interpreter's sake, who runs on the CPU
-    if "ASSEMBLY" in constants:
-        constants["ASSEMBLY"] = True  # the same
     compiled = launch.kernel.warmup(
         *tensors, *launch.numbers, grid=launch.grid, **constants, **launch.options
     )
@@ -241,21 +238,27 @@ def rotation() -> None:
 
 @example
 def one_bit() -> None:
-    """A token's product with packed signs: sizes that fill programs and one that does not."""
-    from archzoo.kernels import one_bit as kernels
+    """A token's product with packed signs, of one size and of one that fills no program."""
+    from archzoo.kernels.one_bit import pack, product
 
-    sizes = (8192, 8192), (4096, 4096), (1024, 1000), (96, 40)
-    with torch.no_grad(), mock.patch.object(kernels, "_begins_early", return_value=True):
-        for (width, outputs), norm in itertools.product(sizes, (False, True)):
-            packed = kernels.pack(torch.rand(outputs, width) < 0.5)
-            for dtype in (torch.bfloat16, torch.float32):
-                scales = torch.ones(width, dtype=dtype), torch.ones(outputs, dtype=dtype)
-                kernels.product(torch.randn(1, width, dtype=dtype), packed, *scales, norm=norm)
-                if norm:
-                    continue
-                shapes = (1, width), (4, width), (4, width), (4, outputs)
-                x, *mixture = (torch.randn(shape, dtype=dtype) for shape in shapes)
-                kernels.mixed_product(x, packed, *mixture)
+    for width, outputs in ((4096, 4096), (1024, 1000), (96, 40)):
+        packed = pack(torch.rand(outputs, width) < 0.5)
+        for dtype in (torch.bfloat16, torch.float32):
+            scales = torch.ones(width, dtype=dtype), torch.ones(outputs, dtype=dtype)
+            with torch.no_grad():
+                product(torch.randn(1, width, dtype=dtype), packed, *scales)
+
+
+@example
+def one_bit_scales() -> None:
+    """BinaryMoS's scales of a token."""
+    from archzoo.kernels.one_bit import mixed_scales
+
+    for width, outputs, scales in ((4096, 4096, 4), (96, 40, 3)):
+        for dtype in (torch.bfloat16, torch.float32):
+            shapes = (1, width), (scales, width), (scales, width), (scales, outputs)
+            with torch.no_grad():
+                mixed_scales(*(torch.randn(shape, dtype=dtype) for shape in shapes))
 
 
 @example

@@ -148,20 +148,6 @@ class BinaryLinear(Linear):
         """
 
     @abstractmethod
-    def _packed_product(
-        self, x: Tensor, packed: Tensor, index: int | None, block: int, rows: slice
-    ) -> Tensor:
-        """One block's y of packed signs, finished.
-
-        Args:
-            x: (..., in_features).
-            packed: (rows, ceil(in_features / 8)) uint8.
-            index: As of `_scales`, and so are the others.
-            block: The same.
-            rows: The same.
-        """
-
-    @abstractmethod
     def _mean_scales(self) -> tuple[Tensor, Tensor]:
         """Scales that no token decides: (..., out_features) and (..., blocks, in_features)."""
 
@@ -278,20 +264,20 @@ class BinaryLinear(Linear):
             begin += size
             if rows is not None and not (rows.start <= own.start and own.stop <= rows.stop):
                 continue
+            before, after = self._scales(x, index, block, own)
             if packed is None:
-                before, after = self._scales(x, index, block, own)
                 y = F.linear(x * cast(before, x.dtype), signs[own])
                 y = y * cast(after, y.dtype)
-                y = cast(self._finish(y), y.dtype)
             else:
-                y = self._packed_product(x, packed[block], index, block, own)
+                y = one_bit.product(x, packed[block], before, after)
+            y = cast(self._finish(y), y.dtype)
             parts.append(y if bias is None else y + cast(bias[own], y.dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def _parts_of(self, packed: Tensor) -> list[list[Tensor]]:
         """Packed signs by the matrices of a stack and their blocks: the same views each time.
 
-        Beside a view a kernel keeps its counter.
+        Beside a view a kernel keeps the words that it reads.
         """
         if self._parts is None or self._parts[0] is not packed:
             matrices = [packed] if self.stack is None else list(packed.unbind())

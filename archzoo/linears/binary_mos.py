@@ -74,21 +74,12 @@ class BinaryMoSLinear(BinaryLinear):
     def _scales(
         self, x: Tensor, index: int | None, block: int, rows: slice
     ) -> tuple[Tensor, Tensor]:
-        return one_bit.mixed_scales(x, *self._mixture(index, block, rows))
-
-    def _packed_product(
-        self, x: Tensor, packed: Tensor, index: int | None, block: int, rows: slice
-    ) -> Tensor:
-        return one_bit.mixed_product(x, packed, *self._mixture(index, block, rows))
-
-    def _mixture(self, index: int | None, block: int, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """R, S_in and S_out of one block."""
         before: Tensor = self.input_scales
         after: Tensor = self.output_scales
         router: Tensor = self.router
         if index is not None:
             before, after, router = before[index], after[index], router[index]
-        return router[block], before[block], after[:, rows]
+        return one_bit.mixed_scales(x, router[block], before[block], after[:, rows])
 
     def _mean_scales(self) -> tuple[Tensor, Tensor]:
         return self.output_scales.mean(dim=-2), self.input_scales.mean(dim=-2)

@@ -6,35 +6,32 @@ order that OneBit's own code packs in.
 
 Three forms compute ``y = ((x * before) S^T) * after`` and agree to rounding: the plain one, which
 unpacks S for the call; C++ on a CPU, which is built at the first use and reads the bits alone; a
-Triton kernel, which also mixes BinaryMoS's scales and norms y. The two fast ones are for few rows
-of x and have no gradients. Importing this module needs neither a compiler nor Triton.
+Triton kernel. The two fast ones are for few rows of x and have no gradients. Importing this module
+needs neither a compiler nor Triton.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from archzoo.derivatives import followed
-from archzoo.kernels.launching import SWITCHED_OFF, interpreting, launch, power_of_2, run_beside
+from archzoo.kernels.launching import SWITCHED_OFF, launch, power_of_2, run_beside
 from archzoo.kernels.one_bit.native import library
 from archzoo.numerics import at_least_float32, autocast_dtype, cast
 
+BITS = 32  # of a word, as the Triton kernel reads them
 ROWS = 8  # of x, up to which the fast forms run: they read all bits for each row
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-EPS = 1e-5  # of the norm
-CHUNK = 64  # bytes of a row of signs that a warp of the Triton kernel holds
-LEAST = 32  # the same where rows are short: what an int8 product takes at least
-WARPS = 16  # of a program at most
-SIDES = (64, 32, 16)  # rows of signs of a program: as many as leave enough programs for a GPU
-PROGRAMS = 128
-MIXED = 8  # scales that it mixes at most
-NORMED = 16_384  # outputs that a program norms
-_MODULE = "archzoo.kernels.one_bit.triton"
+WORDS = 256  # of a row of signs that a program of the Triton kernel holds at once
+MIXED = 1024  # scales that a program mixes
+SIDE = 4  # rows of signs whose words lie side by side for it
+TWO_FROM = 4096  # outputs, from which two such sides a program leave enough programs for a GPU
+
+_launch = functools.partial(launch, "archzoo.kernels.one_bit.triton")
 
 
 # ---------------------------------------------------------------------------- packing
@@ -82,9 +79,7 @@ def available(like: Tensor) -> bool:
     return run_beside(like)
 
 
-def product(
-    x: Tensor, packed: Tensor, before: Tensor, after: Tensor, *, norm: bool = False
-) -> Tensor:
+def product(x: Tensor, packed: Tensor, before: Tensor, after: Tensor) -> Tensor:
     """``y = ((x * before) S^T) * after`` in x's dtype, by the fastest form that takes them.
 
     Args:
@@ -92,63 +87,23 @@ def product(
         packed: S, (outputs, ceil(n / 8)) uint8.
         before: Scales of the inputs: (n,), or of each row of x: x's shape.
         after: Scales of the outputs: (outputs,), or of each row of x: (..., outputs).
-        norm: Add a layer norm of y, without weights.
     """
-    if not _few(x, before, after) or not available(x) or not _takes(x, packed, norm):
-        y = product_plainly(x, packed, before, after)
-        return normed(y) if norm else y
-    flat = x.reshape(-1, x.shape[-1])
-    scales = [scale if scale.dim() == 1 else scale.flatten(0, -2) for scale in (before, after)]
-    if run_beside(x):
-        y = _by_kernel(flat, packed, *scales, norm=norm)
-    else:
-        y = _by_library(flat, packed, *scales)
-    y = y.view(*x.shape[:-1], len(packed))
-    return normed(y) if norm and not run_beside(x) else y
-
-
-def mixed_product(
-    x: Tensor, packed: Tensor, router: Tensor, inputs: Tensor, outputs: Tensor
-) -> Tensor:
-    """BinaryMoS's ``y = ((x * (G S_in)) S^T) * (G S_out)``, ``G = softmax(x R^T)``.
-
-    Args:
-        x: (..., n).
-        packed: S, as of `product`.
-        router: R, (scales, n).
-        inputs: S_in, the same.
-        outputs: S_out, (scales, outputs).
-    """
-    fits = len(router) <= MIXED and outputs.stride(-1) == 1 and _takes(x, packed, norm=False)
-    if run_beside(x) and fits and _few(x, router, inputs, outputs) and available(x):
-        flat = x.reshape(-1, x.shape[-1])
-        y = _by_kernel(flat, packed, inputs, outputs, router=router)
-        return y.view(*x.shape[:-1], len(packed))
-    return product(x, packed, *mixed_scales(x, router, inputs, outputs))
-
-
-def normed(y: Tensor) -> Tensor:
-    """OneBit's layer norm of (..., outputs).
-
-    Args:
-        y: That.
-    """
-    return F.layer_norm(y, y.shape[-1:], eps=EPS)
-
-
-def _few(x: Tensor, *others: Tensor) -> bool:
-    """Whether a fast form is for these: few rows of x and no gradients."""
     rows = x.numel() // max(x.shape[-1], 1)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *others)):
-        return False
-    return 0 < rows <= ROWS and autocast_dtype(x.device) is None
-
-
-def _takes(x: Tensor, packed: Tensor, norm: bool) -> bool:
-    """Whether the form that runs where x lies takes these shapes."""
+    given = (x, before, after)
+    gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+    if gradients or not 0 < rows <= ROWS or autocast_dtype(x.device) is not None:
+        return product_plainly(x, packed, before, after)
+    if not available(x):
+        return product_plainly(x, packed, before, after)
+    flat = x.reshape(rows, x.shape[-1])
+    scales = [scale if scale.dim() == 1 else scale.flatten(0, -2) for scale in (before, after)]
     if not run_beside(x):
-        return True
-    return x.shape[-1] % 8 == 0 and not (norm and len(packed) > NORMED) and _has_int8(x.device)
+        y = _by_library(flat, packed, *scales)
+    elif x.shape[-1] % BITS == 0:
+        y = _by_kernel(flat, packed, *scales)
+    else:
+        return product_plainly(x, packed, before, after)
+    return y.view(*x.shape[:-1], len(packed))
 
 
 def product_plainly(x: Tensor, packed: Tensor, before: Tensor, after: Tensor) -> Tensor:
@@ -184,74 +139,21 @@ def _by_library(x: Tensor, packed: Tensor, before: Tensor, after: Tensor) -> Ten
 # ---------------------------------------------------------------------------- on a GPU
 
 
-@functools.lru_cache(maxsize=8)
-def _has_int8(device: torch.device) -> bool:
-    """Whether tensor cores multiply int8 as the kernel does: from Ampere on."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-@functools.lru_cache(maxsize=8)
-def _begins_early(device: torch.device) -> bool:
-    """Whether kernels may begin while the one before still runs: from Hopper on."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
-        return False
-    return bool(importlib.import_module(_MODULE).CAN_BEGIN_EARLY)
-
-
-def _by_kernel(
-    x: Tensor,
-    packed: Tensor,
-    before: Tensor,
-    after: Tensor,
-    *,
-    router: Tensor | None = None,
-    norm: bool = False,
-) -> Tensor:
-    """By Triton; x (rows, n), n a multiple of 8. With a router the scales are those it mixes."""
+def _by_kernel(x: Tensor, packed: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """By Triton; x (rows, n), n a multiple of 32."""
     (rows, width), outputs = x.shape, packed.shape[0]
-    x, packed = x.contiguous(), packed.contiguous()
-    weights = before, after if router is None else router
-    before, other = (weight.contiguous() for weight in weights)
-    if router is None:
-        after = other
-        strides = width if before.dim() == 2 else 0, outputs if after.dim() == 2 else 0
-    else:
-        router, strides = other, (0, after.stride(0))
+    x, before, after = x.contiguous(), before.contiguous(), after.contiguous()
     y = x.new_empty(rows, outputs)
-    raw = x.new_empty((rows, outputs), dtype=torch.float32) if norm else x
-    chunk = CHUNK if width // 8 > 4 * CHUNK else LEAST
-    parts = min(power_of_2(-(-width // (8 * chunk))), WARPS)
-    side = next((side for side in SIDES if outputs >= side * PROGRAMS), SIDES[-1])
-    # What is read before the wait must be weights: nothing that the kernel before may have written.
-    as_given = before is weights[0] and other is weights[1]
-    lasting = as_given and (router is not None or not any(strides))
-    early = {"launch_pdl": True} if lasting and _begins_early(x.device) else {}
-    launch(
-        _MODULE, "one_bit_kernel", (-(-outputs // side), rows),
-        (
-            x, packed.view(torch.int8), before, after, x if router is None else router, y, raw,
-            _arrivals(packed) if norm else x,
-        ),
-        outputs, *strides, WIDTH=width, PARTS=parts, CHUNK=chunk, ROWS=side,
-        SCALES=0 if router is None else len(router), NORM=norm,
-        HELD=power_of_2(outputs) if norm else 1, EARLY=bool(early), ASSEMBLY=not interpreting(),
-        num_warps=parts, num_stages=1, **early,
+    count = width // BITS
+    held = min(power_of_2(count), WORDS)
+    two = outputs >= TWO_FROM
+    tile = 2 * SIDE if two else SIDE
+    _launch(
+        "one_bit_kernel", (-(-outputs // tile), rows), (x, words_of(packed), before, after, y),
+        outputs, width if before.dim() == 2 else 0, outputs if after.dim() == 2 else 0,
+        COUNT=count, WORDS=held, TWO=two, num_warps=max(held // 32, 1),
     )  # fmt: skip
     return y
-
-
-def _arrivals(packed: Tensor) -> Tensor:
-    """Of each row of x a counter of programs, at 0 between calls, kept beside the signs.
-
-    Products with the same signs run one after another, as a module's calls do on one stream.
-    """
-    kept: Tensor | None = packed.__dict__.get("arrivals")
-    if kept is None or kept.device != packed.device:
-        kept = packed.__dict__["arrivals"] = packed.new_zeros(ROWS, dtype=torch.int32)
-    return kept
-
-
-# ---------------------------------------------------------------------------- BinaryMoS's scales
 
 
 def mixed_scales(
@@ -259,7 +161,8 @@ def mixed_scales(
 ) -> tuple[Tensor, Tensor]:
     """BinaryMoS's scales of each row of x: ``G S_in`` and ``G S_out``, ``G = softmax(x R^T)``.
 
-    G is float32 at least.
+    By a kernel where one runs, which makes float32; else in the scales' dtype. G is float32 at
+    least.
 
     Args:
         x: (..., n).
@@ -267,7 +170,65 @@ def mixed_scales(
         inputs: S_in, the same.
         outputs: S_out, (scales, outputs).
     """
+    rows = x.numel() // max(x.shape[-1], 1)
+    given = (x, router, inputs, outputs)
+    gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+    if gradients or followed() or autocast_dtype(x.device) is not None or x.dtype not in FLOATS:
+        return mixed_scales_plainly(*given)
+    if not 0 < rows <= ROWS or not run_beside(x):
+        return mixed_scales_plainly(*given)
+    (scales, width), height = router.shape, outputs.shape[1]
+    before = x.new_empty((rows, width), dtype=torch.float32)
+    after = x.new_empty((rows, height), dtype=torch.float32)
+    tensors = (x.reshape(rows, width), router, inputs, outputs)
+    blocks = -(-width // MIXED) - (-height // MIXED)
+    _launch(
+        "mixed_scales_kernel", (blocks, rows),
+        (*(tensor.contiguous() for tensor in tensors), before, after), width, height,
+        SCALES=scales, HELD=power_of_2(scales), BLOCK=MIXED, num_warps=4,
+    )  # fmt: skip
+    return before.view(x.shape), after.view(*x.shape[:-1], height)
+
+
+def mixed_scales_plainly(
+    x: Tensor, router: Tensor, inputs: Tensor, outputs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same of torch's own operations.
+
+    Args:
+        x: As for `mixed_scales`, and so are the others.
+        router: The same.
+        inputs: The same.
+        outputs: The same.
+    """
     logits = F.linear(x, router)
     gates = cast(logits, at_least_float32(logits.dtype)).softmax(dim=-1)
     gates = cast(gates, inputs.dtype)
     return gates @ inputs, gates @ outputs
+
+
+def words_of(packed: Tensor) -> Tensor:
+    """The same bits as the kernel reads them, kept beside the bytes while they stay.
+
+    Bit k of word j of an output is the sign of input ``k * count + j``, so that neighbouring
+    threads, which hold neighbouring words, read neighbouring inputs; the words of 4 outputs lie
+    side by side.
+
+    Args:
+        packed: (outputs, n / 8) uint8, n a multiple of 32.
+
+    Returns:
+        (tiles, count, 4) int32, count = n / 32; tiles hold 8 outputs by twos, filled up with 0.
+    """
+    version = 0 if packed.is_inference() else packed._version
+    kept = packed.__dict__.get("words")
+    if kept is not None and kept[0] == version:
+        found: Tensor = kept[1]
+        return found
+    outputs, count = packed.shape[0], packed.shape[1] * 8 // BITS
+    negative = (unpack(packed, BITS * count, torch.int8) < 0).view(outputs, BITS, count)
+    spread = pack(negative.transpose(1, 2)).contiguous()  # 4 bytes a word, the lowest first
+    words = F.pad(spread.view(torch.int32).view(outputs, count), (0, 0, 0, -outputs % (2 * SIDE)))
+    words = words.view(-1, SIDE, count).transpose(1, 2).contiguous()
+    packed.__dict__["words"] = (version, words)
+    return words
