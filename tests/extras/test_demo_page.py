@@ -23,9 +23,11 @@ HOSTILE = "<img src=x onerror='window.alerted=1'>${window.alerted=1}{{1+1}}&amp;
 TOKENIZER = CharacterTokenizer("".join(sorted(set(HOSTILE + "\n to be, or not?"))))
 NAMES = ("retnet_micro", "transformer_micro")
 
-# The command, saying on stderr where else than to this machine it would connect.
+# The command, saying on stderr where else than to this machine it would connect, and on SIGABRT what
+# its threads do.
 PROGRAM = """
-import socket, sys
+import faulthandler, socket, sys
+faulthandler.enable()
 connect = socket.socket.connect
 def watched(self, address):
     if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "localhost", "::1"):
@@ -64,7 +66,12 @@ def served(checkpoints: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
     try:
         yield found[1]
         server.send_signal(signal.SIGINT)
-        assert server.wait(60) == 0
+        try:
+            assert server.wait(60) == 0
+        except subprocess.TimeoutExpired:
+            server.send_signal(signal.SIGABRT)
+            server.wait(10)
+            pytest.fail(f"Ctrl-C did not end it:\n{errors.read_text()}")
     finally:
         server.kill()
     assert server.stdout.read() == "ended\n"
