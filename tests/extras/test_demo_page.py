@@ -23,8 +23,8 @@ HOSTILE = "<img src=x onerror='window.alerted=1'>${window.alerted=1}{{1+1}}&amp;
 TOKENIZER = CharacterTokenizer("".join(sorted(set(HOSTILE + "\n to be, or not?"))))
 NAMES = ("retnet_micro", "transformer_micro")
 
-# The command, saying on stderr where else than to this machine it would connect, and on SIGABRT what
-# its threads do.
+# The command, saying on stderr where else than to this machine it would connect; and what its
+# threads do, on SIGABRT.
 PROGRAM = """
 import faulthandler, socket, sys
 faulthandler.enable()
