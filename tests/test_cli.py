@@ -454,7 +454,7 @@ def test_user_errors_in_commands(here, capsys, arguments, expected):
         ("--model.vocab_size 1000000000000", ["vocab_size=1000000000000", "GB"]),
         ("--model.depth 100000", ["depth=100000"]),
         ("--model.mixer micro.yaml", ["micro.yaml"]),
-        ("--model nowhere.yaml", ["no configuration nowhere.yaml"]),
+        ("--model nowhere.yaml", ["configuration not found: nowhere.yaml"]),
         ("--ckpt_path .", [". is a directory"]),
         ("--data Text --data.path empty.txt", ["empty.txt is empty"]),
         ("--data Text --data.path binary.txt", ["binary.txt", "UTF-8"]),

@@ -242,7 +242,7 @@ def test_every_claim_has_a_plan(path, monkeypatch, cache):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("none.yaml", "there is no configuration none.yaml"),
+        ("none.yaml", "configuration not found: none.yaml"),
         ("", "needs a configuration"),
         ("a.yaml --arms plain", "--arms plain: a.yaml has no such arm"),
         ("a.yaml --seeds 0,x", "--seeds: 'x' is not an integer"),
@@ -320,7 +320,7 @@ def test_arms_start_from_a_base_of_their_seed(place):
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("base: a.yaml", "base: x.yaml", "there is no configuration x.yaml; nearest"),
+        ("base: a.yaml", "base: x.yaml", "configuration not found: x.yaml; nearest"),
         ("base: a.yaml", "base: {lor: a.yaml}", "base: no arm is called 'lor'; nearest: lora"),
         ("base: a.yaml", "base: [a.yaml]", "it takes the name of a configuration file"),
         ("full: [1.0e-3], ", "", "learning_rates names none for the arm full"),
@@ -428,13 +428,13 @@ def test_objectives_are_compared_by_what_they_measure_on_the_test_part(chain):
     ("name", "old", "new", "words"),
     [
         ("sft.yaml", "base: a.yaml", "base: b.yaml", "base sft.yaml: it begins from itself"),
-        ("sft.yaml", "base: a.yaml", "base: no.yaml", "there is no configuration"),
+        ("sft.yaml", "base: a.yaml", "base: no.yaml", "configuration not found"),
         ("reward.yaml", "sft.yaml", "sub/sft.yaml", "have one name, and need two: rename one"),
-        ("b.yaml", "model.reward_model: re", "data.path: re", "'data.path' is no setting of the"),
+        ("b.yaml", "model.reward_model: re", "data.path: re", "'data.path' is not a setting of"),
         ("b.yaml", "{model.reward_model: reward.yaml}", "[reward.yaml]", "configuration files by"),
         ("b.yaml", "metric: score", "metric: scores", "does not measure it; nearest: score"),
         ("b.yaml", "cost/written", "cost/writing", "no run measures cost/writing; nearest: cost"),
-        ("b.yaml", "objective: DPO", "objective: DPP", "there is no objective 'DPP'; nearest: DPO"),
+        ("b.yaml", "objective: DPO", "objective: DPP", "unknown objective 'DPP'; nearest: DPO"),
     ],
 )
 def test_what_is_wrong_with_a_chain_is_one_line(chain, capsys, name, old, new, words):
@@ -882,7 +882,7 @@ def test_an_arm_begins_from_what_a_command_makes_of_bases(prepared):
         ("binarise {", "generate {", "it takes a command of binarise, merge, upcycle"),
         ("OneBit", "OneBit --out x", "omit --out: each run has a directory of its own"),
         ("binarise {a.yaml}", "binarise {a}", "{a} is neither {seed} nor a configuration file"),
-        ("binarise {a.yaml}", "binarise {no.yaml}", "there is no configuration no.yaml"),
+        ("binarise {a.yaml}", "binarise {no.yaml}", "configuration not found: no.yaml"),
         ("{x.yaml:fast}", "{x.yaml:fats}", "base x.yaml: "),
         ("method OneBit", "method TwoBit", "arm binary: prepare: "),
         ("density 0.5", "density 5", "arm merged: prepare: merge: density=5.0 is the share"),

@@ -149,6 +149,7 @@ def test_graphs_are_refused_where_something_of_a_step_is_kept(tmp_path, capfd):
     assert "other processes" in refused(world_size=2)
     assert "micro-batch" in refused(accumulate_grad_batches=2)
     assert "from one batch to the next" in refused(task=carried)
+    assert "twice in a step" in refused(loops=3, progressive_loss=0.5)
     assert "called" in refused(feed_forward="MixtureOfExperts", linear="BinaryMoSLinear")
 
 
@@ -197,8 +198,10 @@ def test_what_deepspeed_gathers_by_hooks_is_not_compiled(monkeypatch, capfd):
     module = module_of("cuda")
     assert "gathers weights by hooks" in callback_says("auto", module, capfd)
     assert module.net.compiled_hidden is None
-    with pytest.raises(ValueError, match=r"gathers weights by hooks.*--compile false"):
-        callback_says(True, module, capfd)
+    for when, given in ((True, "true"), ("graphs", "graphs")):
+        message = rf"--compile {given}: .*gathers weights by hooks.*--compile false"
+        with pytest.raises(ValueError, match=message):
+            callback_says(when, module, capfd)
     assert callback_says(False, module, capfd) == ""
 
 

@@ -345,7 +345,7 @@ def test_models_beside_it_have_the_policy_s_vocabulary(runs: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--objective=Polcy"], "there is no objective 'Polcy'; nearest: Policy"),
+        (["--objective=Polcy"], "unknown objective 'Polcy'; nearest: Policy"),
         (["--objective=archzoo.tasks.Addition"], "objective"),
         (["--objective=Policy"], "begins from trained weights: give --model.weights"),
         (["--model.beta=1"], "there is no setting 'model.beta'"),

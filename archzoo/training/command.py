@@ -70,12 +70,9 @@ RUN_DIRECTORY = "the run's directory"  # a sentinel until its name is known
 COMMANDS = ("fit", "validate", "test", "predict")
 FILES = ("--model", "--trainer", "--checkpoint", "--data")  # a section may be a file of its own
 NOT_STORED = {"preset", "match", "weights"}  # a run's checkpoint holds what they led to
-WHOLE = (
-    "data",
-    "objective",
-    "seed_everything",
-)  # what one may set that has no parts, or as a whole
+# What a variant may set.
 IN_VARIANTS = ("model", "data", "trainer", "checkpoint", "objective", "seed_everything")
+WHOLE = ("data", "objective", "seed_everything")  # of those, what may be given without a part
 HARDWARE = ("accelerator", "devices")  # of the trainer's settings
 # What settings say of other runs than the one that they make.
 NOT_OF_A_RUN = ("ckpt_path", "resume", "table", "arms", "arm", "compare", "claim")

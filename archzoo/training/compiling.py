@@ -79,6 +79,8 @@ def reason_against_graphs(trainer: lightning.Trainer, module: LanguageModel) -> 
         return "a state is kept from one batch to the next"
     if type(module).training_step is not LanguageModel.training_step:
         return "the objective may run the model several times in a step"
+    if module.progressive_loss and module.net.loops > 1:
+        return "progressive_loss runs the model twice in a step"
     if module.unfreezes or module.teacher is not None:
         return "blocks are compiled one by one"
     if not all(part.gate_up.is_one_matrix and part.down.is_one_matrix for part in mixtures):
@@ -123,7 +125,8 @@ class CompileModel(lightning.Callback):
         if not self.when:
             return
         if stage_of(trainer.strategy) == 3:
-            raise ValueError(f"--compile true: {HOOKS}: --compile false trains without")
+            given = str(self.when).lower()
+            raise ValueError(f"--compile {given}: {HOOKS}: --compile false trains without")
         graphs = self.when == "graphs"
         if graphs and (reason := reason_against_graphs(trainer, pl_module)):
             raise ValueError(f"--compile graphs: {reason}: take --compile true")

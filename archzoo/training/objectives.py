@@ -36,7 +36,7 @@ def find_objective(name: str | None) -> type[LanguageModel]:
         found: type[LanguageModel] = getattr(import_module(OBJECTIVES[name]), name)
         return found
     if "." not in name:
-        raise ValueError(f"there is no objective {name!r}; {nearest(name, list(OBJECTIVES))}")
+        raise ValueError(f"unknown objective {name!r}; {nearest(name, list(OBJECTIVES))}")
     load_installed()
     try:
         return find_class(name, LanguageModel)

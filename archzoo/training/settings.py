@@ -122,7 +122,7 @@ def read(path: Path) -> dict[str, Any]:
         hint = f"; {nearest(str(path), known)}" if known else ""
         if path.stem in shipped.configurations():
             hint += f"; archzoo fit {path.stem} takes the one that comes with archzoo"
-        raise FileNotFoundError(f"there is no configuration {path}{hint}")
+        raise FileNotFoundError(f"configuration not found: {path}{hint}")
     if not path.is_file():
         kind = "a directory" if path.is_dir() else "not a regular file"
         raise ValueError(f"{path} is {kind}: --config takes a YAML file")

@@ -117,7 +117,7 @@ def _no_option(key: str, name: str, classes: dict[str, type]) -> str:
 def _no_configuration(path: Path) -> str:
     known = [str(file) for file in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
     hint = f"; {nearest(str(path), known)}" if known else ""
-    return f"there is no configuration {path}{hint}"
+    return f"configuration not found: {path}{hint}"
 
 
 def _plain(reason: str) -> str:

@@ -460,7 +460,7 @@ def _files_of_bases(
     starts = {} if base is None else {STARTS: base}
     for setting, given in (starts | (reads or {})).items():
         if not str(setting).startswith("model."):
-            raise ValueError(f"{whose}: reads: {setting!r} is no setting of the model's")
+            raise ValueError(f"{whose}: reads: {setting!r} is not a setting of the model")
         what = "base" if setting == STARTS else f"reads: {setting}"
         above = Path() if setting == STARTS and not by_file else beside
         entries = given if isinstance(given, dict) else {"": given}

@@ -27,7 +27,7 @@ def read_prepared(given: Any, arms: list[str], whose: str) -> dict[str, tuple[st
         whose: For messages: the file's name.
 
     Raises:
-        ValueError: It is no command that writes a model, or of no arm.
+        ValueError: A command does not write a model, or an arm is unknown.
     """
     if given is None:
         return {}

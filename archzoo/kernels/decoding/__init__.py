@@ -399,7 +399,7 @@ def _gate_experts(hidden: Tensor, mixture: Mixture) -> Tensor:
     batch, blocks = len(hidden), mixture.blocks
     gated = hidden.new_empty((batch, blocks * mixture.experts * mixture.rank))
     _launch(
-        "gate_experts_kernel", (blocks, batch), batch, (hidden, gated), batch,
+        "gate_experts_kernel", (blocks, batch), batch, (hidden, gated),
         BLOCKS=blocks, EXPERTS=mixture.experts, RANK=mixture.rank, TOP_K=mixture.top_k,
         BLOCK_EXPERTS=power_of_2(mixture.experts), BLOCK_RANK=power_of_2(mixture.rank), num_warps=4,
     )  # fmt: skip

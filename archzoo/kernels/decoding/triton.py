@@ -298,7 +298,7 @@ def vector_kernel(
 
 @triton.jit
 def gate_experts_kernel(
-    hidden_ptr, gated_ptr, rows,
+    hidden_ptr, gated_ptr,
     BLOCKS: tl.constexpr, EXPERTS: tl.constexpr, RANK: tl.constexpr, TOP_K: tl.constexpr,
     BLOCK_EXPERTS: tl.constexpr, BLOCK_RANK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
