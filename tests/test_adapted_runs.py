@@ -244,6 +244,17 @@ def test_training_an_adapter_further_keeps_its_first_base(base: Path) -> None:
     assert "base_weights" not in read_safely("runs/whole/last.ckpt")
 
 
+def test_an_average_leaves_the_base_as_it_is(base: Path, capsys: pytest.CaptureFixture) -> None:
+    """Bit for bit: else its digest is another, and the adapter alone would fit no base."""
+    given = [f"--model.weights={base}", *ADAPTER, "--ema=0.9", "--trainer.max_steps=6"]
+    assert main(["fit", "--name=averaged", *given, *RUN]) == 0
+    averaged = read_safely("runs/averaged/last.ckpt")["state_dict"]
+    for name, tensor in read_safely(base)["state_dict"].items():
+        assert torch.equal(averaged[name], tensor), name
+    assert main(["adapter", "save", "runs/averaged", "--out=alone"]) == 0
+    assert main(["generate", str(base), "1+1=", "--adapter=alone"]) == 0, capsys.readouterr().err
+
+
 def test_what_a_run_has_trained_of_the_base_too_is_kept(
     base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

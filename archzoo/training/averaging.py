@@ -5,15 +5,18 @@ from __future__ import annotations
 import warnings
 
 import lightning
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor
 
 
-class AverageWeights(EMAWeightAveraging):
-    """An exponential moving average of the weights: ``a <- decay a + (1 - decay) w`` every step.
+class AverageWeights(WeightAveraging):
+    """An exponential moving average of the weights: ``a <- a + (1 - decay) (w - a)`` every step.
 
     Lightning's, over parameters alone: buffers are copied, for most of them are constants, which
-    rounding would move. What is validated, kept in checkpoints, and read from them is the average;
-    a checkpoint holds what is trained as well, from which a resumed run continues.
+    rounding would move. In this form a weight that stands still, as those beside adapters, is its
+    own average bit for bit, which Lightning's sum of two products is not. What is validated, kept
+    in checkpoints, and read from them is the average; a checkpoint holds what is trained as well,
+    from which a resumed run continues.
 
     Args:
         decay: From 0 to below 1; it looks back some 1 / (1 - decay) steps.
@@ -22,7 +25,11 @@ class AverageWeights(EMAWeightAveraging):
     def __init__(self, decay: float) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"ema={decay} must be from 0 to below 1, such as 0.999")
-        super().__init__(use_buffers=False, decay=decay)
+
+        def average(averaged: Tensor, weight: Tensor, _: Tensor | int) -> Tensor:
+            return averaged + (1 - decay) * (weight - averaged)
+
+        super().__init__(use_buffers=False, avg_fn=average)
 
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
