@@ -21,11 +21,14 @@ from archzoo.analysis.compare import claims, progress, statistics, tables
 from archzoo.analysis.compare.arms import file_name, make_arms, split
 from archzoo.analysis.compare.places import gpus, slots
 from archzoo.analysis.compare.plan import digest, make_plan, matched, numbers
+from archzoo.analysis.compare.prepared import prepare
 from archzoo.analysis.compare.runner import choose
 from archzoo.analysis.compare.statistics import seeds_needed
 from archzoo.cli import main
 from archzoo.training import settings
 from archzoo.training.command import resolve
+from archzoo.training.directory import Lock
+from archzoo.training.ending import SIGNALS, Ended
 
 ROOT = Path(__file__).parents[1]
 CONFIG = """
@@ -268,9 +271,26 @@ def test_every_claim_has_a_plan(path, monkeypatch, cache):
         ("bad_arms.yaml", "and not settings by the arms' names"),
         ("bad_claim.yaml", "claim has no 'margins'; nearest: margin"),
         ("bad_option.yaml", "compare has no 'seed'; nearest: seeds"),
+        ("number.yaml", "number.yaml: compare is 3: it takes options by name"),
+        ("list.yaml", "list.yaml: compare is ['base']: it takes options by name"),
+        ("metrics.yaml", "metrics.yaml: compare: metric is ['loss']: it takes one name"),
+        ("may.yaml", "--may_differ 3: it takes data and tokens"),
+        ("seeds.yaml", "--seeds names none"),
+        ("of_number.yaml", "number.yaml: compare is 3: it takes options by name"),
+        ("no_arm.yaml", "no_arm.yaml: arms: a is 3: it takes settings by name"),
     ],
 )
 def test_what_is_wrong_is_one_line(place, capsys, arguments, words):
+    for name, text in (
+        ("number", "compare: 3"),
+        ("list", "compare: [base]"),
+        ("metrics", "compare: {metric: [loss]}"),
+        ("may", "compare: {may_differ: 3}"),
+        ("seeds", "compare: {seeds: []}"),
+        ("of_number", "compare: {base: number.yaml}"),
+        ("no_arm", "arms: {a: 3, b: {}}"),
+    ):
+        Path(f"{name}.yaml").write_text(f"{CONFIG}{text}\n")
     Path("no_data.yaml").write_text("model: {preset: retnet_micro}\ntrainer: {max_steps: 1}\n")
     Path("bad_arms.yaml").write_text(f"{CONFIG}arms: [a, b]\n")
     Path("bad_claim.yaml").write_text(f"{CONFIG}claim: {{margins: 1}}\n")
@@ -317,6 +337,14 @@ def test_arms_start_from_a_base_of_their_seed(place):
     assert [run.base is None for run in plan.runs.values()] == [True, False, False]
 
 
+def test_an_arms_name_may_hold_a_plus(prepared):
+    text = PREPARED.replace("  plain: {}", "  a+b: {}").replace("control: plain", "control: a+b")
+    Path("b.yaml").write_text(text.replace("binary", "one+bit"))
+    plan = plan_of({"model.warmup_steps": "0,1"}, "b.yaml")
+    words = {run.arm: run.prepare[:1] for run in plan.runs.values()}
+    assert words["one+bit+warmup_steps=1"] == ("binarise",) and words["a+b+warmup_steps=0"] == ()
+
+
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
@@ -330,6 +358,7 @@ def test_arms_start_from_a_base_of_their_seed(place):
         ("loss@2", "losses", "no run measures losses; nearest: loss"),
         ("exact_match/base", "exact/base", "no run measures exact/base"),
         ("rank: 2", "rank: two", "arm lora: "),
+        ("full: {}", "full: {model.mixer: Attention}", "weights='the base a' brings its own"),
         ("digits: 1", "digits: 1, vocabulary: own", "its base a is trained with another vocab"),
     ],
 )
@@ -758,6 +787,42 @@ def test_a_base_is_trained_once_and_what_is_left_of_it_is_measured(place, capsys
     assert re.search(r"base a +3 .*done", capsys.readouterr().out)
 
 
+def test_a_base_that_another_comparison_has_just_started_is_waited_for(place, capsys):
+    """Before it trains, and so before its own directory is held."""
+    Path("b.yaml").write_text(ADAPTED)
+    (run,) = plan_of(config="b.yaml").bases
+    lock = Lock(Path("runs/compare/bases", f".{run.name}"))
+    words = ["compare", "b.yaml", "--arms", "full"]
+    assert main([*words, "--minutes", "0.02"]) == 0
+    assert "started" not in capsys.readouterr().out
+    lock.release()
+    assert main(words) == 0
+    assert re.search(r"base a,.*started", capsys.readouterr().out)
+    assert [path.name for path in Path("runs/compare/bases").iterdir()] == [run.name]
+
+
+def test_of_runs_that_failed_bases_are_counted_too(place, capsys):
+    Path("b.yaml").write_text(ADAPTED)
+    text = CONFIG.replace("warmup_steps: 2", "warmup_steps: 0, learning_rate: 1.0e+18")
+    Path("a.yaml").write_text(text)
+    assert main(["compare", "b.yaml"]) == 1
+    assert "error: 4 of 4 runs failed" in capsys.readouterr().err
+
+
+def test_a_server_whose_parent_is_gone_says_nothing():
+    program = """
+import os
+from archzoo.analysis.compare.child import _say
+reading, writing = os.pipe()
+os.close(reading)
+os.dup2(writing, 1)
+_say(number=1)
+"""
+    given = [sys.executable, "-c", program]
+    found = subprocess.run(given, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert found.returncode == 0 and found.stderr == b""
+
+
 def test_claims_are_of_the_arms_that_are_taken(place):
     Path("b.yaml").write_text(ADAPTED)
     assert len(plan_of(config="b.yaml").claims) == 2
@@ -897,6 +962,16 @@ def test_what_is_wrong_with_a_command_is_one_line(prepared, capsys, old, new, wo
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and words in line, line
     assert not Path("runs").exists(), "all is said before anything is trained"
+
+
+def test_a_signal_ends_a_command_and_is_no_error_of_it(monkeypatch):
+    def ended(checkpoints: list[str], /) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+
+    monkeypatch.setattr("archzoo.conversion.merge.merge_command", ended)
+    with SIGNALS, pytest.raises(Ended, match="ended by SIGTERM"):
+        prepare(["merge", "a", "b"])
 
 
 def test_what_is_prepared_is_measured_and_made_again_after_an_interruption(prepared, capsys):

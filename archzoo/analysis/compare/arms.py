@@ -19,10 +19,12 @@ class Arm(NamedTuple):
     Attributes:
         name: In tables and in the names of runs.
         arguments: What `archzoo fit` is given for it, after the configuration file.
+        of_file: Which of the file's arms it is made of; "": the file as it is.
     """
 
     name: str
     arguments: tuple[str, ...]
+    of_file: str = ""
 
 
 def split(value: str) -> list[str]:
@@ -76,9 +78,16 @@ def make_arms(
         whose: For messages: the file's name.
 
     Raises:
-        ValueError: An arm that the file does not have, or two arms of one name.
+        ValueError: An arm that the file does not have, or that is no settings, or two arms of one
+            name.
     """
     names = list(map(str, of_file or {}))
+    for name, says in (of_file or {}).items():
+        if says is not None and not isinstance(says, dict):
+            raise ValueError(
+                f"{whose}: arms: {name} is {says!r}: it takes settings by name, as model.mixer: "
+                "Retention; {} changes none"
+            )
     for name in chosen or []:
         if name not in names:
             there = nearest(name, names) if names else "it has none"
@@ -94,7 +103,7 @@ def make_arms(
         arguments = ["--arm", name] if name else []
         for key, value in given.items():
             arguments += [f"--{key}", value]
-        arms.append(Arm("+".join(labels) or "model", tuple(arguments)))
+        arms.append(Arm("+".join(labels) or "model", tuple(arguments), name))
     found = [arm.name for arm in arms]
     twice = next((name for name in found if found.count(name) > 1), None)
     if twice is not None:

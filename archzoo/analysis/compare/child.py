@@ -156,7 +156,8 @@ def _begin(asked: dict[str, Any], pipe: int) -> NoReturn:
 
 
 def _say(**what: int) -> None:
-    os.write(1, f"{json.dumps(what)}\n".encode())
+    with contextlib.suppress(BrokenPipeError):  # the parent was killed, and says nothing more
+        os.write(1, f"{json.dumps(what)}\n".encode())
 
 
 if __name__ == "__main__":

@@ -157,9 +157,10 @@ def _compare(
             print(f"{clock(60 * (minutes or 0))} are over, all runs are saved; to continue:")
             print(f"  {command_line()}")
         if runner.failed:
+            count = len(plan.runs) + len(plan.bases)
             raise ValueError(
-                f"{len(runner.failed)} of {len(plan.runs)} runs failed, see {directory / 'logs'}; "
-                "the same command tries them again"
+                f"{len(runner.failed)} of {count} runs failed, see {directory / 'logs'}; the same "
+                "command tries them again"
             )
         return 0
     finally:

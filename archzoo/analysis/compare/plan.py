@@ -214,6 +214,8 @@ def numbers(value: Any, option: str, kind: type) -> list[Any]:
     """
     entries = value.strip("[] ").split(",") if isinstance(value, str) else value
     entries = entries if isinstance(entries, list | tuple) else [entries]
+    if not entries:
+        raise ValueError(f"{option} names none: give one at least, or omit it")
     found = []
     for entry in entries:
         what = "an integer" if kind is int else "a number"
@@ -254,10 +256,7 @@ def make_plan(
         ValueError: Something is wrong with an option, an arm, or what arms differ in.
     """
     whose = config or "the command line"
-    of_file = content.get("compare") or {}
-    for name in of_file:
-        if name not in IN_FILE:
-            raise ValueError(f"{whose}: compare has no {name!r}; {nearest(str(name), [*IN_FILE])}")
+    of_file = _of_file(content, whose)
     chosen = {name: options.get(name) for name in IN_FILE}
     chosen = {n: of_file.get(n) if value is None else value for n, value in chosen.items()}
     given_arms = content.get("arms")
@@ -273,7 +272,7 @@ def make_plan(
         None if chosen[name] is None else numbers(chosen[name], f"--{name}", int)
         for name in ("seeds", "tune_seeds")
     )
-    rates_of = _rates(chosen["learning_rates"], [arm.name for arm in arms], names, whose)
+    rates_of = _rates(chosen["learning_rates"], arms, names, whose)
     by_file = options.get("base") is None
     read = _files_of_bases(chosen["base"], chosen["reads"], by_file, config, names, whose)
     for setting in settings:  # which say themselves what is read
@@ -292,13 +291,12 @@ def make_plan(
         prepared: dict[str, tuple[str, ...]] = {}
         reads: dict[str, dict[str, str]] = {}
         for arm in arms:
-            of_file = of_file_arm(arm.name)
-            says = (given_arms or {}).get(of_file) or {}  # itself, what it reads
-            prepared[arm.name] = words = () if STARTS in says else made.get(of_file, ())
+            says = (given_arms or {}).get(arm.of_file) or {}  # itself, what it reads
+            prepared[arm.name] = words = () if STARTS in says else made.get(arm.of_file, ())
             reads[arm.name] = {
                 setting: by_arm[key].stem
                 for setting, by_arm in read.items()
-                for key in ([of_file] if of_file in by_arm else [""])
+                for key in ([arm.of_file] if arm.of_file in by_arm else [""])
                 if key in by_arm and setting not in says and not (words and setting == STARTS)
             }
             for part in PLACES.findall(" ".join(words)):
@@ -378,6 +376,7 @@ def _listed(entries: list[Any]) -> str:
 
 def _allowed(given: Any) -> list[str]:
     entries = given.split(",") if isinstance(given, str) else given or []
+    entries = entries if isinstance(entries, list | tuple) else [entries]
     names = [str(entry).strip() for entry in entries]
     for name in names:
         if name not in MAY_DIFFER:
@@ -385,12 +384,13 @@ def _allowed(given: Any) -> list[str]:
     return names
 
 
-def _rates(given: Any, arms: list[str], names: list[str], whose: str) -> dict[str, list[float]]:
+def _rates(given: Any, arms: list[Arm], names: list[str], whose: str) -> dict[str, list[float]]:
     """The learning rates to choose from, by the arm: the same of all, or each arm's own."""
     if given is None:
         return {}
     if not isinstance(given, dict):
-        return dict.fromkeys(arms, numbers(given, "--learning_rates", float))
+        rates = numbers(given, "--learning_rates", float)
+        return {arm.name: rates for arm in arms}
     found = {}
     for name, entries in given.items():
         if name not in names:
@@ -398,10 +398,10 @@ def _rates(given: Any, arms: list[str], names: list[str], whose: str) -> dict[st
                 f"{whose}: learning_rates: no arm is called {name!r}; {_near(name, names)}"
             )
         found[name] = numbers(entries, f"learning_rates.{name}", float)
-    for name in arms:
-        if of_file_arm(name) not in found:
-            raise ValueError(f"{whose}: learning_rates names none for the arm {of_file_arm(name)}")
-    return {name: found[of_file_arm(name)] for name in arms}
+    for arm in arms:
+        if arm.of_file not in found:
+            raise ValueError(f"{whose}: learning_rates names none for the arm {arm.of_file}")
+    return {arm.name: found[arm.of_file] for arm in arms}
 
 
 def _is_compared(claim: Claim, picked: list[str]) -> bool:
@@ -411,9 +411,27 @@ def _is_compared(claim: Claim, picked: list[str]) -> bool:
     return there and (claim.arm is None or claim.arm != control)
 
 
-def of_file_arm(name: str) -> str:
-    """Which of the file's arms an arm is made of: ``lora`` of ``lora+depth=2``."""
-    return name.partition("+")[0]
+def _of_file(content: Mapping[str, Any], whose: str) -> dict[str, Any]:
+    """What a file's `compare` says, by its names.
+
+    Args:
+        content: What the file holds.
+        whose: For messages: its name.
+
+    Raises:
+        ValueError: It is no settings by name, has one of another name, or one of another kind.
+    """
+    given = content.get("compare")
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise ValueError(f"{whose}: compare is {given!r}: it takes options by name, as seeds: [0]")
+    for name, value in given.items():
+        if name not in IN_FILE:
+            raise ValueError(f"{whose}: compare has no {name!r}; {nearest(str(name), [*IN_FILE])}")
+        if name in ("metric", "measure") and not isinstance(value, str | None):
+            raise ValueError(f"{whose}: compare: {name} is {value!r}: it takes one name")
+    return given
 
 
 def _near(name: Any, names: list[str]) -> str:
@@ -529,7 +547,7 @@ def _resolve_bases(
                 f"the bases {found[name].path} and {path} have one name, and need two: rename one"
             )
         return
-    of_file = files.read(path).get("compare") or {}
+    of_file = _of_file(files.read(path), str(path))
     own = _files_of_bases(of_file.get("base"), of_file.get("reads"), True, str(path), [], str(path))
     if of_file.get("prepare") is not None:
         raise ValueError(f"base {path}: a base prepares nothing: let it begin from a base itself")
@@ -631,7 +649,8 @@ def _resolve(
             given += [f"--{STARTS}", str(made)]
         found = resolve([*start, *given, *arm.arguments])
     except ValueError as error:
-        raise ValueError(f"arm {arm.name}: {error}") from None
+        said = str(error).replace(f"{place}/", "the base ")
+        raise ValueError(f"arm {arm.name}: {said}") from None
     _name_bases(found.settings, reads)
     if words:
         found.settings["model"]["weights"] = f"made by archzoo {' '.join(words)}"

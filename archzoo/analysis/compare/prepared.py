@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from archzoo.names import nearest
+from archzoo.training.ending import SIGNALS, Ended
 from archzoo.trust import user_imports
 
 COMMANDS = ("binarise", "merge", "upcycle")  # each writes a model by --out
@@ -71,6 +72,7 @@ def prepare(words: Sequence[str]) -> None:
 
     Raises:
         ValueError: It fails, by its own message.
+        Ended: A signal ended it.
     """
     imports = [word for module in user_imports for word in ("--import", module)]
     said, before, status = io.StringIO(), sys.argv, None
@@ -82,6 +84,8 @@ def prepare(words: Sequence[str]) -> None:
         status = end.code
     finally:
         sys.argv = before
+    if SIGNALS.received is not None and status == 128 + SIGNALS.received:
+        raise Ended(SIGNALS.received)  # which the command has caught
     if status:
         lines = [line for line in said.getvalue().splitlines() if line.strip()]
         last = lines[-1].removeprefix("error: ") if lines else f"exit status {status}"

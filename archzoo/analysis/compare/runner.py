@@ -31,7 +31,7 @@ from archzoo.analysis.compare.runs import (
     write_outcome,
 )
 from archzoo.training import settings
-from archzoo.training.directory import in_use
+from archzoo.training.directory import Lock, in_use
 from archzoo.training.ending import SIGNALS
 from archzoo.trust import user_imports
 
@@ -93,6 +93,8 @@ class Runner:
         self.waiting = deque[Job]()
         self.going: dict[int, tuple[Job, Process, Slot]] = {}
         self.failed: dict[Run, str] = {}
+        #: Bases that this comparison trains: others beside it, which share them, wait.
+        self.claimed: dict[Run, Lock] = {}
         self.chosen: dict[str, float] = {}  # the learning rate of each arm
         self._again: set[Run] = set()
         self._seen: set[tuple[str, bool]] = set()  # jobs that were made
@@ -200,7 +202,32 @@ class Runner:
                 continue
             if job.run in self.failed:
                 continue
+            if not self._claim(job.run):
+                self.waiting.append(job)
+                continue
+            if job.run.is_base and self.is_done(job.run, job.tests):  # by another comparison
+                self._give_back(job.run)
+                continue
             self._start(job, self._free.pop(0))
+
+    def _claim(self, run: Run) -> bool:
+        """Whether this comparison may start a run; no other one has just started the same base.
+
+        The run holds its directory by itself only once it trains, seconds later.
+        """
+        if not run.is_base:
+            return True
+        directory = self.directory(run)
+        try:
+            self.claimed[run] = Lock(directory.with_name(f".{directory.name}"))
+        except ValueError:
+            return False
+        return True
+
+    def _give_back(self, run: Run) -> None:
+        """Let other comparisons start a base, where this one has trained it."""
+        if (lock := self.claimed.pop(run, None)) is not None:
+            lock.release()
 
     def _waits(self, run: Run) -> bool:
         """Whether what a run reads is not trained yet; where that failed, the run fails, too."""
@@ -313,6 +340,7 @@ class Runner:
             job, process, _ = self.going.pop(number)
             self._free.append(number)
             self._note(job, process.poll() or 0)
+            self._give_back(job.run)
         return bool(ended)
 
     def _note(self, job: Job, status: int) -> None:
@@ -368,6 +396,8 @@ class Runner:
                 process.send_signal(number)
             left = wait(left, PATIENCE)
         self.going.clear()
+        for run in list(self.claimed):
+            self._give_back(run)
 
 
 Metrics = Callable[[Run], dict[str, float]]
