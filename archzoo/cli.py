@@ -320,6 +320,8 @@ def call(function: Callable[..., Any], program: str, arguments: list[str]) -> in
             if unknown:
                 options = [o for a in self._actions for o in a.option_strings if o[:2] == "--"]
                 text = f"there is no option --{unknown}; {nearest(f'--{unknown}', options)}"
+            elif alone := text.partition("nrecognized arguments: ")[2].partition(" ")[0]:
+                text = f"{alone!r} stands alone: options are given as --NAME VALUE"
             elif "Does not validate against" in text or ": Expected a" in text:
                 from archzoo.training.user_errors import explain
 

@@ -131,10 +131,15 @@ def test_what_cannot_be_compared_is_one_line(capsys):
     net, tokenizer = archzoo.from_pretrained("a")
     other = micro("transformer_micro", vocab_size=net.vocab_size, depth=1, tie_weights=True)
     archzoo.save_pretrained("other", other, tokenizer)
+    archzoo.save_pretrained("same", net, tokenizer)
     archzoo.save_pretrained("taskless", net.double(), tokenizer)
     for line, words in (
         ("barrier a", "1 checkpoints are given"),
         ("barrier a a", "given twice"),
+        ("barrier a same", "a and same hold the same weights"),
+        ("barrier a b --figure drawn.csv", "drawn.csv is no picture's name: end it in .png"),
+        ("barrier a b --figure a", "a is a directory: name a picture's file, such as a/figure.png"),
+        ("barrier a b --figure /proc/no/a.png", "figure /proc/no/a.png cannot be written"),
         ("barrier a other", "has depth=2 and other has depth=1"),
         ("barrier a nowhere", "there is no checkpoint at nowhere"),
         ("barrier a b --points 2", "points=2 must be at least 3"),

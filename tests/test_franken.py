@@ -316,6 +316,13 @@ def test_what_cannot_be_put_together_is_one_line(capsys):
     fails(capsys, f"{both} --prompts plus.txt empty.txt", "empty.txt: there is no prompt")
     Path("bytes.txt").write_bytes(b"\xff\xfe1")
     fails(capsys, f"{both} --prompts plus.txt bytes.txt", "bytes.txt is not UTF-8")
+    fails(capsys, f"{both} --prompts plus.txt no.txt", "no.txt cannot be read (No such file")
+    fails(capsys, f"{both} --prompts plus.txt base", "base cannot be read (Is a directory)")
+    fails(capsys, f"{both} --gate random --contrast false", "means nothing without --prompts")
+    line = f"{both} {files} --negative minus.txt plus.txt --contrast false"
+    fails(capsys, line, "contrast=false means nothing beside --negative")
+    fails(capsys, f"{both} {files} --init_args.router LinearRouter", "give --router and")
+    fails(capsys, "upcycle plus o --gate cheap_embed", "gate=cheap_embed means nothing to one")
     fails(capsys, "upcycle plus minus", "minus exists: name a directory")
     fails(capsys, "upcycle plus minus more", "--out DIR")
     fails(capsys, "upcycle plus --out o --base base", "one checkpoint is given")

@@ -281,6 +281,9 @@ def test_the_ends_of_the_formulas_are_the_models():
         ({"method": "ties", "scale": math.nan}, "scale=nan is not finite"),
         ({"method": "ties"}, "--base CHECKPOINT"),
         ({"method": "ties", "trim": "layer"}, "neither model nor tensor"),
+        ({"method": "dare", "density": 0.5, "trim": "tensor"}, "means nothing to dare: it is for"),
+        ({"rescale": False}, "rescale=False means nothing to linear: it is for dare"),
+        ({"method": "slerp", "normalize": True}, "normalize=True means nothing to slerp"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings, words):
@@ -412,7 +415,7 @@ def test_other_architectures_and_vocabularies_are_refused_by_both_values(capsys)
     fails(capsys, "merge a alone --base base --out o", "alone is an adapter alone")
     fails(capsys, "merge a nowhere --out o", "there is no checkpoint at nowhere")
     fails(capsys, "merge a b --out o --weights 1", "1 weights are given for 2 models")
-    fails(capsys, "merge a b --out o --weights 1 x", "unrecognized arguments: x")
+    fails(capsys, "merge a b --out o --weights 1 x", "'x' stands alone")
     fails(capsys, "merge a b --out o --base base --method dare --density 2", "density=2.0")
     fails(capsys, "merge a b --out o --method tie", "method")
 

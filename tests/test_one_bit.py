@@ -437,11 +437,31 @@ def test_the_command_makes_and_packs_and_refuses(capsys):
     fails(capsys, "binarise dense --out new", "is dense", "--method OneBit")
     fails(capsys, "binarise dense --out new --method OneBit --init_args.scales 2", "no argument")
     assert not Path("new").exists() and Path("packed/model.safetensors").read_bytes() == before
+    fails(capsys, "binarise binary --out new --packed --latent signs", "--packed alone writes it")
+    line = "binarise dense --out new --method OneBit --init_args.norm maybe"
+    fails(capsys, line, "new: OneBitLinear: norm='maybe' is not valid: it takes bool")
+    assert not Path("new").exists()
     for place in ("binary", "packed"):
         fails(capsys, f"upcycle {place} --out new", "BinaryMoSLinear cannot be upcycled")
     adapted = archzoo.adapt(load("dense").model, archzoo.LoRA(rank=2))
     with pytest.raises(ValueError, match="adapters cannot be made binary"):
         binarise(adapted)
+
+
+@pytest.mark.usefixtures("here")
+def test_models_of_a_run_that_diverged_are_named(capsys):
+    found = load("dense")
+    with torch.no_grad():
+        found.model.blocks[0].feed_forward.down.weight[0, 0] = torch.nan
+    archzoo.save_pretrained("diverged", found.model, found.tokenizer, found.task)
+    said = "diverged: 1 of the", "numbers of blocks.0.feed_forward.down.weight are not finite"
+    steps = "--trainer.max_steps 1 --trainer.accelerator cpu"
+    fails(capsys, "binarise diverged --out new --method OneBit", *said)
+    fails(capsys, "upcycle diverged new", *said)
+    fails(capsys, f"fit --name new --model.weights diverged {steps}", *said)
+    teacher = "--model.distil.teacher diverged"
+    fails(capsys, f"fit --name new --model.weights dense {teacher} {steps}", *said)
+    assert not Path("new").exists() and not Path("runs/new").exists()
 
 
 @pytest.mark.usefixtures("here")

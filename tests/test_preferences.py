@@ -139,6 +139,10 @@ def test_what_was_trained_is_a_language_model_to_all_else(runs: Path) -> None:
     quick = TINY[-2:]
     assert main(["test", "--ckpt_path", "runs/policy", *quick, "--data.test_examples=8"]) == 0
     assert archzoo.from_pretrained(runs / "reward")[0].vocab_size == model.vocab_size
+    # What another objective trained, or none, is measured by a file's settings, too.
+    for name in ("sft", "dpo", "reward"):
+        given = ["--config", str(CONFIGS / "policy.yaml"), *TINY, "--data.test_examples=8"]
+        assert main(["test", "--ckpt_path", f"runs/{name}", *given]) == 0, name
     # By its own objective a file's settings evaluate it, before training and after.
     given = ["--config", str(CONFIGS / "policy.yaml"), *TINY]
     assert main(["validate", *given, "--trainer.default_root_dir", "before"]) == 0
@@ -297,6 +301,20 @@ def test_a_run_goes_on_with_its_own_objective(runs: Path, capsys: Any) -> None:
 # ---------------------------------------------------------------------------- bad input
 
 
+def test_a_run_of_another_method_or_without_its_mean_is_not_resumed(
+    runs: Path, capsys: Any
+) -> None:
+    words = ["fit", "--ckpt_path=runs/policy", "--trainer.max_steps=8", *TINY]
+    assert main([*words, "--model.method=REINFORCE"]) == 1
+    said = "heads beside the model (heads.value.bias, heads.value.weight) than this one (none)"
+    assert said in capsys.readouterr().err
+    saved = read_safely(runs / "reward" / "last.ckpt")
+    saved["objective"]["state"] = {}
+    write_checkpoint(saved, runs / "reward" / "last.ckpt")
+    assert main(["fit", "--ckpt_path=runs/reward", "--trainer.max_steps=8", *TINY]) == 1
+    assert "objective is damaged: the mean reward is None" in capsys.readouterr().err
+
+
 def test_a_reward_that_is_not_finite_ends_the_run_and_keeps_the_last_good(
     runs: Path, capsys: Any
 ) -> None:
@@ -307,7 +325,13 @@ def test_a_reward_that_is_not_finite_ends_the_run_and_keeps_the_last_good(
     given = ["--config", str(CONFIGS / "policy.yaml"), *TINY]
     more = ["--model.reward_model=broken.ckpt", "--name=broken"]
     assert main(["fit", *given, *more]) == 1
-    assert "error: the reward of an answer is nan at step 1; nothing was saved" in (
+    said = "broken.ckpt: 1 of the 1 numbers of heads.reward.bias are not finite"
+    assert said in capsys.readouterr().err and not (runs / "broken").exists()
+    saved["objective"]["heads"]["heads.reward.bias"].fill_(3e38)
+    saved["objective"]["state"]["mean"] = -3e38
+    write_checkpoint(saved, "broken.ckpt")
+    assert main(["fit", *given, *more]) == 1
+    assert "error: the reward of an answer is inf at step 1; nothing was saved" in (
         capsys.readouterr().err
     )
 
@@ -363,6 +387,11 @@ def test_settings_are_answered_in_one_line(given: list[str], said: str, runs: Pa
         ("PPO", {"temperature": 0.0}, {}, "temperature=0.0 must be above 0"),
         ("PPO", {"minibatches": 3}, {}, "does not divide into 3"),
         ("PPO", {"kl_coef": -1.0}, {}, "kl_coef=-1.0 must be at least 0"),
+        ("PPO", {"kl_coef": math.inf}, {}, "kl_coef=inf must be at least 0, and finite"),
+        ("PPO", {"length_cost": math.inf}, {}, "length_cost=inf must be at least 0, and finite"),
+        ("DPO", {"beta": math.inf}, {}, "beta=inf must be above 0, and finite"),
+        ("RewardModel", {"margin": math.nan}, {}, "margin=nan must be finite"),
+        ("RewardModel", {"centre": math.inf}, {}, "centre=inf must be at least 0, and finite"),
         ("REINFORCE", {"estimator": "k3"}, {}, "REINFORCE takes k1"),
         ("DPO", {"beta": 0.0}, {}, "beta=0.0 must be above 0"),
         ("DPO", {"distil": {"teacher": "x"}}, {}, "DPO has a loss of its own: omit distil"),

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from archzoo.analysis.evidence import write_rows
-from archzoo.analysis.figures import legend, pyplot, save
+from archzoo.analysis.figures import check_figure, legend, pyplot, save
 from archzoo.analysis.tables import show
 from archzoo.decoder import Decoder
 from archzoo.inputs import IGNORED
@@ -242,18 +242,16 @@ def barrier_command(
     for name, value, least in (("points", points, 3), ("grid", grid, 3), ("batches", batches, 1)):
         if value < least:
             raise ValueError(f"{name}={value} must be at least {least}")
-    if figure is not None:
-        pyplot()  # which says now where there is none
+    path = None if figure is None else check_figure(figure)
     between = _read(checkpoints, batches, device, task, data or {})
     pairs = list(combinations(range(len(checkpoints)), 2))
     lines = [between.line(i, j, checkpoints, points) for i, j in pairs]
-    plane = between.plane(grid) if len(checkpoints) == 3 and figure is not None else None
+    plane = between.plane(grid) if len(checkpoints) == 3 and path is not None else None
     show(_table(lines))
-    if figure is not None:
-        path = Path(figure)
+    if path is not None:
         _draw(lines, plane, checkpoints, path)
         table = write_rows(path.with_suffix(".csv"), _rows(lines, plane, checkpoints))
-        print(f"drew {figure}, whose numbers are in {table}")
+        print(f"drew {path}, whose numbers are in {table}")
 
 
 def _read(
@@ -271,6 +269,12 @@ def _read(
     with ExitStack() as stack:
         opened = [stack.enter_context(open_model(path)) for path in checkpoints]
         check_alike(opened)
+        for one, other in combinations(opened, 2):
+            if one.digest == other.digest:
+                raise ValueError(
+                    f"{one.path} and {other.path} hold the same weights: there is nothing between "
+                    "them"
+                )
         names = list(dict.fromkeys(opened[0].names().values()))
         names = [name for name in names if opened[0].held[name].dtype.is_floating_point]
         weights = [

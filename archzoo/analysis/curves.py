@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from archzoo.analysis.figures import legend, pyplot, save
+from archzoo.analysis.figures import check_figure, legend, pyplot, save
 from archzoo.analysis.tables import show
 from archzoo.names import nearest
 
@@ -106,16 +106,17 @@ def curves_command(
         FileNotFoundError: A directory holds no run.
         ValueError: A run has no such metric.
     """
+    drawn = None if figure is None else check_figure(figure)
     paths = [directory_of(run) for run in runs]
     shown = metric or usual_metric(paths)
     curves = [read(path, shown) for path in paths]
     show(_table(curves, shown, lower or shown.endswith(LOWER)))
     if metric is not None:
-        if figure is not None:
-            _draw(curves, metric, Path(figure))
-            print(f"drew {figure}")
+        if drawn is not None:
+            _draw(curves, metric, drawn)
+            print(f"drew {drawn}")
         return
-    place = Path(figure or Path(os.path.commonpath([path.absolute() for path in paths]), DRAWN))
+    place = Path(drawn or Path(os.path.commonpath([path.absolute() for path in paths]), DRAWN))
     if not figure and place.is_relative_to(Path.cwd()):
         place = place.relative_to(Path.cwd())
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,35 @@ def pyplot() -> Any:
     import matplotlib.pyplot
 
     return matplotlib.pyplot
+
+
+def check_figure(path: str) -> Path:
+    """Where a picture is written, once it is sure that it can be; nothing is written yet.
+
+    Args:
+        path: As it is given; without an ending it is a PNG.
+
+    Raises:
+        ValueError: matplotlib is not installed, it is a directory, or no picture has its ending.
+        OSError: It cannot be written there.
+    """
+    pyplot()  # which says now where there is none
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    found = Path(path)
+    if found.is_dir():
+        raise ValueError(f"{path} is a directory: name a picture's file, such as {path}/figure.png")
+    found = found if found.suffix else found.with_suffix(".png")
+    known = FigureCanvasBase.get_supported_filetypes()
+    if found.suffix[1:].lower() not in known:
+        raise ValueError(f"{path} is no picture's name: end it in .png, .svg or .pdf")
+    there = next(folder for folder in found.absolute().parents if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise OSError(f"the figure {path} cannot be written: {error.strerror}") from None
+    return found
 
 
 def legend(panel: Any, beside: bool = False) -> None:

@@ -12,7 +12,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from archzoo.analysis.figures import legend, pyplot, save
+from archzoo.analysis.figures import check_figure, legend, pyplot, save
 from archzoo.analysis.tables import show
 from archzoo.decoder import Decoder
 from archzoo.feedforward.balance import load_fractions, load_metrics, virtual_drop_rate
@@ -148,15 +148,16 @@ def router_command(
     """
     from archzoo.checkpoint import load, locate
 
+    drawn = None if figure is None else check_figure(figure)
     path = locate(checkpoint)
     found = load(path, device or "auto")
     if batches < 1:
         raise ValueError(f"batches={batches} must be at least 1")
     layers = read_routers(found.model, _validation_data(found, batches, data or {}))
     show(_table(layers))
-    if figure is not None:
-        _draw(layers, _history(path.parent / "metrics.csv"), Path(figure))
-        print(f"drew {figure}")
+    if drawn is not None:
+        _draw(layers, _history(path.parent / "metrics.csv"), drawn)
+        print(f"drew {drawn}")
 
 
 def _validation_data(

@@ -24,6 +24,7 @@ from __future__ import annotations
 from archzoo.checkpoint.adapters import load_adapter, save_adapter
 from archzoo.checkpoint.bases import Base, base_of
 from archzoo.checkpoint.building import Pretrained
+from archzoo.checkpoint.checks import check_finite
 from archzoo.checkpoint.digest import DIGEST, weights_digest
 from archzoo.checkpoint.loading import device_of, from_pretrained, load, locate, read_task, task_of
 from archzoo.checkpoint.pretrained import CONFIG, WEIGHTS, save_pretrained
@@ -39,6 +40,7 @@ __all__ = [
     "Pretrained",
     "base_in",
     "base_of",
+    "check_finite",
     "device_of",
     "directory_of",
     "from_pretrained",

@@ -9,6 +9,9 @@ from inspect import formatannotation, signature
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+import torch
+from torch import Tensor
+
 from archzoo.checkpoint.archives import Stored, check_memory
 from archzoo.decoder import Decoder
 from archzoo.parts import SLOTS, find
@@ -28,6 +31,25 @@ LARGEST = {
     "lines": 2**16,
     "context_length": 2**26,
 }
+
+
+def check_finite(weights: Mapping[str, Tensor], path: str | Path) -> None:
+    """Refuse weights of a run that diverged.
+
+    Args:
+        weights: By name.
+        path: Of the checkpoint, for the message.
+
+    Raises:
+        ValueError: Some are not finite; the message names the file and the first of them.
+    """
+    for name, tensor in weights.items():
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise ValueError(
+                f"{path}: {bad:,} of the {tensor.numel():,} numbers of {name} are not finite: the "
+                "run diverged; take an earlier checkpoint of it"
+            )
 
 
 def check_settings(config: dict[Any, Any], path: Path) -> None:

@@ -13,13 +13,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from archzoo.checkpoint.archives import Archive, Stored
 from archzoo.checkpoint.building import expected_of, names_of_each, same_bits
-from archzoo.checkpoint.checks import text_or_none
+from archzoo.checkpoint.checks import check_finite, text_or_none
 from archzoo.checkpoint.digest import DIGEST, check_digest, weights_digest
 from archzoo.checkpoint.loading import holds_adapter, locate
 from archzoo.checkpoint.pretrained import named_tokenizer, own_tensors, read_config
@@ -68,12 +67,7 @@ class Weights(Mapping[str, Tensor]):
             ValueError: It is not; the message names the file.
         """
         tensor = self[name]
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            raise ValueError(
-                f"{self._path}: {bad:,} of the {tensor.numel():,} numbers of {name} are not "
-                "finite: the run diverged; take an earlier checkpoint of it"
-            )
+        check_finite({name: tensor}, self._path)
         return tensor
 
 

@@ -26,7 +26,7 @@ from archzoo.checkpoint.archives import (
     read_json,
 )
 from archzoo.checkpoint.building import Pretrained, build_with, shapes_of
-from archzoo.checkpoint.checks import check_task, text_or_none
+from archzoo.checkpoint.checks import check_settings, check_task, text_or_none
 from archzoo.checkpoint.digest import DIGEST, own_weights, weights_digest
 from archzoo.checkpoint.vocabulary import TOKENIZER_LONGEST, check_vocabulary, tokenizer_of
 from archzoo.compiled import own_name, uncompiled
@@ -94,7 +94,8 @@ def save_pretrained(
 
     Raises:
         TypeError: The arguments are in another order.
-        ValueError: A part that could not be found again, a module that was replaced by hand, so
+        ValueError: A part that could not be found again or with an argument of another type than it
+            takes, a module that was replaced by hand, so
             that the configuration would build other weights, or a tokenizer of more tokens than
             the model knows.
         OSError: The files cannot be written; nothing has changed.
@@ -104,6 +105,7 @@ def save_pretrained(
     _check_order(directory, model, tokenizer, task)
     check_vocabulary(model, tokenizer, str(directory))
     _check_parts(model.config)
+    check_settings(json.loads(json.dumps(model.config)), Path(directory))
     _check_rebuilds(model, directory)
     files = tokenizer.files() if tokenizer is not None else {}
     config = {

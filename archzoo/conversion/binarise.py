@@ -151,18 +151,20 @@ def binarise_command(
     Raises:
         FileNotFoundError: The checkpoint does not exist.
         FileExistsError: There is something where the model is to be written.
-        ValueError: The checkpoint is binary already, or cannot be made binary.
+        ValueError: The checkpoint is binary already, cannot be made binary, or has weights that are
+            not finite.
     """
     target = new_directory(out, "archzoo binarise CHECKPOINT")
-    from archzoo.checkpoint import load, save_pretrained
+    from archzoo.checkpoint import check_finite, load, save_pretrained
 
     found = load(checkpoint)
     model = found.model
+    check_finite(model.state_dict(), checkpoint)
     if is_packed(model):
         raise ValueError(f"{checkpoint} is binary and packed already")
     if is_binary(model):
         kind = model.config["linear"]["class_path"]
-        if method is not None or init_args or not packed:
+        if method is not None or init_args or latent != "weights" or not packed:
             raise ValueError(
                 f"{checkpoint} is binary already ({kind}): --packed alone writes it with 1 bit a "
                 "weight"

@@ -223,6 +223,16 @@ class Merge:
                 f"scale={self.scale} means nothing to {method}, which takes no difference from a "
                 "base: omit it"
             )
+        for name, given, taken_by in (
+            ("normalize", self.normalize is not None, [m for m in METHODS if m != "slerp"]),
+            ("rescale", not self.rescale, DROPS),
+            ("trim", self.trim != "model", ["ties"]),
+        ):
+            if given and method not in taken_by:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} means nothing to {method}: it is for "
+                    f"{', '.join(taken_by)}; omit it"
+                )
         if self.weights is not None:
             self._check_weights(self.weights)
 

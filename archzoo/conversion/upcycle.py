@@ -25,7 +25,7 @@ from torch import Tensor
 from archzoo.checkpoint.digest import own_weights
 from archzoo.checkpoint.opened import check_alike, common_ancestor, open_model
 from archzoo.checkpoint.pretrained import new_directory
-from archzoo.conversion.gates import Gate, router_rows
+from archzoo.conversion.gates import GATES, Gate, router_rows
 from archzoo.conversion.merge import record, task_of_all
 from archzoo.decoder import Decoder
 from archzoo.documents import make_context
@@ -216,8 +216,16 @@ def upcycle_command(
         checkpoints, out = checkpoints[:1], checkpoints[1]
     target = new_directory(out, "archzoo upcycle CHECKPOINT ...")
     from archzoo.analysis.listing import active_parameters
-    from archzoo.checkpoint import load, save_pretrained
+    from archzoo.checkpoint import check_finite, load, save_pretrained
 
+    if init_args and "router" in init_args:
+        raise ValueError("init_args.router: give --router and --router_args instead")
+    if not contrast and (negative is not None or prompts is None):
+        raise ValueError(
+            "contrast=false means nothing "
+            + ("beside --negative" if negative is not None else "without --prompts")
+            + ": omit it"
+        )
     spec = {"class_path": router, "init_args": router_args or {}}
     arguments: dict[str, Any] = {"top_k": top_k, "router": spec} | (init_args or {})
     if experts is not None:
@@ -228,7 +236,10 @@ def upcycle_command(
                 "one checkpoint is given, whose experts are all alike: base, prompts and negative "
                 "are for several"
             )
+        if gate not in (GATES[0], "random"):  # random, as its router is drawn
+            raise ValueError(f"gate={gate} means nothing to one checkpoint, whose router is drawn")
         found = load(checkpoints[0])
+        check_finite(found.model.state_dict(), checkpoints[0])
         dense, tokenizer = found.model, found.tokenizer
         sparse = upcycle(dense, seed=seed, **arguments)
     else:
@@ -246,8 +257,8 @@ def upcycle_command(
             if line:
                 print(line)
             task, about = task_of_all(models)
-            found = load(base)
-            dense = found.model
+            dense = load(base).model
+            check_finite(dense.state_dict(), base)
             every = [origin, *models]
             tokenizer = next((m.tokenizer for m in every if m.tokenizer is not None), None)
             rows = None
@@ -321,6 +332,10 @@ def _read(
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}): name a text file with a prompt in each line"
+        ) from None
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines and not needed:
         return []

@@ -67,8 +67,8 @@ class AnsweringModel(PreferenceModel):
         if max_tokens < 1:
             raise ValueError(f"max_tokens={max_tokens} must be at least 1")
         for name, value in (("length_cost", length_cost), ("missing_stop", missing_stop)):
-            if not value >= 0:
-                raise ValueError(f"{name}={value} must be at least 0")
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name}={value} must be at least 0, and finite")
         self.reward_model, self.reference = reward_model, reference
         self.length_cost, self.missing_stop = length_cost, missing_stop
         self.temperature, self.max_tokens = temperature, max_tokens

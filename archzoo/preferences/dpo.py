@@ -34,8 +34,8 @@ class DPO(AnsweringModel):
 
     def __init__(self, beta: float = 0.1, **settings: Any) -> None:
         super().__init__(**settings)
-        if not beta > 0:
-            raise ValueError(f"beta={beta} must be above 0")
+        if not 0 < beta < float("inf"):
+            raise ValueError(f"beta={beta} must be above 0, and finite")
         self.beta = beta
 
     def _pairs(self, batch: Batch) -> tuple[Tensor, Figures, list[Aux], int]:

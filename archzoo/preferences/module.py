@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from archzoo.block import Aux
-from archzoo.checkpoint import load
+from archzoo.checkpoint import check_finite, load
 from archzoo.checkpoint.digest import weights_digest
 from archzoo.decoder import Decoder
 from archzoo.numerics import widest
@@ -175,15 +175,25 @@ class PreferenceModel(LanguageModel):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
+        own = {name: t for name, t in self.state_dict().items() if name.startswith("heads.")}
+        resumes = self._trainer is not None and self.trainer.state.fn == "fit"
         held = checkpoint.get("objective")
         if not isinstance(held, dict) or held.get("name") != self.objective:
-            return  # such as a language model's, whose weights are evaluated
+            checkpoint["state_dict"] |= own  # such as a language model's: it is measured
+            return
         heads, state = held.get("heads"), held.get("state")
         if not isinstance(heads, dict) or not isinstance(state, dict):
             raise ValueError("the checkpoint's objective is damaged: it holds no heads or no state")
-        checkpoint["state_dict"] |= heads
+        if resumes and heads.keys() != own.keys():
+            theirs, mine = (", ".join(sorted(names)) or "none" for names in (heads, own))
+            raise ValueError(
+                f"the checkpoint's run trains other heads beside the model ({theirs}) than this "
+                f"one ({mine}), as another method does: resume with the same, or start a new run "
+                "from it by --model.weights"
+            )
+        checkpoint["state_dict"] |= own | {n: t for n, t in heads.items() if n in own}
         self.cost = cost_in(held)
-        if self._trainer is not None and self.trainer.state.fn == "fit":
+        if resumes:
             self.take_up(state)
 
 
@@ -268,9 +278,10 @@ def load_beside(module: LanguageModel, path: str, what: str, setting: str) -> De
         setting: Where the path stands.
 
     Raises:
-        ValueError: Its vocabulary is another one.
+        ValueError: Its vocabulary is another one, or a weight is not finite.
     """
     found = load(path, "cpu")
+    check_finite(found.model.state_dict(), path)
     mine = module.task.tokenizer.files() if module.task is not None else None
     theirs = None if found.tokenizer is None else found.tokenizer.files()
     if found.model.vocab_size != module.net.vocab_size:

@@ -77,12 +77,10 @@ class Policy(AnsweringModel):
         for name, value in (("epochs", epochs), ("minibatches", minibatches)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        for name, number in (
-            ("kl_coef", kl_coef),
-            ("clip", clip),
-            ("value_clip", value_clip),
-            ("value_coef", value_coef),
-        ):
+        for name, number in (("kl_coef", kl_coef), ("value_coef", value_coef)):
+            if not 0 <= number < float("inf"):
+                raise ValueError(f"{name}={number} must be at least 0, and finite")
+        for name, number in (("clip", clip), ("value_clip", value_clip)):  # infinite: no bound
             if not number >= 0:
                 raise ValueError(f"{name}={number} must be at least 0")
         for name, number in (("gamma", gamma), ("lam", lam)):

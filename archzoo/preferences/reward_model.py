@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from archzoo.block import Aux
-from archzoo.checkpoint import read_safely
+from archzoo.checkpoint import check_finite, read_safely
 from archzoo.checkpoint.loading import locate
 from archzoo.decoder import Decoder
 from archzoo.preferences.answers import last_places
@@ -59,8 +60,10 @@ class RewardModel(PreferenceModel):
 
     def __init__(self, margin: float = 0.0, centre: float = 0.0, **settings: Any) -> None:
         super().__init__(**settings)
-        if not centre >= 0:
-            raise ValueError(f"centre={centre} must be at least 0")
+        if not 0 <= centre < math.inf:
+            raise ValueError(f"centre={centre} must be at least 0, and finite")
+        if not math.isfinite(margin):
+            raise ValueError(f"margin={margin} must be finite")
         self.margin, self.centre = margin, centre
         self.add_head("reward")
         #: The mean reward of the validation data, which is taken off.
@@ -104,7 +107,10 @@ class RewardModel(PreferenceModel):
         return {"mean": self.mean}
 
     def take_up(self, state: dict[str, Any]) -> None:
-        self.mean = float(state["mean"])
+        mean = state.get("mean")
+        if not isinstance(mean, float) or not math.isfinite(mean):
+            raise ValueError(f"the checkpoint's objective is damaged: the mean reward is {mean!r}")
+        self.mean = mean
 
 
 def ranked(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -150,7 +156,7 @@ def load_reward_model(module: LanguageModel, path: str) -> Judge:
         path: A checkpoint of a run of `RewardModel`, or the run's directory.
 
     Raises:
-        ValueError: It is not a reward model's, or has another vocabulary.
+        ValueError: It is not a reward model's, has another vocabulary, or is not finite.
     """
     decoder = load_beside(module, path, "reward model", "reward_model")
     file = locate(path)
@@ -168,6 +174,10 @@ def load_reward_model(module: LanguageModel, path: str) -> Judge:
             f"{path} is not a reward model: give --model.reward_model a checkpoint of a run with "
             "objective: RewardModel"
         )
+    assert isinstance(weight, Tensor) and isinstance(bias, Tensor)
+    check_finite({"heads.reward.weight": weight, "heads.reward.bias": bias}, path)
+    if not math.isfinite(mean):
+        raise ValueError(f"{path}: the mean of its rewards is {mean}: take an earlier checkpoint")
     head = nn.Linear(decoder.dim, 1).to(decoder.dtype)
     head.load_state_dict({"weight": weight, "bias": bias})
     return Judge(decoder, head, mean, cost_in(held))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from archzoo.checkpoint import load, weights_digest
+from archzoo.checkpoint import check_finite, load, weights_digest
 from archzoo.decoder import Decoder
 from archzoo.numerics import at_least_float32
 from archzoo.tasks.stream import Batch, Task
@@ -115,6 +115,7 @@ class Teacher:
     def __init__(self, settings: Distil, student: Decoder, task: Task | None) -> None:
         found = load(settings.teacher, "cpu")
         self.model = found.model.requires_grad_(False)
+        check_finite(self.model.state_dict(), settings.teacher)
         whose = f"distil.teacher={settings.teacher!r}"
         if self.model.vocab_size != student.vocab_size:
             raise ValueError(

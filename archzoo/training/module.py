@@ -28,6 +28,7 @@ from archzoo.checkpoint import (
     Base,
     base_in,
     base_of,
+    check_finite,
     load,
     locate,
     read_safely,
@@ -295,6 +296,7 @@ class LanguageModel(lightning.LightningModule):
                 f"take back what a configuration file gives: {nothing}"
             )
         found = load(weights, "cpu", **given)
+        check_finite(found.model.state_dict(), weights)
         if found.tokenizer is not None:
             self._vocabulary = found.tokenizer.files()
         decoder, state = found.model.train(), found.model.state_dict()

@@ -70,6 +70,9 @@ def explain(message: str, options: Iterable[str]) -> str:
     errors, _, value = errors.partition(" Given value type: ")
     reasons = [reason for reason in errors.split(" - ") if reason != NOTHING]
     value = value.partition("Given value: ")[2]
+    within = re.fullmatch(r"(Expected .*?)\. Got value: (.*)", reasons[0] if reasons else "")
+    if within and len(reasons) == 1:  # an entry of a list
+        reasons, value = [within[1]], within[2]
     expected = [_plain(reason) for reason in reasons if reason.startswith("Expected")]
     if len(expected) == len(reasons):
         hint = f"; a list is written [{value}]" if "list" in expected else ""
