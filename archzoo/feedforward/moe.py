@@ -85,9 +85,6 @@ class Experts(nn.Module):
     def choose_backend(self, assignments: int, dtype: torch.dtype, device: torch.device) -> str:
         """The backend that runs when none is given, chosen by sizes, dtype and device.
 
-        In bfloat16 grouped products are one kernel, and rows of a multiple of 16 bytes are what
-        they take; in other dtypes torch itself makes a loop of them.
-
         Args:
             assignments: tokens * k.
             dtype: The products are computed in.
@@ -100,12 +97,23 @@ class Experts(nn.Module):
             copied = 3 * assignments * self.dim * self.width
             if copied <= COPIED.get(device.type, COPIED_ELSEWHERE):
                 return "gather"
-        if dtype == torch.bfloat16 and self.dim % 8 == 0 and self.width % 8 == 0:
+        if self.can_be_grouped(dtype):
             return "grouped"
         eager_on_gpu = device.type == "cuda" and not torch.compiler.is_compiling()
         if eager_on_gpu and torch.cuda.is_current_stream_capturing():  # no compiler follows this
             return "dense"  # which does not ask the device how many rows each expert has
         return "loop"
+
+    def can_be_grouped(self, dtype: torch.dtype) -> bool:
+        """Whether all experts are one kernel in training, which no host waits for.
+
+        In bfloat16 grouped products are, and rows of a multiple of 16 bytes are what they take; in
+        other dtypes torch itself makes a loop of them.
+
+        Args:
+            dtype: The products are computed in.
+        """
+        return dtype == torch.bfloat16 and self.dim % 8 == 0 and self.width % 8 == 0
 
     def forward(
         self,

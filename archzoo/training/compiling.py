@@ -21,6 +21,8 @@ from archzoo.training.ranks import sums_quickly
 #: Compiling takes some 30 s, which the short runs of smaller models do not give back.
 LEAST = 20_000_000  # parameters
 
+OURS = ("archzoo.", "torch.")  # modules whose parts are known to wait for no device
+
 #: What a step without compilation costs: retnet_base, 110 M parameters, on one H200.
 COST = "a step of retnet_base takes 1.18 times as long so"
 
@@ -85,7 +87,23 @@ def reason_against_graphs(trainer: lightning.Trainer, module: LanguageModel) -> 
         return "blocks are compiled one by one"
     if not all(part.gate_up.is_one_matrix and part.down.is_one_matrix for part in mixtures):
         return "experts are called one by one, each with as many tokens as it has"
+    dtype = torch.bfloat16 if str(trainer.precision).startswith("bf16") else torch.float32
+    if not all(part.can_be_grouped(dtype) for part in mixtures):
+        return (
+            f"experts are multiplied one by one, each with as many tokens as it has, unless the "
+            f"precision is bf16 (given: {trainer.precision}) and widths are multiples of 8"
+        )
     return None
+
+
+def replays(trainer: lightning.Trainer, module: LanguageModel) -> bool:
+    """Whether `auto` replays a step as CUDA graphs: of mixtures, which are many small kernels.
+
+    A part from elsewhere may wait for the device, which the zoo's own do not.
+    """
+    own = all(type(part).__module__.startswith(OURS) for part in module.net.modules())
+    mixture = any(isinstance(part, Experts) for part in module.net.modules())
+    return mixture and own and reason_against_graphs(trainer, module) is None
 
 
 class CompileModel(lightning.Callback):
@@ -96,13 +114,14 @@ class CompileModel(lightning.Callback):
 
     Args:
         when: "auto" compiles a model of 20 M parameters or more on an NVIDIA GPU, unless
-            something speaks against it, and says what. "graphs" compiles, and replays what is
-            compiled as CUDA graphs.
+            something speaks against it, and says what; a mixture of experts it replays as CUDA
+            graphs where that is possible. "graphs" does so with any model.
     """
 
     def __init__(self, when: Literal["auto", "graphs"] | bool) -> None:
         self.when = when
         self._began: float | None = None
+        self._replays = False
 
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -110,6 +129,7 @@ class CompileModel(lightning.Callback):
         assert isinstance(pl_module, LanguageModel)
         net = pl_module.net
         net.forget_compiled()
+        self._replays = False
         if self.when == "auto":
             if pl_module.device.type != "cuda" or torch.version.hip is not None:
                 return
@@ -127,9 +147,10 @@ class CompileModel(lightning.Callback):
         if stage_of(trainer.strategy) == 3:
             given = str(self.when).lower()
             raise ValueError(f"--compile {given}: {HOOKS}: --compile false trains without")
-        graphs = self.when == "graphs"
-        if graphs and (reason := reason_against_graphs(trainer, pl_module)):
+        if self.when == "graphs" and (reason := reason_against_graphs(trainer, pl_module)):
             raise ValueError(f"--compile graphs: {reason}: take --compile true")
+        graphs = self.when == "graphs" or (self.when == "auto" and replays(trainer, pl_module))
+        self._replays = graphs
         # FSDP2's hooks around a block, or its gradients while those before it are computed.
         by_blocks = trainer.world_size > 1 and pl_module.exchanges_blocks
         if by_blocks and not pl_module.sharded:
@@ -158,6 +179,17 @@ class CompileModel(lightning.Callback):
         net.compiled_hidden = compute
         say("compiling the model; --compile false trains without")
         self._began = time.perf_counter()
+
+    def on_exception(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        exception: BaseException,
+    ) -> None:
+        """Drop gradients that a graph which was begun has written over: Lightning moves them."""
+        if self._replays:
+            for parameter in pl_module.parameters():
+                parameter.grad = None
 
     def on_train_batch_end(
         self,
