@@ -250,6 +250,20 @@ def one_bit() -> None:
 
 
 @example
+def one_bit_hopper() -> None:
+    """The same on Hopper: rows of one part, of several, and of more than a program holds."""
+    from archzoo.kernels.one_bit import _by_hoppers_kernel, pack
+
+    for width, outputs in ((8192, 8192), (4096, 4096), (128, 40)):
+        packed = pack(torch.rand(outputs, width) < 0.5)
+        for dtype in (torch.bfloat16, torch.float32):
+            for rows in ((), (2,)):
+                before, after = torch.ones(*rows, width), torch.ones(*rows, outputs)
+                x = torch.randn(2, width, dtype=dtype)
+                _by_hoppers_kernel(x, packed, before.to(dtype), after.to(dtype))
+
+
+@example
 def one_bit_scales() -> None:
     """BinaryMoS's scales of a token."""
     from archzoo.kernels.one_bit import mixed_scales

@@ -229,6 +229,39 @@ def test_the_kernel_gives_the_plain_forms_numbers(width, dtype, monkeypatch):
             check_product(2, width, outputs, shared, dtype, allowed, "cuda" if gpu else "cpu")
 
 
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="Gluon has no interpreter: needs a Hopper GPU",
+)
+@pytest.mark.parametrize("width", [128, 384, 512, 1024, 4096, 8192, 11008])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hoppers_kernel_gives_the_plain_forms_numbers(width, dtype, monkeypatch):
+    monkeypatch.setattr(one_bit, "TWO_TILES_FROM", 100)
+    monkeypatch.setattr(one_bit, "_by_tritons_kernel", None)
+    allowed = 1e-6 if dtype == torch.float32 else 1e-2
+    for shared in (True, False):
+        for outputs in (6, 99, 100, 333):
+            check_product(3, width, outputs, shared, dtype, allowed, "cuda")
+
+
+def test_without_hoppers_kernel_the_other_runs_and_that_is_said_once(monkeypatch):
+    if not (torch.cuda.is_available() or launching.TRITON_FOUND):
+        pytest.skip("no Triton")
+
+    def fails(*_):
+        raise RuntimeError("no such layout\nand more")
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(one_bit, "_runs_hoppers", True)
+    monkeypatch.setattr(one_bit, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(one_bit, "_by_hoppers_kernel", fails)
+    with pytest.warns(UserWarning, match=r"RuntimeError no such layout\).*1\.5 times"):
+        check_product(1, 128, 6, True, torch.float32, 1e-6, device)
+    check_product(1, 128, 6, True, torch.float32, 1e-6, device)  # a second one would be an error
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scales", [1, 3, 4])
 def test_the_kernel_mixes_scales_as_the_plain_form_does(scales, dtype, monkeypatch):

@@ -5,21 +5,22 @@ negative; bits past the last input are 0. So a row of n inputs takes ceil(n / 8)
 order that OneBit's own code packs in.
 
 Three forms compute ``y = ((x * before) S^T) * after`` and agree to rounding: the plain one, which
-unpacks S for the call; C++ on a CPU, which is built at the first use and reads the bits alone; a
-Triton kernel. The two fast ones are for few rows of x and have no gradients. Importing this module
-needs neither a compiler nor Triton.
+unpacks S for the call; C++ on a CPU, which is built at the first use and reads the bits alone; on a
+GPU a kernel of `triton`, or that of `gluon`, which is Hopper's. The fast ones are for few rows of x
+and have no gradients. Importing this module needs neither a compiler nor Triton.
 """
 
 from __future__ import annotations
 
 import functools
+import warnings
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from archzoo.derivatives import followed
-from archzoo.kernels.launching import SWITCHED_OFF, launch, power_of_2, run_beside
+from archzoo.kernels.launching import SWITCHED_OFF, describe, launch, power_of_2, run_beside
 from archzoo.kernels.one_bit.native import library
 from archzoo.numerics import at_least_float32, autocast_dtype, cast
 
@@ -30,8 +31,15 @@ WORDS = 256  # of a row of signs that a program of the Triton kernel holds at on
 MIXED = 1024  # scales that a program mixes
 SIDE = 4  # rows of signs whose words lie side by side for it
 TWO_FROM = 4096  # outputs, from which two such sides a program leave enough programs for a GPU
+ALIGNED = 128  # inputs whose signs are 16 bytes, as Hopper's kernel reads them
+PART = 512  # inputs of a warp of that
+WARPS = 8  # of a program at most: it goes through longer rows in steps
+TILE = 16  # rows of signs
+TWO_TILES_FROM = 8192  # outputs, from which two tiles a program leave enough programs
 
 _launch = functools.partial(launch, "archzoo.kernels.one_bit.triton")
+_HOPPERS = "archzoo.kernels.one_bit.gluon"
+_runs_hoppers = True  # not after it has failed
 
 
 # ---------------------------------------------------------------------------- packing
@@ -140,6 +148,59 @@ def _by_library(x: Tensor, packed: Tensor, before: Tensor, after: Tensor) -> Ten
 
 
 def _by_kernel(x: Tensor, packed: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """By the fastest kernel that takes them; x (rows, n), n a multiple of 32."""
+    if _runs_hoppers and x.shape[1] % ALIGNED == 0 and _is_hopper(x.device):
+        try:
+            return _by_hoppers_kernel(x, packed, before, after)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            found = _by_tritons_kernel(x, packed, before, after)  # raises what is wrong beside
+            _give_up_hoppers_kernel(error)
+            return found
+    return _by_tritons_kernel(x, packed, before, after)
+
+
+@functools.lru_cache(maxsize=8)
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _give_up_hoppers_kernel(error: Exception) -> None:
+    """Said once: from now on the other one runs."""
+    global _runs_hoppers
+    if _runs_hoppers:
+        _runs_hoppers = False
+        warnings.warn(
+            f"the kernel of 1-bit products for Hopper does not run here ({describe(error)}): "
+            "another one runs instead, and takes some 1.5 times as long",
+            stacklevel=3,
+        )
+
+
+def _by_hoppers_kernel(x: Tensor, packed: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """By Gluon; x (rows, n), n a multiple of 128.
+
+    It begins while the kernel before still runs, and reads signs and scales before it waits for
+    that: so scales of each token, which that kernel may write, do not begin early.
+    """
+    (rows, width), outputs = x.shape, packed.shape[0]
+    shared = before.dim() == after.dim() == 1
+    early = shared and before.is_contiguous() and after.is_contiguous() and packed.is_contiguous()
+    x, packed, before, after = (t.contiguous() for t in (x, packed, before, after))
+    y = x.new_empty(rows, outputs)
+    parts = min(power_of_2(-(-width // PART)), WARPS)
+    tiles = 2 if outputs >= TWO_TILES_FROM else 1
+    launch(
+        _HOPPERS, "product_kernel", (-(-outputs // (TILE * tiles)), rows),
+        (x, packed.view(torch.int32), before, after, y),
+        outputs, width if before.dim() == 2 else 0, outputs if after.dim() == 2 else 0,
+        WIDTH=width, PARTS=parts, TILES=tiles, EARLY=early, num_warps=parts, launch_pdl=early,
+    )  # fmt: skip
+    return y
+
+
+def _by_tritons_kernel(x: Tensor, packed: Tensor, before: Tensor, after: Tensor) -> Tensor:
     """By Triton; x (rows, n), n a multiple of 32."""
     (rows, width), outputs = x.shape, packed.shape[0]
     x, before, after = x.contiguous(), before.contiguous(), after.contiguous()
