@@ -26,7 +26,15 @@ from archzoo.freezing import is_frozen
 from archzoo.inputs import check_beside, check_state, check_tokens, explain
 from archzoo.linear import Linear
 from archzoo.norm import RMSNorm
-from archzoo.parts import NONE, Spec, build, describe, describe_adapters, named_adapters
+from archzoo.parts import (
+    NONE,
+    Spec,
+    build,
+    check_one_of,
+    describe,
+    describe_adapters,
+    named_adapters,
+)
 from archzoo.states import State, fork
 
 MixerFactory = Callable[[int, int], Mixer]
@@ -172,6 +180,7 @@ class Decoder(nn.Module):
             if not _whole(size):
                 raise ValueError(f"{name}={size!r}: a decoder needs an integer of at least 1")
         assert vocab_size and dim and depth and heads  # checked above; tells the type checker
+        check_one_of(adapter, adapters)
         interface.head_size(dim, heads)
         width = 8 * math.ceil(dim / 3) if width is None else width
         loops = 1 if loops is None else loops
@@ -219,7 +228,7 @@ class Decoder(nn.Module):
             "rotary": describe("rotary", rotary) if rotary else None,
             "bias": describe("bias", bias) if bias else None,
             "linear": describe("linear", linear) if linear else None,
-            "adapter": describe("adapter", adapter) if adapter and not adapters else None,
+            "adapter": describe("adapter", adapter) if adapter else None,
             "adapters": describe_adapters(adapters) if adapters else None,
             "norm": norm,
             "norm_placement": norm_placement,

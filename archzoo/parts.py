@@ -161,6 +161,22 @@ def describe_adapters(adapters: dict[str, Part]) -> dict[str, Spec]:
     return {name: describe("adapter", part) for name, part in adapters.items()}
 
 
+def check_one_of(adapter: Any, adapters: Any) -> None:
+    """Refuse an adapter beside several by name, and a dict that holds none.
+
+    Raises:
+        ValueError: The message says how both are given, or none.
+    """
+    if adapter is not None and adapters is not None:
+        name = describe("adapter", adapter)["class_path"]
+        raise ValueError(
+            f"adapter={name} and adapters={{{', '.join(map(str, adapters))}}} are both given: put {name} "
+            "among adapters, by a name of its own, or omit one"
+        )
+    if adapters == {}:
+        raise ValueError("adapters={} holds none: omit it, or name some, as {first: LoRA}")
+
+
 def named_adapters(config: dict[str, Any]) -> dict[str, Spec]:
     """The adapters of `Decoder.config` by name, in order; one alone goes by the name "default"."""
     one, several = config.get("adapter"), config.get("adapters")

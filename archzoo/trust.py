@@ -77,7 +77,10 @@ def find_class(path: str, kind: type | tuple[type, ...] = object) -> type:
     if found is not None:
         if not inspect.isclass(found) or not issubclass(found, kind):
             wanted = " or ".join(entry.__name__ for entry in kinds)
-            raise ValueError(f"{path!r} is not a {wanted}: name a class that derives from one")
+            article = "an" if wanted[0] in "AEIOU" else "a"
+            raise ValueError(
+                f"{path!r} is not {article} {wanted}: name a class that derives from one"
+            )
         return found
     module_name = path.rpartition(".")[0]
     if WITHIN in path:

@@ -390,6 +390,7 @@ def test_help_of_commands_comes_from_the_code(capsys):
         (["generate", "none.ckpt", "1+1="], ["none.ckpt"]),
         (["generate", "none.ckpt", "--prompt", "1+1="], ["no option --prompt;"]),
         (["validate", "micro.yaml"], ["'micro.yaml' stands alone", "--config micro.yaml"]),
+        (["test", "."], ["'.' stands alone", "--ckpt_path ."]),
         (["extend", "none", "--lengths", "64"], ["lengths: '64' is not list", "[64]"]),
     ],
 )
@@ -423,6 +424,23 @@ def test_user_errors_in_commands(here, capsys, arguments, expected):
         ("--model.bias NoBias --model.mixer Retention", ["model.bias"]),
         ("--model.learning_rate 0", ["learning_rate"]),
         ("--model.learning_rate fast", ["model.learning_rate: 'fast' is not float"]),
+        ("--model.learning_rate .inf", ["learning_rate=inf must be above 0, and finite"]),
+        ("--model.weight_decay .inf", ["weight_decay=inf must be at least 0, and finite"]),
+        ("--model.betas 0.9", ["'0.9' is not tuple", "written [0.9, ...]"]),
+        ("--model.preset null", ["no dim, depth, heads", "--model.preset retnet_micro"]),
+        ("--model.adapter.rank 4", ["--model.adapter.rank needs the class too"]),
+        (
+            "--model.adapter [LoRA]",
+            ["model.adapter=['LoRA'] is no class with its", "take the name of an adapter"],
+        ),
+        ("--model.mixer [Retention]", ["model.mixer=['Retention'] is no class with its"]),
+        ("--model.adapters LoRA", ["'LoRA' is not dict", "written {NAME: LoRA}"]),
+        ("--model.adapters {}", ["adapters={} holds none"]),
+        (
+            "--model.adapter LoRA --model.adapters.more MoRA",
+            ["adapter=LoRA and adapters={more} are both given"],
+        ),
+        ("--model.adapter torch.nn.Linear", ["'torch.nn.Linear' is not an Adapter"]),
         ("--trainer.accelerator tpu", ["torch_xla"]),
         (
             "--trainer.accelerator cuda --trainer.devices 99",
@@ -469,6 +487,16 @@ def test_user_errors_in_settings(here, capsys, monkeypatch, arguments, expected)
     monkeypatch.setenv("HOME", str(here))  # where encoded text is cached
     fails(capsys, ["fit", "--config", "micro.yaml", *arguments.split()], *expected)
     assert not (here / "runs").exists() or not list((here / "runs").rglob("*.ckpt"))
+
+
+def test_what_a_callback_needs_or_watches_in_vain(here, capfd):
+    given = ["fit", "--config", "micro.yaml", "--trainer.callbacks+", "EarlyStopping"]
+    line = fails(capfd, given)
+    assert line.endswith("trainer.callbacks: the following arguments are required: monitor")
+    assert main([*given, "--trainer.callbacks.monitor=nope"]) == 1
+    line = capfd.readouterr().err.strip().splitlines()[-1]
+    known = "validation/exact_match, validation/loss, validation/token_accuracy"
+    assert line.endswith(f"EarlyStopping.monitor: there is no metric nope; there are {known}")
 
 
 @pytest.mark.parametrize(

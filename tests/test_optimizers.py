@@ -181,7 +181,7 @@ def test_two_processes_are_one(fit):
     [
         ("Mun", "there is no optimizer 'Mun'; nearest: Muon"),
         ("own.Sign2", "'own.Sign2' is not there"),
-        ("own.Keep", "'own.Keep' is not a Optimizer"),
+        ("own.Keep", "'own.Keep' is not an Optimizer"),
         ("his.Lion", "give --import his"),
         (["SGD", "lr", 1], "lr is the setting model.learning_rate"),
         (["SGD", "momentun", 1], "no argument 'momentun'; nearest: momentum"),

@@ -547,6 +547,8 @@ class CommandLine(LightningCLI):
                 "may help"
             ) from None
         except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+            if str(error).startswith("Early stopping conditioned on metric"):
+                raise ValueError(_unknown_metric(str(error))) from error
             if not _while_restoring(error):
                 raise
             raise ValueError(
@@ -673,6 +675,15 @@ CHATTER = re.compile(
 def _worth_saying(record: logging.LogRecord) -> bool:
     known = record.name.startswith("lightning") and record.levelno < logging.WARNING
     return not (known and CHATTER.search(record.getMessage()))
+
+
+def _unknown_metric(text: str) -> str:
+    """What Lightning's EarlyStopping says of a metric that there is not, as a setting's fault."""
+    wanted, *known = re.findall("`([^`]+)`", text)
+    return (
+        f"trainer.callbacks: EarlyStopping.monitor: there is no metric {wanted}; there are "
+        f"{', '.join(sorted(set(known) - {'EarlyStopping'}))}"
+    )
 
 
 def _while_restoring(error: BaseException) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -42,7 +43,7 @@ from archzoo.decoder import Decoder
 from archzoo.freezing import Freezing
 from archzoo.inputs import IGNORED
 from archzoo.numerics import widest
-from archzoo.parts import named_adapters
+from archzoo.parts import check_one_of, named_adapters
 from archzoo.registry import check_size, create_model, get_preset
 from archzoo.states import State
 from archzoo.tasks.stream import Batch, Task
@@ -193,15 +194,15 @@ class LanguageModel(lightning.LightningModule):
         super().__init__()
         if preset is not None:
             get_preset(preset)  # an unknown name is answered before any data is prepared
-        if not learning_rate > 0:
-            raise ValueError(f"learning_rate={learning_rate} must be above 0")
+        if not 0 < learning_rate < math.inf:
+            raise ValueError(f"learning_rate={learning_rate} must be above 0, and finite")
         for name, value in (
             ("warmup_steps", warmup_steps),
             ("final_learning_rate", final_learning_rate),
             ("weight_decay", weight_decay),
         ):
-            if not value >= 0:
-                raise ValueError(f"{name}={value} must be at least 0")
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value} must be at least 0, and finite")
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas={list(betas)} must be two numbers from 0 to below 1")
         if not 0 < decay_fraction <= 1:
@@ -276,6 +277,13 @@ class LanguageModel(lightning.LightningModule):
     def build(self) -> Decoder:
         """The decoder that preset, match and architecture describe."""
         if self.preset is None:
+            missing = [n for n in ("dim", "depth", "heads") if self.architecture.get(n) is None]
+            if missing:
+                raise ValueError(
+                    f"the model has no {', '.join(missing)}: give a preset, as --model.preset "
+                    "retnet_micro (archzoo list shows all), a trained one by --model.weights, or "
+                    f"{' and '.join(f'--model.{name} N' for name in missing)}"
+                )
             # The one place that names the arguments: command line and help are read off it.
             check_size(self.architecture)
             return Decoder(**self.architecture)
@@ -286,6 +294,7 @@ class LanguageModel(lightning.LightningModule):
         """The model that a checkpoint or directory holds, to be trained on."""
         given = {n: value for n, value in self.architecture.items() if value is not None}
         one, several = given.pop("adapter", None), given.pop("adapters", None)
+        check_one_of(one, several)
         adapter = several or one
         refused = [name for name in given if name not in MAY_DIFFER]
         if self.preset is not None or self.match is not None or refused:

@@ -34,7 +34,11 @@ def explain(message: str, options: Iterable[str]) -> str:
     found = re.search(r"nrecognized arguments: ([^-\s]\S*)", text)
     if found:
         name = found[1]
-        hint = f"--config {name}" if name.endswith((".yaml", ".yml")) else "--NAME VALUE"
+        hint = "--NAME VALUE"
+        if name.endswith((".yaml", ".yml")):
+            hint = f"--config {name}"
+        elif Path(name).exists():
+            hint = f"--ckpt_path {name}"
         return f"{name!r} stands alone: settings are given as {hint}"
     found = re.search(r"arguments are required: (\w+)\.data", text)
     if found:
@@ -57,11 +61,15 @@ def explain(message: str, options: Iterable[str]) -> str:
     if found and classes:
         return f"{key}: there is no {found[1]!r}; {nearest(found[1], list(classes))}"
 
+    if "expects a function or a callable class" in text:
+        return _no_class(key, text)
+    text = text.partition(" Not a valid subclass of ")[0].removesuffix(" -")
+
     found = re.fullmatch(
         r"(Expected an? (?:<class '\w+'>|typing\.Literal\[.*?\]))\. Got value: (.*)", text
     )
     if found and key:
-        return f"{key}: {found[2]!r} is not {_plain(found[1])}"
+        return f"{key}: {found[2]!r} is not {_plain(found[1])}{_way_out(found[2], [found[1]])}"
 
     # "... Errors: - what each type had against it - ... Given value type: ... Given value: ..."
     _, listed, errors = text.partition("Errors: - ")
@@ -75,8 +83,7 @@ def explain(message: str, options: Iterable[str]) -> str:
         reasons, value = [within[1]], within[2]
     expected = [_plain(reason) for reason in reasons if reason.startswith("Expected")]
     if len(expected) == len(reasons):
-        hint = f"; a list is written [{value}]" if "list" in expected else ""
-        return f"{key}: {value!r} is not {' or '.join(expected)}{hint}"
+        return f"{key}: {value!r} is not {' or '.join(expected)}{_way_out(value, reasons)}"
     text = "; ".join(reason for reason in reasons if not reason.startswith("Expected"))
     return f"{key}: {text}" if key else text
 
@@ -115,6 +122,33 @@ def _no_option(key: str, name: str, classes: dict[str, type]) -> str:
         return f"the class chosen for {key} has no option {name!r}; {who}: name the class, too"
     known = sorted({n for names in owners.values() for n in names} - {"args", "kwargs"})
     return f"{key} has no option {name!r}; {nearest(name, known)}"
+
+
+def _no_class(key: str, text: str) -> str:
+    """What a class's place was given instead of one: its arguments alone, or something else."""
+    kind = key.rpartition(".")[2]
+    found = re.search(r"NestedArg\(key='([\w.]+)'", text)
+    if found:
+        return f"--{key}.{found[1]} needs the class too: --{key} NAME, with the options behind it"
+    found = re.search(r"(?:but got|Got value:) (.*?)(?:\. Got value: .*| - Expected .*)?$", text)
+    given = f"={found[1]}" if found else ""
+    article = "an" if kind[:1] in "aeiou" else "a"
+    return (
+        f"{key}{given} is no class with its arguments: take the name of {article} {kind}, or in a "
+        "file {class_path: NAME, init_args: {ARGUMENT: VALUE}}"
+    )
+
+
+def _way_out(value: str, reasons: list[str]) -> str:
+    """How a value of the expected kind is written, where that is not plain."""
+    expected = [_plain(reason) for reason in reasons]
+    if "list" in expected:
+        return f"; a list is written [{value}]"
+    if "tuple" in expected:
+        return f"; several values are written [{value}, ...]"
+    if "dict" in expected:
+        return f"; values by name are written {{NAME: {value}}}"
+    return ""
 
 
 def _no_configuration(path: Path) -> str:
