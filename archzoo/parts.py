@@ -168,10 +168,10 @@ def check_one_of(adapter: Any, adapters: Any) -> None:
         ValueError: The message says how both are given, or none.
     """
     if adapter is not None and adapters is not None:
-        name = describe("adapter", adapter)["class_path"]
+        name, names = describe("adapter", adapter)["class_path"], ", ".join(map(str, adapters))
         raise ValueError(
-            f"adapter={name} and adapters={{{', '.join(map(str, adapters))}}} are both given: put {name} "
-            "among adapters, by a name of its own, or omit one"
+            f"adapter={name} and adapters={{{names}}} are both given: put {name} among adapters, "
+            "by a name of its own, or omit one"
         )
     if adapters == {}:
         raise ValueError("adapters={} holds none: omit it, or name some, as {first: LoRA}")

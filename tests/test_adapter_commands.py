@@ -81,8 +81,12 @@ def test_merging_gives_a_plain_model_that_computes_the_same(
 def test_what_cannot_be_merged_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     net = archzoo.adapt(load("base").model, {"a": archzoo.LoRA(), "b": archzoo.MoLoRA()})
     archzoo.save_pretrained("several", net, load("base").tokenizer)
-    fails(capsys, "adapter merge several --out merged", "MoLoRA at blocks.0.", "cannot be merged")
+    where = "MoLoRA at blocks.0.mixer.query_key_value.query cannot be merged"
+    fails(capsys, "adapter merge several --out merged", where, "archzoo adapter save")
     assert not Path("merged").exists()
+    # Nor is it exported after a merge that there cannot be.
+    fails(capsys, "export several model.py", "a model with MoLoRA is not exported: it cannot be")
+    assert not Path("model.py").exists()
 
 
 @pytest.mark.usefixtures("here")
@@ -111,6 +115,7 @@ def test_the_adapters_of_a_model_are_saved_one_a_directory(
         archzoo.load_adapter(path, again, path[-1])
     assert torch.equal(logits(again), logits(net))
     fails(capsys, "adapter save several --out c --name c", "there is no adapter 'c'")
+    fails(capsys, "adapter export several --out c", "adapters a, b: name", "as --name a")
     fails(capsys, "adapter save base --out c", "base has no adapter")
     # `generate` puts them on one after the other.
     assert main(["generate", "several", "1+2=", "--max_tokens", "3"]) == 0

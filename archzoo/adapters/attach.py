@@ -40,7 +40,7 @@ def adapt(decoder: Decoder, adapter: Any) -> Decoder:
     if named_adapters(decoder.config):
         raise ValueError(
             "the model has adapters already: omit adapter to continue training them, or merge "
-            "them first (archzoo.merge_adapter)"
+            "them first (archzoo adapter merge, archzoo.merge_adapter)"
         )
     several = isinstance(adapter, dict) and "class_path" not in adapter
     described = describe_adapters(adapter) if several else describe("adapter", adapter)
@@ -257,10 +257,11 @@ def merge_adapter(decoder: Decoder) -> Decoder:
     for module in decoder.modules():
         if isinstance(module, Linear) and module.adapted:
             module.check_mergeable()
-    for path, adapter in adapter_modules(decoder):
+    for _, place, adapter in attached(decoder):
         if not adapter.mergeable:
             raise ValueError(
-                f"{type(adapter).__name__} at {path} cannot be merged: it stays beside the model"
+                f"{type(adapter).__name__} at {place.target.path} cannot be merged: it stays "
+                "beside the model, and archzoo adapter save writes it alone"
             )
     for module in decoder.modules():
         if isinstance(module, Linear):

@@ -89,7 +89,8 @@ class FourierFT(Adapter):
         if not 1 <= frequencies <= there:
             raise ValueError(
                 f"FourierFT: frequencies={frequencies} must be at least 1 and at most {there} for "
-                f"{target.path}, of {rows} rows and {columns} columns: take fewer"
+                f"{target.path}, of {rows} rows and {columns} columns: take "
+                f"{'fewer' if frequencies > 0 else 'more'}"
             )
         self.rows, self.columns = rows, columns
         self.alpha = scale_of(math.sqrt(rows * columns) if alpha is None else alpha, 1, False)

@@ -29,7 +29,7 @@ def check_rank(adapter: Adapter, target: Target, rank: int) -> None:
         raise ValueError(
             f"{type(adapter).__name__}: rank={rank} must be at least 1 and at most "
             f"{min(rows, columns)} for {target.path}, of {rows} rows and {columns} columns: take "
-            "a lower one, or remove it from targets"
+            f"{'a lower one, or remove it from targets' if rank > 0 else 'a higher one'}"
         )
 
 

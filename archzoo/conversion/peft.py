@@ -105,7 +105,8 @@ def export_peft(
         raise ValueError("the model has no adapter to export: archzoo.adapt puts one on it")
     if name is None and len(entries) > 1:
         raise ValueError(
-            f"the model has the adapters {', '.join(entries)}: name the one that is exported"
+            f"the model has the adapters {', '.join(entries)}: name the one that is exported, "
+            f"as --name {next(iter(entries))}"
         )
     name = next(iter(entries)) if name is None else name
     if name not in entries:

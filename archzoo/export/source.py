@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from archzoo.adapters.attach import attached
 from archzoo.block import Embedding
 from archzoo.decoder import Decoder
 from archzoo.embeddings.digits import DigitEmbedding
@@ -562,6 +563,12 @@ def refuse(model: Decoder) -> None:
         ValueError: The message names it, and says what helps.
     """
     if named_adapters(model.config):
+        for _, _, adapter in attached(model):
+            if not adapter.mergeable:
+                raise ValueError(
+                    f"a model with {type(adapter).__name__} is not exported: it cannot be merged "
+                    "into the weights; archzoo.remove_adapters takes it off"
+                )
         raise ValueError(
             "a model with adapters is not exported: archzoo adapter merge CHECKPOINT --out merged "
             "puts them into its weights, then export merged"
