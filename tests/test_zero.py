@@ -148,6 +148,13 @@ def test_the_class_of_torch_is_refused_by_name(directory, capsys):
     assert error.count("\n") == 1 and "--trainer.strategy ddp_zero_1" in error
 
 
+def test_a_strategy_of_another_name_is_answered_by_the_nearest(directory, capsys):
+    assert main(["fit", "--config", "run.yaml", "--trainer.strategy", "ddp_zero"]) == 1
+    error = capsys.readouterr().err
+    assert "--trainer.strategy ddp_zero: there is none of that name; nearest: ddp_zero_1" in error
+    assert error.count("\n") == 1 and not Path("runs").exists()
+
+
 # ---------------------------------------------------------------------------- DeepSpeed
 
 

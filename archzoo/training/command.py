@@ -62,6 +62,7 @@ from archzoo.training.flags import add_flags, callbacks_of, move_flags, trackers
 from archzoo.training.module import LanguageModel
 from archzoo.training.objectives import OBJECTIVES, find_objective
 from archzoo.training.optimizers import describe_optimizer, find_optimizer
+from archzoo.training.ranks import check_strategy
 from archzoo.training.rate_finder import find_learning_rate
 from archzoo.training.user_errors import explain
 from archzoo.trust import load_installed, user_imports, with_moved
@@ -451,6 +452,7 @@ class CommandLine(LightningCLI):
             _mean_what_it_meant(config)
             _check_beside(config)
         _check_trainer(config.trainer)
+        check_strategy(config.trainer.strategy)
         check_usable(config.trainer.strategy, config.trainer.accelerator)
         settings.check_amounts(config.data)
 

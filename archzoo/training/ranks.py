@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import lightning
 import torch
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from archzoo.block import Aux
 from archzoo.decoder import Decoder
+from archzoo.names import nearest
 
 Tensors = TypeVar("Tensors")  # a tensor, or lists and dicts of them
 # Of a sum over the ranks, bytes a second. Two H200s on NVLink reach 290e9; PCIe 5.0 carries 63e9 at
@@ -30,6 +31,23 @@ class ZeroStrategy(DDPStrategy):
     """
 
     strategy_name = ZERO
+
+
+def check_strategy(strategy: Any) -> None:
+    """Refuse the name of a strategy that there is not; Lightning names some and points to a page.
+
+    Args:
+        strategy: Of the trainer's settings: a name, or anything else.
+
+    Raises:
+        ValueError: There is none of that name; the nearest are said.
+    """
+    known = ["auto", *StrategyRegistry.available_strategies()]
+    if isinstance(strategy, str) and strategy not in known:
+        raise ValueError(
+            f"--trainer.strategy {strategy}: there is none of that name; "
+            f"{nearest(strategy, [*known, 'ModelParallelStrategy'])}"
+        )
 
 
 if ZERO not in StrategyRegistry:
