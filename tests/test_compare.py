@@ -458,6 +458,12 @@ def test_objectives_are_compared_by_what_they_measure_on_the_test_part(chain):
     [
         ("sft.yaml", "base: a.yaml", "base: b.yaml", "base sft.yaml: it begins from itself"),
         ("sft.yaml", "base: a.yaml", "base: no.yaml", "configuration not found"),
+        (
+            "reward.yaml",
+            "objective: RewardModel",
+            "",
+            "the base reward, which has objective=None",
+        ),
         ("reward.yaml", "sft.yaml", "sub/sft.yaml", "have one name, and need two: rename one"),
         ("b.yaml", "model.reward_model: re", "data.path: re", "'data.path' is not a setting of"),
         ("b.yaml", "{model.reward_model: reward.yaml}", "[reward.yaml]", "configuration files by"),

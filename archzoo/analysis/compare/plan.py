@@ -43,6 +43,7 @@ IN_FILE = (
     *("seeds", "learning_rates", "tune_seeds", "metric", "may_differ", "measure", "base"),
     *("reads", "prepare"),  # which no option gives
 )
+REWARDS = "model.reward_model"  # the setting that takes a run of RewardModel alone
 STARTS = "model.weights"  # the setting by which an arm begins from its base
 # What the command line says of how an arm is run, its base is run by, too.
 OF_BASE = "base"  # behind the name of a metric: of the task that the base was trained on
@@ -306,9 +307,9 @@ def make_plan(
     facts = dict(_facts(found, _allowed(chosen["may_differ"])))
     of_bases = {name: _facts_of(name, base.resolved) for name, base in bases.items()}
     for name, entry in found.items():
-        _check_vocabulary(f"arm {name}", entry.task, reads[name], bases)
+        _check_reads(f"arm {name}", entry.task, reads[name], bases)
     for name, base in bases.items():
-        _check_vocabulary(f"base {name}", base.resolved.task, base.reads, bases)
+        _check_reads(f"base {name}", base.resolved.task, base.reads, bases)
     first = next(iter(found.values()))
     seeds = seeds or [int(first.settings["seed_everything"] or 0)]
     for seed in seeds:
@@ -616,10 +617,17 @@ def _name_bases(settings: dict[str, Any], reads: Mapping[str, str]) -> None:
         within[last] = f"those of the base {name}" if setting == STARTS else f"the base {name}"
 
 
-def _check_vocabulary(
+def _check_reads(
     whose: str, task: Task, reads: Mapping[str, str], bases: Mapping[str, Base]
 ) -> None:
-    for base in reads.values():
+    """Refuse bases of another vocabulary, and a reward model that is none."""
+    for setting, base in reads.items():
+        objective = bases[base].resolved.settings.get("objective")
+        if setting == REWARDS and objective != "RewardModel":
+            raise ValueError(
+                f"{whose}: its {REWARDS} is the base {base}, which has objective={objective}: name "
+                "a file of objective: RewardModel"
+            )
         if task.tokenizer.files() != bases[base].resolved.task.tokenizer.files():
             raise ValueError(
                 f"{whose}: its base {base} is trained with another vocabulary than its task's: "
