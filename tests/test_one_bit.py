@@ -233,14 +233,14 @@ def test_the_kernel_gives_the_plain_forms_numbers(width, dtype, monkeypatch):
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
     reason="Gluon has no interpreter: needs a Hopper GPU",
 )
-@pytest.mark.parametrize("width", [128, 384, 512, 1024, 4096, 8192, 11008])
+@pytest.mark.parametrize("width", [128, 384, 1024, 4096, 11008])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_hoppers_kernel_gives_the_plain_forms_numbers(width, dtype, monkeypatch):
     monkeypatch.setattr(one_bit, "TWO_TILES_FROM", 100)
     monkeypatch.setattr(one_bit, "_by_tritons_kernel", None)
     allowed = 1e-6 if dtype == torch.float32 else 1e-2
     for shared in (True, False):
-        for outputs in (6, 99, 100, 333):
+        for outputs in (6, 333):
             check_product(3, width, outputs, shared, dtype, allowed, "cuda")
 
 
