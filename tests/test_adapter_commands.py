@@ -125,6 +125,7 @@ def test_the_adapters_of_a_model_are_saved_one_a_directory(
     assert capsys.readouterr().out.partition("\n")[0] == expected
     fails(capsys, "generate base 1+2= --adapter", "--adapter needs a value")
     fails(capsys, "generate base 1+2= --adapter base", "base holds no adapter.json")
+    fails(capsys, "generate base 1+2= --adapter both", "those of several: give both/a or both/b")
     fails(capsys, "generate base 1+2= --adapter both/a --adapter ./both/a", "is given twice")
     fails(capsys, "generate sums 1+2= --adapter sums", "the adapter sums is given twice")
     fails(capsys, "generate base 1+2= --adapter none", "there is no directory none: give one of")

@@ -478,7 +478,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "nested JSON": (lambda p: json_file(p, '{"a":' * 70 + "1" + "}" * 70), "deeper than 64"),
     "very deep JSON": (lambda p: json_file(p, "[" * 10**5), "deeper than 64"),
     "long JSON": (lambda p: json_file(p, "[" + "[]," * 10**6 + "1]"), "longer than"),
-    "a long header": (lambda p: header(p, 2**60), "table of contents"),
+    "a long header": (lambda p: header(p, 2**60), "that is not read; it is a file of another kind"),
     "a header that nests": (lambda p: header(p, 1000, "[" * 1000), "truncated or damaged"),
     "a hole": (sparse, "more than this machine's"),
     "a pipe": (fifo, "is a pipe and not a regular file"),

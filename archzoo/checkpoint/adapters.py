@@ -163,6 +163,8 @@ def _no_adapter(path: Path) -> str:
             f"{path} holds no {ADAPTER}, and is of peft: archzoo adapter import {path} "
             "--base CHECKPOINT --out DIR reads it"
         )
+    if found := sorted(str(file.parent) for file in path.glob(f"*/{ADAPTER}"))[:3]:
+        return f"{path} holds no {ADAPTER}, but those of several: give {' or '.join(found)}"
     return f"{path} holds no {ADAPTER}: give a directory of archzoo.save_adapter"
 
 

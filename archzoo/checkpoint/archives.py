@@ -132,8 +132,11 @@ def check_contents(size: int, path: Path_) -> None:
     Raises:
         ValueError: It is, as tables are that expand to a multiple in memory.
     """
-    if size > LONGEST + os.path.getsize(path) // 2:
-        raise ValueError(f"{path}: its table of contents has {size:,} bytes: that is not read")
+    if size > LONGEST + (whole := os.path.getsize(path)) // 2:
+        other = "; it is a file of another kind, or damaged" if size > whole else ""
+        raise ValueError(
+            f"{path}: its table of contents has {size:,} bytes: that is not read{other}"
+        )
 
 
 def check_memory(size: int, path: Path_) -> None:

@@ -236,17 +236,43 @@ def _check_rebuilds(model: Decoder, directory: str | os.PathLike[str]) -> None:
             )
 
 
+def _held_instead(path: Path) -> str:
+    """What a directory without a model holds that may be meant, for messages."""
+    if (path / "adapter_config.json").exists():
+        return (
+            "; it holds an adapter of peft: archzoo adapter import "
+            f"{path} --base CHECKPOINT --out DIR reads it"
+        )
+    if runs := sorted(map(str, [*path.glob("*.ckpt"), *path.glob("*/*.ckpt")]))[-3:]:
+        return f"; did you mean {' or '.join(runs)}?"
+    if found := sorted(str(file.parent) for file in path.glob("*/adapter.json"))[:3]:
+        return f"; it holds adapters, each to be given by itself: {', '.join(found)}"
+    return ": give a run, its .ckpt file, or a directory of archzoo.save_pretrained"
+
+
+def _whose(config: Any, path: Path) -> str:
+    """Whose configuration it is instead, for messages."""
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind is None:
+        return ""
+    if kind == "archzoo":
+        return "; it was exported to transformers: give the checkpoint that it was made of"
+    return (
+        f"; it is of a model of transformers, {shown(kind)}: archzoo convert {path} --out DIR "
+        "reads some of them"
+    )
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The configuration in a directory, once it is sure that it is one."""
     try:
         config = read_json(path / CONFIG)
     except FileNotFoundError:
-        runs = sorted(map(str, [*path.glob("*.ckpt"), *path.glob("*/*.ckpt")]))[-3:]
-        hint = f"; did you mean {' or '.join(runs)}?" if runs else ""
-        raise FileNotFoundError(f"{path} holds no {CONFIG}{hint}") from None
+        raise FileNotFoundError(f"{path} holds no {CONFIG}{_held_instead(path)}") from None
     if not isinstance(config, dict) or not isinstance(config.get("decoder"), dict):
         raise ValueError(
             f"{path / CONFIG} is not a valid configuration of archzoo: it has no 'decoder'"
+            f"{_whose(config, path)}"
         )
     check_task(config.get("task"), path / CONFIG)
     return config
