@@ -85,13 +85,19 @@ def new_command(directory: str, /, config: str = "addition") -> None:
         FileNotFoundError: There is no such configuration.
     """
     place, source = Path(directory), shipped.configuration(config)
-    content = source.read_text(encoding="utf-8")
+    try:
+        content = source.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} is not UTF-8, as a configuration is: {error}") from None
     if place.exists():
-        raise FileExistsError(f"{directory} exists: give the name of a new directory")
+        raise FileExistsError(f"{place} exists: give the name of a new directory")
     name = source.stem
     # Its comments were written for a checkout, where `train.py` and `configs/` are.
     content = content.replace("python train.py ", "archzoo ").replace("configs/", "")
-    place.mkdir(parents=True)
+    try:
+        place.mkdir(parents=True)
+    except OSError as error:
+        raise OSError(f"{directory} cannot be made: {error}; give another place") from None
     (place / f"{name}.yaml").write_text(content, encoding="utf-8")
     (place / "my_parts.py").write_text(PARTS, encoding="utf-8")
     readme = README.format(title=place.resolve().name, name=name, swap=SWAP)

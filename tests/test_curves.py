@@ -50,8 +50,16 @@ def test_what_is_missing_is_named(runs, tmp_path, capsys):
     assert main(["curves", runs[0], "--metric", "validation/nothing"]) == 1
     said = capsys.readouterr().err
     assert "has no validation/nothing" in said and "; nearest: validation/" in said
-    assert main(["curves", str(tmp_path)]) == 1
-    assert "holds no metrics.csv" in capsys.readouterr().err
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert main(["curves", str(empty)]) == 1
+    assert f"{empty} holds no metrics.csv: give the directory" in capsys.readouterr().err
+    (empty / "notes.txt").touch()
+    assert main(["curves", str(empty / "notes.txt")]) == 1
+    assert f"{empty / 'notes.txt'} is no file of a run" in capsys.readouterr().err
+    (empty / "last.ckpt").touch()
+    assert main(["curves", str(empty / "last.ckpt")]) == 1
+    assert "the run ended before its first row" in capsys.readouterr().err
 
 
 def test_without_a_metric_the_first_that_all_have_is_taken(runs, tmp_path, capsys):

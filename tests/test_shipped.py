@@ -73,12 +73,15 @@ def test_no_other_path_leads_into_the_package(path: str) -> None:
         ),
         (["new", "there"], ["there exists", "new directory"]),
         (["new", "here", "--config", "nothing"], ["no file nothing"]),
+        (["new", "here", "--config", "latin.yaml"], ["latin.yaml is not UTF-8"]),
+        (["new", "latin.yaml/here"], ["latin.yaml/here cannot be made", "another place"]),
     ],
 )
 def test_mistakes_get_one_line(
     arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("there").mkdir()
+    Path("latin.yaml").write_bytes(b"\xe9")
     assert main(arguments) == 1
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1

@@ -42,9 +42,21 @@ class Curve(NamedTuple):
 
 
 def directory_of(run: str) -> Path:
-    """A run's directory, or that of a file in it, such as its checkpoint."""
+    """A run's directory, or that of a file in it, such as its checkpoint.
+
+    Raises:
+        FileNotFoundError: It is a file that lies elsewhere.
+    """
     path = Path(run)
-    return path.parent if path.is_file() else path
+    if not path.is_file():
+        return path
+    if not (_is_run(path.parent) or (path.parent / "metrics.csv").exists()):
+        raise FileNotFoundError(f"{run} is no file of a run: give the directory of a run")
+    return path.parent
+
+
+def _is_run(directory: Path) -> bool:
+    return (directory / "config.yaml").exists() or any(directory.glob("*.ckpt"))
 
 
 def read_log(run: Path) -> list[dict[str, str]]:
@@ -55,6 +67,11 @@ def read_log(run: Path) -> list[dict[str, str]]:
     """
     log = run / "metrics.csv"
     if not log.is_file():
+        if _is_run(run):
+            raise FileNotFoundError(
+                f"{run} holds no metrics.csv: the run ended before its first row, which comes "
+                "after trainer.log_every_n_steps; train it for longer"
+            )
         raise FileNotFoundError(f"{run} holds no metrics.csv: give the directory of a run")
     with log.open(newline="") as file:
         return list(csv.DictReader(file))
