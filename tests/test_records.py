@@ -312,6 +312,22 @@ def test_a_bad_row_is_named(text, tmp_path, content, message):
     refused(ValueError, message, text(tmp_path / "a.csv").prepare)
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+def test_an_array_of_records_is_not_learnt_as_a_text(text, tmp_path, name):
+    content = json.dumps([{"text": "To be"}] * 90, indent=1).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    refused(ValueError, f"{name} is one JSON array of records", text(tmp_path / name).prepare)
+    with_field = text(tmp_path / name, field="text")
+    refused(ValueError, r"on each line, as jq -c '\.\[\]' does", with_field.prepare)
+    (tmp_path / name).rename(tmp_path / name.replace("json", "txt"))
+    text(tmp_path / name.replace("json", "txt")).prepare()
+
+
+def test_a_field_of_several_words_is_quoted(text, tmp_path):
+    (tmp_path / "a.csv").write_text("the text\nTo be\n")
+    refused(ValueError, "--data.field 'the text'$", text(tmp_path / "a.csv").prepare)
+
+
 def test_a_record_without_end_takes_no_memory(text, tmp_path, monkeypatch):
     monkeypatch.setattr("archzoo.tasks.records.LONGEST", 1 << 20)
     path = tmp_path / "a.jsonl.gz"

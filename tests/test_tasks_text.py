@@ -523,6 +523,8 @@ def refused(error, message, call):
 
 def test_no_text(text, tmp_path):
     refused(FileNotFoundError, "no text at .*nowhere.txt", text(path="nowhere.txt").prepare)
+    misspelt = text(path="data/shakespear.txt").prepare
+    refused(FileNotFoundError, "folder of them; nearest: data/shakespeare.txt$", misspelt)
     refused(ValueError, "corpus.txt is empty", text("").prepare)
     (tmp_path / "folder").mkdir()
     refused(ValueError, "folder is empty", text(path=tmp_path / "folder").prepare)

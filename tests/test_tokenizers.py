@@ -294,6 +294,9 @@ def test_unknown_names_and_missing_files(tmp_path):
     refused(ValueError, "unknown tokenizer 'byte'", check_name, "byte")
     refused(FileNotFoundError, "no tokenizer at nowhere.json", check_name, "nowhere.json")
     refused(FileNotFoundError, "holds no tokenizer.json", Tokenizer.load, tmp_path)
+    (tmp_path / "last.ckpt").touch()
+    refused(FileNotFoundError, "; the checkpoint .*last.ckpt holds its", Tokenizer.load, tmp_path)
+    (tmp_path / "last.ckpt").unlink()
     for name in LEARN:
         check_name(name)
     check_name(str(tmp_path))

@@ -10,6 +10,7 @@ import json
 import shutil
 from array import array
 from collections.abc import Callable, Iterator
+from difflib import get_close_matches
 from glob import glob
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -89,6 +90,11 @@ class Corpus:
             raise ValueError(
                 f"{self.path} holds records ({tables[0].name}) and plain text ({texts[0].name}): "
                 f"say which are meant, such as '{pattern}'"
+            )
+        if len(texts) == 1 == len(kinds) and records.is_array(texts[0]):
+            raise ValueError(
+                f"{texts[0]} is one JSON array of records: write a record on each line, as "
+                "jq -c '.[]' does, or call it .txt to learn from the JSON itself"
             )
         if field is not None and texts:
             raise ValueError(
@@ -407,7 +413,14 @@ def _files(path: str) -> list[Path]:
     if not here.exists():
         files = sorted(file for file in map(Path, glob(path)) if file.is_file())
         if not files:
-            raise FileNotFoundError(f"no text at {path}: give a UTF-8 file or a folder of them")
+            beside = {file.name for file in here.parent.glob("*")}
+            if here.parent == Path("data"):
+                beside |= {file.name for file in (shipped.root() / "data").glob("*.txt")}
+            near = get_close_matches(here.name, sorted(beside), n=1)
+            hint = f"; nearest: {here.with_name(near[0])}" if near else ""
+            raise FileNotFoundError(
+                f"no text at {path}: give a UTF-8 file or a folder of them{hint}"
+            )
         return files
     if here.is_dir():
         found = (file.relative_to(here) for file in here.rglob("*") if file.is_file())

@@ -13,6 +13,8 @@ import csv
 import difflib
 import gzip
 import json
+import re
+import shlex
 import zlib
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -91,6 +93,20 @@ def _begins_with_record(path: Path, packing: str) -> bool:
         return line.startswith(b"{") and line.endswith(b"}") and isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
         return False
+
+
+def is_array(path: Path) -> bool:
+    """Whether a .json file is one array of records, of which no line is one."""
+    packing = PACKINGS.get(path.suffix.lower(), "")
+    inner = Path(path.stem) if packing else path
+    if inner.suffix.lower() != ".json":
+        return False
+    try:
+        with _Unpacked(path, packing) as file:
+            begin = file.read(BLOCK)
+    except ValueError:
+        return False
+    return re.match(rb"\s*\[\s*\{", begin) is not None
 
 
 def segments(path: Path, kind: Kind, field: str, report: Report) -> Iterator[Segment]:
@@ -190,7 +206,8 @@ def missing(where: str, field: str, names: Sequence[str]) -> ValueError:
     near = difflib.get_close_matches(field, names, n=1, cutoff=0.5)
     known = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
     has = f"it has {known}" if names else "it has none"
-    hint = f": --data.field {near[0] if near else names[0]}" if names else ", or take another file"
+    other = shlex.quote(near[0] if near else names[0]) if names else ""
+    hint = f": --data.field {other}" if names else ", or take another file"
     return ValueError(
         f"{where}: there is no field {field!r}: {has}; name the one that holds the text{hint}"
     )

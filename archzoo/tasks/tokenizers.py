@@ -125,7 +125,11 @@ class Tokenizer(ABC):
             found = [path / "tokenizer.json", *chain(*others)]
             file = next((file for file in found if file.is_file()), None)
             if file is None:
-                raise FileNotFoundError(f"{path} holds no tokenizer.json, .model or {SUFFIX} file")
+                runs = sorted(map(str, path.glob("*.ckpt")))
+                hint = f"; the checkpoint {runs[-1]} holds its run's" if runs else ""
+                raise FileNotFoundError(
+                    f"{path} holds no tokenizer.json, .model or {SUFFIX} file{hint}"
+                )
             path = file
         if not path.is_file():
             raise FileNotFoundError(
