@@ -426,6 +426,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert relative_error(loaded(tokens).logits, model(tokens).logits) < ROUNDED
     assert main(["export", "retnet_micro", "--out", str(tmp_path / "new.py")]) == 0
     assert not (tmp_path / "new.pt").exists()
+    given = [sys.executable, str(tmp_path / "new.py"), "3", "1", "4"]  # by weights drawn anew
+    done = subprocess.run(given, capture_output=True, text=True, check=True)
+    assert len(done.stdout.split()) == 32
 
 
 def test_a_llama_is_written_as_one(tmp_path: Path) -> None:

@@ -658,8 +658,8 @@ def load(path: str | Path = Path(__file__).with_suffix(".pt")) -> Decoder:
 def main() -> None:
     """Continue the tokens of the command line; without any, learn rows such as abababab."""
     if sys.argv[1:]:
-        print(*generate(load(), [int(token) for token in sys.argv[1:]]))
-        return
+        model = load() if Path(__file__).with_suffix(".pt").exists() else build().eval()
+        return print(*generate(model, [int(token) for token in sys.argv[1:]]))
     torch.manual_seed(0)
     torch.set_num_threads(1)  # at small sizes they wait for each other
     model = build()
