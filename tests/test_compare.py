@@ -262,6 +262,8 @@ def test_every_claim_has_a_plan(path, monkeypatch, cache):
         ("a.yaml --trainer.max_steps 4,8", "train on"),
         ("a.yaml --model.dim 100000 --model.depth 2", "and this machine has"),
         ("a.yaml --metric speed", "--metric speed"),
+        ("a.yaml --metric exact_match/sums", "a.yaml does not measure it; nearest: exact_match"),
+        ("sums.yaml", "claim: no run measures exact_match/sums; nearest: exact_match"),
         ("a.yaml --trainer.devices 2", "a run of compare takes one device"),
         ("a.yaml --trainer.max_steps -1", "must say where a run ends"),
         ("a.yaml --output a.yaml/x", "--output a.yaml/x cannot be written"),
@@ -289,6 +291,7 @@ def test_what_is_wrong_is_one_line(place, capsys, arguments, words):
         ("seeds", "compare: {seeds: []}"),
         ("of_number", "compare: {base: number.yaml}"),
         ("no_arm", "arms: {a: 3, b: {}}"),
+        ("sums", "claim: {metric: exact_match/sums}"),
     ):
         Path(f"{name}.yaml").write_text(f"{CONFIG}{text}\n")
     Path("no_data.yaml").write_text("model: {preset: retnet_micro}\ntrainer: {max_steps: 1}\n")

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -321,10 +321,12 @@ def make_plan(
     measured = chosen["measure"] or "last"
     if measured not in ("last", "best"):
         raise ValueError(f"--measure {measured} is neither last nor best")
-    metric = _metric(chosen["metric"], first, whose)
+    metric = _metric(chosen["metric"], [*found.values()], whose)
     interval = first.settings["trainer"]["val_check_interval"]
     for claim in claims:
-        _check_metric(claim.metric, first, bases, next(iter(facts.values())), interval, whose)
+        _check_metric(
+            claim.metric, found.values(), bases, next(iter(facts.values())), interval, whose
+        )
     rates_of = {
         name: rates_of.get(name) or [float(entry.settings["model"]["learning_rate"])]
         for name, entry in found.items()
@@ -362,7 +364,7 @@ def make_plan(
         of_bases=of_bases,
         metric_of_base=next(
             (
-                _metric(None, bases[read[STARTS]].resolved, "")
+                _metric(None, [bases[read[STARTS]].resolved], "")
                 for read in reads.values()
                 if STARTS in read
             ),
@@ -836,21 +838,32 @@ def matched(arm: ArmFacts, control: ArmFacts) -> str:
     return f"{ours:,} {what} against {theirs:,}, {difference:+.1%}: {verdict}"
 
 
-def _metric(given: str | None, arm: Resolved, whose: str) -> str:
+def _measured(arms: Iterable[Resolved]) -> list[str]:
+    """What evaluating them gives, each once: of their own problems, and of further ones."""
+    known = []
+    for arm in arms:
+        extra = arm.task.extra_evaluations("test")
+        known += arm.model.measures(arm.task)
+        known += [f"{metric}/{name}" for name in extra for metric in arm.task.extra_metrics]
+        known += ["exact_match/ood"] if any(isinstance(name, int) for name in extra) else []
+    return list(dict.fromkeys(known))
+
+
+def _metric(given: str | None, arms: Sequence[Resolved], whose: str) -> str:
     """What arms are compared by."""
-    known = list(arm.model.measures(arm.task))
-    known += [f"exact_match/{name}" for name in arm.task.extra_evaluations("test")]
     if given is None:
+        known = _measured(arms[:1])
         return next(name for name in USUAL if name in known)
+    known = _measured(arms)
     name = given.rpartition("test/")[2].removeprefix("validation/")
-    if name not in known and not name.startswith("exact_match/"):
+    if name not in known:
         raise ValueError(f"--metric {given}: {whose} does not measure it; {nearest(name, known)}")
     return name
 
 
 def _check_metric(
     given: str | None,
-    first: Resolved,
+    arms: Iterable[Resolved],
     bases: Mapping[str, Base],
     arm: ArmFacts,
     interval: Any,
@@ -870,12 +883,11 @@ def _check_metric(
         raise ValueError(
             f"{whose}: claim: {given}: validation runs every {interval} steps; give a multiple"
         )
-    known = list(first.model.measures(first.task))
-    known += [f"exact_match/{entry}" for entry in first.task.extra_evaluations("test")]
+    known = _measured(arms)
     if not at:
         tasks = [base.resolved.task for base in bases.values()]
         known += [f"{name}/{OF_BASE}" for task in tasks for name in ("loss", *task.metrics)]
-    if name not in known and not (name.startswith("exact_match/") and not name.endswith(OF_BASE)):
+    if name not in known:
         raise ValueError(f"{whose}: claim: no run measures {given}; {nearest(name, known)}")
 
 
