@@ -291,7 +291,7 @@ def test_what_is_wrong_is_one_line(place, capsys, arguments, words):
         ("seeds", "compare: {seeds: []}"),
         ("of_number", "compare: {base: number.yaml}"),
         ("no_arm", "arms: {a: 3, b: {}}"),
-        ("sums", "claim: {metric: exact_match/sums}"),
+        ("sums", "claim: {metric: exact_match/sums, sign: 1}"),
     ):
         Path(f"{name}.yaml").write_text(f"{CONFIG}{text}\n")
     Path("no_data.yaml").write_text("model: {preset: retnet_micro}\ntrainer: {max_steps: 1}\n")

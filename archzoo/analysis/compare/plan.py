@@ -840,7 +840,7 @@ def matched(arm: ArmFacts, control: ArmFacts) -> str:
 
 def _measured(arms: Iterable[Resolved]) -> list[str]:
     """What evaluating them gives, each once: of their own problems, and of further ones."""
-    known = []
+    known: list[str] = []
     for arm in arms:
         extra = arm.task.extra_evaluations("test")
         known += arm.model.measures(arm.task)
