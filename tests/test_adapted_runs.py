@@ -48,6 +48,15 @@ def base(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return Path("runs/base/last.ckpt")
 
 
+def same(one: Any, other: Any) -> bool:
+    """Whether two parts of checkpoints are equal, bit for bit."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else bool(one == other)
+
+
 def addition() -> Addition:
     return Addition(digits=1, batch_size=4, validation_examples=8, test_examples=8)
 
@@ -246,11 +255,23 @@ def test_training_an_adapter_further_keeps_its_first_base(base: Path) -> None:
 
 def test_an_average_leaves_the_base_as_it_is(base: Path, capsys: pytest.CaptureFixture) -> None:
     """Bit for bit: else its digest is another, and the adapter alone would fit no base."""
-    given = [f"--model.weights={base}", *ADAPTER, "--ema=0.9", "--trainer.max_steps=6"]
-    assert main(["fit", "--name=averaged", *given, *RUN]) == 0
-    averaged = read_safely("runs/averaged/last.ckpt")["state_dict"]
-    for name, tensor in read_safely(base)["state_dict"].items():
+    given = [f"--model.weights={base}", *ADAPTER, "--ema=0.9", *RUN]
+    given += ["--model.schedule=constant", "--model.warmup_steps=1"]
+    assert main(["fit", "--name=averaged", *given, "--trainer.max_steps=6"]) == 0
+    averaged = load("runs/averaged/last.ckpt").model.state_dict()
+    for name, tensor in load(base).model.state_dict().items():
         assert torch.equal(averaged[name], tensor), name
+    # Its checkpoint holds two states of the adapter and no more, from which a run is resumed.
+    content = read_safely("runs/averaged/last.ckpt")
+    held = {"state_dict": content["state_dict"], "now": content["current_model_state"]}
+    assert all("adapter_modules" in name for state in held.values() for name in state)
+    assert not same(held["state_dict"], held["now"])
+    assert main(["fit", "--name=part", *given, "--trainer.max_steps=3"]) == 0
+    again = ["--ckpt_path=runs/part/last.ckpt", "--trainer.max_steps=6"]
+    assert main(["fit", *again, "--trainer.accelerator=cpu"]) == 0
+    resumed = read_safely("runs/part/last.ckpt")
+    for state in ("state_dict", "current_model_state", "averaging_state", "optimizer_states"):
+        assert same(content[state], resumed[state]), state
     assert main(["adapter", "save", "runs/averaged", "--out=alone"]) == 0
     assert main(["generate", str(base), "1+1=", "--adapter=alone"]) == 0, capsys.readouterr().err
 

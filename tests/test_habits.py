@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import lightning
@@ -119,6 +120,12 @@ def test_the_average_is_what_is_kept_and_resumed(fit, own, capsys):
     again = fit("again", "--ema=0.5", *VALIDATED, "--ckpt_path=half.ckpt")
     assert_equal(whole, again)
     assert same(whole["current_model_state"], again["current_model_state"])
+    with warnings.catch_warnings(record=True) as said:  # an evaluation needs no average of its own
+        warnings.simplefilter("always")
+        given = ["test", "--ckpt_path=runs/again/last.ckpt", "--trainer.accelerator=cpu"]
+        assert main(given) == 0
+    assert not any("callbacks used to create" in str(warning.message) for warning in said)
+    capsys.readouterr()
     given = ["fit", "--config", "run.yaml", "--name=other", "--ckpt_path=half.ckpt"]
     assert main(given) == 1
     assert "averages its weights: resume with the same --ema" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import WeightAveraging
@@ -41,3 +42,16 @@ class AverageWeights(WeightAveraging):
         with warnings.catch_warnings():  # about sharding, which is refused
             warnings.filterwarnings("ignore", ".*overrides the configure_model.*")
             super().setup(trainer, pl_module, stage)
+
+    def on_load_checkpoint(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        checkpoint: dict[str, Any],
+    ) -> None:
+        """Beside adapters a checkpoint leaves out the base, which the module has: as it is."""
+        there = pl_module.state_dict()
+        for held in ("state_dict", "current_model_state"):
+            if held in checkpoint:
+                checkpoint[held] = there | checkpoint[held]
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)

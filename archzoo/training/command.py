@@ -106,6 +106,8 @@ def run(command: str, arguments: list[str]) -> int:
     warnings.filterwarnings("ignore", ".*DeepSpeed handles gradient clipping internally.*")
     warnings.filterwarnings("ignore", ".*When saving the DeepSpeed Stage 3 checkpoint.*")
     warnings.filterwarnings("ignore", ".*`torch.distributed.[a-z_]*` is deprecated.*")  # by it
+    if command != "fit":  # which take none of what a callback has kept
+        warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint need to be.*")
     # FSDP2 fears writes into what a block returns; nothing here writes there.
     warnings.filterwarnings("ignore", ".*returned a view tensor.*")
     try:

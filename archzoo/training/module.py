@@ -50,6 +50,7 @@ from archzoo.tasks.stream import Batch, Task
 from archzoo.tasks.tokenizers import from_files
 from archzoo.tasks.writing import writing_of
 from archzoo.training import deepspeed
+from archzoo.training.averaging import AverageWeights
 from archzoo.training.comparison import (
     MAY_DIFFER,
     check_same_model,
@@ -918,16 +919,19 @@ class LanguageModel(lightning.LightningModule):
         }
         if self.teacher is not None:
             checkpoint["teacher"] = self.teacher.digest
-        whole = "averaging_state" in checkpoint  # Lightning's, of all
+        # Lightning's own averages move what stands still, by rounding, and read whole states alone.
+        ours = any(isinstance(callback, AverageWeights) for callback in self._callbacks)
+        whole = "averaging_state" in checkpoint and not ours
         whole = whole or deepspeed.uses_deepspeed(self.trainer.strategy)
         if self.base is not None and not whole:
             checkpoint[BASE] = self.base._asdict()
             left_out = self._left_out()
-            checkpoint["state_dict"] = {
-                name: tensor
-                for name, tensor in checkpoint["state_dict"].items()
-                if own_name(name).removeprefix("decoder.") not in left_out
-            }
+            for held in {"state_dict", "current_model_state"} & checkpoint.keys():
+                checkpoint[held] = {
+                    name: tensor
+                    for name, tensor in checkpoint[held].items()
+                    if own_name(name).removeprefix("decoder.") not in left_out
+                }
 
     def _left_out(self) -> set[str]:
         """The names of the base's weights that are as they were when training started."""
@@ -1025,14 +1029,17 @@ class LanguageModel(lightning.LightningModule):
         self._random, self._skipped = training["random"], training.get("skipped", 0)
 
     @property
+    def _callbacks(self) -> list[lightning.Callback]:
+        return self.trainer.callbacks  # type: ignore[attr-defined,no-any-return]
+
+    @property
     def _by_engine(self) -> bool:
         """Whether DeepSpeed reads the checkpoint."""
         return self._trainer is not None and deepspeed.uses_deepspeed(self.trainer.strategy)
 
     def _check_averages(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to train on from averages of weights, which the optimizer's state is not of."""
-        callbacks: list[lightning.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        averages = any(isinstance(callback, WeightAveraging) for callback in callbacks)
+        averages = any(isinstance(callback, WeightAveraging) for callback in self._callbacks)
         if "averaging_state" in checkpoint and not averages:
             raise ValueError(
                 "the checkpoint's run averages its weights: resume with the same --ema, or start "
