@@ -181,6 +181,11 @@ def test_what_cannot_be_learnt_is_refused_in_a_line(capsys):
     )
     refused(capsys, STUDENT.replace("dense", "nowhere"), "no checkpoint at nowhere")
     refused(capsys, f"{STUDENT} --model.progressive_loss 0.5", "progressive_loss to 0")
+    odd = STUDENT.replace("distil.teacher", "distil.techer")
+    refused(capsys, odd, "there is no setting model.distil.techer; nearest: teacher")
+    odd = STUDENT.replace("distil.teacher", "distil")
+    refused(capsys, odd, "model.distil: 'dense' stands alone: give --model.distil.teacher")
+    refused(capsys, "--model.weights binary --model.distil.form OneBit", "distil needs a teacher")
 
 
 def test_a_teacher_has_the_students_vocabulary_and_layers(tmp_path):

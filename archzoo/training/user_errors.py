@@ -13,9 +13,11 @@ from pathlib import Path
 
 from archzoo.names import nearest
 from archzoo.parts import SLOTS, list_parts
+from archzoo.training.distillation import Distil
 from archzoo.training.settings import kinds_of, subclasses
 from archzoo.trust import find_class
 
+DISTIL = "model.distil"  # whose settings are those of a dataclass
 NOTHING = "Expected a <class 'NoneType'>"  # of every optional setting: says nothing
 
 
@@ -51,6 +53,8 @@ def explain(message: str, options: Iterable[str]) -> str:
     found = re.search(r'Parser key "([\w.]+)": (.*)', text)
     key, text = found.groups() if found else ("", text)
     classes = _classes(key)
+    if key == DISTIL and (said := _of_distil(text)):
+        return said
     found = re.search(r"Option '([\w.]+)' is not accepted", text)
     if found and classes:
         return _no_option(key, found[1], classes)
@@ -86,6 +90,22 @@ def explain(message: str, options: Iterable[str]) -> str:
         return f"{key}: {value!r} is not {' or '.join(expected)}{_way_out(value, reasons)}"
     text = "; ".join(reason for reason in reasons if not reason.startswith("Expected"))
     return f"{key}: {text}" if key else text
+
+
+def _of_distil(text: str) -> str:
+    """What is wrong with the settings of `Distil`, which is no class to choose; "": something else.
+
+    Args:
+        text: What jsonargparse has against them.
+    """
+    if found := re.search(r"Option '([\w.]+)' is not accepted", text):
+        known = [*Distil.__dataclass_fields__]
+        return f"there is no setting {DISTIL}.{found[1]}; {nearest(found[1], known)}"
+    if found := re.search(r"dot import path string: (\S+)", text):
+        return f"{DISTIL}: {found[1]!r} stands alone: give --{DISTIL}.teacher CHECKPOINT"
+    if "are required: teacher" in text:
+        return f"{DISTIL} needs a teacher: --{DISTIL}.teacher CHECKPOINT"
+    return ""
 
 
 def _classes(key: str) -> dict[str, type]:
