@@ -132,10 +132,15 @@ def test_what_cannot_be_compared_is_one_line(capsys):
     other = micro("transformer_micro", vocab_size=net.vocab_size, depth=1, tie_weights=True)
     archzoo.save_pretrained("other", other, tokenizer)
     archzoo.save_pretrained("same", net, tokenizer)
+    for experts in (2, 3):
+        part = {"class_path": "MixtureOfExperts", "init_args": {"experts": experts}}
+        mixture = micro("transformer_micro", vocab_size=net.vocab_size, feed_forward=part)
+        archzoo.save_pretrained(f"of_{experts}", mixture, tokenizer)
     archzoo.save_pretrained("taskless", net.double(), tokenizer)
     for line, words in (
         ("barrier a", "1 checkpoints are given"),
         ("barrier a a", "given twice"),
+        ("barrier of_2 of_3", "has feed_forward.experts=2 and of_3 has feed_forward.experts=3"),
         ("barrier a same", "a and same hold the same weights"),
         ("barrier a b --figure drawn.csv", "drawn.csv is no picture's name: end it in .png"),
         ("barrier a b --figure a", "a is a directory: name a picture's file, such as a/figure.png"),

@@ -197,12 +197,24 @@ def _check_architecture(first: Opened, other: Opened) -> None:
     ours, theirs = first.model.config, other.model.config
     for name in ours:
         if name not in OF_TRAINING and ours[name] != theirs[name]:
+            where, mine, its = _difference(name, ours[name], theirs[name])
             raise ValueError(
-                f"{first.path} has {name}={shown(ours[name])} and {other.path} has "
-                f"{name}={shown(theirs[name])}: only models of one architecture have weights that "
+                f"{first.path} has {where}={shown(mine)} and {other.path} has "
+                f"{where}={shown(its)}: only models of one architecture have weights that "
                 "belong together; train one of them from the other's beginning (fit "
                 "--model.weights)"
             )
+
+
+def _difference(name: str, ours: Any, theirs: Any) -> tuple[str, Any, Any]:
+    """Where two values of a setting first differ, by its full name, and what they are there."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in dict.fromkeys([*ours, *theirs]):
+            one, other = ours.get(key), theirs.get(key)
+            if one != other:
+                form = key in ("class_path", "init_args")
+                return _difference(name if form else f"{name}.{key}", one, other)
+    return name, ours, theirs
 
 
 def _about(tokenizer: Tokenizer) -> str:
