@@ -7,7 +7,8 @@ import logging
 import os
 import sys
 import time
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +107,7 @@ def eval_command(
     found = load(path, device or "auto", base)
     model = ArchzooLM(found, batch_size, max_length, prefix, adapter=adapter or ())
     begin = time.time()
-    with redirect_stdout(sys.stderr):  # what it says while it works
+    with redirect_stdout(sys.stderr), _without_git():  # what it says while it works
         results = lm_eval.simple_evaluate(
             model=model,
             tasks=loaded,
@@ -144,6 +145,19 @@ def eval_command(
         write_samples(folder, results["samples"], handle_non_serializable)
         written.append(SAMPLES)
     print(f"{folder} holds {', '.join(written)}")
+
+
+@contextmanager
+def _without_git() -> Iterator[None]:
+    """Within it lm-eval asks git for no commit: outside a repository git complains on stderr."""
+    from lm_eval import evaluator
+
+    asks = evaluator.get_git_commit_hash
+    evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = asks
 
 
 def load_tasks(names: list[str], directories: list[Path]) -> tuple[TaskManager, list[Any]]:

@@ -89,7 +89,8 @@ class ArchzooLM(LM):
             self.batch_size = int(16 if batch_size is None else batch_size)
         except ValueError:
             raise ValueError(f"batch_size={batch_size!r} is not a number of texts") from None
-        self.max_length = max_length or self.model.context_length or UNKNOWN_LENGTH
+        own = self.model.context_length or UNKNOWN_LENGTH
+        self.max_length = own if max_length is None else max_length
         self.max_gen_toks = max_gen_toks
         for name in ("batch_size", "max_length", "max_gen_toks"):
             if getattr(self, name) < 1:

@@ -297,6 +297,11 @@ def error_of(capsys, *arguments):
     return lines[0]
 
 
+def test_git_is_not_asked_outside_a_repository(checkpoint, elsewhere, capfd):
+    assert main(["eval", str(checkpoint), "--tasks", "addition", "--limit", "1"]) == 0
+    assert "git" not in capfd.readouterr().err
+
+
 def test_every_shipped_task_is_asked_offline(checkpoint, elsewhere, capsys):
     tasks = [name for name in SHIPPED if name != "three_kingdoms"]  # the same as shakespeare
     arguments = ["--limit", "3", "--directory", "out", "--log_samples"]
@@ -395,6 +400,7 @@ def test_what_cannot_be_asked_is_one_line(checkpoint, elsewhere, capsys, monkeyp
         (["--tasks", "addition", "--limit", "0"], "limit=0 must be at least 1"),
         (["--tasks", "addition", "--fewshot", "-1"], "fewshot=-1 must be at least 0"),
         (["--tasks", "addition", "--batch_size", "0"], "batch_size=0 must be at least 1"),
+        (["--tasks", "addition", "--max_length", "0"], "max_length=0 must be at least 1"),
         (["--tasks", "addition", "--include_path", "no"], "include_path='no' is not a directory"),
         (["--tasks", "addition", "--prefix", "ab"], "prefix='ab' is not one token"),
     ):
