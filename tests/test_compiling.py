@@ -162,34 +162,6 @@ def test_graphs_are_refused_where_something_of_a_step_is_kept(tmp_path, capfd):
     assert "multiples of 8" in refused(**mixture, width=12)
 
 
-class Elsewhere(torch.nn.Identity):
-    """A part of a user's own."""
-
-
-def test_auto_replays_mixtures(monkeypatch):
-    monkeypatch.setattr(compiling, "LEAST", 0)
-    monkeypatch.setattr(compiling, "missing", lambda: None)
-    asked = []
-    monkeypatch.setattr(compiling, "options", lambda graphs=False: asked.append(graphs) or {})
-
-    def replayed(when="auto", part=None, trainer=None, **options):
-        module = module_of("cuda", **options)
-        module._trainer = SimpleNamespace(datamodule=None)
-        if part is not None:
-            module.net.embedding.part = part
-        CompileModel(when).on_train_start(trainer or trainer_of(), module)
-        return asked.pop()
-
-    mixture = {"feed_forward": "MixtureOfExperts"}
-    assert replayed(**mixture)
-    assert replayed("graphs")
-    assert not replayed()
-    assert not replayed(True, **mixture)
-    assert not replayed(trainer=trainer_of(precision="32-true"), **mixture)
-    assert not replayed(trainer=trainer_of(accumulate_grad_batches=2), **mixture)
-    assert not replayed(part=Elsewhere(), **mixture)
-
-
 def test_a_run_that_fails_drops_what_graphs_wrote_over():
     module, callback = module_of("cpu"), CompileModel("graphs")
     weight = next(module.parameters())

@@ -21,8 +21,6 @@ from archzoo.training.ranks import sums_quickly
 #: Compiling takes some 30 s, which the short runs of smaller models do not give back.
 LEAST = 20_000_000  # parameters
 
-OURS = ("archzoo.", "torch.")  # modules whose parts are known to wait for no device
-
 #: What a step without compilation costs: retnet_base, 110 M parameters, on one H200.
 COST = "a step of retnet_base takes 1.18 times as long so"
 
@@ -96,16 +94,6 @@ def reason_against_graphs(trainer: lightning.Trainer, module: LanguageModel) -> 
     return None
 
 
-def replays(trainer: lightning.Trainer, module: LanguageModel) -> bool:
-    """Whether `auto` replays a step as CUDA graphs: of mixtures, which are many small kernels.
-
-    A part from elsewhere may wait for the device, which the zoo's own do not.
-    """
-    own = all(type(part).__module__.startswith(OURS) for part in module.net.modules())
-    mixture = any(isinstance(part, Experts) for part in module.net.modules())
-    return mixture and own and reason_against_graphs(trainer, module) is None
-
-
 class CompileModel(lightning.Callback):
     """Compiles the decoder before the first step, and says how long that took.
 
@@ -114,8 +102,8 @@ class CompileModel(lightning.Callback):
 
     Args:
         when: "auto" compiles a model of 20 M parameters or more on an NVIDIA GPU, unless
-            something speaks against it, and says what; a mixture of experts it replays as CUDA
-            graphs where that is possible. "graphs" does so with any model.
+            something speaks against it, and says what. "graphs" compiles, and replays what is
+            compiled as CUDA graphs.
     """
 
     def __init__(self, when: Literal["auto", "graphs"] | bool) -> None:
@@ -149,8 +137,7 @@ class CompileModel(lightning.Callback):
             raise ValueError(f"--compile {given}: {HOOKS}: --compile false trains without")
         if self.when == "graphs" and (reason := reason_against_graphs(trainer, pl_module)):
             raise ValueError(f"--compile graphs: {reason}: take --compile true")
-        graphs = self.when == "graphs" or (self.when == "auto" and replays(trainer, pl_module))
-        self._replays = graphs
+        self._replays = self.when == "graphs"
         # FSDP2's hooks around a block, or its gradients while those before it are computed.
         by_blocks = trainer.world_size > 1 and pl_module.exchanges_blocks
         if by_blocks and not pl_module.sharded:
@@ -159,7 +146,7 @@ class CompileModel(lightning.Callback):
         if by_blocks or pl_module.unfreezes or pl_module.teacher is not None:
             net.compile_blocks(options=options())
         else:
-            net.compile(options=options(graphs))
+            net.compile(options=options(self._replays))
         compiled, plain = net.compiled_hidden, net._hidden
 
         def compute(*given: Any) -> Any:
