@@ -131,6 +131,19 @@ def test_the_average_is_what_is_kept_and_resumed(fit, own, capsys):
     assert "averages its weights: resume with the same --ema" in capsys.readouterr().err
 
 
+def test_what_a_tracker_refuses_is_one_line(fit, monkeypatch, capsys):
+    refused = type("UsageError", (Exception,), {"__module__": "wandb.errors.errors"})
+
+    def make(*_):
+        raise refused("No API key configured.\nUse `wandb login`")
+
+    monkeypatch.setattr("archzoo.training.flags.make_trackers", make)
+    assert main(["fit", "--config", "run.yaml", "--tracker=tensorboard"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: --tracker wandb: No API key configured. Use `wandb login` (")
+    assert error.count("\n") == 1 and "--tracker null" in error
+
+
 STILL = ["--model.learning_rate=1e-30", "--trainer.max_steps=20", "--model.weight_decay=0"]
 
 

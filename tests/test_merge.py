@@ -502,6 +502,12 @@ def test_runs_merge_and_the_merge_is_tested_and_trained_on(tmp_path, monkeypatch
     works("merge runs/plus runs/minus --base runs/base --method slerp --out s")
     fails(capsys, "merge runs/plus runs/minus --base runs/plus --out o", "runs/minus began from")
     fails(capsys, "test --ckpt_path merged", "--model.weights merged instead of --ckpt_path")
+    within = "merged/model.safetensors"
+    fails(
+        capsys,
+        f"test --ckpt_path {within}",
+        f"no .ckpt file of a run: give --model.weights {within}",
+    )
     works("test --model.weights merged --trainer.accelerator cpu")
     said = capsys.readouterr().out
     assert "Addition:" in said and "Subtraction:" in said, "each model's task"

@@ -244,7 +244,7 @@ def test_what_cannot_be_read_is_said(tokenizer: Tokenizer, tmp_path: Path) -> No
         read_document(model, path, tokenizer, segment=10)
     with pytest.raises(ValueError, match="a directory and not a regular file"):
         read_document(model, tmp_path, tokenizer)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"no text at .*other: give the path of a UTF-8"):
         read_document(model, tmp_path / "other", tokenizer)
     rows = generate(model, [[1], [2]], max_tokens=1, keep_state=True).conversation
     with pytest.raises(ValueError, match="has 2 rows, and a document is read into one"):

@@ -94,6 +94,8 @@ def read_document(
     if segment < 2 * AFTER:
         raise ValueError(f"segment={segment} must be at least {2 * AFTER} characters")
     model = uncompiled(model)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no text at {path}: give the path of a UTF-8 file")
     check_regular(path)
     size = path.stat().st_size
     if not size:

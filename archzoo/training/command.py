@@ -64,6 +64,7 @@ from archzoo.training.objectives import OBJECTIVES, find_objective
 from archzoo.training.optimizers import describe_optimizer, find_optimizer
 from archzoo.training.ranks import check_strategy
 from archzoo.training.rate_finder import find_learning_rate
+from archzoo.training.trackers import refusal
 from archzoo.training.user_errors import explain
 from archzoo.trust import load_installed, user_imports, with_moved
 
@@ -155,6 +156,10 @@ def _user_errors() -> Iterator[None]:
         raise
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
+    except Exception as error:
+        if (said := refusal(error)) is None:
+            raise
+        raise ValueError(said) from error
 
 
 def _start(cls: type[CommandLine], command: str, arguments: list[str]) -> CommandLine:
@@ -966,6 +971,8 @@ def _file_of(path: str) -> str:
         if (Path(path) / CONFIG).exists():  # of save_pretrained
             hint += f": give --model.weights {path} instead of --ckpt_path"
         raise FileNotFoundError(f"{path} is a directory{hint}")
+    if Path(path).is_file():  # a file of save_pretrained, of which `locate` gives the directory
+        raise FileNotFoundError(f"{path} is no .ckpt file of a run: give --model.weights {path}")
     known = sorted(map(str, Path().glob("runs/*/*.ckpt")))
     hint = f"; {nearest(path, known)}" if known else ""
     raise FileNotFoundError(f"there is no checkpoint {path}{hint}")

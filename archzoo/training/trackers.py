@@ -260,3 +260,12 @@ def write_texts(logger: Any, step: int, texts: list[dict[str, Any]]) -> None:
     elif isinstance(logger, TrackioLogger):
         trackio = logger.experiment
         trackio.log({"samples": trackio.Markdown(lines)}, step=step)
+
+
+def refusal(error: Exception) -> str | None:
+    """One line for what a tracker's own library refuses, None where no tracker's does."""
+    library = type(error).__module__.partition(".")[0]
+    if library not in TRACKERS:
+        return None
+    said = " ".join(str(error).split())
+    return f"--tracker {library}: {said} (without {library}: --tracker null)"
