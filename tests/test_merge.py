@@ -415,6 +415,9 @@ def test_other_architectures_and_vocabularies_are_refused_by_both_values(capsys)
     fails(capsys, "merge a alone --base base --out o", "alone is an adapter alone")
     fails(capsys, "merge a nowhere --out o", "there is no checkpoint at nowhere")
     fails(capsys, "merge a b --out o --weights 1", "1 weights are given for 2 models")
+    huge = "merge a b --out o --base base --method task_arithmetic --scale 1e308"
+    huge += " --weights 1e20 1e20"
+    fails(capsys, huge, "is not finite once it is merged, in float", "a smaller scale")
     fails(capsys, "merge a b --out o --weights 1 x", "'x' stands alone")
     fails(capsys, "merge a b --out o --base base --method dare --density 2", "density=2.0")
     fails(capsys, "merge a b --out o --method tie", "method")

@@ -495,6 +495,12 @@ def test_models_of_a_run_that_diverged_are_named(capsys):
     teacher = "--model.distil.teacher diverged"
     fails(capsys, f"fit --name new --model.weights dense {teacher} {steps}", *said)
     assert not Path("new").exists() and not Path("runs/new").exists()
+    with torch.no_grad():
+        found.model.blocks[0].feed_forward.down.weight[0, 0] = 1e6
+    archzoo.save_pretrained("large", found.model, found.tokenizer, found.task)
+    line = "binarise large --out new --method OneBit --dtype float16"
+    fails(capsys, line, "dtype=float16 does not hold all numbers of large: omit it")
+    assert not Path("new").exists()
 
 
 @pytest.mark.usefixtures("here")

@@ -178,6 +178,8 @@ def binarise_command(
         model = binarise(model, method, latent=latent, **arguments)
     if dtype is not None:
         model = model.to(DTYPES[dtype])
+        if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+            raise ValueError(f"dtype={dtype} does not hold all numbers of {checkpoint}: omit it")
     bits = bits_a_weight(model)
     if packed:
         model = pack(model)

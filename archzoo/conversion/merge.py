@@ -315,19 +315,33 @@ class Merger:
         return 0.2 if self.settings.density is None else self.settings.density
 
     def __call__(self, name: str) -> Tensor:
-        """One merged weight, in the widest dtype that it has in a model."""
+        """One merged weight, in the widest dtype that it has in a model.
+
+        Raises:
+            ValueError: It is not finite.
+        """
         found = [model(name) for model in self.models]
         dtype = found[0].dtype
         for tensor in found[1:]:
             dtype = torch.promote_types(dtype, tensor.dtype)
-        tensors = [tensor.double() for tensor in found]
+        merged = self._merged(name, [tensor.double() for tensor in found]).to(dtype)
+        if not merged.isfinite().all():
+            kind = str(dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{name} is not finite once it is merged, in {kind}: take a smaller scale, or "
+                "smaller weights"
+            )
+        return merged
+
+    def _merged(self, name: str, tensors: list[Tensor]) -> Tensor:
+        """One merged weight of the models' tensors, in float64."""
         method = self.settings.method
         if method == "linear":
-            return linear(tensors, self.weights, self.settings.normalizes).to(dtype)
+            return linear(tensors, self.weights, self.settings.normalizes)
         if method == "slerp":
             t = self.weights[1] / sum(self.weights)
             pairs = zip(*(self._matrices(name, tensor) for tensor in tensors), strict=True)
-            return torch.stack([slerp(a, b, t) for a, b in pairs]).view_as(tensors[0]).to(dtype)
+            return torch.stack([slerp(a, b, t) for a, b in pairs]).view_as(tensors[0])
         assert self.base is not None
         base = self.base(name).double()
         deltas = [tensor - base for tensor in tensors]
@@ -336,7 +350,7 @@ class Merger:
             change = elect_and_merge(deltas, self.weights, self.settings.normalizes)
         else:
             change = linear(deltas, self.weights, self.settings.normalizes)
-        return (base + self.settings.scale * change).to(dtype)
+        return base + self.settings.scale * change
 
     def _matrices(self, name: str, tensor: Tensor) -> list[Tensor]:
         """What methods see as one tensor: of a stack every expert's matrix."""
