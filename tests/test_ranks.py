@@ -3,8 +3,10 @@
 import csv
 import functools
 import os
+import signal
 import subprocess
 import sys
+import time
 import types
 from collections import Counter
 from contextlib import nullcontext
@@ -72,16 +74,21 @@ def directory(tmp_path, monkeypatch):
 
 def together(name, *arguments):
     """`archzoo fit` with two processes, the second of which Lightning starts."""
+    done = start(name, *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def start(name, *arguments):
+    """The same, however it ends."""
     root = str(Path(archzoo.__file__).parent.parent)
     command = [sys.executable, "-m", "archzoo", "fit", "--config", "run.yaml", "--name", name]
-    done = subprocess.run(
+    return subprocess.run(
         [*command, *arguments],
         env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture
@@ -288,8 +295,8 @@ def test_two_processes_are_one_in_every_family():
     assert done.stdout.count("gradients_apart") == len(runs)
 
 
-@pytest.mark.slow  # some 60 s
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.slow  # some 60 s, and of eight 200
+@pytest.mark.parametrize("processes", [2, 4, 8])
 def test_processes_are_one_in_every_family(processes):
     done = equal(f"--processes={processes}")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -319,6 +326,35 @@ def test_ranks_resume_where_they_ended(directory, strategy):
     for name, value in ends[0]["state_dict"].items():
         for end in ends[1:]:
             assert torch.allclose(end["state_dict"][name], value, rtol=0, atol=1e-5), name
+
+
+KILL = """
+import os, signal
+import lightning
+class Kill(lightning.Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == 3 and trainer.global_rank == int(os.environ["KILLED"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow  # some 20 s each
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_rank_that_is_killed_ends_the_others_and_the_run_resumes(directory, killed, monkeypatch):
+    Path("own.py").write_text(KILL)
+    monkeypatch.setenv("KILLED", str(killed))
+    kill = ["--trainer.callbacks=own.Kill", "--import=own", "--checkpoint.every_n_steps=1"]
+    begun = time.monotonic()
+    ended = start("run", *DDP, *kill)  # whose output ends when all that hold it have ended
+    assert time.monotonic() - begun < 60
+    assert ended.returncode == (-signal.SIGKILL if killed == 0 else 1)
+    (line,) = (line for line in ended.stderr.splitlines() if "another process" in line)
+    assert "last.ckpt is the last good checkpoint" in line and "Traceback" not in ended.stderr
+    together("rest", *DDP, "--ckpt_path=runs/run/last.ckpt")
+    together("whole", *DDP)
+    rest, whole = (read_safely(f"runs/{name}/last.ckpt") for name in ("rest", "whole"))
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, rest["state_dict"][name]), name
 
 
 ADAPTED = """

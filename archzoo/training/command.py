@@ -549,21 +549,28 @@ class CommandLine(LightningCLI):
                 end.status = 0  # the process that started this one would take it for a failure
             raise
         except FloatingPointError as error:
-            last = self.directory / "last.ckpt"
-            good = f"{last} is the last good checkpoint" if last.exists() else "nothing was saved"
             raise FloatingPointError(
-                f"{error}; {good}. A lower --model.learning_rate or --trainer.gradient_clip_val 1 "
-                "may help"
+                f"{error}; {self._good()}. A lower --model.learning_rate or "
+                "--trainer.gradient_clip_val 1 may help"
             ) from None
         except (LookupError, TypeError, AttributeError, RuntimeError) as error:
             if str(error).startswith("Early stopping conditioned on metric"):
                 raise ValueError(_unknown_metric(str(error))) from error
+            if _of_another_process(error):
+                raise ConnectionError(
+                    f"another process of this run ended, and says why if it could; {self._good()}"
+                ) from error
             if not _while_restoring(error):
                 raise
             raise ValueError(
                 f"{self.config[subcommand].ckpt_path} is damaged, or another model's: "
                 f"{type(error).__name__} {error} while it was restored"
             ) from error
+
+    def _good(self) -> str:
+        """What is there to go on from, after an error."""
+        last = self.directory / "last.ckpt"
+        return f"{last} is the last good checkpoint" if last.exists() else "nothing was saved"
 
     def _say_how_to_go_on(self, end: Ended) -> None:
         """After a run was ended by a signal: what is saved, and the command that resumes it."""
@@ -693,6 +700,13 @@ def _unknown_metric(text: str) -> str:
         f"trainer.callbacks: EarlyStopping.monitor: there is no metric {wanted}; there are "
         f"{', '.join(sorted(set(known) - {'EarlyStopping'}))}"
     )
+
+
+def _of_another_process(error: BaseException) -> bool:
+    """Whether an exchange with another process failed because that one is gone."""
+    kinds = getattr(torch.distributed, "DistError", ())
+    said = str(error)
+    return isinstance(error, kinds) or "gloo/transport" in said or "closed by peer" in said
 
 
 def _while_restoring(error: BaseException) -> bool:
