@@ -128,6 +128,10 @@ def test_the_adapters_of_a_model_are_saved_one_a_directory(
     fails(capsys, "generate base 1+2= --adapter both", "those of several: give both/a or both/b")
     fails(capsys, "generate base 1+2= --adapter both/a --adapter ./both/a", "is given twice")
     fails(capsys, "generate sums 1+2= --adapter sums", "the adapter sums is given twice")
+    # Nor is a run given the adapter that was saved of it.
+    Path("both/b").rename("c")
+    doubled = "c: the model has this adapter already, by the name 'b'"
+    fails(capsys, "generate several 1+2= --adapter c", doubled)
     fails(capsys, "generate base 1+2= --adapter none", "there is no directory none: give one of")
     Path("run").mkdir()
     torch.save({}, "run/last.ckpt")

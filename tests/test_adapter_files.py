@@ -187,9 +187,12 @@ def test_adapters_of_several_directories_go_on_one_base_by_names(base: Path) -> 
 
 def test_two_prompts_do_not_go_on_one_base(base: Path) -> None:
     archzoo.save_adapter("one", archzoo.adapt(load(base).model, Prompted))
+    archzoo.save_adapter("two", scrambled(archzoo.adapt(load(base).model, Prompted)))
     net = archzoo.load_adapter("one", load(base).model)
     before = logits(net)
     with pytest.raises(ValueError, match="both change embedding"):
+        archzoo.load_adapter("two", net, "two")
+    with pytest.raises(ValueError, match="has this adapter already, by the name 'default': what"):
         archzoo.load_adapter("one", net, "two")
     assert torch.equal(logits(net), before) and net.config["adapters"] is None
 

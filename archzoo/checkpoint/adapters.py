@@ -117,6 +117,7 @@ def load_adapter(
     config = json.loads(json.dumps(net.config | alone))
     model, _ = shapes_of(config, path)
     tensors = _read_tensors(path, model)
+    _check_new(net, tensors, path)
     with torch.random.fork_rng(devices=[]):  # what is drawn is overwritten
         net.config |= attach(net, {name: spec})
     for entry, place, adapter in attached(net):
@@ -197,6 +198,23 @@ def _read_tensors(path: Path, model: Decoder) -> dict[str, Tensor]:
         ) from None
     check_digest(tensors, metadata.get(DIGEST), file)
     return tensors
+
+
+def _check_new(net: Decoder, tensors: dict[str, Tensor], path: Path) -> None:
+    """Refuse what a model has already, bit for bit, under whatever name."""
+    own: dict[str, dict[str, Tensor]] = {}
+    for entry, place, adapter in attached(net):
+        held = {f"{place.target.path}.{n}": t for n, t in adapter.state_dict().items()}
+        own.setdefault(entry, {}).update(held)
+    for entry, held in own.items():
+        if held.keys() == tensors.keys() and all(
+            held[n].shape == t.shape and torch.equal(held[n].to(t.device, t.dtype), t)
+            for n, t in tensors.items()
+        ):
+            raise ValueError(
+                f"{path}: the model has this adapter already, by the name {entry!r}: what it "
+                "changes would be doubled"
+            )
 
 
 def _check_entry(name: str, tensor: Tensor, entry: Stored, misfit: str) -> None:
