@@ -107,6 +107,31 @@ def addition_seeds() -> str:
     return markdown(headings, cells, 4)
 
 
+def addition_batches() -> str:
+    """Other recipes for configs/addition.yaml: how many seeds learn to carry."""
+    found: dict[str, list[float]] = {}
+    for row in rows_of("intel-r-xeon-r-processor-torch2.11.0-float32-addition-batches"):
+        given = dict(re.findall(r"--(?:model|data|trainer)\.(\w+) (\S+)", row["command"]))
+        given.pop("val_check_interval")
+        settings = ", ".join(f"`{name}` {value}" for name, value in given.items())
+        found.setdefault(settings, []).append(float(row["exact_match"]))
+    cells = [
+        [what, str(len(runs)), str(sum(match >= 0.99 for match in runs)), f"{100 * min(runs):.1f}"]
+        for what, runs in found.items()
+    ]
+    return markdown(["settings", "seeds", "at 99 % or more", "the worst, %"], cells)
+
+
+def addition_against() -> str:
+    """The fit of configs/addition.yaml beside that of an earlier commit."""
+    name = "intel-r-xeon-r-processor-torch2.11.0-float32-addition-against-714a3c4"
+    cells = []
+    for row in rows_of(name):
+        match = f"{100 * float(row['exact_match']):.2f}"
+        cells.append([row["commit"], row["seed"], row["seconds"], row["cpu_seconds"], match])
+    return markdown(["commit", "seed", "seconds", "of a core", "exact match, %"], cells)
+
+
 def abacus() -> str:
     """Exact match by ranges of lengths, of both checkpoints."""
     spans = [(1, 20), (21, 30), (31, 60), (61, 100), (101, 110), (21, 100)]
@@ -915,6 +940,8 @@ def adaptation_costs() -> str:
 NOT_YET = "*No rows yet.*"
 TABLES: dict[str, Callable[[], str]] = {
     "addition_seeds": addition_seeds,
+    "addition_batches": addition_batches,
+    "addition_against": addition_against,
     "coverage": coverage,
     "abacus": abacus,
     "abacus_cpu": abacus_cpu,

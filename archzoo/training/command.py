@@ -568,7 +568,7 @@ class CommandLine(LightningCLI):
             ) from error
 
     def _good(self) -> str:
-        """What is there to go on from, after an error."""
+        """What a run can be resumed from, after an error."""
         last = self.directory / "last.ckpt"
         return f"{last} is the last good checkpoint" if last.exists() else "nothing was saved"
 
