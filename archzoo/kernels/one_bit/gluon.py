@@ -18,10 +18,10 @@ from triton.experimental.gluon import language as gl
 # Which has another name from one Triton to the next.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 WORDS: gl.constexpr = gl.constexpr(16)  # of a row of S that a warp holds: 512 inputs
+_MMA = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {$0, $1, $2, $3}, {a, b, c, d}, "
 #: Of a tile of 16 rows and both halves of a warp's words: the products of bit k of each byte with
 #: that bit's digits, added to the sums. Registers: 0 to 3 the sums; 4 to 7 the words of rows 0 to
 #: 7, 8 to 11 of rows 8 to 15; 12 to 15 the digits; 16 to 19 the sums before.
-_MMA = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {$0, $1, $2, $3}, {a, b, c, d}, "
 MULTIPLY = gl.constexpr(
     tuple(
         "{ .reg .b32 a, b, c, d; "
@@ -96,8 +96,8 @@ def product_kernel(
     own_place = gl.arange(0, WORDS, layout=own_words)
     bit = gl.arange(0, 8, layout=own_bits)
     own_word = own_part[:, None, None] * WORDS + own_place[None, :, None]
-    negated = (127 - bit)[None, None, :] << 23  # of 2^-k, as a float's bits
-    fraction = negated.to(gl.float32, bitcast=True)
+    bits_of_fraction = (127 - bit)[None, None, :] << 23  # of 2^-k, a float
+    fraction = bits_of_fraction.to(gl.float32, bitcast=True)
 
     # At rows 8 k + i and 8 k + 4 + i, k < 4: digit i of the inputs of bits k and 4 + k, 4 bytes of
     # them a word. Odd rows lie in the other half of the memory's banks.
