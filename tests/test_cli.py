@@ -404,15 +404,40 @@ def test_user_errors_in_commands(here, capsys, arguments, expected):
         ("--model.preset retnet_tinny", ["'retnet_tinny'", "retnet_tiny"]),
         ("--model.mixer Retenton", ["model.mixer", "'Retenton'", "Retention"]),
         ("--model.mixer Attention --model.mixer.kv_head 1", ["'kv_head'", "kv_heads"]),
-        ("--model.mixer Attention --model.mixer.value_factor 1", ["value_factor", "Retention has"]),
+        (
+            "--model.mixer Attention --model.mixer.value_factor 1",
+            [
+                "model.mixer: Attention has no option 'value_factor'; it has kv_heads; "
+                "Retention has it: --model.mixer Retention"
+            ],
+        ),
+        (
+            "--model.adapter IA3 --model.adapter.rank 4",
+            ["model.adapter: IA3 has no option 'rank'; it has layers, targets; DoRA, LoRA, "],
+        ),
+        (
+            "--model.adapter IA3 --model.adapter.zork 4",  # no hint names what others have
+            ["model.adapter: IA3 has no option 'zork'; there are layers, targets"],
+        ),
+        (
+            "--model.mixer.kv_heads 1",
+            ["model.mixer: option 'kv_heads' needs the class too; Attention and FilteredAttention "],
+        ),
+        (
+            "--trainer.callbacks+ Timer --trainer.callbacks.zork 3",
+            ["trainer.callbacks: Timer has no option 'zork'; there are duration, interval, "],
+        ),
         (
             "--model.feed_forward MixtureOfExperts --model.feed_forward.router.logit_norm 1",
-            ["'logit_norm'", "LinearRouter and AttentionRouter have", "name the class, too"],
+            [
+                "model.feed_forward.router: option 'logit_norm' needs the class too; LinearRouter "
+                "and AttentionRouter have it: --model.feed_forward.router LinearRouter"
+            ],
         ),
         (
             "--model.feed_forward MixtureOfExperts --model.feed_forward.router LinearRouter "
             "--model.feed_forward.router.top_k 3",
-            ["router has no option 'top_k'"],
+            ["model.feed_forward.router: LinearRouter has no option 'top_k'"],
         ),
         ("--model.feed_forward GatedFeedForwrd", ["'GatedFeedForwrd'", "GatedFeedForward"]),
         ("--model.rotary RotaryEmbeding", ["'RotaryEmbeding'", "RotaryEmbedding"]),
@@ -424,6 +449,8 @@ def test_user_errors_in_commands(here, capsys, arguments, expected):
         ("--model.bias NoBias --model.mixer Retention", ["model.bias"]),
         ("--model.learning_rate 0", ["learning_rate"]),
         ("--model.learning_rate fast", ["model.learning_rate: 'fast' is not float"]),
+        ("--model.learning_rate nan", ["model.learning_rate: 'nan' is not a finite number"]),
+        ("--trainer.gradient_clip_val=-inf", ["clip_val: '-inf' is not a finite number"]),
         ("--model.learning_rate .inf", ["learning_rate=inf must be above 0, and finite"]),
         ("--model.weight_decay .inf", ["weight_decay=inf must be at least 0, and finite"]),
         ("--model.betas 0.9", ["'0.9' is not tuple", "written [0.9, ...]"]),

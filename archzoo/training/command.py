@@ -65,7 +65,7 @@ from archzoo.training.optimizers import describe_optimizer, find_optimizer
 from archzoo.training.ranks import check_strategy
 from archzoo.training.rate_finder import find_learning_rate
 from archzoo.training.trackers import refusal
-from archzoo.training.user_errors import explain
+from archzoo.training.user_errors import explain, with_class
 from archzoo.trust import load_installed, user_imports, with_moved
 
 RUN_DIRECTORY = "the run's directory"  # a sentinel until its name is known
@@ -195,8 +195,10 @@ class Parser(LightningArgumentParser):
         # --trainer.max_step would be taken for max_steps, and today's shorthand be ambiguous
         # tomorrow.
         super().__init__(*args, allow_abbrev=False, **kwargs)
+        self._described: type | None = None  # the class whose arguments it parses
 
     def add_class_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
+        self._described = args[0] if args else kwargs["theclass"]
         # A value is never the name of a file that holds the value: files are read by `settings`.
         return list(super().add_class_arguments(*args, **kwargs | {"sub_configs": False}))
 
@@ -208,6 +210,8 @@ class Parser(LightningArgumentParser):
         return added
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if self._described is not None:
+            message = with_class(message, self._described, _names_of(self))
         raise ValueError(explain(message, _names_of(self))) from None
 
 

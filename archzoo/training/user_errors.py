@@ -19,6 +19,8 @@ from archzoo.trust import find_class
 
 DISTIL = "model.distil"  # whose settings are those of a dataclass
 NOTHING = "Expected a <class 'NoneType'>"  # of every optional setting: says nothing
+NOT_ACCEPTED = r"Option '([\w.]+)' is not accepted"
+BY_CLASS = NOT_ACCEPTED + r" by (\w+), which has \[([\w, ]*)\]"  # as `with_class` has it
 
 
 def explain(message: str, options: Iterable[str]) -> str:
@@ -55,9 +57,9 @@ def explain(message: str, options: Iterable[str]) -> str:
     classes = _classes(key)
     if key == DISTIL and (said := _of_distil(text)):
         return said
-    found = re.search(r"Option '([\w.]+)' is not accepted", text)
+    found = re.search(BY_CLASS, text)
     if found and classes:
-        return _no_option(key, found[1], classes)
+        return _no_option(key, found[1], found[2], found[3].split(", "), classes)
     found = re.search(r"Importing '([^']+)' is not allowed", text)
     if found:
         return f"{key}: {_not_allowed(found[1], kinds_of(key))}"
@@ -73,7 +75,8 @@ def explain(message: str, options: Iterable[str]) -> str:
         r"(Expected an? (?:<class '\w+'>|typing\.Literal\[.*?\]))\. Got value: (.*)", text
     )
     if found and key:
-        return f"{key}: {found[2]!r} is not {_plain(found[1])}{_way_out(found[2], [found[1]])}"
+        expected = _plain(found[1])
+        return f"{key}: {found[2]!r} is not {_number(found[2], [expected])}{_way_out(found[2], [found[1]])}"
 
     # "... Errors: - what each type had against it - ... Given value type: ... Given value: ..."
     _, listed, errors = text.partition("Errors: - ")
@@ -87,9 +90,24 @@ def explain(message: str, options: Iterable[str]) -> str:
         reasons, value = [within[1]], within[2]
     expected = [_plain(reason) for reason in reasons if reason.startswith("Expected")]
     if len(expected) == len(reasons):
-        return f"{key}: {value!r} is not {' or '.join(expected)}{_way_out(value, reasons)}"
+        return f"{key}: {value!r} is not {_number(value, expected)}{_way_out(value, reasons)}"
     text = "; ".join(reason for reason in reasons if not reason.startswith("Expected"))
+    if (within := re.match(r"(\w+): ", text)) and within[1] in SLOTS:  # of a class's own class
+        return f"{key}.{text}".replace(f"--{within[1]} ", f"--{key}.{within[1]} ")
     return f"{key}: {text}" if key else text
+
+
+def with_class(message: str, cls: type, options: Iterable[str]) -> str:
+    """What jsonargparse has against a class's option, with the class, which it does not name.
+
+    Args:
+        message: What it said; if it is of something else, it stays as it is.
+        cls: The class.
+        options: What it takes, by name, those of classes within it after a dot.
+    """
+    own = sorted({name.rstrip("+") for name in options if "." not in name} - {"help", "config"})
+    listed = rf"\g<0> by {cls.__name__}, which has [{', '.join(own)}]"
+    return re.sub(f"^{NOT_ACCEPTED}$", listed, " ".join(message.split()))
 
 
 def _of_distil(text: str) -> str:
@@ -98,7 +116,7 @@ def _of_distil(text: str) -> str:
     Args:
         text: What jsonargparse has against them.
     """
-    if found := re.search(r"Option '([\w.]+)' is not accepted", text):
+    if found := re.search(NOT_ACCEPTED, text):
         known = [*Distil.__dataclass_fields__]
         return f"there is no setting {DISTIL}.{found[1]}; {nearest(found[1], known)}"
     if found := re.search(r"dot import path string: (\S+)", text):
@@ -127,21 +145,39 @@ def _not_allowed(path: str, kinds: tuple[type, ...]) -> str:
     return f"{path!r} cannot be named here"
 
 
-def _no_option(key: str, name: str, classes: dict[str, type]) -> str:
-    """Which class is meant cannot be read off the message, so all that fit are looked at."""
-    sizes = ["dim", "heads", "width"]  # which the decoder gives
+def _no_option(
+    key: str, name: str, chosen: str, options: list[str], classes: dict[str, type]
+) -> str:
+    """What the class that a setting has chosen takes, and which others take the option.
+
+    Args:
+        key: The setting.
+        name: The option.
+        chosen: The class's name.
+        options: Those that it has.
+        classes: All that the setting may name.
+    """
+    given = ["dim", "heads", "width"]  # by the decoder
     if key.endswith("router"):
-        sizes += ["experts", "top_k"]  # which the mixture gives
-    owners = {
-        title: [n for n in inspect.signature(c).parameters if n not in sizes]
-        for title, c in classes.items()
-    }
-    having = [title for title, names in owners.items() if name in names]
-    if having:  # maybe none is chosen, and the default is meant
-        who = having[0] + " has" if len(having) == 1 else " and ".join(having) + " have"
-        return f"the class chosen for {key} has no option {name!r}; {who}: name the class, too"
-    known = sorted({n for names in owners.values() for n in names} - {"args", "kwargs"})
-    return f"{key} has no option {name!r}; {nearest(name, known)}"
+        given += ["experts", "top_k"]  # by the mixture
+    options = [option for option in options if option and option not in given]
+    said = f"{key}: {chosen} has no option {name!r}"
+    others = [
+        title
+        for title, cls in classes.items()
+        if name not in given and name in inspect.signature(cls).parameters
+    ]
+    unnamed = chosen in {kind.__name__ for kind in kinds_of(key)}
+    if not others:
+        if unnamed:
+            return f"{key}: no class is named, and none has an option {name!r}: --{key} NAME"
+        return f"{said}; {nearest(name, options)}"
+    *most, last = others
+    who = f"{', '.join(most)} and {last} have it" if most else f"{last} has it"
+    if unnamed:
+        return f"{key}: option {name!r} needs the class too; {who}: --{key} {others[0]}"
+    has = f"it has {', '.join(options)}" if options else "it has none"
+    return f"{said}; {has}; {who}: --{key} {others[0]}"
 
 
 def _no_class(key: str, text: str) -> str:
@@ -169,6 +205,13 @@ def _way_out(value: str, reasons: list[str]) -> str:
     if "dict" in expected:
         return f"; values by name are written {{NAME: {value}}}"
     return ""
+
+
+def _number(value: str, expected: list[str]) -> str:
+    """What was expected; a float's rule where the value is nan or inf, which YAML has as text."""
+    if "float" in expected and value.lower().lstrip("+-") in ("nan", "inf", "infinity"):
+        return "a finite number"
+    return " or ".join(expected)
 
 
 def _no_configuration(path: Path) -> str:
