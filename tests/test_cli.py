@@ -421,7 +421,7 @@ def test_user_errors_in_commands(here, capsys, arguments, expected):
         ),
         (
             "--model.mixer.kv_heads 1",
-            ["model.mixer: option 'kv_heads' needs the class too; Attention and FilteredAttention "],
+            ["model.mixer: option 'kv_heads' needs the class too; Attention and FilteredAtten"],
         ),
         (
             "--trainer.callbacks+ Timer --trainer.callbacks.zork 3",

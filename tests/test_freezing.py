@@ -383,3 +383,50 @@ def test_two_processes_train_as_one(fit, base):
     assert changed(read_safely(base), one) == changed(read_safely(base), two)
     for name, tensor in one["state_dict"].items():
         torch.testing.assert_close(two["state_dict"][name], tensor, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["--model.freeze=[all]", "--model.unfreeze=[top.1]"], ["top.1"]),
+        (["--model.freeze=[embedding]", "--trainer.max_steps=1"], ["top.2"]),
+        (["--model.freeze=[all]", "--model.unfreeze_every=2"], ["top.1"]),  # of 4 steps: 2 stages
+        (["--model.adapter=LoRA", "--model.unfreeze=[norms]"], ["norms"]),
+        ([], None),
+    ],
+)
+def test_show_counts_what_a_run_has_trained(fit, capsys, arguments, names):
+    fit("run", *arguments)
+    capsys.readouterr()
+    assert main(["show", "runs/run"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "trainable" in line]
+    if names is None:
+        assert lines == []
+        return
+    model, _ = archzoo.from_pretrained(
+        "runs/run", base="base.ckpt" if "LoRA" in arguments else None
+    )
+    learned = set().union(*(parameters_called(model, name) for name in names))
+    learned |= {name for name, _ in model.named_parameters() if ".adapter_modules." in name}
+    count = sum(p.numel() for name, p in model.named_parameters() if name in learned)
+    assert [line.split()[3] for line in lines] == [f"{count:,}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("freeze", 3), ("unfreeze", [3]), ("unfreeze_every", "x")]
+)
+def test_show_refuses_freezing_of_another_type(base, tmp_path, capsys, name, value):
+    content = torch.load(base, weights_only=True)
+    content["hyper_parameters"][name] = value
+    torch.save(content, tmp_path / "wrong.ckpt")
+    assert main(["show", str(tmp_path / "wrong.ckpt")]) == 1
+    assert f"wrong.ckpt: {name}={value!r} is not valid: it takes" in capsys.readouterr().err
+
+
+def test_show_reads_runs_from_before_freezing(base, tmp_path, capsys):
+    content = torch.load(base, weights_only=True)
+    for name in ("freeze", "unfreeze", "unfreeze_every"):
+        del content["hyper_parameters"][name]
+    torch.save(content, tmp_path / "older.ckpt")
+    assert main(["show", str(tmp_path / "older.ckpt")]) == 0
+    assert "trainable" not in capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +14,10 @@ from rich.table import Table
 from archzoo.adapters.attach import adapter_modules, attached
 from archzoo.analysis.tables import Screen, show
 from archzoo.analysis.window import print_windows
-from archzoo.checkpoint import load
+from archzoo.checkpoint import load, locate
+from archzoo.checkpoint.runs import frozen_in
 from archzoo.decoder import Decoder
+from archzoo.freezing import Freezing
 from archzoo.models import ACTIVE_PARAMETERS, WITHIN, sized_as_named
 from archzoo.names import nearest
 from archzoo.parts import named_adapters
@@ -155,13 +158,15 @@ def show_command(name: str, /, window: bool = False, base: str | None = None) ->
     table.add_row("in all", "", f"{row.parameters:,}", "")
     if row.active < row.parameters:
         table.add_row("of which active", "", f"{row.active:,}", "")
+    if saved is not None:
+        _freeze(decoder, locate(name))
     trainable = sum(p.numel() for p in decoder.parameters() if p.requires_grad)
     if trainable < row.parameters:
         share = f"{trainable / row.parameters:.1%}"
         table.add_row("of which trainable", "", f"{trainable:,}", share)
     show(table, console)
     console.print()
-    if trainable < row.parameters:
+    if named_adapters(decoder.config):
         show(_adapters_table(decoder), console)
         console.print()
     console.print(
@@ -169,6 +174,16 @@ def show_command(name: str, /, window: bool = False, base: str | None = None) ->
     )
     if saved is not None and saved.merged is not None:
         print(f"made of other models: {json.dumps(saved.merged, ensure_ascii=False)}")
+
+
+def _freeze(decoder: Decoder, path: Path) -> None:
+    """Freeze what a run's checkpoint says was not trained, up to the step that it is of."""
+    if path.is_dir():
+        return  # a whole model, or an adapter: of no run
+    frozen, steps = frozen_in(path)
+    if any(frozen.values()):
+        freezing = Freezing(decoder, **frozen)
+        freezing.apply(decoder, freezing.stage_at(max(steps - 1, 0)))
 
 
 def parameters_by_part(decoder: Decoder) -> Iterator[tuple[str, str, int]]:

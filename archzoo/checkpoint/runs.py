@@ -27,12 +27,14 @@ from archzoo.checkpoint.pretrained import WEIGHTS, read_config, read_directory, 
 from archzoo.checkpoint.vocabulary import run_tokenizer
 from archzoo.compiled import own_name
 from archzoo.decoder import Decoder
+from archzoo.trust import shown
 
 Path_ = str | os.PathLike[str]
 LAST = "last.ckpt"  # of a run's directory
 WHOLE = "whole.ckpt"  # all of a checkpoint that is a directory of DeepSpeed's, in that directory
 # Arguments of `Decoder` that older checkpoints do not hold.
 ADDED = {"loops", "injection", "linear", "adapter", "adapters", "convolution"}
+FREEZING = ("freeze", "unfreeze", "unfreeze_every")  # of a run's settings
 OF_ADAPTERS = re.compile(r"^prompt\.|\.mixer\.prefix\.|\.adapter_modules\.")  # in a weight's name
 
 
@@ -100,6 +102,30 @@ def names_base(path: Path) -> bool:
     with Archive(path) as archive:
         content = archive.content
         return isinstance(content, dict) and base_in(content, path) is not None
+
+
+def frozen_in(path: Path) -> tuple[dict[str, Any], int]:
+    """What a run's checkpoint says of freezing, by `Freezing`'s arguments, and its steps so far.
+
+    Args:
+        path: Of the file.
+
+    Raises:
+        ValueError: What it says is not of the right type.
+    """
+    with Archive(path) as archive:
+        content = archive.content
+        check_run(content, path)
+    freeze, unfreeze, every = (content["hyper_parameters"].get(name) for name in FREEZING)
+    steps = content.get("global_step", 0)
+    for name, names in (("freeze", freeze), ("unfreeze", unfreeze)):
+        listed = isinstance(names, list) and all(isinstance(entry, str) for entry in names)
+        if not (names is None or listed):
+            raise ValueError(f"{path}: {name}={shown(names)} is not valid: it takes names")
+    for name, count in (("unfreeze_every", 1 if every is None else every), ("global_step", steps)):
+        if type(count) is not int or count < (name in FREEZING):
+            raise ValueError(f"{path}: {name}={shown(count)} is not valid: it takes a count")
+    return {"freeze": freeze or [], "unfreeze": unfreeze or [], "every": every}, steps
 
 
 def check_beside(path: Path, place: Path) -> None:

@@ -75,8 +75,9 @@ def explain(message: str, options: Iterable[str]) -> str:
         r"(Expected an? (?:<class '\w+'>|typing\.Literal\[.*?\]))\. Got value: (.*)", text
     )
     if found and key:
-        expected = _plain(found[1])
-        return f"{key}: {found[2]!r} is not {_number(found[2], [expected])}{_way_out(found[2], [found[1]])}"
+        wanted, value = found.groups()
+        wrong = f"{key}: {value!r} is not {_number(value, [_plain(wanted)])}"
+        return wrong + _way_out(value, [wanted])
 
     # "... Errors: - what each type had against it - ... Given value type: ... Given value: ..."
     _, listed, errors = text.partition("Errors: - ")
