@@ -473,6 +473,16 @@ def test_objectives_are_compared_by_what_they_measure_on_the_test_part(chain):
         ("b.yaml", "metric: score", "metric: scores", "does not measure it; nearest: score"),
         ("b.yaml", "cost/written", "cost/writing", "no run measures cost/writing; nearest: cost"),
         ("b.yaml", "objective: DPO", "objective: DPP", "unknown objective 'DPP'; nearest: DPO"),
+        ("b.yaml", "RankedAddition", "Addition", "arm dpo: the batch holds no ranked answers"),
+        ("reward.yaml", "RankedAddition", "Addition", "base reward: the batch holds no ranked"),
+        ("b.yaml", "model.kl_coef: 0.1", "model.minibatches: 3", "arm ppo: data.batch_size=8 does"),
+        ("b.yaml", "max_steps: 4,", "max_steps: 4, accumulate_grad_batches: 2,", "arm ppo: traine"),
+        (
+            "b.yaml",
+            "class_path: RankedAddition\n  init_args: {",
+            "class_path: Addition\n  init_args: {pack: 2, ",
+            "arm ppo: a row of the batch asks several questions: give --data.pack 1",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_chain_is_one_line(chain, capsys, name, old, new, words):

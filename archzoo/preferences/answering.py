@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from archzoo.preferences.answers import Answers, evaluating, read, write_answers
+from archzoo.preferences.answers import Answers, evaluating, questions, read, write_answers
 from archzoo.preferences.losses import divergence
 from archzoo.preferences.module import COSTS, Beside, Figures, PreferenceModel, load_beside
 from archzoo.preferences.reward_model import load_reward_model
@@ -174,6 +174,10 @@ class AnsweringModel(PreferenceModel):
         found |= {f"all_{n}": found[n] + before.get(n, 0.0) for n in ("passes", "seconds")}
         wide = torch.float64
         return {f"cost/{n}": (torch.tensor(amount, dtype=wide), 1) for n, amount in found.items()}
+
+    def check_task(self, task: Task, accumulated: int) -> None:
+        super().check_task(task, accumulated)
+        questions(task, task.train_dataloader().batch(0))
 
     def measures(self, task: Task) -> tuple[str, ...]:
         return ("loss", *MEASURED)

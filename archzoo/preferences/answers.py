@@ -56,13 +56,36 @@ def last_places(mask: Tensor) -> Tensor:
     return torch.where(mask, places, -1).amax(dim=1)
 
 
+def questions(task: Task, batch: Batch) -> list[list[int]]:
+    """The question of each row of a batch: what comes up to its first label.
+
+    Args:
+        task: Whose batch it is.
+        batch: As `Task` describes it.
+
+    Raises:
+        ValueError: The rows ask nothing.
+    """
+    labelled = (batch["labels"] != IGNORED).tolist()
+    if "documents" in batch and (batch["documents"] > 0).any():
+        raise ValueError("a row of the batch asks several questions: give --data.pack 1")
+    found = []
+    for row, here in zip(batch["tokens"].tolist(), labelled, strict=True):
+        if not any(here[1:]) or here[0]:
+            raise ValueError(
+                f"{type(task).__name__} asks no questions: learning from answers needs a task of "
+                "problems, whose labels begin after the question"
+            )
+        found.append(row[: here.index(True) + 1])
+    return found
+
+
 def write_answers(
     decoder: Decoder, task: Task, batch: Batch, *, max_tokens: int, temperature: float, seed: int
 ) -> Answers:
     """The answers that a model writes to the questions of a batch, token by token from its state.
 
-    A question is what comes up to a row's first label. The right answer is the row's `wanted`
-    where the batch holds one, and its labels otherwise.
+    The right answer is the row's `wanted` where the batch holds one, and its labels otherwise.
 
     Args:
         decoder: That writes, by its recurrent form.
@@ -75,26 +98,16 @@ def write_answers(
     Raises:
         ValueError: The rows ask nothing.
     """
-    labels, tokens = batch["labels"], batch["tokens"]
+    labels, device = batch["labels"], batch["tokens"].device
     stop = task.stop_token
-    labelled = (labels != IGNORED).tolist()
     wanted = [
         [token for token in row if token not in (IGNORED, stop)]
         for row in batch.get("wanted", labels).tolist()
     ]
-    if "documents" in batch and (batch["documents"] > 0).any():
-        raise ValueError("a row of the batch asks several questions: give --data.pack 1")
-    questions = []
-    for row, here in zip(tokens.tolist(), labelled, strict=True):
-        if not any(here[1:]) or here[0]:
-            raise ValueError(
-                f"{type(task).__name__} asks no questions: learning from answers needs a task of "
-                "problems, whose labels begin after the question"
-            )
-        questions.append(row[: here.index(True) + 1])
+    asked = questions(task, batch)
     written = generate(
         decoder,
-        questions,
+        asked,
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,
@@ -102,12 +115,11 @@ def write_answers(
         graph=False,
     )
     rows, begins = [], []
-    for question, answer, stopped in zip(questions, written.tokens, written.stopped, strict=True):
+    for question, answer, stopped in zip(asked, written.tokens, written.stopped, strict=True):
         assert stop is not None or not stopped
         rows.append(question + answer + ([int(stop or 0)] if stopped else []))
         begins.append(len(question) - 1)  # whose logits say the first token of the answer
     time = max(map(len, rows))
-    device = tokens.device
     filled = torch.tensor([row + [0] * (time - len(row)) for row in rows], device=device)
     places = torch.arange(time, device=device)
     sizes = torch.tensor([len(row) for row in rows], device=device)[:, None]

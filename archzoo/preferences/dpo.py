@@ -78,5 +78,9 @@ class DPO(AnsweringModel):
         rows = len(batch["tokens"])
         return {"loss": (loss * rows, rows), **super().measure(batch, number), **figures}
 
+    def check_task(self, task: Task, accumulated: int) -> None:
+        super().check_task(task, accumulated)
+        ranked(task.train_dataloader().batch(0))
+
     def measures(self, task: Task) -> tuple[str, ...]:
         return (*super().measures(task), "accuracy", "chosen", "rejected")

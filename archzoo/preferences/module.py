@@ -88,6 +88,8 @@ class PreferenceModel(LanguageModel):
             )
         super().setup(stage)
         if stage == "fit":  # before a checkpoint is read
+            assert self.task is not None
+            self.check_task(self.task, self.trainer.accumulate_grad_batches)
             self.cost = dict.fromkeys(COSTS, 0)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

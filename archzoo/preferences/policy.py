@@ -21,7 +21,7 @@ from archzoo.preferences.losses import (
     whiten,
 )
 from archzoo.preferences.module import LEARNT, Figures
-from archzoo.tasks.stream import Batch
+from archzoo.tasks.stream import Batch, Task
 
 
 class Policy(AnsweringModel):
@@ -97,18 +97,20 @@ class Policy(AnsweringModel):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        if self.trainer.accumulate_grad_batches != 1:
+        self._rollout = {}
+
+    def check_task(self, task: Task, accumulated: int) -> None:
+        super().check_task(task, accumulated)
+        if accumulated != 1:
             raise ValueError(
                 "trainer.accumulate_grad_batches: a policy's steps share what it wrote once: take "
                 "1, and a larger batch_size with more model.minibatches"
             )
-        rows = self.trainer_batch_size
-        if rows % self.steps_of_pass:
+        if task.batch_size % self.steps_of_pass:
             raise ValueError(
-                f"data.batch_size={rows} does not divide into {self.steps_of_pass} "
+                f"data.batch_size={task.batch_size} does not divide into {self.steps_of_pass} "
                 "model.minibatches: take a multiple"
             )
-        self._rollout = {}
 
     @property
     def steps_of_pass(self) -> int:

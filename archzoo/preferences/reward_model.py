@@ -94,6 +94,10 @@ class RewardModel(PreferenceModel):
             "reward": (rewards.sum(), rewards.numel()),
         }
 
+    def check_task(self, task: Task, accumulated: int) -> None:
+        super().check_task(task, accumulated)
+        ranked(task.train_dataloader().batch(0))
+
     def measures(self, task: Task) -> tuple[str, ...]:
         return ("loss", "accuracy", "reward")
 

@@ -762,6 +762,17 @@ class LanguageModel(lightning.LightningModule):
 
     # ------------------------------------------------------------------------ evaluation
 
+    def check_task(self, task: Task, accumulated: int) -> None:
+        """Refuse a task that this objective cannot train on, before anything is trained.
+
+        Args:
+            task: Which, prepared.
+            accumulated: Micro-batches of an optimizer step.
+
+        Raises:
+            ValueError: It cannot; the message says what it would take.
+        """
+
     def measures(self, task: Task) -> tuple[str, ...]:
         """The names of what an evaluation gives of a task's own problems.
 

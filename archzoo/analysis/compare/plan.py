@@ -305,7 +305,7 @@ def make_plan(
                     reads[arm.name][part] = name_of_base(*files_of_made[part])
             found[arm.name] = _resolve(arm, config, reads[arm.name], Path(place), words)
     facts = dict(_facts(found, _allowed(chosen["may_differ"])))
-    of_bases = {name: _facts_of(name, base.resolved) for name, base in bases.items()}
+    of_bases = dict(_facts_of_bases(bases))
     for name, entry in found.items():
         _check_reads(f"arm {name}", entry.task, reads[name], bases)
     for name, base in bases.items():
@@ -710,10 +710,20 @@ def _facts(found: dict[str, Resolved], allowed: list[str]) -> Iterator[tuple[str
         yield name, entry
 
 
+def _facts_of_bases(bases: Mapping[str, Base]) -> Iterator[tuple[str, ArmFacts]]:
+    """What is known of each base by itself."""
+    for name, base in bases.items():
+        try:
+            yield name, _facts_of(name, base.resolved)
+        except ValueError as error:
+            raise ValueError(f"base {name}: {error}") from None
+
+
 def _facts_of(name: str, resolved: Resolved) -> ArmFacts:
     """What is known of one arm, or of a base, by itself."""
     decoder = _decoder(resolved)
     steps, accumulated = _steps(resolved), resolved.settings["trainer"]["accumulate_grad_batches"]
+    resolved.model.check_task(resolved.task, accumulated)
     return ArmFacts(
         name=name,
         sizes=row_of(name, dict(decoder.config)),
