@@ -121,3 +121,38 @@ def test_without_matplotlib_the_table_is_shown(runs, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert "first" in said and "pip install 'archzoo[plots]'" in said
     assert main(["curves", runs[0], "--figure", "x.png"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("again", "said"),
+    [
+        ("first", "first is given twice: name each run once"),
+        ("first/metrics.csv", "first and first/metrics.csv are one run, given twice"),
+        ("other", "first and other are one run, given twice"),
+    ],
+)
+def test_a_run_that_is_given_twice_is_refused(runs, tmp_path, capsys, monkeypatch, again, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").symlink_to(tmp_path / "first")
+    assert main(["curves", "first", "second", again]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_runs_of_one_name_are_told_apart(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    drawn = []
+    monkeypatch.setattr("archzoo.analysis.curves.save", lambda figure, path: drawn.append(figure))
+    for name in ("first", "second"):
+        (tmp_path / name / "run").mkdir()
+        (tmp_path / name / "metrics.csv").rename(tmp_path / name / "run" / "metrics.csv")
+    assert main(["curves", "first/run", "second/run"]) == 0
+    said = capsys.readouterr().out
+    assert "first/run" in said and "second/run" in said
+    (figure,) = drawn
+    labels = {
+        text.get_text(): line.get_color()
+        for text, line in zip(
+            figure.legends[0].get_texts(), figure.legends[0].get_lines(), strict=True
+        )
+    }
+    assert labels["first/run"] != labels["second/run"]

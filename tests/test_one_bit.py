@@ -467,6 +467,10 @@ def test_the_command_makes_and_packs_and_refuses(capsys):
     fails(capsys, "binarise binary --out new --method OneBit", "binary already", "--packed alone")
     fails(capsys, "binarise binary --out new", "binary already")
     fails(capsys, "binarise packed --out new --packed", "packed already")
+    said = "is not exported: its weights are not matrices; export the dense model that it was made"
+    for model in ("binary", "packed"):
+        fails(capsys, f"export {model} model.py", said, "archzoo.save_pretrained writes it")
+        fails(capsys, f"export {model} --to transformers --out new", said)
     fails(capsys, "binarise dense --out new", "is dense", "--method OneBit")
     fails(capsys, "binarise dense --out new --method OneBit --init_args.scales 2", "no argument")
     assert not Path("new").exists() and Path("packed/model.safetensors").read_bytes() == before

@@ -31,7 +31,7 @@ class Curve(NamedTuple):
     """One metric of one run.
 
     Attributes:
-        run: Its directory's name.
+        run: What it is called, by its directory.
         steps: Optimizer steps.
         values: At each of them.
     """
@@ -121,12 +121,14 @@ def curves_command(
 
     Raises:
         FileNotFoundError: A directory holds no run.
-        ValueError: A run has no such metric.
+        ValueError: A run has no such metric, or is given twice.
     """
     drawn = None if figure is None else check_figure(figure)
     paths = [directory_of(run) for run in runs]
+    _check_distinct(runs, paths)
     shown = metric or usual_metric(paths)
-    curves = [read(path, shown) for path in paths]
+    names = _names(paths)
+    curves = [read(path, shown)._replace(run=names[path]) for path in paths]
     show(_table(curves, shown, lower or shown.endswith(LOWER)))
     if metric is not None:
         if drawn is not None:
@@ -144,6 +146,25 @@ def curves_command(
         print(error)  # the table is all that was asked for
         return
     print(f"drew {place}")
+
+
+def _check_distinct(given: list[str], paths: list[Path]) -> None:
+    """Refuse a run that is given twice: mean and deviation would count it as two."""
+    seen: dict[Path, str] = {}
+    for run, path in zip(given, paths, strict=True):
+        before, seen[path.resolve()] = seen.get(path.resolve()), run
+        if before is not None:
+            both = f"{run} is" if before == run else f"{before} and {run} are one run,"
+            raise ValueError(f"{both} given twice: name each run once")
+
+
+def _names(paths: list[Path]) -> dict[Path, str]:
+    """What each run is called: its directory's name, or its path where others share that."""
+    names = [path.absolute().name for path in paths]
+    return {
+        path: name if names.count(name) == 1 else str(path)
+        for path, name in zip(paths, names, strict=True)
+    }
 
 
 def _table(curves: list[Curve], metric: str, lower: bool) -> Table:
@@ -199,6 +220,7 @@ def _draw_all(runs: list[Path], path: Path) -> None:
     """Every column of some runs, small: one panel for what differs in its part or number alone."""
     plt = pyplot()
     panels: dict[str, list[tuple[str, Curve]]] = {}
+    called = _names(runs)
     for run in runs:
         rows = read_log(run)
         names = dict.fromkeys(name for row in rows for name, text in row.items() if text)
@@ -207,12 +229,13 @@ def _draw_all(runs: list[Path], path: Path) -> None:
             if slash:
                 title = re.sub(r"/\d+$", "", rest)
                 line = f"{split}{rest.removeprefix(title).replace('/', ' ')}"
-                panels.setdefault(title, []).append((line, read(run, name)))
+                curve = read(run, name)._replace(run=called[run])
+                panels.setdefault(title, []).append((line, curve))
     across = min(len(panels), 3)
     down = -(-len(panels) // across)
     size = (4.4 * across, 2.7 * down)
     figure, grid = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
-    colours = {run.name: f"C{number % 10}" for number, run in enumerate(runs)}
+    colours = {called[run]: f"C{number % 10}" for number, run in enumerate(runs)}
     for panel, (title, lines) in zip(grid.flat, panels.items(), strict=False):
         for line, curve in lines:
             options: dict[str, Any] = {"label": line}

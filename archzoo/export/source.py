@@ -25,6 +25,7 @@ from archzoo.embeddings.digits import DigitEmbedding
 from archzoo.export.folding import LONGEST_LINE, nodes_of, simplify
 from archzoo.export.plain.positions import DynamicRotaryEmbedding
 from archzoo.linear import Linear
+from archzoo.linears.binary import BinaryLinear
 from archzoo.parts import find, list_parts, named_adapters
 from archzoo.positions.rotary import RotaryEmbedding
 from archzoo.registry import get_preset, list_models
@@ -573,16 +574,25 @@ def refuse(model: Decoder) -> None:
             "a model with adapters is not exported: archzoo adapter merge CHECKPOINT --out merged "
             "puts them into its weights, then export merged"
         )
+    own = "archzoo.save_pretrained writes it in the zoo's own form, for archzoo.from_pretrained"
+    if any(isinstance(module, BinaryLinear) for module in model.modules()):
+        raise ValueError(
+            f"a model of {model.config['linear']['class_path']} is not exported: its weights are "
+            f"not matrices; export the dense model that it was made of, or keep it: {own}"
+        )
     if model.config["linear"] and model.config["linear"]["class_path"] != "Linear":
         raise ValueError(
             f"a model whose linear is {model.config['linear']['class_path']} is not exported: its "
-            "weights are not matrices"
+            f"weights are not matrices; {own}"
         )
     if isinstance(model.embedding, DigitEmbedding):
         model.embedding.known_kinds()  # refuses where the tokens of digits are not known
     for module in model.modules():
         if type(module) is not Linear and isinstance(module, Linear):
-            raise ValueError(f"{type(module).__name__} has no plain form that a file could hold")
+            raise ValueError(
+                f"{type(module).__name__} has no plain form that a file could hold: use Linear in "
+                f"its place, or keep the model: {own}"
+            )
 
 
 def _docstring(model: Decoder, name: str, wrapped: bool) -> str:
