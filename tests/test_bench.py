@@ -645,14 +645,33 @@ def test_compiling_is_for_training(fake, tmp_path):
         (["retnet_base:depth=9000"], "parameters take 255 GB, and this machine has"),
         (["retnet_base:dim=3072"], "weights, gradients and AdamW's moments of"),
         (["retnet_micro", "--output", "file/bench"], "file/bench.csv cannot be written: "),
+        (["retnet_micro", "--mixers", ","], "mixers=, names none: give some"),
+        (["retnet_micro", "--output", ""], "--output '' names no file: give a name without its"),
+        (["retnet_micro", "--output", "held/"], "--output held/ names no file: give a name"),
+        (["retnet_micro", "--output", "held"], "held.csv cannot be written: it is a directory"),
+        (["retnet_micro", "--output", "other"], "other.csv is no table of archzoo bench, and"),
+        (["retnet_micro", "--output", "picture"], "picture.csv is no table of archzoo bench"),
+        (["retnet_micro:chunk_size=x"], "chunk_size=x: Retention: chunk_size='x' is not valid: it"),
+        (["retnet_micro:dropout=x"], "micro:dropout=x: dropout='x' is not valid: it takes float"),
     ],
 )
 def test_errors_are_one_line_before_anything_is_measured(fake, tmp_path, capsys, arguments, words):
     (tmp_path / "file").write_text("")
+    (tmp_path / "held.csv").mkdir()
+    (tmp_path / "other.csv").write_text("step,loss\n1,2.0\n")
+    (tmp_path / "picture.csv").write_bytes(b"\x89PNG\r\n\xff\x00")
     assert main(["bench", *arguments]) == 1
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1
     assert fake == []
+
+
+def test_a_model_that_knows_digits_is_timed_without_a_task():
+    side = ZooContender("abacus_micro")
+    side.build("cpu", "float32", False)
+    tokens = torch.arange(12)[None]
+    assert side.decoding_seconds(side.texts(tokens, 1), 2) > 0
+    assert nbytes(side.prefill(tokens, 2)) > 0
 
 
 def test_without_matplotlib_all_but_figures_is_there(fake, tmp_path, capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import sys
 import time
@@ -309,9 +310,11 @@ def _sides(
             found[name] = zoo_contender(name, match)
             continue
         preset, *changes = name.split(":")
-        for mixer in mixers.replace(" ", "").strip("[]").split(","):
+        for mixer in filter(None, mixers.replace(" ", "").strip("[]").split(",")):
             full = ":".join([preset, mixer, *changes])
             found[full] = zoo_contender(full, match)
+    if not found:
+        raise ValueError(f"mixers={mixers} names none: give some, such as Retention,Attention")
     ours = [side for side in found.values() if isinstance(side, ZooContender)]
     if not ours:
         raise ValueError(f"{', '.join(names)}: name a preset too, whose shape the others take")
@@ -430,7 +433,18 @@ def _check_memory(side: Contender, plan: Plan, where: str) -> None:
 
 
 def _check_output(path: Path) -> None:
-    """Refuse a place that cannot be written, before anything is measured."""
+    """Refuse a place that cannot be written, or holds another table, before anything is measured.
+
+    Args:
+        path: Of the table.
+    """
+    if path.name == ".csv":
+        raise ValueError(
+            f"--output {str(path)[:-4] or repr('')} names no file: give a name without its ending, "
+            f"such as {path.parent / 'bench'}"
+        )
+    if path.is_dir():
+        raise OSError(f"{path} cannot be written: it is a directory; --output names it")
     probe = path.with_name(f".{path.name}.probe")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -438,6 +452,17 @@ def _check_output(path: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error.strerror}; --output names it") from None
+    if path.exists():
+        try:
+            with path.open(newline="") as file:
+                columns = next(csv.reader(file), [*KEY])
+        except (UnicodeDecodeError, csv.Error):
+            columns = []
+        if not {*KEY} <= {*columns}:
+            raise ValueError(
+                f"{path} is no table of archzoo bench, and would be written over: name another "
+                "--output"
+            )
 
 
 def _figures_wanted(console: Screen) -> bool:
