@@ -668,8 +668,12 @@ def test_errors_are_one_line_before_anything_is_measured(fake, tmp_path, capsys,
 
 def test_a_model_that_knows_digits_is_timed_without_a_task():
     side = ZooContender("abacus_micro")
-    side.build("cpu", "float32", False)
     tokens = torch.arange(12)[None]
+    side.build("cpu", "float32", True)
+    before = [p.clone() for p in side.model.parameters()]
+    side.train_step(tokens)
+    assert not all(map(torch.equal, before, side.model.parameters()))
+    side.build("cpu", "float32", False)
     assert side.decoding_seconds(side.texts(tokens, 1), 2) > 0
     assert nbytes(side.prefill(tokens, 2)) > 0
 

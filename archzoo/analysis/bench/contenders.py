@@ -23,6 +23,7 @@ from archzoo.block import FORMS
 from archzoo.checkpoint.checks import check_settings
 from archzoo.decoder import Decoder
 from archzoo.embeddings.digits import DigitEmbedding
+from archzoo.embeddings.token import TokenEmbedding
 from archzoo.generation.conversation import start_conversation
 from archzoo.generation.decoding import generate
 from archzoo.names import nearest
@@ -288,8 +289,11 @@ class ZooContender(Contender):
 
     def loss(self, tokens: Tensor) -> Tensor:
         model: Any = self.model
-        labels = tokens[:, 1:]
-        x = model.hidden(tokens[:, :-1], form=self.form)[0]
+        tokens, labels = tokens[:, :-1], tokens[:, 1:]
+        examples = None
+        if not isinstance(model.embedding, TokenEmbedding):  # it may draw positions by example
+            examples = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens)
+        x = model.hidden(tokens, examples=examples, form=self.form)[0]
         return total_loss(x, model.head, labels) / labels.numel()
 
     def prefill(self, tokens: Tensor, room: int) -> Any:
