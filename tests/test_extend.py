@@ -2,6 +2,7 @@
 
 import csv
 import math
+import sys
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ def checkpoint(tmp_path, monkeypatch):
     return tmp_path / "model"
 
 
-def test_the_command_writes_a_table_and_a_figure(checkpoint, capsys):
+def test_the_command_writes_a_table_and_a_figure(checkpoint, capsys, monkeypatch):
     assert main(["extend", str(checkpoint), "--windows", "4", "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
     assert "4 windows; trained on 16 tokens; tail: the last 8; of the test part" in shown
@@ -101,10 +102,15 @@ def test_the_command_writes_a_table_and_a_figure(checkpoint, capsys):
             bits = float(row[f"{name}_bits_per_byte"])
             assert bits == pytest.approx(math.log2(float(row[name])), rel=1e-12)
     assert (checkpoint / "extend.png").stat().st_size > 10_000
+    assert "holds extend.csv, extend.png\n" in shown
     other = checkpoint.parent / "elsewhere"
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     command = ["extend", str(checkpoint), "--rotary.rope_type", "yarn", "--rotary.factor", "4"]
     command += ["--lengths", "[16,32]", "--windows", "4", "--directory", str(other)]
     assert main([*command, "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert "no extend.png: a figure needs matplotlib" in shown
+    assert shown.endswith("holds extend.csv\n")
     with (other / "extend.csv").open() as file:
         again = list(csv.DictReader(file))
     assert [(row["scaling"], row["factor"]) for row in again] == [

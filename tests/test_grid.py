@@ -2,6 +2,7 @@
 
 import csv
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -236,6 +237,14 @@ def test_the_command_writes_a_table_and_a_picture(run, capsys):
     chains = {(int(r["first"]), int(r["part"])) for r in rows if r["kind"] == "chain"}
     assert chains == {(n, chain) for n in (3, 4, 5) for chain in range(n + 1)}
     assert (run / "grid_last.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_the_table_is_all(run, capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["grid", str(run), *ARGUMENTS, "--directory", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "no grid_last.png: a figure needs matplotlib" in said and "drew" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["grid_last.csv"]
 
 
 def test_an_interrupted_evaluation_resumes(run, tmp_path, monkeypatch):

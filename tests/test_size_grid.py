@@ -1,6 +1,7 @@
 """archzoo grid of tasks whose problems are sequences: its counts, its files, that it resumes."""
 
 import csv
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -46,7 +47,7 @@ def test_the_axes_are_around_the_trained_sizes():
         axes_of(TASK, None, [0])
 
 
-def test_the_command_measures_what_is_missing_and_draws(tmp_path, capsys):
+def test_the_command_measures_what_is_missing_and_draws(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     task = StateTracking("parity", [[4, 8]], [[4, 8], [16, 16]], held_out=4)
     model = archzoo.create_model("transformer_micro", vocab_size=task.vocab_size)
@@ -65,6 +66,9 @@ def test_the_command_measures_what_is_missing_and_draws(tmp_path, capsys):
     assert main([*command, "--second", "[8]"]) == 0
     with (tmp_path / "model" / "grid.csv").open() as file:
         assert list(csv.DictReader(file)) == rows  # nothing was measured again
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main([*command, "--second", "[8]"]) == 0
+    assert "no grid.png: a figure needs matplotlib" in capsys.readouterr().out
 
 
 def test_of_other_tasks_sizes_are_digits(tmp_path, capsys):

@@ -11,6 +11,7 @@ import csv
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
@@ -19,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from archzoo.analysis.figures import legend, pyplot, save
+from archzoo.analysis.figures import drawn, legend, pyplot, save
 from archzoo.analysis.tables import show
 from archzoo.conversion.rope import scale_rotary
 from archzoo.decoder import Decoder
@@ -259,8 +260,8 @@ def extend_command(
         writer.writerows(
             [*reading, *both, *facts.values()] for reading, both in zip(readings, bits, strict=True)
         )
-    plot(readings, trained, tail, folder / "extend.png")
-    print(f"{folder} holds extend.csv, extend.png")
+    pictured = drawn(partial(plot, readings, trained, tail), folder / "extend.png")
+    print(f"{folder} holds extend.csv" + ", extend.png" * pictured)
 
 
 def windows_of(

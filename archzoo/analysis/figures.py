@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,24 @@ def pyplot() -> Any:
     import matplotlib.pyplot
 
     return matplotlib.pyplot
+
+
+def drawn(draw: Callable[[Path], None], path: Path) -> bool:
+    """Draw a picture that belongs to a table; without matplotlib say so, and leave it out.
+
+    The table is what was measured: a command that has written it has done its work.
+
+    Args:
+        draw: What draws it there.
+        path: Where it goes.
+    """
+    try:
+        pyplot()
+    except ValueError as error:
+        print(f"no {path.name}: {error}")
+        return False
+    draw(path)
+    return True
 
 
 def check_figure(path: str) -> Path:

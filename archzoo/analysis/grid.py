@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
@@ -28,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from archzoo.analysis.figures import legend, pyplot, save
+from archzoo.analysis.figures import drawn, legend, pyplot, save
 from archzoo.analysis.size_grid import ask, axes_of, draw_sizes, possible, table_of
 from archzoo.analysis.tables import show
 from archzoo.block import Router
@@ -370,8 +371,8 @@ def grid_command(
         print(f"training can have covered numbers of up to {coverage} digits")
     print(f"wrote {journal.path}")
     figure = journal.path.with_suffix(".png")
-    _draw(journal, synthetic, digits, diagonal or 0, found.model, figure)
-    print(f"drew {figure}")
+    if drawn(partial(_draw, journal, synthetic, digits, diagonal or 0, found.model), figure):
+        print(f"drew {figure}")
 
 
 def _measure_sizes(
@@ -397,8 +398,8 @@ def _measure_sizes(
     show(table_of(task, cells, journal.rate))
     print(f"wrote {journal.path}")
     figure = journal.path.with_suffix(".png")
-    draw_sizes(task, axes, journal.rate, figure)
-    print(f"drew {figure}")
+    if drawn(partial(draw_sizes, task, axes, journal.rate), figure):
+        print(f"drew {figure}")
 
 
 def _keys(synthetic: SyntheticTask, digits: int, diagonal: int) -> list[Key]:
