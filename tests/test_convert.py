@@ -13,6 +13,7 @@ import archzoo
 from archzoo.cli import main
 from archzoo.contract.measure import relative_error
 from archzoo.conversion.command import convert
+from archzoo.conversion.mixtral import mixtral_config, mixtral_weights
 
 DIM, HEADS, WIDTH, DEPTH, WORDS = 16, 2, 24, 2, 19
 TORCHSCALE = {
@@ -175,3 +176,33 @@ def test_weights_that_are_odd_or_missing_are_named(tmp_path: Path) -> None:
         del weights[name]
         with pytest.raises(ValueError, match=f"the weight '{re.escape(name)}' is missing"):
             convert(write(tmp_path / f"less{number}", config, weights))
+
+
+MIXTRAL = {
+    "model_type": "mixtral",
+    "vocab_size": 8,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_local_experts": 2,
+    "num_experts_per_tok": 1,
+}
+
+
+def test_what_a_mixtral_leaves_out_is_mixtral_s_default() -> None:
+    arguments = mixtral_config(MIXTRAL)
+    assert arguments["norm_eps"] == 1e-5
+    assert arguments["rotary"]["init_args"]["base"] == 1e6
+    said = {"rope_parameters": {"rope_type": "default", "rope_theta": 10.0}, "rms_norm_eps": 0.5}
+    arguments = mixtral_config(MIXTRAL | said)
+    assert arguments["norm_eps"] == 0.5 and arguments["rotary"]["init_args"]["base"] == 10.0
+    scaled = {"rope_theta": 20.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    assert mixtral_config(MIXTRAL | scaled)["rotary"]["init_args"]["base"] == 20.0
+
+
+def test_a_mixtral_is_refused_by_its_own_name() -> None:
+    with pytest.raises(ValueError, match="this Mixtral has sliding_window=64, which a plain Mix"):
+        mixtral_config(MIXTRAL | {"sliding_window": 64})
+    with pytest.raises(ValueError, match=r"no Mixtral: the weight 'model\.embed_tokens"):
+        mixtral_weights({}, 2)

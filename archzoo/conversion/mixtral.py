@@ -14,7 +14,8 @@ Paper: Jiang et al., Mixtral of Experts, arXiv 2401.04088, section 2.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,7 +57,22 @@ def mixtral_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "coefficient": 0.001 if coefficient is None else coefficient,
     }
     part = {"class_path": "MixtureOfExperts", "init_args": mixture}
-    return llama_config({"model_type": "llama"} | left) | {"feed_forward": part}
+    if left.get("rms_norm_eps") is None:
+        left["rms_norm_eps"] = 1e-5  # Mixtral's defaults, which are not Llama's
+    rotations = (left, left.get("rope_parameters") or {}, left.get("rope_scaling") or {})
+    if all(rotation.get("rope_theta") is None for rotation in rotations):
+        left["rope_theta"] = 1e6
+    with _as_mixtral():
+        return llama_config({"model_type": "llama"} | left) | {"feed_forward": part}
+
+
+@contextmanager
+def _as_mixtral() -> Iterator[None]:
+    """What Llama's map refuses is a Mixtral's."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace("Llama", "Mixtral")) from None
 
 
 def mixtral_weights(
@@ -105,5 +121,6 @@ def mixtral_weights(
         # What the dense map asks for in their place, and gives back below.
         for name in ("gate_proj", "up_proj", "down_proj"):
             left[f"{theirs}.mlp.{name}.weight"] = gate.new_zeros((1, 1))
-    dense = llama_weights(left, heads, kv_heads, tied=tied)
+    with _as_mixtral():
+        dense = llama_weights(left, heads, kv_heads, tied=tied)
     return weights | {n: w for n, w in dense.items() if ".feed_forward." not in n}
