@@ -713,6 +713,8 @@ def test_a_text_of_random_characters_holds_all_of_them():
     assert random_text(50_000, 40_000) == text and not set(text) & set(" \n")
     assert len(text.encode("utf-8")) > 0  # no surrogates
     assert len(random_text(3, 64)) == 64
+    assert ZooContender("abacus_micro").knows_digits
+    assert set(random_text(500, 20, digits=True)) > set("0123456789+=")
 
 
 def in_this_process(command, **options):

@@ -200,7 +200,8 @@ def bench_command(
                     console.print(_told(row), markup=False, soft_wrap=True)
                 advance()
     except KeyboardInterrupt:
-        print(f"{len(rows)} rows are in {path}; the same command continues", file=sys.stderr)
+        held = f"{len(rows)} rows are in {path}" if rows else "nothing was measured yet"
+        print(f"{held}; the same command continues", file=sys.stderr)
         raise
     kept = sum(1 for row in rows if "machine" in row)
     if kept:

@@ -35,6 +35,7 @@ from archzoo.training.losses import total_loss
 Precision = Literal["float32", "bfloat16", "bf16-mixed"]
 DECODING = ("decode", "batch", "state")  # quantities that need a state
 COMPILED, FIT = "compiled", "fit"
+SIGNS = "0123456789+="  # the first tokens of a model that must know which are digits
 CLIP = 1.0  # the norm that gradients are clipped to
 NOT_COMPILED = "training alone is compiled here"
 
@@ -270,6 +271,11 @@ class ZooContender(Contender):
         self.count, self.vocab_size = decoder.parameter_count(), decoder.vocab_size
 
     @property
+    def knows_digits(self) -> bool:
+        """Whether it must be told which tokens are digits."""
+        return any(isinstance(module, DigitEmbedding) for module in self.meta().modules())
+
+    @property
     def matched(self) -> bool:
         """Whether the feed-forward's width is set."""
         return self.match and "mixer" in self.changed and "width" not in self.changed
@@ -342,7 +348,7 @@ class _SomeDigits:
 
     def __init__(self) -> None:
         self.tokenizer: Any = self
-        self.digit_tokens = list(range(10))
+        self.digit_tokens = [SIGNS.index(digit) for digit in "0123456789"]
 
     def encode(self, text: str) -> list[int]:
         """Of a sign, one token.
@@ -350,7 +356,7 @@ class _SomeDigits:
         Args:
             text: The sign.
         """
-        return [10 + "+=".index(text)]
+        return [SIGNS.index(text)]
 
 
 def digest(facts: dict[str, Any]) -> str:

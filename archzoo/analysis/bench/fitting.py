@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import yaml
 
-from archzoo.analysis.bench.contenders import CLIP, DECODING, FIT, Precision, ZooContender
+from archzoo.analysis.bench.contenders import CLIP, DECODING, FIT, SIGNS, Precision, ZooContender
 from archzoo.trust import user_imports
 
 CLOCK = "archzoo.analysis.bench.clock"
@@ -57,7 +57,8 @@ class FitContender(ZooContender):
             place = Path(folder)
             settings = self.run_settings(place, length, batch)
             count = max(40 * length, settings["trainer"]["max_steps"] * batch * length, 4_000)
-            text = random_text(min(count, max(40 * length, 2_000_000)), vocab_size)
+            count = min(count, max(40 * length, 2_000_000))
+            text = random_text(count, vocab_size, digits=self.knows_digits)
             (place / "text.txt").write_text(text, encoding="utf-8")
             (place / "fit.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
             command = [sys.executable, "-m", "archzoo", "fit", "--config", str(place / "fit.yaml")]
@@ -115,15 +116,18 @@ class FitContender(ZooContender):
         }
 
 
-def random_text(count: int, vocab_size: int) -> str:
+def random_text(count: int, vocab_size: int, digits: bool = False) -> str:
     """Characters drawn from as many different ones, all of which come.
 
     Args:
         count: Of them, if the different ones are not more.
         vocab_size: How many different ones.
+        digits: The first of them are digits and signs, for models that must know which are.
     """
     codes = 0x4E00 + np.arange(vocab_size, dtype=np.uint32)  # from the first Chinese one on
     codes[codes >= 0xD800] += 0x800  # which are no characters
+    if digits:
+        codes[: len(SIGNS)] = [ord(sign) for sign in SIGNS]
     drawn = np.random.default_rng(0).integers(vocab_size, size=max(count - vocab_size, 0))
     chosen = codes[np.concatenate([np.arange(vocab_size), drawn])]
     return str(chosen.tobytes(), "utf-32-le")
