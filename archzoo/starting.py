@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from archzoo import shipped
@@ -69,6 +70,18 @@ archzoo curves runs/{name} runs/mine
 """
 
 
+def _named(comment: str, source: Path) -> str:
+    """A comment whose commands read the copy, and all others that are shipped by their names."""
+
+    def name(found: re.Match[str]) -> str:
+        command, short = found.groups()
+        if source == shipped.root() / "configs" / f"{short}.yaml":
+            return f"{command} {source.name}"
+        return f"{command.removesuffix(' --config')} {short}"
+
+    return re.sub(r"(archzoo \w+(?: --config)?) configs/([\w/]+)\.yaml", name, comment)
+
+
 SWAP = "--model.mixer FadingMemory --model.match parameters"
 
 
@@ -93,7 +106,9 @@ def new_command(directory: str, /, config: str = "addition") -> None:
         raise FileExistsError(f"{place} exists: give the name of a new directory")
     name = source.stem
     # Its comments were written for a checkout, where `train.py` and `configs/` are.
-    content = content.replace("python train.py ", "archzoo ").replace("configs/", "")
+    content = content.replace("python train.py ", "archzoo ")
+    comments = re.compile(r"^#.*$", re.MULTILINE)
+    content = comments.sub(lambda line: _named(line[0], source), content).replace("configs/", "")
     try:
         place.mkdir(parents=True)
     except OSError as error:

@@ -1,6 +1,7 @@
 """`archzoo fit NAME`, `archzoo new`, and the files that come with the package, from any place."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -94,6 +95,24 @@ def test_every_configuration_goes_by_its_name() -> None:
     assert {"addition", "text", "demo", "claims/retnet"} <= names.keys()
     for name, path in names.items():
         assert shipped.configuration(name) == path == shipped.configuration(f"configs/{name}.yaml")
+
+
+def test_the_page_for_beginners_names_every_configuration() -> None:
+    page = (ROOT / "docs" / "start.md").read_text(encoding="utf-8")
+    plain = {name for name in shipped.configurations() if "/" not in name}
+    rooms = {name.split("/")[0] for name in shipped.configurations() if "/" in name}
+    assert [name for name in sorted(plain) if f"`{name}`" not in page] == []
+    assert [room for room in sorted(rooms) if f"`{room}/" not in page] == []
+
+
+def test_a_new_directory_s_comments_name_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in shipped.configurations():
+        place = Path(name.replace("/", "_"))
+        assert main(["new", str(place), "--config", name]) == 0
+        written = place / f"{Path(name).name}.yaml"
+        told = " ".join(line for line in written.read_text().splitlines() if line[:4] == "#   ")
+        for given in re.findall(r"(?:--config|archzoo compare) ([^ ]+)", told):
+            assert (place / given).is_file() or given in shipped.configurations(), (name, given)
 
 
 def test_a_new_directory_holds_what_its_commands_take(
