@@ -18,6 +18,7 @@ from archzoo.decoder import Decoder
 from archzoo.generation.conversation import Conversation, check_conversation, prompts_of, tails
 from archzoo.generation.prompts import Prompts, encode, pad_left
 from archzoo.generation.rows import RowWriter, StateReader
+from archzoo.generation.sampling import at_least, check_stop
 from archzoo.numerics import for_float64
 from archzoo.states import nbytes, reorder
 from archzoo.tasks.writing import writing_of
@@ -105,8 +106,7 @@ def beam_search(
     """
     if not 1 <= beams <= MOST:
         raise ValueError(f"beams={beams} must lie in 1 to {MOST:,}")
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens={max_tokens} must be at least 1")
+    at_least("max_tokens", max_tokens, 1)
     if not 0 <= length_power < math.inf:
         raise ValueError(f"length_power={length_power} must be at least 0, and finite")
     model = uncompiled(model)
@@ -115,6 +115,7 @@ def beam_search(
     rows = encode(prompts, tokenizer, model.vocab_size, writing, continues=conversation is not None)
     if stop_token is None and tokenizer is not None:
         stop_token = tokenizer.stop_token
+    check_stop(stop_token, model.vocab_size)
     model.embedding.check_prompts(rows)
     before: list[list[int]] = [[] for _ in rows]
     if conversation is not None:

@@ -25,7 +25,7 @@ from archzoo.generation.fused import fused_step
 from archzoo.generation.prompts import Prompts, encode, pad_left
 from archzoo.generation.replay import AHEAD, LEAST, RING, Replay, replays, start_replay
 from archzoo.generation.rows import OnToken, RowWriter, StateReader, TextReader
-from archzoo.generation.sampling import Sampler
+from archzoo.generation.sampling import Sampler, at_least, check_stop
 from archzoo.generation.until import check_until
 from archzoo.numerics import MODEL_TOLERANCES, for_float64
 from archzoo.states import nbytes, reorder
@@ -133,8 +133,7 @@ def generate(
     form = form or "recurrent"
     if form not in FORMS:
         raise ValueError(f"form {form!r} is not one of {', '.join(FORMS)}")
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens={max_tokens} must be at least 1")
+    at_least("max_tokens", max_tokens, 1)
     if (conversation is not None or keep_state) and (form != "recurrent" or check):
         raise ValueError(
             "a conversation holds a state and not its text: only the recurrent form continues it, "
@@ -155,6 +154,7 @@ def generate(
     rows = encode(prompts, tokenizer, model.vocab_size, writing, continues=conversation is not None)
     if stop_token is None and tokenizer is not None:
         stop_token = tokenizer.stop_token
+    check_stop(stop_token, model.vocab_size)
     model.embedding.check_prompts(rows)  # here, where it needs no synchronisation with a device
     before: list[list[int]] = [[] for _ in rows]
     already = [0] * len(rows)  # drawn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -10,6 +11,34 @@ from torch import Tensor
 from archzoo.numerics import for_float64
 
 SKIPPED = 2**20  # random numbers at a time, of those that were drawn before
+
+
+def at_least(name: str, value: int, least: int, of: str = "") -> None:
+    """Refuse what is no whole number from a least one on.
+
+    Args:
+        name: Of the argument.
+        value: Of it.
+        least: The smallest that is allowed.
+        of: What is counted.
+    """
+    if not isinstance(value, Integral):
+        raise ValueError(f"{name}={value!r} must be a whole number")
+    if value < least:
+        raise ValueError(f"{name}={value} must be at least {least}{of}")
+
+
+def check_stop(token: int | None, vocab_size: int) -> None:
+    """Refuse a stop token that no text could end by.
+
+    Args:
+        token: The stop token, or None.
+        vocab_size: Of the model.
+    """
+    if token is not None and not (isinstance(token, Integral) and 0 <= token < vocab_size):
+        raise ValueError(
+            f"stop_token={token!r} is not one of the model's tokens, 0 to {vocab_size - 1}"
+        )
 
 
 def probabilities(
@@ -84,9 +113,9 @@ class Sampler:
         drawn: Sequence[int] | None = None,
     ) -> None:
         if not 0 <= temperature < float("inf"):
-            raise ValueError(f"temperature={temperature} must be 0 (greedy) or more")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k={top_k} must be at least 1 token")
+            raise ValueError(f"temperature={temperature} must be 0 (greedy) or more, and finite")
+        if top_k is not None:
+            at_least("top_k", top_k, 1, " token")
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"top_p={top_p} must lie in (0, 1]")
         if temperature == 0 and (top_k is not None or top_p is not None):
@@ -94,6 +123,10 @@ class Sampler:
                 "top_k and top_p limit what is sampled from, but temperature=0 takes the most "
                 "likely token and samples nothing: give a temperature, such as 1"
             )
+        if seed is not None:
+            at_least("seed", seed, -(2**63))
+            if seed + rows > 2**64:
+                raise ValueError(f"seed={seed} is too large: row r draws by seed + r, below 2**64")
         self.temperature, self.top_k = temperature, top_k
         self.top_p = None if top_p == 1 else top_p  # rounding would cut the least likely tokens
         self.generators: list[torch.Generator] = []
