@@ -82,6 +82,33 @@ def _named(comment: str, source: Path) -> str:
     return re.sub(r"(archzoo \w+(?: --config)?) configs/([\w/]+)\.yaml", name, comment)
 
 
+def _copies(source: Path, found: dict[str, tuple[Path, str]]) -> None:
+    """A configuration and those that it reads, such as its base, by their names side by side."""
+    try:
+        content = source.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} is not UTF-8, as a configuration is: {error}") from None
+    name = source.stem + ".yaml"
+    if name in found:
+        if found[name][0] != source.resolve():
+            raise ValueError(f"{found[name][0]} and {source} have one name: rename one")
+        return
+    found[name] = source.resolve(), ""
+    # Its comments were written for a checkout, where `train.py` and `configs/` are.
+    lines = content.replace("python train.py ", "archzoo ").splitlines(keepends=True)
+    for number, line in enumerate(lines):
+        if line.startswith("#"):
+            lines[number] = _named(line, source).replace("configs/", "")
+            continue
+        settings, dash, comment = line.partition(" #")
+        for file in set(re.findall(r"[\w./-]+\.yaml", settings)):
+            if (source.parent / file).is_file():
+                _copies(source.parent / file, found)
+                settings = settings.replace(file, Path(file).name)
+        lines[number] = settings + dash + comment.replace("configs/", "")
+    found[name] = source.resolve(), "".join(lines)
+
+
 SWAP = "--model.mixer FadingMemory --model.match parameters"
 
 
@@ -98,25 +125,20 @@ def new_command(directory: str, /, config: str = "addition") -> None:
         FileNotFoundError: There is no such configuration.
     """
     place, source = Path(directory), shipped.configuration(config)
-    try:
-        content = source.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{source} is not UTF-8, as a configuration is: {error}") from None
+    found: dict[str, tuple[Path, str]] = {}
+    _copies(source, found)
     if place.exists():
         raise FileExistsError(f"{place} exists: give the name of a new directory")
     name = source.stem
-    # Its comments were written for a checkout, where `train.py` and `configs/` are.
-    content = content.replace("python train.py ", "archzoo ")
-    comments = re.compile(r"^#.*$", re.MULTILINE)
-    content = comments.sub(lambda line: _named(line[0], source), content).replace("configs/", "")
     try:
         place.mkdir(parents=True)
     except OSError as error:
         raise OSError(f"{directory} cannot be made: {error}; give another place") from None
-    (place / f"{name}.yaml").write_text(content, encoding="utf-8")
+    for file, (_, content) in found.items():
+        (place / file).write_text(content, encoding="utf-8")
     (place / "my_parts.py").write_text(PARTS, encoding="utf-8")
     readme = README.format(title=place.resolve().name, name=name, swap=SWAP)
     (place / "README.md").write_text(readme, encoding="utf-8")
-    print(f"{directory} holds {name}.yaml, my_parts.py, README.md; begin with")
+    print(f"{directory} holds {', '.join(found)}, my_parts.py, README.md; begin with")
     print(f"  cd {directory}")
     print(f"  archzoo fit {name}.yaml")

@@ -115,6 +115,17 @@ def test_a_new_directory_s_comments_name_what_is_there(capsys: pytest.CaptureFix
             assert (place / given).is_file() or given in shipped.configurations(), (name, given)
 
 
+def test_a_new_directory_holds_what_is_trained_first() -> None:
+    assert main(["new", "mine", "--config", "claims/preferences"]) == 0
+    held = {path.name: path.read_text() for path in Path("mine").glob("*.yaml")}
+    assert set(held) == {"preferences.yaml", "sft.yaml", "reward.yaml", "adder_retention.yaml"}
+    assert "  base: sft.yaml #" in held["preferences.yaml"]
+    assert "model.reward_model: reward.yaml}" in held["preferences.yaml"]
+    assert "  base: adder_retention.yaml #" in held["sft.yaml"]
+    assert main(["new", "other", "--config", "claims/merging/drop"]) == 0
+    assert Path("other/experts.yaml").is_file() and Path("other/both.yaml").is_file()
+
+
 def test_a_new_directory_holds_what_its_commands_take(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
