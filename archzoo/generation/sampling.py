@@ -14,7 +14,7 @@ SKIPPED = 2**20  # random numbers at a time, of those that were drawn before
 
 
 def at_least(name: str, value: int, least: int, of: str = "") -> None:
-    """Refuse what is no whole number from a least one on.
+    """Refuse what is no integer from a least one on.
 
     Args:
         name: Of the argument.
@@ -23,7 +23,7 @@ def at_least(name: str, value: int, least: int, of: str = "") -> None:
         of: What is counted.
     """
     if not isinstance(value, Integral):
-        raise ValueError(f"{name}={value!r} must be a whole number")
+        raise ValueError(f"{name}={value!r} must be an integer")
     if value < least:
         raise ValueError(f"{name}={value} must be at least {least}{of}")
 

@@ -98,16 +98,16 @@ def explain(message: str, options: Iterable[str]) -> str:
     return f"{key}: {text}" if key else text
 
 
-def with_class(message: str, cls: type, options: Iterable[str]) -> str:
+def with_class(message: str, described: type, options: Iterable[str]) -> str:
     """What jsonargparse has against a class's option, with the class, which it does not name.
 
     Args:
         message: What it said; if it is of something else, it stays as it is.
-        cls: The class.
+        described: The class.
         options: What it takes, by name, those of classes within it after a dot.
     """
     own = sorted({name.rstrip("+") for name in options if "." not in name} - {"help", "config"})
-    listed = rf"\g<0> by {cls.__name__}, which has [{', '.join(own)}]"
+    listed = rf"\g<0> by {described.__name__}, which has [{', '.join(own)}]"
     return re.sub(f"^{NOT_ACCEPTED}$", listed, " ".join(message.split()))
 
 
