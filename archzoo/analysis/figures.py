@@ -25,7 +25,7 @@ def pyplot() -> Any:
 
 
 def drawn(draw: Callable[[Path], None], path: Path) -> bool:
-    """Draw a picture that belongs to a table; without matplotlib say so, and leave it out.
+    """Draw a picture that belongs to a table; without matplotlib say so, and omit it.
 
     The table is what was measured: a command that has written it has done its work.
 
