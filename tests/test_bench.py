@@ -386,9 +386,21 @@ def test_a_process_has_its_own_memory_and_its_end_is_told():
         assert 0 < side.ask("peak", 60)["memory_bytes"] < 2**30
         with pytest.raises(Stopped, match=r"error: .*no_such"):
             side.ask("no_such", 60)
+        assert side._said.exists()
         side._process.kill()
         with pytest.raises(Stopped, match="memory: its process was killed"):
             side.ask("run", 60, repeat=1)
+    finally:
+        side.close()
+
+
+def test_a_process_whose_command_is_gone_leaves_no_file():
+    side = Process({"name": "retnet_micro", "match": True}, "cpu", 1, [])
+    try:
+        side.ask("build", 60, precision="float32", training=False)
+        side._answers.close()  # as where the command was killed
+        side._process.join(60)
+        assert side._process.exitcode == 0 and not side._said.exists()
     finally:
         side.close()
 

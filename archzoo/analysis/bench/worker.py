@@ -249,6 +249,8 @@ def serve(questions: Any, first: dict[str, Any], said: str) -> None:
     with suppress(EOFError, ConnectionError):
         while True:
             questions.send(answer_to(bench, questions.recv()))
+    with suppress(OSError):  # the command was ended by a signal, and removes nothing
+        os.unlink(said)
 
 
 def _one_line(error: BaseException) -> str:
