@@ -19,6 +19,7 @@ import archzoo
 from archzoo.checkpoint import load
 from archzoo.cli import main
 from archzoo.contract.measure import relative_error
+from archzoo.demo.decoding import load_sides
 from archzoo.generation import Reading, generate, read_document
 from archzoo.generation.reading import segments
 from archzoo.states import map_state
@@ -305,3 +306,18 @@ def test_the_command_reads_resumes_and_continues(
     assert "more.txt.state: the state after 4,800 tokens" in capsys.readouterr().out
     assert main(["read", "model", "nothing.txt"]) == 1
     assert "nothing.txt" in capsys.readouterr().err
+
+
+def test_a_model_without_a_tokenizer_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, text = str(tmp_path / "mute"), tmp_path / "text.txt"
+    archzoo.save_pretrained(model, micro("retnet_micro"))
+    text.write_text("a cat")
+    for command in (["generate", model, "a"], ["read", model, str(text)]):
+        assert main(command) == 1
+        said = capsys.readouterr().err
+        assert "mute holds no tokenizer" in said and "archzoo.save_pretrained(" in said
+        assert said.count("\n") == 1
+    with pytest.raises(ValueError, match="mute holds no tokenizer"):
+        load_sides([model])

@@ -29,7 +29,7 @@ from archzoo.checkpoint.digest import DIGEST, weights_digest
 from archzoo.checkpoint.loading import device_of, from_pretrained, load, locate, read_task, task_of
 from archzoo.checkpoint.pretrained import CONFIG, WEIGHTS, save_pretrained
 from archzoo.checkpoint.runs import LAST, base_in, directory_of, read_safely, sign
-from archzoo.checkpoint.vocabulary import tokenizer_files
+from archzoo.checkpoint.vocabulary import check_tokenizer, tokenizer_files
 
 __all__ = [
     "CONFIG",
@@ -41,6 +41,7 @@ __all__ = [
     "base_in",
     "base_of",
     "check_finite",
+    "check_tokenizer",
     "device_of",
     "directory_of",
     "from_pretrained",

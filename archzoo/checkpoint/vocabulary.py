@@ -74,3 +74,21 @@ def check_vocabulary(model: Decoder, tokenizer: Tokenizer | None, path: str) -> 
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens and the model knows "
             f"{model.vocab_size}: they do not belong together"
         )
+
+
+def check_tokenizer(tokenizer: Tokenizer | None, path: str | Path) -> Tokenizer:
+    """What reads and writes a model's text.
+
+    Args:
+        tokenizer: As `load` gives it.
+        path: The checkpoint.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if tokenizer is None:
+        raise ValueError(
+            f"{path} holds no tokenizer, so it takes no text: archzoo.save_pretrained(DIRECTORY, "
+            "model, tokenizer) writes the model with one"
+        )
+    return tokenizer

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from archzoo.block import FORMS
-from archzoo.checkpoint import load
+from archzoo.checkpoint import check_tokenizer, load
 from archzoo.decoder import Decoder
 from archzoo.generation import Sampler, difference, encode, generate
 from archzoo.numerics import MODEL_TOLERANCES
@@ -142,9 +142,7 @@ def load_sides(checkpoints: Sequence[str], device: str | None = None) -> list[Si
     sides = []
     for path, name in zip(checkpoints, _names(checkpoints), strict=True):
         found = load(path, device)
-        if found.tokenizer is None:
-            raise ValueError(f"{path} holds no tokenizer, so it takes no text")
-        sides.append(Side(name, found.model, found.tokenizer))
+        sides.append(Side(name, found.model, check_tokenizer(found.tokenizer, path)))
         check_recurrent(found.model, path)
     return sides
 

@@ -20,7 +20,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from archzoo.checkpoint import Pretrained, load, load_adapter
+from archzoo.checkpoint import Pretrained, check_tokenizer, load, load_adapter
 from archzoo.evaluation.likelihood import Pair, Scored, log_likelihoods
 from archzoo.generation import generate
 from archzoo.tasks.writing import writing_of
@@ -81,9 +81,9 @@ class ArchzooLM(LM):
             found = load(found, device or "auto", base)
         for directory in [adapter] if isinstance(adapter, str) else adapter:
             load_adapter(directory, found.model)
-        if found.tokenizer is None:
-            raise ValueError(f"{checkpoint} holds no tokenizer, so it takes no text")
-        self.model, self.tokenizer = found.model, found.tokenizer
+        self.model = found.model
+        name = "the model" if isinstance(checkpoint, Pretrained) else os.fspath(checkpoint)
+        self.tokenizer = check_tokenizer(found.tokenizer, name)
         self.writing = writing_of(self.model.task)
         try:
             self.batch_size = int(16 if batch_size is None else batch_size)

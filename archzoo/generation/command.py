@@ -82,7 +82,7 @@ def generate_command(
         OSError: The state cannot be written.
         FormsDisagree: With check: the forms differ by more than rounding explains.
     """
-    from archzoo.checkpoint import load, load_adapter
+    from archzoo.checkpoint import check_tokenizer, load, load_adapter
 
     _check_asked(prompt, chat, beams, form, check)
     model, tokenizer, _ = load(checkpoint, device or "auto", base)
@@ -97,8 +97,7 @@ def generate_command(
             )
         name = f"adapter{number}" if len(given) > 1 else None  # of namesakes, too
         load_adapter(directory, model, name)
-    if tokenizer is None:
-        raise ValueError(f"{checkpoint} holds no tokenizer, so it takes no text")
+    tokenizer = check_tokenizer(tokenizer, checkpoint)
     stop_token = None
     if stop is not None:
         stop_token = tokenizer.single(utf8("stop", stop))

@@ -366,13 +366,12 @@ def read_command(
         ValueError: The checkpoint or the state cannot be used, or the text cannot be read.
         OSError: The state cannot be written.
     """
-    from archzoo.checkpoint import load
+    from archzoo.checkpoint import check_tokenizer, load
 
     target = Path(f"{Path(file).name}.state") if state is None else Path(state)
     check_regular(file)
     model, tokenizer, _ = load(checkpoint, device or "auto")
-    if tokenizer is None:
-        raise ValueError(f"{checkpoint} holds no tokenizer, so it takes no text")
+    tokenizer = check_tokenizer(tokenizer, checkpoint)
     begin = None if after is None else read_state(after, StateLayout(model))[0]
     shown = ShowReading(Path(file).name)
     try:
