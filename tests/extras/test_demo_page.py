@@ -49,6 +49,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(place / name) for name in NAMES]
 
 
+def heed_ctrl_c() -> None:
+    """A shell's job in the background ignores it, and so do all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture(scope="module")
 def served(checkpoints: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a page; its server ends by Ctrl-C, and had nothing to say."""
@@ -56,7 +61,9 @@ def served(checkpoints: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
     command = [sys.executable, "-c", PROGRAM, "demo", *checkpoints, "--web", "--port", "0"]
     command += ["--prompt", "to be", "--max_tokens", "80"]
     with errors.open("w") as file:
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True)
+        server = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=file, text=True, preexec_fn=heed_ctrl_c
+        )
     assert server.stdout is not None
     line = server.stdout.readline()
     found = re.match(r"(http://127\.0\.0\.1:\d+) shows the demo; Ctrl-C ends it", line)
