@@ -109,7 +109,6 @@ class CompileModel(lightning.Callback):
     def __init__(self, when: Literal["auto", "graphs"] | bool) -> None:
         self.when = when
         self._began: float | None = None
-        self._replays = False
 
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -117,7 +116,6 @@ class CompileModel(lightning.Callback):
         assert isinstance(pl_module, LanguageModel)
         net = pl_module.net
         net.forget_compiled()
-        self._replays = False
         if self.when == "auto":
             if pl_module.device.type != "cuda" or torch.version.hip is not None:
                 return
@@ -137,7 +135,6 @@ class CompileModel(lightning.Callback):
             raise ValueError(f"--compile {given}: {HOOKS}: --compile false trains without")
         if self.when == "graphs" and (reason := reason_against_graphs(trainer, pl_module)):
             raise ValueError(f"--compile graphs: {reason}: take --compile true")
-        self._replays = self.when == "graphs"
         # FSDP2's hooks around a block, or its gradients while those before it are computed.
         by_blocks = trainer.world_size > 1 and pl_module.exchanges_blocks
         if by_blocks and not pl_module.sharded:
@@ -146,7 +143,7 @@ class CompileModel(lightning.Callback):
         if by_blocks or pl_module.unfreezes or pl_module.teacher is not None:
             net.compile_blocks(options=options())
         else:
-            net.compile(options=options(self._replays))
+            net.compile(options=options(graphs=self.when == "graphs"))
         compiled, plain = net.compiled_hidden, net._hidden
 
         def compute(*given: Any) -> Any:
@@ -174,7 +171,7 @@ class CompileModel(lightning.Callback):
         exception: BaseException,
     ) -> None:
         """Drop gradients that a graph which was begun has written over: Lightning moves them."""
-        if self._replays:
+        if self.when == "graphs":
             for parameter in pl_module.parameters():
                 parameter.grad = None
 
