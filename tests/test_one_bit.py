@@ -255,7 +255,7 @@ def test_without_hoppers_kernel_the_other_runs_and_that_is_said_once(monkeypatch
     if device == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(one_bit, "_runs_hoppers", True)
-    monkeypatch.setattr(one_bit, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(one_bit, "on_hopper", lambda x: True)
     monkeypatch.setattr(one_bit, "_by_hoppers_kernel", fails)
     with pytest.warns(UserWarning, match=r"RuntimeError no such layout\).*1\.5 times"):
         check_product(1, 128, 6, True, torch.float32, 1e-6, device)

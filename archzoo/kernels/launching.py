@@ -53,6 +53,8 @@ def fused(x: Tensor, width: int = 1) -> bool:
 
 def on_hopper(x: Tensor) -> bool:
     """Whether x lies on the kind of GPU that our products were written for."""
+    if not x.is_cuda:
+        return False
     properties = torch.cuda.get_device_properties(x.device)  # which compilers know to be constant
     return (properties.major, properties.minor) == (9, 0)
 

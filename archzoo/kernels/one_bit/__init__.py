@@ -20,7 +20,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from archzoo.derivatives import followed
-from archzoo.kernels.launching import SWITCHED_OFF, describe, launch, power_of_2, run_beside
+from archzoo.kernels.launching import (
+    SWITCHED_OFF,
+    describe,
+    launch,
+    on_hopper,
+    power_of_2,
+    run_beside,
+)
 from archzoo.kernels.one_bit.native import library
 from archzoo.numerics import at_least_float32, autocast_dtype, cast
 
@@ -149,7 +156,7 @@ def _by_library(x: Tensor, packed: Tensor, before: Tensor, after: Tensor) -> Ten
 
 def _by_kernel(x: Tensor, packed: Tensor, before: Tensor, after: Tensor) -> Tensor:
     """By the fastest kernel that takes them; x (rows, n), n a multiple of 32."""
-    if _runs_hoppers and x.shape[1] % ALIGNED == 0 and _is_hopper(x.device):
+    if _runs_hoppers and x.shape[1] % ALIGNED == 0 and on_hopper(x):
         try:
             return _by_hoppers_kernel(x, packed, before, after)
         except torch.OutOfMemoryError:
@@ -159,11 +166,6 @@ def _by_kernel(x: Tensor, packed: Tensor, before: Tensor, after: Tensor) -> Tens
             _give_up_hoppers_kernel(error)
             return found
     return _by_tritons_kernel(x, packed, before, after)
-
-
-@functools.lru_cache(maxsize=8)
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _give_up_hoppers_kernel(error: Exception) -> None:
