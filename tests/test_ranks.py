@@ -388,6 +388,38 @@ def test_ranks_resume_an_adapted_run_beside_its_base(directory, strategy):
         assert torch.allclose(rest["state_dict"][name], value, rtol=0, atol=1e-5), name
 
 
+RAISE = """
+import lightning
+class Raise(lightning.Callback):
+    def on_train_start(self, trainer, module):
+        raise ValueError("of all ranks")
+    def on_exception(self, trainer, module, error):
+        if trainer.global_rank == LATE:
+            import time
+            time.sleep(0.5)
+"""
+
+
+@pytest.mark.parametrize("late", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_an_error_of_all_ranks_is_said_once(directory, late):
+    """Whichever rank comes to it first."""
+    Path("own.py").write_text(RAISE.replace("LATE", str(late)))
+    ended = start("run", *DDP, "--trainer.callbacks=own.Raise", "--import=own")
+    assert ended.returncode == 1
+    assert ended.stderr.count("error: of all ranks") == 1, ended.stderr
+
+
+@pytest.mark.slow  # some 10 s each
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_one_rank_is_said(directory, rank):
+    alone = RAISE.replace("        raise", f"        if trainer.global_rank == {rank}: raise")
+    Path("own.py").write_text(alone.replace("LATE", "2"))
+    ended = start("run", *DDP, "--trainer.callbacks=own.Raise", "--import=own")
+    assert ended.returncode
+    assert ended.stderr.count("error: of all ranks") == 1, ended.stderr
+    assert "frame #" not in ended.stderr
+
+
 DROP = ["--model.dropout=0.3", "--model.schedule=constant", "--model.warmup_steps=1"]
 
 

@@ -62,7 +62,7 @@ from archzoo.training.flags import add_flags, callbacks_of, move_flags, trackers
 from archzoo.training.module import LanguageModel
 from archzoo.training.objectives import OBJECTIVES, find_objective
 from archzoo.training.optimizers import describe_optimizer, find_optimizer
-from archzoo.training.ranks import check_strategy
+from archzoo.training.ranks import check_strategy, is_said
 from archzoo.training.rate_finder import find_learning_rate
 from archzoo.training.trackers import refusal
 from archzoo.training.user_errors import explain, with_class
@@ -118,6 +118,10 @@ def run(command: str, arguments: list[str]) -> int:
         if not end.explained:
             say(f"{end}: nothing was written")
         return end.status
+    except Exception as error:
+        if is_said(error):
+            return 1
+        raise
     return 0
 
 

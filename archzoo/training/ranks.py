@@ -1,8 +1,10 @@
-"""Sums over the ranks of a run: the processes that train one model together."""
+"""The ranks of a run: the processes that train one model together."""
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import time
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,6 +23,7 @@ Tensors = TypeVar("Tensors")  # a tensor, or lists and dicts of them
 # Of a sum over the ranks, bytes a second. Two H200s on NVLink reach 290e9; PCIe 5.0 carries 63e9 at
 # most.
 QUICK = 100e9
+PATIENCE = 2.0  # seconds in which all ranks come to an error that they share
 ZERO = "ddp_zero_1"  # the name of `ZeroStrategy` for --trainer.strategy
 
 
@@ -200,6 +203,34 @@ class AnySignal:
             return 0
         before[1].synchronize()
         return int(before[0])
+
+
+def is_said(error: BaseException) -> bool:
+    """Whether another rank says an error that this one raised too, so that it is said once.
+
+    The first rank that asks says it. It is counted in the store through which the ranks have found
+    each other; where that is gone with its process, each says its own.
+
+    Args:
+        error: That ends this rank. Others are the same where class and text are.
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False  # no others, or none started yet
+    if isinstance(error, ConnectionError):
+        return False  # another has ended: it may be the one that kept the store
+    text = f"{type(error).__name__} {error}"
+    key = f"archzoo/error/{hashlib.sha256(text.encode()).hexdigest()}"
+    try:
+        store = distributed.distributed_c10d._get_default_store()
+        first = store.add(key, 1) == 1
+        # The store ends with the process of rank 0: the others need it to ask.
+        until = time.monotonic() + PATIENCE * (distributed.get_rank() == 0)
+        while store.add(key, 0) < distributed.get_world_size() and time.monotonic() < until:
+            time.sleep(0.02)
+    except (RuntimeError, NotImplementedError):  # DistError among them
+        return False
+    return not first
 
 
 def pooled_losses(trainer: lightning.Trainer, decoder: Decoder, aux: list[Aux]) -> list[Aux]:
