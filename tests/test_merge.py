@@ -368,6 +368,11 @@ def test_the_command_writes_the_merge_and_its_record(capsys):
     assert main(["show", "again"]) == 0
     assert f"made of other models: {json.dumps(record)}" in capsys.readouterr().out
     assert main(["generate", "merged", "5-3=", "--max_tokens", "2"]) == 0
+    works("binarise merged --out binary --method OneBit")
+    works("binarise binary --out packed --packed")
+    works("upcycle merged --out mixture")
+    for name in ("binary", "packed", "mixture"):
+        assert load(name).model.merged == record, name
     # A merge began where its models did, so it can be merged again, and with its base too.
     works("merge merged a base --out more")
     fails(capsys, "merge a b --out merged", "merged exists: name a directory")

@@ -82,7 +82,7 @@ def binarise(
         old = dense.get_submodule(name)
         assert isinstance(old, Linear)
         module.start_from(old.base_weight(), latent)
-    binary.task = dense.task
+    binary.task, binary.merged = dense.task, dense.merged
     return binary.train(dense.training)
 
 
@@ -110,7 +110,7 @@ def pack(binary: Decoder) -> Decoder:
             del state[f"{name}.weight"]
             state |= {f"{name}.{entry}": tensor for entry, tensor in own.items()}
     packed.load_state_dict(state)
-    packed.task, packed.base = binary.task, binary.base
+    packed.task, packed.base, packed.merged = binary.task, binary.base, binary.merged
     return packed.train(binary.training)
 
 

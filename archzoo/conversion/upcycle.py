@@ -132,7 +132,7 @@ def _upcycle(
                 continue
             for expert, read in enumerate(sources):
                 stack[expert].copy_(read(f"blocks.{layer}.feed_forward.{name}.weight"))
-    sparse.task = dense.task
+    sparse.task, sparse.merged = dense.task, dense.merged
     return sparse.train(dense.training)
 
 
