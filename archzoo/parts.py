@@ -116,7 +116,9 @@ def describe(slot: str, part: Part) -> Spec:
         arguments = dict(given)
     cls = find(slot, named) if isinstance(named, str) else named
     if not inspect.isclass(cls) or not issubclass(cls, SLOTS[slot]):
-        raise ValueError(f"{slot} {cls!r} is not a {SLOTS[slot].__name__}: name a class that is")
+        kind = SLOTS[slot].__name__
+        article = "an" if kind[0] in "AEIOU" else "a"
+        raise ValueError(f"{slot} {cls!r} is not {article} {kind}: name a class that is")
     alone = cls is SLOTS[slot] and cls not in (Linear, ShortConvolution)
     if alone or inspect.isabstract(cls):
         raise ValueError(

@@ -23,6 +23,7 @@ from archzoo.checkpoint.archives import Archive
 from archzoo.cli import COMMANDS, _import, main, usage
 from archzoo.decoder import Decoder
 from archzoo.tasks import Text
+from archzoo.training.command import resolve
 
 ROOT = Path(__file__).parent.parent
 MICRO = """
@@ -265,6 +266,17 @@ def test_options_of_every_slot_from_the_command_line(here):
     assert again == 0 and stored("runs/again/last.ckpt")["hyper_parameters"] == config
 
 
+def test_options_of_several_adapters_from_the_command_line(here):
+    """Each by its name, as those of one adapter are given."""
+    adapters = "--model.adapters.sums LoRA --model.adapters.sums.rank 3 --model.adapters.style=IA3"
+    more = "--model.adapters.sums.init_args.targets [query,value] --model.adapters.style.layers=[0]"
+    found = resolve(["--config", "micro.yaml", *adapters.split(), *more.split()])
+    assert found.settings["model"]["adapters"] == {
+        "sums": {"class_path": "LoRA", "init_args": {"rank": 3, "targets": ["query", "value"]}},
+        "style": {"class_path": "IA3", "init_args": {"layers": [0]}},
+    }
+
+
 def test_a_pattern_takes_the_place_of_the_mixer(here):
     assert fit("--model.pattern", "[Retention, Attention]") == 0
     config = stored()["hyper_parameters"]
@@ -376,7 +388,8 @@ def test_help_of_commands_comes_from_the_code(capsys):
     ("arguments", "expected"),
     [
         (["fitt"], ["'fitt'", "fit"]),
-        (["fit"], ["fit needs data", "--config"]),
+        (["fit"], ["fit needs data", "archzoo list --configurations", "--config FILE"]),
+        (["fit", "adition"], ["nearest: addition", "archzoo list --configurations shows all"]),
         (["test"], ["test needs data", "--ckpt_path"]),
         (["fit", "--config", "mcro.yaml"], ["mcro.yaml", "nearest", "micro.yaml"]),
         (["test", "--ckpt_path", "last"], ["of which run"]),
@@ -386,6 +399,7 @@ def test_help_of_commands_comes_from_the_code(capsys):
         (["list", "--markdwn"], ["--markdwn", "--markdown"]),
         (["list", "rte*"], ["'rte*'", "archzoo list"]),
         (["list", "retnat*"], ["'retnat*'", "nearest: retnet_"]),
+        (["list", "claim/*", "--configurations"], ["'claim/*'", "nearest: claims/"]),
         (["check", "no_module.Mixer"], ["no_module"]),
         (["generate", "none.ckpt", "1+1="], ["none.ckpt"]),
         (["generate", "none.ckpt", "--prompt", "1+1="], ["no option --prompt;"]),
@@ -463,6 +477,15 @@ def test_user_errors_in_commands(here, capsys, arguments, expected):
         ("--model.mixer [Retention]", ["model.mixer=['Retention'] is no class with its"]),
         ("--model.adapters LoRA", ["'LoRA' is not dict", "written {NAME: LoRA}"]),
         ("--model.adapters {}", ["adapters={} holds none"]),
+        ("--model.adapters.rank 4", ["adapter 4 is not an Adapter"]),
+        (
+            "--model.adapters.sums.rank 4",
+            ["adapters.sums.rank needs the adapter's class too: --model.adapters.sums NAME before"],
+        ),
+        (
+            "--model.adapters.sums LoRA --model.adapters.sums.rang 4",
+            ["LoRA has no argument 'rang'; nearest: rank"],
+        ),
         (
             "--model.adapter LoRA --model.adapters.more MoRA",
             ["adapter=LoRA and adapters={more} are both given"],

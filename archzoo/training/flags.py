@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from archzoo.training.trackers import Tracked, make_trackers
 Tracker = Literal["wandb", "tensorboard", "mlflow", "trackio"]
 SWITCH = "--find_learning_rate"
 OPTIMIZER = ("--optimizer", "--model.optimizer")
+ADAPTER = re.compile(r"--model\.adapters\.\w+(?=\.|$)")  # one of several, by name
 
 
 def add_flags(parser: Any) -> None:
@@ -124,14 +126,16 @@ def move_flags(config: Any) -> None:
 
 
 def with_flags(arguments: list[str]) -> list[str]:
-    """The arguments with the optimizer, and what is said of it, as one setting; a switch is true.
+    """The arguments with a class and what is said of it as one setting; a switch is true.
+
+    So it is for the optimizer, and for each adapter that goes by name.
 
     Raises:
-        ValueError: An argument of an optimizer that is not named.
+        ValueError: An argument of a class that is not named.
     """
     found: list[str] = []
-    given: dict[str, Any] = {}
-    named: str | None = None
+    named: dict[str, str] = {}  # by the setting that names a class
+    given: dict[str, dict[str, Any]] = {}  # what is said of it
     rest = iter(arguments)
     for argument in rest:
         option, equals, value = argument.partition("=")
@@ -142,21 +146,28 @@ def with_flags(arguments: list[str]) -> list[str]:
             found[-1] = f"{SWITCH}={argument}"
             continue
         flag = next((f for f in OPTIMIZER if option == f or option.startswith(f"{f}.")), None)
-        if flag is None:
+        adapter = ADAPTER.match(option)
+        if flag is None and adapter is None:
             found.append(argument)
             continue
         value = value if equals else next(rest, "")
         if not value or value.startswith("--"):
             raise ValueError(f"{option} needs a value")
+        flag = flag or (adapter[0] if adapter else "")
+        setting = OPTIMIZER[-1] if flag in OPTIMIZER else flag
         name = option.removeprefix(flag).removeprefix(".").removeprefix("init_args.")
         if name in ("", "class_path"):
-            named, given = value, {}
+            named[setting], given[setting] = value, {}
         else:
-            given[name] = settings.parse(f"{{value: {value}}}", option)["value"]
-    if given and (named is None or named.startswith("{")):
-        name = next(iter(given))
-        raise ValueError(f"--optimizer.{name} needs the optimizer too: --optimizer NAME")
-    if named is not None:
-        spec = json.dumps({"class_path": named, "init_args": given}) if given else named
-        found += ["--model.optimizer", spec]
+            said = settings.parse(f"{{value: {value}}}", option)["value"]
+            given.setdefault(setting, {})[name] = said
+    for setting, options in given.items():
+        whole = named.get(setting, "{").startswith("{")
+        if options and whole:
+            name = next(iter(options))
+            short = OPTIMIZER[0] if setting in OPTIMIZER else setting
+            kind = "optimizer" if setting in OPTIMIZER else "adapter's class"
+            raise ValueError(f"{short}.{name} needs the {kind} too: {short} NAME before it")
+        spec = {"class_path": named[setting], "init_args": options}
+        found += [setting, json.dumps(spec) if options else named[setting]]
     return found
