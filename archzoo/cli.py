@@ -48,7 +48,9 @@ COMMANDS = {
     "read": Command(
         "read a long text into a state, which generate continues", "generation", "read_command"
     ),
-    "list": Command("show the models of the zoo", "analysis.listing", "list_command"),
+    "list": Command(
+        "show the models of the zoo, or its configurations", "analysis.listing", "list_command"
+    ),
     "show": Command(
         "show one model: its architecture, parts and sizes", "analysis.listing", "show_command"
     ),

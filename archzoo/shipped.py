@@ -5,6 +5,8 @@ In a wheel they lie in `archzoo/shipped/`; in a checkout beside the package, whe
 
 from __future__ import annotations
 
+import itertools
+import re
 from pathlib import Path
 
 from archzoo.names import nearest
@@ -27,6 +29,15 @@ def configurations() -> dict[str, Path]:
     return {path.relative_to(place).with_suffix("").as_posix(): path for path in found}
 
 
+def about(path: Path) -> str:
+    """What a configuration is for: the first sentence of the comment that it begins with."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = itertools.takewhile(lambda line: line.startswith("# "), lines)
+    text = " ".join(line.removeprefix("# ").strip() for line in comment)
+    sentence = re.split(r"(?<=[.?]) ", text)[0].removesuffix(":")
+    return sentence if sentence.endswith((".", "?")) else f"{sentence}."
+
+
 def configuration(name: str) -> Path:
     """A configuration: the file of that name where there is one, else one that is shipped.
 
@@ -47,7 +58,7 @@ def configuration(name: str) -> Path:
     plain = [entry for entry in known if "/" not in entry]
     raise FileNotFoundError(
         f"there is no file {name}, and archzoo has no configuration of that name; "
-        f"{nearest(short, plain)}"
+        f"{nearest(short, plain)}; archzoo list --configurations shows all"
     )
 
 

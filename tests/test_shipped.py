@@ -97,6 +97,25 @@ def test_every_configuration_goes_by_its_name() -> None:
         assert shipped.configuration(name) == path == shipped.configuration(f"configs/{name}.yaml")
 
 
+def test_list_shows_every_configuration_and_what_it_is_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["list", "--configurations"]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    for (name, path), line in zip(shipped.configurations().items(), lines[1:], strict=True):
+        said = shipped.about(path)
+        assert line.split(maxsplit=1) == [name, said], "as many lines, each whole"
+        assert re.fullmatch(r"[A-Z].*[^.:?][.?]", said), said
+    assert main(["list", "claims/re*", "--configurations", "--markdown"]) == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split()[1] for row in rows] == [
+        "claims/recall",
+        "claims/retnet",
+        "claims/retnet_recall",
+    ]
+    assert rows[0] == "| claims/recall | How much can a mixer recall? |"
+
+
 def test_the_page_for_beginners_names_every_configuration() -> None:
     page = (ROOT / "docs" / "start.md").read_text(encoding="utf-8")
     plain = {name for name in shipped.configurations() if "/" not in name}

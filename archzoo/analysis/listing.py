@@ -1,16 +1,18 @@
-"""`archzoo list` and `archzoo show`: the zoo as tables, computed from the registry."""
+"""`archzoo list` and `archzoo show`: what the zoo holds as tables, computed from what is there."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
 
+from archzoo import shipped
 from archzoo.adapters.attach import adapter_modules, attached
 from archzoo.analysis.tables import Screen, show
 from archzoo.analysis.window import print_windows
@@ -88,20 +90,27 @@ def row_of(name: str, arguments: dict[str, Any] | None = None) -> Row:
     )
 
 
-def list_command(pattern: str = "*", /, markdown: bool = False) -> None:
-    """Show the models of the zoo.
+def list_command(
+    pattern: str = "*", /, markdown: bool = False, configurations: bool = False
+) -> None:
+    """Show the models of the zoo, or the configurations that come with the package.
 
     Args:
         pattern: Names to show, such as "ret*".
         markdown: As a Markdown table.
+        configurations: Those that `archzoo fit NAME` and `archzoo compare NAME` take, instead of
+            models.
     """
+    if configurations:
+        _list_configurations(pattern, markdown)
+        return
     names = list_models(pattern)
     if not names:
         near = nearest(pattern.rstrip("*"), list_models())
         raise ValueError(f"no model is named {pattern!r}; {near}; archzoo list shows all")
     rows = [row_of(name) for name in names]
     if markdown:
-        print(markdown_table([_cells(row) for row in rows]))
+        print(markdown_table(HEADINGS, [_cells(row) for row in rows]))
         return
     table = Table(box=None, header_style="bold")
     for heading in HEADINGS:
@@ -116,6 +125,31 @@ def list_command(pattern: str = "*", /, markdown: bool = False) -> None:
     others = [row.name for row in rows if not sized_as_named(row.name, row.active)]
     if others:
         console.print(f"Sized otherwise, for reasons that archzoo show gives: {', '.join(others)}.")
+
+
+def _list_configurations(pattern: str, markdown: bool) -> None:
+    known = shipped.configurations()
+    rows = [[n, shipped.about(p)] for n, p in known.items() if fnmatchcase(n, pattern)]
+    if not rows:
+        near = nearest(pattern.rstrip("*"), list(known))
+        raise ValueError(
+            f"no configuration is named {pattern!r}; {near}; archzoo list --configurations shows "
+            "all"
+        )
+    headings = ("configuration", "about")
+    if markdown:
+        print(markdown_table(headings, rows))
+        return
+    table = Table(box=None, header_style="bold")
+    for heading in headings:
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(*row)
+    console = Screen(highlight=False)
+    if console.is_terminal:
+        console.print(table)  # whose sentences may wrap
+    else:
+        show(table, console)
 
 
 def show_command(name: str, /, window: bool = False, base: str | None = None) -> None:
@@ -244,9 +278,9 @@ def active_parameters(decoder: Decoder) -> int:
     return decoder.parameter_count() - sum(inactive)
 
 
-def markdown_table(rows: list[list[str]]) -> str:
-    """Rows under `HEADINGS` as Markdown."""
-    lines = [HEADINGS, ["---"] * len(HEADINGS), *rows]
+def markdown_table(headings: Sequence[str], rows: list[list[str]]) -> str:
+    """Rows under their headings as Markdown."""
+    lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

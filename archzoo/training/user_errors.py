@@ -46,7 +46,8 @@ def explain(message: str, options: Iterable[str]) -> str:
         return f"{name!r} stands alone: settings are given as {hint}"
     found = re.search(r"arguments are required: (\w+)\.data", text)
     if found:
-        other = "" if found[1] == "fit" else "--ckpt_path CHECKPOINT or "
+        name = "the name of a configuration (archzoo list --configurations shows them), "
+        other = name if found[1] == "fit" else "--ckpt_path CHECKPOINT or "
         return f"{found[1]} needs data: give {other}--config FILE, or --data with a task"
     found = re.search(r'key "config".*File does not exist: \'([^\']+)\'', text)
     if found:
