@@ -280,6 +280,8 @@ def test_every_claim_has_a_plan(path, monkeypatch, cache):
         ("seeds.yaml", "--seeds names none"),
         ("of_number.yaml", "number.yaml: compare is 3: it takes options by name"),
         ("no_arm.yaml", "no_arm.yaml: arms: a is 3: it takes settings by name"),
+        ("a.yaml --model.distil.teacher none", "arm model: there is no checkpoint at none"),
+        ("taught.yaml", "distil.teacher='the base wide' has (dim, depth, loops)="),
     ],
 )
 def test_what_is_wrong_is_one_line(place, capsys, arguments, words):
@@ -292,8 +294,10 @@ def test_what_is_wrong_is_one_line(place, capsys, arguments, words):
         ("of_number", "compare: {base: number.yaml}"),
         ("no_arm", "arms: {a: 3, b: {}}"),
         ("sums", "claim: {metric: exact_match/sums, sign: 1}"),
+        ("taught", "compare: {reads: {model.distil.teacher: wide.yaml}}"),
     ):
         Path(f"{name}.yaml").write_text(f"{CONFIG}{text}\n")
+    Path("wide.yaml").write_text(CONFIG.replace("retnet_micro", "retnet_micro, dim: 64"))
     Path("no_data.yaml").write_text("model: {preset: retnet_micro}\ntrainer: {max_steps: 1}\n")
     Path("bad_arms.yaml").write_text(f"{CONFIG}arms: [a, b]\n")
     Path("bad_claim.yaml").write_text(f"{CONFIG}claim: {{margins: 1}}\n")
@@ -476,6 +480,13 @@ def test_objectives_are_compared_by_what_they_measure_on_the_test_part(chain):
         ("b.yaml", "RankedAddition", "Addition", "arm dpo: the batch holds no ranked answers"),
         ("reward.yaml", "RankedAddition", "Addition", "base reward: the batch holds no ranked"),
         ("b.yaml", "model.kl_coef: 0.1", "model.minibatches: 3", "arm ppo: data.batch_size=8 does"),
+        (
+            "b.yaml",
+            "model.kl_coef: 0.1",
+            "model.reference: no",
+            "arm ppo: there is no checkpoint at",
+        ),
+        ("b.yaml", "reward_model: null", "reward_model: no", "arm scored: there is no checkpoint"),
         ("b.yaml", "max_steps: 4,", "max_steps: 4, accumulate_grad_batches: 2,", "arm ppo: traine"),
         (
             "b.yaml",

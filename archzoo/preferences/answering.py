@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from archzoo.decoder import Decoder
 from archzoo.preferences.answers import Answers, evaluating, questions, read, write_answers
 from archzoo.preferences.losses import divergence
 from archzoo.preferences.module import COSTS, Beside, Figures, PreferenceModel, load_beside
@@ -178,6 +180,13 @@ class AnsweringModel(PreferenceModel):
     def check_task(self, task: Task, accumulated: int) -> None:
         super().check_task(task, accumulated)
         questions(task, task.train_dataloader().batch(0))
+
+    def check_beside(self, decoder: Decoder, task: Task, begun: Collection[str] = ()) -> None:
+        super().check_beside(decoder, task, begun)
+        if self.reference is not None:
+            load_beside(self, self.reference, "reference policy", "reference", task)
+        if self.reward_model is not None and "model.reward_model" not in begun:
+            load_reward_model(self, self.reward_model, task)
 
     def measures(self, task: Task) -> tuple[str, ...]:
         return ("loss", *MEASURED)

@@ -15,7 +15,7 @@ from archzoo.checkpoint import check_finite, load
 from archzoo.checkpoint.digest import weights_digest
 from archzoo.decoder import Decoder
 from archzoo.numerics import widest
-from archzoo.tasks.stream import Batch
+from archzoo.tasks.stream import Batch, Task
 from archzoo.training.log import scalars
 from archzoo.training.module import LanguageModel
 from archzoo.training.ranks import pooled_losses
@@ -270,7 +270,9 @@ class Beside:
         return {name: weights_digest(part.state_dict()) for name, part in self._held.items()}
 
 
-def load_beside(module: LanguageModel, path: str, what: str, setting: str) -> Decoder:
+def load_beside(
+    module: LanguageModel, path: str, what: str, setting: str, task: Task | None = None
+) -> Decoder:
     """A model of the same vocabulary as the one that is trained.
 
     Args:
@@ -278,13 +280,15 @@ def load_beside(module: LanguageModel, path: str, what: str, setting: str) -> De
         path: A checkpoint.
         what: For messages.
         setting: Where the path stands.
+        task: That it is trained on. None: the trainer's.
 
     Raises:
         ValueError: Its vocabulary is another one, or a weight is not finite.
     """
     found = load(path, "cpu")
     check_finite(found.model.state_dict(), path)
-    mine = module.task.tokenizer.files() if module.task is not None else None
+    task = module.task if task is None else task
+    mine = task.tokenizer.files() if task is not None else None
     theirs = None if found.tokenizer is None else found.tokenizer.files()
     if found.model.vocab_size != module.net.vocab_size:
         differ = f"it knows {found.model.vocab_size} tokens and the policy {module.net.vocab_size}"
@@ -292,8 +296,8 @@ def load_beside(module: LanguageModel, path: str, what: str, setting: str) -> De
         differ = "its tokens stand for other texts"
     else:
         decoder = found.model
-        if module.task is not None:
-            decoder.bind(module.task)
+        if task is not None:
+            decoder.bind(task)
         return decoder
     raise ValueError(
         f"the {what} {path} has another vocabulary: {differ}; give --model.{setting} one that was "

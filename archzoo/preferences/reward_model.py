@@ -152,17 +152,18 @@ class Judge(nn.Module):
         return last_rewards(self.decoder, self.head, tokens, documents)[0] - self.mean
 
 
-def load_reward_model(module: LanguageModel, path: str) -> Judge:
+def load_reward_model(module: LanguageModel, path: str, task: Task | None = None) -> Judge:
     """The reward model of a run, for a policy of the same vocabulary.
 
     Args:
         module: The policy.
         path: A checkpoint of a run of `RewardModel`, or the run's directory.
+        task: That the policy is trained on. None: the trainer's.
 
     Raises:
         ValueError: It is not a reward model's, has another vocabulary, or is not finite.
     """
-    decoder = load_beside(module, path, "reward model", "reward_model")
+    decoder = load_beside(module, path, "reward model", "reward_model", task)
     file = locate(path)
     held: Any = None if file.is_dir() else read_safely(file).get("objective")
     held = held if isinstance(held, dict) else {}

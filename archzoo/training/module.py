@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -772,6 +772,22 @@ class LanguageModel(lightning.LightningModule):
         Raises:
             ValueError: It cannot; the message says what it would take.
         """
+
+    def check_beside(self, decoder: Decoder, task: Task, begun: Collection[str] = ()) -> None:
+        """Refuse a checkpoint that is read beside the model, before anything is trained.
+
+        Args:
+            decoder: That is trained, on any device.
+            task: Prepared.
+            begun: The settings, such as model.reference, whose checkpoints are trained first: they
+                hold a model as it begins.
+
+        Raises:
+            FileNotFoundError: It is not there.
+            ValueError: It does not fit.
+        """
+        if self.distil is not None:
+            Teacher(self.distil, decoder, task)
 
     def measures(self, task: Task) -> tuple[str, ...]:
         """The names of what an evaluation gives of a task's own problems.

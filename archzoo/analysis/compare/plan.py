@@ -590,7 +590,8 @@ def resolve_base(
         _check_trainer("base", found)
         found.task.prepare()
         decoder = found.model.decoder or _built(found)
-    except ValueError as error:
+        found.model.check_beside(decoder, found.task, (reads or {}).keys())
+    except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"base {path}: {error}") from None
     _name_bases(found.settings, reads or {})
     save_pretrained(place, decoder, found.task.tokenizer, found.task.config())
@@ -658,7 +659,8 @@ def _resolve(
             prepare([*filled(words, models, 0), "--out", str(made)])
             given += [f"--{STARTS}", str(made)]
         found = resolve([*start, *given, *arm.arguments])
-    except ValueError as error:
+        found.model.check_beside(_decoder(found), found.task, reads.keys())
+    except (FileNotFoundError, ValueError) as error:
         said = str(error).replace(f"{place}/", "the base ")
         raise ValueError(f"arm {arm.name}: {said}") from None
     _name_bases(found.settings, reads)
