@@ -649,6 +649,8 @@ def test_compiling_is_for_training(fake, tmp_path):
         (["retnet_micro", "--mixers", "Atention"], "nearest: Attention"),
         (["retnet_micro", "--peers", "lama"], "there is no 'lama'; nearest: llama"),
         (["retnet_micro", "--device", "tpu"], "is not a valid device"),
+        (["retnet_micro", "--device", "cpu:7"], "device=cpu:7: there is one; take cpu"),
+        (["retnet_micro", "--device", "cuda:99"], "device=cuda:99: there "),
         (["llama"], "name a preset too"),
         (
             ["retnet_micro:parallel", "--decode", "--state"],

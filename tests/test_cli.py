@@ -567,7 +567,7 @@ def test_user_errors_in_a_configuration(here, capsys, key, content, expected):
     fails(capsys, ["fit", "--config", "micro.yaml"], *expected)
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "tpu"])
+@pytest.mark.parametrize("device", ["cuda:99", "tpu", "cpu:7"])
 @pytest.mark.parametrize("command", [["generate", "{}", "1+1="], ["grid", "{}"]])
 def test_a_device_that_is_not_there(trained, capsys, command, device):
     arguments = [part.format("runs/micro/last.ckpt") for part in command]

@@ -26,6 +26,7 @@ from archzoo.generation import (
     state_growth,
 )
 from archzoo.generation.chat import chat
+from archzoo.generation.command import report
 from archzoo.generation.until import Until
 from archzoo.mixers.retention import Retention
 from archzoo.tasks.tokenizers import CharacterTokenizer, Tokenizer, learn_bpe, learn_characters
@@ -472,15 +473,34 @@ def test_command(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[2].startswith("recurrent and recomputed logits agree to ")
 
 
-def test_command_replays(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    seen = []
-    for flag in ("false", "true"):
-        given = ["12+345=", "--max_tokens", "12", "--device", "cpu", "--graph", flag]
-        main(["generate", str(checkpoint), *given])
-        seen.append(capsys.readouterr().out.partition("\n\n"))
-    assert seen[0][0] == seen[1][0]
-    assert "the graph" not in seen[0][2]
-    assert re.search(r"the prompt \d+\.\d ms, the graph \d+\.\d ms\n", seen[1][2])
+def test_command_says_what_capturing_took(checkpoint: Path) -> None:
+    model, tokenizer = archzoo.from_pretrained(checkpoint)
+    written = [
+        generate(model, ["12+345="], max_tokens=12, tokenizer=tokenizer, graph=graph)
+        for graph in (False, True)  # the same steps, called where there is no GPU
+    ]
+    assert written[0].texts == written[1].texts
+    said = [report(model, entry) for entry in written]
+    assert "the graph" not in said[0]
+    assert re.search(r"the prompt \d+\.\d ms, the graph \d+\.\d ms\n", said[1])
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("--device cpu", "--graph needs an NVIDIA GPU, and the device is cpu: omit it"),
+        ("--check", "--graph replays a step: omit it, or --beams, --check and --form"),
+        ("--form parallel", "--graph replays a step"),
+        ("--beams 2", "--graph replays a step"),
+    ],
+)
+def test_command_refuses_a_graph_where_none_is_captured(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], asked: str, said: str
+) -> None:
+    capsys.readouterr()
+    assert main(["generate", str(checkpoint), "1+1=", "--graph", "true", *asked.split()]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {said}") and error.count("\n") == 1
 
 
 def test_command_with_several_prompts(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

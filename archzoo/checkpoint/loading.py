@@ -89,7 +89,10 @@ def device_of(name: torch.device | str | None) -> torch.device:
     gpu = torch.cuda.is_available()
     found = ("cuda" if gpu else "cpu") if name == "auto" else name or "cpu"
     try:
-        return torch.empty(0, device=found).device
+        known = torch.device(found)
+        if known.type == "cpu" and known.index:
+            raise RuntimeError("there is one CPU, whose cores all compute")
+        return torch.empty(0, device=known).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: a build without CUDA
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(

@@ -83,8 +83,11 @@ def generate_command(
         FormsDisagree: With check: the forms differ by more than rounding explains.
     """
     from archzoo.checkpoint import check_tokenizer, load, load_adapter
+    from archzoo.checkpoint.loading import device_of
 
     _check_asked(prompt, chat, beams, form, check)
+    if graph:
+        _check_graph(device_of(device or "auto"), beams, form, check)
     model, tokenizer, _ = load(checkpoint, device or "auto", base)
     given = Counter(map(os.path.realpath, adapter or ()))
     if os.path.exists(os.path.join(checkpoint, "adapter.json")):
@@ -193,6 +196,14 @@ def _check_asked(prompt: list[str] | None, chat: bool, beams: int, form: str, ch
         raise ValueError("--chat carries a state: leave out --beams, --check and --form")
     if not chat and not prompt:
         raise ValueError("there is no prompt: give a text, or --chat")
+
+
+def _check_graph(device: torch.device, beams: int, form: str, check: bool) -> None:
+    """Refuse to replay a graph where none would be captured."""
+    if beams != 1 or check or form != "recurrent":
+        raise ValueError("--graph replays a step: omit it, or --beams, --check and --form")
+    if device.type != "cuda":
+        raise ValueError(f"--graph needs an NVIDIA GPU, and the device is {device}: omit it")
 
 
 def _save(path: str, conversation: Conversation, layout: StateLayout) -> None:

@@ -272,14 +272,20 @@ def _known(text: str, name: str, known: list[str]) -> list[str]:
 def _check_device(device: str) -> bool:
     """Whether it is a GPU."""
     try:
-        kind = torch.device(device).type
+        found = torch.device(device)
     except RuntimeError:
         raise ValueError(f"device={device} is not a valid device: take cpu or cuda") from None
-    if kind not in ("cpu", "cuda"):
+    if found.type not in ("cpu", "cuda"):
         raise ValueError(f"device={device}: take cpu or cuda")
-    if kind == "cuda" and not torch.cuda.is_available():
+    there = torch.cuda.device_count() if found.type == "cuda" else 1
+    if not there:
         raise ValueError(f"device={device}: there is no CUDA device here; take cpu")
-    return kind == "cuda"
+    if (found.index or 0) >= there:
+        one = f"there is one; take {found.type}"
+        raise ValueError(
+            f"device={device}: {one if there == 1 else f'there are {there}, from 0 on'}"
+        )
+    return found.type == "cuda"
 
 
 def _precisions(precision: str, on_gpu: bool) -> tuple[Precision, Precision]:
