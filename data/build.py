@@ -27,6 +27,7 @@ import hashlib
 import html.parser
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -206,16 +207,21 @@ def fetch(source: Source, folder: Path) -> Path:
     else:
         command = ["apt-get", "download", "-qq", source.package]
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        english = os.environ | {"LC_ALL": "C"}
+        done = subprocess.run(command, cwd=folder, env=english, capture_output=True, text=True)
     except FileNotFoundError:
         raise RuntimeError(
             f"{source.package}: there is no {command[0]} here: omit its mix"
         ) from None
     found = [path for path in folder.iterdir() if path.suffix in (".whl", ".deb")]
     if done.returncode or len(found) != 1:
-        said = (done.stderr.strip().splitlines() or ["nothing was downloaded"])[-1]
+        lines = done.stderr.strip().splitlines() or ["nothing was downloaded"]
+        # By apt, which may say more after it; pip's words do not tell this from no network.
+        unknown = [line for line in lines if "Unable to locate package" in line]
+        said = (unknown or lines[-1:])[0]
+        way_out = "have apt-get update read Debian's lists, as root" if unknown else "try again"
         raise RuntimeError(
-            f"{source.package} cannot be fetched ({said}): try again, or omit its mix"
+            f"{source.package} cannot be fetched ({said}): {way_out}, or omit its mix"
         )
     if source.sha256 and digest_of(found[0]) != source.sha256:
         raise ValueError(

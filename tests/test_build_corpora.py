@@ -163,10 +163,13 @@ def test_debian_s_pages_are_prose_and_its_licence_is_said(build, packages, tmp_p
 
 
 def test_what_cannot_be_fetched_or_is_another_one_is_refused(build, tmp_path, monkeypatch, capsys):
-    def run(command, cwd, **_):
+    def run(command, cwd, env, **_):
         if "one==1" in command:
             wheel(Path(cwd) / "one.whl", 0, 3)
-        return type("Done", (), {"returncode": "one==1" not in command, "stderr": "no\nnetwork\n"})
+        assert env["LC_ALL"] == "C", "what it says is read"
+        unknown = "E: Unable to locate package x\nE: Couldn't find any package by regex 'x'\n"
+        said = unknown if command[0] == "apt-get" else "no\nnetwork\n"
+        return type("Done", (), {"returncode": "one==1" not in command, "stderr": said})
 
     monkeypatch.setattr(build.subprocess, "run", run)
     other = build.Source("one==1", "MIT", build.python_code, "0" * 64)
@@ -176,6 +179,13 @@ def test_what_cannot_be_fetched_or_is_another_one_is_refused(build, tmp_path, mo
     assert build.main([str(tmp_path / "b"), "debian"]) == 1
     said = capsys.readouterr().err
     assert said == "x cannot be fetched (network): try again, or omit its mix\n"
+    monkeypatch.setattr(build, "MIXES", {"debian": [other._replace(package="x", sha256="")]})
+    assert build.main([str(tmp_path / "b"), "debian"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "x cannot be fetched (E: Unable to locate package x): have apt-get update read"
+    )
+    assert said.count("\n") == 1 and "try again" not in said
     with pytest.raises(SystemExit):
         build.main([str(tmp_path / "c"), "chinese"])
     assert "invalid choice: 'chinese'" in capsys.readouterr().err
