@@ -17,9 +17,11 @@ import argparse
 import csv
 import itertools
 import math
+import multiprocessing
 import os
 import statistics
 from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -161,67 +163,90 @@ def run(arguments: str) -> None:
         raise SystemExit(f"archzoo {arguments} failed")
 
 
-def tested(place: Path) -> dict[str, float]:
-    """Loss and exact match on the test data, of a directory of `save_pretrained`."""
+def options(seed: str, given: argparse.Namespace) -> str:
+    """Of every run of a seed, which begins where they all lie."""
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    Path(given.directory).mkdir(parents=True, exist_ok=True)
+    os.chdir(given.directory)
+    device = "gpu" if given.device == "cuda" else "cpu"
+    steps = f" --trainer.max_steps {given.steps}" if given.steps else ""
+    same = f"--trainer.enable_progress_bar false --trainer.accelerator {device}"
+    return f"--seed_everything {seed} {same}{steps}"
+
+
+def tested(
+    place: Path, method: str, latent: str, seed: str, given: argparse.Namespace
+) -> dict[str, Any]:
+    """A directory of `save_pretrained` on the test data: a row."""
     run(f"test --model.weights {place} --name test_{place.name}")
     with Path(f"runs/test_{place.name}/test.csv").open() as file:
         last = list(csv.DictReader(file))[-1]
-    return {name: float(last[f"test/{name}"]) for name in ("loss", "exact_match")}
+    loss = float(last["test/loss"])
+    model = load(place).model
+    return {
+        "model": method,
+        "latent": latent,
+        "seed": seed,
+        "steps": given.steps or 3000,
+        "bits_a_weight": 32 if method == "dense" else round(bits_a_weight(model), 3),
+        "file_bytes": (place / "model.safetensors").stat().st_size,
+        "parameters": model.parameter_count(),
+        "test_loss": round(loss, 5),
+        "perplexity": round(math.exp(loss), 4),
+        "exact_match": round(float(last["test/exact_match"]), 4),
+    }
+
+
+def teacher(seed: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Train the dense model, and test it."""
+    own = options(seed, given)
+    base, dense = Path(f"runs/addition_{seed}"), Path(f"dense_{seed}")
+    if not (base / "last.ckpt").exists():
+        run(f"fit --config {ROOT / 'configs/addition.yaml'} --name {base.name} {own}")
+    if not dense.exists():
+        found = load(base)
+        save_pretrained(dense, found.model, found.tokenizer, found.task)
+    return tested(dense, "dense", "", seed, given)
+
+
+def student(method: str, latent: str, seed: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Make it binary, let that learn from it, pack and test."""
+    own = options(seed, given)
+    base, name = Path(f"runs/addition_{seed}"), f"{method}_{latent}_{seed}"
+    packed = Path(f"{name}_packed")
+    if not packed.exists():
+        if not Path(name).exists():
+            run(f"binarise {base} --out {name} --method {method} --latent {latent}")
+        distil = f"--model.weights {name} --model.distil.teacher {base}"
+        distil += f" --model.distil.form {method}"
+        run(f"fit --config {ROOT / 'configs/onebit.yaml'} --name {name} {distil} {own}")
+        run(f"binarise runs/{name} --out {packed} --packed")
+    return tested(packed, method, latent, seed, given)
 
 
 def quality(given: argparse.Namespace) -> None:
-    """Train, distil, pack and test: the table of docs/one_bit.md."""
-    on_gpu = given.device == "cuda"
-    Path(given.directory).mkdir(parents=True, exist_ok=True)
-    os.chdir(given.directory)
-    configs = ROOT / "configs"
-    same = f"--trainer.enable_progress_bar false --trainer.accelerator {'gpu' if on_gpu else 'cpu'}"
-    steps = f" --trainer.max_steps {given.steps}" if given.steps else ""
-    for seed in given.seeds.split(","):
-        own = f"--seed_everything {seed} {same}{steps}"
-        base = Path(f"runs/addition_{seed}")
-        if not (base / "last.ckpt").exists():
-            run(f"fit --config {configs / 'addition.yaml'} --name {base.name} {own}")
-        dense = Path(f"dense_{seed}")
-        if not dense.exists():
-            found = load(base)
-            save_pretrained(dense, found.model, found.tokenizer, found.task)
-        made = {"dense": dense}
-        arms = [(m, latent) for m in ("OneBit", "BinaryMoS") for latent in given.latents.split(",")]
-        for method, latent in arms:
-            name = f"{method}_{latent}_{seed}"
-            made[f"{method}, {latent}"] = Path(f"{name}_packed")
-            if made[f"{method}, {latent}"].exists():
-                continue
-            if not Path(name).exists():
-                run(f"binarise {base} --out {name} --method {method} --latent {latent}")
-            distil = f"--model.weights {name} --model.distil.teacher {base}"
-            distil += f" --model.distil.form {method}"
-            run(f"fit --config {configs / 'onebit.yaml'} --name {name} {distil} {own}")
-            run(f"binarise runs/{name} --out {name}_packed --packed")
-        rows = []
-        for kind, place in made.items():
-            model = load(place).model
-            method, _, latent = kind.partition(", ")
-            figures = tested(place)
-            rows.append(
-                {
-                    "model": method,
-                    "latent": latent,
-                    "seed": seed,
-                    "steps": given.steps or 3000,
-                    "bits_a_weight": 32 if method == "dense" else round(bits_a_weight(model), 3),
-                    "file_bytes": (place / "model.safetensors").stat().st_size,
-                    "parameters": model.parameter_count(),
-                    "test_loss": round(figures["loss"], 5),
-                    "perplexity": round(math.exp(figures["loss"]), 4),
-                    "exact_match": round(figures["exact_match"], 4),
-                }
-            )
-            print(rows[-1], flush=True)
+    """Every model of every seed, some at once: the table of docs/one_bit.md."""
+    if given.threads:
+        torch.set_num_threads(given.threads)  # which the rows say
+
+    def keep(job: Future[dict[str, Any]]) -> dict[str, Any]:
+        row = job.result()
+        print(row, flush=True)
         write_rows(
-            "float32-onebit-quality", rows, on_gpu=on_gpu, replacing=("model", "latent", "seed")
-        )
+            "float32-onebit-quality", [row], on_gpu=given.device == "cuda",
+            replacing=("model", "latent", "seed"),
+        )  # fmt: skip
+        return row
+
+    arms = list(itertools.product(("OneBit", "BinaryMoS"), given.latents.split(",")))
+    # Not forked: torch's threads would not be there.
+    with ProcessPoolExecutor(given.at_once, multiprocessing.get_context("spawn")) as pool:
+        teachers = [pool.submit(teacher, seed, given) for seed in given.seeds.split(",")]
+        seeds = (keep(job)["seed"] for job in as_completed(teachers))
+        students = [pool.submit(student, *arm, seed, given) for seed in seeds for arm in arms]
+        for job in as_completed(students):
+            keep(job)
 
 
 def main() -> None:
@@ -234,6 +259,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="on a CPU; default: torch's")
     parser.add_argument("--matrices", type=int, default=0, help="on a GPU: at most so many")
     parser.add_argument("--seeds", default="0", help="of quality, with commas")
+    parser.add_argument("--at_once", type=int, default=1, help="of quality: models at a time")
     parser.add_argument("--latents", default="weights", help="of quality: weights, signs or both")
     parser.add_argument("--steps", type=int, default=0, help="of quality; default: the files'")
     parser.add_argument("--directory", default="runs/onebit_quality", help="of quality's runs")

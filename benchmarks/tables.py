@@ -440,7 +440,7 @@ def arms_of(name: str, columns: dict[str, tuple[str, float, int]], *facts: str) 
             continue
         cells = [f"`{arm}`", str(len(mine)), *(f"{int(mine[0][fact]):,}" for fact in facts)]
         for column, (_, scale, places) in columns.items():
-            cells.append(mean_and_spread(mine, column, scale, places))
+            cells.append(mean_and_spread(mine, f"test/{column}", scale, places))
         found.append(cells)
     if not found:
         return NOT_YET
@@ -449,8 +449,8 @@ def arms_of(name: str, columns: dict[str, tuple[str, float, int]], *facts: str) 
 
 
 def mean_and_spread(rows: list[Row], column: str, scale: float, places: int) -> str:
-    """The mean of a column of the test part over runs, and its standard deviation."""
-    values = [scale * float(row[f"test/{column}"]) for row in rows]
+    """The mean of a column over runs, and its standard deviation."""
+    values = [scale * float(row[column]) for row in rows]
     spread = f" ± {statistics.stdev(values):.{places}f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.{places}f}{spread}"
 
@@ -467,10 +467,10 @@ def dropped() -> str:
     found = []
     for size in ("small", "middle", "large"):
         mine = [of.get(f"{size}{end}") for end in columns]
-        cells = [mean_and_spread(arm, "exact_match", 100, 1) if arm else "" for arm in mine]
+        cells = [mean_and_spread(arm, "test/exact_match", 100, 1) if arm else "" for arm in mine]
         found.append([f"`{size}`", *cells])
     if base := of.get("base"):
-        found.append(["`base`, without any", mean_and_spread(base, "exact_match", 100, 1)])
+        found.append(["`base`, without any", mean_and_spread(base, "test/exact_match", 100, 1)])
         found[-1] += [""] * (len(columns) - 1)
     headings = ["changes", *(f"dropped: {title}" for title in columns.values())]
     return markdown(headings, found) + measured_on(rows)
@@ -872,20 +872,22 @@ def onebit_quality() -> str:
     rows = measured("onebit-quality")
     if not rows:
         return "Not measured yet: `python benchmarks/onebit.py quality`."
-    found = [
-        [
-            row["model"],
-            row["latent"],
-            row["seed"],
-            row["bits_a_weight"],
-            f"{int(row['file_bytes']):,}",
-            row["perplexity"],
-            per_cent(float(row["exact_match"])),
-        ]
-        for row in rows
-    ]
-    headings = ["model", "latent weights begin as", "seed", "bits a weight", "bytes of the file"]
-    return markdown([*headings, "perplexity", "exact match"], found, 2) + measured_on(rows)
+    found = []
+    for model, latent in dict.fromkeys((row["model"], row["latent"]) for row in rows):
+        mine = [row for row in rows if (row["model"], row["latent"]) == (model, latent)]
+        found.append(
+            [
+                model,
+                latent,
+                str(len(mine)),
+                mine[0]["bits_a_weight"],
+                f"{int(mine[0]['file_bytes']):,}",
+                mean_and_spread(mine, "perplexity", 1, 4),
+                mean_and_spread(mine, "exact_match", 100, 2),
+            ]
+        )
+    headings = ["model", "latent weights begin as", "seeds", "bits a weight", "bytes of the file"]
+    return markdown([*headings, "perplexity", "exact match, %"], found, 2) + measured_on(rows)
 
 
 # ---------------------------------------------------------------------------- adapters
