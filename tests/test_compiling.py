@@ -162,13 +162,42 @@ def test_graphs_are_refused_where_something_of_a_step_is_kept(tmp_path, capfd):
     assert "multiples of 8" in refused(**mixture, width=12)
 
 
+class Elsewhere(torch.nn.Identity):
+    """A part of a user's own."""
+
+
+def test_auto_replays_mixtures(monkeypatch):
+    monkeypatch.setattr(compiling, "LEAST", 0)
+    monkeypatch.setattr(compiling, "missing", lambda: None)
+    asked = []
+    monkeypatch.setattr(compiling, "options", lambda graphs=False: asked.append(graphs) or {})
+
+    def replayed(when="auto", part=None, trainer=None, **options):
+        module = module_of("cuda", **options)
+        module._trainer = SimpleNamespace(datamodule=None)
+        if part is not None:
+            module.net.embedding.part = part
+        CompileModel(when).on_train_start(trainer or trainer_of(), module)
+        return asked.pop()
+
+    mixture = {"feed_forward": "MixtureOfExperts"}
+    assert replayed(**mixture)
+    assert replayed("graphs")
+    assert not replayed()
+    assert not replayed(True, **mixture)
+    assert not replayed(trainer=trainer_of(precision="32-true"), **mixture)
+    assert not replayed(trainer=trainer_of(accumulate_grad_batches=2), **mixture)
+    assert not replayed(part=Elsewhere(), **mixture)
+
+
 def test_a_run_that_fails_drops_what_graphs_wrote_over():
-    module = module_of("cpu")
+    module, callback = module_of("cpu"), CompileModel("graphs")
     weight = next(module.parameters())
     weight.grad = torch.ones_like(weight)
-    CompileModel(True).on_exception(None, module, KeyboardInterrupt())
+    callback.on_exception(None, module, KeyboardInterrupt())
     assert weight.grad is not None
-    CompileModel("graphs").on_exception(None, module, KeyboardInterrupt())
+    callback._replays = True
+    callback.on_exception(None, module, KeyboardInterrupt())
     assert weight.grad is None
 
 
@@ -176,6 +205,8 @@ def test_a_run_that_fails_drops_what_graphs_wrote_over():
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_replayed_run_is_the_run(dropout, tmp_path, monkeypatch):
     """Of a mixture, as near as runs without graphs whose weights start 1e-7 apart."""
+    from torch._inductor.cudagraph_trees import CUDAGraphNode
+
     (tmp_path / "text.txt").write_text("to be or not to be, that is the question " * 40)
 
     class Apart(lightning.Callback):
@@ -207,9 +238,16 @@ def test_a_replayed_run_is_the_run(dropout, tmp_path, monkeypatch):
         weights = [weight.detach().double().flatten() for weight in module.net.parameters()]
         return torch.cat(weights).cpu()
 
+    recorded = []  # graphs, of which a step has two: forward and backward
+    begin = CUDAGraphNode.__init__
+    monkeypatch.setattr(
+        CUDAGraphNode, "__init__", lambda *a, **k: recorded.append(1) or begin(*a, **k)
+    )
     first = trained(True)
     noise = max((trained(True, Apart(seed)) - first).norm() for seed in range(3))
+    assert not recorded
     distance = (trained("graphs") - first).norm()
+    assert len(recorded) == 2
     assert 0 < noise < 1e-2 * first.norm()
     assert distance <= 2 * noise
 

@@ -315,8 +315,9 @@ class CommandLine(LightningCLI):
             type=Literal["auto", "graphs"] | bool,
             default="auto",
             help="Whether fit compiles the model: auto does on an NVIDIA GPU from 20 M parameters "
-            "on, true wherever it runs, false nowhere. graphs: and replays the step as CUDA "
-            "graphs, which a mixture of experts gains by (experimental, see docs/speed.md).",
+            "on, and replays the step of a mixture of experts as CUDA graphs where it can; true "
+            "compiles wherever it runs, false nowhere. graphs: any model, with graphs "
+            "(see docs/speed.md).",
         )
         add_flags(parser)
         parser.add_lightning_class_args(Checkpoints, "checkpoint")

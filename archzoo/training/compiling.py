@@ -21,6 +21,8 @@ from archzoo.training.ranks import sums_quickly
 #: Compiling takes some 30 s, which the short runs of smaller models do not give back.
 LEAST = 20_000_000  # parameters
 
+OURS = ("archzoo.", "torch.")  # modules whose parts are known to wait for no device
+
 #: What a step without compilation costs: retnet_base, 110 M parameters, on one H200.
 COST = "a step of retnet_base takes 1.18 times as long so"
 
@@ -57,8 +59,12 @@ def options(graphs: bool = False) -> dict[str, Any]:
     name = "loop_ordering_after_fusion"
     given: dict[str, Any] = {name: False} if hasattr(config, name) else {}
     if graphs:
-        # A graph is of one shape: batches of many lengths are launched kernel by kernel.
+        # A graph is of one shape: batches of many lengths are launched kernel by kernel. With
+        # partitions torch (2.11, 2.13) takes the loop variables of kernels for such lengths, cuts
+        # a step of skywork_base into 73 parts, and records them anew at each step.
         given |= {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}
+        if hasattr(config, "graph_partition"):
+            given["graph_partition"] = False
     return given
 
 
@@ -94,6 +100,16 @@ def reason_against_graphs(trainer: lightning.Trainer, module: LanguageModel) -> 
     return None
 
 
+def replays(trainer: lightning.Trainer, module: LanguageModel) -> bool:
+    """Whether `auto` replays a step as CUDA graphs: of mixtures, which are many small kernels.
+
+    A part from elsewhere may wait for the device, which the zoo's own do not.
+    """
+    own = all(type(part).__module__.startswith(OURS) for part in module.net.modules())
+    mixture = any(isinstance(part, Experts) for part in module.net.modules())
+    return mixture and own and reason_against_graphs(trainer, module) is None
+
+
 class CompileModel(lightning.Callback):
     """Compiles the decoder before the first step, and says how long that took.
 
@@ -102,13 +118,14 @@ class CompileModel(lightning.Callback):
 
     Args:
         when: "auto" compiles a model of 20 M parameters or more on an NVIDIA GPU, unless
-            something speaks against it, and says what. "graphs" compiles, and replays what is
-            compiled as CUDA graphs.
+            something speaks against it, and says what; a mixture of experts it replays as CUDA
+            graphs where that is possible. "graphs" does so with any model.
     """
 
     def __init__(self, when: Literal["auto", "graphs"] | bool) -> None:
         self.when = when
         self._began: float | None = None
+        self._replays = False
 
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -116,6 +133,7 @@ class CompileModel(lightning.Callback):
         assert isinstance(pl_module, LanguageModel)
         net = pl_module.net
         net.forget_compiled()
+        self._replays = False
         if self.when == "auto":
             if pl_module.device.type != "cuda" or torch.version.hip is not None:
                 return
@@ -135,6 +153,8 @@ class CompileModel(lightning.Callback):
             raise ValueError(f"--compile {given}: {HOOKS}: --compile false trains without")
         if self.when == "graphs" and (reason := reason_against_graphs(trainer, pl_module)):
             raise ValueError(f"--compile graphs: {reason}: take --compile true")
+        graphs = self.when == "graphs" or (self.when == "auto" and replays(trainer, pl_module))
+        self._replays = graphs
         # FSDP2's hooks around a block, or its gradients while those before it are computed.
         by_blocks = trainer.world_size > 1 and pl_module.exchanges_blocks
         if by_blocks and not pl_module.sharded:
@@ -143,7 +163,7 @@ class CompileModel(lightning.Callback):
         if by_blocks or pl_module.unfreezes or pl_module.teacher is not None:
             net.compile_blocks(options=options())
         else:
-            net.compile(options=options(graphs=self.when == "graphs"))
+            net.compile(options=options(graphs))
         compiled, plain = net.compiled_hidden, net._hidden
 
         def compute(*given: Any) -> Any:
@@ -171,7 +191,7 @@ class CompileModel(lightning.Callback):
         exception: BaseException,
     ) -> None:
         """Drop gradients that a graph which was begun has written over: Lightning moves them."""
-        if self.when == "graphs":
+        if self._replays:
             for parameter in pl_module.parameters():
                 parameter.grad = None
 
