@@ -261,6 +261,21 @@ def one_bit_hopper() -> None:
                 before, after = torch.ones(*rows, width), torch.ones(*rows, outputs)
                 x = torch.randn(2, width, dtype=dtype)
                 _by_hoppers_kernel(x, packed, before.to(dtype), after.to(dtype))
+            for scales in (3, 4):
+                shapes = (scales, width), (scales, outputs), (scales, width)
+                mixed = (torch.ones(shape, dtype=dtype) for shape in shapes)
+                _by_hoppers_kernel(x, packed, *mixed)
+
+
+@example
+def one_bit_norm() -> None:
+    """The norm after it, which on Hopper begins early."""
+    from archzoo.kernels.one_bit import _norm
+
+    for outputs in (8192, 4096, 1000):
+        for dtype in (torch.bfloat16, torch.float32):
+            for early in (True, False):
+                _norm(torch.randn(2, outputs), 1e-5, dtype, early)
 
 
 @example

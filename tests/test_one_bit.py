@@ -213,26 +213,35 @@ def test_a_build_that_fails_is_said_once_and_the_plain_form_runs(monkeypatch):
         native._library.cache_clear()
 
 
+def device_of_kernels(monkeypatch):
+    """Where kernels run: on a GPU, or by the interpreter."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if not launching.TRITON_FOUND:
+        pytest.skip("no Triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return "cpu"
+
+
 @pytest.mark.parametrize("width", [32, 96, 160])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernel_gives_the_plain_forms_numbers(width, dtype, monkeypatch):
-    gpu = torch.cuda.is_available()
-    if not (gpu or launching.TRITON_FOUND):
-        pytest.skip("no Triton")
-    if not gpu:
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    device = device_of_kernels(monkeypatch)
     monkeypatch.setattr(one_bit, "WORDS", 4)  # so that a row takes several turns
     monkeypatch.setattr(one_bit, "TWO_FROM", 9)
     allowed = 1e-6 if dtype == torch.float32 else 1e-2
     for shared in (True, False):
         for outputs in (6, 9):
-            check_product(2, width, outputs, shared, dtype, allowed, "cuda" if gpu else "cpu")
+            check_product(2, width, outputs, shared, dtype, allowed, device)
 
 
-@pytest.mark.skipif(
+needs_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
     reason="Gluon has no interpreter: needs a Hopper GPU",
 )
+
+
+@needs_hopper
 @pytest.mark.parametrize("width", [128, 384, 1024, 4096, 11008])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_hoppers_kernel_gives_the_plain_forms_numbers(width, dtype, monkeypatch):
@@ -244,35 +253,85 @@ def test_hoppers_kernel_gives_the_plain_forms_numbers(width, dtype, monkeypatch)
             check_product(3, width, outputs, shared, dtype, allowed, "cuda")
 
 
-def test_without_hoppers_kernel_the_other_runs_and_that_is_said_once(monkeypatch):
-    if not (torch.cuda.is_available() or launching.TRITON_FOUND):
-        pytest.skip("no Triton")
+@needs_hopper
+@pytest.mark.parametrize("width", [128, 1024, 4096, 11008])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scales", [1, 3, 4])
+def test_hoppers_kernel_mixes_scales_as_the_plain_form_does(scales, dtype, width, monkeypatch):
+    monkeypatch.setattr(one_bit, "TWO_TILES_FROM", 100)
+    monkeypatch.setattr(one_bit, "FOUR_TILES_FROM", 300)
+    monkeypatch.setattr(one_bit, "product", None)  # nor does any other kernel
+    for outputs in (6, 111, 333):
+        check_mixture(2, width, outputs, scales, dtype, "cuda")
 
-    def fails(*_):
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernels_mixture_gives_the_plain_forms_numbers(dtype, monkeypatch):
+    check_mixture(2, 96, 9, 3, dtype, device_of_kernels(monkeypatch))
+
+
+def check_mixture(rows, width, outputs, scales, dtype, device):
+    shapes = (rows, 1, width), (scales, width), (scales, width), (scales, 2 * outputs)
+    x, router, before, after = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
+    router *= width**-0.5
+    packed = one_bit.pack(torch.rand(outputs, width, device=device) < 0.5)
+    after = after[:, outputs:]  # a block's rows
+    with torch.no_grad():
+        y = one_bit.mixed_product(x, packed, router, before, after)
+    assert y.dtype == dtype and y.shape == (rows, 1, outputs)
+    x, router, before, after = (tensor.double() for tensor in (x, router, before, after))
+    before, after = one_bit.mixed_scales_plainly(x, router, before, after)
+    want = one_bit.product_plainly(x, packed, before, after)
+    usual = (x * before).norm(dim=-1, keepdim=True) * after
+    allowed = 1e-6 if dtype == torch.float32 else 1e-2
+    assert (y.double() - want).norm() < allowed * usual.norm()
+
+
+@pytest.mark.parametrize("width", [128, 160, 1024])
+@pytest.mark.parametrize("outputs", [6, 333])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ours", [True, False])
+def test_the_kernels_norm_is_torchs(ours, dtype, outputs, width, monkeypatch):
+    device = device_of_kernels(monkeypatch)
+    if not ours:
+        monkeypatch.setattr(one_bit, "NORMED", 0)
+        monkeypatch.setattr(one_bit, "_norm", None)
+    x = torch.randn(2, width, device=device).to(dtype)
+    packed = one_bit.pack(torch.rand(outputs, width, device=device) < 0.5)
+    before, after = torch.rand(width, device=device), torch.rand(outputs, device=device)
+    before, after = before.to(dtype), after.to(dtype) + 1
+    with torch.no_grad():
+        y = one_bit.product(x, packed, before, after, 0.5)  # an eps that is seen
+    want = one_bit.product_plainly(x.double(), packed, before.double(), after.double())
+    want = F.layer_norm(want, (outputs,), eps=0.5)
+    assert y.dtype == dtype
+    assert relative_error(y.double(), want) < (3e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_without_hoppers_kernel_the_other_runs_and_that_is_said_once(monkeypatch):
+    device = device_of_kernels(monkeypatch)
+
+    def fails(*_, **__):
         raise RuntimeError("no such layout\nand more")
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(one_bit, "_runs_hoppers", True)
     monkeypatch.setattr(one_bit, "on_hopper", lambda x: True)
     monkeypatch.setattr(one_bit, "_by_hoppers_kernel", fails)
     with pytest.warns(UserWarning, match=r"RuntimeError no such layout\).*1\.5 times"):
         check_product(1, 128, 6, True, torch.float32, 1e-6, device)
     check_product(1, 128, 6, True, torch.float32, 1e-6, device)  # a second one would be an error
+    monkeypatch.setattr(one_bit, "_runs_hoppers", True)
+    with pytest.warns(UserWarning, match=r"RuntimeError no such layout\)"):
+        check_mixture(1, 128, 6, 2, torch.float32, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scales", [1, 3, 4])
 def test_the_kernel_mixes_scales_as_the_plain_form_does(scales, dtype, monkeypatch):
-    gpu = torch.cuda.is_available()
-    if not (gpu or launching.TRITON_FOUND):
-        pytest.skip("no Triton")
-    if not gpu:
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    device = device_of_kernels(monkeypatch)
     monkeypatch.setattr(one_bit, "MIXED", 16)
     shapes = (2, 1, 40), (scales, 40), (scales, 40), (scales, 23)
-    given = [torch.randn(shape, device="cuda" if gpu else "cpu").to(dtype) for shape in shapes]
+    given = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
     with torch.no_grad():
         found = one_bit.mixed_scales(*given)
     want = one_bit.mixed_scales_plainly(*(tensor.double() for tensor in given))

@@ -159,6 +159,20 @@ class BinaryLinear(Linear):
         """What becomes of a block's y, (..., rows)."""
         return y
 
+    @abstractmethod
+    def _packed_product(
+        self, x: Tensor, signs: Tensor, index: int | None, block: int, rows: slice
+    ) -> Tensor:
+        """A block's y without gradients, `_finish` included.
+
+        Args:
+            x: As for `_scales`, and so are the others.
+            signs: The block's, packed.
+            index: The same.
+            block: The same.
+            rows: The same.
+        """
+
     # ------------------------------------------------------------------------ starting
 
     def weight_drawn(self) -> None:
@@ -264,13 +278,13 @@ class BinaryLinear(Linear):
             begin += size
             if rows is not None and not (rows.start <= own.start and own.stop <= rows.stop):
                 continue
-            before, after = self._scales(x, index, block, own)
             if packed is None:
+                before, after = self._scales(x, index, block, own)
                 y = F.linear(x * cast(before, x.dtype), signs[own])
                 y = y * cast(after, y.dtype)
+                y = cast(self._finish(y), y.dtype)
             else:
-                y = one_bit.product(x, packed[block], before, after)
-            y = cast(self._finish(y), y.dtype)
+                y = self._packed_product(x, packed[block], index, block, own)
             parts.append(y if bias is None else y + cast(bias[own], y.dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 

@@ -71,15 +71,24 @@ class BinaryMoSLinear(BinaryLinear):
         bound = self.in_features**-0.5
         nn.init.uniform_(self.router, -bound, bound)
 
-    def _scales(
-        self, x: Tensor, index: int | None, block: int, rows: slice
-    ) -> tuple[Tensor, Tensor]:
+    def _pairs(self, index: int | None, block: int, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """A block's R, S_in and S_out."""
         before: Tensor = self.input_scales
         after: Tensor = self.output_scales
         router: Tensor = self.router
         if index is not None:
             before, after, router = before[index], after[index], router[index]
-        return one_bit.mixed_scales(x, router[block], before[block], after[:, rows])
+        return router[block], before[block], after[:, rows]
+
+    def _scales(
+        self, x: Tensor, index: int | None, block: int, rows: slice
+    ) -> tuple[Tensor, Tensor]:
+        return one_bit.mixed_scales(x, *self._pairs(index, block, rows))
+
+    def _packed_product(
+        self, x: Tensor, signs: Tensor, index: int | None, block: int, rows: slice
+    ) -> Tensor:
+        return one_bit.mixed_product(x, signs, *self._pairs(index, block, rows))
 
     def _mean_scales(self) -> tuple[Tensor, Tensor]:
         return self.output_scales.mean(dim=-2), self.input_scales.mean(dim=-2)

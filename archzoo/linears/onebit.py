@@ -8,7 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from archzoo.kernels import one_bit
 from archzoo.linears.binary import BinaryLinear, StraightThrough
+
+EPS = 1e-5  # of the norm
 
 
 class OneBitLinear(BinaryLinear):
@@ -87,4 +90,10 @@ class OneBitLinear(BinaryLinear):
         return super().is_one_matrix and not self.norm
 
     def _finish(self, y: Tensor) -> Tensor:
-        return F.layer_norm(y, y.shape[-1:], eps=1e-5) if self.norm else y
+        return F.layer_norm(y, y.shape[-1:], eps=EPS) if self.norm else y
+
+    def _packed_product(
+        self, x: Tensor, signs: Tensor, index: int | None, block: int, rows: slice
+    ) -> Tensor:
+        before, after = self._scales(x, index, block, rows)
+        return one_bit.product(x, signs, before, after, EPS if self.norm else None)

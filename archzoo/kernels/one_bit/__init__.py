@@ -42,7 +42,10 @@ ALIGNED = 128  # inputs whose signs are 16 bytes, as Hopper's kernel reads them
 PART = 512  # inputs of a warp of that
 WARPS = 8  # of a program at most: it goes through longer rows in steps
 TILE = 16  # rows of signs
-TWO_TILES_FROM = 8192  # outputs, from which two tiles a program leave enough programs
+TWO_TILES_FROM = 4096  # outputs, from which two tiles a program leave enough programs
+FOUR_TILES_FROM = 8192  # the same of four, where a program makes scales that all its tiles share
+AT_ONCE = 8  # scales that registers of that hold
+NORMED = 32_768  # outputs that a program norms
 
 _launch = functools.partial(launch, "archzoo.kernels.one_bit.triton")
 _HOPPERS = "archzoo.kernels.one_bit.gluon"
@@ -94,7 +97,9 @@ def available(like: Tensor) -> bool:
     return run_beside(like)
 
 
-def product(x: Tensor, packed: Tensor, before: Tensor, after: Tensor) -> Tensor:
+def product(
+    x: Tensor, packed: Tensor, before: Tensor, after: Tensor, eps: float | None = None
+) -> Tensor:
     """``y = ((x * before) S^T) * after`` in x's dtype, by the fastest form that takes them.
 
     Args:
@@ -102,23 +107,59 @@ def product(x: Tensor, packed: Tensor, before: Tensor, after: Tensor) -> Tensor:
         packed: S, (outputs, ceil(n / 8)) uint8.
         before: Scales of the inputs: (n,), or of each row of x: x's shape.
         after: Scales of the outputs: (outputs,), or of each row of x: (..., outputs).
+        eps: Of a layer norm without weights over the outputs, which follows. None: there is none.
     """
-    rows = x.numel() // max(x.shape[-1], 1)
-    given = (x, before, after)
-    gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
-    if gradients or not 0 < rows <= ROWS or autocast_dtype(x.device) is not None:
-        return product_plainly(x, packed, before, after)
-    if not available(x):
-        return product_plainly(x, packed, before, after)
+    if not _quick(x, before, after) or not available(x):
+        return _norm_plainly(product_plainly(x, packed, before, after), eps)
+    rows = x.numel() // x.shape[-1]
     flat = x.reshape(rows, x.shape[-1])
-    scales = [scale if scale.dim() == 1 else scale.flatten(0, -2) for scale in (before, after)]
+    of_x, of_y = (scale if scale.dim() == 1 else scale.flatten(0, -2) for scale in (before, after))
     if not run_beside(x):
-        y = _by_library(flat, packed, *scales)
+        y = _norm_plainly(_by_library(flat, packed, of_x, of_y), eps)
     elif x.shape[-1] % BITS == 0:
-        y = _by_kernel(flat, packed, *scales)
+        y = _by_kernel(flat, packed, of_x, of_y, eps)
     else:
-        return product_plainly(x, packed, before, after)
+        return _norm_plainly(product_plainly(x, packed, before, after), eps)
     return y.view(*x.shape[:-1], len(packed))
+
+
+def mixed_product(
+    x: Tensor, packed: Tensor, router: Tensor, inputs: Tensor, outputs: Tensor
+) -> Tensor:
+    """BinaryMoS's: `product` by the scales that `mixed_scales` makes of each row of x.
+
+    Args:
+        x: As for `product`.
+        packed: The same.
+        router: As for `mixed_scales`, and so are the others.
+        inputs: The same.
+        outputs: The same.
+    """
+    quick = _quick(x, router, inputs, outputs) and run_beside(x) and _hoppers_takes(x)
+    if quick and len(router) <= AT_ONCE:
+        flat = x.reshape(-1, x.shape[-1])
+        try:
+            y = _by_hoppers_kernel(flat, packed, inputs, outputs, router)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            _give_up_hoppers_kernel(error)
+        else:
+            return y.view(*x.shape[:-1], len(packed))
+    return product(x, packed, *mixed_scales(x, router, inputs, outputs))
+
+
+def _quick(x: Tensor, *scales: Tensor) -> bool:
+    """Whether x has few rows, and no gradient is asked for."""
+    gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *scales))
+    rows = x.numel() // max(x.shape[-1], 1)
+    if gradients or not 0 < rows <= ROWS or x.dtype not in FLOATS or followed():
+        return False
+    return autocast_dtype(x.device) is None
+
+
+def _norm_plainly(y: Tensor, eps: float | None) -> Tensor:
+    return y if eps is None else F.layer_norm(y, y.shape[-1:], eps=eps)
 
 
 def product_plainly(x: Tensor, packed: Tensor, before: Tensor, after: Tensor) -> Tensor:
@@ -154,18 +195,47 @@ def _by_library(x: Tensor, packed: Tensor, before: Tensor, after: Tensor) -> Ten
 # ---------------------------------------------------------------------------- on a GPU
 
 
-def _by_kernel(x: Tensor, packed: Tensor, before: Tensor, after: Tensor) -> Tensor:
+def _hoppers_takes(x: Tensor) -> bool:
+    """Whether Hopper's kernel runs on such rows."""
+    return _runs_hoppers and x.shape[-1] % ALIGNED == 0 and on_hopper(x)
+
+
+def _by_kernel(
+    x: Tensor, packed: Tensor, before: Tensor, after: Tensor, eps: float | None
+) -> Tensor:
     """By the fastest kernel that takes them; x (rows, n), n a multiple of 32."""
-    if _runs_hoppers and x.shape[1] % ALIGNED == 0 and on_hopper(x):
+    normed = eps is not None and len(packed) <= NORMED
+    # What a norm of ours follows is not rounded before it.
+    dtype = torch.float32 if normed else x.dtype
+    early = False
+    y: Tensor | None = None
+    if _hoppers_takes(x):
         try:
-            return _by_hoppers_kernel(x, packed, before, after)
+            y = _by_hoppers_kernel(x, packed, before, after, dtype=dtype)
+            early = True
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            found = _by_tritons_kernel(x, packed, before, after)  # raises what is wrong beside
+            y = _by_tritons_kernel(x, packed, before, after, dtype)  # raises what is wrong beside
             _give_up_hoppers_kernel(error)
-            return found
-    return _by_tritons_kernel(x, packed, before, after)
+    if y is None:
+        y = _by_tritons_kernel(x, packed, before, after, dtype)
+    if eps is None or not normed:
+        return _norm_plainly(y, eps)
+    return _norm(y, eps, x.dtype, early)
+
+
+def _norm(y: Tensor, eps: float, dtype: torch.dtype, early: bool) -> Tensor:
+    """The layer norm of each row, y (rows, n) float32."""
+    rows, width = y.shape
+    z = torch.empty_like(y, dtype=dtype)
+    held = power_of_2(width)
+    # On an H200 4,096 outputs were faster by 4 warps than by 16, and 8,192 as fast.
+    _launch(
+        "norm_kernel", (rows,), (y, z), width, eps, HELD=held, EARLY=early,
+        num_warps=min(max(held // 1024, 4), 16), launch_pdl=early,
+    )  # fmt: skip
+    return z
 
 
 def _give_up_hoppers_kernel(error: Exception) -> None:
@@ -175,38 +245,68 @@ def _give_up_hoppers_kernel(error: Exception) -> None:
         _runs_hoppers = False
         warnings.warn(
             f"the kernel of 1-bit products for Hopper does not run here ({describe(error)}): "
-            "another one runs instead, and takes some 1.5 times as long",
+            "another one runs instead, and takes 1.5 times as long or more",
             stacklevel=3,
         )
 
 
-def _by_hoppers_kernel(x: Tensor, packed: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """By Gluon; x (rows, n), n a multiple of 128.
+def _by_hoppers_kernel(
+    x: Tensor,
+    packed: Tensor,
+    before: Tensor,
+    after: Tensor,
+    router: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """By Gluon; x (rows, n), n a multiple of 128; with a router the scales are mixed.
 
     It begins while the kernel before still runs, and reads signs and scales before it waits for
     that: so scales of each token, which that kernel may write, do not begin early.
     """
     (rows, width), outputs = x.shape, packed.shape[0]
-    shared = before.dim() == after.dim() == 1
-    early = shared and before.is_contiguous() and after.is_contiguous() and packed.is_contiguous()
-    x, packed, before, after = (t.contiguous() for t in (x, packed, before, after))
-    y = x.new_empty(rows, outputs)
-    parts = min(power_of_2(-(-width // PART)), WARPS)
-    tiles = 2 if outputs >= TWO_TILES_FROM else 1
+    scales, by_row, stride = 0, 0, 0
+    early = packed.is_contiguous() and before.is_contiguous()
+    if router is None:
+        early = early and before.dim() == after.dim() == 1 and after.is_contiguous()
+        by_row = width if before.dim() == 2 else 0
+        after = after.contiguous()
+        stride = outputs if after.dim() == 2 else 0
+    else:
+        scales = len(router)
+        early = early and router.is_contiguous() and after.stride(1) == 1
+        after = after if after.stride(1) == 1 else after.contiguous()
+        stride = after.stride(0)
+        router = router.contiguous()
+    x, packed, before = (t.contiguous() for t in (x, packed, before))
+    y = x.new_empty(rows, outputs, dtype=dtype)
+    parts, tiles = _plan(width, outputs, mixed=scales > 0)
     launch(
         _HOPPERS, "product_kernel", (-(-outputs // (TILE * tiles)), rows),
-        (x, packed.view(torch.int32), before, after, y),
-        outputs, width if before.dim() == 2 else 0, outputs if after.dim() == 2 else 0,
-        WIDTH=width, PARTS=parts, TILES=tiles, EARLY=early, num_warps=parts, launch_pdl=early,
+        (x, packed.view(torch.int32), before, after, before if router is None else router, y),
+        outputs, by_row, stride,
+        WIDTH=width, PARTS=parts, TILES=tiles, SCALES=scales, HELD=power_of_2(max(scales, 1)),
+        EARLY=early, num_warps=parts, launch_pdl=early,
     )  # fmt: skip
     return y
 
 
-def _by_tritons_kernel(x: Tensor, packed: Tensor, before: Tensor, after: Tensor) -> Tensor:
+def _plan(width: int, outputs: int, mixed: bool) -> tuple[int, int]:
+    """Warps of a program of Hopper's kernel, and its tiles."""
+    # The fastest of those timed on an H200: at 8,192, 16 warps and four tiles were slower without
+    # mixing; with it four tiles took two thirds of the time of two.
+    parts = min(power_of_2(-(-width // PART)), WARPS)
+    if mixed and outputs >= FOUR_TILES_FROM:
+        return parts, 4
+    return parts, 2 if outputs >= TWO_TILES_FROM else 1
+
+
+def _by_tritons_kernel(
+    x: Tensor, packed: Tensor, before: Tensor, after: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
     """By Triton; x (rows, n), n a multiple of 32."""
     (rows, width), outputs = x.shape, packed.shape[0]
     x, before, after = x.contiguous(), before.contiguous(), after.contiguous()
-    y = x.new_empty(rows, outputs)
+    y = x.new_empty(rows, outputs, dtype=dtype)
     count = width // BITS
     held = min(power_of_2(count), WORDS)
     two = outputs >= TWO_FROM
@@ -233,13 +333,9 @@ def mixed_scales(
         inputs: S_in, the same.
         outputs: S_out, (scales, outputs).
     """
-    rows = x.numel() // max(x.shape[-1], 1)
-    given = (x, router, inputs, outputs)
-    gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
-    if gradients or followed() or autocast_dtype(x.device) is not None or x.dtype not in FLOATS:
-        return mixed_scales_plainly(*given)
-    if not 0 < rows <= ROWS or not run_beside(x):
-        return mixed_scales_plainly(*given)
+    if not _quick(x, router, inputs, outputs) or not run_beside(x):
+        return mixed_scales_plainly(x, router, inputs, outputs)
+    rows = x.numel() // x.shape[-1]
     (scales, width), height = router.shape, outputs.shape[1]
     before = x.new_empty((rows, width), dtype=torch.float32)
     after = x.new_empty((rows, height), dtype=torch.float32)

@@ -52,10 +52,15 @@ def _assembly(text: gl.constexpr):
 
 @gluon.jit
 def product_kernel(
-    x, words, before, after, y, outputs, before_stride, after_stride,
-    WIDTH: gl.constexpr, PARTS: gl.constexpr, TILES: gl.constexpr, EARLY: gl.constexpr,
+    x, words, before, after, router, y, outputs, before_stride, after_stride,
+    WIDTH: gl.constexpr, PARTS: gl.constexpr, TILES: gl.constexpr, SCALES: gl.constexpr,
+    HELD: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """One bit a weight: y = ((x * before) S^T) * after, of one row of x and 16 TILES rows of S.
+
+    With SCALES, before and after are what the row of x mixes: G S_in and G S_out, of
+    G = softmax(x R^T), which every program makes for itself. HELD is a power of two that holds
+    them.
 
     S is read as it lies on disk: bit k of byte c of a row belongs to input 8 c + k. The scaled
     inputs v become integers of 32 bits, over the largest one of a warp's 512, and those four digits
@@ -74,11 +79,20 @@ def product_kernel(
     # As the tensor cores want the bytes of S, and the digits and sums beside them.
     held: gl.constexpr = gl.BlockedLayout([1, 1, 4], [8, 1, 4], [1, PARTS, 1], [2, 1, 0])
     flat: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [1, PARTS], [1, 0])  # of two axes
-    # A thread holds four bits of a word, in each of its four bytes.
-    spread: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 16, 2], [PARTS, 1, 1], [2, 1, 0])
+    # (scales, parts, words, bytes, bits) as they lie in memory: neighbours read neighbours.
+    every: gl.constexpr = gl.BlockedLayout(
+        [HELD, 1, 1, 1, 4], [1, 1, 4, 4, 2], [1, PARTS, 1, 1, 1], [4, 3, 2, 1, 0]
+    )
+    plain: gl.constexpr = gl.SliceLayout(0, every)
+    # Without the scales: a thread holds four bits of a word, in each of its four bytes.
+    spread: gl.constexpr = gl.BlockedLayout(
+        [1, 1, 4, 4], [1, 16, 1, 2], [PARTS, 1, 1, 1], [3, 2, 1, 0]
+    )
     row = gl.program_id(1).to(gl.int64)
     x += row * WIDTH
-    before += row * before_stride
+    if SCALES == 0:
+        before += row * before_stride
+        after += row * after_stride
 
     of_rows: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, held))
     of_parts: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, held))
@@ -89,14 +103,23 @@ def product_kernel(
     place = gl.arange(0, WORDS, layout=of_words)
     word = part[None, :, None] * WORDS + place[None, None, :]
 
-    own_parts: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, spread))
-    own_words: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, spread))
-    own_bits: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, spread))
-    own_part = gl.arange(0, PARTS, layout=own_parts)
-    own_place = gl.arange(0, WORDS, layout=own_words)
-    bit = gl.arange(0, 8, layout=own_bits)
-    own_word = own_part[:, None, None] * WORDS + own_place[None, :, None]
-    bits_of_fraction = (127 - bit)[None, None, :] << 23  # of 2^-k, a float
+    own_parts: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, plain)))
+    own_words: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, plain)))
+    own_bytes: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, plain)))
+    own_bits: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, plain)))
+    own = gl.arange(0, PARTS, layout=own_parts)[:, None, None, None] * WORDS
+    own = own + gl.arange(0, WORDS, layout=own_words)[None, :, None, None]
+    inner = gl.arange(0, 4, layout=own_bytes)[None, None, :, None] * 8
+    inner = inner + gl.arange(0, 8, layout=own_bits)[None, None, None, :]
+    of_scales: gl.constexpr = gl.SliceLayout(
+        1, gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, every)))
+    )
+    scale = gl.arange(0, HELD, layout=of_scales)[:, None, None, None, None]
+
+    spread_parts: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, spread)))
+    spread_bits: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, spread)))
+    bit = gl.arange(0, 8, layout=spread_bits)
+    bits_of_fraction = (127 - bit)[None, None, None, :] << 23  # of 2^-k, a float
     fraction = bits_of_fraction.to(gl.float32, bitcast=True)
 
     # At rows 8 k + i and 8 k + 4 + i, k < 4: digit i of the inputs of bits k and 4 + k, 4 bytes of
@@ -117,53 +140,104 @@ def product_kernel(
         gl.where(column >= 4, below_low, 0.0)[None, None, :],
     )
 
-    totals = ()
-    of_outputs = ()
-    after += row * after_stride
-    for i in gl.static_range(2 * TILES):
-        totals += (gl.zeros([8, PARTS], gl.float32, gl.SliceLayout(2, held)),)
-        output = first + 8 * i + line
-        of_outputs += (gl.load(after + output, mask=output < outputs, other=0.0).to(gl.float32),)
-    for step in gl.static_range(STEPS):
+    # What no kernel writes: of the first step, and the signs of as many as registers hold.
+    AHEAD: gl.constexpr = STEPS if STEPS * TILES <= 4 else 1
+    signs = ()
+    for step in gl.static_range(AHEAD):
         here = word + step * (PARTS * WORDS)
-        signs = ()
         for i in gl.static_range(2 * TILES):
             output = first + 8 * i + line
             at = words + output.to(gl.int64)[:, None, None] * COUNT + here
             inside = (output < outputs)[:, None, None] & (here < COUNT)
             signs += (gl.load(at, mask=inside, other=0),)
-        own = own_word + step * (PARTS * WORDS)
-        within = (own < COUNT) & (bit < 8)[None, None, :]
-        at = own * 32 + bit[None, None, :]
-        scales = ()
-        for c in gl.static_range(4):
-            scales += (gl.load(before + at + 8 * c, mask=within, other=0.0).to(gl.float32),)
-        if EARLY and step == 0:
-            _assembly("griddepcontrol.wait; // $0")
-            _assembly("griddepcontrol.launch_dependents; // $0")
-        values = ()
-        for c in gl.static_range(4):
-            value = gl.load(x + at + 8 * c, mask=within, other=0.0).to(gl.float32)
-            values += (value * scales[c],)
-        largest = gl.maximum(
-            gl.maximum(gl.abs(values[0]), gl.abs(values[1])),
-            gl.maximum(gl.abs(values[2]), gl.abs(values[3])),
-        )
-        largest = gl.max(gl.max(largest, axis=2), axis=1)
-        whole = gl.sum(gl.sum((values[0] + values[1]) + (values[2] + values[3]), axis=2), axis=1)
+    at = own * 32 + inner
+    within = (own < COUNT) & (inner < 32)
+    if SCALES == 0:
+        of_inputs = gl.load(before + at, mask=within, other=0.0)
+    else:
+        there = (scale < SCALES) & within[None, :, :, :, :]
+        of_router = gl.load(router + scale * WIDTH + at[None, :, :, :, :], mask=there, other=0.0)
+        of_inputs = gl.load(before + scale * WIDTH + at[None, :, :, :, :], mask=there, other=0.0)
+    # (rows, eighths of the tiles): as the sums come, or where a scale is several one a thread.
+    ONE: gl.constexpr = 2 * TILES if SCALES == 0 else 1
+    last: gl.constexpr = gl.BlockedLayout([1, ONE], [8, 4], [1, PARTS], [1, 0])
+    last_line = gl.arange(0, 8, layout=gl.SliceLayout(1, last))
+    last_eighth = gl.arange(0, 2 * TILES, layout=gl.SliceLayout(0, last))
+    last_output = first + 8 * last_eighth[None, :] + last_line[:, None]
+    exists = last_output < outputs
+    of_outputs = ()
+    for one in gl.static_range(SCALES if SCALES > 0 else 1):
+        of_outputs += (gl.load(after + one * after_stride + last_output, mask=exists, other=0.0),)
+    if EARLY:
+        _assembly("griddepcontrol.wait; // $0")
+        _assembly("griddepcontrol.launch_dependents; // $0")
+    value = gl.load(x + at, mask=within, other=0.0).to(gl.float32)
+    if SCALES > 0:
+        products = of_router.to(gl.float32) * value[None, :, :, :, :]
+        logits = gl.sum(gl.reshape(products, [HELD, PARTS, 32 * WORDS]), axis=2)
+        for step in gl.static_range(1, STEPS):
+            there = own + step * (PARTS * WORDS)
+            at = there * 32 + inner
+            within = (there < COUNT) & (inner < 32)
+            later = gl.load(x + at, mask=within, other=0.0).to(gl.float32)
+            both = (scale < SCALES) & within[None, :, :, :, :]
+            weight = gl.load(router + scale * WIDTH + at[None, :, :, :, :], mask=both, other=0.0)
+            products = weight.to(gl.float32) * later[None, :, :, :, :]
+            logits += gl.sum(gl.reshape(products, [HELD, PARTS, 32 * WORDS]), axis=2)
+        logits = gl.sum(logits, axis=1)
+        number_of_scale = gl.arange(0, HELD, layout=logits.type.layout)
+        logits = gl.where(number_of_scale < SCALES, logits, float("-inf"))
+        gates = gl.exp(logits - gl.max(logits, axis=0))
+        gates = gates / gl.sum(gates, axis=0)
+        of_gates = gl.convert_layout(gates, of_scales)[:, None, None, None, None]
+
+    totals = ()
+    for _ in gl.static_range(2 * TILES):
+        totals += (gl.zeros([8, PARTS], gl.float32, gl.SliceLayout(2, held)),)
+    for step in gl.static_range(STEPS):
+        if step > 0:
+            there = own + step * (PARTS * WORDS)
+            at = there * 32 + inner
+            within = (there < COUNT) & (inner < 32)
+            value = gl.load(x + at, mask=within, other=0.0).to(gl.float32)
+            if SCALES == 0:
+                of_inputs = gl.load(before + at, mask=within, other=0.0)
+            else:
+                both = (scale < SCALES) & within[None, :, :, :, :]
+                of_inputs = gl.load(
+                    before + scale * WIDTH + at[None, :, :, :, :], mask=both, other=0.0
+                )
+        own_signs = ()
+        for i in gl.static_range(2 * TILES):
+            if step < AHEAD:
+                own_signs += (signs[step * 2 * TILES + i],)
+            else:
+                here = word + step * (PARTS * WORDS)
+                output = first + 8 * i + line
+                at = words + output.to(gl.int64)[:, None, None] * COUNT + here
+                inside = (output < outputs)[:, None, None] & (here < COUNT)
+                own_signs += (gl.load(at, mask=inside, other=0),)
+        if SCALES == 0:
+            value *= of_inputs.to(gl.float32)
+        else:
+            value *= gl.sum(of_inputs.to(gl.float32) * of_gates, axis=0)
+        size = gl.abs(value)
+        largest = gl.max(gl.reshape(size, [PARTS, 32 * WORDS]), axis=1)
+        whole = gl.sum(gl.reshape(value, [PARTS, 32 * WORDS]), axis=1)
+        value = gl.convert_layout(value, spread)
         # An integer is at most 2^30: its digits fit. No unit is so small that 1 / unit overflows.
         unit = gl.maximum(largest, 1e-27) * (1.0 / (1 << 30))
-        inverse = (1.0 / unit)[:, None, None] * fraction
-        numbers = ()
-        for c in gl.static_range(4):
-            number = gl.inline_asm_elementwise(
-                "cvt.rni.s32.f32 $0, $1;", "=r,r", [values[c] * inverse], gl.int32,
-                is_pure=True, pack=1,
-            )  # fmt: skip
-            # Its bytes are now digits of -128 to 127.
-            numbers += ((number + 0x00808080) ^ 0x00808080,)
+        inverse = gl.convert_layout(1.0 / unit, spread_parts)[:, None, None, None] * fraction
+        number = gl.inline_asm_elementwise(
+            "cvt.rni.s32.f32 $0, $1;", "=r,r", [value * inverse], gl.int32, is_pure=True, pack=1
+        )
+        number = (number + 0x00808080) ^ 0x00808080  # its bytes are now digits of -128 to 127
+        number = gl.permute(gl.reshape(number, [PARTS, WORDS, 2, 2, 8]), (0, 1, 4, 2, 3))
+        even, odd = gl.split(number)
+        number_0, number_2 = gl.split(even)
+        number_1, number_3 = gl.split(odd)
         of_digits = gl.inline_asm_elementwise(
-            TRANSPOSE, "=&r,=&r,=&r,=&r,r,r,r,r", [numbers[0], numbers[1], numbers[2], numbers[3]],
+            TRANSPOSE, "=&r,=&r,=&r,=&r,r,r,r,r", [number_0, number_1, number_2, number_3],
             (gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
         )  # fmt: skip
         if step > 0:
@@ -190,7 +264,7 @@ def product_kernel(
                     added += (
                         gl.inline_asm_elementwise(
                             MULTIPLY[k + 4 * half], OPERANDS,
-                            [signs[2 * i], signs[2 * i + 1], columns, sums[2 * i + half]],
+                            [own_signs[2 * i], own_signs[2 * i + 1], columns, sums[2 * i + half]],
                             gl.int32, is_pure=True, pack=4,
                         ),
                     )  # fmt: skip
@@ -204,16 +278,22 @@ def product_kernel(
                 found = gl.sum(low * weights[side] + high * weights[2 + side], axis=2)
                 grown += (totals[2 * i + side] + (of_whole + of_unit * found),)
         totals = grown
-    scaled = ()
-    for i in gl.static_range(2 * TILES):
-        scaled += (totals[i] * of_outputs[i][:, None],)
     if TILES == 1:
-        result = gl.sum(gl.join(scaled[0], scaled[1]), axis=1)  # (8, 2): a tile's rows, by halves
-    else:
-        pairs = gl.join(gl.join(scaled[0], scaled[2]), gl.join(scaled[1], scaled[3]))
+        result = gl.sum(gl.join(totals[0], totals[1]), axis=1)  # (8, 2): a tile's rows, by halves
+    elif TILES == 2:
+        pairs = gl.join(gl.join(totals[0], totals[2]), gl.join(totals[1], totals[3]))
         result = gl.reshape(gl.sum(pairs, axis=1), [8, 4])
-    layout: gl.constexpr = result.type.layout
-    line = gl.arange(0, 8, layout=gl.SliceLayout(1, layout))
-    eighth = gl.arange(0, 2 * TILES, layout=gl.SliceLayout(0, layout))
-    output = first + 8 * eighth[None, :] + line[:, None]
-    gl.store(y + row * outputs + output, result.to(y.dtype.element_ty), mask=output < outputs)
+    else:
+        even = gl.join(gl.join(totals[0], totals[4]), gl.join(totals[2], totals[6]))
+        odd = gl.join(gl.join(totals[1], totals[5]), gl.join(totals[3], totals[7]))
+        result = gl.reshape(gl.sum(gl.join(even, odd), axis=1), [8, 8])
+    if SCALES == 0:
+        factor = of_outputs[0].to(gl.float32)
+    else:
+        factor = gl.zeros([8, 2 * TILES], gl.float32, last)
+        for one in gl.static_range(SCALES):
+            gate = gl.sum(gl.where(number_of_scale == one, gates, 0.0), axis=0)
+            factor += of_outputs[one].to(gl.float32) * gate
+    result = gl.convert_layout(result, last) * factor
+    at = y + row * outputs + last_output
+    gl.store(at, result.to(y.dtype.element_ty), mask=exists)
