@@ -5,7 +5,6 @@ import functools
 import math
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -100,14 +99,14 @@ def test_every_adapter_trains_on_every_family(bases, preset, name):
 
 @pytest.mark.slow  # some 4 minutes
 @pytest.mark.parametrize(("preset", "name"), DENSE)
-def test_two_processes_adapt_as_one(bases, preset, name):
+def test_two_processes_adapt_as_one(bases, preset, name, programs):
     """To float64's last digits; a mixture's balancing loss is that of each rank's tokens."""
     bases(preset)
     settings = [f"--model.weights=runs/{preset}/last.ckpt", f"--model.adapter={name}"]
     settings += ["--trainer.precision=64-true", "--trainer.max_steps=6"]
     one = fit("one", *settings)
     root = str(Path(archzoo.__file__).parent.parent)
-    command = [sys.executable, "-m", "archzoo", "fit", "--config", "run.yaml", "--name", "two"]
+    command = [programs / "python", "-m", "archzoo", "fit", "--config", "run.yaml", "--name", "two"]
     done = subprocess.run(
         [*command, *settings, "--trainer.devices=2", "--trainer.strategy=ddp"],
         env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"},

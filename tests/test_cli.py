@@ -212,9 +212,9 @@ def test_sizes_by_part_add_up():
 
 
 @pytest.mark.slow
-def test_two_ranks_train_as_one(here):
+def test_two_ranks_train_as_one(here, programs):
     """The batch is shared out, also where it holds unequal numbers of labels; losses agree."""
-    command = [sys.executable, str(ROOT / "train.py"), "fit", "--config", "micro.yaml"]
+    command = [programs / "python", str(ROOT / "train.py"), "fit", "--config", "micro.yaml"]
     command += ["--data.validation_examples", "9"]  # the last batch holds one row
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     two = ["--name", "two", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
@@ -820,18 +820,16 @@ def test_nan_keeps_the_last_good_checkpoint(here, capsys):
     assert stored("runs/micro-1/last.ckpt")["global_step"] == 4
 
 
-def test_a_full_disk_keeps_the_last_good_checkpoint(here):
+def test_a_full_disk_keeps_the_last_good_checkpoint(here, programs):
     """A limit on the size of files stands for the disk; both end a write in the middle."""
     fit()
     before = Path("runs/micro/last.ckpt").read_bytes()
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
     arguments = ["fit", "--ckpt_path", "runs/micro/last.ckpt", "--trainer.max_steps", "6"]
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+    limited += f"from archzoo.cli import main; raise SystemExit(main({arguments}))"
     run = subprocess.run(
-        [sys.executable, "-m", "archzoo", *arguments],
-        preexec_fn=limit,
+        [programs / "python", "-c", limited],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -845,10 +843,10 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(here):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no shell there")
 @pytest.mark.parametrize("arguments", ["list", "--help", "generate {old} 1+2= --max_tokens 50"])
-def test_a_reader_that_has_enough_is_no_mistake(arguments):
+def test_a_reader_that_has_enough_is_no_mistake(arguments, programs):
     """`archzoo ... | head`: nothing on stderr, whatever the command."""
     old = Path(__file__).parent / "checkpoints" / "retnet_micro.ckpt"
-    program = f"{sys.executable} -m archzoo {arguments.format(old=old)} | true"
+    program = f"{programs}/python -m archzoo {arguments.format(old=old)} | true"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(program, shell=True, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0 and done.stderr == ""
@@ -863,8 +861,8 @@ def test_an_error_that_quotes_much_stays_a_line(capsys):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no shell there")
-def test_a_run_continues_when_no_one_reads_it(here):
-    fit = f"{sys.executable} -m archzoo fit --config micro.yaml | true"
+def test_a_run_continues_when_no_one_reads_it(here, programs):
+    fit = f"{programs}/python -m archzoo fit --config micro.yaml | true"
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", fit],
         capture_output=True,

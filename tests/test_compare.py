@@ -17,7 +17,7 @@ import torch
 import yaml
 
 import archzoo
-from archzoo.analysis.compare import claims, progress, statistics, tables
+from archzoo.analysis.compare import claims, processes, progress, statistics, tables
 from archzoo.analysis.compare.arms import file_name, make_arms, split
 from archzoo.analysis.compare.places import gpus, slots
 from archzoo.analysis.compare.plan import digest, make_plan, matched, numbers
@@ -53,8 +53,10 @@ claim:
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def place(tmp_path, monkeypatch, programs):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(processes, "CHILD", (str(programs / "python"), *processes.CHILD[1:]))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     Path("a.yaml").write_text(CONFIG)
     return tmp_path
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from readme import blocks, missing
 
 import archzoo
 from archzoo import contract, registry
@@ -23,11 +24,11 @@ FASTER = {"compare_mixers": ("--seeds", "0")}
 IN_EXTRAS = ["write_a_report"]  # needs an extra that is not in dev: run in tests/extras/
 
 
-def run(script, *arguments):
+def run(python, script, *arguments):
     # Found from the repository even where the package is not installed.
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
-        [sys.executable, script, *arguments],
+        [python, script, *arguments],
         env=os.environ | {"PYTHONPATH": paths, "COLUMNS": "100"},
         capture_output=True,
         text=True,
@@ -39,12 +40,19 @@ def run(script, *arguments):
 @pytest.mark.parametrize(
     "script", [p for p in EXAMPLES if p.stem not in IN_EXTRAS], ids=lambda path: path.stem
 )
-def test_example(script, tmp_path, monkeypatch):
+def test_example(script, tmp_path, monkeypatch, programs):
     monkeypatch.chdir(tmp_path)  # nothing may depend on where one stands
-    done = run(script, *FASTER.get(script.stem, ()))
+    done = run(programs / "python", script, *FASTER.get(script.stem, ()))
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     check[script.stem](done.stdout)
+    shown = [text for code, text in blocks("bash") if f"python examples/{script.name}\n" in code]
+    assert all(missing(text, done.stdout) == [] for text in shown)
+
+
+def test_the_readme_shows_what_an_example_prints():
+    named = [text for code, text in blocks("bash") if "python examples/" in code]
+    assert named and all(named)
 
 
 def check_own_mixer(printed):

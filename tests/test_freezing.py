@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -365,12 +364,12 @@ def test_joining_parameters_are_in_their_groups_from_the_start():
 # ---------------------------------------------------------------------------- two processes
 
 
-def test_two_processes_train_as_one(fit, base):
+def test_two_processes_train_as_one(fit, base, programs):
     """DDP looks only at what learns when it is made: the others' gradients are exchanged too."""
     exact = [*GRADUAL, "--trainer.precision=64-true"]
     one = fit("one", *exact)
     root = str(Path(archzoo.__file__).parent.parent)
-    command = [sys.executable, "-m", "archzoo", "fit", "--config", "run.yaml", "--name", "two"]
+    command = [programs / "python", "-m", "archzoo", "fit", "--config", "run.yaml", "--name", "two"]
     done = subprocess.run(
         [*command, "--model.weights=base.ckpt", *exact, *DDP],
         env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"},

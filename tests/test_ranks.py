@@ -66,8 +66,9 @@ FLOAT64 = "--trainer.plugins=lightning.pytorch.plugins.DoublePrecision"
 
 
 @pytest.fixture
-def directory(tmp_path, monkeypatch):
+def directory(tmp_path, monkeypatch, programs):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
     Path("run.yaml").write_text(RUN)
     return tmp_path
 
@@ -78,10 +79,10 @@ def together(name, *arguments):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def start(name, *arguments):
+def start(name, *arguments, python="python"):
     """The same, however it ends."""
     root = str(Path(archzoo.__file__).parent.parent)
-    command = [sys.executable, "-m", "archzoo", "fit", "--config", "run.yaml", "--name", name]
+    command = [python, "-m", "archzoo", "fit", "--config", "run.yaml", "--name", name]
     return subprocess.run(
         [*command, *arguments],
         env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
@@ -277,20 +278,20 @@ def assert_same(one, other, allowed):
 ROOT = Path(__file__).parent.parent
 
 
-def equal(*arguments):
+def equal(python, *arguments):
     """Runs `benchmarks/ranks.py equal`, which fails where processes are not one to 1e-12."""
-    command = [sys.executable, "benchmarks/ranks.py", "equal", "--accelerator=cpu", *arguments]
+    command = [python, "benchmarks/ranks.py", "equal", "--accelerator=cpu", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600
     )
 
 
-def test_two_processes_are_one_in_every_family():
+def test_two_processes_are_one_in_every_family(programs):
     """In loss and gradients, to 1e-12 in float64, balancing losses included."""
     runs = [f"ddp/{name.removesuffix('_micro')}" for name in MICRO]
     runs += ["fsdp2/skywork", "fsdp2_blocks/skywork"]
-    done = equal("--runs", *runs)
+    done = equal(programs / "python", "--runs", *runs)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("gradients_apart") == len(runs)
 
@@ -298,7 +299,7 @@ def test_two_processes_are_one_in_every_family():
 @pytest.mark.slow  # some 60 s, and of eight 200
 @pytest.mark.parametrize("processes", [2, 4, 8])
 def test_processes_are_one_in_every_family(processes):
-    done = equal(f"--processes={processes}")
+    done = equal(sys.executable, f"--processes={processes}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("gradients_apart") == 4 * len(MICRO)
 
@@ -345,7 +346,9 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_run_resumes(directory, ki
     monkeypatch.setenv("KILLED", str(killed))
     kill = ["--trainer.callbacks=own.Kill", "--import=own", "--checkpoint.every_n_steps=1"]
     begun = time.monotonic()
-    ended = start("run", *DDP, *kill)  # whose output ends when all that hold it have ended
+    ended = start(
+        "run", *DDP, *kill, python=sys.executable
+    )  # whose output ends when all that hold it have ended
     assert time.monotonic() - begun < 60
     assert ended.returncode == (-signal.SIGKILL if killed == 0 else 1)
     (line,) = (line for line in ended.stderr.splitlines() if "another process" in line)

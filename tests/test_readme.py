@@ -9,16 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from readme import README, blocks, missing, parts, unspaced
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 BIN = Path(sys.executable).parent
-
-
-def blocks(language: str) -> list[tuple[str, str]]:
-    """(code, the text block right after it, or "") of each fenced block in a language."""
-    pattern = rf"^```{language}\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?"
-    return re.findall(pattern, README, re.MULTILINE | re.DOTALL)
 
 
 def commands() -> list[str]:
@@ -98,8 +92,8 @@ def test_its_shell_commands_run_in_order(checkout: Path, programs: Path) -> None
         printed = ""
         for line in code.splitlines():
             words = shlex.split(line)
-            if words[0] == "make":
-                continue
+            if words[0] == "make" or words[1].startswith("examples/"):
+                continue  # which other tests run
             assert words[0] in ("python", "archzoo")
             if "fit" in words:  # the whole of it is `make train`
                 steps = "6" if "--ckpt_path" in words else "3"  # resumed, it has to train further
@@ -112,17 +106,7 @@ def test_its_shell_commands_run_in_order(checkout: Path, programs: Path) -> None
             assert added.strip()
             printed += added
         if printed:
-            assert [part for part in parts(shown) if f"\n{part}\n" not in unspaced(printed)] == []
-
-
-def unspaced(text: str) -> str:
-    """Its lines but empty ones, between line ends."""
-    return "".join(f"\n{line.rstrip()}" for line in text.splitlines() if line.strip()) + "\n"
-
-
-def parts(shown: str) -> list[str]:
-    """What stands between the dots of an output that is shown: no line is missing in it."""
-    return [part.strip("\n") for part in unspaced(shown).split("\n...\n") if part.strip()]
+            assert missing(shown, printed) == []
 
 
 def test_a_line_that_is_left_out_needs_dots() -> None:
@@ -131,24 +115,15 @@ def test_a_line_that_is_left_out_needs_dots() -> None:
     assert parts("a\nc\n") == ["a\nc"] and "\na\nc\n" not in printed
 
 
-def train(checkout: Path, *variables: str) -> str:
-    """`make train` with the environment that runs this test."""
-    (checkout / ".venv").unlink(missing_ok=True)
-    (checkout / ".venv").symlink_to(BIN.parent, target_is_directory=True)
-    touched = BIN.parent / "installed"
-    made = ["-o", ".venv/installed"] if not touched.exists() else ["-o", str(touched)]
-    return run(["make", "train", *made, "-o", ".venv/installed", *variables], checkout)
-
-
-def test_make_train_in_few_steps(checkout: Path) -> None:
-    output = train(checkout, "STEPS=4")
+def test_make_train_in_few_steps(checkout: Path, programs: Path) -> None:
+    output = run(["make", "train", "-o", "setup", f"BIN={programs}", "STEPS=4"], checkout)
     assert "runs/addition" in output
     assert "Training a small RetNet to add" in output  # before the imports, which take seconds
 
 
 @pytest.mark.slow
 def test_make_train_in_full_learns_to_add(checkout: Path) -> None:
-    output = train(checkout)
+    output = run(["make", "train", "-o", "setup", f"BIN={BIN}"], checkout)
     exact = re.findall(r"test exact match +([\d.]+) %", output)
     assert exact, output
     assert float(exact[-1]) >= 98

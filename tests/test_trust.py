@@ -528,7 +528,7 @@ def test_a_command_imports_nothing_of_an_earlier_one(capsys):
     assert user_imports == []
 
 
-def test_one_word_for_all_ways_of_starting(here):
+def test_one_word_for_all_ways_of_starting(here, programs):
     """`archzoo`, `python -m archzoo` and `train.py` import alike, before or after the command."""
     Path("mine.py").write_text(MINE)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -542,15 +542,15 @@ def test_one_word_for_all_ways_of_starting(here):
         shown = ["--import", "mine", "show", "mine_micro"]
         shown = shown if number else ["show", "mine_micro", "--import=mine"]
         run = subprocess.run(
-            [sys.executable, *way, *shown], capture_output=True, text=True, env=environment
+            [programs / "python", *way, *shown], capture_output=True, text=True, env=environment
         )
         assert run.returncode == 0 and re.search("mixer +Slow", run.stdout), run.stderr
-    without = [sys.executable, *ways[0], "show", "mine_micro"]
+    without = [programs / "python", *ways[0], "show", "mine_micro"]
     run = subprocess.run(without, capture_output=True, text=True, env=environment)
     assert run.returncode == 1 and "no model 'mine_micro'" in run.stderr
 
 
-def test_import_reaches_every_slot(here, capsys, monkeypatch):
+def test_import_reaches_every_slot(here, capsys, monkeypatch, programs):
     """Parts, routers, tasks and callbacks of a user's module; the run asks for it again."""
     Path("mine_too.py").write_text(MINE.replace("mine", "mine_too"))
     monkeypatch.syspath_prepend(here)
@@ -572,7 +572,7 @@ def test_import_reaches_every_slot(here, capsys, monkeypatch):
     assert kept["hyper_parameters"]["mixer"]["class_path"] == "mine_too.Slow"
     assert kept["task"]["class_path"] == "mine_too.Sums"
     # Another process, which the run's own config.yaml does not make import anything.
-    test = [sys.executable, "-m", "archzoo", "test", "--ckpt_path", "runs/own/last.ckpt"]
+    test = [programs / "python", "-m", "archzoo", "test", "--ckpt_path", "runs/own/last.ckpt"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     run = subprocess.run(test, capture_output=True, text=True, env=environment)
     assert run.returncode == 1 and "--import mine_too" in run.stderr

@@ -3,12 +3,16 @@
 A server imports the libraries, none of archzoo's own modules, and forks one process per command.
 The programs in its directory, put first on PATH, hand it their arguments, directory, environment
 and open files and end as the command ends, so a shell line runs as it is written. archzoo itself is
-imported by every command, from the place that its PYTHONPATH names. Signals are not passed on.
+imported by every command, from the place that its PYTHONPATH names. What a command starts by the
+name of its own Python, such as another rank, starts at once, too. Signals are not passed on, nor are
+limits: what is killed or limited has to be a process of its own.
 """
 
 import atexit
 import contextlib
+import fcntl
 import json
+import multiprocessing
 import os
 import runpy
 import select
@@ -24,6 +28,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HEADER = 4  # bytes that say how long a request is, or which status a command ended with
+MOST_FILES = 64  # open ones that a program may be given
+SCRIPT = Path(sys.executable).with_name("archzoo")  # that pip made
+FLAGS = ("-B", "-I")  # of Python, which multiprocessing hands on
 CRASHED = 139  # where it ended without a word
 
 
@@ -48,14 +55,26 @@ def programs() -> Iterator[Path]:
 
 def ask(address: str, program: str, *arguments: str) -> int:
     """Have the server run a command with what this process has; its exit status."""
+    files = _inherited()
     request = {"program": program, "arguments": arguments, "directory": os.getcwd()}
-    body = json.dumps(request | {"environment": dict(os.environ)}).encode()
+    body = json.dumps(request | {"environment": dict(os.environ), "files": files}).encode()
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(address)
-        socket.send_fds(connection, [len(body).to_bytes(HEADER, "big")], [0, 1, 2])
+        socket.send_fds(connection, [len(body).to_bytes(HEADER, "big")], files)
         connection.sendall(body)
         answer = connection.recv(HEADER)
     return int.from_bytes(answer, "big") if answer else CRASHED
+
+
+def _inherited() -> list[int]:
+    """The files that a program was given: the first three, and those that `pass_fds` adds."""
+    return [number for number in range(MOST_FILES) if _is_inherited(number)]
+
+
+def _is_inherited(number: int) -> bool:
+    with contextlib.suppress(OSError):
+        return os.get_inheritable(number)  # Python's own are not
+    return False
 
 
 def serve(address: str) -> int:
@@ -87,6 +106,9 @@ def serve(address: str) -> int:
                     pass
             if os.fork() == 0:
                 listener.close()
+                # What a command starts by this name starts at once, too.
+                sys.executable = str(Path(address).with_name("python"))
+                multiprocessing.set_executable(sys.executable)
                 _become(connection)
             connection.close()
     os.killpg(0, signal.SIGKILL)  # with commands that someone gave up waiting for
@@ -95,12 +117,16 @@ def serve(address: str) -> int:
 
 def _become(connection: socket.socket) -> None:
     """Run the command that is asked for, and end with this process."""
-    header, files, _, _ = socket.recv_fds(connection, HEADER, 3)
+    header, files, _, _ = socket.recv_fds(connection, HEADER, MOST_FILES)
     length, body = int.from_bytes(header, "big"), b""
     while len(body) < length:
         body += connection.recv(length - len(body))
     request = json.loads(body)
-    for number, file in enumerate(files):
+    # Out of the way first: a file may have come as the number that another is to have.
+    apart = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 2 * MOST_FILES) for file in files]
+    answers = fcntl.fcntl(connection, fcntl.F_DUPFD_CLOEXEC, 2 * MOST_FILES)
+    os.closerange(0, 2 * MOST_FILES)
+    for number, file in zip(request["files"], apart, strict=True):
         os.dup2(file, number)
         os.close(file)
     os.chdir(request["directory"])
@@ -123,25 +149,27 @@ def _become(connection: socket.socket) -> None:
             atexit._run_exitfuncs()
             sys.stdout.flush()
             sys.stderr.flush()
-        connection.sendall((status & 0xFF).to_bytes(HEADER, "big"))
+        os.write(answers, (status & 0xFF).to_bytes(HEADER, "big"))
         os._exit(status & 0xFF)
 
 
 def _run(program: str, arguments: list[str]) -> None:
     """What `python` or `archzoo` does with these arguments."""
     import numpy
+    from lightning.pytorch.utilities import rank_zero_only
 
+    rank_zero_only.rank = int(os.environ.get("LOCAL_RANK", "0"))  # which Lightning read before
     numpy.random.seed()  # noqa: NPY002, which libraries share, and forks must not
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.path[:0] = paths
     sys.orig_argv = [program, *arguments]
     if program == "archzoo":
-        sys.argv = [str(Path(sys.executable).with_name("archzoo")), *arguments]
+        sys.argv = [str(SCRIPT), *arguments]
         sys.orig_argv = [sys.executable, *sys.argv]
         from archzoo.cli import main
 
         sys.exit(main())
-    first, *rest = arguments
+    first, *rest = (word for word in arguments if word not in FLAGS)
     if first == "-c":
         code, *rest = rest
         sys.argv = ["-c", *rest]
