@@ -122,14 +122,16 @@ def test_chains_are_asked_at_every_length():
 def test_a_pass_says_what_greedy_generation_does():
     """A real model, float64, all of its answers decoded one by one."""
     task = Addition(digits=2, reverse=False)
+    keys = [Key("cell", i, j) for i in (1, 2) for j in (1, 2)]
+    lines = task.lines(together([task.cell(key.first, key.second, 60) for key in keys])).tokens
+    tokens = torch.from_numpy(lines.astype(np.int64))
+    labels = tokens[:, 1:].masked_fill(tokens[:, 1:] == task.tokenizer.pad_token, -100)
     torch.manual_seed(0)
     net = archzoo.create_model("transformer_micro", vocab_size=task.vocab_size)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=5e-3)
-    loader = task.train_dataloader()
-    for step in range(1000):  # until half trained: some answers right, some wrong
-        batch = loader.batch(step)
-        logits = net(batch["tokens"], documents=batch["documents"]).logits
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    for _ in range(500):  # until they are half learnt by heart: some answers right, some wrong
+        logits = net(tokens[:, :-1]).logits
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
         if loss < 0.7:
             break
         optimizer.zero_grad()
@@ -137,7 +139,6 @@ def test_a_pass_says_what_greedy_generation_does():
         optimizer.step()
     net = net.double().eval()
     examiner = Examiner(net, task, np.arange(task.vocab_size))
-    keys = [Key("cell", i, j) for i in (1, 2) for j in (1, 2)]
     [found] = evaluate_problems(examiner, keys, 60, 10**6)
     total = problems = 0
     for key in keys:
