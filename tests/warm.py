@@ -4,8 +4,8 @@ A server imports the libraries, none of archzoo's own modules, and forks one pro
 The programs in its directory, put first on PATH, hand it their arguments, directory, environment
 and open files and end as the command ends, so a shell line runs as it is written. archzoo itself is
 imported by every command, from the place that its PYTHONPATH names. What a command starts by the
-name of its own Python, such as another rank, starts at once, too. Signals are not passed on, nor are
-limits: what is killed or limited has to be a process of its own.
+name of its own Python, such as another rank, starts at once, too. Signals and limits are not passed
+on: what is killed or limited has to be a process of its own.
 """
 
 import atexit
