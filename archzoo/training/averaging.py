@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
@@ -27,10 +28,10 @@ class AverageWeights(WeightAveraging):
         if not 0 <= decay < 1:
             raise ValueError(f"ema={decay} must be from 0 to below 1, such as 0.999")
 
-        def average(averaged: Tensor, weight: Tensor, _: Tensor | int) -> Tensor:
-            return averaged + (1 - decay) * (weight - averaged)
+        def average(averaged: list[Tensor], weights: list[Tensor], _: Tensor | int) -> None:
+            torch._foreach_lerp_(averaged, weights, 1 - decay)
 
-        super().__init__(use_buffers=False, avg_fn=average)
+        super().__init__(use_buffers=False, multi_avg_fn=average)
 
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
