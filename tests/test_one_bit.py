@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -211,6 +212,33 @@ def test_a_build_that_fails_is_said_once_and_the_plain_form_runs(monkeypatch):
         check_product(1, 20, 6, True, torch.float32, 1e-6)  # a second warning would be an error
     finally:
         native._library.cache_clear()
+
+
+def test_a_library_is_there_when_it_is_whole(monkeypatch, tmp_path):
+    """What another process loads while one builds: nothing, or all of it."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    there = []
+
+    def built(name, sources, build_directory, **options):
+        library = Path(build_directory, f"{name}.so")
+        library.write_text("half")
+        there.append(list(tmp_path.glob("*/*.so")))
+        library.write_text("whole")
+
+    loaded = []
+    monkeypatch.setattr("torch.utils.cpp_extension.load", built)
+    monkeypatch.setattr(
+        native.ctypes,
+        "CDLL",
+        lambda path: (
+            loaded.append(Path(path).read_text())
+            or SimpleNamespace(archzoo_one_bit=SimpleNamespace())
+        ),
+    )
+    native._loaded()
+    native._loaded()
+    assert there == [[]] and loaded == ["whole", "whole"]
+    assert [path.name for path in tmp_path.glob("*/*")] == ["archzoo_one_bit.so"]
 
 
 def device_of_kernels(monkeypatch):

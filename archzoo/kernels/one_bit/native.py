@@ -6,6 +6,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -54,15 +55,18 @@ def _loaded() -> Callable[..., None]:
         from torch.utils import cpp_extension  # takes a while to import
 
         place.mkdir(parents=True, exist_ok=True)
-        cpp_extension.load(
-            name,
-            [str(SOURCE)],
-            extra_cflags=flags,
-            # OpenMP is torch's own, the one whose threads torch's operations run on.
-            extra_ldflags=["-Wl,--no-as-needed"],
-            build_directory=str(place),
-            is_python_module=False,
-        )
+        # Another process may look for the file meanwhile: it is there when it is whole.
+        with tempfile.TemporaryDirectory(dir=place) as apart:
+            cpp_extension.load(
+                name,
+                [str(SOURCE)],
+                extra_cflags=flags,
+                # OpenMP is torch's own, the one whose threads torch's operations run on.
+                extra_ldflags=["-Wl,--no-as-needed"],
+                build_directory=apart,
+                is_python_module=False,
+            )
+            Path(apart, built.name).replace(built)
     compute: Callable[..., None] = ctypes.CDLL(str(built)).archzoo_one_bit
     compute.argtypes = [*[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 6]  # type: ignore[attr-defined]
     compute.restype = None  # type: ignore[attr-defined]
