@@ -7,9 +7,10 @@
 A step is over that of the same model whose base is frozen but for the first norm, so that the
 gradient crosses all blocks and no weight learns; an optimizer step is part of both. A token is over
 the base's, as `archzoo.generate` decodes it: with the adapter beside the weights, and merged. What
-is compared is timed in turn; what is allowed is of the size small. Methods whose papers change
-query and value are put on every Linear of the blocks, at rank 8 where they have one; the others
-where they are by default.
+is compared is timed in turn; what is allowed is of the size small. `bytes_ratio` is what a token
+reads of weights with the adapter beside them, over what it reads of the base's: its time at the
+memory's speed. Methods whose papers change query and value are put on every Linear of the blocks,
+at rank 8 where they have one; the others where they are by default.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from torch.nn import functional as F
 import archzoo
 from archzoo.adapters import Adapter
 from archzoo.decoder import Decoder
+from archzoo.linear import Linear
 from archzoo.parts import list_parts
 
 STEP = 1.15  # of LoRA, over the frozen base's
@@ -76,6 +78,24 @@ class Training:
         """What the optimizer holds after a step."""
         tensors = [t for state in self.optimizer.state.values() for t in state.values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def bytes_read(model: Decoder) -> int:
+    """Of weights by a decoded token: all but the vectors of other tokens, where they lie apart.
+
+    Adapters that are held as one matrix with their weight count as no more than that.
+    """
+    adapters, beside = set(), set()
+    with model.weights_held(), torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, Adapter):
+                adapters |= set(module.parameters())
+            elif isinstance(module, Linear) and module.one_weight() is None:
+                beside |= {p for _, each in module.adapters() for p in each.parameters()}
+    read = set(model.parameters()) - (adapters - beside)
+    if model.embedding.weight is not model.head.weight:
+        read -= {model.embedding.weight}
+    return sum(parameter.numel() * parameter.element_size() for parameter in read)
 
 
 def milliseconds_per_token(model: Decoder, tokens: int) -> float:
@@ -131,6 +151,7 @@ def measure(
         model.to(torch.bfloat16 if on_gpu else torch.float32).eval()
     if cls.mergeable:
         models["merged"] = archzoo.merge_adapter(copy.deepcopy(adapted))
+    row["bytes_ratio"] = round(bytes_read(adapted) / bytes_read(frozen), 3)
     token = decoded(models, given.decoded, given.token_rounds)
     row["base_token_ms"] = round(token["base"], 4)
     for side, allowed in (("unmerged", UNMERGED), ("merged", MERGED)):

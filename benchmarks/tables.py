@@ -939,6 +939,27 @@ def adaptation_costs() -> str:
     return markdown(headings, found) + measured_on(rows)
 
 
+def adaptation_bytes() -> str:
+    """What a token reads of weights with an adapter that stays beside them, over the base's."""
+    import torch
+    from adapters import bytes_read, recipe
+
+    import archzoo
+
+    found = []
+    for preset in ("retnet_small", "transformer_small"):
+        read = {}
+        for name in (None, "MoLoRA", "MoV"):
+            with torch.device("meta"):
+                model = archzoo.create_model(preset)
+                if name is not None:
+                    model = archzoo.adapt(model, recipe(getattr(archzoo, name))[0])
+            read[name] = bytes_read(model.to(torch.bfloat16).eval())
+        ratios = [f"{read[name] / read[None]:.2f}" for name in ("MoLoRA", "MoV")]
+        found.append([f"`{preset}`", f"{read[None] / 1e6:.1f} MB", *ratios])
+    return markdown(["", "the base's weights", "with `MoLoRA`", "with `MoV`"], found)
+
+
 NOT_YET = "*No rows yet.*"
 TABLES: dict[str, Callable[[], str]] = {
     "addition_seeds": addition_seeds,
@@ -967,6 +988,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "merged_arms": lambda: arms_of("merging/experts_merged", OF_BOTH),
     "adaptation_methods": adaptation_methods,
     "adaptation_costs": adaptation_costs,
+    "adaptation_bytes": adaptation_bytes,
     "filtered_attention": lambda: variants("filtered_attention", "plain", {}),
     "normalised_gate": lambda: variants("normalised_gate", "none", GATE),
     "adaptive_balance": lambda: variants(
