@@ -68,6 +68,14 @@ def plan_of(flags=None, config="a.yaml", at_once=1, **options):
 
 MIXERS = {"model.mixer": "Retention,Attention"}
 
+
+def test_all_arms_make_all_of_their_steps(place):
+    Path("a.yaml").write_text(f"{CONFIG}\nstopping_threshold: 100.0\n")  # a loss, reached at once
+    assert {run.settings["stopping_threshold"] for run in plan_of(MIXERS).runs.values()} == {None}
+    Path("a.yaml").write_text(CONFIG)
+    assert {run.settings["stopping_threshold"] for run in plan_of(MIXERS).runs.values()} == {None}
+
+
 # ---------------------------------------------------------------------------- arms
 
 

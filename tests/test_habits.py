@@ -1,5 +1,6 @@
 """Flags of `fit` that people expect: samples, averages, early stopping, a finder, a tracker."""
 
+import csv
 import json
 import shutil
 import sys
@@ -158,6 +159,64 @@ def test_a_run_that_does_not_get_better_ends(fit, capfd):
     assert fit("run", "--early_stopping=5", *more)["global_step"] == 12
 
 
+def validations(name):
+    """What each validation of a run has given, with its step."""
+    found = []
+    for row in csv.DictReader(Path(f"runs/{name}/metrics.csv").read_text().splitlines()):
+        given = {n: float(v) for n, v in row.items() if n.startswith("validation/") and v}
+        if given:
+            found.append(given | {"step": int(row["step"])})
+    return found
+
+
+MATCH = ["--checkpoint.monitor=validation/exact_match", "--checkpoint.mode=max"]
+
+
+def test_a_run_that_is_good_enough_ends(fit, capfd):
+    plain = fit("plain", "--trainer.max_steps=12", *VALIDATED)
+    steps = [(row["step"], row["validation/loss"]) for row in validations("plain")]
+    assert steps[2][1] < min(loss for _, loss in steps[:2])
+    to = f"--stopping_threshold={steps[2][1]}"  # which is reached by what equals it
+    capfd.readouterr()
+    last = fit("run", "--trainer.max_steps=12", *VALIDATED, to)
+    said = capfd.readouterr().err
+    assert last["global_step"] == steps[2][0] == 6 and plain["global_step"] == 12
+    assert said.count("ended after 6 steps: validation/loss is ") == 1
+    # It says that it is done, and trains on where it is told to.
+    more = ["--ckpt_path=runs/run/last.ckpt", "--trainer.max_steps=12", *VALIDATED]
+    assert fit("run", *more, to)["global_step"] == 6
+    said = capfd.readouterr()
+    assert said.err.count("the run had ended: validation/loss was ") == 1
+    assert "another, or none (null), trains on" in said.err and "nothing was left" not in said.out
+    assert_equal(plain, fit("run", *more))
+    assert validations("run") == validations("plain")
+
+
+def test_a_run_that_was_cut_before_it_was_good_enough_ends_where_the_whole_one_does(fit, own):
+    given = ["--trainer.max_steps=12", "--early_stopping=9", *VALIDATED]
+    fit("plain", *given, "--ema=0.5")
+    to = f"--stopping_threshold={validations('plain')[3]['validation/loss']}"
+    whole = fit("whole", *given, to, "--ema=0.5", *KEEP)
+    again = fit("again", *given, to, "--ema=0.5", "--ckpt_path=half.ckpt")
+    assert whole["global_step"] == 8
+    assert_equal(whole, again)
+    assert same(whole["callbacks"]["StopEarly"], again["callbacks"]["StopEarly"])
+
+
+def test_a_threshold_of_shares_is_reached_from_below(fit):
+    tokens = ["--checkpoint.monitor=validation/token_accuracy", "--checkpoint.mode=max"]
+    last = fit("run", *VALIDATED, *tokens, "--stopping_threshold=0.25", "--trainer.max_steps=40")
+    reached = [row["validation/token_accuracy"] for row in validations("run")]
+    assert reached[-1] >= 0.25 and all(share < 0.25 for share in reached[:-1])
+    assert 1 < len(reached) < 20 and last["global_step"] == 2 * len(reached)
+
+
+def test_a_threshold_is_not_looked_at_where_nothing_is_validated(fit):
+    assert fit("none", "--stopping_threshold=100")["global_step"] == 6
+    late = ["--trainer.limit_val_batches=1.0", "--trainer.val_check_interval=100"]
+    assert fit("late", "--stopping_threshold=100", *late)["global_step"] == 6
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -165,6 +224,13 @@ def test_a_run_that_does_not_get_better_ends(fit, capfd):
         (["--early_stopping=1", "--trainer.limit_val_batches=1.0"], "after 1000 batches of 6"),
         (
             ["--early_stopping=1", "--checkpoint.monitor=validation/los", *VALIDATED],
+            "there is no metric validation/los; validation gives validation/exact_match",
+        ),
+        (["--stopping_threshold=.nan", *VALIDATED], "stopping_threshold nan must be a number"),
+        (["--stopping_threshold=99", *MATCH, *VALIDATED], "is a share, from 0 to 1: 99 % is 0.99"),
+        (["--stopping_threshold=0.9", MATCH[0], *VALIDATED], "the higher: --checkpoint.mode max"),
+        (
+            ["--stopping_threshold=1", "--checkpoint.monitor=validation/los", *VALIDATED],
             "there is no metric validation/los; validation gives validation/exact_match",
         ),
         (["--ema=1"], "ema=1.0 must be from 0 to below 1"),

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,7 @@ class Checkpoints(Checkpoint):
             return
         if getattr(pl_module, "cut_short", False):
             return
-        monitor, mode = self.monitored(trainer)
+        monitor, mode = self.monitored(trainer.callback_metrics)
         value = trainer.callback_metrics[monitor]
         # A loss of nan is never the best, nor stays it where a checkpoint says so.
         sign = 1 if mode == "min" else -1
@@ -169,20 +169,23 @@ class Checkpoints(Checkpoint):
         self.saved = None  # write last.ckpt again: now it knows the best, and that this was done
         self.save_last(trainer, pl_module)
 
-    def monitored(self, trainer: lightning.Trainer) -> tuple[str, str]:
+    def monitored(self, metrics: Collection[str]) -> tuple[str, str]:
         """The metric that says which checkpoint is best, and its mode.
 
+        Args:
+            metrics: Names of all that a validation has given.
+
         Raises:
-            ValueError: The validation that has just ended does not give it.
+            ValueError: It is none of them.
         """
         found, mode = self.monitor, self.mode
         if found is None:
-            has_ood = OUT_OF_DISTRIBUTION in trainer.callback_metrics
+            has_ood = OUT_OF_DISTRIBUTION in metrics
             found, mode = (OUT_OF_DISTRIBUTION, "max") if has_ood else ("validation/loss", "min")
-        if found not in trainer.callback_metrics:
+        if found not in metrics:
+            given = ", ".join(sorted(set(metrics) - {"step"}))
             raise ValueError(
-                f"checkpoint.monitor: there is no metric {found}; validation gives "
-                + ", ".join(sorted(trainer.callback_metrics))
+                f"checkpoint.monitor: there is no metric {found}; validation gives {given}"
             )
         return found, mode
 

@@ -67,6 +67,12 @@ def add_flags(parser: Any) -> None:
         help="End the run when so many validations in a row have not improved checkpoint.monitor.",
     )
     parser.add_argument(
+        "--stopping_threshold",
+        type=float | None,
+        default=None,
+        help="End the run when checkpoint.monitor has reached this value at a validation.",
+    )
+    parser.add_argument(
         "--find_learning_rate",
         type=bool,
         default=False,
@@ -84,8 +90,8 @@ def callbacks_of(config: Any, trackers: dict[str, Logger]) -> list[lightning.Cal
     found: list[lightning.Callback] = []
     if config.ema is not None:
         found.append(AverageWeights(config.ema))
-    if config.early_stopping is not None:
-        found.append(StopEarly(config.early_stopping))
+    if config.early_stopping is not None or config.stopping_threshold is not None:
+        found.append(StopEarly(config.early_stopping, config.stopping_threshold))
     prompts = config.sample_prompts
     if config.sample_every is not None:
         prompts = [prompts] if isinstance(prompts, str) else prompts
