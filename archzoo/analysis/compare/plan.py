@@ -753,15 +753,14 @@ def _decoder(resolved: Resolved) -> Decoder:
     Raises:
         ValueError: It would not fit into this machine's memory, or its parts do not fit together.
     """
-    task = resolved.task
+    task, module = resolved.task, resolved.model
     task.prepare()
-    decoder = resolved.model.decoder
-    if decoder is None:
+    if module.decoder is None:  # it is asked for again
         with torch.device("meta"):
-            decoder = _built(resolved)
-    check_size(decoder.config)
-    decoder.bind(task, training=True)
-    return decoder
+            module.decoder = _built(resolved)
+    check_size(module.decoder.config)
+    module.decoder.bind(task, training=True)
+    return module.decoder
 
 
 def _built(resolved: Resolved) -> Decoder:
