@@ -192,6 +192,18 @@ def test_a_run_that_is_good_enough_ends(fit, capfd):
     assert validations("run") == validations("plain")
 
 
+def test_what_has_reached_a_threshold_is_the_best(fit):
+    """From which early stopping counts, where the run is resumed without the threshold."""
+    given = ["--trainer.max_steps=12", "--early_stopping=9", *VALIDATED]
+    fit("plain", *given)
+    losses = [row["validation/loss"] for row in validations("plain")]
+    assert losses[2] < min(losses[:2])
+    last = fit("run", *given, f"--stopping_threshold={losses[2]}")
+    kept = last["callbacks"]["StopEarly"]
+    assert last["global_step"] == 6 and kept["wait_count"] == 0
+    assert float(kept["best_score"]) == pytest.approx(losses[2], rel=1e-6)
+
+
 def test_a_run_that_was_cut_before_it_was_good_enough_ends_where_the_whole_one_does(fit, own):
     given = ["--trainer.max_steps=12", "--early_stopping=9", *VALIDATED]
     fit("plain", *given, "--ema=0.5")

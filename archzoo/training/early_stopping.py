@@ -44,7 +44,7 @@ class StopEarly(EarlyStopping):
 
     Lightning's callback. Its metric is that of best.ckpt: `checkpoint.monitor`, and
     `checkpoint.mode` says which values are better. Unlike Lightning's, a threshold is reached by a
-    value that equals it.
+    value that equals it, and that value counts as others do where the run is resumed.
 
     Args:
         patience: So many validations in a row without a better value end the run; None: none do.
@@ -103,20 +103,20 @@ class StopEarly(EarlyStopping):
         self.monitor, self.mode = _checkpoints(trainer).monitored(trainer.callback_metrics)
         if self.threshold is not None:
             check_threshold(self.threshold, self.monitor, self.mode)
-            self.stopping_threshold = _just_worse(self.threshold, self.mode)
         if not self.best_score.isfinite():  # none yet
             worst = torch.inf if self.mode == "min" else -torch.inf
             self.best_score = torch.tensor(worst)
         super().on_validation_end(trainer, pl_module)
-        if not trainer.should_stop:
-            return
         value = float(trainer.callback_metrics[self.monitor])
-        if self.threshold is not None and _reaches(value, self.threshold, self.mode):
+        if self.threshold is not None and trainer.strategy.reduce_boolean_decision(
+            _reaches(value, self.threshold, self.mode), all=False
+        ):
+            trainer.should_stop = True
             say(
                 f"ended after {trainer.global_step} steps: {self.monitor} is {value:.4f}, and "
                 f"--stopping_threshold {self.threshold}"
             )
-        elif self.wait_count >= self.patience:
+        elif trainer.should_stop and self.wait_count >= self.patience:
             say(
                 f"ended early: {self.monitor} was best at {self.best_score:.4f}, "
                 f"{self.wait_count} validations ago"
@@ -148,12 +148,7 @@ def _checkpoints(trainer: lightning.Trainer) -> Checkpoints:
     return (found or [Checkpoints()])[0]
 
 
-def _just_worse(threshold: float, mode: str) -> float:
-    """The float32 before it: what is better than that has reached it."""
-    worse = torch.tensor(torch.inf if mode == "min" else -torch.inf)
-    return float(torch.tensor(threshold, dtype=torch.float32).nextafter(worse))
-
-
 def _reaches(value: float, threshold: float, mode: str) -> bool:
-    worse = _just_worse(threshold, mode)
-    return value < worse if mode == "min" else value > worse
+    """Of float32, as metrics are; nan reaches nothing."""
+    mine, asked = torch.tensor([value, threshold], dtype=torch.float32).tolist()
+    return bool(mine <= asked if mode == "min" else mine >= asked)
