@@ -9,6 +9,8 @@ import lightning
 import pytest
 import torch
 from kernel_device import GPU
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch._dynamo.backends.registry import lookup_backend
 
 import archzoo
@@ -93,10 +95,12 @@ def test_blocks_of_several_kinds_are_compiled_each():
         assert (mine - true).norm() < 1e-5 * true.norm()
 
 
-def trainer_of(world_size=1, accumulate_grad_batches=1, precision="bf16-mixed"):
+def trainer_of(
+    world_size=1, accumulate_grad_batches=1, precision="bf16-mixed", callbacks=(), strategy=None
+):
     return SimpleNamespace(
         world_size=world_size, accumulate_grad_batches=accumulate_grad_batches,
-        precision=precision, strategy=None,
+        precision=precision, callbacks=callbacks, strategy=strategy,
     )  # fmt: skip
 
 
@@ -132,6 +136,13 @@ def test_auto_compiles_large_models_on_a_gpu_alone(monkeypatch, capfd):
     assert module.net.compiled_hidden is None
 
 
+class DeepSpeed(DeepSpeedStrategy):
+    """Where it is not installed."""
+
+    def __init__(self):
+        self.config = {"zero_optimization": {"stage": 1}}
+
+
 def test_graphs_are_refused_where_something_of_a_step_is_kept(tmp_path, capfd):
     (tmp_path / "text.txt").write_text("to be or not to be " * 20)
     carried = Text(path=str(tmp_path / "text.txt"), tokenizer="characters", carry_state=True)
@@ -153,6 +164,9 @@ def test_graphs_are_refused_where_something_of_a_step_is_kept(tmp_path, capfd):
     assert "NVIDIA GPU" in refused(device="cpu")
     assert "other processes" in refused(trainer=trainer_of(world_size=2))
     assert "micro-batch" in refused(trainer=trainer_of(accumulate_grad_batches=2))
+    later = GradientAccumulationScheduler({0: 1, 4: 2})
+    assert "micro-batch" in refused(trainer=trainer_of(callbacks=[later]))
+    assert "DeepSpeed takes" in refused(trainer=trainer_of(strategy=DeepSpeed()))
     assert "from one batch to the next" in refused(task=carried)
     assert "twice in a step" in refused(loops=3, progressive_loss=0.5)
     mixture = {"feed_forward": "MixtureOfExperts"}

@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch._dynamo.exc import TorchDynamoException
 
 from archzoo.feedforward.moe import Experts
 from archzoo.kernels.launching import TRITON_FOUND
-from archzoo.training.deepspeed import stage_of
+from archzoo.training.deepspeed import stage_of, uses_deepspeed
 from archzoo.training.ending import say
 from archzoo.training.module import LanguageModel
 from archzoo.training.ranks import sums_quickly
@@ -79,7 +80,11 @@ def reason_against_graphs(trainer: lightning.Trainer, module: LanguageModel) -> 
         return "it runs on an NVIDIA GPU alone"
     if trainer.world_size > 1:
         return "gradients are exchanged with other processes"
-    if trainer.accumulate_grad_batches > 1:
+    if uses_deepspeed(trainer.strategy):
+        return "DeepSpeed takes the gradients, and keeps some"
+    callbacks: list[lightning.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    scheduled = any(isinstance(one, GradientAccumulationScheduler) for one in callbacks)
+    if scheduled or trainer.accumulate_grad_batches > 1:
         return "gradients are kept from one micro-batch to the next"
     if getattr(module.task, "carry_state", False):
         return "a state is kept from one batch to the next"
