@@ -336,6 +336,15 @@ def test_the_kernels_norm_is_torchs(ours, dtype, outputs, width, monkeypatch):
     assert relative_error(y.double(), want) < (3e-6 if dtype == torch.float32 else 1e-2)
 
 
+def test_a_norm_under_autocast_keeps_the_products_dtype(monkeypatch):
+    norm = F.layer_norm  # whose result a GPU's autocast makes float32
+    monkeypatch.setattr(F, "layer_norm", lambda y, *given, **more: norm(y, *given, **more).float())
+    x, packed = torch.randn(1, 64), one_bit.pack(torch.rand(32, 64) < 0.5)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = one_bit.product(x.bfloat16(), packed, torch.ones(64), torch.ones(32), 1e-5)
+    assert y.dtype == torch.bfloat16
+
+
 def test_without_hoppers_kernel_the_other_runs_and_that_is_said_once(monkeypatch):
     device = device_of_kernels(monkeypatch)
 

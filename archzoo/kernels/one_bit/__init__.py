@@ -159,7 +159,8 @@ def _quick(x: Tensor, *scales: Tensor) -> bool:
 
 
 def _norm_plainly(y: Tensor, eps: float | None) -> Tensor:
-    return y if eps is None else F.layer_norm(y, y.shape[-1:], eps=eps)
+    # Autocast gives float32 on a GPU.
+    return y if eps is None else cast(F.layer_norm(y, y.shape[-1:], eps=eps), y.dtype)
 
 
 def product_plainly(x: Tensor, packed: Tensor, before: Tensor, after: Tensor) -> Tensor:
