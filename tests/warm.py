@@ -11,6 +11,7 @@ on: what is killed or limited has to be a process of its own.
 import atexit
 import contextlib
 import fcntl
+import itertools
 import json
 import multiprocessing
 import os
@@ -169,7 +170,7 @@ def _run(program: str, arguments: list[str]) -> None:
         from archzoo.cli import main
 
         sys.exit(main())
-    first, *rest = (word for word in arguments if word not in FLAGS)
+    first, *rest = itertools.dropwhile(FLAGS.__contains__, arguments)
     if first == "-c":
         code, *rest = rest
         sys.argv = ["-c", *rest]
