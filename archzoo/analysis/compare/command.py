@@ -59,7 +59,7 @@ def compare_command(
     with the best mean on validation data; what is compared is measured on the test part, with that
     rate only, from the last checkpoint.
 
-    All runs make all of their steps: a `stopping_threshold` is for the bases alone.
+    A `stopping_threshold` is for the bases alone: it ends no run that is compared.
 
     The same command continues what was interrupted, however it was. The directory holds runs.csv (a
     row a run), table.csv and table.md (a row an arm), curves.png, and the runs.

@@ -664,7 +664,7 @@ def _resolve(
         said = str(error).replace(f"{place}/", "the base ")
         raise ValueError(f"arm {arm.name}: {said}") from None
     _name_bases(found.settings, reads)
-    found.settings["stopping_threshold"] = None  # all arms make all of their steps
+    found.settings["stopping_threshold"] = None  # an arm that learns faster is not cut
     if words:
         found.settings["model"]["weights"] = f"made by archzoo {' '.join(words)}"
     _check_trainer(f"arm {arm.name}", found)
