@@ -261,7 +261,7 @@ def one_bit_hopper() -> None:
                 before, after = torch.ones(*rows, width), torch.ones(*rows, outputs)
                 x = torch.randn(2, width, dtype=dtype)
                 _by_hoppers_kernel(x, packed, before.to(dtype), after.to(dtype))
-            for scales in (3, 4):
+            for scales in (3, 4, 8):
                 shapes = (scales, width), (scales, outputs), (scales, width)
                 mixed = (torch.ones(shape, dtype=dtype) for shape in shapes)
                 _by_hoppers_kernel(x, packed, *mixed)

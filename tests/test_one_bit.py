@@ -284,7 +284,7 @@ def test_hoppers_kernel_gives_the_plain_forms_numbers(width, dtype, monkeypatch)
 @needs_hopper
 @pytest.mark.parametrize("width", [128, 1024, 4096, 11008])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scales", [1, 3, 4])
+@pytest.mark.parametrize("scales", [1, 3, 4, 8])
 def test_hoppers_kernel_mixes_scales_as_the_plain_form_does(scales, dtype, width, monkeypatch):
     monkeypatch.setattr(one_bit, "TWO_TILES_FROM", 100)
     monkeypatch.setattr(one_bit, "FOUR_TILES_FROM", 300)
