@@ -202,6 +202,10 @@ def test_auto_replays_mixtures(monkeypatch):
     assert not replayed(trainer=trainer_of(precision="32-true"), **mixture)
     assert not replayed(trainer=trainer_of(accumulate_grad_batches=2), **mixture)
     assert not replayed(part=Elsewhere(), **mixture)
+    watched = torch.nn.Identity()
+    assert replayed(part=watched, **mixture)
+    watched.register_forward_hook(lambda *given: None)
+    assert not replayed(part=watched, **mixture)
 
 
 def test_a_run_that_fails_drops_what_graphs_wrote_over():

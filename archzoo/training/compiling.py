@@ -108,11 +108,15 @@ def reason_against_graphs(trainer: lightning.Trainer, module: LanguageModel) -> 
 def replays(trainer: lightning.Trainer, module: LanguageModel) -> bool:
     """Whether `auto` replays a step as CUDA graphs: of mixtures, which are many small kernels.
 
-    A part from elsewhere may wait for the device, which the zoo's own do not.
+    A part from elsewhere may wait for the device, which the zoo's own do not, and hooks may keep
+    what the next run of a graph writes over.
     """
-    own = all(type(part).__module__.startswith(OURS) for part in module.net.modules())
-    mixture = any(isinstance(part, Experts) for part in module.net.modules())
-    return mixture and own and reason_against_graphs(trainer, module) is None
+    parts = list(module.net.modules())
+    own = all(type(part).__module__.startswith(OURS) for part in parts)
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    watched = any(getattr(part, kind) for part in parts for kind in hooks)
+    mixture = any(isinstance(part, Experts) for part in parts)
+    return mixture and own and not watched and reason_against_graphs(trainer, module) is None
 
 
 class CompileModel(lightning.Callback):
