@@ -4,6 +4,7 @@ import csv
 import functools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +27,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import archzoo
 from archzoo.checkpoint import read_safely
+from archzoo.checkpoint.loading import locate
+from archzoo.checkpoint.runs import WHOLE
 from archzoo.cli import main
 from archzoo.training import compiling, losses, ranks, sharding
 
@@ -61,6 +64,7 @@ FSDP2 = [
     "--trainer.strategy.tensor_parallel_size=1",
     "--trainer.strategy.save_distributed_checkpoint=false",
 ]
+SHARDS = FSDP2[:-1]  # each process writes what it holds
 # What is behind precision 64-true, a name that ModelParallelStrategy refuses.
 FLOAT64 = "--trainer.plugins=lightning.pytorch.plugins.DoublePrecision"
 
@@ -313,8 +317,23 @@ def test_two_ranks_are_one_process_with_the_whole_batch(directory):
     assert_same("one", "two", 1e-12)
 
 
+def test_shards_of_two_processes_are_a_checkpoint_of_one(directory):
+    """Its file is made of them when it is first read; a run is resumed from it by itself."""
+    steady = ["--model.schedule=constant", "--model.warmup_steps=1"]
+    together("half", *SHARDS, *steady, "--trainer.max_steps=2")
+    half = Path("runs/half/last.ckpt")
+    assert len(list(half.glob("*.distcp"))) == 2 and not (half / WHOLE).exists()
+    fit = ["fit", "--config", "run.yaml", *steady, "--name"]
+    assert main([*fit, "alone", "--ckpt_path", str(half)]) == 0
+    assert (half / WHOLE).exists()
+    assert main([*fit, "whole"]) == 0
+    alone, whole = (read_safely(f"runs/{name}/last.ckpt") for name in ("alone", "whole"))
+    for name, value in whole["state_dict"].items():
+        assert torch.allclose(alone["state_dict"][name], value, rtol=0, atol=1e-5), name
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", [DDP, FSDP2], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", [DDP, FSDP2, SHARDS], ids=["ddp", "fsdp2", "shards"])
 def test_ranks_resume_where_they_ended(directory, strategy):
     """As if they had not ended, in several processes or in one; coefficients and biases, too."""
     steady = ["--model.schedule=constant", "--model.warmup_steps=1"]
@@ -323,10 +342,42 @@ def test_ranks_resume_where_they_ended(directory, strategy):
     fit = ["fit", "--config", "run.yaml", *steady, "--name"]
     assert main([*fit, "alone", "--ckpt_path", "runs/half/last.ckpt"]) == 0
     assert main([*fit, "whole"]) == 0
-    ends = [read_safely(f"runs/{name}/last.ckpt") for name in ("whole", "rest", "alone")]
+    ends = [read_safely(locate(f"runs/{name}")) for name in ("whole", "rest", "alone")]
     for name, value in ends[0]["state_dict"].items():
         for end in ends[1:]:
             assert torch.allclose(end["state_dict"][name], value, rtol=0, atol=1e-5), name
+
+
+def sharded(name, processes, *arguments):
+    """`archzoo fit` in more processes than there are cores, each started by itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    flags = [flag.replace("=2", f"={processes}") for flag in SHARDS]
+    command = [sys.executable, "-m", "archzoo", "fit", "--config", "run.yaml", "--name", name]
+    settings = os.environ | {"PYTHONPATH": str(Path(archzoo.__file__).parent.parent)}
+    settings |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    running = [
+        subprocess.Popen([*command, *flags, *arguments], env=settings | {"LOCAL_RANK": str(rank)})
+        for rank in range(processes)
+    ]
+    assert [process.wait(300) for process in running] == [0] * processes
+
+
+@pytest.mark.slow  # some 90 s
+def test_shards_of_eight_processes_are_resumed_by_four_two_and_one(directory):
+    """The weights end where those of one that never stopped do."""
+    steady = ["--model.schedule=constant", "--model.warmup_steps=1"]
+    sharded("eight", 8, *steady, "--trainer.max_steps=1")
+    sharded("four", 4, *steady, "--trainer.max_steps=2", "--ckpt_path=runs/eight/last.ckpt")
+    sharded("two", 2, *steady, "--trainer.max_steps=3", "--ckpt_path=runs/four/last.ckpt")
+    assert len(list(Path("runs/eight/last.ckpt").glob("*.distcp"))) == 8
+    fit = ["fit", "--config", "run.yaml", *steady, "--name"]
+    assert main([*fit, "one", "--ckpt_path=runs/two/last.ckpt"]) == 0
+    assert main([*fit, "whole"]) == 0
+    one, whole = (read_safely(locate(f"runs/{name}")) for name in ("one", "whole"))
+    for name, value in whole["state_dict"].items():
+        assert torch.allclose(one["state_dict"][name], value, rtol=0, atol=1e-5), name
 
 
 KILL = """
@@ -374,7 +425,7 @@ trainer: {accelerator: cpu, max_steps: 4, limit_val_batches: 0, gradient_clip_va
 
 
 @pytest.mark.slow  # some 25 s each
-@pytest.mark.parametrize("strategy", [DDP, FSDP2], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", [DDP, FSDP2, SHARDS], ids=["ddp", "fsdp2", "shards"])
 def test_ranks_resume_an_adapted_run_beside_its_base(directory, strategy):
     """Whose checkpoint holds the adapter and its optimizer alone."""
     assert main(["fit", "--config", "run.yaml", "--name", "base", "--trainer.max_steps=1"]) == 0
@@ -382,7 +433,7 @@ def test_ranks_resume_an_adapted_run_beside_its_base(directory, strategy):
     together("half", *strategy, "--trainer.max_steps=2")
     together("rest", *strategy, "--ckpt_path=runs/half/last.ckpt")
     assert main(["fit", "--config", "run.yaml", "--name", "whole"]) == 0
-    whole, rest = (read_safely(f"runs/{name}/last.ckpt") for name in ("whole", "rest"))
+    whole, rest = (read_safely(locate(f"runs/{name}")) for name in ("whole", "rest"))
     assert whole["base_weights"] == rest["base_weights"]
     assert whole["state_dict"].keys() == rest["state_dict"].keys()
     assert len(rest["optimizer_states"][0]["state"]) == len(rest["state_dict"])

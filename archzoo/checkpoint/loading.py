@@ -19,6 +19,7 @@ from archzoo.checkpoint.pretrained import (
     read_config,
 )
 from archzoo.checkpoint.runs import LAST, WHOLE, check_run, names_base, read_whole
+from archzoo.checkpoint.shards import is_sharded, make_whole
 from archzoo.checkpoint.vocabulary import check_vocabulary, run_tokenizer
 from archzoo.decoder import Decoder
 from archzoo.parts import named_adapters
@@ -55,7 +56,8 @@ def from_pretrained(
 def locate(path: str | os.PathLike[str]) -> Path:
     """The checkpoint that a path means: of a run's directory its last.ckpt, else the path itself.
 
-    Of a directory that DeepSpeed wrote it is the file in it that holds all of it.
+    Of a directory that DeepSpeed wrote it is the file in it that holds all of it; of a directory
+    of shards such a file is made of them.
 
     Raises:
         TypeError: It is not a path.
@@ -71,6 +73,8 @@ def locate(path: str | os.PathLike[str]) -> Path:
     last = path / LAST
     ours = any((path / name).exists() for name in (CONFIG, ADAPTER))
     found = last if path.is_dir() and not ours and last.exists() else path
+    if found.is_dir() and is_sharded(found):
+        return make_whole(found)
     whole = found / WHOLE
     return whole if found.is_dir() and whole.is_file() else found
 

@@ -83,15 +83,10 @@ class Checkpoints(Checkpoint):
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
-        strategy = trainer.strategy
-        if (
-            getattr(strategy, "_save_distributed_checkpoint", False)
-            or getattr(strategy, "_state_dict_type", None) == "sharded"
-        ):
+        if getattr(trainer.strategy, "_state_dict_type", None) == "sharded":
             raise ValueError(
-                f"{type(strategy).__name__} writes checkpoints as directories of shards, which "
-                "cannot be read here: set save_distributed_checkpoint to false (FSDPStrategy: "
-                "state_dict_type to full)"
+                f"{type(trainer.strategy).__name__} writes checkpoints as directories of shards, "
+                "which cannot be read here: set state_dict_type to full"
             )
         self.directory = Path(trainer.default_root_dir)
         self._logs = [logger for logger in trainer.loggers if isinstance(logger, MetricsFile)]

@@ -49,7 +49,7 @@ from archzoo.states import State
 from archzoo.tasks.stream import Batch, Task
 from archzoo.tasks.tokenizers import from_files
 from archzoo.tasks.writing import writing_of
-from archzoo.training import deepspeed
+from archzoo.training import deepspeed, shards
 from archzoo.training.averaging import AverageWeights
 from archzoo.training.comparison import (
     MAY_DIFFER,
@@ -335,6 +335,7 @@ class LanguageModel(lightning.LightningModule):
     def setup(self, stage: str) -> None:
         self.set_up_with_task(stage)
         deepspeed.configure(self.trainer.strategy, self)
+        shards.configure(self.trainer.strategy)
         if stage == "fit":  # before a checkpoint is read
             configure(self.trainer.strategy, self.decoder)
             self._about = self.about() if deepspeed.uses_deepspeed(self.trainer.strategy) else None
