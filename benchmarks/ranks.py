@@ -2,6 +2,8 @@
 
     python benchmarks/ranks.py equal --accelerator cpu                       # two processes, gloo
     python benchmarks/ranks.py speed --text TEXT                             # on two GPUs, NCCL
+    python benchmarks/ranks.py speed --text TEXT --devices 1 2 4 8 --strong \
+        --presets retnet_base transformer_base yuan_base --lengths 2048 8192
     python benchmarks/ranks.py rounding
     python benchmarks/ranks.py bytes --accelerator cpu                       # two processes, gloo
 
@@ -11,8 +13,10 @@ together, and block by block), on the same batches:
 loss and gradients must be the same to 1e-12, or it fails. Balancing losses are those of all
 processes' tokens.
 
-`speed` runs `archzoo fit` on one GPU and on several, each GPU with as many tokens, compiled and
-not, and compares the tokens a second of its log.
+`speed` runs `archzoo fit` on one GPU and on several, each GPU with as many tokens (weak scaling)
+and, with --strong, with as many in all, compiled and not. It compares the tokens a second of its
+log, and says how many milliseconds of a step NCCL's kernels take, and how many of these no other
+kernel runs beside.
 
 `rounding` trains a Skywork mixture in float64, float32 and bf16-mixed. In float64 two processes
 must be one, to 1e-9 at every step, or it fails. In float32 they are at the first step, and then
@@ -33,6 +37,8 @@ from __future__ import annotations
 import argparse
 import csv
 import gc
+import itertools
+import json
 import os
 import socket
 import statistics
@@ -230,50 +236,81 @@ def equal(given: argparse.Namespace) -> int:
 
 
 def speed(given: argparse.Namespace) -> int:
-    """One row a strategy, compiled and not: tokens a second in all, and of how many times one."""
+    """One row a model, length, strategy and number of processes: tokens a second, and of one's."""
     rows: list[dict[str, Any]] = []
     on_gpu, failed = given.accelerator == "cuda", 0
-    windows = given.tokens // given.context_length
-    for compiled in given.compile:
+    counts = sorted(set(given.devices) - {1})
+    runs = [("one", "weak", 1)]
+    runs += [(way, "weak", count) for count in counts for way in given.strategies]
+    if given.strong:
+        runs += [(way, "strong", count) for count in counts for way in given.strategies]
+    cases = itertools.product(given.compile, given.presets, given.lengths)
+    for compiled, preset, length in cases:
         alone = None
-        for way in ("one", *given.strategies):
-            count = 1 if way == "one" else given.processes
-            options = {
-                "--name": f"{way}_{compiled}",
-                "--trainer.default_root_dir": given.root,
-                "--trainer.accelerator": given.accelerator,
-                "--trainer.max_steps": str(given.steps),
-                "--trainer.val_check_interval": str(given.steps),
-                "--trainer.limit_val_batches": "4",
-                "--trainer.log_every_n_steps": "10",
-                "--trainer.enable_progress_bar": "false",
-                "--trainer.enable_checkpointing": "false",
-                "--model.preset": given.preset,
-                "--model.dropout": "0",
-                "--data": "Text",
-                "--data.path": given.text,
-                "--data.context_length": str(given.context_length),
-                "--data.batch_size": str(windows * count),
-                "--compile": compiled,
-            }
-            if given.vocab_size:
-                options |= {"--data.tokenizer": "bpe", "--data.vocab_size": str(given.vocab_size)}
-            options |= ONE if way == "one" else STRATEGIES[way](count)
-            row: dict[str, Any] = {"way": way, "processes": count, "model": given.preset}
-            row |= {"time": given.context_length, "tokens_a_process": given.tokens}
+        for way, scaling, count in runs:
+            tokens = given.tokens if scaling == "weak" else given.tokens // count
+            row: dict[str, Any] = {"way": way, "scaling": scaling, "processes": count}
+            row |= {"model": preset, "time": length, "tokens_a_process": tokens}
             row["compile"] = compiled
             try:
-                log = [entry for entry in fit(options, given) if entry["train/loss"]]
-                row |= rates(log)
+                if tokens < length:
+                    raise ValueError(f"{tokens} tokens a process are less than a row of {length}")
+                row |= scaled(way, count, preset, length, tokens, compiled, given)
                 alone = row["tokens_per_second"] if way == "one" else alone
-                row["times_one"] = round(row["tokens_per_second"] / alone, 3) if alone else ""
-            except subprocess.CalledProcessError as error:
-                row["failed"] = f"exit status {error.returncode}"
+                if alone:
+                    times = row["tokens_per_second"] / alone
+                    row |= {"times_one": round(times, 3), "of_linear": round(times / count, 3)}
+            except (subprocess.CalledProcessError, ValueError) as error:
+                row["failed"] = str(error)[-100:]
                 failed += 1
             print(row, flush=True)
             rows.append(row)
             write_rows("ranks-speed", rows, on_gpu=on_gpu)
     return failed
+
+
+def scaled(
+    way: str,
+    count: int,
+    preset: str,
+    length: int,
+    tokens: int,
+    compiled: str,
+    given: argparse.Namespace,
+) -> dict[str, Any]:
+    """What one run of `archzoo fit` says of its speed."""
+    name = f"{way}_{count}_{preset}_{length}_{tokens}_{compiled}"
+    exchange = Path(given.root, f"{name}.json")
+    options = {
+        "--name": name,
+        "--import": "exchange",
+        "--trainer.callbacks": "exchange.Exchange",
+        "--trainer.callbacks.path": str(exchange),
+        "--trainer.default_root_dir": given.root,
+        "--trainer.accelerator": given.accelerator,
+        "--trainer.max_steps": str(given.steps),
+        "--trainer.val_check_interval": str(given.steps),
+        "--trainer.limit_val_batches": "4",
+        "--trainer.log_every_n_steps": "10",
+        "--trainer.enable_progress_bar": "false",
+        "--trainer.enable_checkpointing": "false",
+        "--model.preset": preset,
+        "--model.dropout": "0",
+        "--data": "Text",
+        "--data.path": given.text,
+        "--data.context_length": str(length),
+        "--data.batch_size": str(tokens // length * count),
+        "--compile": compiled,
+    }
+    if given.vocab_size:
+        options |= {"--data.tokenizer": "bpe", "--data.vocab_size": str(given.vocab_size)}
+    options |= ONE if way == "one" else STRATEGIES[way](count)
+    log = [entry for entry in fit(options, given) if entry["train/loss"]]
+    # The last row of the log holds the steps that were profiled.
+    found = rates(log[:-1] if len(log) > 1 else log)
+    if exchange.exists():
+        found |= {k: round(v, 2) for k, v in json.loads(exchange.read_text()).items()}
+    return found
 
 
 def rates(log: Log) -> dict[str, Any]:
@@ -293,7 +330,8 @@ def rates(log: Log) -> dict[str, Any]:
 def fit(options: dict[str, str], given: argparse.Namespace) -> Log:
     """The log of one run; subprocess.CalledProcessError if it fails."""
     parts = [part for option in options.items() for part in option]
-    environment = {"OMP_NUM_THREADS": "1"} | os.environ
+    path = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": path.rstrip(os.pathsep)}
     subprocess.run([sys.executable, "-m", "archzoo", "fit", *parts], check=True, env=environment)
     with Path(given.root, options["--name"], "metrics.csv").open(newline="") as file:
         return list(csv.DictReader(file))
@@ -526,12 +564,13 @@ def main() -> int:
     part.set_defaults(run=equal)
 
     part = parts.add_parser("speed", parents=[common])
-    part.add_argument("--processes", type=int, default=2)
+    part.add_argument("--devices", nargs="+", type=int, default=[1, 2], help="how many [1 2]")
+    part.add_argument("--strong", action="store_true", help="the same tokens in all, too")
     part.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
     part.add_argument("--text", default=str(ROOT / "data" / "*.txt"))
-    part.add_argument("--preset", default="retnet_base")
+    part.add_argument("--presets", nargs="+", default=["retnet_base"])
     part.add_argument("--vocab_size", type=int, default=32000, help="0: characters [32000]")
-    part.add_argument("--context_length", type=int, default=2048)
+    part.add_argument("--lengths", nargs="+", type=int, default=[2048])
     part.add_argument("--tokens", type=int, default=32768, help="a step and process [32768]")
     part.add_argument("--steps", type=int, default=120)
     part.add_argument("--compile", nargs="+", choices=("true", "false"), default=["true", "false"])

@@ -544,3 +544,13 @@ def test_ranks_are_micro_batches(directory):
     assert main(["fit", "--config", "run.yaml", "--name", "one", *segments, *cut]) == 0
     together("two", *DDP, *segments)
     assert_same("one", "two", 1e-12)
+
+
+def test_what_is_exchanged_beside_no_computation(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(archzoo.__file__).parent.parent / "benchmarks"))
+    from exchange import merged, outside
+
+    assert merged([(3, 5), (1, 2), (4, 7), (2, 2.5)]) == [(1, 2.5), (3, 7)]
+    exchanged = [(0, 10), (8, 12), (20, 21)]
+    assert outside(exchanged, []) == 13
+    assert outside(exchanged, [(1, 3), (2, 4), (11, 20.5)]) == 13 - 3 - 1 - 0.5
