@@ -12,7 +12,7 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy
 
 from archzoo.cli import main
 from archzoo.tasks import Addition
@@ -333,10 +333,8 @@ def test_averages_of_weights_are_kept(tmp_path):
     assert max(apart) > 0
 
 
-@pytest.mark.parametrize(
-    "strategy", [ModelParallelStrategy(), FSDPStrategy(state_dict_type="sharded")]
-)
-def test_checkpoints_that_nothing_reads_are_refused(strategy):
+def test_checkpoints_that_nothing_reads_are_refused():
+    strategy = FSDPStrategy(state_dict_type="sharded")
     with pytest.raises(ValueError, match="directories of shards, which cannot be read"):
         Checkpoints().setup(SimpleNamespace(strategy=strategy), None, "fit")
 

@@ -29,7 +29,9 @@ class AverageWeights(WeightAveraging):
             raise ValueError(f"ema={decay} must be from 0 to below 1, such as 0.999")
 
         def average(averaged: list[Tensor], weights: list[Tensor], _: Tensor | int) -> None:
-            torch._foreach_lerp_(averaged, weights, 1 - decay)
+            # A checkpoint's averages are float32 where a run's weights may be another dtype.
+            alike = [w.to(a.dtype) for a, w in zip(averaged, weights, strict=True)]
+            torch._foreach_lerp_(averaged, alike, 1 - decay)
 
         super().__init__(use_buffers=False, multi_avg_fn=average)
 
