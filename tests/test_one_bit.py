@@ -362,6 +362,23 @@ def test_without_hoppers_kernel_the_other_runs_and_that_is_said_once(monkeypatch
         check_mixture(1, 128, 6, 2, torch.float32, device)
 
 
+def test_hoppers_kernel_stays_where_the_other_form_fails_too(monkeypatch):
+    device = device_of_kernels(monkeypatch)
+
+    def fails(*_, **__):
+        raise ValueError("sizes differ")
+
+    monkeypatch.setattr(one_bit, "_runs_hoppers", True)
+    monkeypatch.setattr(one_bit, "on_hopper", lambda x: True)
+    monkeypatch.setattr(one_bit, "_by_hoppers_kernel", fails)
+    monkeypatch.setattr(one_bit, "mixed_scales", fails)
+    x, scales = torch.ones(1, 128, device=device), torch.ones(2, 128, device=device)
+    packed = one_bit.pack(torch.ones(6, 128, dtype=torch.bool, device=device))
+    with torch.no_grad(), pytest.raises(ValueError, match="sizes differ"):
+        one_bit.mixed_product(x, packed, scales, scales, torch.ones(2, 6, device=device))
+    assert one_bit._runs_hoppers
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scales", [1, 3, 4])
 def test_the_kernel_mixes_scales_as_the_plain_form_does(scales, dtype, monkeypatch):

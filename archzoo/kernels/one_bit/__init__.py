@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,18 +137,16 @@ def mixed_product(
         inputs: The same.
         outputs: The same.
     """
+
+    def apart() -> Tensor:
+        return product(x, packed, *mixed_scales(x, router, inputs, outputs))
+
     quick = _quick(x, router, inputs, outputs) and run_beside(x) and _hoppers_takes(x)
     if quick and len(router) <= AT_ONCE:
         flat = x.reshape(-1, x.shape[-1])
-        try:
-            y = _by_hoppers_kernel(flat, packed, inputs, outputs, router)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            _give_up_hoppers_kernel(error)
-        else:
-            return y.view(*x.shape[:-1], len(packed))
-    return product(x, packed, *mixed_scales(x, router, inputs, outputs))
+        y = _by_hoppers_kernel_or(apart, flat, packed, inputs, outputs, router)
+        return y.view(*x.shape[:-1], len(packed))
+    return apart()
 
 
 def _quick(x: Tensor, *scales: Tensor) -> bool:
@@ -208,22 +208,14 @@ def _by_kernel(
     normed = eps is not None and len(packed) <= NORMED
     # What a norm of ours follows is not rounded before it.
     dtype = torch.float32 if normed else x.dtype
-    early = False
-    y: Tensor | None = None
+    plainer = functools.partial(_by_tritons_kernel, x, packed, before, after, dtype)
     if _hoppers_takes(x):
-        try:
-            y = _by_hoppers_kernel(x, packed, before, after, dtype=dtype)
-            early = True
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            y = _by_tritons_kernel(x, packed, before, after, dtype)  # raises what is wrong beside
-            _give_up_hoppers_kernel(error)
-    if y is None:
-        y = _by_tritons_kernel(x, packed, before, after, dtype)
+        y = _by_hoppers_kernel_or(plainer, x, packed, before, after, dtype=dtype)
+    else:
+        y = plainer()
     if eps is None or not normed:
         return _norm_plainly(y, eps)
-    return _norm(y, eps, x.dtype, early)
+    return _norm(y, eps, x.dtype, early=_hoppers_takes(x))  # which has not failed
 
 
 def _norm(y: Tensor, eps: float, dtype: torch.dtype, early: bool) -> Tensor:
@@ -239,16 +231,23 @@ def _norm(y: Tensor, eps: float, dtype: torch.dtype, early: bool) -> Tensor:
     return z
 
 
-def _give_up_hoppers_kernel(error: Exception) -> None:
-    """Said once: from now on the other one runs."""
+def _by_hoppers_kernel_or(other: Callable[[], Tensor], *given: Any, **options: Any) -> Tensor:
+    """`_by_hoppers_kernel`, or the other form, for good, where it does not run."""
     global _runs_hoppers
-    if _runs_hoppers:
-        _runs_hoppers = False
-        warnings.warn(
-            f"the kernel of 1-bit products for Hopper does not run here ({describe(error)}): "
-            "another one runs instead, and takes 1.5 times as long or more",
-            stacklevel=3,
-        )
+    try:
+        return _by_hoppers_kernel(*given, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        y = other()  # raises what is wrong beside
+        if _runs_hoppers:
+            _runs_hoppers = False
+            warnings.warn(
+                f"the kernel of 1-bit products for Hopper does not run here ({describe(error)}): "
+                "another one runs instead, and takes 1.5 times as long or more",
+                stacklevel=3,
+            )
+        return y
 
 
 def _by_hoppers_kernel(
