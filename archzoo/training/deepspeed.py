@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from archzoo.block import Block
 from archzoo.checkpoint.runs import WHOLE
-from archzoo.training.files import remove, replace, write_checkpoint
-from archzoo.training.ranks import ZERO
+from archzoo.training.files import write_checkpoint
+from archzoo.training.ranks import ZERO, replacing
 
 STAGES = (1, 2, 3)
 PARTS = "*_optim_states.pt"  # of a checkpoint, one of each process
@@ -166,17 +166,11 @@ def _save(
         filepath: Of the directory. What was there is replaced when the new one is complete.
         storage_options: For Lightning's sake.
     """
-    path = Path(strategy.broadcast(str(filepath)))
-    new = path.with_name(f"{path.name}.new")
-    if strategy.is_global_zero:
-        remove(new)
-    strategy.barrier()
-    DeepSpeedStrategy.save_checkpoint(strategy, checkpoint, new, storage_options)
-    whole = whole_state(strategy)
-    if strategy.is_global_zero:
-        write_checkpoint(checkpoint | whole, new / WHOLE)
-        replace(new, path)
-    strategy.barrier()
+    with replacing(strategy, filepath) as new:
+        DeepSpeedStrategy.save_checkpoint(strategy, checkpoint, new, storage_options)
+        whole = whole_state(strategy)
+        if strategy.is_global_zero:
+            write_checkpoint(checkpoint | whole, new / WHOLE)
 
 
 def whole_state(strategy: DeepSpeedStrategy) -> dict[str, Any]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning
@@ -18,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from archzoo.block import Aux
 from archzoo.decoder import Decoder
 from archzoo.names import nearest
+from archzoo.training.files import remove, replace
 
 Tensors = TypeVar("Tensors")  # a tensor, or lists and dicts of them
 # Of a sum over the ranks, bytes a second. Two H200s on NVLink reach 290e9; PCIe 5.0 carries 63e9 at
@@ -203,6 +207,26 @@ class AnySignal:
             return 0
         before[1].synchronize()
         return int(before[0])
+
+
+@contextmanager
+def replacing(strategy: Strategy, place: Any) -> Iterator[Path]:
+    """A new directory, which all ranks write, and which then takes the place of what was there.
+
+    Args:
+        strategy: Of the ranks.
+        place: A path. A file or a directory there stays until the new one is complete.
+    """
+    path = Path(strategy.broadcast(str(place)))
+    new = path.with_name(f"{path.name}.new")
+    if strategy.is_global_zero:
+        remove(new)
+    strategy.barrier()
+    yield new
+    strategy.barrier()
+    if strategy.is_global_zero:
+        replace(new, path)
+    strategy.barrier()
 
 
 def is_said(error: BaseException) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 from archzoo.checkpoint.shards import NAMES, is_sharded, make_whole
-from archzoo.training.files import remove, replace
+from archzoo.training.ranks import replacing
 
 
 def configure(strategy: Strategy) -> None:
@@ -30,18 +30,10 @@ def _save(
     storage_options: Any | None = None,
 ) -> None:
     """A directory of shards; what was there is replaced when the new one is complete."""
-    path = Path(strategy.broadcast(str(filepath)))
-    new = path.with_name(f"{path.name}.new")
-    if strategy.is_global_zero:
-        remove(new)
-    strategy.barrier()
     assert strategy.lightning_module is not None
     checkpoint[NAMES] = [name for name, _ in strategy.lightning_module.named_parameters()]
-    ModelParallelStrategy.save_checkpoint(strategy, checkpoint, new, storage_options)
-    strategy.barrier()
-    if strategy.is_global_zero:
-        replace(new, path)
-    strategy.barrier()
+    with replacing(strategy, filepath) as new:
+        ModelParallelStrategy.save_checkpoint(strategy, checkpoint, new, storage_options)
 
 
 def _load(
