@@ -162,8 +162,8 @@ class CompileModel(lightning.Callback):
             raise ValueError(f"--compile {given}: {HOOKS}: --compile false trains without")
         if self.when == "graphs" and (reason := reason_against_graphs(trainer, pl_module)):
             raise ValueError(f"--compile graphs: {reason}: take --compile true")
-        graphs = self.when == "graphs" or (self.when == "auto" and replays(trainer, pl_module))
-        self._replays = graphs
+        asked = self.when == "graphs"
+        self._replays = asked or (self.when == "auto" and replays(trainer, pl_module))
         # FSDP2's hooks around a block, or its gradients while those before it are computed.
         by_blocks = trainer.world_size > 1 and pl_module.exchanges_blocks
         if by_blocks and not pl_module.sharded:
@@ -172,7 +172,7 @@ class CompileModel(lightning.Callback):
         if by_blocks or pl_module.unfreezes or pl_module.teacher is not None:
             net.compile_blocks(options=options())
         else:
-            net.compile(options=options(graphs))
+            net.compile(options=options(self._replays))
         compiled, plain = net.compiled_hidden, net._hidden
 
         def compute(*given: Any) -> Any:

@@ -10,11 +10,11 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
-from archzoo.training.callbacks import Checkpoints
+from archzoo.training.callbacks import UNITS, Checkpoints
 from archzoo.training.ending import say
 
-# Metrics that are shares of what is asked, from 0 to 1.
-SHARES = ("exact_match", "token_accuracy", "accuracy")
+# Metrics that are shares of what is asked, from 0 to 1: those that are shown in per cent.
+SHARES = [name for name, (_, _, scale) in UNITS.items() if scale == 100.0]
 
 
 def check_threshold(threshold: float, monitor: str, mode: str) -> None:
