@@ -167,7 +167,7 @@ def options(seed: str, given: argparse.Namespace) -> str:
     """Of every run of a seed, which begins where they all lie."""
     if given.threads:
         torch.set_num_threads(given.threads)
-    Path(given.directory).mkdir(parents=True, exist_ok=True)
+    given.directory.mkdir(parents=True, exist_ok=True)
     os.chdir(given.directory)
     device = "gpu" if given.device == "cuda" else "cpu"
     steps = f" --trainer.max_steps {given.steps}" if given.steps else ""
@@ -264,6 +264,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0, help="of quality; default: the files'")
     parser.add_argument("--directory", default="runs/onebit_quality", help="of quality's runs")
     given = parser.parse_args()
+    given.directory = Path(given.directory).resolve()  # a worker's every job goes there
     product(given) if given.what == "product" else quality(given)
 
 
