@@ -788,12 +788,13 @@ def measured_on(rows: list[Row]) -> str:
 
 
 def ranks_speed() -> str:
-    """`fit` on one GPU and on two."""
+    """`fit` on one GPU and on several."""
     rows = rows_of(f"{H200}-ranks-speed")
     found = [
         [
             WAYS[row["way"]],
-            {"true": "yes", "false": "no"}[row["compile"]],
+            f"`{row['model']}`",
+            f"{int(row['time']):,}",
             f"{int(row['tokens_per_second']):,}",
             row["times_one"],
             f"{int(row['peak_memory_mb']):,}",
@@ -801,7 +802,7 @@ def ranks_speed() -> str:
         for row in rows
         if not row.get("failed")
     ]
-    headings = ["GPUs", "compiled", "tokens a second", "times one GPU", "MB a GPU"]
+    headings = ["GPUs", "model", "length", "tokens a second", "times one GPU", "MB a GPU"]
     return markdown(headings, found, 2) + measured_on(rows)
 
 
