@@ -3,6 +3,7 @@
 import csv
 import functools
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -85,10 +86,14 @@ def together(name, *arguments):
 
 def start(name, *arguments, python="python"):
     """The same, however it ends."""
+    return fits("--config", "run.yaml", "--name", name, *arguments, python=python)
+
+
+def fits(*arguments, python="python"):
+    """`archzoo fit` as a process of its own."""
     root = str(Path(archzoo.__file__).parent.parent)
-    command = [python, "-m", "archzoo", "fit", "--config", "run.yaml", "--name", name]
     return subprocess.run(
-        [*command, *arguments],
+        [python, "-m", "archzoo", "fit", *arguments],
         env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -332,6 +337,59 @@ def test_shards_of_two_processes_are_a_checkpoint_of_one(directory):
         assert torch.allclose(alone["state_dict"][name], value, rtol=0, atol=1e-5), name
 
 
+def test_shards_are_resumed_by_the_settings_beside_them(directory, capsys):
+    """They name two processes: one is told what to give, and either way trains the same weights."""
+    steady = ["--model.schedule=constant", "--model.warmup_steps=1"]
+    together("half", *SHARDS, *steady, "--trainer.max_steps=2")
+    again = ["--ckpt_path=runs/half/last.ckpt", "--trainer.max_steps=4", "--trainer.devices=1"]
+    assert main(["fit", *again]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: the strategy has data_parallel_size=2 and tensor_parallel_size=1 for 1 process: no "
+        "part here is tensor parallel, so they must be 1 and 1: give "
+        "--trainer.strategy.data_parallel_size 1, or --trainer.strategy auto"
+    )
+    ways = {"one": ["--trainer.strategy.data_parallel_size", "1"]}
+    ways |= {"auto": ["--trainer.strategy", "auto"]}
+    for name, way in ways.items():
+        done = fits("--name", name, *again, *way)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert main(["fit", "--config", "run.yaml", "--name", "whole", *steady]) == 0
+    whole = read_safely("runs/whole/last.ckpt")["state_dict"]
+    for name in ways:
+        end = read_safely(locate(f"runs/{name}"))["state_dict"]
+        assert end.keys() == whole.keys()
+        for key, value in whole.items():
+            assert torch.allclose(end[key], value, rtol=0, atol=1e-5), key
+
+
+@pytest.mark.parametrize(
+    ("data", "tensor", "message"),
+    [
+        ("4", "1", "data_parallel_size=4 and .*: give --trainer.strategy.data_parallel_size 2$"),
+        ("auto", "1", "data_parallel_size=1 and .*: give --trainer.strategy.data_parallel_size 2$"),
+        (
+            "auto",
+            "auto",
+            "=1 and tensor_parallel_size=2 .* 2 --trainer.strategy.tensor_parallel_si",
+        ),
+        (
+            "1",
+            "2",
+            "=1 and tensor_parallel_size=2 for 2 processes: no part here is tensor parallel",
+        ),
+    ],
+)
+def test_sizes_that_are_not_the_number_of_processes_are_refused(
+    data, tensor, message, directory, capsys
+):
+    """Before any of them is started."""
+    sizes = [f"--trainer.strategy.data_parallel_size={data}"]
+    sizes += [f"--trainer.strategy.tensor_parallel_size={tensor}"]
+    assert main(["fit", "--config", "run.yaml", *FSDP2, *sizes]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(rf"^error: .*{message}", line)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", [DDP, FSDP2, SHARDS], ids=["ddp", "fsdp2", "shards"])
 def test_ranks_resume_where_they_ended(directory, strategy):
@@ -515,14 +573,6 @@ def test_sharded_is_whole(directory, at_once):
         assert main(["fit", "--config", "run.yaml", "--name", name, FLOAT64, *more]) == 0
         together(f"sharded_{name}", *FSDP2, FLOAT64, *more, "--import=own")
         assert_same(name, f"sharded_{name}", 1e-12)
-
-
-@pytest.mark.slow
-def test_tensor_parallelism_is_refused(directory):
-    arguments = [value.replace("data_parallel_size=2", "data_parallel_size=1") for value in FSDP2]
-    arguments = [v.replace("tensor_parallel_size=1", "tensor_parallel_size=2") for v in arguments]
-    with pytest.raises(AssertionError, match="no part here is tensor parallel"):
-        together("refused", *arguments)
 
 
 def test_ranks_accumulate_as_one_process_does(directory):

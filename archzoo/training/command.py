@@ -62,7 +62,7 @@ from archzoo.training.flags import add_flags, callbacks_of, move_flags, trackers
 from archzoo.training.module import LanguageModel
 from archzoo.training.objectives import OBJECTIVES, find_objective
 from archzoo.training.optimizers import describe_optimizer, find_optimizer
-from archzoo.training.ranks import check_strategy, is_said
+from archzoo.training.ranks import check_sizes, check_strategy, is_said
 from archzoo.training.rate_finder import find_learning_rate
 from archzoo.training.trackers import refusal
 from archzoo.training.user_errors import explain, with_class
@@ -513,6 +513,7 @@ class CommandLine(LightningCLI):
             config["precision"] = usual_precision(config)
         try:
             trainer = super()._instantiate_trainer(config, callbacks)
+            check_sizes(trainer.strategy)
             # Lightning's own handlers end a run as if it had finished, and with several ranks they
             # wait for each other inside of a handler.
             trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]

@@ -13,7 +13,13 @@ from typing import Any, TypeVar
 
 import lightning
 import torch
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    Strategy,
+    StrategyRegistry,
+)
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -55,6 +61,47 @@ def check_strategy(strategy: Any) -> None:
             f"--trainer.strategy {strategy}: there is none of that name; "
             f"{nearest(strategy, [*known, 'ModelParallelStrategy'])}"
         )
+
+
+def check_sizes(strategy: Strategy) -> None:
+    """Refuse a ModelParallelStrategy that would not shard over all processes, before any starts.
+
+    Args:
+        strategy: Lightning's; any other is taken.
+
+    Raises:
+        ValueError: As of `check_data_parallel`.
+    """
+    if isinstance(strategy, ModelParallelStrategy):
+        data, tensor = strategy._data_parallel_size, strategy._tensor_parallel_size
+        check_data_parallel(
+            strategy.num_nodes if data == "auto" else data,  # as Lightning takes it
+            strategy.num_processes if tensor == "auto" else tensor,
+            strategy.num_nodes * strategy.num_processes,
+        )
+
+
+def check_data_parallel(data: int, tensor: int, processes: int) -> None:
+    """Refuse sizes of a mesh that are not those of FSDP2 alone.
+
+    Args:
+        data: Its data_parallel_size.
+        tensor: Its tensor_parallel_size.
+        processes: Of the run, in all.
+
+    Raises:
+        ValueError: They are not `processes` and 1.
+    """
+    if (data, tensor) == (processes, 1):
+        return
+    sizes = f"--trainer.strategy.data_parallel_size {processes}"
+    sizes += " --trainer.strategy.tensor_parallel_size 1" if tensor != 1 else ""
+    one = ", or --trainer.strategy auto" if processes == 1 else ""
+    raise ValueError(
+        f"the strategy has data_parallel_size={data} and tensor_parallel_size={tensor} for "
+        f"{processes} process{'' if one else 'es'}: no part here is tensor parallel, so they must "
+        f"be {processes} and 1: give {sizes}{one}"
+    )
 
 
 if ZERO not in StrategyRegistry:

@@ -14,6 +14,7 @@ from torch.distributed.tensor import Shard
 from archzoo.adapters.attach import adapter_modules
 from archzoo.decoder import Decoder
 from archzoo.numerics import at_least_float32
+from archzoo.training.ranks import check_data_parallel
 
 #: Up to so many parameters are gathered all together. A step waits for them then, 1 ms for 110 M
 #: between two H200s, and less than its host would need to gather every block twice.
@@ -49,12 +50,7 @@ def shard(decoder: Decoder, mesh: DeviceMesh, world_size: int) -> bool:
                 "from is read before its block's weights are gathered; take --trainer.strategy ddp"
             )
     ranks = mesh["data_parallel"]
-    if ranks.size() < world_size:
-        raise ValueError(
-            f"the strategy has data_parallel_size={ranks.size()} for {world_size} "
-            "processes: no part here is tensor parallel, so set data_parallel_size to the "
-            "number of processes and tensor_parallel_size to 1"
-        )
+    check_data_parallel(ranks.size(), mesh.size() // ranks.size(), world_size)
 
     def placement(parameter: nn.Parameter) -> Shard | None:
         """Experts that do not divide evenly are sharded along their widths instead."""
