@@ -829,14 +829,14 @@ class LanguageModel(lightning.LightningModule):
         if self._entropies:
             means |= mean_entropies(sum_over_ranks(self.trainer, self._entropies))
         row = {f"{split}/{name}": value for name, value in means.items()}
-        several = self.trainer.world_size > 1  # all have the same values; this says so
         if self.trainer.state.fn == "fit":
             # To callbacks through Lightning, to files at the step as people count it: from 1.
-            self.log_dict(row, logger=False, sync_dist=several)
+            # All ranks have the same values, and sync_dist says so.
+            self.log_dict(row, logger=False, sync_dist=True)
             self._log(row, self.trainer.global_step)
         else:  # what is logged through Lightning is also what `trainer.test` hands back
             self.latest |= row
-            self.log_dict({"step": float(self.loaded_step or 0), **row}, sync_dist=several)
+            self.log_dict({"step": float(self.loaded_step or 0), **row}, sync_dist=True)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._evaluate(batch, "validation", batch_idx, dataloader_idx)
