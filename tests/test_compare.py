@@ -11,18 +11,27 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
 import archzoo
-from archzoo.analysis.compare import claims, processes, progress, statistics, tables
+from archzoo.analysis.compare import (
+    claims,
+    command,
+    places,
+    processes,
+    progress,
+    statistics,
+    tables,
+)
 from archzoo.analysis.compare.arms import file_name, make_arms, split
-from archzoo.analysis.compare.places import gpus, slots
+from archzoo.analysis.compare.places import Slot, gpus, slots
 from archzoo.analysis.compare.plan import digest, make_plan, matched, numbers
 from archzoo.analysis.compare.prepared import prepare
-from archzoo.analysis.compare.runner import choose
+from archzoo.analysis.compare.runner import Job, Runner, choose
 from archzoo.analysis.compare.statistics import seeds_needed
 from archzoo.cli import main
 from archzoo.training import settings
@@ -522,8 +531,6 @@ def test_what_is_wrong_with_a_chain_is_one_line(chain, capsys, name, old, new, w
 
 
 def test_runs_share_the_processor_or_take_a_gpu_each(monkeypatch):
-    from archzoo.analysis.compare import places
-
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(places, "cores", lambda: 16)
@@ -539,6 +546,75 @@ def test_runs_share_the_processor_or_take_a_gpu_each(monkeypatch):
     assert gpus() == ["5", "7"] and gpus("cpu") == []
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert slots("cpu", 2)[0].environment == {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def two_gpus(place, monkeypatch):
+    """A machine that seems to have two; its runs are trained on the processor all the same."""
+    names = ["GPU-8a", "GPU-1c"]
+    monkeypatch.setattr(places, "gpus", lambda accelerator="auto": names)
+    monkeypatch.setattr(command, "gpus", places.gpus)
+    properties = SimpleNamespace(total_memory=2**37, name="seeming GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: properties)
+    # Every process of a run says in its log which GPU it sees.
+    Path("seen.py").write_text(
+        "import os\nprint('sees', os.environ.get('CUDA_VISIBLE_DEVICES'), flush=True)\n"
+    )
+    monkeypatch.syspath_prepend(str(place))
+    return names
+
+
+def test_each_of_several_gpus_trains_a_run(two_gpus, capsys):
+    """A run that fails leaves the others alone, and what is interrupted is resumed."""
+    given = ["compare", "a.yaml", "--import", "seen", "--seeds", "0,1"]
+    given += ["--model.learning_rate", "1e-3,1e18"]
+    assert main([*given, "--minutes", "0.001"]) == 0
+    assert "all runs are saved; to continue" in capsys.readouterr().out
+    assert main(given) == 1
+    captured = capsys.readouterr()
+    assert "2 at once on gpu GPU-8a, gpu GPU-1c, " in captured.out
+    assert captured.err.startswith("error: 2 of 4 runs failed")
+    on, used = {}, set()
+    for line in captured.out.splitlines():
+        if found := re.match(r"\S+  (.*)  (started|done|FAILED)  (?:on (\S+ \S+)$)?", line):
+            if found[2] == "started":
+                assert found[3] not in on.values(), "one at a time"
+                on[found[1]] = found[3]
+            else:
+                used.add(on.pop(found[1]))
+    assert not on and used == {f"gpu {name}" for name in two_gpus}
+    done = [row for row in rows("runs/compare/a/runs.csv") if row["state"] == "trained"]
+    assert sorted(row["seed"] for row in done) == ["0", "1"]
+    logs = list(Path("runs/compare/a/logs").iterdir())
+    assert len(logs) == 4
+    for log in logs:
+        said = re.findall(r"^(on gpu|sees) (\S+)$", log.read_text(), re.MULTILINE)
+        (_, placed), (word, seen) = said[-2:]  # of the process that ended
+        assert word == "sees" and seen == placed, said
+
+
+def test_few_runs_spread_over_the_gpus(place):
+    """Whatever order places were left in."""
+    both = [Slot(f"gpu {number}", {}) for number in (0, 1, 0, 1)]
+    statuses = {}
+
+    class Waiting(processes.Starter):
+        def start(self, what, log, environment):
+            number = len(statuses)
+            statuses[number] = None
+            return SimpleNamespace(poll=lambda: statuses[number])
+
+    plan = plan_of(seeds="0,1,2,3,4,5")
+    runner = Runner(plan, Path("out"), both, None, lambda event: None, Waiting())
+    jobs = [Job(run, tests=True) for run in plan.runs.values()]
+    runner.waiting.extend(jobs[:4])
+    runner._start_some()
+    for ended in ((1, 3), (0, 2)):
+        statuses |= dict.fromkeys(ended, 1)
+        runner._collect()
+    runner.waiting.extend(jobs[4:])
+    runner._start_some()
+    assert {slot.name for _, _, slot in runner.going.values()} == {"gpu 0", "gpu 1"}
 
 
 # ---------------------------------------------------------------------------- learning rates

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from archzoo import shipped
-from archzoo.analysis.compare.places import gpus, slots
+from archzoo.analysis.compare.places import Slot, gpus, slots
 from archzoo.analysis.compare.plan import Plan, make_plan, matched
 from archzoo.analysis.compare.processes import starter
 from archzoo.analysis.compare.progress import Show, clock, show_status, write_plan
@@ -89,7 +89,8 @@ def compare_command(
         base: A configuration file of what is trained first, once for each seed: every arm starts
             from its last checkpoint of the same seed, and is tested on its task, too. It lies in
             the directory bases beside this comparison's, where others find it.
-        at_once: Runs side by side on every GPU, or on the processor, whose cores they share.
+        at_once: Runs side by side on every GPU, or on the processor, whose cores they share. So
+            several GPUs train a run each by default; CUDA_VISIBLE_DEVICES says which of them.
         minutes: After these, runs are saved and ended; the same command continues them.
         output: The comparison's directory; default: runs/compare/NAME, of the file's name.
         status: The directory of a comparison, running or not: how far it is; nothing is trained.
@@ -142,7 +143,7 @@ def _compare(
         any_run = next(iter(plan.runs.values()))
         accelerator = any_run.settings["trainer"]["accelerator"]
         places = slots(accelerator, at_once)
-        _announce(plan, len(places), places[0].environment["OMP_NUM_THREADS"], directory)
+        _announce(plan, places, directory)
         SIGNALS.gentle = True
         with Show(plan, directory, len(places)) as display:
             start = starter(on_gpu=bool(gpus(accelerator)))
@@ -170,16 +171,18 @@ def _compare(
         lock.release()
 
 
-def _announce(plan: Plan, at_once: int, threads: str, directory: Path) -> None:
+def _announce(plan: Plan, places: list[Slot], directory: Path) -> None:
     """What is about to be trained, and whether the arms compare."""
     control, *others = plan.arms.values()
     runs = len(plan.first())
     seeds = ", ".join(map(str, plan.seeds))
+    devices = ", ".join(dict.fromkeys(slot.name for slot in places))
+    threads = places[0].environment["OMP_NUM_THREADS"]
     print(
         f"{plan.name}: {len(plan.arms)} arms, seeds {seeds}, {runs} runs"
         + (" to choose learning rates by" if plan.chooses else "")
-        + f" of {control.steps:,} steps, {control.tokens:,} tokens; {at_once} at once, "
-        f"{threads} threads each; {directory}"
+        + f" of {control.steps:,} steps, {control.tokens:,} tokens; {len(places)} at once "
+        f"on {devices}, {threads} threads each; {directory}"
     )
     for base in plan.of_bases.values():
         print(

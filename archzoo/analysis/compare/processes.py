@@ -27,6 +27,16 @@ class Process(Protocol):
         ...
 
 
+class Started(subprocess.Popen[bytes]):
+    """A process of a run, whose pipe is closed with it."""
+
+    def poll(self) -> int | None:
+        status = super().poll()
+        if status is not None and self.stdin is not None:
+            self.stdin.close()
+        return status
+
+
 class Starter:
     """Starts a process for every run."""
 
@@ -39,7 +49,7 @@ class Starter:
             environment: Variables beside this process's.
         """
         with log.open("ab") as file:
-            return subprocess.Popen(
+            return Started(
                 [*CHILD, json.dumps(what)],
                 stdin=subprocess.PIPE,
                 stdout=file,

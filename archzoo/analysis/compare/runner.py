@@ -208,7 +208,14 @@ class Runner:
             if job.run.is_base and self.is_done(job.run, job.tests):  # by another comparison
                 self._give_back(job.run)
                 continue
-            self._start(job, self._free.pop(0))
+            self._start(job, self._place())
+
+    def _place(self) -> int:
+        """Take the free place whose device has the fewest runs."""
+        names = [slot.name for _, _, slot in self.going.values()]
+        found = min(self._free, key=lambda number: names.count(self.places[number].name))
+        self._free.remove(found)
+        return found
 
     def _claim(self, run: Run) -> bool:
         """Whether this comparison may start a run; no other one has just started the same base.
@@ -250,6 +257,8 @@ class Runner:
             "facts": str(self.directory(run) / "facts.json"),
         }
         log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"on {slot.name}\n")
         process = self.starter.start(what, log, slot.environment)
         self.going[number] = job, process, slot
         self.tell(Event("started", run, f"on {slot.name}"))
