@@ -4,6 +4,7 @@
     python benchmarks/ranks.py speed --text TEXT                             # on two GPUs, NCCL
     python benchmarks/ranks.py speed --text TEXT --devices 1 2 4 8 --strong \
         --presets retnet_base transformer_base yuan_base --lengths 2048 8192
+    python benchmarks/ranks.py compare                                       # a run on each GPU
     python benchmarks/ranks.py rounding
     python benchmarks/ranks.py bytes --accelerator cpu                       # two processes, gloo
 
@@ -17,6 +18,9 @@ processes' tokens.
 and, with --strong, with as many in all, compiled and not. It compares the tokens a second of its
 log, and says how many milliseconds of a step NCCL's kernels take, and how many of these no other
 kernel runs beside.
+
+`compare` has `archzoo compare` train one run, and then as many as there are GPUs, each on its own.
+The seconds are those of the whole command, after one that has filled the caches.
 
 `rounding` trains a Skywork mixture in float64, float32 and bf16-mixed. In float64 two processes
 must be one, to 1e-9 at every step, or it fails. In float32 they are at the first step, and then
@@ -55,6 +59,9 @@ import torch
 from harness import ROOT, write_rows
 from torch import Tensor
 
+from archzoo.analysis.compare.places import gpus
+from archzoo.analysis.evidence import read_rows
+from archzoo.analysis.figures import pyplot, save
 from archzoo.cli import main as archzoo
 from archzoo.training import sharding
 from archzoo.training.deepspeed import inner, uses_deepspeed
@@ -337,6 +344,128 @@ def fit(options: dict[str, str], given: argparse.Namespace) -> Log:
         return list(csv.DictReader(file))
 
 
+def draw(rows: Log, path: Path) -> None:
+    """Tokens a second against the number of GPUs, over those of one and over linear scaling.
+
+    Args:
+        rows: Of `speed`, as its file has them; those that failed are left out.
+        path: Of the picture.
+    """
+    facts = {"model": "{}", "time": "rows of {} tokens", "compile": "compiled: {}"}
+    several = [fact for fact in facts if len({row[fact] for row in rows}) > 1]
+
+    def words(row: dict[str, str], names: Iterable[str]) -> str:
+        return ", ".join(facts[name].format(row[name]) for name in names)
+
+    names = {"ddp": "DDP", "ddp_zero_1": "ZeRO-1", "fsdp2": "FSDP2"}
+    marks = dict(zip(names, "os^", strict=True))
+    lines: dict[tuple[str, str, str], dict[int, float]] = {}
+    for row in rows:
+        if row["way"] != "one" and row["times_one"]:
+            key = (words(row, several), row["way"], row["scaling"])
+            lines.setdefault(key, {1: 1.0})[int(row["processes"])] = float(row["times_one"])
+    groups, ways, scalings = (list(dict.fromkeys(part)) for part in zip(*lines, strict=True))
+    plt = pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    # A colour is a model and its rows where there are several of them, else a way.
+    colours = {part: f"C{n}" for n, part in enumerate(groups if len(groups) > 1 else names)}
+    for (group, way, scaling), times in lines.items():
+        style = {"marker": marks[way], "color": colours[group if len(groups) > 1 else way]}
+        style["linestyle"] = "-" if scaling == "weak" else ":"
+        x = sorted(times)
+        left.plot(x, [times[count] for count in x], **style)
+        right.plot(x, [100 * times[count] / count for count in x], **style)
+    ticks = sorted({count for times in lines.values() for count in times})
+    grey: dict[str, Any] = {"color": "0.5", "linestyle": "--"}
+    left.plot(ticks, ticks, zorder=0, **grey)
+    right.axhline(100, zorder=0, **grey)
+    left.set_yscale("log", base=2)
+    left.set_yticks(ticks, ticks)
+    left.set_ylabel("tokens a second, over those of one GPU")
+    right.set_ylim(min(80, right.get_ylim()[0]), max(102, right.get_ylim()[1]))
+    right.set_ylabel("tokens a second, in % of linear")
+    for panel in (left, right):
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(ticks, ticks)
+        panel.minorticks_off()
+        panel.set_xlabel("GPUs")
+        panel.grid(color="0.9")
+    keys = [{"color": colours[group], "label": group} for group in groups if len(groups) > 1]
+    keys += [
+        {"marker": marks[way], "color": colours.get(way, "0.3"), "label": names[way]}
+        for way in ways
+    ]
+    if "strong" in scalings:
+        keys += [{"color": "0.3", "label": "as many tokens a GPU"}] if "weak" in scalings else []
+        keys += [{"color": "0.3", "linestyle": ":", "label": "as many tokens in all"}]
+    keys += [grey | {"label": "linear"}]
+    handles = [plt.Line2D([], [], **key) for key in keys]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    about = [words(rows[0], (fact for fact in facts if fact not in several))]
+    about += [rows[0]["machine"], f"torch {rows[0]['torch']}"]
+    figure.suptitle(", ".join(filter(None, about)), fontsize=10)
+    save(figure, path)
+
+
+# ---------------------------------------------------------------------------- compare
+
+COMPARED = """
+model: {{preset: {preset}}}
+data: {{class_path: Addition, init_args: {{digits: 6, batch_size: 64}}}}
+trainer:
+  accelerator: {accelerator}
+  max_steps: {steps}
+  val_check_interval: {steps}
+compile: {compile}
+"""
+ALLOWED = 1.1  # times the seconds of one run
+
+
+def compare(given: argparse.Namespace) -> int:
+    """One row: as many runs as there are GPUs, each on its own, beside one run."""
+    names = gpus(given.accelerator)
+    count = given.processes or len(names)
+    if count < 2 or (names and count > len(names)):
+        sys.exit(f"{count} runs on {len(names)} GPUs: it takes 2 runs, and a GPU for each")
+    compared(1, 20, names, given)  # fills the caches
+    seconds_one, one = compared(1, given.steps, names, given)
+    seconds_all, every = compared(count, given.steps, names, given)
+    row: dict[str, Any] = {"processes": count, "model": given.preset, "steps": given.steps}
+    row |= {"compile": given.compile}
+    row |= {"seconds_one": round(seconds_one, 2), "seconds_all": round(seconds_all, 2)}
+    row |= {"ratio": round(seconds_all / seconds_one, 3), "allowed": ALLOWED}
+    row |= {"tokens_per_second_one": one[0], "tokens_per_second_slowest": min(every)}
+    print(row, "" if row["ratio"] <= ALLOWED else "MISSED", flush=True)
+    names_row = ("processes", "model", "steps", "compile")
+    write_rows("ranks-compare", [row], on_gpu=bool(names), replacing=names_row)
+    return 0
+
+
+def compared(
+    count: int, steps: int, names: list[str], given: argparse.Namespace
+) -> tuple[float, list[int]]:
+    """Seconds of one `archzoo compare` of so many runs at once, and the tokens a second of each."""
+    place = Path(given.root, f"{count}_{steps}")
+    config = place.with_suffix(".yaml")
+    config.write_text(COMPARED.format(**vars(given) | {"steps": steps}))
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ
+    if names:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[:count])
+    seeds = ",".join(map(str, range(count)))
+    arguments = [str(config), "--seeds", seeds, "--output", str(place)]
+    arguments += [] if names else ["--at_once", str(count)]
+    begun = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-m", "archzoo", "compare", *arguments], check=True, env=environment
+    )
+    seconds = time.perf_counter() - begun
+    logs = [read_rows(path) for path in place.glob("runs/*/metrics.csv")]
+    assert len(logs) == count
+    return seconds, [
+        rates([row for row in log if row["train/loss"]])["tokens_per_second"] for log in logs
+    ]
+
+
 # ---------------------------------------------------------------------------- rounding
 
 WAYS: dict[str, dict[str, str]] = {
@@ -575,6 +704,13 @@ def main() -> int:
     part.add_argument("--steps", type=int, default=120)
     part.add_argument("--compile", nargs="+", choices=("true", "false"), default=["true", "false"])
     part.set_defaults(run=speed)
+
+    part = parts.add_parser("compare", parents=[common])
+    part.add_argument("--processes", type=int, default=0, help="runs at once [one a GPU]")
+    part.add_argument("--preset", default="retnet_small")
+    part.add_argument("--steps", type=int, default=1000, help="of each run [1000]")
+    part.add_argument("--compile", choices=("true", "false"), default="false")
+    part.set_defaults(run=compare)
 
     part = parts.add_parser("rounding", parents=[common])
     part.add_argument("--size", default="small", help="of the skywork family [small]")

@@ -3,7 +3,7 @@
     python benchmarks/tables.py              write them anew, between their marks
     python benchmarks/tables.py --check      say which are not what the rows say
     python benchmarks/tables.py --figures    draw the figures of lengths, scaling, kernels and speed
-                                             again; speed: only of whole models' speed
+                                             again; speed: only of whole models' speed and GPUs
 
 A table stands in a page between <!-- table: NAME --> and <!-- end -->.
 """
@@ -766,15 +766,24 @@ def speed_floors() -> str:
 
 APART = ("loss_apart", "gradients_apart")
 WAYS = {
-    "one": "one",
-    "ddp": "two, DDP",
-    "ddp_zero_1": "two, DDP with ZeRO-1",
-    "fsdp2": "two, FSDP2",
-    "fsdp2_blocks": "two, FSDP2 by blocks",
-    "deepspeed_stage_1": "two, DeepSpeed stage 1",
-    "deepspeed_stage_2": "two, DeepSpeed stage 2",
-    "deepspeed_stage_3": "two, DeepSpeed stage 3",
+    "ddp": "DDP",
+    "ddp_zero_1": "DDP with ZeRO-1",
+    "fsdp2": "FSDP2",
+    "fsdp2_blocks": "FSDP2 by blocks",
+    "deepspeed_stage_1": "DeepSpeed stage 1",
+    "deepspeed_stage_2": "DeepSpeed stage 2",
+    "deepspeed_stage_3": "DeepSpeed stage 3",
 }
+COUNTS = {2: "two", 4: "four", 8: "eight"}
+
+
+def way_of(row: Row) -> str:
+    """How many processes train a model, and how."""
+    if row["way"] == "one":
+        return "one"
+    count = int(row["processes"])
+    shared = ", the tokens of one" if row.get("scaling") == "strong" else ""
+    return f"{COUNTS.get(count, count)}, {WAYS[row['way']]}{shared}"
 
 
 def measured_on(rows: list[Row]) -> str:
@@ -792,7 +801,7 @@ def ranks_speed() -> str:
     rows = rows_of(f"{H200}-ranks-speed")
     found = [
         [
-            WAYS[row["way"]],
+            way_of(row),
             f"`{row['model']}`",
             f"{int(row['time']):,}",
             f"{int(row['tokens_per_second']):,}",
@@ -806,15 +815,26 @@ def ranks_speed() -> str:
     return markdown(headings, found, 2) + measured_on(rows)
 
 
+def ranks_compare() -> str:
+    """`archzoo compare` of a run on each GPU, beside one run."""
+    if not (RESULTS / f"{H200}-ranks-compare.csv").exists():
+        return NOT_YET
+    rows = rows_of(f"{H200}-ranks-compare")
+    names = ("processes", "model", "seconds_one", "seconds_all", "ratio", "allowed")
+    headings = ["runs", "model", "one run, s", "all at once, s", "ratio", "allowed"]
+    found = [[f"`{row[n]}`" if n == "model" else row[n] for n in names] for row in rows]
+    return markdown(headings, found, 2) + measured_on(rows)
+
+
 def ranks_equal() -> str:
     """The largest distance of several processes to one, by way."""
     rows = rows_of(f"{H200}-ranks-equal")
     found = []
-    for way in dict.fromkeys(row["way"] for row in rows):
-        alike = [row for row in rows if row["way"] == way]
+    for way in dict.fromkeys(map(way_of, rows)):
+        alike = [row for row in rows if way_of(row) == way]
         models = ", ".join(f"`{row['model']}`" for row in alike)
         far = [f"{max(float(row[name]) for row in alike):.1e}" for name in APART]
-        found.append([WAYS[way], models, *far])
+        found.append([way, models, *far])
     headings = ["GPUs", "models", "loss", "gradients"]
     return markdown(headings, found, 2) + measured_on(rows)
 
@@ -829,7 +849,7 @@ def ranks_bytes() -> str:
         rows = rows_of(f"{machine}-ranks-bytes")
         given = [name for name in names if any(row.get(name) for row in rows)]
         found = [
-            [WAYS[row["way"]], f"`{row['model']}`", *(row.get(name) or "" for name in given)]
+            [way_of(row), f"`{row['model']}`", *(row.get(name) or "" for name in given)]
             for row in rows
         ]
         tables.append(markdown(["processes", "model", *given], found, 2) + measured_on(rows))
@@ -1006,6 +1026,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed_mixtures": speed_mixtures,
     "speed_floors": speed_floors,
     "ranks_speed": ranks_speed,
+    "ranks_compare": ranks_compare,
     "ranks_equal": ranks_equal,
     "ranks_bytes": ranks_bytes,
     "onebit_product": onebit_product,
@@ -1059,7 +1080,9 @@ def figures() -> None:
 
 
 def speed_figures() -> None:
-    """Draw what `archzoo bench` measured of whole models again."""
+    """Draw what `archzoo bench` measured of whole models again, and how runs scale over GPUs."""
+    import ranks
+
     from archzoo.analysis.bench.measuring import QUANTITIES
     from archzoo.analysis.bench.showing import draw, lines_of, measures_of
 
@@ -1069,6 +1092,8 @@ def speed_figures() -> None:
         if lines := lines_of(measure, rows):
             note = f"{rows[0]['machine']}, torch {rows[0]['torch']}, {rows[0]['dtype']}"
             draw(measure, lines, RESULTS / f"{BENCH}-{measure.name}.png", note)
+    name = f"{H200}-ranks-speed"
+    ranks.draw(rows_of(name), RESULTS / f"{name}.png")
 
 
 def main() -> None:

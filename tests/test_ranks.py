@@ -605,3 +605,34 @@ def test_what_is_exchanged_beside_no_computation(monkeypatch):
     exchanged = [(0, 10), (8, 12), (20, 21)]
     assert outside(exchanged, []) == 13
     assert outside(exchanged, [(1, 3), (2, 4), (11, 20.5)]) == 13 - 3 - 1 - 0.5
+
+
+def test_scaling_is_drawn_from_rows(monkeypatch, tmp_path):
+    """A line begins at one GPU; what failed is not on it."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.delitem(sys.modules, "ranks", raising=False)
+    import ranks as benchmark
+
+    figures = []
+    monkeypatch.setattr(benchmark, "save", lambda figure, path: figures.append(figure))
+    same = {"model": "retnet_base", "time": "2048", "compile": "true", "machine": "x", "torch": "y"}
+    rows = [same | {"way": "one", "scaling": "weak", "processes": "1", "times_one": "1.0"}]
+    for scaling, count, times in (
+        *(("weak", 8, "7.2"), ("weak", 2, "1.9"), ("weak", 4, "3.6")),
+        *(("strong", 2, "1.8"), ("strong", 4, "")),
+    ):
+        found = {"scaling": scaling, "processes": str(count), "times_one": times}
+        rows.append(same | {"way": "ddp"} | found)
+    benchmark.draw(rows, tmp_path / "x.png")
+    (figure,) = figures
+    left, right = figure.axes
+    lines = [[*map(list, line.get_data())] for line in left.lines]
+    assert lines == [
+        *([[1, 2, 4, 8], [1, 1.9, 3.6, 7.2]], [[1, 2], [1, 1.8]]),
+        [[1, 2, 4, 8], [1, 2, 4, 8]],
+    ]
+    assert list(right.lines[0].get_ydata()) == pytest.approx([100, 95, 90, 90])
+    (legend,) = figure.legends
+    said = [text.get_text() for text in legend.get_texts()]
+    assert said == ["DDP", "as many tokens a GPU", "as many tokens in all", "linear"]
