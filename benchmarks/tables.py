@@ -946,8 +946,9 @@ def adaptation_methods() -> str:
 
 
 def adaptation_costs() -> str:
-    """A step and a token with each method, over those of the base, by model."""
+    """A step, not compiled, and a token with each method, over those of the base, by model."""
     rows = rows_of(f"{H200}-bfloat16-adapters")
+    rows = [row for row in rows if row["compiled"] == "False"]
     models = list(dict.fromkeys(row["model"] for row in rows))
     of = {(row["method"], row["model"]): row for row in rows}
     ratios = ("step_ratio", "unmerged_ratio", "merged_ratio")

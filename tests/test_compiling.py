@@ -180,14 +180,14 @@ class Elsewhere(torch.nn.Identity):
     """A part of a user's own."""
 
 
-def test_auto_replays_mixtures(monkeypatch):
+def test_auto_replays_mixtures_and_small_models(monkeypatch):
     monkeypatch.setattr(compiling, "LEAST", 0)
     monkeypatch.setattr(compiling, "missing", lambda: None)
     asked = []
     monkeypatch.setattr(compiling, "options", lambda graphs=False: asked.append(graphs) or {})
 
     def replayed(when="auto", part=None, trainer=None, **options):
-        module = module_of("cuda", **options)
+        module = module_of("cuda", **{"mixer": "Attention"} | options)
         module._trainer = SimpleNamespace(datamodule=None)
         if part is not None:
             module.net.embedding.part = part
@@ -197,6 +197,13 @@ def test_auto_replays_mixtures(monkeypatch):
     mixture = {"feed_forward": "MixtureOfExperts"}
     assert replayed(**mixture)
     assert replayed("graphs")
+    assert replayed()
+    assert not replayed(mixer="FilteredAttention")  # none of these has been shown to run so
+    assert not replayed(adapter="LoRA")
+    assert not replayed(mixer="Retention")
+    assert not replayed(mixer="Retention", **mixture)
+    assert not replayed(trainer=trainer_of(precision="32-true"))
+    monkeypatch.setattr(compiling, "HOST_BOUND", 0)
     assert not replayed()
     assert not replayed(True, **mixture)
     assert not replayed(trainer=trainer_of(precision="32-true"), **mixture)
@@ -220,9 +227,12 @@ def test_a_run_that_fails_drops_what_graphs_wrote_over():
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_a_replayed_run_is_the_run(dropout, tmp_path, monkeypatch):
-    """Of a mixture, as near as runs without graphs whose weights start 1e-7 apart."""
+@pytest.mark.parametrize(
+    ("preset", "dropout"),
+    [("skywork", 0.0), ("skywork", 0.1), ("transformer", 0.1)],
+)
+def test_a_replayed_run_is_the_run(preset, dropout, tmp_path, monkeypatch):
+    """As near as runs without graphs whose weights start 1e-7 apart."""
     from torch._inductor.cudagraph_trees import CUDAGraphNode
 
     (tmp_path / "text.txt").write_text("to be or not to be, that is the question " * 40)
@@ -241,7 +251,7 @@ def test_a_replayed_run_is_the_run(dropout, tmp_path, monkeypatch):
     def trained(when, *callbacks):
         torch._dynamo.reset()
         lightning.seed_everything(0)
-        module = LanguageModel("skywork_micro", dropout=dropout, warmup_steps=2)
+        module = LanguageModel(f"{preset}_micro", dropout=dropout, warmup_steps=2)
         trainer = lightning.Trainer(
             accelerator="gpu", precision="bf16-mixed", max_steps=12, gradient_clip_val=1.0,
             val_check_interval=6, check_val_every_n_epoch=None, logger=False,
