@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import shlex
-import sys
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -32,7 +31,6 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from archzoo import parts, shipped
 from archzoo.checkpoint import (
-    CONFIG,
     base_in,
     directory_of,
     locate,
@@ -43,9 +41,21 @@ from archzoo.checkpoint import (
 from archzoo.checkpoint.bases import WAY_OUT, find_base
 from archzoo.checkpoint.runs import check_beside, names_base
 from archzoo.decoder import Decoder
-from archzoo.names import nearest
-from archzoo.tasks.stream import Task, import_all, known_tasks, named, readable, since
+from archzoo.tasks.stream import Task, import_all, known_tasks, named, readable
 from archzoo.training import settings
+from archzoo.training.arguments import (
+    file_of,
+    names_configuration,
+    objective_of,
+    of_named_run,
+    run_name,
+    says_all,
+    settings_beside,
+    typed,
+    value_of,
+    with_files_read,
+    without,
+)
 from archzoo.training.callbacks import (
     Checkpoints,
     EndOnSignal,
@@ -66,15 +76,11 @@ from archzoo.training.ranks import check_sizes, check_strategy, is_said
 from archzoo.training.rate_finder import find_learning_rate
 from archzoo.training.trackers import refusal
 from archzoo.training.user_errors import explain, with_class
-from archzoo.trust import load_installed, user_imports, with_moved
+from archzoo.trust import load_installed, with_moved
 
 RUN_DIRECTORY = "the run's directory"  # a sentinel until its name is known
 COMMANDS = ("fit", "validate", "test", "predict")
-FILES = ("--model", "--trainer", "--checkpoint", "--data")  # a section may be a file of its own
 NOT_STORED = {"preset", "match", "weights"}  # a run's checkpoint holds what they led to
-# What a variant may set.
-IN_VARIANTS = ("model", "data", "trainer", "checkpoint", "objective", "seed_everything")
-WHOLE = ("data", "objective", "seed_everything")  # of those, what may be given without a part
 HARDWARE = ("accelerator", "devices")  # of the trainer's settings
 # What settings say of other runs than the one that they make.
 NOT_OF_A_RUN = ("ckpt_path", "resume", "table", "arms", "arm", "compare", "claim")
@@ -168,7 +174,7 @@ def _user_errors() -> Iterator[None]:
 
 def _start(cls: type[CommandLine], command: str, arguments: list[str]) -> CommandLine:
     return cls(
-        find_objective(_objective(command, arguments)),
+        find_objective(objective_of(command, arguments)),
         Task,
         subclass_mode_data=True,
         args=[command, *arguments],
@@ -328,33 +334,33 @@ class CommandLine(LightningCLI):
         command, *arguments = args
         self._command = command
         self._given = list(arguments)
-        if command == "fit" and _names_configuration(arguments):  # `fit addition`
+        if command == "fit" and names_configuration(arguments):  # `fit addition`
             arguments = ["--config", str(shipped.configuration(arguments[0])), *arguments[1:]]
-        self.run_name = _run_name(arguments)
-        arguments = with_flags(_with_files_read(arguments))
-        path = _option(arguments, "--ckpt_path")
-        logger = _option(arguments, "--trainer.logger")
-        if logger == "TensorBoardLogger" and not _option(arguments, "--trainer.logger.save_dir"):
+        self.run_name = run_name(arguments)
+        arguments = with_flags(with_files_read(arguments))
+        path = value_of(arguments, "--ckpt_path")
+        logger = value_of(arguments, "--trainer.logger")
+        if logger == "TensorBoardLogger" and not value_of(arguments, "--trainer.logger.save_dir"):
             arguments += ["--trainer.logger.save_dir", RUN_DIRECTORY]
-        weights = _option(arguments, "--model.weights")
+        weights = value_of(arguments, "--model.weights")
         if (
             weights
             and not path
             and not any(a.startswith(("--config", "-c", "--data")) for a in arguments)
         ):
             arguments = ["--config", settings.written(self._data_of(weights)), *arguments]
-        if not _option(arguments, "--config"):
-            path = _of_named_run(command, path, arguments)
+        if not value_of(arguments, "--config"):
+            path = of_named_run(command, path, arguments)
             if path:
-                arguments = [*_without(arguments, "--ckpt_path"), "--ckpt_path", path]
+                arguments = [*without(arguments, "--ckpt_path"), "--ckpt_path", path]
         if path and path not in ("last", "best"):
-            path = _file_of(path)
+            path = file_of(path)
             # Last, so that no file's `ckpt_path: null` takes it back.
-            arguments = [*_without(arguments, "--ckpt_path"), "--ckpt_path", path]
+            arguments = [*without(arguments, "--ckpt_path"), "--ckpt_path", path]
             checkpoint = read_safely(path)
             beside = directory_of(path) / "config.yaml"
-            if command == "fit" and not _option(arguments, "--config") and beside.is_file():
-                arguments = ["--config", _settings_beside(beside, arguments), *arguments]
+            if command == "fit" and not value_of(arguments, "--config") and beside.is_file():
+                arguments = ["--config", settings_beside(beside, arguments), *arguments]
             elif not self._says_model(arguments):
                 # Before the other arguments, so that they have the last word.
                 stored = self._stored_settings(checkpoint, path, arguments)
@@ -363,9 +369,9 @@ class CommandLine(LightningCLI):
 
     def _says_model(self, arguments: list[str]) -> bool:
         """Whether files say all of the model: to train it, or to evaluate by its objective."""
-        if not _option(arguments, "--config"):
+        if not value_of(arguments, "--config"):
             return False
-        return self._command == "fit" or _objective(self._command, arguments) is not None
+        return self._command == "fit" or objective_of(self._command, arguments) is not None
 
     def _stored_settings(
         self, checkpoint: dict[str, Any], path: str, given: list[str]
@@ -376,7 +382,7 @@ class CommandLine(LightningCLI):
             raise ValueError(f"{path} was not written by archzoo's training")
         weights = None
         if record := base_in(checkpoint, path):
-            weights = find_base(record, _option(given, "--model.weights"), Path(path))
+            weights = find_base(record, value_of(given, "--model.weights"), Path(path))
         model = module_arguments(checkpoint)
         model = {n: value for n, value in model.items() if n != "weights" and value is not None}
         if self._command != "fit":
@@ -464,7 +470,7 @@ class CommandLine(LightningCLI):
         if config.ckpt_path in ("last", "best"):
             config.ckpt_path = str(self.directory / f"{config.ckpt_path}.ckpt")
         if config.ckpt_path:
-            config.ckpt_path = _file_of(config.ckpt_path)
+            config.ckpt_path = file_of(config.ckpt_path)
             _mean_what_it_meant(config)
             _check_beside(config)
         _check_trainer(config.trainer)
@@ -593,10 +599,10 @@ class CommandLine(LightningCLI):
         else:
             say(f"{end}\n{last} holds all up to step {step}; to resume:")
             again = ["--ckpt_path", str(last)]  # with the settings that lie beside it
-            if _says_all(self._given):
-                given = _without(_without(self._given, "--ckpt_path"), "--resume")
+            if says_all(self._given):
+                given = without(without(self._given, "--ckpt_path"), "--resume")
                 again = [*given, "--resume", "auto"]
-            say("  " + shlex.join([*_typed("fit"), *again]))
+            say("  " + shlex.join([*typed("fit"), *again]))
         end.explained = True
 
     def _tries(self) -> bool:
@@ -649,7 +655,7 @@ class CommandLine(LightningCLI):
             raise ValueError("the loss fell at no learning rate: look at the data and the model")
         given = shlex.join(a for a in self._given if not a.startswith("--find_learning_rate"))
         say(f"the loss fell fastest at a learning rate of {rate:g}; to train with it:")
-        say(f"  {shlex.join(_typed('fit'))} {given} --model.learning_rate {rate:g}")
+        say(f"  {shlex.join(typed('fit'))} {given} --model.learning_rate {rate:g}")
 
     def predict(self, **arguments: Any) -> None:
         """Write predictions.jsonl, a row a line, and show the first ones."""
@@ -767,198 +773,6 @@ def _names_of(parser: Any) -> list[str]:
     return names
 
 
-def _option(arguments: list[str], name: str) -> str | None:
-    """The value of an option before anything is parsed: ``--name value`` or ``--name=value``."""
-    names = (name, "-c") if name == "--config" else (name,)
-    for index, argument in enumerate(arguments):
-        key, equals, value = argument.partition("=")
-        if key in names:
-            following = arguments[index + 1 : index + 2]
-            return value if equals else (following[0] if following else None)
-    return None
-
-
-def _of_named_run(command: str, path: str | None, arguments: list[str]) -> str | None:
-    """The checkpoint's path where --name alone says of which run it is."""
-    name = _option(arguments, "--name")
-    run = Path(_option(arguments, "--trainer.default_root_dir") or "runs", name or "")
-    if command == "fit" and _option(arguments, "--resume") == "auto":
-        found = run / "last.ckpt"
-        return str(found) if name and found.exists() and not _says_all(arguments) else path
-    if path not in ("last", "best"):
-        return path
-    if not name:
-        raise ValueError(f"--ckpt_path {path} needs --name, --config or a path: of which run?")
-    found = run / f"{path}.ckpt"
-    return _file_of(str(found))
-
-
-def _objective(command: str, arguments: list[str]) -> str | None:
-    """The objective that settings name, which says what they may be: the last word on it.
-
-    That of the files, of a variant of the first, of the config.yaml beside the run that is resumed,
-    or of the command line.
-    """
-    shipped_one = command == "fit" and _names_configuration(arguments)
-    files = [str(shipped.configuration(arguments[0]))] if shipped_one else []
-    rest = iter(arguments)
-    for argument in rest:
-        option, equals, value = argument.partition("=")
-        if option in ("--config", "-c"):
-            files.append(value if equals else next(rest, ""))
-    path = _option(arguments, "--ckpt_path")
-    if command == "fit" and not files:
-        path = _of_named_run(command, path, arguments)
-        if path and path not in ("last", "best"):
-            beside = (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.yaml"
-            files = [str(beside)] if beside.is_file() else []
-    found, variant = None, _option(arguments, "--arm")
-    for number, file in enumerate(files):
-        content = _content(file, "--config")
-        found = content.get("objective", found)
-        variants = content.get("arms")
-        if not number and isinstance(variants, dict) and isinstance(variants.get(variant), dict):
-            found = variants[variant].get("objective", found)
-    found = _option(arguments, "--objective") or found
-    if found is not None and not isinstance(found, str):
-        raise ValueError(f"objective is {found!r}, and not a name, such as Policy")
-    return None if found in ("null", "None") else found
-
-
-def _without(arguments: list[str], name: str) -> list[str]:
-    """The arguments without an option and its value."""
-    kept, skipped = [], False
-    for argument in arguments:
-        if skipped or argument.startswith(f"{name}="):
-            skipped = False
-        elif argument == name:
-            skipped = True
-        else:
-            kept.append(argument)
-    return kept
-
-
-def _says_all(arguments: list[str]) -> bool:
-    """Whether the arguments name a task, and need no settings of the run that they resume."""
-    return _names_configuration(arguments) or any(
-        _option(arguments, name) for name in ("--config", "--data", "--model.weights")
-    )
-
-
-def _names_configuration(arguments: list[str]) -> bool:
-    """Whether a configuration's name comes first, without --config."""
-    return bool(arguments) and not arguments[0].startswith("-")
-
-
-def _typed(command: str) -> list[str]:
-    """What was typed up to the subcommand, such as `python train.py fit`, with its imports."""
-    words = sys.orig_argv
-    program = words[: words.index(command)] if command in words[1:4] else ["archzoo"]
-    if len(program) == 2 and Path(program[1]).name == "archzoo":
-        program = ["archzoo"]  # the script that pip made, which names its Python
-    imports = [word for module in user_imports for word in ("--import", module)]
-    if "--import" in program[1:] or any(word.startswith("--import=") for word in program):
-        imports = []  # it is there
-    return [*program, command, *imports]
-
-
-def _run_name(arguments: list[str]) -> str | None:
-    config, variant = _option(arguments, "--config"), _option(arguments, "--arm")
-    if not config or not Path(config).is_file():
-        return None
-    return Path(config).stem + (f"_{variant}" if variant else "")
-
-
-def _with_files_read(arguments: list[str]) -> list[str]:
-    """The arguments with every file's name replaced by its content, checked.
-
-    After the first configuration come the settings of --arm, a variant among its `arms`.
-    """
-    variant = _option(arguments, "--arm")
-    found: list[str] = []
-    configurations = 0
-    rest = iter(arguments)
-    for argument in rest:
-        option, equals, value = argument.partition("=")
-        if argument.startswith("-c") and argument != "-c":  # -cFILE
-            option, equals, value = "-c", "=", argument[2:].removeprefix("=")
-        if option not in ("--config", "-c", *FILES):
-            found.append(argument)
-            continue
-        value = value if equals else next(rest, "")
-        if option in ("--config", "-c"):
-            content = _content(value, "--config")
-            settings.check(content, value)
-            found += ["--config", settings.written(content)]
-            if not configurations:
-                found += _settings_of(variant, content, value)
-            configurations += 1
-        elif option == "--data" and not value.endswith((".yaml", ".yml", ".json")):
-            found += [option, value]  # a class
-        else:
-            content = {option.lstrip("-"): _content(value, option)}
-            settings.check(content, value)
-            found += ["--config", settings.written(content)]
-    if variant is not None and not configurations:
-        raise ValueError(
-            f"--arm {variant} needs --config FILE: a variant is one of a file's `arms`"
-        )
-    return found
-
-
-def _content(value: str, option: str) -> dict[str, Any]:
-    """What a file holds, or the text itself where the command line gives the content."""
-    if value.lstrip().startswith("{"):
-        return settings.parse(value, option)
-    if not value:
-        raise ValueError(f"{option} needs a YAML file")
-    content = settings.read(Path(value))
-    data = content.get("data")
-    if isinstance(data, dict) and (later := since(data)):
-        # What a run's own file means by the arguments that came after it.
-        content["data"] = data | {"init_args": later | (data.get("init_args") or {})}
-    return content
-
-
-def _settings_of(variant: str | None, content: dict[str, Any], whose: str) -> list[str]:
-    """The settings of a variant as arguments."""
-    if variant is None:
-        return []
-    variants = content.get("arms")
-    if not isinstance(variants, dict) or not isinstance(variants.get(variant), dict):
-        names = ", ".join(map(str, variants)) if isinstance(variants, dict) and variants else "none"
-        raise ValueError(f"--arm {variant}: the variants of {whose} are {names}")
-    found = []
-    for name, value in variants[variant].items():
-        section, _, rest = str(name).partition(".")
-        if (not rest and section not in WHOLE) or section not in IN_VARIANTS:
-            allowed = ", ".join(IN_VARIANTS)
-            raise ValueError(f"{whose}: the variant {variant} sets {name!r}: it takes {allowed}")
-        settings.check({name: value}, f"{whose}: the variant {variant}")
-        found += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
-    return found
-
-
-def _settings_beside(path: Path, given: list[str]) -> str:
-    """The settings of the config.yaml beside a checkpoint, which came with it: a stranger's, too.
-
-    What they name is held to the rules of any file, and what they read and write to the current
-    directory. `cache_dir` is not taken from them.
-    """
-    content = _content(str(path), "--config")
-    settings.check(content, str(path))
-    data = content.get("data")
-    if isinstance(data, dict) and isinstance(data.get("init_args"), dict):
-        data["init_args"].pop("cache_dir", None)
-    options = [argument.partition("=")[0].lstrip("-") for argument in given]
-    otherwise = f"or --config {path} if you trust all of that file"
-    settings.check_paths(content, str(path), options, otherwise)
-    settings.check_loggers(content, str(path), options, otherwise)
-    if content.get("tracker") and "tracker" not in options:
-        say(f"{path} logs to {content['tracker']} as well: --tracker null leaves that out")
-    return settings.written(content)
-
-
 def _mean_what_it_meant(config: Any) -> None:
     """Arguments of the task that came after a checkpoint are what they were when it was made."""
     kind = str(config.data.class_path).rpartition(".")[2]
@@ -983,23 +797,6 @@ def _check_beside(config: Any) -> None:
     if not Path(weights).exists():
         raise FileNotFoundError(f"{path}: its base {weights} is not there: {WAY_OUT}")
     check_beside(path, locate(weights))
-
-
-def _file_of(path: str) -> str:
-    """The checkpoint that --ckpt_path means: a file, or that of a run's directory."""
-    if Path(path).exists() and (found := locate(path)).is_file():
-        return str(found)
-    if Path(path).is_dir():
-        inside = sorted(map(str, Path(path).glob("*.ckpt")), reverse=True)  # last before best
-        hint = f": give {' or '.join(inside[:2])}" if inside else " and holds no .ckpt file"
-        if (Path(path) / CONFIG).exists():  # of save_pretrained
-            hint += f": give --model.weights {path} instead of --ckpt_path"
-        raise FileNotFoundError(f"{path} is a directory{hint}")
-    if Path(path).is_file():  # a file of save_pretrained, of which `locate` gives the directory
-        raise FileNotFoundError(f"{path} is no .ckpt file of a run: give --model.weights {path}")
-    known = sorted(map(str, Path().glob("runs/*/*.ckpt")))
-    hint = f"; {nearest(path, known)}" if known else ""
-    raise FileNotFoundError(f"there is no checkpoint {path}{hint}")
 
 
 def _as_list(value: Any) -> list[Any]:
