@@ -31,7 +31,10 @@ leads one process whose weights start one digit of float32 off.
 `bytes` trains two steps and says how many bytes of a parameter each process holds when a step is
 done, gradients included, beside the formula of ZeRO's paper. What a step holds meanwhile, such as
 weights that are gathered, is not among them. DeepSpeed's parts lie in buffers of its own: of it,
-only what is allocated on the GPU is known.
+only what all tensors of the process take is known. On a CPU, where Lightning does not train by it:
+
+    PYTHONPATH=tests/extras DS_ACCELERATOR=cpu python benchmarks/ranks.py bytes --accelerator cpu \
+        --import deepspeed_on_cpu --ways one deepspeed_stage_1 deepspeed_stage_2 deepspeed_stage_3
 
 Each run is `archzoo fit` with Lightning's flags.
 """
@@ -189,12 +192,17 @@ def distance(ours: list[dict[str, Tensor]], alone: list[dict[str, Tensor]], loss
     return max(far)
 
 
-def in_processes(count: int) -> int:
-    """This command in so many processes; the largest of their statuses."""
+def in_processes(count: int, **own: str) -> int:
+    """This command in so many processes; the largest of their statuses.
+
+    Args:
+        count: How many.
+        **own: Variables of their environment.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"} | own
     ranks = [
         subprocess.Popen([sys.executable, *sys.argv], env=os.environ | common | {"LOCAL_RANK": n})
         for n in map(str, range(count))
@@ -571,6 +579,7 @@ def rounding(given: argparse.Namespace) -> int:
 # ---------------------------------------------------------------------------- bytes
 
 MIXED = {"--trainer.precision": "bf16-mixed"}  # of DeepSpeed: weights and gradients in bf16
+BUCKET = 20_000  # numbers that DeepSpeed exchanges at once; Lightning asks for 200 M, at any size
 #: Bytes a parameter, by the number of processes: float32 weights, gradients and AdamW's two means,
 #: or DeepSpeed's, whose weights and gradients are bf16 beside weights and means in float32.
 FORMULAS: dict[str, Callable[[int], float]] = {
@@ -584,11 +593,30 @@ FORMULAS: dict[str, Callable[[int], float]] = {
 }
 
 
+def deepspeed(stage: int) -> dict[str, str]:
+    """Lightning's flags for a stage whose buffers are small beside the model."""
+    return {
+        "--trainer.strategy": "DeepSpeedStrategy",
+        "--trainer.strategy.stage": str(stage),
+        "--trainer.strategy.reduce_bucket_size": str(BUCKET),
+        "--trainer.strategy.allgather_bucket_size": str(BUCKET),
+    }
+
+
 def storages(tensors: Iterable[Any]) -> int:
     """The bytes of the memory in which tensors lie on this process, each piece of it once."""
     local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors if t is not None]
     memory = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in local}
     return sum(memory.values())
+
+
+def alive() -> int:
+    """The bytes of all numbers that are no integers and that tensors of this process hold."""
+    gc.collect()
+    kept = [part for part in gc.get_objects() if issubclass(type(part), Tensor)]
+    kept = [part for part in kept if part.is_floating_point() and not part.is_meta]
+    # Python knows no gradient that nobody has asked for.
+    return storages([*kept, *(part.grad for part in kept if part.is_leaf and part.requires_grad)])
 
 
 class Held(lightning.Callback):
@@ -617,6 +645,7 @@ class Held(lightning.Callback):
             states = getattr(optimizer, "optim", optimizer).state.values()
             found["state"] = storages(v for state in states for v in state.values() if v.dim())
             found["held"] = sum(found.values())
+        found["alive"] = alive()
         if pl_module.device.type == "cuda":
             found["allocated"] = torch.cuda.memory_allocated()
         count = self.seen["parameters"]
@@ -629,7 +658,11 @@ class Held(lightning.Callback):
 def bytes_held(given: argparse.Namespace) -> int:
     """One row a way."""
     if "LOCAL_RANK" not in os.environ:
-        return in_processes(given.processes)
+        # What DeepSpeed made stays in its process: each of its ways gets processes of its own.
+        others = [way for way in given.ways if not way.startswith("deepspeed")]
+        groups = [others, *([way] for way in given.ways if way not in others)]
+        return max(in_processes(given.processes, WAYS=" ".join(each)) for each in groups if each)
+    given.ways = os.environ["WAYS"].split()
     first = os.environ["LOCAL_RANK"] == "0"
     given.root = str(Path(given.root, os.environ["LOCAL_RANK"]))
     rows = []
@@ -640,7 +673,7 @@ def bytes_held(given: argparse.Namespace) -> int:
                 continue
             flags = ONE
         elif by_deepspeed:
-            flags = {"--trainer.devices": str(given.processes), "--trainer.strategy": way} | MIXED
+            flags = {"--trainer.devices": str(given.processes)} | MIXED | deepspeed(int(way[-1]))
         else:
             flags = STRATEGIES[way](given.processes)
         count = 1 if way == "one" else given.processes
@@ -661,7 +694,8 @@ def bytes_held(given: argparse.Namespace) -> int:
             "--trainer.callbacks": "__main__.Held",
         }
         Held.seen.clear()
-        parts = [part for option in (options | flags).items() for part in option]
+        imports = ["--import", given.imported] if given.imported and by_deepspeed else []
+        parts = [*imports, *(part for option in (options | flags).items() for part in option)]
         if archzoo(["fit", *parts]):
             sys.exit(f"{way} failed: {' '.join(parts)}")
         row: dict[str, Any] = {"way": way, "processes": count, "model": given.preset}
@@ -673,7 +707,8 @@ def bytes_held(given: argparse.Namespace) -> int:
             rows.append(row)
         gc.collect()  # the model of this way, before the next is measured
     if first and given.write:
-        write_rows("ranks-bytes", rows, on_gpu=given.accelerator == "cuda")
+        named = ("way", "processes", "model")
+        write_rows("ranks-bytes", rows, on_gpu=given.accelerator == "cuda", replacing=named)
     return 0
 
 
@@ -727,6 +762,7 @@ def main() -> int:
     part.add_argument("--preset", default="retnet_small")
     ways = [way for way in FORMULAS if not way.startswith("deepspeed")]
     part.add_argument("--ways", nargs="+", choices=FORMULAS, default=ways)
+    part.add_argument("--import", dest="imported", help="a module, before runs by DeepSpeed")
     part.add_argument("--write", action="store_true", help="rows in results/")
     part.set_defaults(run=bytes_held)
 

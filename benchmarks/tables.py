@@ -841,7 +841,7 @@ def ranks_equal() -> str:
 
 def ranks_bytes() -> str:
     """Bytes of a parameter that a process holds after a step, of every machine measured on."""
-    names = ("weights", "gradients", "state", "held", "formula", "allocated")
+    names = ("weights", "gradients", "state", "held", "alive", "formula", "allocated")
     tables = []
     for machine in (INTEL, H200):
         if not (RESULTS / f"{machine}-ranks-bytes.csv").exists():

@@ -597,6 +597,19 @@ def test_ranks_are_micro_batches(directory):
     assert_same("one", "two", 1e-12)
 
 
+def test_what_is_alive_is_counted_once(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(archzoo.__file__).parent.parent / "benchmarks"))
+    from ranks import alive
+
+    before = alive()
+    weight = torch.zeros(1000, requires_grad=True)
+    weight.sum().backward()  # its gradient is known to nobody
+    view, integers = weight.detach()[:10], torch.zeros(100, dtype=torch.long)
+    assert alive() - before == 2 * 4 * 1000
+    del view, integers, weight
+    assert alive() == before
+
+
 def test_what_is_exchanged_beside_no_computation(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(archzoo.__file__).parent.parent / "benchmarks"))
     from exchange import merged, outside
