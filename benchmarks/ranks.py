@@ -613,8 +613,10 @@ def storages(tensors: Iterable[Any]) -> int:
 def alive() -> int:
     """The bytes of all numbers that are no integers and that tensors of this process hold."""
     gc.collect()
-    kept = [part for part in gc.get_objects() if issubclass(type(part), Tensor)]
-    kept = [part for part in kept if part.is_floating_point() and not part.is_meta]
+    # Of a compiler's tensors, and those that wrap others, none has memory of its own.
+    kept = [part for part in gc.get_objects() if type(part) in (Tensor, torch.nn.Parameter)]
+    kept = [part for part in kept if not (part.is_meta or torch._is_functional_tensor(part))]
+    kept = [part for part in kept if part.is_floating_point()]
     # Python knows no gradient that nobody has asked for.
     return storages([*kept, *(part.grad for part in kept if part.is_leaf and part.requires_grad)])
 

@@ -109,17 +109,19 @@ def addition_seeds() -> str:
 
 def addition_batches() -> str:
     """Other recipes for configs/addition.yaml: how many seeds learn to carry."""
-    found: dict[str, list[float]] = {}
+    looks = {"val_check_interval", "enable_progress_bar", "log_every_n_steps", "accelerator"}
+    found: dict[tuple[str, str], list[float]] = {}
     for row in rows_of("intel-r-xeon-r-processor-torch2.11.0-float32-addition-batches"):
-        given = dict(re.findall(r"--(?:model|data|trainer)\.(\w+) (\S+)", row["command"]))
-        given.pop("val_check_interval")
-        settings = ", ".join(f"`{name}` {value}" for name, value in given.items())
-        found.setdefault(settings, []).append(float(row["exact_match"]))
+        flag = r"--(?:(?:model|data|trainer)\.|(?=ema ))([\w.]+) (\S+)"
+        given = [pair for pair in re.findall(flag, row["command"]) if pair[0] not in looks]
+        settings = ", ".join(f"`{name}` {value}" for name, value in given)
+        found.setdefault((settings, row["asked"]), []).append(float(row["exact_match"]))
     cells = [
-        [what, str(len(runs)), str(sum(match >= 0.99 for match in runs)), f"{100 * min(runs):.1f}"]
-        for what, runs in found.items()
+        [*key, str(len(runs)), str(sum(match >= 0.99 for match in runs)), f"{100 * min(runs):.1f}"]
+        for key, runs in found.items()
     ]
-    return markdown(["settings", "seeds", "at 99 % or more", "the worst, %"], cells)
+    headings = ["settings", "sums asked", "seeds", "at 99 % or more", "the worst, %"]
+    return markdown(headings, cells, 2)
 
 
 def addition_against() -> str:

@@ -171,7 +171,13 @@ def settings_beside(path: Path, given: list[str]) -> str:
 
 
 def of_named_run(command: str, path: str | None, arguments: list[str]) -> str | None:
-    """The checkpoint's path where --name alone says of which run it is."""
+    """The checkpoint's path where --name alone says of which run it is.
+
+    Args:
+        command: Such as fit.
+        path: What --ckpt_path says.
+        arguments: All of them.
+    """
     name = value_of(arguments, "--name")
     run = Path(value_of(arguments, "--trainer.default_root_dir") or "runs", name or "")
     if command == "fit" and value_of(arguments, "--resume") == "auto":
