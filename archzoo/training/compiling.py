@@ -129,13 +129,17 @@ def replays(trainer: lightning.Trainer, module: LanguageModel) -> bool:
         return False
     if any(isinstance(part, Retention) for part in parts):
         return False
-    if not any(isinstance(part, Experts) for part in parts):
-        tried = all(type(block.mixer) is Attention for block in net.blocks)
-        tried = tried and type(net.embedding) is TokenEmbedding
-        tried = tried and str(trainer.precision).startswith("bf16")
-        tried = tried and not any(isinstance(part, Adapter) for part in parts)
-        if not tried or net.parameter_count() >= HOST_BOUND:
-            return False
+    mixture = any(isinstance(part, Experts) for part in parts)
+    # What has run so on a GPU.
+    small = (
+        net.parameter_count() < HOST_BOUND
+        and str(trainer.precision).startswith("bf16")
+        and type(net.embedding) is TokenEmbedding
+        and all(type(block.mixer) is Attention for block in net.blocks)
+        and not any(isinstance(part, Adapter) for part in parts)
+    )
+    if not (mixture or small):
+        return False
     return reason_against_graphs(trainer, module) is None
 
 
