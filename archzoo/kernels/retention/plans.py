@@ -184,12 +184,14 @@ def fills_better_beside(plan: Plan, rows: int, segments: int, dk: int, dv: int) 
 
     A program of a warp-specialised map takes a multiprocessor for itself. 16 rows of 3 heads are
     192 programs of dv and 96 of each half of dk and dq: 2 + 4 turns one after the other, and 5
-    beside each other.
+    beside each other. Where a program of dv takes several segments it stores the states between
+    them, which dk reads: then dk has to wait.
     """
     if plan.fused_backward is not None or not plan.by_key.reverse.warp_specialised:
         return False
-    each = segments_per_program(plan, segments, dk, dv)
-    of_v = rows * -(-dv // plan.by_key.reverse.tile) * (segments // each)
+    if segments_per_program(plan, segments, dk, dv) > 1:
+        return False
+    of_v = rows * -(-dv // plan.by_key.reverse.tile) * segments
     of_qk = rows * -(-dk // plan.by_value.reverse.tile) * segments
     programs = [of_v] * -(-dk // plan.by_key.reverse.block)
     programs += [of_qk] * (2 * -(-dv // plan.by_value.reverse.block))
