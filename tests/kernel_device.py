@@ -33,5 +33,7 @@ def define_kernels(module: str) -> None:
     """Import a module of kernels for `DEVICE`, or skip the tests of the file that asks."""
     if not INSTALLED:
         pytest.skip("triton is not installed", allow_module_level=True)
-    if not GPU:
+    if GPU:
+        importlib.import_module(module)  # before a test asks for the interpreter
+    else:
         _import_interpreted(module)

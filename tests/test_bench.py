@@ -560,7 +560,7 @@ def fake(monkeypatch, tmp_path):
 
 
 ARGUMENTS = ["bench", "retnet_micro", "transformer_micro", "--lengths", "16,32,64,128"]
-ARGUMENTS += ["--batches", "1,2", "--context", "8", "--peers", "none"]
+ARGUMENTS += ["--device", "cpu", "--batches", "1,2", "--context", "8", "--peers", "none"]
 
 
 def test_the_command_writes_rows_tables_figures_and_words(fake, tmp_path, capsys):
@@ -743,6 +743,7 @@ def test_memory_has_not_grown_by_less_than_nothing():
 
 def test_fit_is_run_as_a_command_and_tells_its_steps(monkeypatch, capsys):
     monkeypatch.setattr(fitting.subprocess, "run", in_this_process)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)  # by another test, say
     bench = Bench(contender_of({"name": "retnet_micro:Attention:fit", "match": True}), "cpu")
     made = bench.build("float32", True)
     assert made["parameters"] == ZooContender("retnet_micro:Attention").count

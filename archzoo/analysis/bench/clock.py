@@ -70,7 +70,7 @@ class StepClock(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
         pairs = zip(self.marks, self.marks[1:], strict=False)
-        if torch.cuda.is_initialized():
+        if self.marks and isinstance(self.marks[0], torch.cuda.Event):
             torch.cuda.synchronize()
             turns = [1e-3 * begin.elapsed_time(end) for begin, end in pairs]
             memory = torch.cuda.max_memory_allocated()
