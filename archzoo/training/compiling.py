@@ -114,11 +114,10 @@ def reason_against_graphs(trainer: lightning.Trainer, module: LanguageModel) -> 
 
 
 def replays(trainer: lightning.Trainer, module: LanguageModel) -> bool:
-    """Whether `auto` replays a step as CUDA graphs: of mixtures and of small models of attention.
+    """Whether `auto` replays a step as CUDA graphs: of mixtures and of small dense models.
 
     These are many small kernels. A part from elsewhere may wait for the device, which the zoo's own
-    do not, and hooks may keep what the next run of a graph writes over. Of retention a replayed run
-    has not been shown to be the run: see docs/speed.md.
+    do not, and hooks may keep what the next run of a graph writes over.
     """
     net = module.net
     parts = list(net.modules())
@@ -127,15 +126,13 @@ def replays(trainer: lightning.Trainer, module: LanguageModel) -> bool:
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(part, kind) for part in parts for kind in hooks):
         return False
-    if any(isinstance(part, Retention) for part in parts):
-        return False
     mixture = any(isinstance(part, Experts) for part in parts)
     # What has run so on a GPU.
     small = (
         net.parameter_count() < HOST_BOUND
         and str(trainer.precision).startswith("bf16")
         and type(net.embedding) is TokenEmbedding
-        and all(type(block.mixer) is Attention for block in net.blocks)
+        and all(type(block.mixer) in (Attention, Retention) for block in net.blocks)
         and not any(isinstance(part, Adapter) for part in parts)
     )
     if not (mixture or small):
@@ -152,8 +149,8 @@ class CompileModel(lightning.Callback):
     Args:
         when: "auto" compiles a model of 20 M parameters or more on an NVIDIA GPU, unless
             something speaks against it, and says what; a mixture of experts, and a model of
-            attention of less than 60 M, it replays as CUDA graphs where that is possible. "graphs"
-            does so with any model.
+            attention or retention of less than 60 M, it replays as CUDA graphs where that is
+            possible. "graphs" does so with any model.
     """
 
     def __init__(self, when: Literal["auto", "graphs"] | bool) -> None:
