@@ -174,6 +174,7 @@ class _Worker:
 
 
 def _work(pipe: Connection, name: str, seed: int, directory: Path) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # no GPU's driver starts within a limit of memory
     import torch
 
     torch.set_num_threads(1)
