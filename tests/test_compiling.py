@@ -199,7 +199,8 @@ def test_auto_replays_mixtures_and_small_models(monkeypatch):
     assert replayed("graphs")
     assert replayed()
     assert not replayed(mixer="FilteredAttention")  # none of these has been shown to run so
-    assert not replayed(adapter="LoRA")
+    assert replayed(adapter="LoRA")
+    assert not replayed(adapter="DoRA")
     assert replayed(mixer="Retention")
     assert replayed(mixer="Retention", **mixture)
     assert not replayed(trainer=trainer_of(precision="32-true"))

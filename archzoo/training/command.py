@@ -322,8 +322,8 @@ class CommandLine(LightningCLI):
             default="auto",
             help="Whether fit compiles the model: auto does on an NVIDIA GPU from 20 M parameters "
             "on, and replays the step of a mixture of experts, or of less than 60 M with "
-            "attention, as CUDA graphs where it can; true compiles wherever it runs, false "
-            "nowhere. graphs: any model, with graphs (see docs/speed.md).",
+            "attention or retention, as CUDA graphs where it can; true compiles wherever it runs, "
+            "false nowhere. graphs: any model, with graphs (see docs/speed.md).",
         )
         add_flags(parser)
         parser.add_lightning_class_args(Checkpoints, "checkpoint")

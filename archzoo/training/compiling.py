@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch._dynamo.exc import TorchDynamoException
 
 from archzoo.adapters import Adapter
+from archzoo.adapters.lora import LoRA
 from archzoo.embeddings.token import TokenEmbedding
 from archzoo.feedforward.moe import Experts
 from archzoo.kernels.launching import TRITON_FOUND
@@ -133,7 +134,7 @@ def replays(trainer: lightning.Trainer, module: LanguageModel) -> bool:
         and str(trainer.precision).startswith("bf16")
         and type(net.embedding) is TokenEmbedding
         and all(type(block.mixer) in (Attention, Retention) for block in net.blocks)
-        and not any(isinstance(part, Adapter) for part in parts)
+        and all(type(part) is LoRA for part in parts if isinstance(part, Adapter))
     )
     if not (mixture or small):
         return False
