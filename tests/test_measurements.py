@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,3 +82,14 @@ def test_the_command_is_as_it_is_typed(monkeypatch):
         assert evidence.command_line() == "archzoo bench 'a b'"
     monkeypatch.setattr(sys, "argv", ["benchmarks/moe.py", "--rounds", "3"])
     assert evidence.command_line() == "python benchmarks/moe.py --rounds 3"
+
+
+def test_what_came_of_tests_on_a_gpu_is_counted(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from gpu_tests import outcome
+
+    counts = {"passed": 707, "failed": 24, "skipped": 7, "seconds": 156.7}
+    assert outcome("24 failed, 707 passed, 7 skipped, 87 warnings in 156.70s (0:02:36)") == counts
+    assert outcome("1 passed in 0.10s") == {"passed": 1, "failed": 0, "skipped": 0, "seconds": 0.1}
+    with pytest.raises(ValueError, match="counts no tests"):
+        outcome("KeyboardInterrupt")
