@@ -302,9 +302,10 @@ class Linear(nn.Linear):
                 if factors is None or factors[0].dtype != self.weight.dtype:
                     return None
                 first, second, scale, *mixed = factors
-                if mixed:
-                    mixed[0] = mixed[0].to(dtype)
-                changes.append(Change(begin, first.to(dtype), second.to(dtype), scale, *mixed))
+                router, top_k = mixed or (None, None)
+                router = None if router is None else router.to(dtype)
+                changed = first.to(dtype), second.to(dtype), scale
+                changes.append(Change(begin, *changed, router, top_k))
             begin += self.blocks[name]
         return changes
 
