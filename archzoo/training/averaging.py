@@ -3,12 +3,46 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+
+class _InDtypesOf(nn.Module):
+    """What `AveragedModel.update_parameters` reads of a model, its weights in its averages' dtypes.
+
+    Args:
+        averages: Of the same model.
+        model: Whose weights are to be added to them.
+    """
+
+    def __init__(self, averages: nn.Module, model: nn.Module) -> None:
+        super().__init__()
+        self.averages, self.model = averages, model
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        pairs = zip(self.averages.parameters(recurse), self.model.parameters(recurse), strict=True)
+        for average, weight in pairs:
+            yield weight.detach().to(average.dtype)  # type: ignore[misc]  # it is only read
+
+    def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
+        return self.model.buffers(recurse)
+
+
+class _Averages(AveragedModel):
+    """Torch's, which may be wider than the weights.
+
+    Averages are float32 where a run's weights may be another dtype. torch 2.11 groups both by dtype
+    before it hands them on, and refuses such pairs; later ones do not.
+    """
+
+    def update_parameters(self, model: nn.Module) -> None:
+        super().update_parameters(_InDtypesOf(self.module, model))
 
 
 class AverageWeights(WeightAveraging):
@@ -29,9 +63,7 @@ class AverageWeights(WeightAveraging):
             raise ValueError(f"ema={decay} must be from 0 to below 1, such as 0.999")
 
         def average(averaged: list[Tensor], weights: list[Tensor], _: Tensor | int) -> None:
-            # A checkpoint's averages are float32 where a run's weights may be another dtype.
-            alike = [w.to(a.dtype) for a, w in zip(averaged, weights, strict=True)]
-            torch._foreach_lerp_(averaged, alike, 1 - decay)
+            torch._foreach_lerp_(averaged, weights, 1 - decay)
 
         super().__init__(use_buffers=False, multi_avg_fn=average)
 
@@ -45,6 +77,8 @@ class AverageWeights(WeightAveraging):
         with warnings.catch_warnings():  # about sharding, which is refused
             warnings.filterwarnings("ignore", ".*overrides the configure_model.*")
             super().setup(trainer, pl_module, stage)
+        if self._average_model is not None:  # Lightning makes it, and only of torch's own class
+            self._average_model.__class__ = _Averages
 
     def on_load_checkpoint(
         self,
