@@ -693,8 +693,7 @@ class Decoder(nn.Module):
             here = context._replace(start=starts[run]) if starts and starts[run] else context
             arguments = (x, before[run], here, injected, form)
             if recompute:
-                again = _with_these_weights(block)
-                x, mixed, entries = checkpoint(again, *arguments, use_reentrant=False)
+                x, mixed, entries = _recomputed(_with_these_weights(block), *arguments)
             else:
                 x, mixed, entries = block(*arguments)
             after.append(mixed)
@@ -792,6 +791,18 @@ def _with_these_weights(block: nn.Module) -> Callable[..., Any]:
         return functional_call(block, held, arguments)
 
     return run
+
+
+def _recomputed(block: Callable[..., Any], *arguments: Any) -> tuple[Tensor, State | None, Aux]:
+    """What a block computes, which its backward pass computes again."""
+
+    def run(*given: Any) -> Any:
+        x, state, aux = block(*given)
+        return x, state, (aux.losses, aux.metrics, aux.sums, aux.pools)
+
+    # Dynamo of torch 2.11 finds the tensors that leave a checkpoint in tuples and dicts alone.
+    x, state, entries = checkpoint(run, *arguments, use_reentrant=False)
+    return x, state, Aux(*entries)
 
 
 def _over_loops(runs: list[Aux]) -> Aux:
