@@ -117,6 +117,8 @@ def one_of_two(directory, monkeypatch, strategy):
     def counted(name, original):
         def call(*arguments, **options):
             calls[name] += 1
+            if "output" in options:  # torch 2.11's fake group leaves in it what the memory held
+                options["output"].copy_(options["input"][: len(options["output"])])
             return original(*arguments, **options)
 
         return call
