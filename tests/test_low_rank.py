@@ -228,13 +228,15 @@ def test_gains_scale_their_rows_alone_and_no_bias(bias):
     linear.attach("default", "value", dora)
     x = torch.randn(4, COLUMNS, dtype=torch.float64)
     with torch.no_grad():
-        assert torch.equal(linear(x), linear.product(x))  # a gain of 1 changes no bit
+        # A gain of 1 changes no bit. A bias is added before or behind rounding, as processors do.
+        allowed = 1e-15 if bias else 0
+        assert relative_error(linear(x), linear.product(x)) <= allowed
         dora.second.normal_()
         dora.magnitude.mul_(1.5)
     want = F.linear(x, linear.effective_weight(), linear.effective_bias())
     assert relative_error(linear(x), want) < 1e-14
     assert relative_error(linear.part(x, "key", "value"), want[:, 5:]) < 1e-14
-    assert torch.equal(linear(x)[:, :8], linear.product(x)[:, :8])
+    assert relative_error(linear(x)[:, :8], linear.product(x)[:, :8]) <= allowed
     half = linear.float().bfloat16()
     assert dora.magnitude.dtype == torch.float32
     assert half(x.bfloat16()).dtype == torch.bfloat16

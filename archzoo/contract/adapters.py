@@ -351,11 +351,13 @@ def adapter_blocks(subject: Subject) -> str:
         with torch.no_grad():
             y, changed = linear.product(x), linear(x)
             own = linear.rows(name)
-            if torch.equal(changed[:, own], y[:, own]):
+            change = (changed - y).abs()
+            # A block's rows by themselves may be summed in another order than among all.
+            rounding = TOLERANCES[torch.float64] * y.abs().max()
+            if change[:, own].max() <= rounding:
                 raise Violation(f"targets=[{name!r}] changes nothing of the rows of {name}")
-            change = changed - y
             change[:, own] = 0
-            if change.abs().max():
+            if change.max() > rounding:
                 raise Violation(f"targets=[{name!r}] changes rows of other blocks")
             parts = torch.cat([linear.part(x, block) for block in linear.blocks], dim=-1)
             expect_same(parts, changed, TOLERANCES[torch.float64], "block by block against all")
