@@ -24,7 +24,7 @@ from archzoo.derivatives import followed, transformed
 from archzoo.documents import Context
 from archzoo.freezing import is_frozen
 from archzoo.inputs import check_beside, check_state, check_tokens, explain
-from archzoo.linear import Linear
+from archzoo.linear import HOLDING, Linear
 from archzoo.norm import RMSNorm
 from archzoo.parts import (
     NONE,
@@ -145,6 +145,7 @@ class Decoder(nn.Module):
     prompt: nn.ModuleDict
     #: Within `weights_held`: adapters_off, and what `_lengths_before` and `_starts` give.
     _held: tuple[frozenset[str], tuple[int, int], list[State]] | None = None
+    _holders = 0  # how many are within it
 
     def __init__(
         self,
@@ -379,8 +380,9 @@ class Decoder(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the compiled form, which is of this object alone."""
-        return {n: value for n, value in super().__getstate__().items() if n != "compiled_hidden"}
+        """Without the compiled form and what is held, which are of this object alone."""
+        own = {"compiled_hidden", "_held", "_holders"}
+        return {n: value for n, value in super().__getstate__().items() if n not in own}
 
     def bind(self, task: Any, *, training: bool = False) -> None:
         """Tell the embedding what a task knows; `config`, and so a checkpoint, knows it then too.
@@ -469,13 +471,18 @@ class Decoder(nn.Module):
             for module in self.modules():
                 if isinstance(module, Linear):
                     stack.enter_context(module.held())
-            before = self._held
-            with torch.no_grad():
-                self._held = self.adapters_off, self._lengths_before(), self._starts(self.loops)
+            with HOLDING:
+                self._holders += 1
             try:
+                with HOLDING, torch.no_grad():
+                    held = self.adapters_off, self._lengths_before(), self._starts(self.loops)
+                    self._held = held
                 yield
             finally:
-                self._held = before
+                with HOLDING:
+                    self._holders -= 1
+                    if not self._holders:  # of threads, or of those in turns, the last one
+                        self._held = None
 
     # ------------------------------------------------------------------------ what texts start from
 

@@ -8,6 +8,7 @@ trained model (`archzoo.adapters`) says what it changes by these names.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,10 @@ from torch.nn import functional as F
 from archzoo.derivatives import followed
 from archzoo.low_rank import Change, Packed, changed_product, kept_product, pack
 from archzoo.numerics import autocast_dtype, cast, without_autocast
+
+#: Taken by whoever enters or leaves `Linear.held` or `Decoder.weights_held`. No attribute of a
+#: module, which could not be copied then.
+HOLDING = threading.RLock()
 
 
 class Linear(nn.Linear):
@@ -66,6 +71,8 @@ class Linear(nn.Linear):
     adapters_off: frozenset[str] = frozenset()
     #: Whether it is within `held`.
     is_held = False
+    #: How many are.
+    _holders = 0
 
     def __init__(
         self,
@@ -424,10 +431,24 @@ class Linear(nn.Linear):
         and are of low rank, their matrices are put together once. In a dtype of few bits it rounds
         as merging does. Whoever decodes enters it, and changes no weight within.
         Nothing else could tell that one has changed: a fused optimizer step, FSDP2 and ``.data``
-        count no versions.
+        count no versions. Several may be within at once, in threads or in turns, and leave it in
+        any order: the last one forgets what is held.
         """
-        if not self.adapted or self.is_held:
+        with HOLDING:
+            self._holders += 1
+        try:
+            with HOLDING:
+                self._hold()
             yield
+        finally:
+            with HOLDING:
+                self._holders -= 1
+                if not self._holders:
+                    self._let_go()
+
+    def _hold(self) -> None:
+        """Compute what `held` is for, unless it is there."""
+        if not self.adapted or self.is_held:
             return
         with torch.no_grad():
             merges = self._merges()
@@ -439,14 +460,20 @@ class Linear(nn.Linear):
                 changes = self._low_rank_changes(names, self._by_block(names), self.dtype)
                 self._held_changes = pack(changes, rows=self.out_features) if changes else None
         self._held_in_calls, self.is_held = merges, True
-        try:
-            yield
-        finally:
-            self._forget_held()
+
+    def _let_go(self) -> None:
+        """Forget it: nobody is within `held` any more."""
+        self._forget_held()
 
     def _forget_held(self) -> None:
         self._held = self._held_bias = self._held_changes = None
         self._held_in_calls = self.is_held = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is held: nobody is within `held` of a copy, whose weights may change."""
+        nothing = {"_held": None, "_held_bias": None, "_held_changes": None}
+        flags = {"_held_in_calls": False, "is_held": False, "_holders": 0}
+        return {**super().__getstate__(), **nothing, **flags}
 
     def _merges(self) -> bool:
         """Whether adapters that are on, and y itself, are one matrix with what is added to it."""

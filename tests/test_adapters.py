@@ -6,6 +6,7 @@ import inspect
 import itertools
 import json
 import pickle
+import threading
 from pathlib import Path
 
 import pytest
@@ -612,6 +613,72 @@ def test_the_effective_weight_is_held_while_decoding_and_never_stale():
         assert torch.equal(rounded, linear.effective_weight())
     with net.weights_held():
         assert linear.effective_weight().requires_grad
+
+
+@pytest.mark.parametrize("adapter", ["PrefixTuning", "PromptTuning", "LoRA"])
+def test_whoever_leaves_first_what_is_held_goes_with_the_last(adapter):
+    """Two threads, or two texts in turns, overlap; what is learnt later shows in the next text."""
+    net = archzoo.create_model("retnet_micro", vocab_size=20, adapter=adapter).eval()
+    first, second = net.weights_held(), net.weights_held()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    held = [module for module in net.modules() if isinstance(module, Linear) and module.is_held]
+    assert bool(held) == (adapter == "LoRA")  # by the second
+    second.__exit__(None, None, None)
+    with torch.no_grad():
+        for _, module in adapter_modules(net):
+            for parameter in module.parameters():
+                nn.init.normal_(parameter)
+    other = archzoo.create_model("retnet_micro", vocab_size=20, adapter=adapter).eval()
+    other.load_state_dict(net.state_dict())
+    tokens = torch.randint(20, (2, 9))
+    with torch.no_grad():
+        for state in (lambda _: None, lambda model: model.init_state(2)):
+            found, want = (model(tokens, state(model)).logits for model in (net, other))
+            assert torch.equal(found, want)
+
+
+def test_two_threads_that_generate_at_once_leave_nothing_behind():
+    net = archzoo.create_model("retnet_micro", vocab_size=20, adapter="PrefixTuning").eval()
+    begun, followed, ended = (threading.Event() for _ in range(3))
+
+    def write(mine, wait):
+        archzoo.generate(
+            net, [[1, 2]], max_tokens=1, on_token=lambda *_: (mine.set(), wait.wait(60))
+        )
+
+    def follow():
+        begun.wait(60)
+        write(followed, ended)
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    write(begun, followed)
+    ended.set()
+    thread.join()
+    before = archzoo.generate(net, [[1, 2]], max_tokens=1, keep_state=True)
+    with torch.no_grad():
+        for _, module in adapter_modules(net):
+            for parameter in module.parameters():
+                parameter.add_(torch.randn_like(parameter))
+    after = archzoo.generate(net, [[1, 2]], max_tokens=1, keep_state=True)
+    assert not torch.equal(before.conversation.logits, after.conversation.logits)
+
+
+@pytest.mark.parametrize("adapter", ["LoRA", "MoLoRA", "PrefixTuning"])
+def test_a_copy_holds_nothing(adapter):
+    net = archzoo.create_model("retnet_micro", vocab_size=20, adapter=adapter).eval()
+    with net.weights_held(), torch.no_grad():
+        made = [copy.deepcopy(net), pickle.loads(pickle.dumps(net))]
+    tokens = torch.randint(20, (2, 9))
+    other = archzoo.create_model("retnet_micro", vocab_size=20, adapter=adapter).eval()
+    with torch.no_grad():
+        for found in made:
+            for parameter in found.parameters():
+                parameter.normal_(std=0.3)
+            other.load_state_dict(found.state_dict())
+            assert torch.equal(found(tokens).logits, other(tokens).logits)
 
 
 @pytest.mark.parametrize("cls", [archzoo.LoRA, Scale, InputScale, Weighed, Magnitude])

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -307,15 +306,13 @@ class BinaryLinear(Linear):
             return self.signs if x.dtype == self.dtype else None
         return self._held_signs
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Within it the signs are packed once, where a product reads them so."""
-        with super().held():
-            if self.packed or self._held_signs is not None or not one_bit.available(self.weight):
-                yield
-                return
+    def _hold(self) -> None:
+        """The signs are packed once, too, where a product reads them so."""
+        super()._hold()
+        if not self.packed and self._held_signs is None and one_bit.available(self.weight):
             self._held_signs = one_bit.pack(self.weight.detach() < 0)
-            try:
-                yield
-            finally:
-                self._held_signs = self._parts = None
+
+    def _let_go(self) -> None:
+        super()._let_go()
+        if not self.packed:
+            self._held_signs = self._parts = None
