@@ -1,6 +1,8 @@
 """Linears of 1 bit a weight: golden numbers, where they start, packed products, files, commands."""
 
+import copy
 import json
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -404,6 +406,24 @@ def test_the_kernels_words_follow_a_change_of_the_bytes():
     assert one_bit.words_of(packed) is first
     packed.bitwise_not_()
     assert torch.equal(one_bit.words_of(packed)[0, :, :3], ~first[0, :, :3])
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "inference"])
+def test_the_kernels_words_follow_what_is_loaded(how, monkeypatch):
+    """Into a copy of a linear that has computed, and one that counts no versions, too."""
+    monkeypatch.setattr(one_bit, "product", lambda x, packed, *_: one_bit.words_of(packed))
+    with torch.inference_mode(how == "inference"):
+        linear, other = (archzoo.OneBitLinear(64, {"a": 8}, packed=True) for _ in range(2))
+    x = torch.randn(1, 64)
+    with torch.inference_mode():
+        linear(x)
+        if how == "deepcopy":
+            linear = copy.deepcopy(linear)
+        elif how == "pickle":
+            linear = pickle.loads(pickle.dumps(linear))
+        linear(x)
+        linear.load_state_dict(other.state_dict())
+        assert torch.equal(linear(x), other(x))
 
 
 # ---------------------------------------------------------------------------- in a decoder

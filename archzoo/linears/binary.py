@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -198,10 +198,16 @@ class BinaryLinear(Linear):
         self._start_scales(after, torch.stack([g for _, g in pairs], dim=-2))
         if self.packed:
             self.signs.copy_(one_bit.pack(weight < 0))
+            self._parts = None
         elif latent == "signs":
             self.weight.copy_(torch.where(weight < 0, -LATENT_SIGNS, LATENT_SIGNS))
         elif weight is not self.weight:
             self.weight.copy_(weight)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        # Signs that were made in inference mode count no versions, by which words are known.
+        self._parts = None
 
     def bits(self) -> int:
         """What it takes on disk and in memory where the signs are packed, but for the bias."""
@@ -316,3 +322,11 @@ class BinaryLinear(Linear):
         super()._let_go()
         if not self.packed:
             self._held_signs = self._parts = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the views of packed signs, too: those of a copy would not be views any more.
+
+        They count their versions apart then, and words that are kept beside them would stay when
+        other signs are loaded.
+        """
+        return {**super().__getstate__(), "_held_signs": None, "_parts": None}
