@@ -1,5 +1,6 @@
 """Tokenizers: texts come back as they were, files load, streams hold incomplete characters."""
 
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 
 import pytest
@@ -201,6 +202,15 @@ def test_a_memory_of_words_that_is_full_forgets_and_continues(monkeypatch):
             (tokens,) = tokenizer.encode_many([text])
             assert tokens.tolist() == tokenizer.encode(text), again
     assert len(tokenizer._words._index) <= 5
+
+
+def test_threads_that_share_a_tokenizer_get_what_each_would_alone():
+    tokenizer = tokenizers.learn_bpe(["to be or not to be " * 20], 270)
+    texts = [" ".join(f"w{n}x{word}" for word in range(2000)) for n in range(12)]
+    want = [tokenizer.encode(text) for text in texts]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda text: tokenizer.encode_many([text])[0].tolist(), texts))
+    assert found == want
 
 
 def test_words_are_not_remembered_where_tokens_may_cross_them():

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -404,6 +405,11 @@ def _types_of(decoder: dict[str, Any] | None) -> list[str]:
 _WORD = re.compile(r"[^\S\x1c-\x1f]*[\S\x1c-\x1f]+|[^\S\x1c-\x1f]+")
 
 
+# Taken while words are looked up and new ones kept, which threads must not do at once; no attribute
+# of a tokenizer, which could not be copied then.
+_KEEPING = threading.Lock()
+
+
 class _Words:
     """Encodes a text word by word, each word once: many times as fast as the library.
 
@@ -428,6 +434,11 @@ class _Words:
     def encode_many(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
         """As `Tokenizer.encode_many`."""
         words = [_WORD.findall(text) for text in texts]
+        with _KEEPING:
+            return self._encoded(words)
+
+    def _encoded(self, words: list[list[str]]) -> list[NDArray[np.int64]]:
+        """The tokens of each text's words."""
         new = [word for word in dict.fromkeys(chain(*words)) if word not in self._index]
         if len(self._index) + len(new) > self.MOST:
             self._forget()
