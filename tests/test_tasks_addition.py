@@ -409,6 +409,24 @@ def test_a_run_resumes_with_another_batch_size_where_it_was(tmp_path):
     assert seen == list(range(3 * sum(sizes)))
 
 
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+def test_a_run_after_a_resumed_one_begins_at_the_first_example(tmp_path):
+    """In one process, with one task: what the resumed run had used is none of its own."""
+    model, trainer = Recorder(), trainer_for({"max_steps": 3})
+    trainer.fit(model, Addition(batch_size=6, steps_per_epoch=9, validation_examples=8))
+    trainer.save_checkpoint(tmp_path / "3.ckpt")
+    data = Addition(batch_size=2, steps_per_epoch=9, validation_examples=8)
+    trainer, model = trainer_for({"max_steps": 5}), Recorder()
+    trainer.fit(model, data, ckpt_path=tmp_path / "3.ckpt", weights_only=True)
+    trainer.fit_loop.epoch_loop.max_steps = 6
+    trainer.fit(model, data)  # continues
+    assert [number for rows in model.seen for number in rows] == list(range(18, 24))
+    trainer, model = trainer_for({"max_steps": 5}), Recorder()
+    trainer.fit(model, data)
+    assert [number for rows in model.seen for number in rows] == list(range(10))
+    assert data.state_dict()["examples"] == 10
+
+
 def test_a_batch_that_begins_within_another_holds_the_same_examples():
     task = Addition(batch_size=6)
     whole = Addition(batch_size=66).train_dataloader().batch(0)

@@ -483,6 +483,11 @@ class Task(lightning.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:  # Lightning: on every process
         self.prepare()
+        trainer = self.trainer if stage == "fit" else None
+        # What an earlier run had used, which was resumed, this one has not. A run that is resumed
+        # says so after this, and one that continues has used some already.
+        if trainer is not None and not trainer.fit_loop.epoch_loop.batch_progress.total.ready:
+            self._used = (0, 0)
         # Now the vocabulary is known: a model that is made for it is made before callbacks look.
         model = getattr(self.trainer, "lightning_module", None)
         if model is not None and hasattr(model, "set_up_with_task"):
