@@ -16,15 +16,17 @@ from torch.nn.utils import parameters_to_vector
 import archzoo
 from archzoo import block as interface
 from archzoo.block import Aux, FeedForward
-from archzoo.tasks import Addition, Text
+from archzoo.tasks import Addition, Sorting, Text
 from archzoo.tasks.stream import IGNORED
 from archzoo.training import optim
 from archzoo.training.callbacks import Checkpoints
 from archzoo.training.directory import RunDirectory
+from archzoo.training.early_stopping import StopEarly
 from archzoo.training.files import CheckpointFiles, MetricsFile, replace, write_checkpoint
 from archzoo.training.losses import score, total_loss
 from archzoo.training.module import LanguageModel
 from archzoo.training.optim import decay_groups, learning_rate_schedule, regroup
+from archzoo.training.samples import SampleTexts
 
 
 def addition(**arguments):
@@ -930,3 +932,37 @@ def test_an_optimizers_state_lies_as_the_weights_do() -> None:
         optimizer.step()
         found.append(parameters_to_vector(weights.values()))
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+def test_samples_of_a_second_run_ask_what_its_own_task_asks(tmp_path):
+    """One callback, two runs in one process."""
+    sampling, prompts = SampleTexts(2), []
+    for name, task in (("sums", addition()), ("orders", Sorting(digits=2, batch_size=4))):
+        module = LanguageModel(preset="transformer_micro", dim=16, heads=2, depth=1)
+        make_trainer(tmp_path / name, sampling, max_steps=2).fit(module, task)
+        rows = (tmp_path / name / "samples.jsonl").read_text().splitlines()
+        prompts.append([json.loads(row)["prompt"] for row in rows])
+    assert all("+" in prompt for prompt in prompts[0])
+    assert prompts[1] and not any("+" in prompt for prompt in prompts[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+def test_callbacks_of_a_second_run_know_nothing_of_the_first(tmp_path):
+    """Two runs in one process; the second never becomes as good, and still has a best."""
+    stopping, checkpoints = StopEarly(patience=2), Checkpoints()
+    for name, rate in (("first", 1e-2), ("second", 1e-9)):
+        torch.manual_seed(0)
+        module = LanguageModel(
+            preset="transformer_micro", dim=16, heads=2, depth=1, learning_rate=rate
+        )
+        trainer = make_trainer(tmp_path / name, max_steps=8, val_check_interval=2)
+        trainer.callbacks = [checkpoints, stopping]
+        if name == "second":
+            stopping.wait_count = 2  # as if the first had ended early
+        trainer.fit(module, addition())
+        assert trainer.global_step == (8 if name == "first" else checkpoints.saved)
+        assert (tmp_path / name / "best.ckpt").exists()
+        assert (tmp_path / name / "last.ckpt").exists()
+    held = torch.load(tmp_path / "second" / "last.ckpt", weights_only=True)["callbacks"]
+    assert held["Checkpoints"]["best"] == checkpoints.reached["best"]["validation/loss"]

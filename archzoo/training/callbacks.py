@@ -93,6 +93,8 @@ class Checkpoints(Checkpoint):
         self._module = pl_module if stage == "fit" else None
         if stage == "fit":
             self._loop = ResumingFitLoop.take_over(trainer)
+            if not trainer.global_step:  # an earlier run's; one that is resumed says so after this
+                self.best, self.reached, self.saved, self._rows = None, {}, None, None
 
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule

@@ -67,6 +67,14 @@ class StopEarly(EarlyStopping):
         """Without the metric, which is not known before the first validation."""
         return type(self).__qualname__
 
+    def setup(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and not trainer.global_step:  # what an earlier run waited for is no more
+            self.wait_count, self.stopped_epoch = 0, 0
+            self.best_score = torch.tensor(torch.inf if self.mode == "min" else -torch.inf)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict | {"patience": self.patience})  # today's
 

@@ -59,6 +59,7 @@ class SampleTexts(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         self._last = trainer.global_step
+        self._asked, self._temperature = None, 0.0  # those of an earlier run are another task's
         path = Path(trainer.default_root_dir, FILE)
         if trainer.global_step and trainer.is_global_zero and path.is_file():
             _forget_later(path, trainer.global_step)
