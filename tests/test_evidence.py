@@ -1,11 +1,16 @@
 """The tables of docs/ are what the rows of results/ say."""
 
 import csv
+import os
 import re
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+
+from archzoo.analysis import evidence
+from archzoo.evaluation import results
 
 ROOT = Path(__file__).parent.parent
 
@@ -164,3 +169,33 @@ def test_verdicts_of_adapters_follow_the_rows(tables, monkeypatch, tmp_path):
         "| memorisation | `mora` | 3 | 4,448 | 0.01 |  | 63.0 ± 1.0 | 1.000 ± 0.000 | 0.0 ± 0.0"
         in (tables.adaptation_arms())
     )
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no locks")
+@pytest.mark.parametrize("kind", ["rows", "evaluations"])
+def test_who_writes_at_the_same_moment_waits(kind, tmp_path, monkeypatch):
+    """A second one begins while the first has read the file, and not written it yet."""
+    module, read = (evidence, "read_rows") if kind == "rows" else (results, "read_results")
+    original, others = getattr(module, read), []
+
+    def write(name):
+        if kind == "rows":
+            evidence.write_rows(tmp_path / "table.csv", [{"name": name}], key=("name",))
+        else:
+            record = {"task": name, "checkpoint": "last.ckpt", "metrics": {}}
+            results.write_results(tmp_path, [record])
+
+    def reading(path):
+        found = original(path)
+        if not others:
+            others.append(threading.Thread(target=write, args=("second",)))
+            others[0].start()
+            others[0].join(0.5)
+        return found
+
+    monkeypatch.setattr(module, read, reading)
+    write("first")
+    others[0].join()
+    path = tmp_path / "table.csv" if kind == "rows" else tmp_path
+    assert len(original(path)) == 2
+    assert {file.name for file in tmp_path.iterdir()} <= {"table.csv", "eval.json", "eval.csv"}

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from archzoo._version import __version__
+from archzoo.locking import alone
 
 ROOT = Path(__file__).resolve().parents[2]
 # What a measurement depends on.
@@ -129,19 +130,19 @@ def write_rows(
     def name_of(row: dict[str, Any]) -> tuple[str, ...]:
         return tuple(_text(row.get(column)) for column in key)
 
-    if key:
-        unique = {name_of(row): row for row in complete}
-        kept = [row for row in read_rows(path) if name_of(row) not in unique]
-        complete = [*kept, *unique.values()]
-    columns = dict.fromkeys(c for row in complete for c in row if c not in FACTS)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "w", newline="") as file:
-            writer = csv.DictWriter(file, [*columns, *FACTS], restval="")
-            writer.writeheader()
-            writer.writerows(complete)
-        os.replace(partial, path)
+        with alone(path.parent):  # another process may add rows at the same time
+            if key:
+                unique = {name_of(row): row for row in complete}
+                kept = [row for row in read_rows(path) if name_of(row) not in unique]
+                complete = [*kept, *unique.values()]
+            columns = dict.fromkeys(c for row in complete for c in row if c not in FACTS)
+            with open(partial, "w", newline="") as file:
+                writer = csv.DictWriter(file, [*columns, *FACTS], restval="")
+                writer.writeheader()
+                writer.writerows(complete)
+            os.replace(partial, path)
     except OSError as error:
         with suppress(OSError):
             partial.unlink()

@@ -11,6 +11,8 @@ from typing import Any
 
 from rich.table import Table
 
+from archzoo.locking import alone
+
 JSON, CSV, SAMPLES = "eval.json", "eval.csv", "eval_samples.jsonl"
 ABOUT = ("task", "checkpoint", "weights", "documents", "fewshot", "limit", "truncated")
 SETTINGS = ("max_length", "prefix", "task_version", "lm_eval", "archzoo", "date")
@@ -70,23 +72,23 @@ def write_results(folder: Path, records: Sequence[Record]) -> list[Record]:
         ValueError: The folder's eval.json is not one.
         OSError: It cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     new = {_key(record) for record in records}
-    kept = [record for record in read_results(folder) if _key(record) not in new]
-    both = [*kept, *records]
-    _replace(folder / JSON, json.dumps({"results": both}, indent=1, ensure_ascii=False) + "\n")
-    partial = folder / f"{CSV}.partial"
-    with open(partial, "w", newline="") as file:
-        metric = ("metric", "value", "stderr", "higher_is_better")
-        writer = csv.DictWriter(file, [*ABOUT[:3], *metric, *ABOUT[3:], *SETTINGS])
-        writer.writeheader()
-        for record in both:
-            about = {name: record.get(name) for name in (*ABOUT, *SETTINGS)}
-            # A prefix is mostly a line end.
-            about["prefix"] = None if about["prefix"] is None else repr(about["prefix"])
-            for name, figures in record["metrics"].items():
-                writer.writerow({**about, "metric": name, **figures})
-    os.replace(partial, folder / CSV)
+    with alone(folder):  # another evaluation may end at the same time
+        kept = [record for record in read_results(folder) if _key(record) not in new]
+        both = [*kept, *records]
+        _replace(folder / JSON, json.dumps({"results": both}, indent=1, ensure_ascii=False) + "\n")
+        partial = folder / f"{CSV}.partial"
+        with open(partial, "w", newline="") as file:
+            metric = ("metric", "value", "stderr", "higher_is_better")
+            writer = csv.DictWriter(file, [*ABOUT[:3], *metric, *ABOUT[3:], *SETTINGS])
+            writer.writeheader()
+            for record in both:
+                about = {name: record.get(name) for name in (*ABOUT, *SETTINGS)}
+                # A prefix is mostly a line end.
+                about["prefix"] = None if about["prefix"] is None else repr(about["prefix"])
+                for name, figures in record["metrics"].items():
+                    writer.writerow({**about, "metric": name, **figures})
+        os.replace(partial, folder / CSV)
     return both
 
 
