@@ -146,6 +146,8 @@ class Decoder(nn.Module):
     #: Within `weights_held`: adapters_off, and what `_lengths_before` and `_starts` give.
     _held: tuple[frozenset[str], tuple[int, int], list[State]] | None = None
     _holders = 0  # how many are within it
+    _evaluators = 0  # how many are within `evaluating`, and the mode before
+    _trained = False
 
     def __init__(
         self,
@@ -381,7 +383,7 @@ class Decoder(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the compiled form and what is held, which are of this object alone."""
-        own = {"compiled_hidden", "_held", "_holders"}
+        own = {"compiled_hidden", "_held", "_holders", "_evaluators"}
         return {n: value for n, value in super().__getstate__().items() if n not in own}
 
     def bind(self, task: Any, *, training: bool = False) -> None:
@@ -459,6 +461,25 @@ class Decoder(nn.Module):
             "embedding": fork(state["embedding"]),
             "blocks": [block.fixed_state(held) for block, held in pairs],
         }
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """For whoever only reads and writes: within it the decoder is in evaluation mode.
+
+        The last of several, in threads or in turns, leaves it in the mode that it was in.
+        """
+        with HOLDING:
+            if not self._evaluators:
+                self._trained = self.training
+            self._evaluators += 1
+            self.eval()
+        try:
+            yield
+        finally:
+            with HOLDING:
+                self._evaluators -= 1
+                if not self._evaluators:
+                    self.train(self._trained)
 
     @contextmanager
     def weights_held(self) -> Iterator[None]:

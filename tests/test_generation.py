@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -672,3 +673,30 @@ def test_chat_is_a_flag(tmp_path, monkeypatch, capsys):
         assert message in capsys.readouterr().err
     assert main(["generate", path, "--max_tokens", "4", "1+1=", "2+2="]) == 0  # where they stood
     assert "2+2=" in capsys.readouterr().out
+
+
+def test_texts_that_overlap_are_written_in_evaluation_mode_and_leave_the_mode_before():
+    """Of two threads the one that began first ends first; the model is being trained."""
+    net = archzoo.create_model("retnet_micro", vocab_size=20, dropout=0.9, init_std=0.5).train()
+    want = archzoo.generate(net, [[1, 2]], max_tokens=8).tokens
+    begun, followed, ended = (threading.Event() for _ in range(3))
+    found = []
+
+    def write(mine, wait):
+        def tell(*_):
+            mine.set()
+            wait.wait(60)
+
+        found.append(archzoo.generate(net, [[1, 2]], max_tokens=8, on_token=tell).tokens)
+
+    def follow():
+        begun.wait(60)
+        write(followed, ended)
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    write(begun, followed)
+    ended.set()
+    thread.join()
+    assert found == [want, want]
+    assert net.training and all(module.training for module in net.modules())

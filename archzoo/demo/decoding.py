@@ -252,13 +252,8 @@ def _in_turn(texts: list[_Text]) -> Iterator[Event]:
 @contextmanager
 def _for_decoding(model: Decoder) -> Iterator[None]:
     """Evaluation mode, adapted weights computed once."""
-    training = model.training
-    model.eval()
-    try:
-        with model.weights_held():
-            yield
-    finally:
-        model.train(training)
+    with model.evaluating(), model.weights_held():
+        yield
 
 
 @torch.inference_mode()

@@ -55,19 +55,14 @@ def log_likelihoods(
     found: list[Scored] = [Scored(0.0, True)] * len(pairs)  # of continuations without a token
     lengths = [len(context) + len(continuation) for context, continuation in pairs]
     order = sorted((n for n, pair in enumerate(pairs) if len(pair[1])), key=lambda n: -lengths[n])
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode(), model.weights_held():
-            for begin in range(0, len(order), batch_size):
-                chosen = order[begin : begin + batch_size]
-                scored = _score_batch(model, [pairs[number] for number in chosen])
-                for number, result in zip(chosen, scored, strict=True):
-                    found[number] = result
-                if done is not None:
-                    done(len(chosen))
-    finally:
-        model.train(training)
+    with model.evaluating(), torch.inference_mode(), model.weights_held():
+        for begin in range(0, len(order), batch_size):
+            chosen = order[begin : begin + batch_size]
+            scored = _score_batch(model, [pairs[number] for number in chosen])
+            for number, result in zip(chosen, scored, strict=True):
+                found[number] = result
+            if done is not None:
+                done(len(chosen))
     return found
 
 

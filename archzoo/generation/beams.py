@@ -122,15 +122,10 @@ def beam_search(
         check_conversation(conversation, model, rows)
         before = tails(conversation)
 
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode(), model.weights_held():
-            search = _Search(model, rows, conversation, beams, max_tokens, stop_token)
-            while search.step():
-                pass
-    finally:
-        model.train(training)
+    with model.evaluating(), torch.inference_mode(), model.weights_held():
+        search = _Search(model, rows, conversation, beams, max_tokens, stop_token)
+        while search.step():
+            pass
 
     found = [
         sorted(ended, key=lambda one: one.score(length_power), reverse=True)

@@ -172,102 +172,97 @@ def generate(
                 writer.stopped = True
                 writer.end()
 
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode(), model.weights_held():
-            going = [row for row, writer in enumerate(writers) if not writer.ended]
-            held = going if going and not keep_state else list(range(len(rows)))  # in the batch
-            if conversation is not None and len(held) < len(rows):
-                conversation = reorder(conversation, torch.tensor(held))
-            tokens, documents = pad_left([rows[row] for row in held], model.device)
-            capacity = tokens.shape[1] + max_tokens
-            reader = _reader(model, form, capacity, conversation)
-            other_form = "parallel" if form == "recurrent" else "recurrent"
-            reference = _reader(model, other_form, capacity) if check else None
-            prompt, asked = (tokens, documents), held
-            times: list[float] = []  # of steps, but for those that a capture begins with
-            differences: list[float] = []
-            capture_time, count = 0.0, 0
-            wanted = form == "recurrent" and not check and replays(model, graph)
-            plain = False  # of a replay: without fused kernels
-            replay: Replay | None = None
-            # With keep_state no step may follow one that ends a row.
-            ahead = 0 if keep_state and stop_token is not None else AHEAD
-            while count < max_tokens and going:
-                begin = time.perf_counter()
-                left = max_tokens - count
-                if wanted and count and len(going) == len(held) and left >= LEAST:
-                    wanted = False
-                    assert isinstance(reader, StateReader)  # the recurrent form's
-                    replay = start_replay(reader, tokens[:, 0], sampler, held, left, ahead, plain)
-                    capture_time += 1000 * (time.perf_counter() - begin)
-                    if replay is None:  # the first step failed, and what was read is lost
-                        sampler.restart(_draws(already, writers))
-                        reader = StateReader(model, capacity, conversation)
-                        reader.read(*prompt)
-                        places = [asked.index(row) for row in held]
-                        reader.keep(torch.tensor(places, device=model.device))
-                        wanted, plain = not plain and fused_step(model) is not None, True
-                    continue
-                drawing = going
-                if replay is not None:
-                    drawing, called = held, replay.read == 0
-                    drawn = replay.next()
-                else:
-                    called = False
-                    logits = reader.read(tokens, documents)
-                    if len(going) < len(held):  # those that ended are only there
-                        logits = logits[[held.index(row) for row in going]]
-                    chosen = sampler(logits, going)
-                    drawn = chosen.tolist()  # waits for the device
-                if not called:
-                    times.append(1000 * (time.perf_counter() - begin))
-                count += 1
-                if count == 1 and not logits.isfinite().all():
-                    raise ValueError("the model's logits are not finite: its weights are broken")
-                if reference is not None:
-                    differences.append(difference(logits, reference.read(tokens, documents)))
-                for row, new in zip(drawing, drawn, strict=True):
-                    writers[row].write(new, stop_token)
-                kept = [index for index, row in enumerate(drawing) if not writers[row].ended]
-                going = [drawing[index] for index in kept]
-                if replay is not None:
-                    padded = keep_state and 0 < len(going) < len(held)
-                    if not padded and (not replay.ended or count == max_tokens):
-                        if 2 * len(going) <= len(held) and max_tokens - count >= RING:
-                            replay.stop()  # and another one continues with fewer rows
-                        continue
-                    assert isinstance(reader, StateReader)
-                    replay.leave(reader, spare=max_tokens - count + 1)
+    with model.evaluating(), torch.inference_mode(), model.weights_held():
+        going = [row for row, writer in enumerate(writers) if not writer.ended]
+        held = going if going and not keep_state else list(range(len(rows)))  # in the batch
+        if conversation is not None and len(held) < len(rows):
+            conversation = reorder(conversation, torch.tensor(held))
+        tokens, documents = pad_left([rows[row] for row in held], model.device)
+        capacity = tokens.shape[1] + max_tokens
+        reader = _reader(model, form, capacity, conversation)
+        other_form = "parallel" if form == "recurrent" else "recurrent"
+        reference = _reader(model, other_form, capacity) if check else None
+        prompt, asked = (tokens, documents), held
+        times: list[float] = []  # of steps, but for those that a capture begins with
+        differences: list[float] = []
+        capture_time, count = 0.0, 0
+        wanted = form == "recurrent" and not check and replays(model, graph)
+        plain = False  # of a replay: without fused kernels
+        replay: Replay | None = None
+        # With keep_state no step may follow one that ends a row.
+        ahead = 0 if keep_state and stop_token is not None else AHEAD
+        while count < max_tokens and going:
+            begin = time.perf_counter()
+            left = max_tokens - count
+            if wanted and count and len(going) == len(held) and left >= LEAST:
+                wanted = False
+                assert isinstance(reader, StateReader)  # the recurrent form's
+                replay = start_replay(reader, tokens[:, 0], sampler, held, left, ahead, plain)
+                capture_time += 1000 * (time.perf_counter() - begin)
+                if replay is None:  # the first step failed, and what was read is lost
                     sampler.restart(_draws(already, writers))
-                    chosen, wanted = replay.tokens[:, 0], replay.reason is None
-                    replay = None
-                tokens, documents = chosen[:, None], None
-                if keep_state and len(going) < len(held):  # rows that have ended are padded
-                    places = [held.index(row) for row in going]
-                    chosen, tokens = tokens[kept], tokens.new_zeros((len(held), 1))
-                    documents = torch.full_like(tokens, -1)
-                    tokens[places], documents[places] = chosen, 0
-                elif 0 < len(going) < len(held):  # rows that have ended are dropped from the batch
-                    indices = torch.tensor(kept, device=tokens.device)
-                    tokens, held = tokens[indices], going
-                    for each in (reader, reference):
-                        if each is not None:
-                            each.keep(indices)
-            state_bytes = 0
-            if isinstance(reader, StateReader):
-                held_bytes = replay.state_bytes if replay is not None else nbytes(reader.state)
-                state_bytes = reader.ended_bytes + held_bytes
-                if replay is not None:  # no token is left, or no row
-                    replay.leave(reader)
-                    tokens, documents = replay.tokens, None
-            if keep_state and going:
-                reader.read(tokens, documents)  # what was written last
-            for writer in writers:
-                writer.end()
-    finally:
-        model.train(training)
+                    reader = StateReader(model, capacity, conversation)
+                    reader.read(*prompt)
+                    places = [asked.index(row) for row in held]
+                    reader.keep(torch.tensor(places, device=model.device))
+                    wanted, plain = not plain and fused_step(model) is not None, True
+                continue
+            drawing = going
+            if replay is not None:
+                drawing, called = held, replay.read == 0
+                drawn = replay.next()
+            else:
+                called = False
+                logits = reader.read(tokens, documents)
+                if len(going) < len(held):  # those that ended are only there
+                    logits = logits[[held.index(row) for row in going]]
+                chosen = sampler(logits, going)
+                drawn = chosen.tolist()  # waits for the device
+            if not called:
+                times.append(1000 * (time.perf_counter() - begin))
+            count += 1
+            if count == 1 and not logits.isfinite().all():
+                raise ValueError("the model's logits are not finite: its weights are broken")
+            if reference is not None:
+                differences.append(difference(logits, reference.read(tokens, documents)))
+            for row, new in zip(drawing, drawn, strict=True):
+                writers[row].write(new, stop_token)
+            kept = [index for index, row in enumerate(drawing) if not writers[row].ended]
+            going = [drawing[index] for index in kept]
+            if replay is not None:
+                padded = keep_state and 0 < len(going) < len(held)
+                if not padded and (not replay.ended or count == max_tokens):
+                    if 2 * len(going) <= len(held) and max_tokens - count >= RING:
+                        replay.stop()  # and another one continues with fewer rows
+                    continue
+                assert isinstance(reader, StateReader)
+                replay.leave(reader, spare=max_tokens - count + 1)
+                sampler.restart(_draws(already, writers))
+                chosen, wanted = replay.tokens[:, 0], replay.reason is None
+                replay = None
+            tokens, documents = chosen[:, None], None
+            if keep_state and len(going) < len(held):  # rows that have ended are padded
+                places = [held.index(row) for row in going]
+                chosen, tokens = tokens[kept], tokens.new_zeros((len(held), 1))
+                documents = torch.full_like(tokens, -1)
+                tokens[places], documents[places] = chosen, 0
+            elif 0 < len(going) < len(held):  # rows that have ended are dropped from the batch
+                indices = torch.tensor(kept, device=tokens.device)
+                tokens, held = tokens[indices], going
+                for each in (reader, reference):
+                    if each is not None:
+                        each.keep(indices)
+        state_bytes = 0
+        if isinstance(reader, StateReader):
+            held_bytes = replay.state_bytes if replay is not None else nbytes(reader.state)
+            state_bytes = reader.ended_bytes + held_bytes
+            if replay is not None:  # no token is left, or no row
+                replay.leave(reader)
+                tokens, documents = replay.tokens, None
+        if keep_state and going:
+            reader.read(tokens, documents)  # what was written last
+        for writer in writers:
+            writer.end()
 
     kept_conversation = None
     if keep_state and isinstance(reader, StateReader):

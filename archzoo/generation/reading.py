@@ -121,9 +121,8 @@ def read_document(
             )
     resumed = saved = offset
     parts = segments(path, offset, tokenizer, writing_of(model.task), segment)
-    last, training = time.monotonic(), model.training
-    model.eval()
-    try:
+    last = time.monotonic()
+    with model.evaluating():
         for text, tokens in parts:
             with torch.inference_mode(), model.weights_held():
                 held = _read_tokens(model, held, tokens)
@@ -137,8 +136,6 @@ def read_document(
                 last, saved = time.monotonic(), offset
             if on_segment is not None:
                 on_segment(Reading(int(held.read[0]) - first, offset, size, resumed, saved))
-    finally:
-        model.train(training)
     if offset != size:
         raise ValueError(f"{path} has changed while it was read: read it again")
     return held._replace(

@@ -172,15 +172,10 @@ def read_tokens(
         conversation: What was read before; it stays as it is. None: nothing.
     """
     begun = conversation or start_conversation(model.init_state(len(rows)), model)
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            tokens, documents = pad_left(rows, model.device)
-            reader = StateReader(model, tokens.shape[1], conversation)
-            logits = reader.read(tokens, documents)
-    finally:
-        model.train(training)
+    with model.evaluating(), torch.inference_mode():
+        tokens, documents = pad_left(rows, model.device)
+        reader = StateReader(model, tokens.shape[1], conversation)
+        logits = reader.read(tokens, documents)
     some = torch.tensor([bool(row) for row in rows], device=model.device)
     return extended(begun, rows)._replace(
         state=model.copy_state(reader.state or begun.state),

@@ -112,14 +112,9 @@ def _try(model: Decoder, tokens: int, packed: bool) -> State:
     state = model.init_state(1)
     if tokens:
         read = torch.zeros((1, tokens), dtype=torch.int64, device=model.device)
-        training = model.training
-        model.eval()
-        try:
-            with torch.inference_mode():
-                documents = torch.zeros_like(read) if packed else None
-                after = model(read, state, documents, logits_to_keep=1).state
-        finally:
-            model.train(training)
+        with model.evaluating(), torch.inference_mode():
+            documents = torch.zeros_like(read) if packed else None
+            after = model(read, state, documents, logits_to_keep=1).state
         assert after is not None  # a state was given
         state = after
     return model.copy_state(state)
