@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from archzoo.block import make_context
-from archzoo.tasks import Addition
+from archzoo.tasks import Addition, Text
 from archzoo.training.module import LanguageModel
 from archzoo.training.progressive import passes
 
@@ -124,3 +124,21 @@ def test_a_resumed_run_draws_what_the_whole_run_drew(tmp_path):
 def test_a_share_out_of_range_is_refused():
     with pytest.raises(ValueError, match=r"progressive_loss=1.5 must lie in \[0, 1\]"):
         looped(1.5)
+
+
+def test_no_state_is_carried_past_a_window_that_is_read_twice(tmp_path):
+    """By this seed each pass of the first steps has all iterations: nothing else refuses them."""
+    assert all(sum(passes(2, 0.5, 5, step)[1][1:]) == 2 for step in range(3))
+    (tmp_path / "text.txt").write_text("to be or not to be\n" * 60)
+    text = Text(
+        path=str(tmp_path / "text.txt"),
+        context_length=8,
+        batch_size=2,
+        carry_state=True,
+        cache_dir=str(tmp_path),
+    )
+    module = LanguageModel(
+        "retnet_micro", loops=2, progressive_loss=0.5, progressive_seed=5, warmup_steps=1
+    )
+    with pytest.raises(ValueError, match="set carry_state to false, or progressive_loss to 0"):
+        trainer(tmp_path, 2).fit(module, text)

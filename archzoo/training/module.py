@@ -366,6 +366,11 @@ class LanguageModel(lightning.LightningModule):
                 + task.other_vocabulary
             )
         if stage == "fit":
+            if self.progressive_loss and self.decoder.loops > 1 and getattr(task, "carry_state", 0):
+                raise ValueError(
+                    "progressive_loss reads each window twice, or with fewer iterations than a "
+                    "state holds: set carry_state to false, or progressive_loss to 0"
+                )
             self._freeze()
             if self.distil is not None:
                 self.teacher = Teacher(self.distil, self.decoder, task)
