@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -64,7 +64,7 @@ class _NotKeptError(Exception):
     pass
 
 
-@lru_cache(maxsize=256)
+@cache  # none is dropped: a CUDA graph that was captured reads it where it lies
 def _constant(values: tuple[float, ...], device: torch.device | str, dtype: torch.dtype) -> Tensor:
     if transformed():
         raise _NotKeptError  # no exception is kept, either
@@ -85,7 +85,7 @@ def _keep_for_graphs(
         made = _constant(values, where, dtype)
     # The same in every process: compiled graphs are found again by the names of their inputs.
     name = "of_" + hashlib.sha256(repr((values, where, dtype)).encode()).hexdigest()[:16]
-    setattr(_Compiled, name, made)  # and so it lives, whatever `_constant` keeps
+    setattr(_Compiled, name, made)
     return name
 
 

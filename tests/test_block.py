@@ -200,6 +200,14 @@ def test_constants_are_no_inference_tensors():
     assert torch.equal(weight.grad, made)
 
 
+def test_constants_stay_where_a_captured_graph_reads_them():
+    cpu = torch.device("cpu")
+    first = block.constant((0.25, 0.75), cpu, torch.float32)
+    for number in range(1000):  # of many models in one process
+        block.constant((float(number), 0.5), cpu, torch.float32)
+    assert block.constant((0.25, 0.75), cpu, torch.float32) is first
+
+
 def test_once_per_call_forgets_with_the_tensor():
     tensor, calls = of_this_call(torch.zeros(2)), []
     for _ in range(2):
