@@ -25,10 +25,11 @@ RHYME = (
 )
 
 
-def learn(preset: str, tokenizer: CharacterTokenizer, steps: int = 120) -> Side:
+def learn(preset: str, tokenizer: CharacterTokenizer, steps: int = 160) -> Side:
     torch.manual_seed(0)
     model = archzoo.create_model(preset, vocab_size=tokenizer.vocab_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     text = torch.tensor(tokenizer.encode(RHYME * 3))
     for _ in range(steps):
         begins = torch.randint(len(RHYME), (4, 1))
@@ -38,6 +39,7 @@ def learn(preset: str, tokenizer: CharacterTokenizer, steps: int = 120) -> Side:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
     return Side(preset, model.eval(), tokenizer)
 
 

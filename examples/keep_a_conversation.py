@@ -22,14 +22,14 @@ import archzoo
 from archzoo.states import nbytes
 from archzoo.tasks.tokenizers import CharacterTokenizer
 
-SAMPLED = {"temperature": 1.0, "seed": 7}
+SAMPLED = {"temperature": 0.5, "seed": 7}
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()  # --help, or none
     torch.set_num_threads(1)  # at this size, threads only wait for each other
     tokenizer = CharacterTokenizer("".join(sorted(set(RHYME))))
-    model = learn("retnet_micro", tokenizer, steps=120).model
+    model = learn("retnet_micro", tokenizer).model
 
     begun = archzoo.generate(
         model, "one two, ", max_tokens=16, tokenizer=tokenizer, keep_state=True, **SAMPLED
@@ -51,7 +51,7 @@ def main() -> None:
     print(f"without a pause: {'the same tokens' if same else 'OTHER TOKENS'}")
 
     # A conversation stays as it is, so one reading serves many questions.
-    for question in ("three four, ", "five six, "):
+    for question in ("three four, ", "three four, knock at the door; five six, "):
         answer = archzoo.generate(
             again, question, conversation=held, max_tokens=20, tokenizer=tokenizer
         )
