@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
 import re
@@ -18,7 +19,9 @@ import torch
 import yaml
 
 import archzoo
+from archzoo.analysis import evidence
 from archzoo.analysis.compare import (
+    child,
     claims,
     command,
     places,
@@ -1123,3 +1126,10 @@ def test_a_claim_may_be_of_a_fraction_of_the_controls():
         claim = claims.read_claims(told | {"relative": relative}, ["a", "b"], "x.yaml")[0]
         (found,) = claims.judge(claim, values, relative=claim.is_relative("exact_match"))
         assert found.verdict == verdict
+
+
+def test_a_run_on_a_cpu_is_of_the_cpu_beside_a_gpu_that_was_asked_something(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    child._write_facts(str(tmp_path / "facts"))
+    assert json.loads((tmp_path / "facts").read_text())["machine"] == evidence.machine("cpu")

@@ -72,7 +72,9 @@ def _write_facts(path: str) -> None:
 
     from archzoo.analysis.evidence import facts
 
-    found = facts("cuda" if torch.cuda.is_initialized() else "cpu")
+    # Lightning asks a GPU that is there for its random state, wherever the run is.
+    on_gpu = torch.cuda.is_initialized() and torch.cuda.max_memory_allocated()
+    found = facts("cuda" if on_gpu else "cpu")
     found.pop("command")
     with open(f"{path}.partial", "w", encoding="utf-8") as file:
         json.dump(found, file)
