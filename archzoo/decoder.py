@@ -464,7 +464,7 @@ class Decoder(nn.Module):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """For whoever only reads and writes: within it the decoder is in evaluation mode.
+        """Within it the decoder is in evaluation mode: without dropout.
 
         The last of several, in threads or in turns, leaves it in the mode that it was in.
         """

@@ -21,8 +21,8 @@ from archzoo.derivatives import followed
 from archzoo.low_rank import Change, Packed, changed_product, kept_product, pack
 from archzoo.numerics import autocast_dtype, cast, without_autocast
 
-#: Taken by whoever enters or leaves `Linear.held` or `Decoder.weights_held`. No attribute of a
-#: module, which could not be copied then.
+#: Taken by whoever enters or leaves `Linear.held`, `Decoder.weights_held` or `Decoder.evaluating`.
+#: No attribute of a module, which could not be copied then.
 HOLDING = threading.RLock()
 
 

@@ -43,7 +43,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=8, help="processes [8]")
     given = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.error("there is no GPU here: make test runs what needs none")
+        parser.error("no GPU was found: make test runs what needs none")
     files = [str(path) for pattern in given.tests for path in sorted(ROOT.glob(pattern))]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-n", str(given.jobs)]
     lines = []

@@ -6,11 +6,11 @@ import inspect
 import itertools
 import json
 import pickle
-import threading
 from pathlib import Path
 
 import pytest
 import torch
+from overlapping import overlapping
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -641,22 +641,9 @@ def test_whoever_leaves_first_what_is_held_goes_with_the_last(adapter):
 
 def test_two_threads_that_generate_at_once_leave_nothing_behind():
     net = archzoo.create_model("retnet_micro", vocab_size=20, adapter="PrefixTuning").eval()
-    begun, followed, ended = (threading.Event() for _ in range(3))
-
-    def write(mine, wait):
-        archzoo.generate(
-            net, [[1, 2]], max_tokens=1, on_token=lambda *_: (mine.set(), wait.wait(60))
-        )
-
-    def follow():
-        begun.wait(60)
-        write(followed, ended)
-
-    thread = threading.Thread(target=follow)
-    thread.start()
-    write(begun, followed)
-    ended.set()
-    thread.join()
+    overlapping(
+        lambda wait: archzoo.generate(net, [[1, 2]], max_tokens=1, on_token=lambda *_: wait())
+    )
     before = archzoo.generate(net, [[1, 2]], max_tokens=1, keep_state=True)
     with torch.no_grad():
         for _, module in adapter_modules(net):

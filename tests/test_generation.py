@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import re
-import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 from families import MICRO, micro
 from hypothesis import given
 from hypothesis import strategies as st
+from overlapping import overlapping
 from torch import Tensor
 
 import archzoo
@@ -679,24 +679,12 @@ def test_texts_that_overlap_are_written_in_evaluation_mode_and_leave_the_mode_be
     """Of two threads the one that began first ends first; the model is being trained."""
     net = archzoo.create_model("retnet_micro", vocab_size=20, dropout=0.9, init_std=0.5).train()
     want = archzoo.generate(net, [[1, 2]], max_tokens=8).tokens
-    begun, followed, ended = (threading.Event() for _ in range(3))
     found = []
 
-    def write(mine, wait):
-        def tell(*_):
-            mine.set()
-            wait.wait(60)
+    def write(wait):
+        written = archzoo.generate(net, [[1, 2]], max_tokens=8, on_token=lambda *_: wait())
+        found.append(written.tokens)
 
-        found.append(archzoo.generate(net, [[1, 2]], max_tokens=8, on_token=tell).tokens)
-
-    def follow():
-        begun.wait(60)
-        write(followed, ended)
-
-    thread = threading.Thread(target=follow)
-    thread.start()
-    write(begun, followed)
-    ended.set()
-    thread.join()
+    overlapping(write)
     assert found == [want, want]
     assert net.training and all(module.training for module in net.modules())

@@ -193,19 +193,17 @@ def _state_after(decoder: Decoder, tokens: tuple[int, ...], name: str) -> Any:
         )
     holders = [(holder, f"has_{name}") for holder, name in adapter_holders(decoder)]
     before = [getattr(holder, name) for holder, name in holders]
-    training = decoder.training
-    decoder.eval()
     try:
         for holder, has in holders:
             setattr(holder, has, False)
         begun = decoder.init_state(1)
         fresh = fork(begun["embedding"])
         read = torch.tensor([tokens], device=decoder.device)
-        state = decoder(read, begun, logits_to_keep=0).state
+        with decoder.evaluating():
+            state = decoder(read, begun, logits_to_keep=0).state
     finally:
         for (holder, has), value in zip(holders, before, strict=True):
             setattr(holder, has, value)
-        decoder.train(training)
     pairs = zip(leaves(fresh), leaves(state["embedding"]), strict=True)
     if not all(torch.equal(old, new) for (_, old), (_, new) in pairs):
         raise ValueError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from archzoo.decoder import Decoder
-from archzoo.preferences.answers import Answers, evaluating, questions, read, write_answers
+from archzoo.preferences.answers import Answers, questions, read, write_answers
 from archzoo.preferences.losses import divergence
 from archzoo.preferences.module import COSTS, Beside, Figures, PreferenceModel, load_beside
 from archzoo.preferences.reward_model import load_reward_model
@@ -161,7 +161,7 @@ class AnsweringModel(PreferenceModel):
     def measure(self, batch: Batch, number: int) -> Figures:
         answers = self.write(batch, EVALUATION + number * self.trainer_batch_size)
         rewards = self.reward(answers)
-        with evaluating(self.net):
+        with self.net.evaluating():
             mine, _, _ = read(self.net, answers.tokens, answers.documents, self.temperature)
         theirs = self.reference_log_probabilities(answers.tokens, answers.documents)
         kl = torch.where(answers.mask, divergence(mine, theirs), 0).sum(dim=1)

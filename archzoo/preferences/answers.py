@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from archzoo.block import Aux
 from archzoo.decoder import Decoder
@@ -151,14 +149,3 @@ def read(
     """
     x, _, aux = decoder.hidden(tokens[:, :-1], documents=documents[:, :-1])
     return log_probabilities(decoder.head(x), tokens[:, 1:], temperature), x, aux
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Within it a model is in evaluation mode: without dropout, so that a ratio starts at 1."""
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)

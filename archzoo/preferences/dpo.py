@@ -9,7 +9,7 @@ from torch import Tensor
 
 from archzoo.block import Aux
 from archzoo.preferences.answering import AnsweringModel
-from archzoo.preferences.answers import evaluating, read
+from archzoo.preferences.answers import read
 from archzoo.preferences.losses import dpo_loss, masked_mean
 from archzoo.preferences.module import LEARNT, Figures
 from archzoo.preferences.reward_model import ranked
@@ -49,7 +49,7 @@ class DPO(AnsweringModel):
         places = torch.arange(tokens.shape[1] - 1, device=tokens.device)
         begins = batch["ranked_begins"].repeat(2)[:, None]
         mask = (documents[:, 1:] >= 0) & (places >= begins - 1)
-        with evaluating(self.net):
+        with self.net.evaluating():
             mine, _, aux = read(self.net, tokens, documents)
         with torch.no_grad():
             theirs, _, _ = read(self._beside["reference"], tokens, documents)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from archzoo.block import Aux
 from archzoo.preferences.answering import AnsweringModel
-from archzoo.preferences.answers import evaluating, read
+from archzoo.preferences.answers import read
 from archzoo.preferences.losses import (
     Estimator,
     clipped_policy_loss,
@@ -131,7 +131,7 @@ class Policy(AnsweringModel):
             tokens = int((self._rollout["documents"] >= 0).sum())
         rows = self._rows(number)
         here = {name: tensor.to(self.device)[rows] for name, tensor in self._rollout.items()}
-        with evaluating(self.net):
+        with self.net.evaluating():
             new, x, aux = read(self.net, here["tokens"], here["documents"], self.temperature)
         self.spend(passes=LEARNT * (here["documents"] >= 0).sum())
         if self.method == "REINFORCE":
@@ -171,7 +171,7 @@ class Policy(AnsweringModel):
         """Answers to a batch's questions, their rewards, and what the update takes of them."""
         answers = self.write(batch, self.rollout_seed + number * self.trainer_batch_size)
         scores, mask = self.reward(answers), answers.mask
-        with evaluating(self.net):
+        with self.net.evaluating():
             old, x, _ = read(self.net, answers.tokens, answers.documents, self.temperature)
         reference = self.reference_log_probabilities(answers.tokens, answers.documents)
         ratio = torch.where(mask, divergence(old, reference), 0).sum(dim=1)

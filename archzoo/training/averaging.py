@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 
-class _InDtypesOf(nn.Module):
+class _InDtypesOf:
     """What `AveragedModel.update_parameters` reads of a model, its weights in its averages' dtypes.
 
     Args:
@@ -22,16 +22,14 @@ class _InDtypesOf(nn.Module):
     """
 
     def __init__(self, averages: nn.Module, model: nn.Module) -> None:
-        super().__init__()
         self.averages, self.model = averages, model
 
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        pairs = zip(self.averages.parameters(recurse), self.model.parameters(recurse), strict=True)
-        for average, weight in pairs:
-            yield weight.detach().to(average.dtype)  # type: ignore[misc]  # it is only read
+    def parameters(self) -> Iterator[Tensor]:
+        pairs = zip(self.averages.parameters(), self.model.parameters(), strict=True)
+        return (weight.detach().to(average.dtype) for average, weight in pairs)
 
-    def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
-        return self.model.buffers(recurse)
+    def buffers(self) -> Iterator[Tensor]:
+        return self.model.buffers()
 
 
 class _Averages(AveragedModel):
@@ -42,7 +40,7 @@ class _Averages(AveragedModel):
     """
 
     def update_parameters(self, model: nn.Module) -> None:
-        super().update_parameters(_InDtypesOf(self.module, model))
+        super().update_parameters(_InDtypesOf(self.module, model))  # type: ignore[arg-type]
 
 
 class AverageWeights(WeightAveraging):

@@ -71,7 +71,7 @@ class StopEarly(EarlyStopping):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and not trainer.global_step:  # what an earlier run waited for is no more
+        if stage == "fit" and not trainer.global_step:  # else an earlier run's
             self.wait_count, self.stopped_epoch = 0, 0
             self.best_score = torch.tensor(torch.inf if self.mode == "min" else -torch.inf)
 
