@@ -107,10 +107,11 @@ def prompt_vector(base: Decoder, prompt: Prompt, gate: str) -> Tensor:
         return hook
 
     handles = [m.register_forward_pre_hook(keep(layer)) for layer, m in enumerate(modules)]
+    training = base.training
     try:
-        with base.evaluating():
-            base.hidden(tokens)
+        base.eval().hidden(tokens)
     finally:
+        base.train(training)
         for handle in handles:
             handle.remove()
     return torch.stack([torch.stack(calls).mean(dim=0) for calls in seen]).cpu()
