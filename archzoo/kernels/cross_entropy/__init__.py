@@ -155,10 +155,27 @@ class _TotalLoss(torch.autograd.Function):
             compute = functools.partial(_plain, labels=labels, dtype=ctx.dtype)
             return *plain_gradients(compute, (x, weight), (grad,)), None, None
         if d_x is not None:
-            d_x = (d_x * grad).to(x.dtype)
+            d_x = _scaled(d_x, grad, x.dtype)
         if d_weight is not None:
-            d_weight = (d_weight[: len(weight)] * grad).to(weight.dtype)
+            d_weight = _scaled(d_weight[: len(weight)], grad, weight.dtype)
         return d_x, d_weight, None, None
+
+
+def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``factor x`` in another dtype: torch needs a pass for each, and half as many bytes a second.
+
+    Args:
+        x: Contiguous.
+        factor: One number, float32.
+        dtype: Of the result.
+    """
+    y = torch.empty_like(x, dtype=dtype)
+    block = 2048
+    launch(
+        "archzoo.kernels.cross_entropy.triton", "scale_kernel", (-(-x.numel() // block),),
+        (x, factor, y), x.numel(), BLOCK=block, num_warps=8,
+    )  # fmt: skip
+    return y
 
 
 def _accumulated(total: Tensor | None, gradient: Tensor, x: Tensor) -> Tensor:

@@ -50,3 +50,12 @@ def cross_entropy_kernel(
             gradient = tl.exp(z - normaliser) - tl.where(index == label, 1.0, 0.0)
             gradient = tl.where(counted, gradient, 0.0)
             tl.store(z_ptr + index, gradient.to(logits.dtype.element_ty), mask=index < columns)
+
+
+@triton.jit
+def scale_kernel(x, factor, y, numbers, BLOCK: tl.constexpr):
+    """``y = factor x`` in y's dtype; the factor is one number in memory."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < numbers
+    value = tl.load(x + index, mask=inside, other=0.0).to(tl.float32) * tl.load(factor)
+    tl.store(y + index, value.to(y.dtype.element_ty), mask=inside)
