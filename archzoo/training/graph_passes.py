@@ -1,0 +1,64 @@
+"""What is changed in the graphs of torch's compiler; it takes a while to import."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.fx import Graph, Node
+
+_CONVERT = torch.ops.prims.convert_element_type.default
+_PERMUTE = torch.ops.aten.permute.default
+_PRODUCT = torch.ops.aten.mm.default
+_PRODUCT_AS = torch.ops.aten.mm.dtype
+_NARROW = (torch.bfloat16, torch.float16)
+
+
+class GradientsInFloat32(CustomGraphPass):
+    """Gradients of float32 weights come out of their products in float32.
+
+    Under autocast a weight is cast to bf16 for its product, so its gradient is made in bf16 and
+    cast back: rounded, and written, read and written again by a kernel of its own. The product
+    has summed it in float32 anyhow.
+    """
+
+    def __call__(self, graph: Graph) -> None:
+        """Where what is returned is a product cast to float32, let the product return it."""
+        (output,) = graph.find_nodes(op="output")
+        for node in graph.find_nodes(op="call_function", target=_CONVERT):
+            wide = node.args[1] is torch.float32
+            if not wide or node.meta["val"].device.type != "cuda" or set(node.users) != {output}:
+                continue
+            product = node.args[0]
+            swapped = product.target is _PERMUTE and list(product.args[1]) == [1, 0]
+            if swapped and len(product.users) == 1:
+                product = product.args[0]
+            if not _is_product(product):
+                continue
+            with graph.inserting_before(node):
+                first, second = product.args
+                if swapped:  # (A B)^T = B^T A^T, which is written as the weight lies in memory
+                    first, second = _transposed(graph, second), _transposed(graph, first)
+                new = graph.call_function(_PRODUCT_AS, (first, second, torch.float32))
+            new.meta["val"] = node.meta["val"].new_empty(node.meta["val"].shape)
+            node.replace_all_uses_with(new)
+        graph.eliminate_dead_code()
+
+    def uuid(self) -> Any:
+        """Of this file: the compiler's cache holds what was made by it."""
+        return get_hash_for_files((__file__,))
+
+
+def _is_product(node: Any) -> bool:
+    """Whether a node is a product of two narrow matrices that nothing else reads."""
+    if not isinstance(node, Node) or node.target is not _PRODUCT or len(node.users) != 1:
+        return False
+    return all(one.meta["val"].dtype in _NARROW for one in node.args)  # type: ignore[union-attr]
+
+
+def _transposed(graph: Graph, matrix: Any) -> Node:
+    """A node for it."""
+    found = graph.call_function(_PERMUTE, (matrix, [1, 0]))
+    found.meta["val"] = matrix.meta["val"].permute(1, 0)
+    return found
