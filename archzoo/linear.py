@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archzoo.derivatives import followed
-from archzoo.low_rank import Change, Packed, changed_product, kept_product, pack
+from archzoo.low_rank import (
+    Change,
+    Packed,
+    changed_product,
+    cheaper_merged,
+    kept_product,
+    merged,
+    pack,
+    rounded,
+)
 from archzoo.numerics import autocast_dtype, cast, without_autocast
 
 #: Taken by whoever enters or leaves `Linear.held`, `Decoder.weights_held` or `Decoder.evaluating`.
@@ -266,24 +275,29 @@ class Linear(nn.Linear):
         """
         if not self._product_is_plain:
             return None
-        dtype = autocast_dtype(self.device) or x.dtype
+        cast_to = autocast_dtype(self.device)
+        dtype = cast_to or x.dtype
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
-        if x.dtype != weight.dtype and dtype == x.dtype:
+        if x.dtype != weight.dtype and cast_to is None:
             return None  # torch's own operations say what is wrong
         gains: list[Tensor] | None = None
-        changes = self._low_rank_changes(names, adapters, dtype)
+        changes = self._low_rank_changes(names, adapters)
         if changes is None:
-            scaled = self._scaled_changes(names, adapters, dtype)
+            scaled = self._scaled_changes(names, adapters)
             if scaled is None:
                 return None
             changes, gains = scaled
         if rows is not None:
             weight, bias = weight[rows], bias if bias is None else bias[rows]
-        bias = bias if bias is None else bias.to(dtype)
+        bias, x = bias if bias is None else bias.to(dtype), x.to(dtype)
+        inside = bias if gains is None else None
+        if cheaper_merged(x, weight, changes):
+            y = F.linear(x, merged(weight, changes, dtype), inside)
+        else:
+            y = changed_product(x, weight.to(dtype), inside, rounded(changes, dtype))
         if gains is None:
-            return changed_product(x.to(dtype), weight.to(dtype), bias, changes)
-        y = changed_product(x.to(dtype), weight.to(dtype), None, changes)
+            return y
         y = cast(y * (gains[0] if len(gains) == 1 else torch.cat(gains)), y.dtype)
         return y if bias is None else y + bias
 
@@ -293,14 +307,13 @@ class Linear(nn.Linear):
         return self.stack is None and type(self).product is Linear.product
 
     def _low_rank_changes(
-        self, names: Sequence[str], adapters: dict[str, list[Any]], dtype: torch.dtype
+        self, names: Sequence[str], adapters: dict[str, list[Any]]
     ) -> list[Change] | None:
         """What adapters of low rank and of the weight's dtype add; None: one is of another kind.
 
         Args:
             names: Of blocks that lie side by side.
             adapters: Of each block that has some.
-            dtype: To compute in.
         """
         begin, changes = 0, []
         for name in names:
@@ -308,23 +321,18 @@ class Linear(nn.Linear):
                 factors = adapter.low_rank()
                 if factors is None or factors[0].dtype != self.weight.dtype:
                     return None
-                first, second, scale, *mixed = factors
-                router, top_k = mixed or (None, None)
-                router = None if router is None else router.to(dtype)
-                changed = first.to(dtype), second.to(dtype), scale
-                changes.append(Change(begin, *changed, router, top_k))
+                changes.append(Change(begin, *factors))
             begin += self.blocks[name]
         return changes
 
     def _scaled_changes(
-        self, names: Sequence[str], adapters: dict[str, list[Any]], dtype: torch.dtype
+        self, names: Sequence[str], adapters: dict[str, list[Any]]
     ) -> tuple[list[Change], list[Tensor]] | None:
         """Changes of low rank with the gains of all rows; None: one is of another kind.
 
         Args:
             names: As `_low_rank_changes`'s.
             adapters: The same.
-            dtype: The same.
         """
         if any(
             len(those) > 1 or not those[0].says("scaled_low_rank") for those in adapters.values()
@@ -340,7 +348,7 @@ class Linear(nn.Linear):
                 if found is None or found[0].dtype != self.weight.dtype:
                     return None
                 first, second, scale, gain = found
-                changes.append(Change(begin, first.to(dtype), second.to(dtype), scale))
+                changes.append(Change(begin, first, second, scale))
                 gains.append(gain)
             begin += self.blocks[name]
         return changes, gains
@@ -407,6 +415,30 @@ class Linear(nn.Linear):
             return self.bias
         return self._held_bias if self._uses_held() else self._effective_bias()
 
+    def weight_of_call(self, x: Tensor) -> Tensor | None:
+        """The one matrix that x is multiplied by, for a kernel; None: the call does more than that.
+
+        With adapters it is the weight with their changes, where that is how they are trained.
+
+        Args:
+            x: (..., in_features).
+        """
+        if type(self) is not Linear or self.stack is not None or self.bias is not None:
+            return None
+        hooks = self._forward_hooks, self._forward_pre_hooks
+        if any((*hooks, self._backward_hooks, self._backward_pre_hooks)):
+            return None
+        weight: Tensor = self.weight
+        if type(weight) not in (Tensor, nn.Parameter):  # one rank's part of it
+            return None
+        if not self.adapted:
+            return weight
+        names, dtype = tuple(self.blocks), autocast_dtype(self.device) or x.dtype
+        changes = self._low_rank_changes(names, self._by_block(names))
+        if not changes or not cheaper_merged(x.to(dtype), weight, changes):
+            return None
+        return merged(weight, changes, dtype)
+
     def one_weight(self) -> Tensor | None:
         """The one matrix that y is x times, for a kernel; None: something computes beside it.
 
@@ -457,7 +489,7 @@ class Linear(nn.Linear):
                 self._held_bias = None if self.bias is None else self._effective_bias()
             if not merges and self._product_is_plain:
                 names = tuple(self.blocks)
-                changes = self._low_rank_changes(names, self._by_block(names), self.dtype)
+                changes = self._low_rank_changes(names, self._by_block(names))
                 self._held_changes = pack(changes, rows=self.out_features) if changes else None
         self._held_in_calls, self.is_held = merges, True
 

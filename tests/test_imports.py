@@ -21,14 +21,15 @@ ROOT = Path(__file__).parents[1]
 LAYERS = """
     _version compiled derivatives locking names public
     numerics
-    documents states auxiliary prefixes low_rank shipped
+    documents states auxiliary prefixes shipped
+    kernels
+    low_rank
     norm linear
     block trust
     adapters convolution decay
     parts
     adapters.targets
     adapters.attach adapters.switch freezing
-    kernels
     linears
     positions
     embeddings mixers feedforward

@@ -89,7 +89,6 @@ def test_a_feed_forward_takes_it(autocast, compiled):
 
     by_kernels = torch.compile(run, fullgraph=True, backend=keep) if compiled else run
     with torch.autocast(torch.device(DEVICE).type, torch.bfloat16, enabled=autocast):
-        assert kernels.available(layer.gate_up(x), layer.down)
         y = by_kernels(x)
     assert y.dtype == (torch.bfloat16 if autocast else torch.float32)
     if compiled:
@@ -132,7 +131,7 @@ def test_a_frozen_weight_gets_no_gradient(monkeypatch):
     context, _ = make_context(1, 3, device=torch.device(DEVICE))
     (true,) = torch.autograd.grad(layer(x, context)[0].square().sum(), x)
     layer.down.weight.requires_grad_(False)
-    monkeypatch.setattr(kernels, "_product_backward_operator", None)  # which would make one
+    monkeypatch.setattr(kernels, "_again_operator", None)  # which would make one
     (mine,) = torch.autograd.grad(layer(x, context)[0].square().sum(), x)
     assert relative_error(mine, true) < 1e-6
 
@@ -146,23 +145,24 @@ def test_whoever_waits_for_a_call_gets_one():
     y, _ = layer(x, context)
     assert seen == [1] and relative_error(y, want) < 1e-6
     hook.remove()
-    assert kernels.available(layer.gate_up(x), layer.down)
+    assert layer.down.weight_of_call(x) is layer.down.weight
     with_hook = layer.down.register_full_backward_pre_hook(lambda *_: None)
-    assert not kernels.available(layer.gate_up(x), layer.down)
+    assert layer.down.weight_of_call(x) is None
     with_hook.remove()
 
 
 @pytest.mark.parametrize("width", [4])
 def test_other_linears_are_called(width):
-    x = torch.randn(3, 2 * width, device=DEVICE)
+    x = torch.randn(3, width, device=DEVICE)
 
     class Other(Linear):
         pass
 
-    assert kernels.available(x, Linear(width, {"down": 8}).to(DEVICE))
-    assert not kernels.available(x, Other(width, {"down": 8}).to(DEVICE))
-    assert not kernels.available(x, Linear(width, {"down": 8}, bias=True).to(DEVICE))
-    assert not kernels.available(x.double(), Linear(width, {"down": 8}).to(DEVICE))
+    alone = Linear(width, {"down": 8})
+    assert alone.weight_of_call(x) is alone.weight
+    assert Other(width, {"down": 8}).weight_of_call(x) is None
+    assert Linear(width, {"down": 8}, bias=True).weight_of_call(x) is None
+    assert Linear(width, {"down": 8}, stack=2).weight_of_call(x) is None
 
 
 @pytest.mark.filterwarnings("ignore:Input #. requires gradient and is not a double")
@@ -180,9 +180,8 @@ def test_under_a_transform_the_plain_forms_run():
     found = torch.func.grad(lambda x: kernels.swiglu(x).square().sum())(x)
     wanted = torch.func.grad(lambda x: kernels.swiglu_plainly(x).square().sum())(x)
     assert relative_error(found, wanted) < 1e-6
-    layer = Linear(4, {"down": 2}).to(DEVICE)
-    inside = torch.func.vmap(lambda x: x * kernels.available(x, layer))(x)
-    assert not inside.any() and kernels.available(x, layer)
+    inside = torch.func.vmap(lambda x: x * launching.fused(x))(x)
+    assert not inside.any() and launching.fused(x)
 
 
 def test_kernels_take_no_batch_of_gradients():
@@ -202,12 +201,11 @@ def test_kernels_take_no_batch_of_gradients():
 def test_operators_say_what_they_make():
     """Their schema, and shapes, dtypes and strides to a compiler."""
     x, weight = torch.randn(6, 16, device=DEVICE), torch.randn(4, 8, device=DEVICE)
-    grad = torch.randn(6, 4, device=DEVICE)
     given = {
         "swiglu": (x,),
         "swiglu_backward": (x, x[:, :8].contiguous()),
         "swiglu_product": (x, weight),
-        "swiglu_product_backward": (x, weight, grad),
+        "swiglu_backward_again": (x, x[:, :8].contiguous()),
     }
     for name, arguments in given.items():
         operator = getattr(torch.ops.archzoo, name).default

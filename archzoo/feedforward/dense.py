@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from archzoo.block import Aux, FeedForward
 from archzoo.documents import Context
 from archzoo.kernels import swiglu
+from archzoo.kernels.launching import fused
 from archzoo.linear import Linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -50,9 +51,11 @@ class GatedFeedForward(FeedForward):
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Aux]:
         """X (batch, time, dim) to y of the same shape; aux is empty."""
         hidden = self.gate_up(x)
-        if self.activation is F.silu and swiglu.available(hidden, self.down):
-            return swiglu.swiglu_product(hidden, self.down.weight), Aux()
         gate, up = hidden.chunk(2, dim=-1)
+        if self.activation is F.silu and fused(hidden):
+            weight = self.down.weight_of_call(up)
+            if weight is not None:
+                return swiglu.swiglu_product(hidden, weight), Aux()
         return self.down(self.activation(gate) * up), Aux()
 
 

@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from archzoo.derivatives import differentiated_again, plain_gradients
 from archzoo.kernels.launching import fused, launch, power_of_2, warps_for
 from archzoo.kernels.operators import compiling, define
-from archzoo.linear import Linear
 from archzoo.numerics import autocast_dtype
 
 _launch = functools.partial(launch, "archzoo.kernels.swiglu.triton")
@@ -42,22 +41,6 @@ def swiglu_plainly(x: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------- with a product
-
-
-def available(x: Tensor, linear: Any) -> bool:
-    """Whether `swiglu_product` takes x (..., 2 * width) and this Linear's weight.
-
-    Args:
-        x: What SwiGLU is of.
-        linear: What follows it.
-    """
-    # Asked first: on a CPU, where no kernel runs, nothing else is looked at.
-    if not fused(x) or type(linear) is not Linear or linear.adapted or linear.bias is not None:
-        return False
-    hooks = linear._forward_hooks, linear._forward_pre_hooks
-    if any((*hooks, linear._backward_hooks, linear._backward_pre_hooks)):
-        return False  # they wait for a call
-    return type(linear.weight) in (Tensor, torch.nn.Parameter)  # not one rank's part of it
 
 
 def swiglu_product(x: Tensor, weight: Tensor) -> Tensor:
@@ -87,13 +70,12 @@ def _product_shape(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-def _product_backward(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    d_x, y = _backward(x, torch.mm(grad, weight), again=True)
-    return d_x, torch.mm(grad.t(), y)
+def _again(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return _backward(x, grad, again=True)
 
 
-def _product_backward_shapes(x: Tensor, weight: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+def _again_shapes(x: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), _swiglu_shape(x)
 
 
 def _keep_for_product(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -104,10 +86,12 @@ def _product_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     if differentiated_again():
         return plain_gradients(_product_plainly, (x, weight), (grad,))
+    inner = torch.mm(grad, weight)
     if not ctx.needs_input_grad[1]:  # the weight is frozen
-        return _swiglu_backward_operator(x, torch.mm(grad, weight)), None
-    d_x, d_weight = _product_backward_operator(x, weight, grad)
-    return d_x, d_weight
+        return _swiglu_backward_operator(x, inner), None
+    d_x, y = _again_operator(x, inner)
+    # In sight of the compiler, which lets a gradient leave its product in float32.
+    return d_x, torch.mm(grad.t(), y)
 
 
 _product_operator = define(
@@ -117,10 +101,8 @@ _product_operator = define(
     _keep_for_product,
     _product_gradients,
 )
-_product_backward_operator = define(
-    "swiglu_product_backward(Tensor x, Tensor weight, Tensor grad) -> (Tensor, Tensor)",
-    _product_backward,
-    _product_backward_shapes,
+_again_operator = define(
+    "swiglu_backward_again(Tensor x, Tensor grad) -> (Tensor, Tensor)", _again, _again_shapes
 )
 
 

@@ -1,0 +1,189 @@
+"""A weight with changes of low rank, ``W + sum s B A``, made in one pass, and its gradients in one.
+
+Each change is of rows of its own, a block of the weight. With torch's operations the factors are
+put together, multiplied, added and cast, and their gradients cut apart and cast back: some ten
+small kernels a matrix, each shorter than its launch.
+
+The plain form is `archzoo.low_rank.merged`. Importing this module needs neither Triton nor a GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from archzoo.derivatives import differentiated_again, plain_gradients
+from archzoo.kernels.launching import fused, launch, power_of_2
+from archzoo.kernels.operators import define
+
+MOST = 4  # changes of one weight
+MAX_RANK = 64
+_MODULE = "archzoo.kernels.low_rank.triton"
+
+
+def available(weight: Tensor, firsts: Sequence[Tensor], begins: Sequence[int]) -> bool:
+    """Whether the kernels take these changes.
+
+    Args:
+        weight: (rows, columns).
+        firsts: A of each, (rank, columns).
+        begins: The first row of each.
+    """
+    if not fused(weight) or weight.dtype != torch.float32 or len(firsts) > MOST:
+        return False
+    in_order = all(a < b for a, b in itertools.pairwise(begins))
+    return in_order and all(len(first) <= MAX_RANK for first in firsts)
+
+
+def merged(
+    weight: Tensor,
+    firsts: Sequence[Tensor],
+    seconds: Sequence[Tensor],
+    begins: Sequence[int],
+    scales: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    """``W + sum s B A``, rounded once, (rows, columns).
+
+    Args:
+        weight: W, (rows, columns), float32.
+        firsts: A of each change, (rank, columns), float32.
+        seconds: B of each, (its rows, rank), float32.
+        begins: The first row of each, in order; no two of the same row.
+        scales: s of each.
+        dtype: Of the result.
+    """
+    y: Tensor = _operator(
+        weight, list(firsts), list(seconds), list(begins), [float(s) for s in scales], dtype
+    )
+    return y
+
+
+def _plain(
+    weight: Tensor,
+    firsts: Sequence[Tensor],
+    seconds: Sequence[Tensor],
+    begins: Sequence[int],
+    scales: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    """The same of torch's own operations."""
+    changed = weight
+    for first, second, begin, scale in zip(firsts, seconds, begins, scales, strict=True):
+        room = (0, 0, begin, len(weight) - begin - len(second))
+        changed = changed + torch.nn.functional.pad(scale * second @ first, room)
+    return changed.to(dtype)
+
+
+def _filled(given: Sequence[Any], other: Any) -> list[Any]:
+    """As many as a kernel takes; what stands in for the others is never read."""
+    return [*given, *[other] * (MOST - len(given))]
+
+
+def _rank(firsts: Sequence[Tensor]) -> int:
+    """As many ranks as a product of tiles takes: at least 16."""
+    return max(power_of_2(max(len(first) for first in firsts)), 16)
+
+
+def _merged(
+    weight: Tensor,
+    firsts: list[Tensor],
+    seconds: list[Tensor],
+    begins: list[int],
+    scales: list[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    weight = weight.contiguous()
+    firsts, seconds = ([x.contiguous() for x in part] for part in (firsts, seconds))
+    y = torch.empty_like(weight, dtype=dtype)
+    rows, columns = weight.shape
+    sizes = [len(second) for second in seconds]
+    if begins != [sum(sizes[:n]) for n in range(len(sizes))] or sum(sizes) != rows:
+        y.copy_(weight)  # what is not changed
+    block_rows, block = 32, min(power_of_2(columns), 128)
+    tiles = [-(-size // block_rows) for size in sizes]
+    launch(
+        _MODULE, "merge_kernel", (sum(tiles), -(-columns // block)),
+        (weight, y, *_filled(firsts, firsts[0]), *_filled(seconds, seconds[0])), columns,
+        *_filled(begins, 0), *_filled(sizes, 0), *_filled([len(x) for x in firsts], 0),
+        *_filled(scales, 0.0), *_filled(tiles, 0),
+        RANK=_rank(firsts), ROWS=block_rows, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+def _merged_shape(
+    weight: Tensor, _a: Any, _b: Any, _begins: Any, _scales: Any, dtype: torch.dtype
+) -> Tensor:
+    return weight.new_empty(weight.shape, dtype=dtype)
+
+
+def _gradients(
+    grad: Tensor,
+    firsts: list[Tensor],
+    seconds: list[Tensor],
+    begins: list[int],
+    scales: list[float],
+) -> list[Tensor]:
+    """Of every A, and then of every B."""
+    grad = grad.contiguous()
+    firsts, seconds = ([x.contiguous() for x in part] for part in (firsts, seconds))
+    made = _gradient_shapes(grad, firsts, seconds, begins, scales)
+    count, columns = len(firsts), grad.shape[1]
+    sizes = [len(second) for second in seconds]
+    of_rows, of_columns = 16, 16
+    tiles = [-(-size // of_rows) for size in sizes]
+    across = -(-columns // of_columns)
+    pairs = ((firsts, made[:count]), (seconds, made[count:]))
+    tensors = [x for given, new in pairs for part in (given, new) for x in _filled(part, part[0])]
+    launch(
+        _MODULE, "gradient_kernel", (count * across + sum(tiles),), (grad, *tensors), columns,
+        *_filled(begins, 0), *_filled(sizes, 0), *_filled([len(x) for x in firsts], 0),
+        *_filled(scales, 0.0), *_filled(tiles, 0), across, count,
+        RANK=_rank(firsts), ROWS=of_rows, LONG_ROWS=256, COLUMNS=of_columns, LONG_COLUMNS=256,
+        UPCAST=grad.device.type == "cpu", num_warps=4,
+    )  # fmt: skip
+    return made
+
+
+def _gradient_shapes(
+    grad: Tensor, firsts: list[Tensor], seconds: list[Tensor], _begins: Any, _scales: Any
+) -> list[Tensor]:
+    return [grad.new_empty(x.shape, dtype=x.dtype) for x in (*firsts, *seconds)]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weight, firsts, seconds, *ctx.rest = inputs
+    ctx.count = len(firsts)
+    ctx.save_for_backward(weight, *firsts, *seconds)
+
+
+def _of_all(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    weight, *factors = ctx.saved_tensors
+    count, (begins, scales, dtype) = ctx.count, ctx.rest
+    if differentiated_again():
+
+        def compute(weight: Tensor, *factors: Tensor) -> Tensor:
+            return _plain(weight, factors[:count], factors[count:], begins, scales, dtype)
+
+        of_weight, *found = plain_gradients(compute, (weight, *factors), (grad,))
+    else:
+        found = _gradient_operator(grad, factors[:count], factors[count:], begins, scales)
+        of_weight = grad.to(weight.dtype) if ctx.needs_input_grad[0] else None
+    return of_weight, list(found[:count]), list(found[count:]), None, None, None
+
+
+_operator = define(
+    "merged_weight(Tensor weight, Tensor[] firsts, Tensor[] seconds, int[] begins, "
+    "float[] scales, ScalarType dtype) -> Tensor",
+    _merged, _merged_shape, _keep, _of_all,
+)  # fmt: skip
+_gradient_operator = define(
+    "merged_weight_gradients(Tensor grad, Tensor[] firsts, Tensor[] seconds, int[] begins, "
+    "float[] scales) -> Tensor[]",
+    _gradients, _gradient_shapes,
+)  # fmt: skip

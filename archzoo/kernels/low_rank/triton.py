@@ -1,0 +1,150 @@
+"""The Triton side of `archzoo.kernels.low_rank`: imported only once a kernel is to run.
+
+Both kernels take up to four changes, of which those that are not there have no tiles.
+"""
+
+# Kernels' parameters are Triton's values, which have no Python types.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def merge_kernel(
+    weight, y, a0, a1, a2, a3, b0, b1, b2, b3, columns,
+    begin0, begin1, begin2, begin3, size0, size1, size2, size3,
+    rank0, rank1, rank2, rank3, scale0, scale1, scale2, scale3, tiles0, tiles1, tiles2, tiles3,
+    RANK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Some rows of one change and some columns: ``y = W + s B A``, in float32."""
+    tile = tl.program_id(0)
+    if tile < tiles0:
+        a, b, begin, size, rank, scale = a0, b0, begin0, size0, rank0, scale0
+    elif tile < tiles0 + tiles1:
+        a, b, begin, size, rank, scale = a1, b1, begin1, size1, rank1, scale1
+        tile -= tiles0
+    elif tile < tiles0 + tiles1 + tiles2:
+        a, b, begin, size, rank, scale = a2, b2, begin2, size2, rank2, scale2
+        tile -= tiles0 + tiles1
+    else:
+        a, b, begin, size, rank, scale = a3, b3, begin3, size3, rank3, scale3
+        tile -= tiles0 + tiles1 + tiles2
+    row = tile * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    index = tl.arange(0, RANK)
+    in_row, in_column, in_rank = row < size, column < columns, index < rank
+    left = tl.load(
+        b + row[:, None] * rank + index[None, :],
+        mask=in_row[:, None] & in_rank[None, :], other=0.0,
+    )  # fmt: skip
+    right = tl.load(
+        a + index[:, None] * columns + column[None, :],
+        mask=in_rank[:, None] & in_column[None, :], other=0.0,
+    )  # fmt: skip
+    change = tl.dot(left, right, input_precision="ieee")
+    at = (begin + row).to(tl.int64)[:, None] * columns + column[None, :]
+    inside = in_row[:, None] & in_column[None, :]
+    value = tl.load(weight + at, mask=inside, other=0.0) + scale * change
+    tl.store(y + at, value.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gradient_kernel(
+    grad, a0, a1, a2, a3, da0, da1, da2, da3, b0, b1, b2, b3, db0, db1, db2, db3, columns,
+    begin0, begin1, begin2, begin3, size0, size1, size2, size3,
+    rank0, rank1, rank2, rank3, scale0, scale1, scale2, scale3, tiles0, tiles1, tiles2, tiles3,
+    across, count,
+    RANK: tl.constexpr, ROWS: tl.constexpr, LONG_ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, LONG_COLUMNS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Some columns of ``dA = s B^T G``, or some rows of ``dB = s G A^T``, G of the change's rows.
+
+    The first have the longer way, and begin first.
+    """
+    program = tl.program_id(0)
+    of_first = program < count * across
+    tile = program - count * across
+    which = program // across
+    if not of_first:
+        if tile < tiles0:
+            which = 0
+        elif tile < tiles0 + tiles1:
+            which = 1
+            tile -= tiles0
+        elif tile < tiles0 + tiles1 + tiles2:
+            which = 2
+            tile -= tiles0 + tiles1
+        else:
+            which = 3
+            tile -= tiles0 + tiles1 + tiles2
+    if which == 0:
+        a, b, da, db, begin, size, rank, scale = a0, b0, da0, db0, begin0, size0, rank0, scale0
+    elif which == 1:
+        a, b, da, db, begin, size, rank, scale = a1, b1, da1, db1, begin1, size1, rank1, scale1
+    elif which == 2:
+        a, b, da, db, begin, size, rank, scale = a2, b2, da2, db2, begin2, size2, rank2, scale2
+    else:
+        a, b, da, db, begin, size, rank, scale = a3, b3, da3, db3, begin3, size3, rank3, scale3
+    g = grad + begin.to(tl.int64) * columns
+    # Triton's interpreter multiplies bf16 wrongly.
+    kind = tl.float32 if UPCAST else grad.dtype.element_ty
+    if of_first:
+        tile = program % across
+        _first(g, b, da, tile, size, columns, rank, scale, RANK, LONG_ROWS, COLUMNS, kind)
+    else:
+        _second(g, a, db, tile, size, columns, rank, scale, RANK, ROWS, LONG_COLUMNS, kind)
+
+
+@triton.jit
+def _first(
+    g, b, da, tile, size, columns, rank, scale,
+    RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, kind: tl.constexpr,
+):  # fmt: skip
+    """Some columns of ``dA = s B^T G``."""
+    index = tl.arange(0, RANK)
+    column = tile * COLUMNS + tl.arange(0, COLUMNS)
+    in_rank, in_column = index < rank, column < columns
+    total = tl.zeros((RANK, COLUMNS), tl.float32)
+    for begin in range(0, size, ROWS):
+        row = begin + tl.arange(0, ROWS)
+        in_row = row < size
+        left = tl.load(
+            b + row[None, :] * rank + index[:, None],
+            mask=in_rank[:, None] & in_row[None, :], other=0.0,
+        )  # fmt: skip
+        right = tl.load(
+            g + row[:, None] * columns + column[None, :],
+            mask=in_row[:, None] & in_column[None, :], other=0.0,
+        )  # fmt: skip
+        total = tl.dot(left.to(kind), right.to(kind), total, input_precision="ieee")
+    place = da + index[:, None] * columns + column[None, :]
+    tl.store(place, total * scale, mask=in_rank[:, None] & in_column[None, :])
+
+
+@triton.jit
+def _second(
+    g, a, db, tile, size, columns, rank, scale,
+    RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, kind: tl.constexpr,
+):  # fmt: skip
+    """Some rows of ``dB = s G A^T``."""
+    index = tl.arange(0, RANK)
+    row = tile * ROWS + tl.arange(0, ROWS)
+    in_rank, in_row = index < rank, row < size
+    total = tl.zeros((ROWS, RANK), tl.float32)
+    for begin in range(0, columns, COLUMNS):
+        column = begin + tl.arange(0, COLUMNS)
+        in_column = column < columns
+        left = tl.load(
+            g + row[:, None] * columns + column[None, :],
+            mask=in_row[:, None] & in_column[None, :], other=0.0,
+        )  # fmt: skip
+        right = tl.load(
+            a + index[None, :] * columns + column[:, None],
+            mask=in_rank[None, :] & in_column[:, None], other=0.0,
+        )  # fmt: skip
+        total = tl.dot(left.to(kind), right.to(kind), total, input_precision="ieee")
+    place = db + row[:, None] * rank + index[None, :]
+    tl.store(place, total * scale, mask=in_row[:, None] & in_rank[None, :])
