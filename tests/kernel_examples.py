@@ -229,11 +229,26 @@ def retention_layer() -> None:
 
 @example
 def rotation() -> None:
-    from archzoo.kernels.rotation import split_rotated
+    from archzoo.kernels.rotation import split_product, split_rotated
 
     projected = torch.randn(2, 128, 4 * 64, dtype=torch.bfloat16, requires_grad=True)
-    parts = split_rotated(projected, torch.randn(1, 128, 1, 32, 2), 2, 1)
+    table = torch.randn(1, 128, 1, 32, 2)
+    parts = split_rotated(projected, table, 2, 1)
     sum(part.sum() for part in parts).backward()
+    x, weight = (torch.randn(shape, dtype=torch.bfloat16) for shape in ((2, 128, 64), (256, 64)))
+    split_product(x.requires_grad_(), weight, table, 2, 1)[0].sum().backward()
+
+
+@example
+def low_rank() -> None:
+    """Of all rows and of some, in bf16 and in float32."""
+    from archzoo.kernels.low_rank import merged
+
+    weight = torch.randn(1536, 512)
+    for blocks, dtype in (((0, 512, 1024), torch.bfloat16), ((512,), torch.float32)):
+        firsts = [torch.randn(8, 512, requires_grad=True) for _ in blocks]
+        seconds = [torch.randn(512, 8, requires_grad=True) for _ in blocks]
+        merged(weight, firsts, seconds, blocks, [2.0] * len(blocks), dtype).sum().backward()
 
 
 @example

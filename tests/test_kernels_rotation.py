@@ -9,6 +9,8 @@ from kernel_device import DEVICE, GPU, define_kernels
 
 from archzoo.block import make_context
 from archzoo.kernels import rotation as kernels
+from archzoo.linear import Linear
+from archzoo.mixers import attention
 from archzoo.mixers.attention import Attention
 from archzoo.positions.rotary import RotaryEmbedding
 
@@ -71,36 +73,82 @@ def test_it_has_all_derivatives():
     assert torch.autograd.gradgradcheck(loss, projected, eps=1e-2, atol=0.2, rtol=5e-2)
 
 
-def test_attention_takes_it_and_compiles_without_a_break(monkeypatch):
+# Gradients of x and W, which are cast as autocast does; of the weight alone where x needs none.
+@pytest.mark.parametrize(("heads", "key_heads", "width"), [(3, 3, 16), (4, 2, 12)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_product_and_rotation_in_one_are_the_plain_forms(heads, key_heads, width, packed):
+    torch.manual_seed(width)
+    rotary, context = RotaryEmbedding(width), context_of(2, 37, packed)
+    layer = Linear(20, {"rows": (heads + 2 * key_heads) * width}).to(DEVICE)
+    x = torch.randn(2, 37, 20, device=DEVICE, requires_grad=True)
+    assert layer.weight_of_call(x) is layer.weight
+    table = rotary.table(context.positions, torch.float32)
+    found = kernels.split_product(x, layer.weight, table, heads, key_heads)
+    wide, weight = (one.detach().double().requires_grad_() for one in (x, layer.weight))
+    wanted = plainly(wide @ weight.T, rotary, heads, key_heads, context)
+    grads = [torch.randn_like(part.transpose(1, 2)).transpose(1, 2) for part in found]
+    for mine, true in zip(found, wanted, strict=True):
+        assert (mine - true).abs().max() < 1e-5
+    mine = torch.autograd.grad(found, (x, layer.weight), grads, retain_graph=True)
+    true = torch.autograd.grad(wanted, (wide, weight), [grad.double() for grad in grads])
+    for one, other in zip(mine, true, strict=True):
+        assert (one - other).norm() < 1e-5 * other.norm()
+    (alone,) = torch.autograd.grad(found, layer.weight, grads)
+    assert torch.equal(alone, mine[1])
+    with torch.no_grad():
+        again = kernels.split_product(x, layer.weight, table, heads, key_heads)
+    assert all(torch.equal(one, other) for one, other in zip(again, found, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:Input #. requires gradient and is not a double")
+def test_product_has_all_derivatives():
+    x, weight = (torch.randn(shape, device=DEVICE) for shape in ((1, 3, 5), (12, 5)))
+    table = RotaryEmbedding(4).table(torch.arange(3, device=DEVICE)[None], torch.float32)
+
+    def loss(x, weight):
+        return sum((part**3).sum() for part in kernels.split_product(x, weight, table, 1, 1))
+
+    given = x.requires_grad_(), weight.requires_grad_()
+    assert torch.autograd.gradcheck(loss, given, eps=1e-2, atol=5e-2, rtol=5e-2)
+    assert torch.autograd.gradgradcheck(loss, given, eps=1e-2, atol=0.5, rtol=5e-2)
+
+
+@pytest.mark.parametrize("form", ["split_product", "split_rotated"])
+def test_attention_takes_it_and_compiles_without_a_break(form, monkeypatch):
     torch.manual_seed(0)
     layer = Attention(24, 3).to(DEVICE)
+    if form == "split_rotated":  # something waits for the matrix's call
+        layer.query_key_value.register_forward_hook(lambda *_: None)
     x = torch.randn(2, 9, 24, device=DEVICE, requires_grad=True)
     context = context_of(2, 9, False)
     calls = []
-    split = kernels.split_rotated
-    monkeypatch.setattr(kernels, "split_rotated", lambda *given: calls.append(1) or split(*given))
+    split = getattr(kernels, form)
+    monkeypatch.setattr(kernels, form, lambda *given: calls.append(1) or split(*given))
 
     def loss(x):
         return layer.parallel(x, None, context)[0].square().sum()
 
-    (found,) = torch.autograd.grad(loss(x), x)
+    def gradients(loss):
+        return torch.autograd.grad(loss(x), (x, layer.query_key_value.weight))
+
+    found = gradients(loss)
     assert calls
-    monkeypatch.setattr(kernels, "split_rotated", split)
-    (compiled,) = torch.autograd.grad(
-        torch.compile(loss, fullgraph=True, backend="aot_eager")(x), x
-    )
-    monkeypatch.setattr(kernels, "available", lambda projected: False)
-    (plain,) = torch.autograd.grad(loss(x), x)
+    monkeypatch.setattr(kernels, form, split)
+    compiled = gradients(torch.compile(loss, fullgraph=True, backend="aot_eager"))
+    monkeypatch.setattr(kernels, "available", lambda *_: False)
+    monkeypatch.setattr(attention, "fused", lambda *_: False)
+    plain = gradients(loss)
     for mine in (found, compiled):
-        assert (mine - plain).norm() < 1e-5 * plain.norm()
+        for one, other in zip(mine, plain, strict=True):
+            assert (one - other).norm() < 1e-5 * other.norm()
 
 
 def test_what_one_table_does_not_describe_takes_the_plain_form(monkeypatch):
     layer = Attention(24, 3).to(DEVICE)
     projected = torch.randn(1, 4, 72, device=DEVICE)
-    assert layer.splits_in_one(projected)
+    assert layer.one_table()
     layer.rotary = RotaryEmbedding(8, partial_rotary_factor=0.5)
-    assert not layer.splits_in_one(projected)
+    assert not layer.one_table()
     assert not kernels.available(projected.double())
     assert not kernels.available(projected.mT)
     assert kernels.available(projected)

@@ -16,6 +16,7 @@ from archzoo.derivatives import differentiated_again, plain_gradients, transform
 from archzoo.documents import Context
 from archzoo.kernels import cache_attention as kernels
 from archzoo.kernels import rotation
+from archzoo.kernels.launching import fused
 from archzoo.linear import Linear
 from archzoo.numerics import head_size, merge_heads, split_heads
 from archzoo.positions.rotary import RotaryEmbedding
@@ -176,19 +177,25 @@ class Attention(Mixer):
         self, x: Tensor, state: State | None, context: Context
     ) -> tuple[Tensor, State | None]:
         """X (batch, time, dim) against itself and whatever the state holds."""
-        projected = self.query_key_value(x)
-        if state is None and self.splits_in_one(projected):
+        matrix, heads = self.query_key_value, (self.heads, self.kv_heads)
+        rotates = state is None and self.one_table()
+        if rotates and fused(x):
+            weight = matrix.weight_of_call(x)
+            if weight is not None:
+                table = self.rotary.table(context.positions, torch.float32)  # type: ignore[operator]
+                parts = rotation.split_product(x, weight, table, *heads)
+                return self.attend_rotated(*parts, None, context)
+        projected = matrix(x)
+        if rotates and rotation.available(projected):
             table = self.rotary.table(context.positions, torch.float32)  # type: ignore[operator]
-            parts = rotation.split_rotated(projected, table, self.heads, self.kv_heads)
+            parts = rotation.split_rotated(projected, table, *heads)
             return self.attend_rotated(*parts, None, context)
         qk, v = projected.split_with_sizes(self.widths, -1)
         return self.attend(qk, v, state, context)
 
-    def splits_in_one(self, projected: Tensor) -> bool:
-        """Whether `archzoo.kernels.rotation` cuts and rotates this result of the one matrix."""
-        if not rotation.available(projected):
-            return False
-        rotary: Any = self.rotary  # one table has to describe it, and it has to turn all channels
+    def one_table(self) -> bool:
+        """Whether one table describes the rotation, of all channels: `archzoo.kernels.rotation`."""
+        rotary: Any = self.rotary
         return hasattr(rotary, "table") and 2 * len(rotary.frequencies) == self.head_dim
 
     def attend(

@@ -6,6 +6,9 @@ and back, for the gradients: turned the other way and joined, in one pass, where
 two. The three lie in memory of their own, so that attention keeps them alone for its backward pass,
 and not the matrix's result, in which its values would be a third.
 
+Where the product with the matrix is made here too, its result is nobody else's: queries and keys
+are turned where they lie, the values are not touched, and the three are parts of the result.
+
 The plain form is `archzoo.positions.rotary`, which runs wherever `available` says no. Importing
 this module needs neither Triton nor a GPU.
 """
@@ -17,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from archzoo.derivatives import exporting, transformed
+from archzoo.derivatives import differentiated_again, exporting, plain_gradients, transformed
 from archzoo.kernels.launching import launch, power_of_2, run_beside
 from archzoo.kernels.operators import define
+from archzoo.numerics import autocast_dtype
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -32,6 +36,28 @@ def available(projected: Tensor) -> bool:
     if exporting():  # what is exported is made of torch's own operations
         return False
     return projected.is_contiguous() and projected.numel() > 0
+
+
+def split_product(
+    x: Tensor, weight: Tensor, table: Tensor, heads: int, key_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`split_rotated` of ``x W^T``, computed as autocast does; the three share their memory.
+
+    Args:
+        x: (batch, time, columns).
+        weight: W, ((heads + 2 key_heads) * head_dim, columns).
+        table: As for `split_rotated`.
+        heads: Of q.
+        key_heads: Of k, and of v.
+    """
+    dtype = autocast_dtype(x.device) or x.dtype
+    if table.is_complex():
+        table = torch.view_as_real(table)
+    given = x.to(dtype), weight.to(dtype), table.contiguous(), heads, key_heads
+    if torch.is_grad_enabled():
+        q, k, v = _SplitProduct.apply(*given)
+        return q, k, v
+    return _parts(_product_operator(*given), heads, key_heads)
 
 
 def split_rotated(
@@ -70,17 +96,27 @@ def _empty_joined(q: Tensor, k: Tensor, _v: Tensor, _table: Tensor) -> Tensor:
     return q.new_empty((batch, time, (heads + 2 * k.shape[2]) * width))
 
 
-def _run(joined: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor, join: bool) -> None:
-    """Cut `joined` apart into q, k and v, or join them there."""
+def _run(
+    joined: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    join: bool,
+    *,
+    in_place: bool = False,
+) -> None:
+    """Cut `joined` apart into q, k and v, or join them there; in place v is where it belongs."""
     batch, time, heads, width = q.shape
     block = power_of_2(width)
     rows = max(2048 // block, 1)
     tokens = batch * time
     of_batch = 0 if table.shape[0] == 1 else time * width
     strides = (stride for part in (q, k, v) for stride in part.stride()[:3])
+    parts = heads + (1 if in_place else 2) * k.shape[2]
     launch(
         "archzoo.kernels.rotation.triton", "rotation_kernel",
-        (-(-tokens // rows), heads + 2 * k.shape[2]), (joined, q, k, v, table),
+        (-(-tokens // rows), parts), (joined, q, k, v, table),
         tokens, time, heads, k.shape[2], *strides, of_batch,
         WIDTH=width, BLOCK=block, ROWS=rows, JOIN=join, num_warps=4,
     )  # fmt: skip
@@ -134,3 +170,59 @@ _join_operator = define(
     "join_rotated(Tensor q, Tensor k, Tensor v, Tensor table) -> Tensor",
     _join, _empty_joined, _keep_for_join, _join_gradients,
 )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- with the product
+
+
+class _SplitProduct(torch.autograd.Function):
+    """Its results are views of one tensor, which those of an operator may not be."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, table: Tensor, heads: int, key_heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(x, weight, table)
+        ctx.heads = heads, key_heads
+        return _parts(_product_operator(x, weight, table, heads, key_heads), heads, key_heads)
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, table = ctx.saved_tensors
+        if differentiated_again():
+
+            def compute(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                return split_rotated(x @ weight.t(), table, *ctx.heads)
+
+            return *plain_gradients(compute, (x, weight), (dq, dk, dv)), None, None, None
+        joined = _join_operator(dq, dk, dv, table)
+        of_x = joined @ weight if ctx.needs_input_grad[0] else None
+        of_weight = None
+        if ctx.needs_input_grad[1]:
+            of_weight = joined.flatten(0, 1).t() @ x.flatten(0, 1)
+        return of_x, of_weight, None, None, None
+
+
+def _parts(joined: Tensor, heads: int, key_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The three side by side, as views."""
+    whole = joined.view(*joined.shape[:2], heads + 2 * key_heads, -1)
+    q, k, v = whole.split_with_sizes((heads, key_heads, key_heads), 2)
+    return q, k, v
+
+
+def _product(x: Tensor, weight: Tensor, table: Tensor, heads: int, key_heads: int) -> Tensor:
+    joined = torch.mm(x.flatten(0, 1), weight.t()).view(*x.shape[:2], -1)
+    q, k, v = _parts(joined, heads, key_heads)
+    _run(joined, q, k, v, table, False, in_place=True)
+    return joined
+
+
+def _product_shape(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:2], len(weight)))
+
+
+_product_operator = define(
+    "rotated_product(Tensor x, Tensor weight, Tensor table, int heads, int key_heads) -> Tensor",
+    _product,
+    _product_shape,
+)
