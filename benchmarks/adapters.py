@@ -5,8 +5,9 @@
     python benchmarks/adapters.py --compile --methods LoRA
 
 A step is over that of the same model whose base is frozen but for the first norm, so that the
-gradient crosses all blocks and no weight learns; an optimizer step is part of both. A token is over
-the base's, as `archzoo.generate` decodes it: with the adapter beside the weights, and merged. What
+gradient crosses all blocks and no weight learns; an optimizer step is part of both. On a GPU some
+steps are timed together, since `archzoo fit` waits for none. A token is over the base's, as
+`archzoo.generate` decodes it: with the adapter beside the weights, and merged. What
 is compared is timed in turn; what is allowed is of the size small. `bytes_ratio` is what a token
 reads of weights with the adapter beside them, over what it reads of the base's: its time at the
 memory's speed. Methods whose papers change query and value are put on every Linear of the blocks,
@@ -36,6 +37,7 @@ from archzoo.decoder import Decoder
 from archzoo.linear import Linear
 from archzoo.parts import list_parts
 
+TOGETHER = 4  # steps on a GPU, before it is waited for
 STEP = 1.15  # of LoRA, over the frozen base's
 UNMERGED, MERGED = 1.3, 1.05  # of a token, over the base's; merged it is the base: 1.0 and noise
 RANK = 8
@@ -52,25 +54,27 @@ def recipe(cls: Any) -> tuple[Any, str]:
 
 
 class Training:
-    """Steps of one model on one batch."""
+    """Steps of one model on one batch: so many at each call."""
 
     def __init__(self, model: Decoder, tokens: Tensor, compiled: bool) -> None:
         self.model, self.tokens = model.train(), tokens
+        self.count = TOGETHER if tokens.is_cuda else 1
         learn = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.learned = sum(parameter.numel() for parameter in learn)
         self.optimizer = torch.optim.AdamW(learn, lr=1e-4, fused=True)
         if compiled:
-            from archzoo.training.compiling import options
+            from archzoo.training.compiling import HOST_BOUND, options
 
-            model.compile(options=options())
+            model.compile(options=options(graphs=model.parameter_count() < HOST_BOUND))
 
     def __call__(self) -> None:
         device = self.tokens.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            logits = self.model(self.tokens[:, :-1]).logits
-        F.cross_entropy(logits.flatten(0, 1).float(), self.tokens[:, 1:].flatten()).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for _ in range(self.count):
+            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                logits = self.model(self.tokens[:, :-1]).logits
+            F.cross_entropy(logits.flatten(0, 1).float(), self.tokens[:, 1:].flatten()).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         if device == "cuda":
             torch.cuda.synchronize()
 
@@ -130,6 +134,7 @@ def measure(
     }
     on_gpu = tokens.is_cuda
     step = in_turn(dict(steps), given.rounds, warmup=3 if on_gpu else 1)
+    step = {side: ms / steps[side].count for side, ms in step.items()}
     row: dict[str, Any] = {
         "method": method,
         "targets": where,
@@ -176,7 +181,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of steps, in turn")
     parser.add_argument("--token_rounds", type=int, help="default: 3 on a GPU, else 5")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no row after these")
-    parser.add_argument("--compile", action="store_true", help="the training step, as fit does")
+    parser.add_argument("--compile", action="store_true", help="the step, as fit does on a GPU")
     given = parser.parse_args()
     on_gpu = given.device == "cuda"
     if not on_gpu:
