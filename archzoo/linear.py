@@ -28,7 +28,7 @@ from archzoo.low_rank import (
     pack,
     rounded,
 )
-from archzoo.numerics import autocast_dtype, cast, without_autocast
+from archzoo.numerics import autocast_dtype, cast, product_dtype, without_autocast
 
 #: Taken by whoever enters or leaves `Linear.held`, `Decoder.weights_held` or `Decoder.evaluating`.
 #: No attribute of a module, which could not be copied then.
@@ -275,11 +275,11 @@ class Linear(nn.Linear):
         """
         if not self._product_is_plain:
             return None
-        cast_to = autocast_dtype(self.device)
-        dtype = cast_to or x.dtype
+        dtype = product_dtype(x)
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
-        if x.dtype != weight.dtype and cast_to is None:
+        kinds = {x.dtype, weight.dtype}
+        if len(kinds) > 1 and (torch.float64 in kinds or autocast_dtype(x.device) is None):
             return None  # torch's own operations say what is wrong
         gains: list[Tensor] | None = None
         changes = self._low_rank_changes(names, adapters)
@@ -433,7 +433,7 @@ class Linear(nn.Linear):
             return None
         if not self.adapted:
             return weight
-        names, dtype = tuple(self.blocks), autocast_dtype(self.device) or x.dtype
+        names, dtype = tuple(self.blocks), product_dtype(x)
         changes = self._low_rank_changes(names, self._by_block(names))
         if not changes or not cheaper_merged(x.to(dtype), weight, changes):
             return None

@@ -52,6 +52,13 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What a product of x is computed in: autocast's dtype, which leaves float64 as it is, or x's."""
+    if x.dtype == torch.float64:
+        return x.dtype
+    return autocast_dtype(x.device) or x.dtype
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Autocast off: it would round sums over time and scores to its own dtype."""
     # The meta device knows no autocast, and refuses the question.

@@ -30,6 +30,7 @@ from archzoo.kernels.experts import (
 from archzoo.kernels.launching import fused
 from archzoo.kernels.swiglu import swiglu, swiglu_plainly
 from archzoo.linear import Linear
+from archzoo.numerics import product_dtype
 from archzoo.parts import Part, build, describe
 
 RouterFactory = Callable[[int, int, int], Router]
@@ -168,9 +169,7 @@ class Experts(nn.Module):
         """
         if not (self.gate_up.is_one_matrix and self.down.is_one_matrix):
             return None
-        kind, dtype = x.device.type, x.dtype
-        if kind != "meta" and torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
+        dtype = product_dtype(x)
         stored = (self.gate_up.effective_weight(), self.down.effective_weight())
         return Matrices(cast_weight(stored[0], dtype), cast_weight(stored[1], dtype), stored)
 

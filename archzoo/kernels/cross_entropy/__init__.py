@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from archzoo.derivatives import differentiated_again, followed, plain_gradients
 from archzoo.kernels.launching import launch, power_of_2, run_beside
+from archzoo.numerics import product_dtype
 
 # Logits at once. Each slice adds to the gradient of the whole head, which is a matter of bandwidth:
 # with 4,096 tokens at once, a vocabulary of 32,000 took 9.05 ms of a step on an H200; with 8,192
@@ -39,13 +40,7 @@ def available(x: Tensor, head: Any) -> bool:
         return False
     if not hasattr(head, "weight_of_call") or head.weight_of_call(x) is not head.weight:
         return False
-    return _dtype(x) in (torch.bfloat16, torch.float32)
-
-
-def _dtype(x: Tensor) -> torch.dtype:
-    """Of the products."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return product_dtype(x) in (torch.bfloat16, torch.float32)
 
 
 def total_loss(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -57,7 +52,7 @@ def total_loss(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         labels: (tokens,) int64, -100 at unlabelled positions; another number outside the
             vocabulary makes the sum NaN.
     """
-    total: Tensor = _TotalLoss.apply(x, weight, labels, _dtype(x))
+    total: Tensor = _TotalLoss.apply(x, weight, labels, product_dtype(x))
     return total
 
 
@@ -69,7 +64,7 @@ def score(x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         weight: W, (vocab_size, dim).
         labels: (tokens,) int64, -100 at unlabelled positions.
     """
-    dtype = _dtype(x)
+    dtype = product_dtype(x)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         padded = _padded(weight, dtype)
         losses = torch.empty(len(x), dtype=torch.float32, device=x.device)

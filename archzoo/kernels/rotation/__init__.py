@@ -23,7 +23,7 @@ from torch import Tensor
 from archzoo.derivatives import differentiated_again, exporting, plain_gradients, transformed
 from archzoo.kernels.launching import launch, power_of_2, run_beside
 from archzoo.kernels.operators import define
-from archzoo.numerics import autocast_dtype
+from archzoo.numerics import product_dtype
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -50,7 +50,7 @@ def split_product(
         heads: Of q.
         key_heads: Of k, and of v.
     """
-    dtype = autocast_dtype(x.device) or x.dtype
+    dtype = product_dtype(x)
     if table.is_complex():
         table = torch.view_as_real(table)
     given = x.to(dtype), weight.to(dtype), table.contiguous(), heads, key_heads

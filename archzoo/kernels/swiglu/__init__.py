@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from archzoo.derivatives import differentiated_again, plain_gradients
 from archzoo.kernels.launching import fused, launch, power_of_2, warps_for
 from archzoo.kernels.operators import compiling, define
-from archzoo.numerics import autocast_dtype
+from archzoo.numerics import product_dtype
 
 _launch = functools.partial(launch, "archzoo.kernels.swiglu.triton")
 
@@ -52,7 +52,7 @@ def swiglu_product(x: Tensor, weight: Tensor) -> Tensor:
         x: (..., 2 * width).
         weight: W, (rows, width).
     """
-    dtype = autocast_dtype(x.device) or x.dtype
+    dtype = product_dtype(x)
     y: Tensor = _product_operator(x.to(dtype).flatten(0, -2), weight.to(dtype))
     whole: Tensor = y.view(*x.shape[:-1], len(weight))
     return whole
