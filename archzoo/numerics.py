@@ -53,7 +53,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """What a product of x is computed in: autocast's dtype, which leaves float64 as it is, or x's."""
+    """What a product of x is computed in: autocast's, which leaves float64 alone, or its own."""
     if x.dtype == torch.float64:
         return x.dtype
     return autocast_dtype(x.device) or x.dtype
