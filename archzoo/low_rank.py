@@ -182,9 +182,9 @@ def changed_product(
 def cheaper_merged(x: Tensor, weight: Tensor, changes: Sequence[Change]) -> bool:
     """Whether a GPU trains changes of x W^T faster as part of one matrix, `merged`.
 
-    That costs the gradient of all of W, ``2 tokens rows columns`` operations; beside the product,
-    x is read twice, its gradient, y and y's gradient are read or written seven times. By an H200's
-    650 TFLOP/s and 4 TB/s the first is less up to 800.
+    That costs the gradient of all of W, ``2 tokens rows columns`` operations. Beside the product x,
+    y and the gradients of both are read or written twice each. By an H200's 650 TFLOP/s and 3 TB/s
+    the first is less where ``rows columns`` is at most 800 times ``rows + columns``.
 
     Args:
         x: (..., columns), in the dtype of the product.
