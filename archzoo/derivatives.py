@@ -26,9 +26,15 @@ _under_functorch: Callable[[], bool] = torch._C._are_functorch_transforms_active
 def transformed() -> bool:
     """Whether a transform of `torch.func`, or forward-mode differentiation, is under way.
 
-    Neither depends on whether gradients are on. Compilers see through both by themselves.
+    Neither depends on whether gradients are on. Under a compiler they are those that it traces:
+    it would trace a fast form in them as it is, and the tangent of an operator of ours as 0.
     """
-    return followed() and not torch.compiler.is_compiling()
+    return _under_functorch() or forward_ad._current_level >= 0  # dual numbers
+
+
+# Dynamo asks while it traces, and puts no call into its graph: that would name an address, by which
+# no cache finds the graph again. It is torch.compiler.assume_constant_result without its import.
+transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def followed() -> bool:
@@ -36,11 +42,7 @@ def followed() -> bool:
 
     Then no number can be looked at, and what is made belongs to whoever follows.
     """
-    return (
-        torch.compiler.is_compiling()
-        or _under_functorch()
-        or forward_ad._current_level >= 0  # dual numbers
-    )
+    return torch.compiler.is_compiling() or transformed()
 
 
 def exporting() -> bool:

@@ -73,7 +73,7 @@ class _NotKeptError(Exception):
 
 @cache  # none is dropped: a CUDA graph that was captured reads it where it lies
 def _constant(values: tuple[float, ...], device: torch.device | str, dtype: torch.dtype) -> Tensor:
-    if transformed():
+    if transformed() and not torch.compiler.is_compiling():
         raise _NotKeptError  # no exception is kept, either
     with torch.inference_mode(False):  # an inference tensor could not be saved for a backward
         return torch.tensor(values, dtype=dtype, device=device)

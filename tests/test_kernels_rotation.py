@@ -154,3 +154,20 @@ def test_what_one_table_does_not_describe_takes_the_plain_form(monkeypatch):
     assert kernels.available(projected)
     monkeypatch.setattr(kernels, "exporting", lambda: True)  # of torch's own operations
     assert not kernels.available(projected)
+
+
+def test_transforms_that_are_compiled_take_the_plain_form():
+    """The product's function has no rule for vmap, and operators have no derivative forward."""
+    layer, x = Attention(24, 3).to(DEVICE), torch.randn(3, 1, 5, 24, device=DEVICE)
+    context = context_of(1, 5, False)
+
+    def one(x):
+        return layer.parallel(x, None, context)[0]
+
+    def forward(x):
+        return torch.func.jvp(torch.func.vmap(one), (x,), (x,))[1]
+
+    for run in (torch.func.vmap(one), forward):
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+        want = run(x)
+        assert want.norm() > 0 and (compiled(x) - want).norm() < 1e-5 * want.norm()

@@ -184,6 +184,19 @@ def test_under_a_transform_the_plain_forms_run():
     assert not inside.any() and launching.fused(x)
 
 
+def test_compiled_forward_derivatives_are_those_of_the_plain_form():
+    """An operator has none, and its tangent would be 0."""
+    layer, x = GatedFeedForward(6, 4).to(DEVICE), torch.randn(1, 3, 6, device=DEVICE)
+    context, _ = make_context(1, 3, device=torch.device(DEVICE))
+
+    def tangent(x):
+        return torch.func.jvp(lambda x: layer(x, context)[0], (x,), (x,))[1]
+
+    want = tangent(x)
+    found = torch.compile(tangent, fullgraph=True, backend="aot_eager")(x)
+    assert want.norm() > 0 and relative_error(found, want) < 1e-6
+
+
 def test_kernels_take_no_batch_of_gradients():
     """torch.func.vmap over a backward pass gets the plain form's; `is_grads_batched` is refused."""
     x = torch.randn(3, 8, device=DEVICE, requires_grad=True)

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from archzoo.derivatives import followed
-from archzoo.kernels.operators import compiling
+from archzoo.derivatives import exporting, transformed
 
 TRITON_FOUND = importlib.util.find_spec("triton") is not None
 SWITCH = "ARCHZOO_KERNELS"  # in the environment: "off" is for where Triton or the GPU fails
@@ -48,7 +47,7 @@ def fused(x: Tensor, width: int = 1) -> bool:
     """
     if x.dtype not in _FUSED_DTYPES or width > MAX_WIDTH or not x.numel():
         return False
-    return (compiling() or not followed()) and run_beside(x)
+    return not (transformed() or exporting()) and run_beside(x)
 
 
 def on_hopper(x: Tensor) -> bool:
