@@ -156,6 +156,25 @@ def test_what_one_table_does_not_describe_takes_the_plain_form(monkeypatch):
     assert not kernels.available(projected)
 
 
+class Beside(torch.nn.Module):
+    """What stands for a Linear, as peft's own do."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, x):
+        return self.base(x)
+
+
+def test_another_module_in_the_linear_s_place_is_called():
+    layer, x = Attention(24, 3).to(DEVICE), torch.randn(2, 9, 24, device=DEVICE)
+    context = context_of(2, 9, False)
+    want = layer.parallel(x, None, context)[0]
+    layer.query_key_value = Beside(layer.query_key_value)
+    assert (layer.parallel(x, None, context)[0] - want).abs().max() < 1e-5
+
+
 def test_transforms_that_are_compiled_take_the_plain_form():
     """The product's function has no rule for vmap, and operators have no derivative forward."""
     layer, x = Attention(24, 3).to(DEVICE), torch.randn(3, 1, 5, 24, device=DEVICE)

@@ -197,6 +197,22 @@ def test_compiled_forward_derivatives_are_those_of_the_plain_form():
     assert want.norm() > 0 and relative_error(found, want) < 1e-6
 
 
+def test_another_module_after_it_is_called():
+    class Beside(torch.nn.Module):  # as peft's own
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        def forward(self, x):
+            return self.base(x)
+
+    layer, x = GatedFeedForward(6, 4).to(DEVICE), torch.randn(1, 3, 6, device=DEVICE)
+    context, _ = make_context(1, 3, device=torch.device(DEVICE))
+    want = layer(x, context)[0]
+    layer.down = Beside(layer.down)
+    assert relative_error(layer(x, context)[0], want) < 1e-6
+
+
 def test_kernels_take_no_batch_of_gradients():
     """torch.func.vmap over a backward pass gets the plain form's; `is_grads_batched` is refused."""
     x = torch.randn(3, 8, device=DEVICE, requires_grad=True)

@@ -52,8 +52,10 @@ class GatedFeedForward(FeedForward):
         """X (batch, time, dim) to y of the same shape; aux is empty."""
         hidden = self.gate_up(x)
         gate, up = hidden.chunk(2, dim=-1)
-        if self.activation is F.silu and fused(hidden):
-            weight = self.down.weight_of_call(up)
+        down = self.down
+        # peft puts another module in its place.
+        if self.activation is F.silu and fused(hidden) and isinstance(down, Linear):
+            weight = down.weight_of_call(up)
             if weight is not None:
                 return swiglu.swiglu_product(hidden, weight), Aux()
         return self.down(self.activation(gate) * up), Aux()

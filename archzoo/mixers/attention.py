@@ -179,7 +179,7 @@ class Attention(Mixer):
         """X (batch, time, dim) against itself and whatever the state holds."""
         matrix, heads = self.query_key_value, (self.heads, self.kv_heads)
         rotates = state is None and self.one_table()
-        if rotates and fused(x):
+        if rotates and fused(x) and isinstance(matrix, Linear):  # peft puts another in its place
             weight = matrix.weight_of_call(x)
             if weight is not None:
                 table = self.rotary.table(context.positions, torch.float32)  # type: ignore[operator]
