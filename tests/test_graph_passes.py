@@ -100,6 +100,7 @@ def test_a_cache_of_compiled_graphs_knows_it():
     assert GradientsInFloat32().uuid() == GradientsInFloat32().uuid() is not None
     found = options()["post_grad_custom_pre_pass"]
     assert isinstance(found, GradientsInFloat32)
+    assert options() == options()  # else Dynamo compiles anew for each
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")

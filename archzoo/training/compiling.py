@@ -64,7 +64,7 @@ def options(graphs: bool = False) -> dict[str, Any]:
     """
     from torch._inductor import config  # takes a while to import
 
-    from archzoo.training.graph_passes import GradientsInFloat32  # imports it
+    from archzoo.training.graph_passes import GRADIENTS_IN_FLOAT32  # imports it
 
     # Loops are put in order before they are fused, and not after: else the cast of the residual
     # stream's gradient, 23 kernels and 0.8 of 60 ms of a step, stays apart from what makes it.
@@ -73,7 +73,7 @@ def options(graphs: bool = False) -> dict[str, Any]:
     # Rows that are no multiple of 128 bytes are padded else, and copied for each kernel of ours,
     # which takes rows without: 0.5 of 11.1 ms of a step of transformer_small, 2,736 wide.
     given["comprehensive_padding"] = False
-    given["post_grad_custom_pre_pass"] = GradientsInFloat32()
+    given["post_grad_custom_pre_pass"] = GRADIENTS_IN_FLOAT32
     if graphs:
         # A graph is of one shape: batches of many lengths are launched kernel by kernel. With
         # partitions torch (2.11, 2.13) takes the loop variables of kernels for such lengths, cuts

@@ -50,6 +50,10 @@ class GradientsInFloat32(CustomGraphPass):
         return get_hash_for_files((__file__,))
 
 
+#: The one there is: the compiler takes what was compiled with another for something else.
+GRADIENTS_IN_FLOAT32 = GradientsInFloat32()
+
+
 def _is_product(node: Any) -> bool:
     """Whether a node is a product of two narrow matrices that nothing else reads."""
     if not isinstance(node, Node) or node.target is not _PRODUCT or len(node.users) != 1:
