@@ -185,3 +185,25 @@ def test_operators_say_what_they_make():
         operator = getattr(torch.ops.archzoo, name).default
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(operator, arguments, test_utils=checks)
+
+
+def test_many_ranks_have_smaller_tiles(monkeypatch):
+    """Of 64 ranks those of 32 need 144 KiB of shared memory, where most GPUs have 99."""
+    weight, changes = drawn(((0, 70, 64, 0.5),), columns=300)
+    sizes = []
+
+    def launched(*given, run=kernels.launch, **options):
+        sizes.extend(options[n] for n in ("LONG_ROWS", "LONG_COLUMNS") if n in options)
+        run(*given, **options)
+
+    monkeypatch.setattr(kernels, "launch", launched)
+    grad = torch.randn_like(weight)
+    mine = torch.autograd.grad(
+        low_rank.merged(weight, changes, torch.float32), factors(changes), grad
+    )
+    assert sizes == [128, 128]
+    true_weight, true_changes = wide(weight, changes)
+    wanted = plainly(true_weight, true_changes)
+    true = torch.autograd.grad(wanted, factors(true_changes), grad.double())
+    for one, other in zip(mine, true, strict=True):
+        assert relative_error(one, other) < 1e-6

@@ -135,7 +135,8 @@ def _gradients(
     made = _gradient_shapes(grad, firsts, seconds, begins, scales)
     count, columns = len(firsts), grad.shape[1]
     sizes = [len(second) for second in seconds]
-    of_rows, of_columns = 16, 16
+    of_rows, of_columns, rank = 16, 16, _rank(firsts)
+    long = min(256, 8192 // rank)  # else 64 ranks need more shared memory than most GPUs have
     tiles = [-(-size // of_rows) for size in sizes]
     across = -(-columns // of_columns)
     pairs = ((firsts, made[:count]), (seconds, made[count:]))
@@ -144,7 +145,7 @@ def _gradients(
         _MODULE, "gradient_kernel", (count * across + sum(tiles),), (grad, *tensors), columns,
         *_filled(begins, 0), *_filled(sizes, 0), *_filled([len(x) for x in firsts], 0),
         *_filled(scales, 0.0), *_filled(tiles, 0), across, count,
-        RANK=_rank(firsts), ROWS=of_rows, LONG_ROWS=256, COLUMNS=of_columns, LONG_COLUMNS=256,
+        RANK=rank, ROWS=of_rows, LONG_ROWS=long, COLUMNS=of_columns, LONG_COLUMNS=long,
         UPCAST=grad.device.type == "cpu", num_warps=4,
     )  # fmt: skip
     return made
