@@ -490,7 +490,9 @@ class Linear(nn.Linear):
             if not merges and self._product_is_plain:
                 names = tuple(self.blocks)
                 changes = self._low_rank_changes(names, self._by_block(names))
-                self._held_changes = pack(changes, rows=self.out_features) if changes else None
+                if changes:
+                    alike = rounded(changes, self.dtype)  # a router may be wider
+                    self._held_changes = pack(alike, rows=self.out_features)
         self._held_in_calls, self.is_held = merges, True
 
     def _let_go(self) -> None:

@@ -219,6 +219,19 @@ def test_a_mixture_is_put_together_once_for_decoding(monkeypatch):
     assert seen
 
 
+def test_a_router_of_another_dtype_is_held_in_the_weight_s():
+    adapter = archzoo.MoLoRA(rank=2, experts=3)
+    net = archzoo.create_model("transformer_micro", vocab_size=20, adapter=adapter).eval()
+    for _, module in adapter_modules(net):
+        nn.init.normal_(module.second)
+        module.router.double()
+    tokens = torch.randint(20, (2, 9))
+    with torch.no_grad():
+        want = net(tokens).logits
+        with net.weights_held():
+            assert relative_error(net(tokens).logits, want) < 1e-5
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_gains_scale_their_rows_alone_and_no_bias(bias):
     torch.manual_seed(0)
