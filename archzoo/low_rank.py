@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from archzoo.derivatives import differentiated_again, followed, plain_gradients
 from archzoo.kernels import low_rank as kernels
-from archzoo.numerics import at_least_float32, cast
+from archzoo.numerics import at_least_float32, cast, without_autocast
 
 
 class Change(NamedTuple):
@@ -214,7 +214,8 @@ def merged(weight: Tensor, changes: Sequence[Change], dtype: torch.dtype) -> Ten
     begins, scales = zip(*places, strict=True)
     if kernels.available(weight, firsts, begins):
         return kernels.merged(weight, firsts, seconds, begins, scales, dtype)
-    return (weight + _placed(seconds, places, len(weight)) @ first).to(dtype)
+    with without_autocast(weight.device):  # which would round the product
+        return (weight + _placed(seconds, places, len(weight)) @ first).to(dtype)
 
 
 def rounded(changes: Sequence[Change], dtype: torch.dtype) -> list[Change]:
