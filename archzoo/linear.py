@@ -292,7 +292,7 @@ class Linear(nn.Linear):
             weight, bias = weight[rows], bias if bias is None else bias[rows]
         bias, x = bias if bias is None else bias.to(dtype), x.to(dtype)
         inside = bias if gains is None else None
-        if cheaper_merged(x, weight, changes):
+        if cheaper_merged(x, weight, changes, dtype):
             y = F.linear(x, merged(weight, changes, dtype), inside)
         else:
             y = changed_product(x, weight.to(dtype), inside, rounded(changes, dtype))
@@ -435,7 +435,7 @@ class Linear(nn.Linear):
             return weight
         names, dtype = tuple(self.blocks), product_dtype(x)
         changes = self._low_rank_changes(names, self._by_block(names))
-        if not changes or not cheaper_merged(x.to(dtype), weight, changes):
+        if not changes or not cheaper_merged(x, weight, changes, dtype):
             return None
         return merged(weight, changes, dtype)
 

@@ -179,19 +179,23 @@ def changed_product(
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def cheaper_merged(x: Tensor, weight: Tensor, changes: Sequence[Change]) -> bool:
+def cheaper_merged(
+    x: Tensor, weight: Tensor, changes: Sequence[Change], dtype: torch.dtype
+) -> bool:
     """Whether a GPU trains changes of x W^T faster as part of one matrix, `merged`.
 
     That costs the gradient of all of W, ``2 tokens rows columns`` operations. Beside the product x,
     y and the gradients of both are read or written twice each. By an H200's 650 TFLOP/s and 3 TB/s
-    the first is less where ``rows columns`` is at most 800 times ``rows + columns``.
+    the first is less where ``rows columns`` is at most 800 times ``rows + columns``. It also takes
+    passes over W, which only many tokens are worth.
 
     Args:
-        x: (..., columns), in the dtype of the product.
+        x: (..., columns).
         weight: (rows, columns).
         changes: Of it.
+        dtype: Of the product.
     """
-    narrow = x.dtype in (torch.bfloat16, torch.float16) and weight.dtype == torch.float32
+    narrow = dtype in (torch.bfloat16, torch.float16) and weight.dtype == torch.float32
     if not (x.is_cuda and narrow):  # only where W is rounded anyway
         return False
     if not torch.is_grad_enabled() or any(change.router is not None for change in changes):

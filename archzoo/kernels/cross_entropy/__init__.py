@@ -38,7 +38,9 @@ def available(x: Tensor, head: Any) -> bool:
     """
     if followed() or not len(x) or not run_beside(x):
         return False
-    if not hasattr(head, "weight_of_call") or head.weight_of_call(x) is not head.weight:
+    if not hasattr(head, "weight_of_call") or head.adapted:  # no changes are made part of it
+        return False
+    if head.weight_of_call(x) is None:
         return False
     return product_dtype(x) in (torch.bfloat16, torch.float32)
 
