@@ -13,6 +13,7 @@ from archzoo.linear import Linear
 from archzoo.mixers import attention
 from archzoo.mixers.attention import Attention
 from archzoo.positions.rotary import RotaryEmbedding
+from archzoo.training.compiling import keep_traced_functions
 
 define_kernels("archzoo.kernels.rotation.triton")
 
@@ -190,3 +191,37 @@ def test_transforms_that_are_compiled_take_the_plain_form():
         compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
         want = run(x)
         assert want.norm() > 0 and (compiled(x) - want).norm() < 1e-5 * want.norm()
+
+
+def test_a_cache_on_disk_finds_the_graph_again_and_no_other(monkeypatch):
+    """Its key is the traced backward pass, too."""
+    from torch._dynamo.utils import counters
+    from torch._functorch import config
+    from torch._inductor.utils import fresh_cache
+
+    monkeypatch.setattr(config, "autograd_cache_allow_custom_autograd_functions", False)
+    keep_traced_functions()
+    torch.manual_seed(0)
+    layer, x = Attention(24, 3).to(DEVICE), torch.randn(2, 9, 24, device=DEVICE)
+    context, seen = context_of(2, 9, False), []
+
+    def found():
+        torch.compiler.reset()
+        counters.clear()
+        y = torch.compile(lambda x: layer.parallel(x, None, context)[0])(x)
+        (grad,) = torch.autograd.grad(y.square().sum(), layer.query_key_value.weight)
+        seen.append({n for n in counters["aot_autograd"] if n.startswith("autograd_cache_")})
+        return grad
+
+    with fresh_cache():
+        first, again = found(), found()
+        assert torch.equal(first, again)
+        assert seen == [{"autograd_cache_miss", "autograd_cache_saved"}, {"autograd_cache_hit"}]
+        real = kernels._SplitProduct.backward
+
+        def doubled(ctx, *grads):
+            return tuple(None if grad is None else 2 * grad for grad in real(ctx, *grads))
+
+        monkeypatch.setattr(kernels._SplitProduct, "backward", staticmethod(doubled))
+        assert torch.allclose(found(), 2 * first)
+        assert "autograd_cache_hit" not in seen[-1]

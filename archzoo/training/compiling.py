@@ -84,6 +84,19 @@ def options(graphs: bool = False) -> dict[str, Any]:
     return given
 
 
+def keep_traced_functions() -> None:
+    """Let torch's cache on disk hold graphs that an autograd.Function of ours was traced into.
+
+    What it looks up is the traced backward pass, too, so that another one is another graph. Else
+    each start of a model of attention traces it anew.
+    """
+    from torch._functorch import config
+
+    name = "autograd_cache_allow_custom_autograd_functions"
+    if hasattr(config, name):
+        setattr(config, name, True)
+
+
 def reason_against_graphs(trainer: lightning.Trainer, module: LanguageModel) -> str | None:
     """Why a step cannot be replayed as CUDA graphs; None: nothing speaks against it.
 
@@ -191,6 +204,7 @@ class CompileModel(lightning.Callback):
             raise ValueError(f"--compile {given}: {HOOKS}: --compile false trains without")
         if self.when == "graphs" and (reason := reason_against_graphs(trainer, pl_module)):
             raise ValueError(f"--compile graphs: {reason}: take --compile true")
+        keep_traced_functions()
         asked = self.when == "graphs"
         self._replays = asked or (self.when == "auto" and replays(trainer, pl_module))
         # FSDP2's hooks around a block, or its gradients while those before it are computed.
