@@ -426,11 +426,13 @@ class Linear(nn.Linear):
         if type(self) is not Linear or self.stack is not None or self.bias is not None:
             return None
         hooks = self._forward_hooks, self._forward_pre_hooks
-        if any((*hooks, self._backward_hooks, self._backward_pre_hooks)):
+        if any((*hooks, self._backward_hooks, self._backward_pre_hooks)) or "forward" in vars(self):
             return None
         weight: Tensor = self.weight
         if type(weight) not in (Tensor, nn.Parameter):  # one rank's part of it
             return None
+        if x.dtype != weight.dtype and autocast_dtype(x.device) is None:
+            return None  # torch says what is wrong
         if not self.adapted:
             return weight
         names, dtype = tuple(self.blocks), product_dtype(x)

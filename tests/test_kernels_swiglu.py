@@ -158,11 +158,16 @@ def test_other_linears_are_called(width):
     class Other(Linear):
         pass
 
-    alone = Linear(width, {"down": 8})
+    alone = Linear(width, {"down": 8}).to(DEVICE)
     assert alone.weight_of_call(x) is alone.weight
     assert Other(width, {"down": 8}).weight_of_call(x) is None
     assert Linear(width, {"down": 8}, bias=True).weight_of_call(x) is None
     assert Linear(width, {"down": 8}, stack=2).weight_of_call(x) is None
+    assert alone.to(torch.bfloat16).weight_of_call(x) is None  # torch refuses the call
+    with torch.autocast(torch.device(DEVICE).type, torch.bfloat16):
+        assert alone.weight_of_call(x) is alone.weight
+    alone.forward = lambda x: x  # as offloading does
+    assert alone.weight_of_call(x.bfloat16()) is None
 
 
 @pytest.mark.filterwarnings("ignore:Input #. requires gradient and is not a double")
