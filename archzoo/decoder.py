@@ -18,7 +18,7 @@ from archzoo.adapters import Adapter, Target
 from archzoo.adapters.attach import attach, start_adapters
 from archzoo.adapters.prompts import prepend_prompt
 from archzoo.block import Aux, Bias, Block, Embedding, FeedForward, Mixer, Rotary, Router
-from archzoo.compiled import own_name
+from archzoo.compiled import as_fit_asks, own_name
 from archzoo.convolution import ShortConvolution
 from archzoo.derivatives import followed, transformed
 from archzoo.documents import Context
@@ -334,12 +334,15 @@ class Decoder(nn.Module):
         """Compile what a training step calls: all from the tokens to the vectors before the head.
 
         Names and values of the weights stay. Evaluation, decoding and whatever runs without
-        gradients are not compiled, so that other lengths compile nothing anew.
+        gradients are not compiled, so that other lengths compile nothing anew. On an NVIDIA GPU
+        torch's compiler is asked for what `archzoo fit` asks of it, unless a backend, a mode or
+        options are given.
 
         Args:
             *arguments: Of `torch.compile`.
             **options: The same.
         """
+        options = as_fit_asks(options, self.device)
         compiled = torch.compile(self._hidden, *arguments, **options)
         # DDP's compiler would cut the graph where its buckets end.
         self.compiled_hidden = torch._dynamo.config.patch({"optimize_ddp": False})(compiled)
@@ -352,9 +355,10 @@ class Decoder(nn.Module):
         without. What `compile` has compiled is forgotten.
 
         Args:
-            *arguments: Of `torch.compile`.
+            *arguments: As for `compile`.
             **options: The same.
         """
+        options = as_fit_asks(options, self.device)
         compiled = torch.compile(Block.run, *arguments, **options)
         for block in self.blocks:
             block.compiled_run = compiled

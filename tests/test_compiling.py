@@ -31,6 +31,20 @@ def gradients(net, tokens):
     return x, *torch.autograd.grad((x * torch.arange(x.shape[-1])).sum(), weights)
 
 
+@pytest.mark.parametrize("compile", ["compile", "compile_blocks"])
+def test_python_compiles_as_fit_does_on_a_gpu(compile, monkeypatch):
+    net, seen = net_of(), []
+    monkeypatch.setattr(torch, "compile", lambda call, **given: seen.append(given) or call)
+    getattr(net, compile)(fullgraph=True)
+    monkeypatch.setattr(type(net), "device", torch.device("cuda"))
+    getattr(net, compile)(fullgraph=True, mode=None)
+    for own in ({"backend": "eager"}, {"mode": "max-autotune"}, {"options": {}}):
+        getattr(net, compile)(**own)
+        assert seen.pop() == own
+    asked = {"fullgraph": True, "mode": None, "options": compiling.options()}
+    assert seen == [{"fullgraph": True}, asked]
+
+
 @pytest.mark.parametrize("name", ["retnet_micro", "transformer_micro"])
 def test_a_compiled_model_trains_as_it_is(name):
     net, tokens = net_of(name), torch.randint(16, (2, 9))

@@ -6,8 +6,8 @@ from kernel_device import GPU
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph
 
-from archzoo.training.compiling import options
-from archzoo.training.graph_passes import GradientsInFloat32
+from archzoo.compiled import options
+from archzoo.graph_passes import GradientsInFloat32
 
 ATEN, CONVERT = torch.ops.aten, torch.ops.prims.convert_element_type.default
 

@@ -8,12 +8,12 @@ import torch
 from kernel_device import DEVICE, GPU, define_kernels
 
 from archzoo.block import make_context
+from archzoo.compiled import keep_traced_functions
 from archzoo.kernels import rotation as kernels
 from archzoo.linear import Linear
 from archzoo.mixers import attention
 from archzoo.mixers.attention import Attention
 from archzoo.positions.rotary import RotaryEmbedding
-from archzoo.training.compiling import keep_traced_functions
 
 define_kernels("archzoo.kernels.rotation.triton")
 

@@ -14,6 +14,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from archzoo.adapters import Adapter
 from archzoo.adapters.lora import LoRA
+from archzoo.compiled import keep_traced_functions, options
 from archzoo.embeddings.token import TokenEmbedding
 from archzoo.feedforward.moe import Experts
 from archzoo.kernels.launching import TRITON_FOUND
@@ -54,47 +55,6 @@ def missing() -> str | None:
     if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
         return "there is no C compiler (cc, gcc or clang)"
     return None
-
-
-def options(graphs: bool = False) -> dict[str, Any]:
-    """What is asked of torch's compiler, beside its own choices.
-
-    Args:
-        graphs: Whether what is compiled is captured in CUDA graphs, and replayed.
-    """
-    from torch._inductor import config  # takes a while to import
-
-    from archzoo.training.graph_passes import GRADIENTS_IN_FLOAT32  # imports it
-
-    # Loops are put in order before they are fused, and not after: else the cast of the residual
-    # stream's gradient, 23 kernels and 0.8 of 60 ms of a step, stays apart from what makes it.
-    name = "loop_ordering_after_fusion"
-    given: dict[str, Any] = {name: False} if hasattr(config, name) else {}
-    # Rows that are no multiple of 128 bytes are padded else, and copied for each kernel of ours,
-    # which takes rows without: 0.5 of 11.1 ms of a step of transformer_small, 2,736 wide.
-    given["comprehensive_padding"] = False
-    given["post_grad_custom_pre_pass"] = GRADIENTS_IN_FLOAT32
-    if graphs:
-        # A graph is of one shape: batches of many lengths are launched kernel by kernel. With
-        # partitions torch (2.11, 2.13) takes the loop variables of kernels for such lengths, cuts
-        # a step of skywork_base into 73 parts, and records them anew at each step.
-        given |= {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}
-        if hasattr(config, "graph_partition"):
-            given["graph_partition"] = False
-    return given
-
-
-def keep_traced_functions() -> None:
-    """Let torch's cache on disk hold graphs that an autograd.Function of ours was traced into.
-
-    What it looks up is the traced backward pass, too, so that another one is another graph. Else
-    each start of a model of attention traces it anew.
-    """
-    from torch._functorch import config
-
-    name = "autograd_cache_allow_custom_autograd_functions"
-    if hasattr(config, name):
-        setattr(config, name, True)
 
 
 def reason_against_graphs(trainer: lightning.Trainer, module: LanguageModel) -> str | None:
