@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from archzoo.derivatives import differentiated_again, followed, plain_gradients
 from archzoo.kernels import low_rank as kernels
-from archzoo.numerics import at_least_float32, cast, without_autocast
+from archzoo.numerics import at_least_float32, cast
 
 
 class Change(NamedTuple):
@@ -213,13 +213,8 @@ def merged(weight: Tensor, changes: Sequence[Change], dtype: torch.dtype) -> Ten
         changes: Without routers, in the weight's dtype.
         dtype: Of the result.
     """
-    first, seconds, _, places, _, _ = pack(changes)
-    firsts = [change.first for change in changes]
-    begins, scales = zip(*places, strict=True)
-    if kernels.available(weight, firsts, begins):
-        return kernels.merged(weight, firsts, seconds, begins, scales, dtype)
-    with without_autocast(weight.device):  # which would round the product
-        return (weight + _placed(seconds, places, len(weight)) @ first).to(dtype)
+    begins, firsts, seconds, scales, *_ = zip(*changes, strict=True)
+    return kernels.merged(weight, firsts, seconds, begins, scales, dtype)
 
 
 def rounded(changes: Sequence[Change], dtype: torch.dtype) -> list[Change]:
@@ -232,14 +227,6 @@ def rounded(changes: Sequence[Change], dtype: torch.dtype) -> list[Change]:
         )
         for change in changes
     ]
-
-
-def _placed(seconds: Sequence[Tensor], places: list[tuple[int, float]], rows: int) -> Tensor:
-    """Every ``s B`` in its rows, side by side: (rows, ranks)."""
-    columns = []
-    for (begin, scale), second in zip(places, seconds, strict=True):
-        columns.append(F.pad(second * scale, (0, 0, begin, rows - begin - len(second))))
-    return torch.cat(columns, dim=1)
 
 
 def _gated(
@@ -310,7 +297,10 @@ def _plain(
             change = F.linear(part, second) * scale
             y = y + F.pad(change, (begin, rows - begin - len(second)))
         return y
-    return y + F.linear(hidden, _placed(seconds, places, rows))
+    columns = []
+    for (begin, scale), second in zip(places, seconds, strict=True):
+        columns.append(F.pad(second * scale, (0, 0, begin, rows - begin - len(second))))
+    return y + F.linear(hidden, torch.cat(columns, dim=1))
 
 
 def _in_place(

@@ -81,7 +81,7 @@ def test_a_product_returns_a_weight_s_gradient_in_float32(swapped):
 def test_what_else_is_cast_stays():
     made = Made()
     read = made.call(CONVERT, gradient(made), torch.float32)
-    again = made.call(ATEN.neg.default, read)  # what is read on is no gradient that is returned
+    again = made.call(ATEN.neg.default, read)  # read again: it is not what is returned
     assert CONVERT in made.changed(again)
     made = Made()
     product = gradient(made)

@@ -4,7 +4,7 @@ Each change is of rows of its own, a block of the weight. With torch's operation
 put together, multiplied, added and cast, and their gradients cut apart and cast back: some ten
 small kernels a matrix, each shorter than its launch.
 
-The plain form is `archzoo.low_rank.merged`. Importing this module needs neither Triton nor a GPU.
+Where kernels do not run it is made so. Importing this module needs neither Triton nor a GPU.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from archzoo.derivatives import differentiated_again, plain_gradients
 from archzoo.kernels.launching import fused, launch, power_of_2
 from archzoo.kernels.operators import define
+from archzoo.numerics import without_autocast
 
 MOST = 4  # changes of one weight
 MAX_RANK = 64
@@ -50,16 +52,15 @@ def merged(
     """``W + sum s B A``, rounded once, (rows, columns).
 
     Args:
-        weight: W, (rows, columns), float32.
-        firsts: A of each change, (rank, columns), float32.
-        seconds: B of each, (its rows, rank), float32.
-        begins: The first row of each, in order; no two of the same row.
+        weight: W, (rows, columns).
+        firsts: A of each change, (rank, columns), in W's dtype.
+        seconds: B of each, (its rows, rank), in W's dtype.
+        begins: The first row of each.
         scales: s of each.
         dtype: Of the result.
     """
-    y: Tensor = _operator(
-        weight, list(firsts), list(seconds), list(begins), [float(s) for s in scales], dtype
-    )
+    given = weight, list(firsts), list(seconds), list(begins), [float(s) for s in scales], dtype
+    y: Tensor = (_operator if available(weight, firsts, begins) else _plain)(*given)
     return y
 
 
@@ -73,9 +74,10 @@ def _plain(
 ) -> Tensor:
     """The same of torch's own operations."""
     changed = weight
-    for first, second, begin, scale in zip(firsts, seconds, begins, scales, strict=True):
-        room = (0, 0, begin, len(weight) - begin - len(second))
-        changed = changed + torch.nn.functional.pad(scale * second @ first, room)
+    with without_autocast(weight.device):  # which would round the products
+        for first, second, begin, scale in zip(firsts, seconds, begins, scales, strict=True):
+            room = (0, 0, begin, len(weight) - begin - len(second))
+            changed = changed + F.pad(scale * second @ first, room)
     return changed.to(dtype)
 
 

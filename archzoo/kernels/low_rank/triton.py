@@ -91,60 +91,40 @@ def gradient_kernel(
     g = grad + begin.to(tl.int64) * columns
     # Triton's interpreter multiplies bf16 wrongly.
     kind = tl.float32 if UPCAST else grad.dtype.element_ty
-    if of_first:
-        tile = program % across
-        _first(g, b, da, tile, size, columns, rank, scale, RANK, LONG_ROWS, COLUMNS, kind)
+    if of_first:  # of columns, along rows
+        _gradient(
+            g, 1, columns, b, rank, 1, da, 1, columns,
+            program % across, columns, size, rank, scale, RANK, COLUMNS, LONG_ROWS, kind,
+        )  # fmt: skip
     else:
-        _second(g, a, db, tile, size, columns, rank, scale, RANK, ROWS, LONG_COLUMNS, kind)
+        _gradient(
+            g, columns, 1, a, 1, columns, db, rank, 1,
+            tile, size, columns, rank, scale, RANK, ROWS, LONG_COLUMNS, kind,
+        )  # fmt: skip
 
 
 @triton.jit
-def _first(
-    g, b, da, tile, size, columns, rank, scale,
-    RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, kind: tl.constexpr,
+def _gradient(
+    g, g_own, g_long, factor, factor_long, factor_rank, out, out_own, out_rank,
+    tile, owns, longs, rank, scale,
+    RANK: tl.constexpr, OWN: tl.constexpr, LONG: tl.constexpr, kind: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of ``dA = s B^T G``."""
+    """Some of ``s G F``: of G's own side, summed along its long one; each with its stride."""
     index = tl.arange(0, RANK)
-    column = tile * COLUMNS + tl.arange(0, COLUMNS)
-    in_rank, in_column = index < rank, column < columns
-    total = tl.zeros((RANK, COLUMNS), tl.float32)
-    for begin in range(0, size, ROWS):
-        row = begin + tl.arange(0, ROWS)
-        in_row = row < size
+    own = tile * OWN + tl.arange(0, OWN)
+    in_rank, in_own = index < rank, own < owns
+    total = tl.zeros((OWN, RANK), tl.float32)
+    for begin in range(0, longs, LONG):
+        long = begin + tl.arange(0, LONG)
+        in_long = long < longs
         left = tl.load(
-            b + row[None, :] * rank + index[:, None],
-            mask=in_rank[:, None] & in_row[None, :], other=0.0,
+            g + own[:, None] * g_own + long[None, :] * g_long,
+            mask=in_own[:, None] & in_long[None, :], other=0.0,
         )  # fmt: skip
         right = tl.load(
-            g + row[:, None] * columns + column[None, :],
-            mask=in_row[:, None] & in_column[None, :], other=0.0,
+            factor + long[:, None] * factor_long + index[None, :] * factor_rank,
+            mask=in_long[:, None] & in_rank[None, :], other=0.0,
         )  # fmt: skip
         total = tl.dot(left.to(kind), right.to(kind), total, input_precision="ieee")
-    place = da + index[:, None] * columns + column[None, :]
-    tl.store(place, total * scale, mask=in_rank[:, None] & in_column[None, :])
-
-
-@triton.jit
-def _second(
-    g, a, db, tile, size, columns, rank, scale,
-    RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, kind: tl.constexpr,
-):  # fmt: skip
-    """Some rows of ``dB = s G A^T``."""
-    index = tl.arange(0, RANK)
-    row = tile * ROWS + tl.arange(0, ROWS)
-    in_rank, in_row = index < rank, row < size
-    total = tl.zeros((ROWS, RANK), tl.float32)
-    for begin in range(0, columns, COLUMNS):
-        column = begin + tl.arange(0, COLUMNS)
-        in_column = column < columns
-        left = tl.load(
-            g + row[:, None] * columns + column[None, :],
-            mask=in_row[:, None] & in_column[None, :], other=0.0,
-        )  # fmt: skip
-        right = tl.load(
-            a + index[None, :] * columns + column[:, None],
-            mask=in_rank[None, :] & in_column[:, None], other=0.0,
-        )  # fmt: skip
-        total = tl.dot(left.to(kind), right.to(kind), total, input_precision="ieee")
-    place = db + row[:, None] * rank + index[None, :]
-    tl.store(place, total * scale, mask=in_row[:, None] & in_rank[None, :])
+    place = out + own[:, None] * out_own + index[None, :] * out_rank
+    tl.store(place, total * scale, mask=in_own[:, None] & in_rank[None, :])
