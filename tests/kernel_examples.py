@@ -4,8 +4,10 @@
 and stands in for the launches. So each kernel is compiled for what it is given in earnest. The
 tensors lie on the CPU and no kernel runs: whatever one would have written is zero.
 
-As a script (`python tests/kernel_examples.py [--first] [NAME ...]`) it compiles all of them for
-Hopper (sm_90), or of each module the first kernel alone. No interpreter may have been asked for.
+As a script (`python tests/kernel_examples.py [--first] [--little] [NAME ...]`) it compiles all of
+them for Hopper (sm_90), or with --little for a GPU for games (sm_86), whose programs have less
+shared memory; with --first of each module the first kernel alone. No interpreter may have been
+asked for.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ import torch
 
 from archzoo.kernels import launching
 
+ARCHITECTURE = 90  # which kernels are compiled for: Hopper
 SHARED = 232_448  # bytes of shared memory that a program may take on an H100
+LITTLE = (86, 101_376)  # the same of a GPU for games
 KERNELS = Path(launching.__file__).parent
 EXAMPLES: dict[str, Callable[[], None]] = {}
 
@@ -121,7 +125,7 @@ def compile_for_hopper(launch: launching.Launch, tensors: tuple[Any, ...]) -> An
         *tensors, *launch.numbers, grid=launch.grid, **constants, **launch.options
     )
     shared = compiled.metadata.shared
-    assert shared <= SHARED, f"{shared:,} bytes of shared memory, where an H100 has {SHARED:,}"
+    assert shared <= SHARED, f"{shared:,} bytes of shared memory, where there are {SHARED:,}"
     return compiled
 
 
@@ -137,7 +141,7 @@ class _NoDriver:
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", ARCHITECTURE, 32)
 
 
 # ---------------------------------------------------------------------------- examples
@@ -460,11 +464,17 @@ def cache_attention() -> None:
 
 
 def main(arguments: list[str]) -> int:
+    global ARCHITECTURE, SHARED
     first = "--first" in arguments
-    names = [name for name in arguments if name != "--first"] or list(EXAMPLES)
+    names = [name for name in arguments if not name.startswith("--")] or list(EXAMPLES)
     assert not launching.interpreting()
     import triton
 
+    if "--little" in arguments:
+        from archzoo.kernels.retention import launch as retention_launch
+
+        ARCHITECTURE, SHARED = LITTLE
+        retention_launch._has_little_memory = lambda device: True
     triton.runtime.driver.set_active(_NoDriver())
     for module in modules():
         importlib.import_module(module)  # before an interpreter is asked for
@@ -490,7 +500,7 @@ def main(arguments: list[str]) -> int:
             seconds = time.perf_counter() - begin
             print(f"{seconds:5.1f} s  {'.'.join(of[0].split('.')[2:])}.{of[1]}", flush=True)
 
-    print(f"triton {triton.__version__}, sm_90")
+    print(f"triton {triton.__version__}, sm_{ARCHITECTURE}")
     with launches(see):
         for name in names:
             EXAMPLES[name]()

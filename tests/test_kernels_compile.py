@@ -87,6 +87,16 @@ def test_compiles(name):
     assert compile_examples(name).count(" s  ")
 
 
+HOPPER = {"retention_gluon", "retention_gluon_wide", "one_bit_hopper", "one_bit_norm"}
+OTHERS = [name for name in kernel_examples.EXAMPLES if name not in {*HOPPER, "decoding"}]
+
+
+@pytest.mark.slow  # together some 2 minutes of one core
+@pytest.mark.parametrize("name", OTHERS)  # decoding's examples begin early, as Hopper's do
+def test_fits_where_there_is_little_shared_memory(name):
+    assert compile_examples("--little", name).count(" s  ")
+
+
 @pytest.mark.slow  # 20 s
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 @pytest.mark.skipif(kernel_device.GPU, reason="a driver is there already")

@@ -239,6 +239,7 @@ def test_launches_hand_over_what_their_kernels_take(monkeypatch, specialised, he
     handed = []
     monkeypatch.setattr(launch, "Launch", note)
     monkeypatch.setattr(launch, "_warp_specialises", lambda _: specialised)
+    monkeypatch.setattr(launch, "_has_little_memory", lambda _: False)
     for batch, time in ((16, 2048), (4, 8192), (1, 32768)):
         for state, final, arriving in itertools.product((False, True), repeat=3):
             problem = real_problem(batch, time, heads, dk, dv, state, final)
@@ -291,6 +292,25 @@ def test_segments_per_program():
         ]
         assert plans.segments_per_program(plans.find_plan(dk, dv, torch.bfloat16), 2, dk, dv) == 1
     assert plans.segments_per_program(plans.find_plan(64, 64, torch.bfloat16, True), 2, 64, 64) == 1
+
+
+@pytest.mark.parametrize(("dk", "dv"), [(64, 64), (128, 256), (256, 512)])
+def test_little_memory_has_plans_that_compute_the_same(dk, dv, monkeypatch):
+    """Compiled for such a GPU in tests/test_kernels_compile.py."""
+    large, little = (plans.find_plan(dk, dv, torch.bfloat16, False, few) for few in (False, True))
+    assert large != little
+    torch.manual_seed(0)
+    given = [torch.randn(1, 40, 1, width, device=DEVICE) for width in (dk, dk, dv)]
+    decay, found = torch.tensor([-0.1], device=DEVICE), []
+    for plan in (large, little):
+        monkeypatch.setattr(launch, "find_plan", lambda *_, plan=plan: plan)
+        launch.find_forward.cache_clear()
+        q, k, v = (x.clone().requires_grad_() for x in given)
+        o, _ = kernels.retention(q, k, v, decay)
+        found.append([o, *torch.autograd.grad(o.square().sum(), (q, k, v))])
+    launch.find_forward.cache_clear()
+    for mine, other in zip(*found, strict=True):
+        assert (mine - other).norm() <= 1e-5 * other.norm()
 
 
 @pytest.mark.parametrize("final", [True, False])

@@ -27,6 +27,7 @@ from archzoo.kernels.launching import (
     strides_fit,
 )
 from archzoo.kernels.retention.plans import (
+    ROOM,
     Cut,
     Pair,
     Plan,
@@ -108,9 +109,9 @@ class Problem(NamedTuple):
     @property
     def plan(self) -> Plan:
         whole = not (self.plain or self.documents or self.ranges)
-        return find_plan(
-            self.q[-1], self.v[-1], self.dtype, whole and _warp_specialises(self.device)
-        )
+        specialised = whole and _warp_specialises(self.device)
+        little = _has_little_memory(self.device)
+        return find_plan(self.q[-1], self.v[-1], self.dtype, specialised, little)
 
     def direction(self, reverse: bool, initial: bool, final: bool) -> Direction:
         """How rows are gone through, see `Direction`."""
@@ -669,6 +670,15 @@ def _warp_specialises(device: torch.device) -> bool:
         _give_up_warp_specialisation(error)
         return False
     return True
+
+
+@functools.lru_cache(maxsize=64)
+def _has_little_memory(device: torch.device) -> bool:
+    """Whether a program has less shared memory there than plans take."""
+    if device.type != "cuda":
+        return False
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", ROOM) < ROOM
 
 
 def _state_like(tensor: Tensor) -> Tensor:

@@ -74,6 +74,9 @@ _BFLOAT16_PLANS: dict[tuple[int, int], Plan] = {
         sums=(64, Cut(128, 128, 8, 3)),
     ),
 }
+# Bytes of shared memory that a program of these takes at most. An A100 has as many, others of its
+# generation and GPUs for games have 99 KiB.
+ROOM = 152 * 1024
 # The same with warp specialisation, for whole rows of one document; by exact widths. Three groups
 # of four warps, the backward's four: what a chunk of 64 leaves over goes to the group that makes
 # its weights, and a narrow state alone leaves space for two programs on a multiprocessor.
@@ -110,8 +113,18 @@ def block_of(width: int) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def find_plan(dk: int, dv: int, dtype: torch.dtype, warp_specialised: bool = False) -> Plan:
-    """The plan of these widths; `warp_specialised`: on Hopper, for whole rows of one document."""
+def find_plan(
+    dk: int, dv: int, dtype: torch.dtype, warp_specialised: bool = False, little: bool = False
+) -> Plan:
+    """The plan of these widths.
+
+    Args:
+        dk: Of keys.
+        dv: Of values.
+        dtype: Of the products.
+        warp_specialised: On Hopper, for whole rows of one document.
+        little: For a GPU whose programs have less shared memory than `ROOM`.
+    """
     if warp_specialised and dtype == torch.bfloat16 and (dk, dv) in _WARP_SPECIALISED_PLANS:
         return _WARP_SPECIALISED_PLANS[dk, dv]
     wide_k, wide_v = block_of(dk), block_of(dv)
@@ -127,7 +140,10 @@ def find_plan(dk: int, dv: int, dtype: torch.dtype, warp_specialised: bool = Fal
         )
 
     def fit(cut: Cut, rows: int, columns: int) -> Cut:
-        return cut._replace(block=min(cut.block, rows), tile=min(cut.tile, columns))
+        cut = cut._replace(block=min(cut.block, rows), tile=min(cut.tile, columns))
+        if little:  # nothing is fetched ahead, and a large state is held in narrower parts
+            cut = cut._replace(stages=1, tile=min(cut.tile, 64) if cut.block > 128 else cut.tile)
+        return cut
 
     key, value, sums, fused = plan
     return plan._replace(
