@@ -68,7 +68,6 @@ from archzoo.analysis.figures import pyplot, save
 from archzoo.cli import main as archzoo
 from archzoo.training import sharding
 from archzoo.training.deepspeed import inner, uses_deepspeed
-from archzoo.training.sharding import AT_ONCE
 
 Log = list[dict[str, str]]
 
@@ -97,6 +96,7 @@ def zero(processes: int) -> dict[str, str]:
 ONE = {"--trainer.devices": "1"}
 STRATEGIES = {"ddp": ddp, "ddp_zero_1": zero, "fsdp2": fsdp2}
 BLOCKS = "fsdp2_blocks"  # as models are sharded that are larger than those here
+TOGETHER = sharding.most_together
 # ModelParallelStrategy refuses the name 64-true, and takes what is behind it.
 FLOAT64 = {"--trainer.plugins": "lightning.pytorch.plugins.DoublePrecision"}
 
@@ -155,7 +155,7 @@ def trained(
 ) -> list[dict[str, Tensor]]:
     """Loss and gradients of each step, of one `archzoo fit` in this process."""
     Kept.seen.clear()
-    sharding.AT_ONCE = 0 if way == BLOCKS else AT_ONCE
+    sharding.most_together = (lambda _: 0) if way == BLOCKS else TOGETHER
     options = {
         "--name": f"{way}_{family}",
         "--seed_everything": "0",
@@ -250,6 +250,9 @@ def equal(given: argparse.Namespace) -> int:
 # ---------------------------------------------------------------------------- speed
 
 
+NAMED = ("way", "scaling", "processes", "model", "time", "tokens_a_process", "compile")
+
+
 def speed(given: argparse.Namespace) -> int:
     """One row a model, length, strategy and number of processes: tokens a second, and of one's."""
     rows: list[dict[str, Any]] = []
@@ -280,7 +283,7 @@ def speed(given: argparse.Namespace) -> int:
                 failed += 1
             print(row, flush=True)
             rows.append(row)
-            write_rows("ranks-speed", rows, on_gpu=on_gpu)
+            write_rows("ranks-speed", rows, on_gpu=on_gpu, replacing=NAMED)
     return failed
 
 

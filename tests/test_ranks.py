@@ -225,7 +225,7 @@ def test_each_rank_compiles_what_it_exchanges_at_once(
     """A block, or all of a sharded model that is not large, or of any where sums are quick."""
     weights = []
     monkeypatch.setattr(sharding, "AT_ONCE", at_once)
-    monkeypatch.setattr(compiling, "sums_quickly", lambda trainer: quick)
+    monkeypatch.setattr(compiling, "sums_quickly", lambda trainer, size: quick)
 
     def backend(graph, inputs, **_):
         weights.append(sum(isinstance(value, torch.nn.Parameter) for value in inputs))
@@ -240,6 +240,36 @@ def test_each_rank_compiles_what_it_exchanges_at_once(
     assert "compiling the model" in capfd.readouterr().err
     whole = at_once or (quick and strategy is DDP)
     assert weights == [14 if whole else 6]  # one graph: of the model, or of all blocks and steps
+
+
+def test_what_is_gathered_together_is_a_tenth_of_a_gpu_at_most(monkeypatch):
+    """12 bytes a parameter: 1.2 G of them on a GPU of 144 GB, and 250 M of them on any."""
+    for gigabytes, most in ((144, 1_200_000_000), (80, 666_666_666), (24, 250_000_000)):
+        properties = types.SimpleNamespace(total_memory=gigabytes * 10**9)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda found=properties: found)
+        assert sharding.most_together("cuda") == most
+    assert sharding.most_together("cpu") == 250_000_000
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "parameters", "quick"),
+    # The sum of 64 MiB in 0.23 ms, as between two H200s, and in 1.1 ms, as over PCIe.
+    [(0.23, 110_000_000, True), (0.23, 747_000_000, False), (1.1, 110_000_000, False)],
+)
+def test_gradients_are_summed_quickly(monkeypatch, milliseconds, parameters, quick):
+    """In 5 ms: those of retnet_base on NVLink, and neither yuan_base's nor those over PCIe."""
+    sums = []
+    event = types.SimpleNamespace(record=lambda: None, elapsed_time=lambda end: milliseconds)
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *given: sums.append(given))
+    like = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda size, device: like(size))
+    monkeypatch.setattr(torch, "tensor", lambda number, device: like(()) + number)
+    strategy = types.SimpleNamespace(root_device=torch.device("cuda"))
+    trainer = types.SimpleNamespace(world_size=2, strategy=strategy)
+    assert ranks.sums_quickly(trainer, 4 * parameters) == quick
+    assert len(sums) == 7  # six are timed, and the seventh finds the slowest rank
 
 
 @pytest.mark.parametrize("strategy", [FSDP2], ids=["fsdp2"])

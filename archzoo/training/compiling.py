@@ -170,7 +170,8 @@ class CompileModel(lightning.Callback):
         # FSDP2's hooks around a block, or its gradients while those before it are computed.
         by_blocks = trainer.world_size > 1 and pl_module.exchanges_blocks
         if by_blocks and not pl_module.sharded:
-            by_blocks = not sums_quickly(trainer)
+            size = sum(part.nbytes for part in net.parameters() if part.requires_grad)
+            by_blocks = not sums_quickly(trainer, size)
         # Unfreezing compiles nothing of other blocks anew; a teacher is compared block by block.
         if by_blocks or pl_module.unfreezes or pl_module.teacher is not None:
             net.compile_blocks(options=options())

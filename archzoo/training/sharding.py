@@ -19,6 +19,8 @@ from archzoo.training.ranks import check_data_parallel
 #: Up to so many parameters are gathered all together. A step waits for them then, 1 ms for 110 M
 #: between two H200s, and less than its host would need to gather every block twice.
 AT_ONCE = 250_000_000
+GATHERED = 12  # bytes of a parameter that is: weight, gradient and what of it is scattered
+SHARE = 0.1  # of a GPU's memory, that what is gathered all together may take beyond `AT_ONCE`
 
 
 def shard(decoder: Decoder, mesh: DeviceMesh, world_size: int) -> bool:
@@ -26,7 +28,8 @@ def shard(decoder: Decoder, mesh: DeviceMesh, world_size: int) -> bool:
 
     Together they are gathered before the first block and kept until the end of the backward pass,
     where their gradients are scattered: 12 bytes a parameter for that time, and one graph of the
-    whole model. Block by block each block is gathered twice, and only its weights are whole.
+    whole model. Block by block each block is gathered twice, and only its weights are whole. See
+    `most_together` for which models are large.
 
     Parameters stay float32 when gathered; autocast casts what is computed, as on one device, so
     that routers and norms see what they see there.
@@ -59,11 +62,23 @@ def shard(decoder: Decoder, mesh: DeviceMesh, world_size: int) -> bool:
 
     for parameter in decoder.parameters():  # some lie in long rows, which cannot be cut
         parameter.data = parameter.data.contiguous()
-    together = decoder.parameter_count() <= AT_ONCE
+    together = decoder.parameter_count() <= most_together(mesh.device_type)
     for part in (decoder,) if together else (*decoder.blocks, decoder):
         fully_shard(part, mesh=ranks, shard_placement_fn=placement)
     register_fsdp_forward_method(decoder, "hidden")  # what training calls
     return together
+
+
+def most_together(device_type: str) -> int:
+    """The parameters of the largest model that is gathered all together.
+
+    Args:
+        device_type: Of the ranks; a GPU is the current one, and all are taken to be alike.
+    """
+    if device_type != "cuda":
+        return AT_ONCE
+    memory = torch.cuda.get_device_properties().total_memory
+    return max(AT_ONCE, int(SHARE * memory / GATHERED))
 
 
 def clip_by_norm(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
