@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 UNLABELLED = tl.constexpr(-100)
+LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x log2 e), of which a GPU has the latter
 
 
 @triton.jit
@@ -20,6 +21,9 @@ def cross_entropy_kernel(
 
     A row holds `columns` numbers, the first `vocabulary` of which are logits. The others become 0.
     A label outside the vocabulary makes the loss NaN, which a reader of the loss notices.
+
+    Instructions take as long here as memory does, so none is spent on a logit that the row, or its
+    label alone, can be asked once.
     """
     row = tl.program_id(0).to(tl.int64)
     z_ptr = logits + row * columns
@@ -34,7 +38,8 @@ def cross_entropy_kernel(
         if PREDICT:
             best = tl.where(here > largest, begin + tl.argmax(z, 0).to(tl.int32), best)
         reached = tl.maximum(largest, here)
-        total = total * tl.exp(largest - reached) + tl.sum(tl.exp(z - reached))
+        total *= tl.exp2((largest - reached) * LOG2_E)
+        total += tl.sum(tl.exp2(z * LOG2_E - reached * LOG2_E))
         largest = reached
     normaliser = largest + tl.log(total)
     counted = label != UNLABELLED
@@ -44,12 +49,22 @@ def cross_entropy_kernel(
     if PREDICT:
         tl.store(predicted + row, best.to(tl.int64))
     if GRADIENT:
-        for begin in range(0, columns, BLOCK):
-            index = begin + tl.arange(0, BLOCK)
-            z = tl.load(z_ptr + index, mask=index < vocabulary, other=float("-inf")).to(tl.float32)
-            gradient = tl.exp(z - normaliser) - tl.where(index == label, 1.0, 0.0)
-            gradient = tl.where(counted, gradient, 0.0)
-            tl.store(z_ptr + index, gradient.to(logits.dtype.element_ty), mask=index < columns)
+        dtype = logits.dtype.element_ty
+        tl.debug_barrier()  # the label's logit has been read
+        if counted:
+            for begin in range(0, columns, BLOCK):
+                index = begin + tl.arange(0, BLOCK)
+                z = tl.load(z_ptr + index, mask=index < vocabulary, other=float("-inf"))
+                likely = tl.exp2(z.to(tl.float32) * LOG2_E - normaliser * LOG2_E)
+                tl.store(z_ptr + index, likely.to(dtype), mask=index < columns)
+            tl.debug_barrier()  # what stands there is not the last word
+            of_label = tl.exp2((of_label - normaliser) * LOG2_E) - 1.0
+            tl.store(z_ptr + label, of_label.to(dtype), mask=known)
+        else:
+            for begin in range(0, columns, BLOCK):
+                index = begin + tl.arange(0, BLOCK)
+                zero = tl.zeros((BLOCK,), dtype)
+                tl.store(z_ptr + index, zero, mask=index < columns)
 
 
 @triton.jit

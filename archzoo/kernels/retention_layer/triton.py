@@ -20,12 +20,15 @@ def rotate_kernel(
     each pair in turn; `table_batch` is 0 where all batch rows count alike.
     """
     head = tl.program_id(1)
-    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK)
     inside = (token < tokens)[:, None] & (channel < WIDTH)[None, :]
+    batch = token // time  # of 64 bits, that takes dozens of instructions
+    index = token - batch * time
+    row = batch.to(tl.int64) * table_batch + index.to(tl.int64) * WIDTH
+    token = token.to(tl.int64)
     at = x + token[:, None] * x_token + head * x_head + channel[None, :]
     value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    row = (token // time) * table_batch + (token % time) * WIDTH
     turn = tl.load(table + row[:, None] + channel[None, :], mask=inside, other=0.0)
     a, b = tl.split(tl.reshape(value, (ROWS, BLOCK // 2, 2)))
     cos, sin = tl.split(tl.reshape(turn, (ROWS, BLOCK // 2, 2)))

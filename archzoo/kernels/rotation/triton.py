@@ -21,10 +21,12 @@ def rotation_kernel(
     rows count alike.
     """
     head = tl.program_id(1)
-    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK)
     inside = (token < tokens)[:, None] & (channel < WIDTH)[None, :]
-    batch, index = token // time, token % time
+    batch = token // time  # of 64 bits, that takes dozens of instructions
+    index = (token - batch * time).to(tl.int64)
+    batch, token = batch.to(tl.int64), token.to(tl.int64)
     whole = (heads + 2 * key_heads) * WIDTH
     of_joined = joined + token[:, None] * whole + head * WIDTH + channel[None, :]
     if head < heads:
