@@ -60,6 +60,11 @@ def per_cent(fraction: float) -> str:
     return f"{100 * fraction:.1f} %"
 
 
+def three(number: str) -> str:
+    """A number to three digits."""
+    return f"{float(number):#.3g}".rstrip(".")
+
+
 # ---------------------------------------------------------------------------- arithmetic
 
 
@@ -681,7 +686,7 @@ def speed_decoding() -> str:
                 if not here or not here[0]["median"]:
                     cells.append(here[0]["stopped"].partition(":")[0] if here else "")
                 elif here[0]["quantity"] == "decode":
-                    cells.append(f"{float(here[0]['median']):#.3g}")
+                    cells.append(three(here[0]["median"]))
                 else:
                     cells.append(f"{float(here[0]['median']):,.0f}")
         found.append(cells)
@@ -730,7 +735,7 @@ def speed_mixtures() -> str:
                 cells[2] = f"{float(row['median']):,.0f}"
                 cells[3] = f"{float(row['memory_bytes']) / 2**30:.1f}"
             elif row["quantity"] == "decode":
-                cells[4] = f"{float(row['median']):#.3g}"
+                cells[4] = three(row["median"])
         found.append(cells)
     return markdown(["", "parameters", "tokens/s of fit", "GiB", "ms a token"], found)
 
@@ -806,6 +811,7 @@ def ranks_speed() -> str:
             way_of(row),
             f"`{row['model']}`",
             f"{int(row['time']):,}",
+            f"{int(row['tokens_a_process']):,}",
             f"{int(row['tokens_per_second']):,}",
             row["times_one"],
             f"{int(row['peak_memory_mb']):,}",
@@ -813,7 +819,8 @@ def ranks_speed() -> str:
         for row in rows
         if not row.get("failed")
     ]
-    headings = ["GPUs", "model", "length", "tokens a second", "times one GPU", "MB a GPU"]
+    headings = ["GPUs", "model", "length", "tokens a GPU"]
+    headings += ["tokens a second", "times one GPU", "MB a GPU"]
     return markdown(headings, found, 2) + measured_on(rows)
 
 
