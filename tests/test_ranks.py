@@ -243,12 +243,30 @@ def test_each_rank_compiles_what_it_exchanges_at_once(
 
 
 def test_what_is_gathered_together_is_a_tenth_of_a_gpu_at_most(monkeypatch):
-    """12 bytes a parameter: 1.2 G of them on a GPU of 144 GB, and 250 M of them on any."""
-    for gigabytes, most in ((144, 1_200_000_000), (80, 666_666_666), (24, 250_000_000)):
+    """12 bytes a parameter: 1.2 G of them on a GPU of 144 GB, and 250 M of them on any.
+
+    The ranks agree, or each would wait for what the other does not send.
+    """
+    on = types.SimpleNamespace(device_type="cuda", get_group=lambda: "ranks")
+    like, least = torch.tensor, []
+    monkeypatch.setattr(torch, "tensor", lambda number, device: like(number))
+
+    def all_reduce(memory, operation, group):
+        assert (operation, group) == (torch.distributed.ReduceOp.MIN, "ranks")
+        memory.clamp_(max=least[-1])
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    for gigabytes, other, most in (  # here, on the other rank
+        (144, 144, 1_200_000_000),
+        (144, 80, 666_666_666),
+        (80, 144, 666_666_666),
+        (24, 24, 250_000_000),
+    ):
         properties = types.SimpleNamespace(total_memory=gigabytes * 10**9)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda found=properties: found)
-        assert sharding.most_together("cuda") == most
-    assert sharding.most_together("cpu") == 250_000_000
+        least.append(other * 10**9)
+        assert sharding.most_together(on) == most
+    assert sharding.most_together(types.SimpleNamespace(device_type="cpu")) == 250_000_000
 
 
 @pytest.mark.parametrize(

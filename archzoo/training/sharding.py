@@ -20,7 +20,7 @@ from archzoo.training.ranks import check_data_parallel
 #: between two H200s, and less than its host would need to gather every block twice.
 AT_ONCE = 250_000_000
 GATHERED = 12  # bytes of a parameter that is: weight, gradient and what of it is scattered
-SHARE = 0.1  # of a GPU's memory, that what is gathered all together may take beyond `AT_ONCE`
+SHARE = 0.1  # of a GPU's memory, which a model above `AT_ONCE` may take gathered all together
 
 
 def shard(decoder: Decoder, mesh: DeviceMesh, world_size: int) -> bool:
@@ -62,23 +62,24 @@ def shard(decoder: Decoder, mesh: DeviceMesh, world_size: int) -> bool:
 
     for parameter in decoder.parameters():  # some lie in long rows, which cannot be cut
         parameter.data = parameter.data.contiguous()
-    together = decoder.parameter_count() <= most_together(mesh.device_type)
+    together = decoder.parameter_count() <= most_together(ranks)
     for part in (decoder,) if together else (*decoder.blocks, decoder):
         fully_shard(part, mesh=ranks, shard_placement_fn=placement)
     register_fsdp_forward_method(decoder, "hidden")  # what training calls
     return together
 
 
-def most_together(device_type: str) -> int:
-    """The parameters of the largest model that is gathered all together.
+def most_together(ranks: DeviceMesh) -> int:
+    """The parameters of the largest model that is gathered all together, the same on all ranks.
 
     Args:
-        device_type: Of the ranks; a GPU is the current one, and all are taken to be alike.
+        ranks: Among which it is sharded; of their GPUs the one with the least memory counts.
     """
-    if device_type != "cuda":
+    if ranks.device_type != "cuda":
         return AT_ONCE
-    memory = torch.cuda.get_device_properties().total_memory
-    return max(AT_ONCE, int(SHARE * memory / GATHERED))
+    memory = torch.tensor(torch.cuda.get_device_properties().total_memory, device="cuda")
+    torch.distributed.all_reduce(memory, torch.distributed.ReduceOp.MIN, ranks.get_group())
+    return max(AT_ONCE, int(SHARE * int(memory) / GATHERED))
 
 
 def clip_by_norm(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
