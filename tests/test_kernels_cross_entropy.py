@@ -20,6 +20,7 @@ def interpreted(monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(kernels, "SLICE", 1)
     monkeypatch.setattr(kernels, "LEAST_ROWS", 16)  # several slices, the last of them shorter
+    monkeypatch.setattr(kernels, "MAX_BLOCK", 4096)
 
 
 def case(tokens, vocab_size, dim, dtype, labelled=0.8):
@@ -91,6 +92,39 @@ def test_scores_are_those_of_the_plain_form(vocab_size, monkeypatch):
     found, wanted, *_ = both(losses.score, x, head, labels, monkeypatch)
     torch.testing.assert_close(found.losses.double(), wanted.losses, rtol=1e-5, atol=1e-5)
     assert torch.equal(found.predicted, wanted.predicted)
+
+
+def test_scores_of_one_token_of_each_row():
+    """Whose labels lie apart in memory."""
+    x, head, labels = case(12, 7, 8, torch.float32, labelled=1.0)
+    x, labels = x.view(3, 4, 8), labels.view(3, 4)
+    found, whole = (losses.score(x[:, n:], head, labels[:, n:]) for n in (3, 0))
+    assert torch.equal(found.losses.view(3), whole.losses.view(3, 4)[:, 3])
+    assert torch.equal(found.predicted.view(3), whole.predicted.view(3, 4)[:, 3])
+
+
+@pytest.mark.parametrize("least", [0, 1])
+def test_a_block_that_cannot_be_chosen(least):
+    """The first or the last of two, whose logits are all -inf."""
+    logits = torch.randn(2, 8192, device=DEVICE)
+    logits.view(2, 2, 4096)[:, least] = -torch.inf
+    labels = torch.tensor([5000 - 4096 * least, 8000 - 4096 * least], device=DEVICE)
+    wanted = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    gradient = logits.softmax(1)
+    gradient[[0, 1], labels] -= 1
+    found = torch.empty(2, device=DEVICE)
+    kernels._cross_entropy(logits, labels, found, None, 8192)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(logits, gradient)
+
+
+def test_what_is_predicted_beside_nan_is_a_token():
+    logits = torch.tensor([[0.0] * 4 + [torch.nan] * 8], device=DEVICE)
+    found, predicted = torch.empty(1, device=DEVICE), torch.empty(1, 1, device=DEVICE).long()
+    labels = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    kernels._cross_entropy(logits, labels, found, predicted, 12)
+    assert found.isnan()
+    assert 0 <= predicted < 12
 
 
 def test_of_equal_logits_the_first_is_predicted(monkeypatch):

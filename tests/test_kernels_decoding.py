@@ -205,10 +205,13 @@ def test_start_looks_tokens_up_and_counts_on(dtype):
     assert distance(table, torch.view_as_real(wanted)[:, 0, 0]) < 1e-6
 
 
-@pytest.mark.parametrize("decay", ["default", 1.0])
-def test_retain_is_the_plain_step(decay):
+@pytest.mark.parametrize(
+    ("decay", "heads"), [("default", 2), (1.0, 2), ("default", 64)], ids=["two", "none", "many"]
+)
+def test_retain_is_the_plain_step(decay, heads):
+    """Of many heads the last forget so little that gamma is 1 in float64 from the 50th on."""
     torch.manual_seed(0)
-    batch, dim, heads = 3, 24, 2
+    batch, dim = 3, 12 * heads
     layer = Retention(dim, heads, decay=decay).to(DEVICE)
     log_decay = layer.log_decay(layer.output.weight)
     memory = draw(batch, heads, 12, 24)

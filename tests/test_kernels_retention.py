@@ -423,6 +423,20 @@ def test_padding_leaves_the_state_alone(monkeypatch, plan):
     assert error(last, want_last) < 1e-5
 
 
+def test_segments_behind_a_short_row():
+    """Of which no document is asked; the interpreter refuses to read behind the tensor."""
+    batch, time, padded = 1, 2048, 1600
+    q, k, v = case(batch, time, 1, 16, 16, torch.float32)
+    valid = torch.arange(time, device=DEVICE)[None] >= padded
+    starts = torch.arange(time, device=DEVICE)[None] == padded
+    places = {"positions": (torch.arange(time, device=DEVICE)[None] - padded).clamp(min=0)}
+    places |= {"starts": starts, "valid": valid}
+    out, last = retention(q, k, v, slopes(1), **places, return_state=True)
+    want, want_last = reference(q, k, v, slopes(1), **places)
+    assert error(out, want) < 1e-5
+    assert error(last, want_last) < 1e-5
+
+
 @pytest.mark.parametrize("head", [0, 31])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_extreme_decays(head, dtype):

@@ -66,7 +66,7 @@ def score(x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         weight: W, (vocab_size, dim).
         labels: (tokens,) int64, -100 at unlabelled positions.
     """
-    dtype = product_dtype(x)
+    dtype, labels = product_dtype(x), labels.contiguous()
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         padded = _padded(weight, dtype)
         losses = torch.empty(len(x), dtype=torch.float32, device=x.device)

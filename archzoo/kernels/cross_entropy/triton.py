@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 UNLABELLED = tl.constexpr(-100)
+LEAST = tl.constexpr(-1e30)  # of which -inf can be subtracted, as it cannot of -inf
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x log2 e), of which a GPU has the latter
 
 
@@ -28,7 +29,7 @@ def cross_entropy_kernel(
     row = tl.program_id(0).to(tl.int64)
     z_ptr = logits + row * columns
     label = tl.load(labels + row)
-    largest = tl.full((), float("-inf"), tl.float32)
+    largest = tl.full((), LEAST, tl.float32)
     total = tl.zeros((), tl.float32)
     best = tl.zeros((), tl.int32)
     for begin in range(0, vocabulary, BLOCK):
@@ -47,7 +48,8 @@ def cross_entropy_kernel(
     of_label = tl.load(z_ptr + label, mask=known, other=float("nan")).to(tl.float32)
     tl.store(losses + row, tl.where(counted, normaliser - of_label, 0.0))
     if PREDICT:
-        tl.store(predicted + row, best.to(tl.int64))
+        # Beside NaN the last of a block's places may win, which lies behind the vocabulary.
+        tl.store(predicted + row, tl.minimum(best, vocabulary - 1).to(tl.int64))
     if GRADIENT:
         dtype = logits.dtype.element_ty
         tl.debug_barrier()  # the label's logit has been read

@@ -619,7 +619,7 @@ def retain(
     while block * tile > 2**14:
         tile //= 2
     _launch(
-        "retention_kernel", (-(-dv // tile), batch * heads), batch,
+        "retention_kernel", (-(-dv // tile) * batch * heads,), batch,
         (q, k, v, log_decay, positions, memory, o), q.stride(0), heads,
         DK=dk, DV=dv, BLOCK_K=block, TILE=tile, num_warps=4,
     )  # fmt: skip

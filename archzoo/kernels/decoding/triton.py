@@ -474,20 +474,21 @@ def retention_kernel(
     """S <- gamma S + k^T v in place, o = q S / sqrt(s_n), of TILE columns of one head's S.
 
     S was last written a whole step ago, and positions kernels ago, so both come before the wait.
-    s_n is computed in float64, where 1 - gamma^n keeps its digits.
+    s_n is computed in float64, where 1 - gamma^n keeps its digits, unless gamma is all but 1.
     """
-    row = tl.program_id(1)
+    TILES: tl.constexpr = (DV + TILE - 1) // TILE
+    row = tl.program_id(0) // TILES
     batch = (row // heads).to(tl.int64)
     head = row % heads
     key = tl.arange(0, BLOCK_K)
-    column = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    column = tl.program_id(0) % TILES * TILE + tl.arange(0, TILE)
     at = memory_ptr + row.to(tl.int64) * DK * DV + key[:, None] * DV + column[None, :]
     inside = (key < DK)[:, None] & (column < DV)[None, :]
     memory = tl.load(at, mask=inside, other=0.0)
     log_decay = tl.load(log_decay_ptr + head).to(tl.float64)
     count = (tl.load(positions_ptr + batch) + 1).to(tl.float64)
-    total = count
-    if log_decay != 0.0:
+    total = count * (1.0 + 0.5 * (count - 1.0) * log_decay)  # the series' next term is below 1e-8
+    if log_decay < -1e-10:
         total = (1.0 - tl.exp(count * log_decay)) / (1.0 - tl.exp(log_decay))
     normaliser = tl.rsqrt(total.to(tl.float32))
     decay = tl.exp(log_decay).to(tl.float32)

@@ -111,11 +111,11 @@ def _gradient(
 ):  # fmt: skip
     """Some of ``s G F``: of G's own side, summed along its long one; each with its stride."""
     index = tl.arange(0, RANK)
-    own = tile * OWN + tl.arange(0, OWN)
+    own = (tile * OWN + tl.arange(0, OWN)).to(tl.int64)
     in_rank, in_own = index < rank, own < owns
     total = tl.zeros((OWN, RANK), tl.float32)
     for begin in range(0, longs, LONG):
-        long = begin + tl.arange(0, LONG)
+        long = (begin + tl.arange(0, LONG)).to(tl.int64)
         in_long = long < longs
         left = tl.load(
             g + own[:, None] * g_own + long[None, :] * g_long,

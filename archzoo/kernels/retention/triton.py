@@ -183,7 +183,8 @@ def _document_before(
         if REVERSE:
             before = tl.load(documents_row + tl.maximum(first + tl.minimum(stop, length - 1), 0))
         else:
-            before = tl.load(documents_row + first + tl.maximum(start - 1, 0))
+            last = tl.minimum(start, length) - 1  # a segment may begin behind a shorter row
+            before = tl.load(documents_row + first + tl.maximum(last, 0))
             before = tl.where(start > 0, before, 0)
     return before
 

@@ -20,7 +20,7 @@ def rotation_kernel(
     A table's row holds cosine and sine of each pair in turn; `table_batch` is 0 where all batch
     rows count alike.
     """
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK)
     inside = (token < tokens)[:, None] & (channel < WIDTH)[None, :]
