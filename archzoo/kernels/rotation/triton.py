@@ -20,7 +20,7 @@ def rotation_kernel(
     A table's row holds cosine and sine of each pair in turn; `table_batch` is 0 where all batch
     rows count alike.
     """
-    head = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(1)
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK)
     inside = (token < tokens)[:, None] & (channel < WIDTH)[None, :]
@@ -30,11 +30,13 @@ def rotation_kernel(
     whole = (heads + 2 * key_heads) * WIDTH
     of_joined = joined + token[:, None] * whole + head * WIDTH + channel[None, :]
     if head < heads:
-        of_part = q + (batch * q_batch + index * q_time)[:, None] + head * q_head
+        own = head.to(tl.int64)
+        of_part = q + (batch * q_batch + index * q_time)[:, None] + own * q_head
     elif head < heads + key_heads:
-        of_part = k + (batch * k_batch + index * k_time)[:, None] + (head - heads) * k_head
+        own = (head - heads).to(tl.int64)
+        of_part = k + (batch * k_batch + index * k_time)[:, None] + own * k_head
     else:
-        own = head - heads - key_heads
+        own = (head - heads - key_heads).to(tl.int64)
         of_part = v + (batch * v_batch + index * v_time)[:, None] + own * v_head
     of_part += channel[None, :]
     if JOIN:
