@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import lightning
 import torch
 
 STEPS = 4  # the last of a run, which are profiled
+COMPILED = 3  # steps after which nothing is compiled any more
 Span = tuple[float, float]  # begin and end
 
 
@@ -44,15 +46,29 @@ class Exchange(lightning.Callback):
 
     Args:
         path: Of the file. On a CPU there is none.
+        in_turn: Wait once the step is compiled: each process writes PATH.RANK.ready and waits for
+            PATH.go.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, in_turn: bool = False) -> None:
         self.path = Path(path)
+        self.waits = in_turn
         self.profiler: Any = None
+
+    def _wait(self, rank: int, on_gpu: bool) -> None:
+        """Let other runs have the machine, until it is this one's turn."""
+        self.waits = False
+        if on_gpu:
+            torch.cuda.synchronize()
+        Path(f"{self.path}.{rank}.ready").touch()
+        while not Path(f"{self.path}.go").exists():
+            time.sleep(0.02)
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self.waits and trainer.global_step >= COMPILED:
+            self._wait(trainer.global_rank, pl_module.device.type == "cuda")
         here = trainer.global_rank == 0 and pl_module.device.type == "cuda"
         if here and self.profiler is None and trainer.global_step >= trainer.max_steps - STEPS:
             torch.cuda.synchronize()

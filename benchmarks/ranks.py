@@ -17,7 +17,8 @@ processes' tokens.
 `speed` runs `archzoo fit` on one GPU and on several, each GPU with as many tokens (weak scaling)
 and, with --strong, with as many in all, compiled and not. It compares the tokens a second of its
 log, and says how many milliseconds of a step NCCL's kernels take, and how many of these no other
-kernel runs beside.
+kernel runs beside. With --beside all runs compile at once, so that their models are in memory
+together, and then each is measured by itself.
 
 `compare` has `archzoo compare` train one run, and then as many as there are GPUs, each on its own.
 The seconds are those of the whole command, after one that has filled the caches.
@@ -53,7 +54,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -255,55 +256,90 @@ NAMED = ("way", "scaling", "processes", "model", "time", "tokens_a_process", "co
 
 def speed(given: argparse.Namespace) -> int:
     """One row a model, length, strategy and number of processes: tokens a second, and of one's."""
-    rows: list[dict[str, Any]] = []
-    on_gpu, failed = given.accelerator == "cuda", 0
     counts = sorted(set(given.devices) - {1})
     runs = [("one", "weak", 1)]
     runs += [(way, "weak", count) for count in counts for way in given.strategies]
     if given.strong:
         runs += [(way, "strong", count) for count in counts for way in given.strategies]
     cases = itertools.product(given.compile, given.presets, given.lengths)
-    for compiled, preset, length in cases:
-        alone = None
-        for way, scaling, count in runs:
-            tokens = given.tokens if scaling == "weak" else given.tokens // count
-            row: dict[str, Any] = {"way": way, "scaling": scaling, "processes": count}
-            row |= {"model": preset, "time": length, "tokens_a_process": tokens}
-            row["compile"] = compiled
-            try:
-                if tokens < length:
-                    raise ValueError(f"{tokens} tokens a process are less than a row of {length}")
-                row |= scaled(way, count, preset, length, tokens, compiled, given)
-                alone = row["tokens_per_second"] if way == "one" else alone
-                if alone:
-                    times = row["tokens_per_second"] / alone
-                    row |= {"times_one": round(times, 3), "of_linear": round(times / count, 3)}
-            except (subprocess.CalledProcessError, ValueError) as error:
-                row["failed"] = str(error)[-100:]
-                failed += 1
+    rows: list[dict[str, Any]] = []
+    for (compiled, preset, length), (way, scaling, count) in itertools.product(cases, runs):
+        tokens = given.tokens if scaling == "weak" else given.tokens // count
+        row: dict[str, Any] = {"way": way, "scaling": scaling, "processes": count}
+        row |= {"model": preset, "time": length, "tokens_a_process": tokens, "compile": compiled}
+        rows.append(row)
+    ends = [len(rows)] if given.beside else range(1, len(rows) + 1)
+    done, alone, failed = 0, {}, 0
+    for end in ends:
+        for row, found in zip(rows[done:end], measured(rows[done:end], given), strict=True):
+            row |= found
+            failed += "failed" in row
+            case = row["compile"], row["model"], row["time"]
+            if row["way"] == "one":
+                alone[case] = row.get("tokens_per_second")
+            if alone.get(case) and "tokens_per_second" in row:
+                times = row["tokens_per_second"] / alone[case]
+                row["times_one"] = round(times, 3)
+                row["of_linear"] = round(times / row["processes"], 3)
             print(row, flush=True)
-            rows.append(row)
-            write_rows("ranks-speed", rows, on_gpu=on_gpu, replacing=NAMED)
+            done += 1
+            write_rows(
+                "ranks-speed", rows[:done], on_gpu=given.accelerator == "cuda", replacing=NAMED
+            )
     return failed
 
 
-def scaled(
-    way: str,
-    count: int,
-    preset: str,
-    length: int,
-    tokens: int,
-    compiled: str,
-    given: argparse.Namespace,
-) -> dict[str, Any]:
-    """What one run of `archzoo fit` says of its speed."""
-    name = f"{way}_{count}_{preset}_{length}_{tokens}_{compiled}"
-    exchange = Path(given.root, f"{name}.json")
+def measured(rows: list[dict[str, Any]], given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What a run of `archzoo fit` for each row says of its speed, or why it failed.
+
+    All compile beside each other. Then each runs by itself, until its process has ended.
+
+    Args:
+        rows: What is asked, as in the table.
+        given: The command line's.
+    """
+    started: list[tuple[Path, subprocess.Popen[bytes] | None]] = []
+    for row in rows:
+        name = "_".join(str(row[part]) for part in NAMED)
+        fits = row["tokens_a_process"] >= row["time"]
+        options = speed_options(row, name, given) | {"--trainer.callbacks.in_turn": "true"}
+        started.append((Path(given.root, name), start(options) if fits else None))
+    try:
+        for (place, process), row in zip(started, rows, strict=True):
+            ranks = range(row["processes"])
+            ready = [place.with_name(f"{place.name}.json.{rank}.ready") for rank in ranks]
+            while process and process.poll() is None and not all(map(Path.exists, ready)):
+                time.sleep(0.1)
+        for (place, process), row in zip(started, rows, strict=True):
+            if process is None:
+                tokens, length = row["tokens_a_process"], row["time"]
+                yield {"failed": f"{tokens} tokens a process are less than a row of {length}"}
+                continue
+            exchange = place.with_name(f"{place.name}.json")
+            Path(f"{exchange}.go").touch()
+            if status := process.wait():
+                yield {"failed": f"archzoo fit ended with status {status}"}
+                continue
+            log = [entry for entry in read_log(place) if entry["train/loss"]]
+            # The last row of the log holds the steps that were profiled.
+            found = rates(log[:-1] if len(log) > 1 else log)
+            if exchange.exists():
+                found |= {k: round(v, 2) for k, v in json.loads(exchange.read_text()).items()}
+            yield found
+    finally:
+        for _, process in started:  # those whose turn has not come, if this ends early
+            if process:
+                process.terminate()
+
+
+def speed_options(row: dict[str, Any], name: str, given: argparse.Namespace) -> dict[str, str]:
+    """The flags of `archzoo fit` for a row."""
+    way, count, length = row["way"], row["processes"], row["time"]
     options = {
         "--name": name,
         "--import": "exchange",
         "--trainer.callbacks": "exchange.Exchange",
-        "--trainer.callbacks.path": str(exchange),
+        "--trainer.callbacks.path": str(Path(given.root, f"{name}.json")),
         "--trainer.default_root_dir": given.root,
         "--trainer.accelerator": given.accelerator,
         "--trainer.max_steps": str(given.steps),
@@ -312,23 +348,17 @@ def scaled(
         "--trainer.log_every_n_steps": "10",
         "--trainer.enable_progress_bar": "false",
         "--trainer.enable_checkpointing": "false",
-        "--model.preset": preset,
+        "--model.preset": row["model"],
         "--model.dropout": "0",
         "--data": "Text",
         "--data.path": given.text,
         "--data.context_length": str(length),
-        "--data.batch_size": str(tokens // length * count),
-        "--compile": compiled,
+        "--data.batch_size": str(row["tokens_a_process"] // length * count),
+        "--compile": row["compile"],
     }
     if given.vocab_size:
         options |= {"--data.tokenizer": "bpe", "--data.vocab_size": str(given.vocab_size)}
-    options |= ONE if way == "one" else STRATEGIES[way](count)
-    log = [entry for entry in fit(options, given) if entry["train/loss"]]
-    # The last row of the log holds the steps that were profiled.
-    found = rates(log[:-1] if len(log) > 1 else log)
-    if exchange.exists():
-        found |= {k: round(v, 2) for k, v in json.loads(exchange.read_text()).items()}
-    return found
+    return options | (ONE if way == "one" else STRATEGIES[way](count))
 
 
 def rates(log: Log) -> dict[str, Any]:
@@ -345,14 +375,26 @@ def rates(log: Log) -> dict[str, Any]:
     }
 
 
-def fit(options: dict[str, str], given: argparse.Namespace) -> Log:
-    """The log of one run; subprocess.CalledProcessError if it fails."""
+def start(options: dict[str, str]) -> subprocess.Popen[bytes]:
+    """A process of `archzoo fit`."""
     parts = [part for option in options.items() for part in option]
     path = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
     environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": path.rstrip(os.pathsep)}
-    subprocess.run([sys.executable, "-m", "archzoo", "fit", *parts], check=True, env=environment)
-    with Path(given.root, options["--name"], "metrics.csv").open(newline="") as file:
+    return subprocess.Popen([sys.executable, "-m", "archzoo", "fit", *parts], env=environment)
+
+
+def read_log(run: Path) -> Log:
+    """The rows of a run's log."""
+    with (run / "metrics.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def fit(options: dict[str, str], given: argparse.Namespace) -> Log:
+    """The log of one run; subprocess.CalledProcessError if it fails."""
+    process = start(options)
+    if status := process.wait():
+        raise subprocess.CalledProcessError(status, process.args)
+    return read_log(Path(given.root, options["--name"]))
 
 
 def draw(rows: Log, path: Path) -> None:
@@ -735,6 +777,7 @@ def main() -> int:
     part = parts.add_parser("speed", parents=[common])
     part.add_argument("--devices", nargs="+", type=int, default=[1, 2], help="how many [1 2]")
     part.add_argument("--strong", action="store_true", help="the same tokens in all, too")
+    part.add_argument("--beside", action="store_true", help="let all runs compile at once")
     part.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
     part.add_argument("--text", default=str(ROOT / "data" / "*.txt"))
     part.add_argument("--presets", nargs="+", default=["retnet_base"])

@@ -4,6 +4,7 @@ import csv
 import functools
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -658,6 +659,30 @@ def test_what_is_alive_is_counted_once(monkeypatch):
     assert alive() - before == 2 * 4 * 1000
     del view, integers, weight
     assert alive() == before
+
+
+@pytest.mark.slow
+def test_runs_that_compile_beside_each_other_are_measured_in_turn(tmp_path):
+    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks")  # whose results lie beside it
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    command = [sys.executable, tmp_path / "benchmarks" / "ranks.py", "speed", "--beside"]
+    command += ["--accelerator", "cpu", "--text", text, "--vocab_size", "0", "--compile", "false"]
+    command += ["--presets", "retnet_micro", "--strategies", "ddp", "--lengths", "32", "256"]
+    command += ["--tokens", "128", "--steps", "20"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    (table,) = (tmp_path / "results").glob("*-ranks-speed.csv")
+    with table.open(newline="") as file:
+        rows = {(row["way"], row["time"]): row for row in csv.DictReader(file)}
+    assert ended.returncode == 2, ended.stderr  # the two whose row is longer than their tokens
+    assert rows.keys() == {(way, time) for way in ("one", "ddp") for time in ("32", "256")}
+    for (way, length), row in rows.items():
+        if length == "256":
+            assert row["failed"] == "128 tokens a process are less than a row of 256"
+        else:
+            assert float(row["tokens_per_second"]) > 0
+            assert float(row["of_linear"]) > 0
+            assert int(row["processes"]) == (1 if way == "one" else 2)
 
 
 def test_what_is_exchanged_beside_no_computation(monkeypatch):
