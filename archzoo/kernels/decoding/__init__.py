@@ -199,7 +199,8 @@ def start(
     batch, (_, dim), pairs = len(positions), embedding.shape, len(frequencies)
     x = embedding.new_empty((batch, dim))
     table = positions.new_empty((batch, pairs, 2), dtype=torch.float32)
-    _start((tokens, embedding, frequencies, positions, x, table), amplitude, dim, pairs, True)
+    given = (tokens.contiguous(), embedding, frequencies, positions, x, table)
+    _start(given, amplitude, dim, pairs, True)
     return x, table
 
 
