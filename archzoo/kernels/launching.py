@@ -310,6 +310,23 @@ def _find_launch(
     return Launch(found, (*grid, 1, 1)[:3], numbers, named, **options)
 
 
+def check_dense(**tensors: Tensor | None) -> None:
+    """Refuse what a kernel writes in place, or reads at every step, and lies apart in memory.
+
+    Args:
+        **tensors: By their names.
+
+    Raises:
+        ValueError: One is not contiguous; a copy of it would not be written, or be made each time.
+    """
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} of strides {tensor.stride()} must be contiguous: make it so once, by "
+                f"{name} = {name}.contiguous()"
+            )
+
+
 def launch(
     module: str,
     kernel: str,

@@ -246,8 +246,10 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     else:
         wide = cast(x, torch.float64 if table.dtype == torch.complex128 else torch.float32)
         wide = wide.view(batch, time, heads, pairs, 2)
-        if wide.storage_offset() % 2 or any(stride % 2 for stride in wide.stride()[:-1]):
-            wide = wide.contiguous()  # at an odd offset a pair cannot be viewed as complex
+        *others, unit = wide.stride()
+        if unit != 1 or wide.storage_offset() % 2 or any(stride % 2 for stride in others):
+            # At an odd offset a pair cannot be viewed as complex, though it be contiguous.
+            wide = wide.clone(memory_format=torch.contiguous_format)
         turned = torch.view_as_real(torch.view_as_complex(wide) * table)
     return cast(turned.view(batch, time, heads, channels), x.dtype)
 

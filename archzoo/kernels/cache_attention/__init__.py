@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from archzoo.derivatives import transformed
-from archzoo.kernels.launching import interpreting, launch, power_of_2, run_beside
+from archzoo.kernels.launching import check_dense, interpreting, launch, power_of_2, run_beside
 
 _MODULE = "archzoo.kernels.cache_attention.triton"
 MAX_SIZE = 256  # channels of a head
@@ -252,6 +252,7 @@ def _attend(
     splits, least = _splits(places, capacity, lanes * run, at_once)
     join = max((2048 if queries <= 4 else 1024) // block_d, 1)  # as many as registers hold
     y = q.new_empty(q.shape)
+    check_dense(documents=documents, arrivals=arrivals)
     # Each split's sums, and the largest score and the sum of weights of each of its queries.
     floats = places * splits * queries * (block_d + 2) if splits > 1 else 0
     partial = q.new_empty(floats or 1, dtype=torch.float32)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from archzoo.kernels import launching
-from archzoo.kernels.launching import interpreting, launch, power_of_2
+from archzoo.kernels.launching import check_dense, interpreting, launch, power_of_2
 
 _MODULE = "archzoo.kernels.decoding.triton"
 _VECTOR_ROWS = 2  # up to which a row is a program's, and the weight is read once for each
@@ -199,7 +199,8 @@ def start(
     batch, (_, dim), pairs = len(positions), embedding.shape, len(frequencies)
     x = embedding.new_empty((batch, dim))
     table = positions.new_empty((batch, pairs, 2), dtype=torch.float32)
-    given = (tokens.contiguous(), embedding, frequencies, positions, x, table)
+    check_dense(embedding=embedding, positions=positions)
+    given = (tokens.contiguous(), embedding, frequencies.contiguous(), positions, x, table)
     _start(given, amplitude, dim, pairs, True)
     return x, table
 
@@ -215,7 +216,8 @@ def rotation_table(positions: Tensor, frequencies: Tensor, amplitude: float) -> 
     pairs = len(frequencies)
     table = positions.new_empty((len(positions), pairs, 2), dtype=torch.float32)
     # The kernel reads neither tokens nor vectors.
-    given = (positions, table, frequencies, positions, table, table)
+    positions = positions.contiguous()
+    given = (positions, table, frequencies.contiguous(), positions, table, table)
     _start(given, amplitude, 1, pairs, False)
     return table
 
@@ -290,14 +292,26 @@ def linear_and_next(
         mixture: The same.
         left: The same.
     """
+    check_dense(weight=weight)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    if norm is not None and norm.gate is not None and norm.gate.stride(-1) != 1:
+        norm = norm._replace(gate=norm.gate.contiguous())
     batch, width = x.shape
+    if residual is not None and (
+        residual.stride(-1) != 1 or (batch > 1 and not residual.stride(0))
+    ):
+        raise ValueError(
+            f"residual of strides {residual.stride()}, to be written in place, needs rows of their "
+            "own and a unit last stride"
+        )
     out = weight.shape[0] // 2 if paired else weight.shape[0]
     y = weight.new_empty((batch, out)) if residual is None else residual
     options: dict[str, int] = {"PAIRED": paired, "ADD": residual is not None, "OUT": out}
     table, scaled_from, scale = y, 0, 1.0  # a table that is not read
     options |= {"ROTATED": 0, "HEAD": 1, "PAIRS": 1}
     if rotation is not None:
-        table, scaled_from, scale = rotation.table, rotation.query_width, rotation.scale
+        table = rotation.table.contiguous()
+        scaled_from, scale = rotation.query_width, rotation.scale
         options["ROTATED"] = rotation.query_width + rotation.key_width
         options |= {"HEAD": rotation.head_dim, "PAIRS": table.shape[1]}
     many = batch > _VECTOR_ROWS
@@ -314,7 +328,7 @@ def linear_and_next(
         scales, eps = weight, 0.0
         if norm is not None:
             assert norm.groups == 1 and norm.weight is not None
-            scales, eps = norm.weight, norm.eps
+            scales, eps = norm.weight.contiguous(), norm.eps
         gated, second, which, mixture_scale = x, weight, weight, 1.0
         ranks = {"RANKS": 0, "BLOCKS": 0, "ALIGNED": 1, "BLOCK_RANKS": 16}
         if isinstance(mixture, Mixture):
@@ -336,7 +350,7 @@ def linear_and_next(
     if norm is not None:
         groups, eps = norm.groups, norm.eps
         gate = x if norm.gate is None else norm.gate
-        scales = weight if norm.weight is None else norm.weight
+        scales = weight if norm.weight is None else norm.weight.contiguous()
     # A program reads all vectors that scale x, too.
     few = isinstance(following, Scaling) or isinstance(mixture, Scaling)
     grid, tiles = _plan_vector(
@@ -420,9 +434,12 @@ def blend(z: Tensor, how: Blend, y: Tensor, rotation: Rotation | None = None) ->
         y.
     """
     batch = len(z)
+    check_dense(y=y)
+    z = z if z.stride(-1) == 1 else z.contiguous()
     table, pairs, scale = z, 0, 1.0
     if rotation is not None:
-        table, pairs, scale = rotation.table, rotation.table.shape[1], rotation.scale
+        table, scale = rotation.table.contiguous(), rotation.scale
+        pairs = table.shape[1]
     tiles, experts, tile = how.vectors.shape
     size = how.routers.shape[2]
     block, block_experts = power_of_2(size), power_of_2(experts)
@@ -613,6 +630,13 @@ def retain(
     Returns:
         o, (batch, heads * value_dim) float32.
     """
+    check_dense(memory=memory)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    if len(memory) > 1 and not q.stride(0) == k.stride(0) == v.stride(0):
+        raise ValueError(
+            f"q, k and v have rows of strides {q.stride(0)}, {k.stride(0)} and {v.stride(0)}: give "
+            "parts of one larger row, which share theirs"
+        )
     batch, heads, dk, dv = memory.shape
     o = memory.new_empty((batch, heads * dv))
     block = power_of_2(dk)
@@ -621,7 +645,7 @@ def retain(
         tile //= 2
     _launch(
         "retention_kernel", (-(-dv // tile) * batch * heads,), batch,
-        (q, k, v, log_decay, positions, memory, o), q.stride(0), heads,
+        (q, k, v, log_decay.contiguous(), positions.contiguous(), memory, o), q.stride(0), heads,
         DK=dk, DV=dv, BLOCK_K=block, TILE=tile, num_warps=4,
     )  # fmt: skip
     return o

@@ -52,7 +52,7 @@ def shifted_rows(
     rows = torch.empty((batch, time), dtype=torch.int64, device=tokens.device)
     launch(
         "archzoo.kernels.digits.triton", "rows_kernel", (batch,),
-        (tokens, kinds, context.valid, context.starts, numbers, rows),
+        (tokens, kinds.contiguous(), context.valid, context.starts, numbers, rows),
         time, *tokens.stride(), *context.valid.stride(), *context.starts.stride(),
         *numbers.stride(), key, bound, last,
         COUPLED=coupled, SHIFTED=examples is not None,

@@ -341,6 +341,11 @@ def retention_step(
         )
     if state.stride(-1) != 1:  # a copy would not be updated in place
         raise ValueError(f"the state needs a unit last stride, it has {state.stride()}")
+    if any(size > 1 and step == 0 for size, step in zip(state.shape, state.stride(), strict=True)):
+        raise ValueError(
+            f"the state has strides {state.stride()}: rows or heads share memory, and all would "
+            "write to it; give state.clone()"
+        )
     q, k, v = [x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)]
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     given = positions, starts, valid

@@ -76,6 +76,7 @@ def gated_retention(
     if table.is_complex():
         table = torch.view_as_real(table)
     places = retention.places(positions, starts, valid)
+    projected = projected.contiguous()
     y, *_ = torch.ops.archzoo.gated_retention(
         projected, table.contiguous(), log_decay.contiguous(), *places, heads, key_width, eps
     )
@@ -112,6 +113,7 @@ def gated_retention_from(
     """
     if table.is_complex():
         table = torch.view_as_real(table)
+    projected = projected.contiguous()
     _, _, v, gate = _parts(projected, heads, key_width)
     q, k = _rotated(projected, table.contiguous(), heads, key_width).split(heads, dim=2)
     o, after = retention.retention(q, k, v, log_decay, memory, positions, starts, valid)

@@ -74,7 +74,7 @@ def split_rotated(
     """
     if table.is_complex():
         table = torch.view_as_real(table)
-    q, k, v = _split_operator(projected, table.contiguous(), heads, key_heads)
+    q, k, v = _split_operator(projected.contiguous(), table.contiguous(), heads, key_heads)
     return q, k, v
 
 

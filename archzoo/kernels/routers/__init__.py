@@ -300,9 +300,10 @@ def _choose(
     weights, indices, probabilities = _choose_shapes(logits, bias, k, sigmoid, renormalise)
     tokens, n = logits.shape
     each, options = _row_options(n)
+    added = logits if bias is None else bias.contiguous()
     _launch(
         "choose_kernel", (-(-tokens // each),),
-        (logits, logits if bias is None else bias, weights, indices, probabilities), tokens, n,
+        (logits, added, weights, indices, probabilities), tokens, n,
         BIASED=bias is not None, K=k, SIGMOID=sigmoid, RENORMALISE=renormalise, **options,
     )  # fmt: skip
     return weights, indices, probabilities
