@@ -7,6 +7,7 @@ import itertools
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from families import MICRO, micro
@@ -395,6 +396,14 @@ def test_the_tokenizers_stop_token_stops() -> None:
     assert written.stopped == [True]
 
 
+@pytest.mark.parametrize("rows", [[[1, 2, 3]], [1, 2, 3], [[1, 2], [3, 4]]])
+def test_arrays_of_tokens_are_prompts(rows: list[int]) -> None:
+    model = make("retnet_micro")
+    wanted = generate(model, rows, max_tokens=3).tokens
+    for array in (torch.tensor(rows), np.array(rows), tuple(rows)):
+        assert generate(model, array, max_tokens=3).tokens == wanted  # type: ignore[arg-type]
+
+
 # ---------------------------------------------------------------------------- bad input
 
 
@@ -402,6 +411,7 @@ def test_the_tokenizers_stop_token_stops() -> None:
     ("arguments", "message"),
     [
         ({"prompts": []}, "there is no prompt"),
+        ({"prompts": 5}, "prompts=5: give a text, tokens, or a list of texts or of tokens"),
         ({"prompts": [[1], []]}, "prompt 1 is empty"),
         ({"prompts": [[1], [5, 64]]}, "token 64 in prompt 1 is not one of the model's 0 to 63"),
         ({"prompts": [[1], [1.5, 2.0]]}, r"prompt 1 is \[1.5, 2.0\]: a prompt is text, or a list"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from archzoo.decoder import Decoder
-from archzoo.generation.prompts import Prompts
+from archzoo.generation.prompts import Prompts, listed
 from archzoo.states import State
 
 TAIL = 256  # tokens of a text's end, from which streaming and numbers written backwards continue
@@ -129,10 +129,10 @@ def prompts_of(prompts: Prompts | None, conversation: Conversation | None) -> Pr
     """The prompts, or an empty one for each row of a conversation.
 
     Raises:
-        ValueError: There is neither.
+        ValueError: There is neither, or something else.
     """
     if prompts is not None:
-        return prompts
+        return listed(prompts)
     if conversation is None:
         raise ValueError("there is no prompt: give at least one, or a conversation to continue")
     return [[]] * conversation.batch_size

@@ -17,6 +17,18 @@ if TYPE_CHECKING:
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
 
 
+def listed(prompts: Any) -> Prompts:
+    """Prompts without what a tensor, or another array, is beside its numbers.
+
+    Raises:
+        ValueError: They are nothing that could be prompts.
+    """
+    given: Prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+    if not isinstance(given, Sequence):
+        raise ValueError(f"prompts={given!r}: give a text, tokens, or a list of texts or of tokens")
+    return given
+
+
 def encode(
     prompts: Prompts,
     tokenizer: Tokenizer | None,
@@ -42,7 +54,7 @@ def encode(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model knows {vocab_size}: "
             "they do not belong together"
         )
-    given: Any = prompts.tolist() if isinstance(prompts, Tensor) else prompts
+    given: Any = listed(prompts)
     if isinstance(given, str) or (given and isinstance(given[0], int)):
         given = [given]
     if not given:
