@@ -310,6 +310,11 @@ def _find_launch(
     return Launch(found, (*grid, 1, 1)[:3], numbers, named, **options)
 
 
+def with_unit_stride(x: Tensor) -> Tensor:
+    """X as kernels read it that know the strides of all its axes but the last: else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def check_dense(**tensors: Tensor | None) -> None:
     """Refuse what a kernel writes in place, or reads at every step, and lies apart in memory.
 

@@ -21,7 +21,13 @@ import torch
 from torch import Tensor
 
 from archzoo.kernels import launching
-from archzoo.kernels.launching import check_dense, interpreting, launch, power_of_2
+from archzoo.kernels.launching import (
+    check_dense,
+    interpreting,
+    launch,
+    power_of_2,
+    with_unit_stride,
+)
 
 _MODULE = "archzoo.kernels.decoding.triton"
 _VECTOR_ROWS = 2  # up to which a row is a program's, and the weight is read once for each
@@ -293,9 +299,9 @@ def linear_and_next(
         left: The same.
     """
     check_dense(weight=weight)
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    if norm is not None and norm.gate is not None and norm.gate.stride(-1) != 1:
-        norm = norm._replace(gate=norm.gate.contiguous())
+    x = with_unit_stride(x)
+    if norm is not None and norm.gate is not None:
+        norm = norm._replace(gate=with_unit_stride(norm.gate))
     batch, width = x.shape
     if residual is not None and (
         residual.stride(-1) != 1 or (batch > 1 and not residual.stride(0))
@@ -435,7 +441,7 @@ def blend(z: Tensor, how: Blend, y: Tensor, rotation: Rotation | None = None) ->
     """
     batch = len(z)
     check_dense(y=y)
-    z = z if z.stride(-1) == 1 else z.contiguous()
+    z = with_unit_stride(z)
     table, pairs, scale = z, 0, 1.0
     if rotation is not None:
         table, scale = rotation.table.contiguous(), rotation.scale
@@ -631,7 +637,7 @@ def retain(
         o, (batch, heads * value_dim) float32.
     """
     check_dense(memory=memory)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = map(with_unit_stride, (q, k, v))
     if len(memory) > 1 and not q.stride(0) == k.stride(0) == v.stride(0):
         raise ValueError(
             f"q, k and v have rows of strides {q.stride(0)}, {k.stride(0)} and {v.stride(0)}: give "

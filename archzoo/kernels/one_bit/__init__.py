@@ -29,6 +29,7 @@ from archzoo.kernels.launching import (
     on_hopper,
     power_of_2,
     run_beside,
+    with_unit_stride,
 )
 from archzoo.kernels.one_bit.native import library
 from archzoo.numerics import at_least_float32, autocast_dtype, cast
@@ -274,7 +275,7 @@ def _by_hoppers_kernel(
     else:
         scales = len(router)
         early = early and router.is_contiguous() and after.stride(1) == 1
-        after = after if after.stride(1) == 1 else after.contiguous()
+        after = with_unit_stride(after)
         stride = after.stride(0)
         router = router.contiguous()
     x, packed, before = (t.contiguous() for t in (x, packed, before))

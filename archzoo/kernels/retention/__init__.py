@@ -346,7 +346,7 @@ def retention_step(
             f"the state has strides {state.stride()}: rows or heads share memory, and all would "
             "write to it; give state.clone()"
         )
-    q, k, v = [x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)]
+    q, k, v = map(launching.with_unit_stride, (q, k, v))
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     given = positions, starts, valid
     places = [x if x is None or x.dtype != torch.bool else x.view(torch.uint8) for x in given]

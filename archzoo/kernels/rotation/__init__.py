@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from archzoo.derivatives import differentiated_again, exporting, plain_gradients, transformed
-from archzoo.kernels.launching import launch, power_of_2, run_beside
+from archzoo.kernels.launching import launch, power_of_2, run_beside, with_unit_stride
 from archzoo.kernels.operators import define
 from archzoo.numerics import product_dtype
 
@@ -133,7 +133,7 @@ def _split(
 
 def _join(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
     """Its transpose, which is its inverse."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = map(with_unit_stride, (q, k, v))
     joined = _empty_joined(q, k, v, table)
     _run(joined, q, k, v, table, True)
     return joined
