@@ -300,7 +300,9 @@ def test_little_memory_has_plans_that_compute_the_same(dk, dv, monkeypatch):
     large, little = (plans.find_plan(dk, dv, torch.bfloat16, False, few) for few in (False, True))
     assert large != little
     torch.manual_seed(0)
-    given = [torch.randn(1, 40, 1, width, device=DEVICE) for width in (dk, dk, dv)]
+    # Its plans are of bfloat16, whose blocks are half as large.
+    dtype, close = (torch.bfloat16, 1e-2) if GPU else (torch.float32, 1e-5)
+    given = [torch.randn(1, 40, 1, width, device=DEVICE, dtype=dtype) for width in (dk, dk, dv)]
     decay, found = torch.tensor([-0.1], device=DEVICE), []
     for plan in (large, little):
         monkeypatch.setattr(launch, "find_plan", lambda *_, plan=plan: plan)
@@ -310,7 +312,7 @@ def test_little_memory_has_plans_that_compute_the_same(dk, dv, monkeypatch):
         found.append([o, *torch.autograd.grad(o.square().sum(), (q, k, v))])
     launch.find_forward.cache_clear()
     for mine, other in zip(*found, strict=True):
-        assert (mine - other).norm() <= 1e-5 * other.norm()
+        assert (mine - other).norm() <= close * other.norm()
 
 
 @pytest.mark.parametrize("final", [True, False])
