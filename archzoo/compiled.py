@@ -33,7 +33,7 @@ def options(graphs: bool = False) -> dict[str, Any]:
     """
     from torch._inductor import config  # takes a while to import
 
-    from archzoo.graph_passes import GRADIENTS_IN_FLOAT32  # imports it
+    from archzoo.graph_passes import WEIGHT_GRADIENTS  # imports it
 
     # Loops are put in order before they are fused, and not after: else the cast of the residual
     # stream's gradient, 23 kernels and 0.8 of 60 ms of a step, stays apart from what makes it.
@@ -43,7 +43,7 @@ def options(graphs: bool = False) -> dict[str, Any]:
     # which takes rows without: 0.5 of 11.1 ms of a step of transformer_small, 2,736 wide.
     given["comprehensive_padding"] = False
     if torch.version.hip is None:  # where such a product was never run
-        given["post_grad_custom_pre_pass"] = GRADIENTS_IN_FLOAT32
+        given["post_grad_custom_pre_pass"] = WEIGHT_GRADIENTS
     if graphs:
         # A graph is of one shape: batches of many lengths are launched kernel by kernel. With
         # partitions torch (2.11, 2.13) takes the loop variables of kernels for such lengths, cuts

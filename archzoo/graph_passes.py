@@ -8,22 +8,35 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
+from archzoo.kernels import low_rank
+
 _CONVERT = torch.ops.prims.convert_element_type.default
 _PERMUTE = torch.ops.aten.permute.default
 _PRODUCT = torch.ops.aten.mm.default
 _PRODUCT_AS = torch.ops.aten.mm.dtype
 _NARROW = (torch.bfloat16, torch.float16)
+_OF_MERGED = torch.ops.archzoo.merged_weight_gradients.default
+_OF_FACTORS = torch.ops.archzoo.low_rank_gradients.default
 
 
-class GradientsInFloat32(CustomGraphPass):
-    """Gradients of float32 weights come out of their products in float32.
+class WeightGradients(CustomGraphPass):
+    """How gradients of weights are made of their products.
 
-    Under autocast a weight is cast to bf16 for its product, so its gradient is made in bf16 and
-    cast back: rounded, and written, read and written again by a kernel of its own. The product
-    has summed it in float32 anyhow.
+    Those of float32 weights come out in float32. Under autocast a weight is cast to bf16 for its
+    product, so its gradient is made in bf16 and cast back: rounded, and written, read and written
+    again by a kernel of its own. The product has summed it in float32 anyhow.
+
+    Those of changes of low rank, whose weight is frozen, are made without that of the weight, where
+    `archzoo.kernels.low_rank.cheaper_joined` says that this is faster.
     """
 
     def __call__(self, graph: Graph) -> None:
+        """Change a graph in place."""
+        self.in_float32(graph)
+        self.of_low_rank(graph)
+        graph.eliminate_dead_code()
+
+    def in_float32(self, graph: Graph) -> None:
         """Where what is returned is a product cast to float32, let the product return it."""
         (output,) = graph.find_nodes(op="output")
         for node in graph.find_nodes(op="call_function", target=_CONVERT):
@@ -43,15 +56,39 @@ class GradientsInFloat32(CustomGraphPass):
                 new = graph.call_function(_PRODUCT_AS, (first, second, torch.float32))
             new.meta["val"] = node.meta["val"].new_empty(node.meta["val"].shape)
             node.replace_all_uses_with(new)
-        graph.eliminate_dead_code()
+
+    def of_low_rank(self, graph: Graph) -> None:
+        """Where the gradient of a whole weight is made for that of its changes alone, leave it."""
+        for node in graph.find_nodes(op="call_function", target=_OF_MERGED):
+            product, firsts, *_ = node.args
+            if product.meta["val"].device.type != "cuda" or len(product.users) != 1:
+                continue
+            swapped = product.target is _PERMUTE and list(product.args[1]) == [1, 0]
+            product = product.args[0] if swapped else product
+            rows, columns = node.args[0].meta["val"].shape
+            ranks = [first.meta["val"].shape[0] for first in firsts]
+            if not _is_product(product) or not low_rank.cheaper_joined(rows, columns, ranks):
+                continue
+            with graph.inserting_before(node):
+                first, second = product.args
+                # G^T x as it was written, or (x^T G)^T.
+                grad, x = (second, first) if swapped else (first, second)
+                if swapped:
+                    x = _transposed(graph, x)
+                else:
+                    grad = _transposed(graph, grad)
+                new = graph.call_function(_OF_FACTORS, (grad, x, *node.args[1:]))
+            new.meta["val"] = node.meta["val"]
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
 
     def uuid(self) -> Any:
-        """Of this file: the compiler's cache holds what was made by it."""
-        return get_hash_for_files((__file__,))
+        """Of what decides: the compiler's cache holds what was made by it."""
+        return get_hash_for_files((__file__, low_rank.__file__))
 
 
 #: The one there is: the compiler takes what was compiled with another for something else.
-GRADIENTS_IN_FLOAT32 = GradientsInFloat32()
+WEIGHT_GRADIENTS = WeightGradients()
 
 
 def _is_product(node: Any) -> bool:

@@ -256,6 +256,22 @@ def low_rank() -> None:
 
 
 @example
+def low_rank_joined() -> None:
+    """Three blocks, one of a wide matrix, and as many ranks as there can be."""
+    from archzoo.kernels.low_rank import joined_gradients
+
+    for rows, columns, blocks, rank in (
+        (1536, 512, (0, 512, 1024), 8),
+        (512, 1368, (0,), 8),
+        (1368, 512, (0,), 64),
+    ):
+        grad, x = (torch.randn(4096, width, dtype=torch.bfloat16) for width in (rows, columns))
+        firsts = [torch.randn(rank, columns) for _ in blocks]
+        seconds = [torch.randn(rows // len(blocks), rank) for _ in blocks]
+        joined_gradients(grad, x, firsts, seconds, blocks, [2.0] * len(blocks))
+
+
+@example
 def one_bit() -> None:
     """A token's product with packed signs, of one size and of one that fills no program."""
     from archzoo.kernels.one_bit import pack, product

@@ -19,12 +19,12 @@ ROOT = Path(__file__).parents[1]
 # From bottom to top: a module imports from its own line and from those above it. A package is a
 # directory or a module at the top of archzoo/, or a module that stands apart from its directory.
 LAYERS = """
-    graph_passes
-    _version compiled derivatives locking names public
+    _version derivatives locking names public
     numerics
     documents states auxiliary prefixes shipped
     kernels
-    low_rank
+    graph_passes low_rank
+    compiled
     norm linear
     block trust
     adapters convolution decay

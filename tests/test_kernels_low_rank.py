@@ -1,4 +1,4 @@
-"""A weight with its changes of low rank in one kernel, gradients in one, against the plain form.
+"""A weight with its changes of low rank in one kernel, its gradients, against the plain form.
 
 Without a GPU they run through Triton's interpreter.
 """
@@ -182,6 +182,11 @@ def test_operators_say_what_they_make():
         "merged_weight": (weight, firsts, seconds, *rest, torch.bfloat16),
         "merged_weight_gradients": (weight, firsts, seconds, *rest),
     }
+    weight, changes = drawn(THREE)
+    firsts, seconds = ([getattr(c, name) for c in changes] for name in ("first", "second"))
+    rest = [change.begin for change in changes], [change.scale for change in changes]
+    tokens = (torch.randn(20, width, device=DEVICE) for width in weight.shape)
+    given["low_rank_gradients"] = *tokens, firsts, seconds, *rest
     for name, arguments in given.items():
         operator = getattr(torch.ops.archzoo, name).default
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -208,3 +213,61 @@ def test_many_ranks_have_smaller_tiles(monkeypatch):
     true = torch.autograd.grad(wanted, factors(true_changes), grad.double())
     for one, other in zip(mine, true, strict=True):
         assert relative_error(one, other) < 1e-6
+
+
+# Changes of one rank, and the weight's rows and columns.
+THREE = ((0, 40, 3, 0.5), (40, 17, 3, -2.0), (57, 13, 3, 1.0))
+JOINED = {
+    "blocks": (((0, 40, 3, 0.5), (40, 17, 3, -2.0), (57, 13, 3, 1.0)), 70, 150),
+    "at 16 bytes": (((0, 16, 8, 2.0), (16, 16, 8, 0.5), (32, 16, 8, 1.0)), 48, 64),
+    "gaps": (((5, 33, 4, 2.0), (50, 6, 4, 0.25)), 70, 40),
+    "four": (((0, 10, 2, 1.0), (10, 20, 2, 2.0), (40, 9, 2, 3.0), (60, 30, 2, 4.0)), 90, 40),
+    "wider than high": (((0, 70, 8, 2.0),), 70, 150),
+    "some rows of it": (((7, 40, 3, 0.5),), 60, 150),
+    "higher than wide": (((0, 140, 3, 0.5),), 140, 30),
+    "many ranks": (((3, 15, 64, 0.5),), 18, 14),
+}
+
+
+@pytest.mark.parametrize("case", JOINED)
+@pytest.mark.parametrize("tokens", [7, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_come_without_that_of_the_weight(case, tokens, dtype):
+    places, rows, columns = JOINED[case]
+    _, changes = drawn(places, columns, rows)
+    firsts, seconds = ([getattr(c, name).detach() for c in changes] for name in ("first", "second"))
+    begins, scales = [c.begin for c in changes], [c.scale for c in changes]
+    wide_grad = torch.randn(tokens, rows + 6, device=DEVICE, dtype=dtype)
+    x = torch.randn(columns, tokens, device=DEVICE, dtype=dtype).T  # column by column
+    for grad in (wide_grad[:, 6:], wide_grad[:, 3:-3].contiguous()):  # rows apart, and not
+        found = kernels.joined_gradients(grad, x, firsts, seconds, begins, scales)
+        whole = grad.double().T @ x.double()
+        parts = list(zip(begins, scales, firsts, seconds, strict=True))
+        wanted = [s * b.double().T @ whole[at : at + len(b)] for at, s, _, b in parts]
+        wanted += [s * whole[at : at + len(b)] @ a.double().T for at, s, a, b in parts]
+        for mine, true, given in zip(found, wanted, firsts + seconds, strict=True):
+            assert mine.dtype == torch.float32 and mine.shape == given.shape
+            # Factors and hidden states are rounded as the weight's products are.
+            assert relative_error(mine, true) < (1e-2 if dtype == torch.bfloat16 else 1e-6)
+        again = kernels.joined_gradients(grad, x, firsts, seconds, begins, scales)
+        assert all(map(torch.equal, found, again))  # summed in a fixed order
+
+
+def test_gradients_that_nothing_flows_into_are_zero():
+    _, changes = drawn(THREE)
+    firsts, seconds = ([getattr(c, name).detach() for c in changes] for name in ("first", "second"))
+    rest = [c.begin for c in changes], [c.scale for c in changes]
+    for tokens in (0, 20):
+        grad = torch.zeros(tokens, 70, device=DEVICE)
+        x = torch.randn(tokens, 150, device=DEVICE)
+        found = kernels.joined_gradients(grad, x, firsts, seconds, *rest)
+        assert not any(map(torch.count_nonzero, found))
+
+
+def test_joined_gradients_are_cheaper_for_large_matrices_of_equal_ranks():
+    assert kernels.cheaper_joined(1536, 512, [8, 8, 8])
+    assert kernels.cheaper_joined(512, 1368, [8])
+    assert not kernels.cheaper_joined(128, 128, [8])  # the weight's gradient is soon made
+    assert not kernels.cheaper_joined(1536, 512, [8, 8, 4])
+    assert not kernels.cheaper_joined(1536, 512, [32, 32, 32])  # more than a program holds
+    assert not kernels.cheaper_joined(512, 512, [64])  # as many sums as are saved

@@ -10,6 +10,7 @@ Where kernels do not run it is made so. Importing this module needs neither Trit
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,12 +19,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from archzoo.derivatives import differentiated_again, plain_gradients
-from archzoo.kernels.launching import fused, launch, power_of_2
+from archzoo.kernels.launching import fused, launch, power_of_2, with_unit_stride
 from archzoo.kernels.operators import define
 from archzoo.numerics import without_autocast
 
 MOST = 4  # changes of one weight
 MAX_RANK = 64
+JOINED = 200.0  # operations for a byte, of which a token needs 2 each: `cheaper_joined`
 _MODULE = "archzoo.kernels.low_rank.triton"
 
 
@@ -39,6 +41,25 @@ def available(weight: Tensor, firsts: Sequence[Tensor], begins: Sequence[int]) -
         return False
     in_order = all(a < b for a, b in itertools.pairwise(begins))
     return in_order and all(len(first) <= MAX_RANK for first in firsts)
+
+
+def cheaper_joined(rows: int, columns: int, ranks: Sequence[int]) -> bool:
+    """Whether the gradients of many tokens' changes are made faster without that of all of W.
+
+    That one takes ``2 tokens rows columns`` operations. Without it x and the gradient of y are
+    read, and for every 128 tokens sums of all factors are written and read again. `JOINED` says
+    which is less on an H200, by 650 TFLOP/s and 3.2 TB/s: so it was for all matrices of the small
+    presets at rank 8.
+
+    Args:
+        rows: Of W.
+        columns: Of W.
+        ranks: Of its changes, which must be equal, and together at most `MAX_RANK`.
+    """
+    if len(set(ranks)) > 1 or sum(ranks) > MAX_RANK:
+        return False
+    sums = (rows * ranks[0] + columns * sum(ranks)) / 32
+    return rows * columns > JOINED * (rows + columns + sums)
 
 
 def merged(
@@ -159,6 +180,68 @@ def _gradient_shapes(
     return [grad.new_empty(x.shape, dtype=x.dtype) for x in (*firsts, *seconds)]
 
 
+def _joined_gradients(
+    grad: Tensor,
+    x: Tensor,
+    firsts: list[Tensor],
+    seconds: list[Tensor],
+    begins: list[int],
+    scales: list[float],
+) -> list[Tensor]:
+    """`_gradients` of the product ``grad^T x``, which is not made: of every A, then of every B."""
+    grad, x = with_unit_stride(grad), with_unit_stride(x)
+    firsts, seconds = ([x.contiguous() for x in part] for part in (firsts, seconds))
+    made = _gradient_shapes(x, firsts, seconds, begins, scales)
+    (tokens, columns), count, rank = x.shape, len(firsts), len(firsts[0])
+    sizes = [len(second) for second in seconds]
+    wide = max(power_of_2(count * rank), 16)
+    # With 128 there, 64 ranks need more shared memory than most GPUs have.
+    of_tokens, block = 128, 128 if wide <= 32 else 64
+    parts = -(-tokens // of_tokens)
+    of_a = x.new_empty(parts, columns, count * rank, dtype=torch.float32)
+    of_b = x.new_empty(parts, sum(sizes), rank, dtype=torch.float32)
+    turned = count == 1 and columns > sizes[0]
+    if turned:  # what is wider is read once
+        once, twice, sums, factors = x, grad.narrow(1, begins[0], sizes[0]), (of_a, of_b), seconds
+        others, begins, heights = firsts, [0], [columns]
+    else:
+        once, twice, sums, factors = grad, x, (of_b, of_a), firsts
+        others, heights = seconds, sizes
+    tensors = once, twice, *sums, *_filled(factors, factors[0]), *_filled(others, others[0])
+    lengths = twice.shape[1], once.stride(0), twice.stride(0), *begins, *heights
+    unit = math.gcd(8, *lengths)
+    width, *rest = (length // unit for length in lengths)
+    if parts:
+        launch(
+            _MODULE, "factors_kernel", (parts,), tensors, tokens, width, *rest[:2],
+            *_filled(rest[2 : 2 + count], 0), *_filled(rest[2 + count :], 0),
+            *_filled([-(-height // block) for height in heights], 0),
+            COUNT=count, RANK=rank, WIDTH=wide, TURNED=turned,
+            TOKENS=of_tokens, BLOCK=block, UNIT=unit, UPCAST=grad.device.type == "cpu",
+            num_warps=8, num_stages=3,
+        )  # fmt: skip
+    block = 32
+    across = -(-columns * count * rank // block)
+    launch(
+        _MODULE, "sum_kernel", (across + -(-sum(sizes) * rank // block),),
+        (of_b, of_a, *_filled(made[:count], of_a), *_filled(made[count:], of_a)),
+        parts, columns, across, *_filled(sizes, 0), *_filled(scales, 0.0),
+        COUNT=count, RANK=rank, PARTS=min(power_of_2(max(parts, 1)), 128), BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return made
+
+
+def _joined_shapes(
+    _: Tensor,
+    x: Tensor,
+    firsts: list[Tensor],
+    seconds: list[Tensor],
+    begins: list[int],
+    scales: list[float],
+) -> list[Tensor]:
+    return _gradient_shapes(x, firsts, seconds, begins, scales)
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     weight, firsts, seconds, *ctx.rest = inputs
     ctx.count = len(firsts)
@@ -189,4 +272,9 @@ _gradient_operator = define(
     "merged_weight_gradients(Tensor grad, Tensor[] firsts, Tensor[] seconds, int[] begins, "
     "float[] scales) -> Tensor[]",
     _gradients, _gradient_shapes,
+)  # fmt: skip
+joined_gradients = define(
+    "low_rank_gradients(Tensor grad, Tensor x, Tensor[] firsts, Tensor[] seconds, int[] begins, "
+    "float[] scales) -> Tensor[]",
+    _joined_gradients, _joined_shapes,
 )  # fmt: skip
