@@ -2,7 +2,7 @@
 
     python benchmarks/adapters.py                 # on a GPU: bf16, 16 rows of 1,024 tokens
     python benchmarks/adapters.py --device cpu    # float32, 4 rows of 256 tokens
-    python benchmarks/adapters.py --compile --methods LoRA
+    python benchmarks/adapters.py --compile --beside --methods LoRA,DoRA
 
 A step is over that of the same model whose base is frozen but for the first norm, so that the
 gradient crosses all blocks and no weight learns; an optimizer step is part of both. On a GPU some
@@ -12,6 +12,9 @@ is compared is timed in turn; what is allowed is of the size small. `bytes_ratio
 reads of weights with the adapter beside them, over what it reads of the base's: its time at the
 memory's speed. Methods whose papers change query and value are put on every Linear of the blocks,
 at rank 8 where they have one; the others where they are by default.
+
+With --beside every row has a process of its own. All compile at once, so that their models are in
+memory together, and then each measures by itself.
 """
 
 from __future__ import annotations
@@ -20,10 +23,15 @@ import argparse
 import copy
 import inspect
 import itertools
+import os
+import subprocess
+import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +49,7 @@ TOGETHER = 4  # steps on a GPU, before it is waited for
 STEP = 1.15  # of LoRA, over the frozen base's
 UNMERGED, MERGED = 1.3, 1.05  # of a token, over the base's; merged it is the base: 1.0 and noise
 RANK = 8
+TURN = "ARCHZOO_TURN"  # in the environment of a process of --beside: see `wait_for_turn`
 
 
 def recipe(cls: Any) -> tuple[Any, str]:
@@ -133,7 +142,11 @@ def measure(
         "adapted": Training(adapted, tokens, given.compile),
     }
     on_gpu = tokens.is_cuda
-    step = in_turn(dict(steps), given.rounds, warmup=3 if on_gpu else 1)
+    for _ in range(2 if on_gpu else 0):
+        for run in steps.values():
+            run()
+    wait_for_turn()
+    step = in_turn(dict(steps), given.rounds)
     step = {side: ms / steps[side].count for side, ms in step.items()}
     row: dict[str, Any] = {
         "method": method,
@@ -167,6 +180,45 @@ def measure(
     return row
 
 
+def wait_for_turn() -> None:
+    """Say that all is compiled, and return once this process is the one to measure."""
+    if place := os.environ.pop(TURN, None):
+        torch.cuda.empty_cache()
+        Path(f"{place}.ready").touch()
+        while not Path(f"{place}.go").exists():
+            time.sleep(0.1)
+
+
+def beside(cases: list[tuple[str, str]], arguments: list[str]) -> list[str]:
+    """A process for each method and family, which writes its row; those that failed.
+
+    Args:
+        cases: Methods and families.
+        arguments: Of the command line, for every process.
+    """
+    failed = []
+    with tempfile.TemporaryDirectory() as root:
+        processes = {}
+        for number, (name, family) in enumerate(cases):
+            place = str(Path(root, str(number)))
+            processes[place] = subprocess.Popen(
+                [sys.executable, __file__, *arguments, "--methods", name, "--families", family],
+                env=os.environ | {TURN: place},
+            )
+        try:
+            for place, process in processes.items():
+                while process.poll() is None and not Path(f"{place}.ready").exists():
+                    time.sleep(0.1)
+            for (place, process), case in zip(processes.items(), cases, strict=True):
+                Path(f"{place}.go").touch()
+                if status := process.wait():
+                    failed.append(f"{case[0]} on {case[1]}: ended with status {status}")
+        finally:
+            for process in processes.values():  # those whose turn has not come, if this ends early
+                process.terminate()
+    return failed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     available = "cuda" if torch.cuda.is_available() else "cpu"
@@ -182,6 +234,7 @@ def main() -> None:
     parser.add_argument("--token_rounds", type=int, help="default: 3 on a GPU, else 5")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no row after these")
     parser.add_argument("--compile", action="store_true", help="the step, as fit does on a GPU")
+    parser.add_argument("--beside", action="store_true", help="a process a row, all at once")
     given = parser.parse_args()
     on_gpu = given.device == "cuda"
     if not on_gpu:
@@ -195,7 +248,14 @@ def main() -> None:
     what = f"{'bfloat16' if on_gpu else 'float32'}-adapters"
     begin, count = time.monotonic(), 0
     failed = []
-    for name, family in itertools.product(names, families):
+    cases = list(itertools.product(names, families))
+    if given.beside:
+        own = argparse.ArgumentParser(add_help=False)
+        own.add_argument("--beside", action="store_true")
+        own.add_argument("--methods")
+        own.add_argument("--families")
+        failed, cases = beside(cases, own.parse_known_args()[1]), []
+    for name, family in cases:
         count += 1
         if time.monotonic() - begin > given.seconds:
             failed.append(f"{name} on {family}: no time was left")
@@ -221,7 +281,7 @@ def main() -> None:
                 late += f"  {part} MISSED"
         taken = time.monotonic() - begin
         print(
-            f"{count:3d}/{len(names) * len(families)} {taken:5.0f} s  "
+            f"{count:3d}/{len(cases)} {taken:5.0f} s  "
             f"{preset} {name:14s} step {row['step_ratio']:.3f} x {row['frozen_step_ms']:.1f} ms"
             f"   token {row['unmerged_ratio']} merged {row['merged_ratio'] or '-'} x "
             f"{row['base_token_ms']:.3f} ms   {row['trained']:,} trained, "
