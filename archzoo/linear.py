@@ -318,7 +318,8 @@ class Linear(nn.Linear):
         begin, changes = 0, []
         for name in names:
             for adapter in adapters.get(name, ()):
-                factors = adapter.low_rank()
+                with without_autocast(self.device):  # which would round a product of factors
+                    factors = adapter.low_rank()
                 if factors is None or factors[0].dtype != self.weight.dtype:
                     return None
                 changes.append(Change(begin, *factors))

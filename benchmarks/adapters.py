@@ -5,7 +5,7 @@
     python benchmarks/adapters.py --compile --beside --methods LoRA,DoRA
 
 A step is over that of the same model whose base is frozen but for the first norm, so that the
-gradient crosses all blocks and no weight learns; an optimizer step is part of both. On a GPU some
+gradient crosses all blocks and no weight learns; an optimizer step is part of both. On a GPU many
 steps are timed together, since `archzoo fit` waits for none. A token is over the base's, as
 `archzoo.generate` decodes it: with the adapter beside the weights, and merged. What
 is compared is timed in turn; what is allowed is of the size small. `bytes_ratio` is what a token
@@ -45,7 +45,7 @@ from archzoo.decoder import Decoder
 from archzoo.linear import Linear
 from archzoo.parts import list_parts
 
-TOGETHER = 4  # steps on a GPU, before it is waited for
+TOGETHER = 16  # steps on a GPU, before it is waited for
 STEP = 1.15  # of LoRA, over the frozen base's
 UNMERGED, MERGED = 1.3, 1.05  # of a token, over the base's; merged it is the base: 1.0 and noise
 RANK = 8

@@ -225,7 +225,7 @@ JOINED = {
     "wider than high": (((0, 70, 8, 2.0),), 70, 150),
     "some rows of it": (((7, 40, 3, 0.5),), 60, 150),
     "higher than wide": (((0, 140, 3, 0.5),), 140, 30),
-    "many ranks": (((3, 15, 64, 0.5),), 18, 14),
+    "many ranks": (((3, 15, 32, 0.5),), 18, 14),
 }
 
 
@@ -269,5 +269,5 @@ def test_joined_gradients_are_cheaper_for_large_matrices_of_equal_ranks():
     assert kernels.cheaper_joined(512, 1368, [8])
     assert not kernels.cheaper_joined(128, 128, [8])  # the weight's gradient is soon made
     assert not kernels.cheaper_joined(1536, 512, [8, 8, 4])
-    assert not kernels.cheaper_joined(1536, 512, [32, 32, 32])  # more than a program holds
-    assert not kernels.cheaper_joined(512, 512, [64])  # as many sums as are saved
+    assert not kernels.cheaper_joined(1536, 512, [16, 16, 16])  # 1.16 times as long on an H200
+    assert not kernels.cheaper_joined(512, 512, [32])  # where sums take 1.16 times, too

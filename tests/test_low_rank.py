@@ -168,6 +168,19 @@ def test_dtypes_that_differ_and_autocast_are_seen_to():
     assert relative_error(y.float(), want) < 0.02
 
 
+@pytest.mark.parametrize("cls", [archzoo.LoRA, archzoo.PiSSA, archzoo.MoSLoRA, archzoo.MoLoRA])
+def test_autocast_rounds_no_product_of_factors(cls):
+    """Of another dtype than the weight's they would be computed slowly, beside it."""
+    torch.manual_seed(0)
+    layer = Linear(12, {"query": 8}, bias=False)
+    layer.attach("adapter", "query", cls(Target("linear", "query", (8, 12)), rank=2))
+    adapters = layer._by_block(("query",))
+    with torch.autocast("cpu", torch.bfloat16):
+        (change,) = layer._low_rank_changes(("query",), adapters)
+    (exact,) = layer._low_rank_changes(("query",), adapters)
+    assert torch.equal(change.first, exact.first) and torch.equal(change.second, exact.second)
+
+
 def test_what_overrides_what_is_added_is_not_of_low_rank():
     class Halved(archzoo.LoRA):
         def output(self, x, y):

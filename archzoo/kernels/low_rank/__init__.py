@@ -25,7 +25,8 @@ from archzoo.numerics import without_autocast
 
 MOST = 4  # changes of one weight
 MAX_RANK = 64
-JOINED = 200.0  # operations for a byte, of which a token needs 2 each: `cheaper_joined`
+JOINED = 150.0  # operations for a byte, of which a token needs 2 each: `cheaper_joined`
+MAX_JOINED = 32  # ranks of all changes: with more a program's products are no longer small
 _MODULE = "archzoo.kernels.low_rank.triton"
 
 
@@ -54,9 +55,9 @@ def cheaper_joined(rows: int, columns: int, ranks: Sequence[int]) -> bool:
     Args:
         rows: Of W.
         columns: Of W.
-        ranks: Of its changes, which must be equal, and together at most `MAX_RANK`.
+        ranks: Of its changes, which must be equal, and together at most `MAX_JOINED`.
     """
-    if len(set(ranks)) > 1 or sum(ranks) > MAX_RANK:
+    if len(set(ranks)) > 1 or sum(ranks) > MAX_JOINED:
         return False
     sums = (rows * ranks[0] + columns * sum(ranks)) / 32
     return rows * columns > JOINED * (rows + columns + sums)
@@ -194,9 +195,7 @@ def _joined_gradients(
     made = _gradient_shapes(x, firsts, seconds, begins, scales)
     (tokens, columns), count, rank = x.shape, len(firsts), len(firsts[0])
     sizes = [len(second) for second in seconds]
-    wide = max(power_of_2(count * rank), 16)
-    # With 128 there, 64 ranks need more shared memory than most GPUs have.
-    of_tokens, block = 128, 128 if wide <= 32 else 64
+    of_tokens, block = 128, 128
     parts = -(-tokens // of_tokens)
     of_a = x.new_empty(parts, columns, count * rank, dtype=torch.float32)
     of_b = x.new_empty(parts, sum(sizes), rank, dtype=torch.float32)
@@ -216,7 +215,7 @@ def _joined_gradients(
             _MODULE, "factors_kernel", (parts,), tensors, tokens, width, *rest[:2],
             *_filled(rest[2 : 2 + count], 0), *_filled(rest[2 + count :], 0),
             *_filled([-(-height // block) for height in heights], 0),
-            COUNT=count, RANK=rank, WIDTH=wide, TURNED=turned,
+            COUNT=count, RANK=rank, WIDTH=max(power_of_2(count * rank), 16), TURNED=turned,
             TOKENS=of_tokens, BLOCK=block, UNIT=unit, UPCAST=grad.device.type == "cpu",
             num_warps=8, num_stages=3,
         )  # fmt: skip
