@@ -202,7 +202,7 @@ def beside(cases: list[tuple[str, str]], arguments: list[str]) -> list[str]:
         for number, (name, family) in enumerate(cases):
             place = str(Path(root, str(number)))
             processes[place] = subprocess.Popen(
-                [sys.executable, __file__, *arguments, "--methods", name, "--families", family],
+                [sys.executable, sys.argv[0], *arguments, "--methods", name, "--families", family],
                 env=os.environ | {TURN: place},
             )
         try:
