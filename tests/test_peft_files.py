@@ -291,6 +291,17 @@ def import_peft_as(net, directory):
     return import_peft(net, directory)
 
 
+def test_autocast_rounds_nothing_that_is_converted():
+    net = base_model("retnet_micro").float()
+    archzoo.adapt(net, functools.partial(archzoo.MoSLoRA, targets=["up"], rank=2))
+    for _, module in adapter_modules(net):
+        torch.nn.init.normal_(module.second)
+    want = logits(net)
+    with torch.autocast("cpu", torch.bfloat16):
+        to_lora(net)
+    assert relative_error(logits(net), want) < 1e-6
+
+
 def test_experts_and_several_adapters_are_converted_by_name():
     net = base_model("yuan_micro")
     part = functools.partial(archzoo.PiSSA, targets=["up", "router_key"], rank=3, alpha=4.0)

@@ -14,6 +14,7 @@ from archzoo.adapters.moslora import MoSLoRA
 from archzoo.adapters.pissa import PiSSA
 from archzoo.compiled import uncompiled
 from archzoo.decoder import Decoder
+from archzoo.numerics import without_autocast
 from archzoo.parts import named_adapters
 
 
@@ -22,7 +23,8 @@ def low_rank_factors(adapter: Adapter) -> tuple[Tensor, Tensor, float] | None:
     if type(adapter) not in (LoRA, MoSLoRA, PiSSA):
         return None
     known: Any = adapter
-    return *known.factors(), known.scale
+    with without_autocast(known.first.device):  # it would round what the files are to hold
+        return *known.factors(), known.scale
 
 
 @torch.no_grad()
