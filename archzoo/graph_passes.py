@@ -44,7 +44,7 @@ class WeightGradients(CustomGraphPass):
             if not wide or node.meta["val"].device.type != "cuda" or set(node.users) != {output}:
                 continue
             product = node.args[0]
-            swapped = product.target is _PERMUTE and list(product.args[1]) == [1, 0]
+            swapped = _is_transposed(product)
             if swapped and len(product.users) == 1:
                 product = product.args[0]
             if not _is_product(product):
@@ -63,20 +63,20 @@ class WeightGradients(CustomGraphPass):
             product, firsts, *_ = node.args
             if product.meta["val"].device.type != "cuda" or len(product.users) != 1:
                 continue
-            swapped = product.target is _PERMUTE and list(product.args[1]) == [1, 0]
+            rows, columns = product.meta["val"].shape
+            swapped = _is_transposed(product)
             product = product.args[0] if swapped else product
-            rows, columns = node.args[0].meta["val"].shape
-            ranks = [first.meta["val"].shape[0] for first in firsts]
-            if not _is_product(product) or not low_rank.cheaper_joined(rows, columns, ranks):
+            if not _is_product(product):
+                continue
+            first, second = product.args
+            tokens = second.meta["val"].shape[0]  # a symbol says nothing of how many
+            ranks = [one.meta["val"].shape[0] for one in firsts]
+            many = isinstance(tokens, int)
+            if not many or not low_rank.cheaper_joined(tokens, rows, columns, ranks):
                 continue
             with graph.inserting_before(node):
-                first, second = product.args
-                # G^T x as it was written, or (x^T G)^T.
-                grad, x = (second, first) if swapped else (first, second)
-                if swapped:
-                    x = _transposed(graph, x)
-                else:
-                    grad = _transposed(graph, grad)
+                turned = _transposed(graph, first)  # of G^T x, or of (x^T G)^T
+                grad, x = (second, turned) if swapped else (turned, second)
                 new = graph.call_function(_OF_FACTORS, (grad, x, *node.args[1:]))
             new.meta["val"] = node.meta["val"]
             node.replace_all_uses_with(new)
@@ -96,6 +96,11 @@ def _is_product(node: Any) -> bool:
     if not isinstance(node, Node) or node.target is not _PRODUCT or len(node.users) != 1:
         return False
     return all(one.meta["val"].dtype in _NARROW for one in node.args)  # type: ignore[union-attr]
+
+
+def _is_transposed(node: Node) -> bool:
+    """Whether a node is another matrix seen from its other side."""
+    return node.target is _PERMUTE and list(node.args[1]) == [1, 0]  # type: ignore[arg-type]
 
 
 def _transposed(graph: Graph, matrix: Any) -> Node:

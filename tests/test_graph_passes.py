@@ -47,9 +47,9 @@ class Made:
         return [node.target for node in self.graph.nodes if node.op == "call_function"]
 
 
-def gradient(made, swapped=False, rows=6, columns=3):
+def gradient(made, swapped=False, rows=6, columns=3, tokens=8):
     """Of a weight (6, 3): as torch makes it of a gradient (8, 6) and an input (8, 3)."""
-    grad, x = made.given(8, rows), made.given(8, columns)
+    grad, x = made.given(tokens, rows), made.given(tokens, columns)
     if not swapped:
         return made.call(ATEN.mm.default, made.call(ATEN.permute.default, grad, [1, 0]), x)
     product = made.call(ATEN.mm.default, made.call(ATEN.permute.default, x, [1, 0]), grad)
@@ -101,6 +101,7 @@ def test_what_else_is_cast_stays():
 
 
 OF_WEIGHT = torch.ops.archzoo.merged_weight_gradients.default
+MANY = 16384  # tokens
 OF_FACTORS = torch.ops.archzoo.low_rank_gradients.default
 
 
@@ -115,37 +116,42 @@ def of_changes(made, product, ranks=(8, 8)):
 @pytest.mark.parametrize("swapped", [False, True])
 def test_changes_take_their_gradients_without_the_weight_s(swapped):
     made = Made()
-    found = of_changes(made, gradient(made, swapped, 1024, 512))
+    found = of_changes(made, gradient(made, swapped, 1024, 512, MANY))
     first = made.call(operator.getitem, found, 0)
     targets = made.changed(first)
     assert OF_FACTORS in targets and OF_WEIGHT not in targets and ATEN.mm.default not in targets
     (node,) = made.graph.find_nodes(op="call_function", target=OF_FACTORS)
     grad, x, firsts, seconds, begins, scales = node.args
     for given, width in ((grad, 1024), (x, 512)):
-        assert given.meta["val"].shape == (8, width)
+        assert given.meta["val"].shape == (MANY, width)
         while given.op != "placeholder":  # turned twice, and so as it was given
             assert given.target is ATEN.permute.default
             given = given.args[0]
-        assert given.meta["val"].shape == (8, width)
+        assert given.meta["val"].shape == (MANY, width)
     assert [len(firsts), len(seconds), begins, scales] == [2, 2, [0, 512], [2.0, 2.0]]
     assert [v.shape for v in node.meta["val"]] == [(8, 512), (8, 512), (512, 8), (512, 8)]
 
 
 def test_other_gradients_of_changes_stay():
     made = Made()
-    small = of_changes(made, gradient(made, rows=32, columns=16))
+    small = of_changes(made, gradient(made, rows=32, columns=16, tokens=MANY))
     assert OF_WEIGHT in made.changed(small)  # whose gradient is soon made
     made = Made()
-    unlike = of_changes(made, gradient(made, rows=1024, columns=512), ranks=(8, 4))
+    few = of_changes(made, gradient(made, rows=1024, columns=512, tokens=2048))
+    assert OF_WEIGHT in made.changed(few)  # which leave most of a GPU idle
+    made = Made()
+    unlike = of_changes(made, gradient(made, rows=1024, columns=512, tokens=MANY), ranks=(8, 4))
     assert OF_WEIGHT in made.changed(unlike)
     made = Made()
-    product = gradient(made, rows=1024, columns=512)
+    product = gradient(made, rows=1024, columns=512, tokens=MANY)
     assert OF_WEIGHT in made.changed(of_changes(made, product), product)  # the weight learns, too
     made = Made()
     given = made.given(1024, 512)
     assert OF_WEIGHT in made.changed(of_changes(made, given))  # of no product
     made = Made("cpu")
-    assert OF_WEIGHT in made.changed(of_changes(made, gradient(made, rows=1024, columns=512)))
+    assert OF_WEIGHT in made.changed(
+        of_changes(made, gradient(made, rows=1024, columns=512, tokens=MANY))
+    )
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
@@ -164,7 +170,7 @@ def test_on_a_gpu_a_compiled_adapter_learns_the_same(monkeypatch):
     learn = [p for n, p in layer.named_parameters() if "adapter" in n]
     for parameter in learn:
         torch.nn.init.normal_(parameter, std=0.05)
-    x = torch.randn(2, 4096, 512, device="cuda")
+    x = torch.randn(4, 4096, 512, device="cuda")
     seen = []
     own = graph_passes.low_rank.cheaper_joined
     monkeypatch.setattr(

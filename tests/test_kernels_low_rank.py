@@ -265,9 +265,15 @@ def test_gradients_that_nothing_flows_into_are_zero():
 
 
 def test_joined_gradients_are_cheaper_for_large_matrices_of_equal_ranks():
-    assert kernels.cheaper_joined(1536, 512, [8, 8, 8])
-    assert kernels.cheaper_joined(512, 1368, [8])
-    assert not kernels.cheaper_joined(128, 128, [8])  # the weight's gradient is soon made
-    assert not kernels.cheaper_joined(1536, 512, [8, 8, 4])
-    assert not kernels.cheaper_joined(1536, 512, [16, 16, 16])  # 1.16 times as long on an H200
-    assert not kernels.cheaper_joined(512, 512, [32])  # where sums take 1.16 times, too
+    assert kernels.cheaper_joined(16384, 1536, 512, [8, 8, 8])
+    assert kernels.cheaper_joined(16384, 512, 1368, [8])
+    assert not kernels.cheaper_joined(16384, 128, 128, [8])  # the weight's gradient is soon made
+    assert not kernels.cheaper_joined(16384, 1536, 512, [8, 8, 4])
+    assert not kernels.cheaper_joined(
+        16384, 1536, 512, [16, 16, 16]
+    )  # 1.16 times as long on an H200
+    assert not kernels.cheaper_joined(16384, 512, 512, [32])  # where sums take 1.16 times, too
+    # Fewer programs than a GPU runs take as long as those that fill it; so does a second turn.
+    for tokens, cheaper in ((2048, False), (8192, False), (17_000, False), (32_768, True)):
+        assert kernels.cheaper_joined(tokens, 1536, 512, [8, 8, 8]) is cheaper
+    assert not kernels.cheaper_joined(0, 1536, 512, [8])

@@ -25,8 +25,10 @@ from archzoo.numerics import without_autocast
 
 MOST = 4  # changes of one weight
 MAX_RANK = 64
-JOINED = 150.0  # operations for a byte, of which a token needs 2 each: `cheaper_joined`
+JOINED = 165.0  # operations for a byte, of which a token needs 2 each: `cheaper_joined`
 MAX_JOINED = 32  # ranks of all changes: with more a program's products are no longer small
+JOINED_TOKENS = 128  # that a program joins
+MULTIPROCESSORS = 132  # of the GPU it was measured on, each with one program at a time
 _MODULE = "archzoo.kernels.low_rank.triton"
 
 
@@ -44,23 +46,27 @@ def available(weight: Tensor, firsts: Sequence[Tensor], begins: Sequence[int]) -
     return in_order and all(len(first) <= MAX_RANK for first in firsts)
 
 
-def cheaper_joined(rows: int, columns: int, ranks: Sequence[int]) -> bool:
-    """Whether the gradients of many tokens' changes are made faster without that of all of W.
+def cheaper_joined(tokens: int, rows: int, columns: int, ranks: Sequence[int]) -> bool:
+    """Whether the gradients of W's changes are made faster without that of all of W.
 
     That one takes ``2 tokens rows columns`` operations. Without it x and the gradient of y are
-    read, and for every 128 tokens sums of all factors are written and read again. `JOINED` says
-    which is less on an H200, by 650 TFLOP/s and 3.2 TB/s: so it was for all matrices of the small
-    presets at rank 8.
+    read, and for every 128 tokens sums of all factors are written and read again, by programs that
+    fill a GPU or leave some of it idle. `JOINED` says which is less, as measured on an H200 with
+    16,384 tokens: there all matrices of the small presets took 0.62 to 0.83 times as long at rank
+    8, and one of 512 by 512 was as fast at rank 16.
 
     Args:
+        tokens: Of the batch.
         rows: Of W.
         columns: Of W.
         ranks: Of its changes, which must be equal, and together at most `MAX_JOINED`.
     """
-    if len(set(ranks)) > 1 or sum(ranks) > MAX_JOINED:
+    if not tokens or len(set(ranks)) > 1 or sum(ranks) > MAX_JOINED:
         return False
-    sums = (rows * ranks[0] + columns * sum(ranks)) / 32
-    return rows * columns > JOINED * (rows + columns + sums)
+    sums = (rows * ranks[0] + columns * sum(ranks)) * 4 / JOINED_TOKENS
+    programs = -(-tokens // JOINED_TOKENS)
+    idle = -(-programs // MULTIPROCESSORS) * MULTIPROCESSORS / programs
+    return rows * columns > JOINED * idle * (rows + columns + sums)
 
 
 def merged(
@@ -195,8 +201,7 @@ def _joined_gradients(
     made = _gradient_shapes(x, firsts, seconds, begins, scales)
     (tokens, columns), count, rank = x.shape, len(firsts), len(firsts[0])
     sizes = [len(second) for second in seconds]
-    of_tokens, block = 128, 128
-    parts = -(-tokens // of_tokens)
+    block, parts = 128, -(-tokens // JOINED_TOKENS)
     of_a = x.new_empty(parts, columns, count * rank, dtype=torch.float32)
     of_b = x.new_empty(parts, sum(sizes), rank, dtype=torch.float32)
     turned = count == 1 and columns > sizes[0]
@@ -216,7 +221,7 @@ def _joined_gradients(
             *_filled(rest[2 : 2 + count], 0), *_filled(rest[2 + count :], 0),
             *_filled([-(-height // block) for height in heights], 0),
             COUNT=count, RANK=rank, WIDTH=max(power_of_2(count * rank), 16), TURNED=turned,
-            TOKENS=of_tokens, BLOCK=block, UNIT=unit, UPCAST=grad.device.type == "cpu",
+            TOKENS=JOINED_TOKENS, BLOCK=block, UNIT=unit, UPCAST=grad.device.type == "cpu",
             num_warps=8, num_stages=3,
         )  # fmt: skip
     block = 32
@@ -230,15 +235,8 @@ def _joined_gradients(
     return made
 
 
-def _joined_shapes(
-    _: Tensor,
-    x: Tensor,
-    firsts: list[Tensor],
-    seconds: list[Tensor],
-    begins: list[int],
-    scales: list[float],
-) -> list[Tensor]:
-    return _gradient_shapes(x, firsts, seconds, begins, scales)
+def _joined_shapes(_: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
+    return _gradient_shapes(x, *rest)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
