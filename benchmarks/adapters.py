@@ -38,6 +38,7 @@ import torch
 from harness import in_turn, write_rows
 from torch import Tensor
 from torch.nn import functional as F
+from turns import take_turn, wait_for_turn, wait_until_ready
 
 import archzoo
 from archzoo.adapters import Adapter
@@ -49,7 +50,7 @@ TOGETHER = 16  # steps on a GPU, before it is waited for
 STEP = 1.15  # of LoRA, over the frozen base's
 UNMERGED, MERGED = 1.3, 1.05  # of a token, over the base's; merged it is the base: 1.0 and noise
 RANK = 8
-TURN = "ARCHZOO_TURN"  # in the environment of a process of --beside: see `wait_for_turn`
+TURN = "ARCHZOO_TURN"  # in the environment of a process of --beside: the place of `wait_for_turn`
 
 
 def recipe(cls: Any) -> tuple[Any, str]:
@@ -145,7 +146,9 @@ def measure(
     for _ in range(2 if on_gpu else 0):
         for run in steps.values():
             run()
-    wait_for_turn()
+    if place := os.environ.pop(TURN, None):
+        torch.cuda.empty_cache()
+        wait_for_turn(place)
     step = in_turn(dict(steps), given.rounds)
     step = {side: ms / steps[side].count for side, ms in step.items()}
     row: dict[str, Any] = {
@@ -180,15 +183,6 @@ def measure(
     return row
 
 
-def wait_for_turn() -> None:
-    """Say that all is compiled, and return once this process is the one to measure."""
-    if place := os.environ.pop(TURN, None):
-        torch.cuda.empty_cache()
-        Path(f"{place}.ready").touch()
-        while not Path(f"{place}.go").exists():
-            time.sleep(0.1)
-
-
 def beside(cases: list[tuple[str, str]], arguments: list[str]) -> list[str]:
     """A process for each method and family, which writes its row; those that failed.
 
@@ -207,11 +201,9 @@ def beside(cases: list[tuple[str, str]], arguments: list[str]) -> list[str]:
             )
         try:
             for place, process in processes.items():
-                while process.poll() is None and not Path(f"{place}.ready").exists():
-                    time.sleep(0.1)
+                wait_until_ready(place, process)
             for (place, process), case in zip(processes.items(), cases, strict=True):
-                Path(f"{place}.go").touch()
-                if status := process.wait():
+                if status := take_turn(place, process):
                     failed.append(f"{case[0]} on {case[1]}: ended with status {status}")
         finally:
             for process in processes.values():  # those whose turn has not come, if this ends early

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
+from turns import wait_for_turn
 
 STEPS = 4  # the last of a run, which are profiled
 COMPILED = 3  # steps after which nothing is compiled any more
@@ -60,9 +60,7 @@ class Exchange(lightning.Callback):
         self.waits = False
         if on_gpu:
             torch.cuda.synchronize()
-        Path(f"{self.path}.{rank}.ready").touch()
-        while not Path(f"{self.path}.go").exists():
-            time.sleep(0.02)
+        wait_for_turn(self.path, rank)
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: Any, batch: Any, batch_idx: int

@@ -62,6 +62,7 @@ import lightning
 import torch
 from harness import ROOT, write_rows
 from torch import Tensor
+from turns import take_turn, wait_until_ready
 
 from archzoo.analysis.compare.places import gpus
 from archzoo.analysis.evidence import read_rows
@@ -306,18 +307,15 @@ def measured(rows: list[dict[str, Any]], given: argparse.Namespace) -> Iterator[
         started.append((Path(given.root, name), start(options) if fits else None))
     try:
         for (place, process), row in zip(started, rows, strict=True):
-            ranks = range(row["processes"])
-            ready = [place.with_name(f"{place.name}.json.{rank}.ready") for rank in ranks]
-            while process and process.poll() is None and not all(map(Path.exists, ready)):
-                time.sleep(0.1)
+            if process:
+                wait_until_ready(f"{place}.json", process, row["processes"])
         for (place, process), row in zip(started, rows, strict=True):
             if process is None:
                 tokens, length = row["tokens_a_process"], row["time"]
                 yield {"failed": f"{tokens} tokens a process are less than a row of {length}"}
                 continue
             exchange = place.with_name(f"{place.name}.json")
-            Path(f"{exchange}.go").touch()
-            if status := process.wait():
+            if status := take_turn(exchange, process):
                 yield {"failed": f"archzoo fit ended with status {status}"}
                 continue
             log = [entry for entry in read_log(place) if entry["train/loss"]]
